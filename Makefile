@@ -1,0 +1,44 @@
+# `make bench` and `make test` do their own set-up; everything lives in .venv and goes with it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: $(STAMP)  ## the virtual environment with the tested versions (about 5.5 GB, some minutes, once)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("resfuse: error: Python 3.11 or newer is needed; run make PYTHON=/path/to/it" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,openvino,test,dev]'
+	@touch $@
+
+bench: $(STAMP)  ## measure networks here and write results/<device>/REPORT.md; ARGS="-m resnet50 -b 32"
+	$(BIN)/resfuse bench $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+report: $(STAMP)  ## write the reports of results/ again, from the rows alone
+	$(BIN)/resfuse report $(ARGS)
+
+lint: $(STAMP)  ## check style, edit nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## let ruff edit
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)  ## mypy; it needs the packages where their names say, so they are linked there
+	mkdir -p build/types/resfuse
+	for package in bench kernels resnet_ref; do ln -sfn ../../../$$package build/types/resfuse/$$package; done
+	MYPYPATH=build/types $(BIN)/mypy
+
+clean:  ## remove what the targets made, results excepted
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+.PHONY: help setup bench test report lint format types clean
