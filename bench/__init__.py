@@ -1,0 +1,1 @@
+"""Measure, check, report: `resfuse bench`. Importing this package imports nothing heavy."""

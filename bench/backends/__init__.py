@@ -1,0 +1,101 @@
+"""BACKENDS: every way to run a network, a file each.
+
+A backend's `build(model, example) -> run` does everything that happens once (folding, export,
+compilation); `run(images)` is what gets timed. `trainable(model, example) -> module` is its
+counterpart for training, where it has one. What cannot run here raises `Unavailable` with the
+reason. The strings are imported when the backend is used, so that an optional package that is not
+installed costs nothing.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from resfuse.bench.errors import Unavailable
+from resfuse.bench.selection import pick
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Run = Callable[[Tensor], Tensor]
+    Build = Callable[[nn.Module, Tensor], Run]
+    Trainable = Callable[[nn.Module, Tensor], nn.Module]
+
+BOTH = ("contiguous", "channels_last")
+NCHW = ("contiguous",)  # takes NCHW tensors and lays them out as it likes
+
+
+@dataclass(frozen=True)
+class Backend:
+    build: str  # "module:function"
+    does: str  # for `resfuse list`
+    memory_formats: tuple[str, ...] = BOTH
+    trainable: str | None = None  # "module:function"
+
+
+BACKENDS: dict[str, Backend] = {
+    "eager": Backend(
+        "resfuse.bench.backends.eager:build",
+        "torch modules as they are",
+        BOTH,
+        "resfuse.bench.backends.eager:trainable",
+    ),
+    "compiled": Backend(
+        "resfuse.bench.backends.compiled:build",
+        "torch.compile, weights frozen for inference",
+        BOTH,
+        "resfuse.bench.backends.compiled:trainable",
+    ),
+    "compiled_max_autotune": Backend(
+        "resfuse.bench.backends.compiled:build_max_autotune",
+        "the same, mode max-autotune",
+        BOTH,
+        "resfuse.bench.backends.compiled:trainable_max_autotune",
+    ),
+    "cudnn_fused": Backend(
+        "resfuse.bench.backends.cudnn_fused:build",
+        "folded weights on torch's own cuDNN conv + ReLU (+ add) ops; CUDA",
+    ),
+    "onnxrt": Backend(
+        "resfuse.bench.backends.onnxrt:build", "ONNX Runtime, CPU or CUDA provider by device", NCHW
+    ),
+    "onnxrt_tensorrt": Backend(
+        "resfuse.bench.backends.onnxrt:build_tensorrt", "ONNX Runtime, TensorRT provider", NCHW
+    ),
+    "openvino": Backend(
+        "resfuse.bench.backends.openvino:build", "OpenVINO on the exported ONNX file; CPU", NCHW
+    ),
+    "tensorrt": Backend(
+        "resfuse.bench.backends.tensorrt:build", "torch_tensorrt ahead of time; CUDA", NCHW
+    ),
+}
+
+
+def backend(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        UsageError: there is none; the message lists them.
+    """
+    return BACKENDS[pick("--backend", [name], list(BACKENDS))[0]]
+
+
+def load_build(name: str) -> "Build":
+    return _load(backend(name).build)
+
+
+def load_trainable(name: str) -> "Trainable":
+    """Raises Unavailable where the backend runs inference only."""
+    target = backend(name).trainable
+    if target is None:
+        raise Unavailable(f"{name} runs inference only")
+    return _load(target)
+
+
+def _load(target: str) -> Any:
+    module, function = target.split(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"the package {error.name} is not installed") from None

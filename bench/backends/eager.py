@@ -1,0 +1,20 @@
+"""torch as it comes: the module itself. `channels_last` is an axis of the sweep."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """The model in eval mode under inference_mode."""
+
+    @torch.inference_mode()
+    def run(images: Tensor) -> Tensor:
+        return model(images)
+
+    return run
+
+
+def trainable(model: nn.Module, example: Tensor) -> nn.Module:
+    return model

@@ -1,0 +1,59 @@
+"""The one ONNX file that every ONNX backend runs: exported by torch, the batch left dynamic."""
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+INPUT, OUTPUT = "images", "logits"
+
+
+def export(model: nn.Module, example: Tensor) -> Path:
+    """Exports a model whose batch size is then free.
+
+    Args:
+        model: in eval mode.
+        example: [N, 3, H, W], of the device and dtype the model runs in.
+
+    Returns:
+        an .onnx file in a fresh temporary folder, weights beside it.
+    """
+    # A batch of one would be taken for a constant (torch.export specialises 0 and 1): two images
+    # keep it free.
+    images = torch.cat([example[:1], example[:1]]).contiguous()
+    path = Path(tempfile.mkdtemp(prefix="resfuse-onnx-")) / "model.onnx"
+    with _silence():
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},),
+            verbose=False,
+        )
+        assert program is not None
+        program.save(path)
+    return path
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter reports progress on stdout and through loggers; only errors are of use."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

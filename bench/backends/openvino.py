@@ -1,0 +1,49 @@
+"""OpenVINO on the same ONNX file as ONNX Runtime, in the case's precision.
+
+Left to itself OpenVINO would run fp32 networks in bfloat16 on processors with AMX: the precision
+hint forbids it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from resfuse.bench.backends.onnx_export import INPUT, export
+from resfuse.bench.errors import Unavailable
+
+HINTS = {torch.float32: "f32", torch.float16: "f16"}
+
+
+def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """The CPU plugin, tuned for latency, on as many threads as torch uses.
+
+    Raises:
+        Unavailable: another device or precision, or openvino is not installed.
+    """
+    if example.device.type != "cpu":
+        raise Unavailable("openvino runs on the CPU here; there is no CUDA plugin")
+    if example.dtype not in HINTS:
+        raise Unavailable(f"openvino is driven through numpy here, which has no {example.dtype}")
+    import openvino
+
+    core = openvino.Core()
+    network = core.read_model(export(model, example))
+    network.reshape({INPUT: tuple(example.shape)})  # a fixed shape, as torch.compile has it
+    settings = {
+        "INFERENCE_PRECISION_HINT": HINTS[example.dtype],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled = core.compile_model(network, "CPU", settings)
+    request = compiled.create_infer_request()
+    classes = tuple(compiled.output(0).shape)[1:]
+
+    def run(images: Tensor) -> Tensor:
+        logits = images.new_empty((images.shape[0], *classes))
+        request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))
+        request.set_output_tensor(openvino.Tensor(logits.numpy(), shared_memory=True))
+        request.infer()
+        return logits
+
+    return run

@@ -1,0 +1,35 @@
+"""torch_tensorrt, ahead of time, for one shape; the `tensorrt` extra installs it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from resfuse.bench.errors import Unavailable
+
+
+def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """Compiles for the example's shape and precision only: no silent fallback to fp16.
+
+    Raises:
+        Unavailable: no CUDA device, or torch_tensorrt is not installed.
+    """
+    if not example.is_cuda:
+        raise Unavailable("TensorRT needs an NVIDIA GPU")
+    import torch_tensorrt
+
+    from resfuse.bench.precision import tf32_allowed
+
+    compiled = torch_tensorrt.compile(
+        model,
+        ir="dynamo",
+        inputs=[example],
+        enabled_precisions={example.dtype},
+        disable_tf32=not tf32_allowed(),
+    )
+
+    @torch.inference_mode()
+    def run(images: Tensor) -> Tensor:
+        return compiled(images)
+
+    return run

@@ -1,0 +1,119 @@
+"""What is measured: one `Case` is one row of the results.
+
+A case is plain data, so that it can be shown before it runs (`--dry-run`), sent to the subprocess
+that measures it, and compared with the rows that are already there (`--resume`). No torch in this
+file: `resfuse --help` stays quick.
+"""
+
+from dataclasses import dataclass
+
+MODES = ("inference", "train")
+MEMORY_FORMATS = ("contiguous", "channels_last")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are stored (`dtype`, a torch name) and multiplied (`math_mode`)."""
+
+    dtype: str
+    math_mode: str
+
+
+# timm's names on the command line. Rows of different math modes are never compared.
+PRECISIONS = {
+    "float32": Precision("float32", "ieee"),
+    "tf32": Precision("float32", "tf32"),
+    "float16": Precision("float16", "fp16"),
+    "bfloat16": Precision("bfloat16", "bf16"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a model, run in one way, beside the baseline it is compared with.
+
+    `baseline` runs the same model with the same weights, inputs, precision and batch, in torch's
+    contiguous (NCHW) format unless the name says otherwise, interleaved with the case round by
+    round.
+    """
+
+    model: str
+    backend: str
+    mode: str
+    device: str
+    precision: str
+    memory_format: str
+    batch_size: int  # images
+    img_size: int  # pixels, square
+    baseline: str = "eager"
+    baseline_memory_format: str = "contiguous"
+    weights: str = "seeded"  # "seeded", "pretrained", or a file
+    images: str = "bundled"  # "bundled", or a folder
+
+    @property
+    def math_mode(self) -> str:
+        return PRECISIONS[self.precision].math_mode
+
+    @property
+    def is_baseline(self) -> bool:
+        """True where backend and baseline are one thing: the speed-up then shows the noise."""
+        same_backend = self.backend == self.baseline
+        return same_backend and self.memory_format == self.baseline_memory_format
+
+    def identity(self) -> dict[str, str | int]:
+        """The case as it stands in a row; equal identity and environment measure the same."""
+        return {
+            "model": self.model,
+            "backend": self.backend,
+            "mode": self.mode,
+            "precision": self.precision,
+            "math_mode": self.math_mode,
+            "memory_format": self.memory_format,
+            "requested_batch_size": self.batch_size,
+            f"{'infer' if self.mode == 'inference' else 'train'}_img_size": self.img_size,
+            "weights": self.weights,
+            "images": self.images,
+            "baseline": f"{self.baseline} {self.baseline_memory_format}",
+        }
+
+    def label(self) -> str:
+        """One line for progress and tables."""
+        parts = [
+            self.model,
+            self.backend,
+            self.memory_format,
+            self.precision,
+            f"batch {self.batch_size}",
+        ]
+        return " ".join([*parts, self.mode] if self.mode != "inference" else parts)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a case is measured; the same for a whole sweep."""
+
+    seconds: float = 5.0  # timed seconds a case, baseline included
+    min_rounds: int = 10
+    max_rounds: int = 300
+    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    seed: int = 0
+    timeout_s: float = 300.0  # wall-clock limit of a case, set-up included
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of a sweep; an empty list means the profile's."""
+
+    profile: str
+    device: str
+    models: list[str]
+    backends: list[str]
+    batch_sizes: list[int]
+    precisions: list[str]
+    memory_formats: list[str]
+    modes: list[str]
+    img_size: int | None
+    baseline: str
+    baseline_memory_format: str
+    weights: str
+    images: str

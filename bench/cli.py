@@ -1,0 +1,257 @@
+"""The `resfuse` command. Flags are timm's where timm has them; every list flag takes commas.
+
+Nothing heavy is imported until a command runs, so that `resfuse --help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from resfuse.bench.case import MEMORY_FORMATS, MODES, PRECISIONS, Options
+from resfuse.bench.errors import UsageError
+from resfuse.bench.profiles import NAMES
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """One sentence and exit code 2, without the usage lines in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        parsed = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = parsed.command
+        return command(parsed)
+    except UsageError as error:
+        print(f"resfuse: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("resfuse: interrupted; the rows measured so far are kept", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from resfuse.bench.commands import bench
+
+    return bench(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from resfuse.bench.commands import report
+
+    return report(args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from resfuse.bench.commands import list_registry
+
+    return list_registry(args)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from resfuse.bench.commands import study
+
+    return study(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="resfuse", description="Benchmarks for residual networks that you can trust."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_bench(commands.add_parser("bench", help="measure networks and write the report"))
+    report = commands.add_parser("report", help="write the report of results already measured")
+    report.add_argument("--results", metavar="DIR", nargs="+", type=Path, default=[Path("results")],
+                        help="results folders, or a folder of them (default: results)")  # fmt: skip
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="one page over all the folders instead of one in each",
+    )
+    report.set_defaults(command=_report)
+    listing = commands.add_parser("list", help="models, backends, metrics, profiles")
+    listing.add_argument("what", nargs="?", choices=("models", "backends", "metrics", "profiles"))
+    listing.set_defaults(command=_list)
+    study = commands.add_parser(
+        "study", help="questions about the harness and the networks, answered by measurement"
+    )
+    study.add_argument("name", help="overhead")
+    study.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
+    study.add_argument("--device", default="auto")
+    study.set_defaults(command=_study)
+    return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--profile",
+        choices=NAMES,
+        default="quick",
+        help="a ready-made sweep; the flags below replace its parts (default: quick)",
+    )
+    what.add_argument(
+        "-m",
+        "--model",
+        type=_names,
+        default=[],
+        metavar="NAMES",
+        help="networks; wildcards allowed (resnet*)",
+    )
+    what.add_argument(
+        "--backend",
+        type=_names,
+        default=[],
+        metavar="NAMES",
+        help="ways to run them; see `resfuse list backends`",
+    )
+    what.add_argument(
+        "-b",
+        "--batch-size",
+        type=_numbers,
+        default=[],
+        metavar="N",
+        help="images; never changed behind your back",
+    )
+    what.add_argument(
+        "--precision", type=_names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
+    )
+    formats = what.add_mutually_exclusive_group()
+    formats.add_argument(
+        "--memory-format",
+        type=_names,
+        default=[],
+        metavar="NAMES",
+        help=f"{', '.join(MEMORY_FORMATS)} (default: both)",
+    )
+    formats.add_argument(
+        "--channels-last",
+        dest="memory_format",
+        action="store_const",
+        const=["channels_last"],
+        help="channels_last alone",
+    )
+    what.add_argument(
+        "--bench",
+        type=_names,
+        default=["inference"],
+        metavar="MODES",
+        help=f"{', '.join(MODES)} (default: inference)",
+    )
+    what.add_argument(
+        "--img-size", type=int, metavar="PIXELS", help="square images (default: the network's own)"
+    )
+    what.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
+    )
+    weights = what.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights",
+        default="seeded",
+        metavar="FILE",
+        help="safetensors or torch checkpoint (default: seeded, calibrated on photographs)",
+    )
+    weights.add_argument(
+        "--pretrained",
+        dest="weights",
+        action="store_const",
+        const="pretrained",
+        help="torchvision's weights; needs a network",
+    )
+    what.add_argument(
+        "--images",
+        default="bundled",
+        metavar="DIR",
+        help="your own images instead of the bundled photographs",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--baseline",
+        default="eager",
+        metavar="NAME",
+        help="what speed-ups are measured against, in the same rounds (default: eager)",
+    )
+    how.add_argument(
+        "--baseline-memory-format", default="contiguous", metavar="NAME", help="default: contiguous"
+    )
+    how.add_argument(
+        "--seconds",
+        type=_positive,
+        metavar="S",
+        help="timed seconds a case (default: the profile's)",
+    )
+    how.add_argument(
+        "--timeout",
+        type=_positive,
+        default=Options.timeout_s,
+        metavar="S",
+        help="limit of a case, set-up included (default: %(default)g)",
+    )
+    how.add_argument(
+        "--threads",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="CPU threads (default: torch's choice)",
+    )
+    how.add_argument("--seed", type=int, default=0, help="of the seeded weights (default: 0)")
+    out = parser.add_argument_group("results")
+    out.add_argument(
+        "--results",
+        metavar="DIR",
+        type=Path,
+        default=Path("results"),
+        help="a folder for this environment is made in it (default: results)",
+    )
+    out.add_argument(
+        "--resume",
+        action="store_true",
+        help="skip what this environment and commit have already settled",
+    )
+    out.add_argument("--dry-run", action="store_true", help="show the cases and stop")
+    out.add_argument("--no-report", action="store_true", help="append rows only")
+    parser.set_defaults(command=_bench)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [_whole(part) for part in _names(text)]
+
+
+def _count(text: str) -> int:
+    number = _whole(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}; accepted: whole numbers from 0")
+    return number
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}'; accepted: numbers above 0")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""What the subcommands do, once their arguments are parsed."""
+
+import argparse
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from resfuse.bench import results, sweep
+from resfuse.bench.case import Case, Options
+from resfuse.bench.errors import UsageError
+from resfuse.bench.listing import LISTS, cases_table
+from resfuse.bench.row import Outcome
+
+
+def bench(args: argparse.Namespace) -> int:
+    """`resfuse bench`: survey the machine, run the cases, write the report."""
+    from resfuse.bench.isolate import survey
+
+    console = Console(stderr=True)
+    request = _request(args)
+    sweep.expand(replace(request, device="cpu"))  # finds misspelt names before anything runs
+    if not args.dry_run:
+        results.check_writable(args.results)
+    with console.status("Looking at this machine: device, versions, ceilings"):
+        found = survey(request, args.threads, ceilings=not args.dry_run)
+    request = replace(request, device=found["device"])
+    cases = sweep.expand(request)
+    folder = args.results / found["folder"]
+    skipped = 0
+    if args.resume:
+        settled = results.settled_cases(folder, found["env_id"], found["commit"])
+        remaining = [case for case in cases if results.identity_key(case) not in settled]
+        skipped, cases = len(cases) - len(remaining), remaining
+    if args.dry_run:
+        Console().print(cases_table(cases, skipped))
+        return 0
+    results.record_environment(folder, found["env_id"], {**found["facts"], **found["ceilings"]})
+    options = Options(
+        seconds=args.seconds or sweep.profile(request).seconds,
+        threads=args.threads,
+        seed=args.seed,
+        timeout_s=args.timeout,
+    )
+    console.print(
+        f"{found['facts']['device_name']}: {len(cases)} cases"
+        + (f", {skipped} already settled" if skipped else "")
+    )
+    _run(cases, options, folder, found, console)
+    if not args.no_report:
+        from resfuse.bench.report import write_report
+
+        console.print(f"Report: {write_report(folder)}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """`resfuse report`: from rows to pages, without measuring anything."""
+    from resfuse.bench.report import write_merged_report, write_report
+
+    folders = _results_folders(args.results)
+    if args.out is not None:
+        print(write_merged_report(folders, args.out))
+        return 0
+    for folder in folders:
+        print(write_report(folder))
+    return 0
+
+
+def list_registry(args: argparse.Namespace) -> int:
+    """`resfuse list [what]`: the registries as tables."""
+    console = Console()
+    for what in [args.what] if args.what else LISTS:
+        console.print(LISTS[what]())
+    return 0
+
+
+def study(args: argparse.Namespace) -> int:
+    """`resfuse study NAME`."""
+    from resfuse.bench.studies import load_study
+
+    print(load_study(args.name)(args.results, args.device))
+    return 0
+
+
+def _request(args: argparse.Namespace) -> sweep.Request:
+    return sweep.Request(
+        profile=args.profile,
+        device=args.device,
+        models=args.model,
+        backends=args.backend,
+        batch_sizes=args.batch_size,
+        precisions=args.precision,
+        memory_formats=args.memory_format or [],
+        modes=args.bench,
+        img_size=args.img_size,
+        baseline=args.baseline,
+        baseline_memory_format=args.baseline_memory_format,
+        weights=args.weights,
+        images=args.images,
+    )
+
+
+def _run(
+    cases: list[Case], options: Options, folder: Path, found: dict[str, Any], console: Console
+) -> None:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    counts: Counter[str] = Counter()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(cases))
+
+        def started(case: Case) -> None:
+            progress.update(task, description=case.label())
+
+        def finished(case: Case, outcome: Outcome) -> None:
+            counts[outcome.status] += 1
+            progress.console.print(_line(case, outcome), highlight=False, soft_wrap=True)
+            progress.advance(task)
+
+        sweep.run(cases, options, folder, found, started, finished)
+    summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    console.print(
+        f"{sum(counts.values())} rows in {folder / results.ROWS}: {summary}"
+        if counts
+        else "Nothing left to measure."
+    )
+
+
+def _line(case: Case, outcome: Outcome) -> str:
+    """A case's result as one line: what a reader wants to know before the report is there."""
+    if outcome.status != "pass":
+        return f"{case.label():<58} {outcome.status}: {outcome.error}"
+    speed = outcome.metrics["infer_samples_per_sec"] or outcome.metrics["train_samples_per_sec"]
+    low, mid, high = (
+        outcome.metrics[name] for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
+    )
+    return f"{case.label():<58} {speed:8.1f} images/s  {mid:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def _results_folders(given: list[Path]) -> list[Path]:
+    """Folders with rows: each given one, or else those in it."""
+    folders = []
+    for folder in given:
+        inside = (
+            [folder]
+            if (folder / results.ROWS).exists()
+            else sorted(path.parent for path in folder.glob(f"*/{results.ROWS}"))
+        )
+        if not inside:
+            raise UsageError(
+                f"argument --results: no {results.ROWS} in {folder} or in a folder of it; "
+                "`resfuse bench` makes one"
+            )
+        folders += inside
+    return folders

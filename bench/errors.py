@@ -1,0 +1,9 @@
+"""How a case fails without a bug: bad input, or a backend that cannot run here."""
+
+
+class UsageError(ValueError):
+    """Bad input. `resfuse` prints it as one sentence and exits with code 2."""
+
+
+class Unavailable(RuntimeError):
+    """A backend cannot run this case on this machine; the message says why in one sentence."""

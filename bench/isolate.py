@@ -1,0 +1,143 @@
+"""One subprocess a case: a backend that crashes, hangs or runs out of memory costs its own row and
+nothing else.
+
+The parent also holds a watch of its own, out of the backend's reach: the timed rounds must take as
+long here as the subprocess says they did.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from typing import IO, Any
+
+from resfuse.bench.case import Case, Options, Request
+from resfuse.bench.errors import UsageError
+from resfuse.bench.row import Outcome
+from resfuse.bench.timing import Watch, seconds
+
+SURVEY_TIMEOUT_S = 300.0
+# The parent shares two cores with the work it watches, and wakes late at times.
+WATCH_SLACK_S, WATCH_SLACK = 0.5, 0.1
+
+
+def survey(request: Request, threads: int, ceilings: bool) -> dict[str, Any]:
+    """Device, environment, commit and ceilings, from a process that is gone before the first case
+    starts.
+
+    Raises:
+        UsageError: the device, weights or images cannot be used.
+        RuntimeError: the process died.
+    """
+    job = {"task": "survey", "request": asdict(request), "threads": threads, "ceilings": ceilings}
+    result = _converse(job, SURVEY_TIMEOUT_S)
+    if isinstance(result, Outcome):
+        raise RuntimeError(f"the survey of this machine failed: {result.error}")
+    return result
+
+
+def run_case(case: Case, options: Options, ceilings: dict[str, float]) -> Outcome:
+    """Measures a case in a subprocess of its own, within the time limit.
+
+    Raises:
+        UsageError: the subprocess found the user's input at fault.
+        KeyboardInterrupt: after the subprocess was killed.
+    """
+    job = {
+        "task": "measure",
+        "case": asdict(case),
+        "options": asdict(options),
+        "ceilings": ceilings,
+    }
+    result = _converse(job, options.timeout_s)
+    if isinstance(result, Outcome):
+        return result
+    outcome = Outcome(**result["outcome"])
+    claimed, seen = result["span_s"], result["watched_s"]
+    if outcome.status == "pass" and not abs(seen - claimed) <= WATCH_SLACK_S + WATCH_SLACK * seen:
+        return Outcome(
+            "fail_to_run",
+            f"the timed rounds took {seen:.2f} s, but {claimed:.2f} s by the case's own clocks",
+        )
+    return outcome
+
+
+def _converse(job: dict[str, Any], timeout_s: float) -> dict[str, Any] | Outcome:
+    """Sends the job, waits for the result; an Outcome where there is none."""
+    read, write = os.pipe()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "resfuse.bench.worker", str(write)],
+            stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[write], start_new_session=True,
+        )  # fmt: skip
+        os.close(write)
+        try:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(job).encode())
+            process.stdin.close()
+            result = _listen(read, timeout_s)
+        except BrokenPipeError:
+            result = None
+        except TimeoutError:
+            return Outcome("timeout", f"not done after {timeout_s:g} s")
+        finally:
+            os.close(read)
+            if process.poll() is None:
+                _end(process, grace_s=0 if sys.exc_info()[0] else 5)
+        return result if result is not None else _how_it_died(process.returncode, log)
+
+
+def _listen(read: int, timeout_s: float) -> dict[str, Any] | None:
+    """The result message with `watched_s` added; None where the process ended without one."""
+    watch = Watch()
+    pending, began, watched_s = b"", 0.0, 0.0
+    while True:
+        left = timeout_s - seconds(watch.elapsed())
+        if left <= 0 or not select.select([read], [], [], left)[0]:
+            raise TimeoutError
+        received = os.read(read, 65536)
+        if not received:
+            return None
+        *lines, pending = (pending + received).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            event = message.pop("event")
+            if event == "timing":
+                began = seconds(watch.elapsed())
+            elif event == "timed":
+                watched_s = seconds(watch.elapsed()) - began
+            elif event == "usage":
+                raise UsageError(message["message"])
+            else:
+                return {**message, "watched_s": watched_s}
+
+
+def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Waits a moment for a process that is done; then ends it and everything it started."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(grace_s)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _how_it_died(code: int, log: IO[bytes]) -> Outcome:
+    log.seek(0)
+    said = [
+        line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()
+    ]
+    last_words = f": {said[-1][:250]}" if said else ""
+    if code == -signal.SIGKILL:
+        return Outcome("oom", "killed by the system (SIGKILL), most likely for want of memory")
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return Outcome(
+        "fail_to_run",
+        f"the subprocess was {how}{last_words}"
+        if code < 0
+        else f"the subprocess {how}{last_words}",
+    )

@@ -1,0 +1,199 @@
+"""Where a number was measured: device, versions, threads, ceilings, and the commit."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from resfuse.bench.case import PRECISIONS
+from resfuse.bench.precision import set_math_mode
+from resfuse.bench.timing import CpuStopwatch, CudaStopwatch
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "torchvision",
+    "onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "openvino",
+    "torch-tensorrt",
+    "numpy",
+)
+SOURCES = Path(__file__).resolve().parent.parent
+
+
+def facts(device: str, threads: int) -> dict[str, str]:
+    """What may change a measurement, as text; the same on every call in the same environment."""
+    found = {"device_name": device_name(device), "device": torch.device(device).type}
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(torch.device(device))
+        found |= {
+            "gpu_memory_gb": f"{properties.total_memory / 2**30:.0f}",
+            "gpu_sms": str(properties.multi_processor_count),
+            "driver": _driver(),
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "ptxas": _ptxas(),
+        }
+    found |= {
+        "cpu": cpu_name(),
+        "cpu_cores": str(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(threads or torch.get_num_threads()),
+        "memory_gb": _memory_gb(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    return found | {name: version for name in PACKAGES if (version := _version(name))}
+
+
+def env_id(found: dict[str, str]) -> str:
+    """Ten hex digits that stand for an environment in every row."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def folder_name(found: dict[str, str]) -> str:
+    """`<device>-torch<v>-triton<v>`, the results folder of an environment."""
+    plain = "".join(c if c.isalnum() or c == "." else "-" for c in found["device_name"].lower())
+    device = "-".join(part for part in plain.split("-") if part)
+    torch_version = found["torch"].split("+")[0]
+    return f"{device}-torch{torch_version}-triton{found.get('triton', 'none')}"
+
+
+def device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(torch.device(device))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cpu_name()}, {cores} cores"
+
+
+def cpu_name() -> str:
+    """The processor's name without trademark signs, from the system's own tables."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return " ".join(name.replace("(R)", "").replace("(TM)", "").split())
+
+
+def commit() -> str:
+    """The sources' commit, with a hash of uncommitted changes; the version without git."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if not head:
+        return f"v{_version('resfuse') or 'unknown'}"
+    # Results are data: appending a row must not turn the next row's sources into changed ones.
+    changes = _git("diff", "HEAD", "--", ".", ":!results") + _git(
+        "ls-files", "--others", "--exclude-standard", "--", "*.py"
+    )
+    return f"{head}+{hashlib.sha256(changes.encode()).hexdigest()[:6]}" if changes else head
+
+
+def ceilings(device: str, precisions: Iterable[str]) -> dict[str, str]:
+    """The fastest this device was seen to copy memory and to multiply in each math mode, on random
+    data.
+
+    A copy counts its bytes twice (read and written). A product is a square matrix multiplication or
+    a 3x3 convolution, whichever is faster. Takes about two seconds.
+    """
+    kind = torch.device(device).type
+    found = {"ceiling_copy_gb_s": f"{_copy_rate(device, kind):.4g}"}
+    for name in precisions:
+        precision = PRECISIONS[name]
+        if precision.math_mode == "tf32" and kind != "cuda":
+            continue
+        set_math_mode(precision.math_mode, kind)
+        rate = _product_rate(device, kind, getattr(torch, precision.dtype))
+        found[f"ceiling_{precision.math_mode}_tflops"] = f"{rate:.4g}"
+    return found
+
+
+def _copy_rate(device: str, kind: str) -> float:
+    rates = []
+    for megabytes in (64, 512):
+        source = torch.randn(megabytes * 2**18, device=device)
+        target = torch.empty_like(source)
+        rates.append(2 * megabytes * 2**20 / _fastest_ms(lambda: target.copy_(source), kind) / 1e6)  # noqa: B023
+    return max(rates)
+
+
+def _product_rate(device: str, kind: str, dtype: torch.dtype) -> float:
+    n = 8192 if kind == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    images = torch.randn(64 if kind == "cuda" else 8, 256, 28, 28, device=device, dtype=dtype)
+    weight = torch.randn(256, 256, 3, 3, device=device, dtype=dtype)
+    images, weight = (t.contiguous(memory_format=torch.channels_last) for t in (images, weight))
+    with torch.inference_mode():
+        product = 2 * n**3 / _fastest_ms(lambda: a @ b, kind)
+        convolve = _fastest_ms(lambda: torch.conv2d(images, weight, padding=1), kind)
+    return max(product, 2 * images.numel() * weight[0].numel() / convolve) / 1e9
+
+
+def _fastest_ms(work, kind: str, rounds: int = 12) -> float:  # type: ignore[no-untyped-def]
+    best = float("inf")
+    for _ in range(rounds):
+        stopwatch = CudaStopwatch() if kind == "cuda" else CpuStopwatch()
+        stopwatch.mark()
+        work()
+        stopwatch.mark()
+        best = min(best, stopwatch.laps()[0])
+    return best
+
+
+def _driver() -> str:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # no package or no permission: the other facts stand without it
+        return "unknown"
+
+
+def _ptxas() -> str:
+    """The version of the ptxas Triton uses: an old one can miscompile code for Hopper."""
+    path = os.environ.get("TRITON_PTXAS_PATH")
+    try:
+        if not path:
+            import triton
+
+            path = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
+        said = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (ImportError, OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return next(
+        (word.strip(",").lstrip("V") for word in said.split() if word.startswith("V")), "unknown"
+    )
+
+
+def _memory_gb() -> str:
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=SOURCES, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,174 @@
+"""METRICS: every measured column of the results, a small function each.
+
+A metric sees one `Measured` case and returns a value, or None where the value does not exist (no
+GPU, no training, not faster than the baseline); None is an empty cell, never a zero. To add one,
+write its function (here or in a file of its own) and give it a line in METRICS: the column then
+appears in rows.csv and in `resfuse list metrics`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from resfuse.bench.case import Case
+from resfuse.bench.statistics import paired_speedup, percentile
+
+Value = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak of a run of its own, in bytes. GPU: the allocator's. CPU: resident memory."""
+
+    peak: (
+        int | None
+    )  # above what the process held before the model was made: weights + activations + workspace
+    reserved: int | None  # everything the allocator (GPU) or the process (CPU) held at that moment
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Worst image of all checked batches, against fp64 (see check.py)."""
+
+    rel_l2: float
+    max_abs: float
+    err_vs_eager: float
+    top1_agree: float | None  # None in training, where there are no classes to agree on
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One case that passed its checks, with everything a metric may want."""
+
+    case: Case
+    param_count: int
+    macs: int  # multiply-accumulates of one image's forward pass
+    activations: int  # output elements of every convolution and matrix product, one image
+    times_ms: tuple[float, ...]  # one a round
+    baseline_ms: tuple[float, ...]  # the baseline's, same round
+    phases_ms: dict[
+        str, tuple[float, ...]
+    ]  # training only: forward, backward, optimizer; one a round
+    accuracy: Accuracy
+    memory: Memory
+    setup_s: float
+    floor_ms: float | None
+    joules: float | None  # of one step
+    sm_clock_mhz: int | None
+    throttle: str | None
+    step: Callable[[], None]  # one more run, for a metric that must watch one
+
+
+@dataclass(frozen=True)
+class Metric:
+    compute: Callable[[Measured], Value]
+    unit: str
+    meaning: str
+
+
+def _of_mode(mode: str, value: Callable[[Measured], Value]) -> Callable[[Measured], Value]:
+    return lambda m: value(m) if m.case.mode == mode else None
+
+
+def _samples_per_sec(m: Measured) -> float:
+    return m.case.batch_size / median(m.times_ms) * 1e3
+
+
+def _phase(name: str) -> Callable[[Measured], Value]:
+    return lambda m: median(m.phases_ms[name]) if name in m.phases_ms else None
+
+
+def _megabytes(count: int | None) -> float | None:
+    return None if count is None else count / 2**20
+
+
+def _break_even_images(m: Measured) -> float | None:
+    saved_s = (median(m.baseline_ms) - median(m.times_ms)) / 1e3 / m.case.batch_size
+    return m.setup_s / saved_s if saved_s > 0 and not m.case.is_baseline else None
+
+
+def _speedup(index: int) -> Callable[[Measured], Value]:
+    return lambda m: paired_speedup(m.baseline_ms, m.times_ms)[index]
+
+
+def _joules_per_image(m: Measured) -> float | None:
+    return None if m.joules is None else m.joules / m.case.batch_size
+
+
+def _sol_pct(m: Measured) -> float | None:
+    return None if m.floor_ms is None else 100 * m.floor_ms / median(m.times_ms)
+
+
+METRICS: dict[str, Metric] = {
+    # timm's columns, timm's meaning; times and rates are of the median round
+    "infer_samples_per_sec": Metric(
+        _of_mode("inference", _samples_per_sec), "images/s", "inference throughput"
+    ),
+    "infer_step_time": Metric(
+        _of_mode("inference", lambda m: median(m.times_ms)), "ms", "inference time of a batch"
+    ),
+    "infer_batch_size": Metric(
+        _of_mode("inference", lambda m: m.case.batch_size), "images", "batch actually run"
+    ),
+    "infer_gmacs": Metric(
+        lambda m: m.macs / 1e9, "GMACs", "multiply-accumulates of one image's forward pass"
+    ),
+    "infer_macts": Metric(
+        lambda m: m.activations / 1e6,
+        "M",
+        "outputs of all convolutions and matrix products, one image",
+    ),
+    "train_samples_per_sec": Metric(
+        _of_mode("train", _samples_per_sec), "images/s", "training throughput"
+    ),
+    "train_step_time": Metric(
+        _of_mode("train", lambda m: median(m.times_ms)), "ms", "time of a training step"
+    ),
+    "train_batch_size": Metric(
+        _of_mode("train", lambda m: m.case.batch_size), "images", "batch actually run"
+    ),
+    "train_fwd_time": Metric(_phase("forward"), "ms", "forward pass and loss"),
+    "train_bwd_time": Metric(_phase("backward"), "ms", "backward pass"),
+    "train_opt_time": Metric(_phase("optimizer"), "ms", "optimizer step and clearing of gradients"),
+    "param_count": Metric(lambda m: m.param_count / 1e6, "M", "parameters"),
+    # ours
+    "p50_ms": Metric(lambda m: median(m.times_ms), "ms", "median time of a batch"),
+    "p90_ms": Metric(lambda m: percentile(m.times_ms, 90), "ms", "90th percentile"),
+    "p99_ms": Metric(lambda m: percentile(m.times_ms, 99), "ms", "99th percentile"),
+    "rounds": Metric(lambda m: len(m.times_ms), "", "timed rounds; none is dropped"),
+    "peak_mem_mb": Metric(
+        lambda m: _megabytes(m.memory.peak), "MB", "peak of weights, activations and workspace"
+    ),
+    "reserved_mem_mb": Metric(
+        lambda m: _megabytes(m.memory.reserved), "MB", "held by the allocator (CPU: the process)"
+    ),
+    "setup_s": Metric(lambda m: m.setup_s, "s", "export, compilation and first run"),
+    "break_even_images": Metric(
+        _break_even_images, "images", "images until set-up is paid back against the baseline"
+    ),
+    "floor_ms": Metric(
+        lambda m: m.floor_ms, "ms", "least time by the ceilings measured on this device"
+    ),
+    "sol_pct": Metric(_sol_pct, "%", "floor_ms / p50_ms: share of the speed of light reached"),
+    "joules_per_image": Metric(_joules_per_image, "J", "energy, from the device's counter"),
+    "rel_l2_err": Metric(
+        lambda m: m.accuracy.rel_l2, "", "relative L2 error against fp64, worst image"
+    ),
+    "max_abs_err": Metric(lambda m: m.accuracy.max_abs, "", "largest absolute error against fp64"),
+    "top1_agree": Metric(
+        lambda m: m.accuracy.top1_agree, "", "share of images with the reference's top class"
+    ),
+    "err_vs_eager": Metric(
+        lambda m: m.accuracy.err_vs_eager, "", "relative L2 distance to eager in the same precision"
+    ),
+    "baseline_p50_ms": Metric(
+        lambda m: median(m.baseline_ms), "ms", "the baseline's median in the same rounds"
+    ),
+    "speedup": Metric(_speedup(0), "x", "median over rounds of baseline time / time"),
+    "speedup_ci_low": Metric(_speedup(1), "x", "95 % bootstrap interval, lower end"),
+    "speedup_ci_high": Metric(_speedup(2), "x", "95 % bootstrap interval, upper end"),
+    "sm_clock_mhz": Metric(
+        lambda m: m.sm_clock_mhz, "MHz", "GPU clock right after the timed rounds"
+    ),
+    "throttle": Metric(lambda m: m.throttle, "", "reasons the GPU gave for lowering its clock"),
+}

@@ -1,0 +1,233 @@
+"""A results folder: rows.csv that survives a crash, and the environments its rows were measured in.
+
+Rows are appended the moment they exist, each in a single locked write, so that a killed sweep
+leaves whole lines, and two sweeps into one folder don't tear each other's. `environments.csv` holds
+the facts behind each `env_id`, one a line.
+"""
+
+import fcntl
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+from resfuse.bench.case import Case
+from resfuse.bench.errors import UsageError
+from resfuse.bench.metrics import Value
+from resfuse.bench.row import columns
+
+ROWS = "rows.csv"
+ENVIRONMENTS = "environments.csv"
+ENVIRONMENT_COLUMNS = ("env_id", "key", "value")
+# Outcomes that a second attempt would only repeat; a case that ran out of time or crashed is tried
+# again.
+SETTLED = ("pass", "unavailable", "oom", "fail_accuracy")
+
+
+def read_rows(folder: Path) -> pd.DataFrame:
+    """All rows of a results folder, in the order they were measured; text columns hold "" where a
+    cell is empty.
+
+    Raises:
+        UsageError: there is no rows.csv, it cannot be read, or it lacks columns of this version.
+    """
+    return _typed(_read_csv(folder / ROWS, columns()))
+
+
+def read_environments(folder: Path) -> dict[str, dict[str, str]]:
+    """env_id -> {key: value}, the machine and versions behind each row.
+
+    Raises:
+        UsageError: environments.csv is missing or not such a file.
+    """
+    table = _read_csv(folder / ENVIRONMENTS, ENVIRONMENT_COLUMNS)
+    facts: dict[str, dict[str, str]] = {}
+    for env_id, key, value in table[list(ENVIRONMENT_COLUMNS)].itertuples(index=False):
+        facts.setdefault(env_id, {})[key] = value
+    return facts
+
+
+def append_row(folder: Path, row: Mapping[str, Value]) -> None:
+    """Adds one row and makes sure it is on the disk.
+
+    Raises:
+        UsageError: the folder cannot be written, the disk is full, or rows.csv there has other
+            columns.
+    """
+    with _locked(folder):
+        path = folder / ROWS
+        _adopt_columns(path)
+        _append(path, pd.DataFrame([dict(row)], columns=list(columns())))
+
+
+def record_environment(folder: Path, env_id: str, facts: Mapping[str, str]) -> None:
+    """Writes down an environment unless the folder knows it; ceilings it already holds are only
+    ever raised.
+
+    A ceiling is the fastest this device was ever seen; a later, noisier measurement does not lower
+    it.
+    """
+    with _locked(folder):
+        path = folder / ENVIRONMENTS
+        known = read_environments(folder) if path.exists() else {}
+        merged = {**known.get(env_id, {}), **facts}
+        for key, value in known.get(env_id, {}).items():
+            if key.startswith("ceiling_"):
+                merged[key] = max(value, merged[key], key=float)
+        if merged == known.get(env_id):
+            return
+        known[env_id] = merged
+        lines = [(env, key, value) for env, entry in known.items() for key, value in entry.items()]
+        _replace(path, pd.DataFrame(lines, columns=list(ENVIRONMENT_COLUMNS)))
+
+
+def settled_cases(folder: Path, env_id: str, commit: str) -> set[tuple[tuple[str, str], ...]]:
+    """Identities (see `identity_key`) of what this environment and commit have settled."""
+    if not (folder / ROWS).exists():
+        return set()
+    rows = read_rows(folder)
+    here = rows[(rows.env_id == env_id) & (rows.commit == commit) & rows.status.isin(SETTLED)]
+    keys = set()
+    for row in here.to_dict("records"):
+        names = _identity_columns(str(row["mode"]))
+        keys.add(tuple((name, _plain(row[name])) for name in names))
+    return keys
+
+
+def identity_key(case: Case) -> tuple[tuple[str, str], ...]:
+    """A case's identity in the form `settled_cases` returns."""
+    identity = case.identity()
+    return tuple((name, _plain(identity[name])) for name in _identity_columns(case.mode))
+
+
+def check_writable(folder: Path) -> None:
+    """Fails before the first minute is spent, not after.
+
+    Raises:
+        UsageError: the folder cannot be made or written to, or its rows.csv has other columns.
+    """
+    with _locked(folder):
+        _adopt_columns(folder / ROWS)
+
+
+def _identity_columns(mode: str) -> list[str]:
+    size = "infer_img_size" if mode == "inference" else "train_img_size"
+    fixed = ("model", "backend", "mode", "precision", "memory_format", "requested_batch_size")
+    return [*fixed, size, "weights", "images", "baseline"]
+
+
+def _plain(value: object) -> str:
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+def _read_csv(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise UsageError(
+            f"no results file {path}; `resfuse bench --results DIR` makes one"
+        ) from None
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UsageError(f"results file {path} cannot be read as CSV: {error}") from None
+    missing = [name for name in needed if name not in table.columns]
+    if missing:
+        raise UsageError(f"results file {path} lacks the columns {', '.join(missing)}")
+    return table
+
+
+TEXT = frozenset(
+    [
+        "model",
+        "backend",
+        "mode",
+        "precision",
+        "math_mode",
+        "memory_format",
+        "device_name",
+        "weights",
+        "images",
+        "baseline",
+        "throttle",
+        "status",
+        "error",
+        "env_id",
+        "commit",
+        "timestamp",
+    ]
+)
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    """Text stays text ("1e5" may be a commit); other columns become numbers or NaN."""
+    for name in table.columns:
+        if name not in TEXT:
+            table[name] = pd.to_numeric(table[name].replace("", None), errors="coerce")
+    return table
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes and locks the folder; turns the operating system's errors into sentences."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"no permission to write in {folder}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise UsageError(
+            f"results folder {folder} cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def _append(path: Path, table: pd.DataFrame) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        before = os.fstat(handle).st_size
+        text = io.StringIO()
+        table.to_csv(text, index=False, header=before == 0, lineterminator="\n")
+        data = text.getvalue().encode()
+        try:
+            if os.write(handle, data) != len(data):
+                raise OSError("no space left for a row")
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, before)  # a full disk costs the row, never the file
+            raise
+    finally:
+        os.close(handle)
+
+
+def _adopt_columns(path: Path) -> None:
+    """Cuts a torn last line, and gives older rows the columns this version has added."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    if not whole:
+        return
+    header = pd.read_csv(path, dtype=str, nrows=0).columns
+    foreign = [name for name in header if name not in columns()]
+    if foreign:
+        raise UsageError(
+            f"results file {path} has columns this version does not know: {', '.join(foreign)}; "
+            "use another --results folder"
+        )
+    if tuple(header) != columns():
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        _replace(path, table.reindex(columns=list(columns())))
+
+
+def _replace(path: Path, table: pd.DataFrame) -> None:
+    temporary = path.with_suffix(".tmp")
+    table.to_csv(temporary, index=False, lineterminator="\n")
+    temporary.replace(path)

@@ -1,0 +1,62 @@
+"""A row: how a case ended, as one line of rows.csv.
+
+Column order: the model, timm's columns, what was asked, our columns, how it ended, where and when.
+`SCHEMA_VERSION` goes up when a column changes its meaning or leaves; a new metric only appends to
+what readers may find.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from resfuse.bench.case import Case
+from resfuse.bench.metrics import METRICS, Value
+
+SCHEMA_VERSION = 1
+STATUSES = ("pass", "fail_accuracy", "fail_to_run", "oom", "timeout", "unavailable")
+ASKED = (
+    "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
+    "requested_batch_size", "weights", "images", "baseline",
+)  # fmt: skip
+ENDED = ("status", "error", "env_id", "commit", "timestamp", "schema_version")
+
+
+def columns() -> tuple[str, ...]:
+    """The columns of rows.csv, in order."""
+    timm = tuple(name for name in METRICS if name.startswith(("infer_", "train_", "param_")))
+    ours = tuple(name for name in METRICS if name not in timm)
+    return ("model", "infer_img_size", "train_img_size", *timm, *ASKED, *ours, *ENDED)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the subprocess of a case sends back."""
+
+    status: str
+    error: str = ""
+    metrics: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Where, when and from which sources a row comes."""
+
+    device_name: str
+    env_id: str
+    commit: str
+    timestamp: str  # ISO 8601, UTC
+
+
+def record(case: Case, outcome: Outcome, stamp: Stamp) -> dict[str, Value]:
+    """One row, keyed by column; anything but `pass` leaves the speed columns empty."""
+    values: dict[str, Value] = {
+        **case.identity(),
+        **outcome.metrics,
+        "device_name": stamp.device_name,
+        "status": outcome.status,
+        "error": outcome.error,
+        "env_id": stamp.env_id,
+        "commit": stamp.commit,
+        "timestamp": stamp.timestamp,
+        "schema_version": SCHEMA_VERSION,
+    }
+    return {column: values.get(column) for column in columns()}

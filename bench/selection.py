@@ -1,0 +1,24 @@
+"""Resolves the names a user gives: wildcards over a registry, a sentence for the rest."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from resfuse.bench.errors import UsageError
+
+
+def pick(argument: str, patterns: Sequence[str], known: Sequence[str]) -> list[str]:
+    """All known names that match any of the patterns (`resnet*`), in the order of `known`, each
+    once.
+
+    Raises:
+        UsageError: a pattern matches nothing; names the argument, the pattern and what is accepted.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            near = get_close_matches(pattern, known, n=3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UsageError(
+                f"argument {argument}: unknown name '{pattern}'; {hint}known: {', '.join(known)}"
+            )
+    return [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -1,0 +1,117 @@
+"""From a request to its cases, and through them: measure, append, show progress."""
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from resfuse.bench import results
+from resfuse.bench.backends import BACKENDS
+from resfuse.bench.case import MEMORY_FORMATS, MODES, PRECISIONS, Case, Options, Request
+from resfuse.bench.errors import UsageError
+from resfuse.bench.isolate import run_case
+from resfuse.bench.profiles import PROFILES, Profile
+from resfuse.bench.row import Outcome, Stamp, record
+from resfuse.bench.selection import pick
+
+
+def profile(request: Request) -> Profile:
+    """What fills the open parts of the command line; depends on the kind of device."""
+    return PROFILES[request.profile, request.device.split(":")[0]]
+
+
+def expand(request: Request) -> list[Case]:
+    """Every case of a request, one model and batch after the other so that their rows stand
+    together.
+
+    A backend is asked only for memory formats it distinguishes; one that takes NCHW alone appears
+    once, and as unavailable where only channels_last was asked for.
+
+    Raises:
+        UsageError: an unknown name, a batch or image size below 1.
+    """
+    from resfuse.resnet_ref import MODELS, input_size
+
+    default = profile(request)
+    models = pick("--model", request.models or default.models, list(MODELS))
+    backends = pick("--backend", request.backends or default.backends, list(BACKENDS))
+    precisions = pick("--precision", request.precisions or default.precisions, list(PRECISIONS))
+    formats = pick("--memory-format", request.memory_formats or MEMORY_FORMATS, MEMORY_FORMATS)
+    modes = pick("--bench", request.modes, MODES)
+    baseline = pick("--baseline", [request.baseline], list(BACKENDS))[0]
+    baseline_format = pick(
+        "--baseline-memory-format", [request.baseline_memory_format], MEMORY_FORMATS
+    )[0]
+    batch_sizes = request.batch_sizes or default.batch_sizes
+    _require_positive("--batch-size", batch_sizes)
+    if request.img_size is not None:
+        _require_positive("--img-size", [request.img_size])
+    return [
+        Case(
+            model, backend, mode, request.device, precision, memory_format, batch_size,
+            request.img_size or input_size(model), baseline, baseline_format, request.weights,
+            request.images,
+        )
+        for mode, precision, model, batch_size in product(modes, precisions, models, batch_sizes)
+        for backend in backends
+        for memory_format in _formats_of(backend, formats)
+    ]  # fmt: skip
+
+
+def run(
+    cases: list[Case],
+    options: Options,
+    folder: Path,
+    found: dict[str, Any],
+    started: Callable[[Case], None],
+    finished: Callable[[Case, Outcome], None],
+) -> None:
+    """Measures the cases one by one and appends each row as soon as it exists.
+
+    Args:
+        found: the survey of this machine (see isolate.survey).
+        started, finished: called around each case, for progress.
+
+    Raises:
+        UsageError: the results folder or the user's input failed in the middle; the rows so far are
+            kept.
+    """
+    ceilings = {key: float(value) for key, value in found["ceilings"].items()}
+    for case, outcome in _outcomes(cases, options, ceilings, started):
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        stamp = Stamp(found["facts"]["device_name"], found["env_id"], found["commit"], now)
+        results.append_row(folder, record(case, outcome, stamp))
+        finished(case, outcome)
+
+
+def _outcomes(
+    cases: list[Case], options: Options, ceilings: dict[str, float], started: Callable[[Case], None]
+) -> Iterator[tuple[Case, Outcome]]:
+    # Unavailable means backend, machine and precision, whatever the network: one process finds it
+    # out for all.
+    unavailable: dict[tuple[str, ...], Outcome] = {}
+    for case in cases:
+        started(case)
+        key = (case.backend, case.mode, case.device, case.precision, case.memory_format)
+        outcome = unavailable.get(key) or _unsupported(case) or run_case(case, options, ceilings)
+        if outcome.status == "unavailable":
+            unavailable[key] = outcome
+        yield case, outcome
+
+
+def _formats_of(backend: str, asked: list[str]) -> list[str]:
+    return [name for name in asked if name in BACKENDS[backend].memory_formats] or asked[:1]
+
+
+def _unsupported(case: Case) -> Outcome | None:
+    accepted = BACKENDS[case.backend].memory_formats
+    if case.memory_format in accepted:
+        return None
+    return Outcome("unavailable", f"{case.backend} takes {' or '.join(accepted)} tensors only")
+
+
+def _require_positive(argument: str, numbers: list[int] | tuple[int, ...]) -> None:
+    for number in numbers:
+        if number < 1:
+            raise UsageError(f"argument {argument}: {number}; accepted: whole numbers from 1")

@@ -1,0 +1,183 @@
+"""The only file that touches a clock.
+
+GPU work is timed with events on the current stream, CPU work with a monotonic clock. Whole models
+are timed warm (the weights may sit in cache, as they would in use). The functions that read the
+clock are bound when this file is imported, before any backend is, and a second clock and the parent
+process's own watch check them: see `Span` and isolate.py.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Protocol
+
+import torch
+
+_clock_ns = time.perf_counter_ns
+_second_clock_ns = time.monotonic_ns
+_event = torch.cuda.Event
+_synchronize = torch.cuda.synchronize
+
+WARMUP_ROUNDS = 3
+
+
+class ClockError(RuntimeError):
+    """Two clocks disagree about how long something took: somebody has tampered with one of them."""
+
+
+class Stopwatch(Protocol):
+    """Marks moments on one device; `laps` waits for it and gives the ms between them."""
+
+    def mark(self) -> None: ...
+    def laps(self) -> list[float]: ...
+
+
+class CpuStopwatch:
+    def __init__(self) -> None:
+        self._marks: list[int] = []
+
+    def mark(self) -> None:
+        self._marks.append(_clock_ns())
+
+    def laps(self) -> list[float]:
+        return [(b - a) / 1e6 for a, b in pairwise(self._marks)]
+
+
+class CudaStopwatch:
+    """Events of the current stream, after everything queued before has finished."""
+
+    def __init__(self) -> None:
+        self._events: list[torch.cuda.Event] = []
+        _synchronize()
+
+    def mark(self) -> None:
+        event = _event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def laps(self) -> list[float]:
+        _synchronize()
+        return [a.elapsed_time(b) for a, b in pairwise(self._events)]
+
+
+STOPWATCHES: dict[str, Callable[[], Stopwatch]] = {"cpu": CpuStopwatch, "cuda": CudaStopwatch}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to time, in three parts: only `run` is on the clock.
+
+    `prepare` sets out the inputs. `run` calls `lap()` between its phases, if it has any. `verify`
+    sees the output the moment the clock has stopped and raises if it is not the answer.
+    """
+
+    prepare: Callable[[], None]
+    run: Callable[[Callable[[], None]], torch.Tensor]
+    verify: Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Span:
+    """How long a stretch of work took, by two clocks."""
+
+    ms: float
+    second_ms: float
+
+
+class Watch:
+    """Times a stretch on the host with two clocks that must agree."""
+
+    def __init__(self) -> None:
+        self._start = (_clock_ns(), _second_clock_ns())
+
+    def elapsed(self) -> Span:
+        first, second = _clock_ns() - self._start[0], _second_clock_ns() - self._start[1]
+        return Span(first / 1e6, second / 1e6)
+
+
+def seconds(span: Span) -> float:
+    """The span's length, once its clocks agree within 2 % and 5 ms.
+
+    Raises:
+        ClockError: they do not.
+    """
+    if not abs(span.ms - span.second_ms) <= 5 + 0.02 * span.second_ms:
+        raise ClockError(
+            f"one clock saw {span.ms:.1f} ms where another saw {span.second_ms:.1f} ms"
+        )
+    return span.ms / 1e3
+
+
+def interleave(
+    steps: Sequence[Step], device: str, budget_s: float, min_rounds: int, max_rounds: int
+) -> tuple[list[list[list[float]]], Span]:
+    """Runs the steps in turn (A B, B A, A B, ...) until the time budget is spent.
+
+    Within a round the steps share the state of the machine, so their ratio is worth more than their
+    times; the order turns around each round so that neither always runs after the other.
+
+    Args:
+        steps: what to time.
+        device: "cpu" or "cuda".
+        budget_s: seconds of timed work over all steps.
+        min_rounds: timed rounds even where they exceed the budget.
+        max_rounds: timed rounds at the most.
+
+    Returns:
+        laps[step][round] in ms (one lap where a step has no phases), nothing left out; the span of
+        it all, warm-up included.
+
+    Raises:
+        ClockError: the laps do not fit the time that passed on the host until the device was idle:
+            a clock was tampered with, or work went on where the stopwatch does not look (another
+            stream).
+    """
+    stopwatch = STOPWATCHES[device]
+    laps: list[list[list[float]]] = [[] for _ in steps]
+    host_ms: list[list[float]] = [[] for _ in steps]
+    spent_ms = 0.0
+    watch = Watch()
+    for _ in range(WARMUP_ROUNDS):
+        for step in steps:
+            _once(step, stopwatch)
+    for round_ in range(max_rounds):
+        if round_ >= min_rounds and spent_ms >= budget_s * 1e3:
+            break
+        order = range(len(steps)) if round_ % 2 == 0 else reversed(range(len(steps)))
+        for i in order:
+            lap, host = _once(steps[i], stopwatch)
+            laps[i].append(lap)
+            host_ms[i].append(host)
+            spent_ms += sum(lap)
+    span = watch.elapsed()
+    for step_laps, step_host in zip(laps, host_ms, strict=True):
+        _compare_clocks(median(map(sum, step_laps)), median(step_host))
+    return laps, span
+
+
+def _once(step: Step, stopwatch: Callable[[], Stopwatch]) -> tuple[list[float], float]:
+    """Laps by the stopwatch, and the host's second clock until the device was idle; in ms."""
+    step.prepare()
+    watch = stopwatch()
+    began = _second_clock_ns()
+    watch.mark()
+    output = step.run(watch.mark)
+    watch.mark()
+    snapshot = (
+        output.detach().clone()
+    )  # before anything waits: late work must not slip into the answer
+    laps = watch.laps()
+    host = (_second_clock_ns() - began) / 1e6
+    step.verify(snapshot)
+    return laps, host
+
+
+def _compare_clocks(lap_ms: float, host_ms: float) -> None:
+    # 1 ms and 10 %: a device synchronisation and the copy of the output are inside the host's
+    # figure.
+    if not -0.1 * host_ms <= host_ms - lap_ms <= 1 + 0.1 * host_ms:
+        raise ClockError(
+            f"a run took {lap_ms:.3f} ms by its stopwatch and {host_ms:.3f} ms by the host's clock"
+        )

@@ -1,0 +1,123 @@
+"""The subprocess that does the work: `python -m resfuse.bench.worker FD`, a job as JSON on stdin,
+messages to FD.
+
+Each message is a JSON object on a line: {"event": "timing"}, {"event": "timed"}, then {"event":
+"result", ...} or {"event": "usage", "message": ...}. stdout and stderr are free for whatever the
+backends print.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from resfuse.bench.case import Case, Options, Request
+from resfuse.bench.errors import UsageError
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    descriptor = int(sys.argv[1])
+    _die_with_parent()
+    job = json.load(sys.stdin)
+
+    def tell(event: str, **content: Any) -> None:
+        os.write(descriptor, json.dumps({"event": event, **content}).encode() + b"\n")
+
+    try:
+        tell("result", **TASKS[job["task"]](job, tell))
+    except UsageError as error:
+        tell("usage", message=str(error))
+
+
+def _survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    """What a sweep must know before it starts.
+
+    Also reads the user's weights and images once: a bad file is found now, not in the middle.
+    """
+    import torch
+
+    from resfuse.bench import inputs, machine, sweep
+
+    request = Request(**job["request"])
+    request = replace(request, device=_device(request.device))
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    cases = sweep.expand(request)
+    inputs.batch(request.images, 1, 32, 0)
+    _try_weights(request.weights, {case.model for case in cases})
+    facts = machine.facts(request.device, job["threads"])
+    precisions = {case.precision for case in cases}
+    return {
+        "device": request.device,
+        "facts": facts,
+        "env_id": machine.env_id(facts),
+        "folder": machine.folder_name(facts),
+        "commit": machine.commit(),
+        "ceilings": machine.ceilings(request.device, precisions) if job["ceilings"] else {},
+    }
+
+
+def _try_weights(weights: str, models: set[str]) -> None:
+    from resfuse.resnet_ref import create, load_pretrained, load_weights
+
+    if weights == "seeded":
+        return
+    for name in sorted(models):
+        model = create(name)
+        try:
+            if weights == "pretrained":
+                load_pretrained(name, model)
+            else:
+                load_weights(model, Path(weights))
+        except (ValueError, RuntimeError, OSError) as error:
+            flag = "--pretrained" if weights == "pretrained" else "--weights"
+            raise UsageError(f"argument {flag}: {name}: {error}") from None
+
+
+def _measure(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    from resfuse.bench.measure import measure
+
+    outcome, span_s = measure(Case(**job["case"]), Options(**job["options"]), job["ceilings"], tell)
+    return {"outcome": asdict(outcome), "span_s": span_s}
+
+
+TASKS = {"survey": _survey, "measure": _measure}
+
+
+def _device(asked: str) -> str:
+    """The device to run on; "auto" is the GPU where there is one.
+
+    Raises:
+        UsageError: torch cannot use the device that was asked for.
+    """
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"argument --device: '{asked}' cannot be used: {reason}; accepted here: {here}"
+        ) from None
+    if torch.device(asked).type not in ("cpu", "cuda"):
+        raise UsageError(f"argument --device: '{asked}'; accepted: cpu, cuda, cuda:N")
+    return asked
+
+
+def _die_with_parent() -> None:
+    """A killed harness leaves no process behind that slows down the next one (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
