@@ -58,13 +58,21 @@ def run_case(case: Case, options: Options, ceilings: dict[str, float]) -> Outcom
     if isinstance(result, Outcome):
         return result
     outcome = Outcome(**result["outcome"])
-    claimed, seen = result["span_s"], result["watched_s"]
-    if outcome.status == "pass" and not abs(seen - claimed) <= WATCH_SLACK_S + WATCH_SLACK * seen:
-        return Outcome(
-            "fail_to_run",
-            f"the timed rounds took {seen:.2f} s, but {claimed:.2f} s by the case's own clocks",
-        )
-    return outcome
+    return compare_watches(outcome, result["span_s"], result["watched_s"])
+
+
+def compare_watches(outcome: Outcome, claimed_s: float, seen_s: float) -> Outcome:
+    """Fails a passed case whose own clocks disagree with the parent's watch.
+
+    Args:
+        outcome: as the subprocess sent it.
+        claimed_s: length of the timed rounds by the clocks of the subprocess.
+        seen_s: the same by the parent's.
+    """
+    if outcome.status != "pass" or abs(seen_s - claimed_s) <= WATCH_SLACK_S + WATCH_SLACK * seen_s:
+        return outcome
+    message = f"the timed rounds took {seen_s:.2f} s, but {claimed_s:.2f} s by the case's own clocks"
+    return Outcome("fail_to_run", message)
 
 
 def _converse(job: dict[str, Any], timeout_s: float) -> dict[str, Any] | Outcome:

@@ -45,7 +45,7 @@ def _survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     from resfuse.bench import inputs, machine, sweep
 
     request = Request(**job["request"])
-    request = replace(request, device=_device(request.device))
+    request = replace(request, device=resolve_device(request.device))
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     cases = sweep.expand(request)
@@ -90,7 +90,7 @@ def _measure(job: dict[str, Any], tell: Any) -> dict[str, Any]:
 TASKS = {"survey": _survey, "measure": _measure}
 
 
-def _device(asked: str) -> str:
+def resolve_device(asked: str) -> str:
     """The device to run on; "auto" is the GPU where there is one.
 
     Raises:

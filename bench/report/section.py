@@ -1,0 +1,81 @@
+"""A comparison's section: what follows what on the page, and which plots there are."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from resfuse.bench.report import markdown
+from resfuse.bench.report.depth import ceiling_sentence, depth_scaling
+from resfuse.bench.report.failures import failures
+from resfuse.bench.report.headline import headline, noise
+from resfuse.bench.report.markdown import escape
+from resfuse.bench.report.palette import Look
+from resfuse.bench.report.plot_latency import latency
+from resfuse.bench.report.plot_roofline import roofline
+from resfuse.bench.report.plot_speedup import speedup
+from resfuse.bench.report.plot_throughput import throughput
+from resfuse.bench.report.result import Comparison, Setting
+from resfuse.bench.report.training import training_split
+
+MODE_TITLES = {"inference": "Inference", "train": "Training"}
+
+
+@dataclass(frozen=True)
+class Plot:
+    draw: Callable[[Comparison, dict[str, Look]], Figure | None]
+    alt: str
+
+
+PLOTS = {
+    "speedup": Plot(speedup, "Speed-up of each backend over the baseline with its 95 % interval"),
+    "throughput": Plot(throughput, "Throughput of each backend in images per second"),
+    "latency": Plot(latency, "Time of a batch against depth, a line for each backend"),
+    "roofline": Plot(
+        roofline, "Achieved GFLOP/s against arithmetic intensity, under the measured roof"
+    ),
+}
+
+
+def section(comparison: Comparison, images: Mapping[str, str]) -> list[str]:
+    """The blocks of a section.
+
+    Args:
+        comparison: rows that may stand side by side.
+        images: name in PLOTS -> markdown of the image, for the plots that could be drawn.
+    """
+    depths = depth_scaling(comparison)
+    split = training_split(comparison)
+    blocks = [f"## {title(comparison.setting)}", _introduction(comparison), noise(comparison)]
+    blocks += [images.get("speedup", ""), *headline(comparison), images.get("throughput", "")]
+    if split:
+        blocks += ["### Where a training step's time goes", split]
+    blocks += ["### What could not run or failed", failures(comparison.results)]
+    if depths:
+        blocks += ["### Depth scaling", ceiling_sentence(comparison), *depths]
+        blocks.append(images.get("latency", ""))
+    if "roofline" in images:
+        blocks += [
+            "### Roofline",
+            "" if depths else ceiling_sentence(comparison),
+            images["roofline"],
+        ]
+    return [block for block in blocks if block]
+
+
+def title(setting: Setting) -> str:
+    """`Inference, float32`, with the math mode where it adds something."""
+    mode = MODE_TITLES[setting.mode]
+    return f"{mode}, {escape(setting.precision)} ({escape(setting.math_mode)} arithmetic)"
+
+
+def _introduction(comparison: Comparison) -> str:
+    setting = comparison.setting
+    shared = (
+        f"Baseline: {escape(setting.baseline)}. Weights: {escape(setting.weights)}. "
+        f"Images: {escape(setting.images)}. Device: {escape(setting.device_name)}."
+    )
+    if comparison.measured:
+        return shared
+    failed = markdown.count(len(comparison.results), "case")
+    return f"{shared} There is no speed to show: none of {failed} passed."

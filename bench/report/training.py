@@ -1,0 +1,33 @@
+"""Where a training step's time goes: forward, backward, optimizer."""
+
+from resfuse.bench.report import cells, markdown
+from resfuse.bench.report.column import BACKEND, BATCH, Column, of_metric, render
+from resfuse.bench.report.result import Comparison, Result
+
+PHASES = ("train_fwd_time", "train_bwd_time", "train_opt_time")
+
+
+def _backward_share(result: Result) -> str:
+    parts = [result.numbers.get(name) for name in PHASES]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(PHASES) or sum(known) == 0:
+        return cells.EMPTY
+    return cells.number(100 * known[1] / sum(known))
+
+
+COLUMNS = (
+    Column("model", lambda r: markdown.escape(r.model), right=False),
+    BATCH,
+    BACKEND,
+    of_metric("step p50, ms", "p50_ms"),
+    of_metric("forward, ms", "train_fwd_time"),
+    of_metric("backward, ms", "train_bwd_time"),
+    of_metric("optimizer, ms", "train_opt_time"),
+    Column("backward share, %", _backward_share),
+)
+
+
+def training_split(comparison: Comparison) -> str:
+    """The table, or nothing where no row has the split (inference)."""
+    split = [r for r in comparison.measured if any(name in r.numbers for name in PHASES)]
+    return render(COLUMNS, split) if split else ""

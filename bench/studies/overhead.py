@@ -1,0 +1,83 @@
+"""Does the harness slow down what it measures? Its timed step against a bare loop around the same model.
+
+Blocks of both take turns, in one process, on the same model and input; the ratio is taken block by
+block. The result is appended to harness.csv in the results folder of this environment.
+"""
+
+import time
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+import torch
+
+from resfuse.bench import machine, network, results, worker
+from resfuse.bench.case import Case
+from resfuse.bench.inference import Inference, answers
+from resfuse.bench.statistics import paired_speedup
+from resfuse.bench.timing import interleave
+
+BLOCKS = 25
+STEPS = 4  # a block
+MODELS = ("resnet18", "resnet50")
+
+
+def run(folder: Path, asked_device: str) -> str:
+    """Measures every model of MODELS at batch 1; returns a line each."""
+    device = worker.resolve_device(asked_device)
+    facts = machine.facts(device, 0)
+    rows = [_measure(model, device) for model in MODELS]
+    table = pd.DataFrame(rows)
+    table["env_id"], table["commit"] = machine.env_id(facts), machine.commit()
+    home = folder / machine.folder_name(facts)
+    results.check_writable(home)
+    path = home / "harness.csv"
+    table.to_csv(path, mode="a", header=not path.exists(), index=False, lineterminator="\n")
+    lines = [
+        f"{row['model']}: {row['bare_samples_per_sec']:.1f} images/s in a bare loop, harness / bare "
+        f"{row['ratio']:.3f} [{row['ratio_ci_low']:.3f}, {row['ratio_ci_high']:.3f}]"
+        for row in rows
+    ]
+    return "\n".join([*lines, f"appended to {path}"])
+
+
+def _measure(name: str, device: str) -> dict[str, str | float]:
+    case = Case(name, "eager", "inference", device, "float32", "contiguous", 1, 224)
+    model, batches = network.master(case, 0), network.batches(case)
+    subject = Inference("eager", "contiguous", model, batches)
+    subject.set_up()
+    subject.expect(answers(model, batches, case.math_mode))
+    bare: list[float] = []
+    harness: list[float] = []
+    for _ in range(BLOCKS):
+        bare.append(_bare_loop(model, batches[0]))
+        laps, _ = interleave([subject.timed()], torch.device(device).type, 0, STEPS, STEPS)
+        harness.append(median(sum(lap) for lap in laps[0]))
+    ratio, low, high = paired_speedup(bare, harness)
+    return {
+        "model": name,
+        "device": device,
+        "blocks": BLOCKS,
+        "bare_samples_per_sec": 1e3 / median(bare),
+        "harness_samples_per_sec": 1e3 / median(harness),
+        "ratio": ratio,
+        "ratio_ci_low": low,
+        "ratio_ci_high": high,
+    }
+
+
+@torch.inference_mode()
+def _bare_loop(model: torch.nn.Module, images: torch.Tensor) -> float:
+    """What anybody would write: warm up, loop, clock. Median milliseconds of a step.
+
+    It reads the clock itself on purpose: it stands for code that knows nothing of timing.py.
+    """
+    times = []
+    for i in range(3 + STEPS):
+        start = time.perf_counter()
+        model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        if i >= 3:
+            times.append((time.perf_counter() - start) * 1e3)
+    return median(times)

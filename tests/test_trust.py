@@ -1,0 +1,134 @@
+"""The harness against backends that cheat, and against honest ones that must pass."""
+
+import pytest
+import torch
+
+import cheats
+from resfuse.bench import isolate, measure, timing
+from resfuse.bench.backends import BACKENDS, Backend
+from resfuse.bench.case import Case, Options
+from resfuse.bench.row import Outcome
+
+# Some 30 ms a step: long enough for clocks to be compared, short enough for a suite.
+CASE = Case("resnet18", "eager", "inference", "cpu", "float32", "contiguous", 4, 64)
+OPTIONS = Options(seconds=0.3, min_rounds=6, max_rounds=12)
+
+
+def outcome_of(build: str, monkeypatch: pytest.MonkeyPatch, case: Case = CASE) -> Outcome:
+    monkeypatch.setitem(BACKENDS, "planted", Backend(f"cheats:{build}", "planted"))
+    for name in ("_clock_ns", "_second_clock_ns"):  # put back whatever a cheat does to them
+        monkeypatch.setattr(timing, name, getattr(timing, name))
+    planted = Case(**{**vars(case), "backend": "planted"})
+    return measure.measure(planted, OPTIONS, {}, lambda event: None)[0]
+
+
+@pytest.mark.parametrize(
+    ("cheat", "said"),
+    [
+        ("cached_by_pointer", "before timing"),
+        ("cached_after_checks", "in a timed round"),
+        ("stale_buffer", "relative error nan"),
+        ("zeros", "relative error 1 "),
+        ("late_thread", "relative error"),
+        ("lazy", "LazyTensor, not a plain tensor"),
+        ("lower_precision", "before timing"),
+        ("wrong_dtype", "dtype is torch.float16"),
+        ("first_image_only", "before timing"),
+        ("last_image_skipped", "before timing"),
+    ],
+)
+def test_wrong_answers_are_rejected(
+    cheat: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = outcome_of(cheat, monkeypatch)
+    assert (outcome.status, said in outcome.error) == ("fail_accuracy", True), outcome
+    assert "p50_ms" not in outcome.metrics  # no speed without a right answer
+
+
+@pytest.mark.parametrize("cheat", ["patched_clock", "stopped_clock"])
+def test_a_patched_clock_is_rejected(cheat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = outcome_of(cheat, monkeypatch)
+    assert outcome.status == "fail_to_run", outcome
+    assert outcome.error.startswith("ClockError"), outcome.error
+
+
+def test_the_parents_watch_sees_what_no_clock_inside_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both clocks of the subprocess slowed, its own span is half of what the parent sees."""
+    monkeypatch.setitem(BACKENDS, "planted", Backend("cheats:patched_both_clocks", "planted"))
+    for name in ("_clock_ns", "_second_clock_ns"):
+        monkeypatch.setattr(timing, name, getattr(timing, name))
+    outside = timing._clock_ns
+    moments = []
+    case = Case(**{**vars(CASE), "backend": "planted", "batch_size": 16})
+    options = Options(seconds=3, min_rounds=10)
+    outcome, claimed_s = measure.measure(case, options, {}, lambda event: moments.append(outside()))
+    assert outcome.status == "pass"  # inside, nothing looks wrong
+    seen_s = (moments[1] - moments[0]) / 1e9
+    said = isolate.compare_watches(outcome, claimed_s, seen_s)
+    assert said.status == "fail_to_run"
+    assert "by the case's own clocks" in said.error
+
+
+def test_zero_inputs_are_no_inputs() -> None:
+    """The harness brings the images itself: real ones, all different, never zeros."""
+    from resfuse.bench.network import batches
+
+    for images in (made := batches(CASE)):
+        assert images.flatten(1).std(dim=1).min() > 0.1
+    assert not torch.equal(made[0], made[1])
+
+
+def test_a_network_that_tells_nothing_apart_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With its last layer at zero a network answers every image alike, and any cache would pass."""
+    from resfuse.bench import network
+
+    def blind(case: Case, seed: int) -> torch.nn.Module:
+        model = original(case, seed)
+        torch.nn.init.zeros_(model.fc.weight)
+        return model
+
+    original = network.master
+    monkeypatch.setattr(network, "master", blind)
+    outcome, _ = measure.measure(CASE, OPTIONS, {}, lambda event: None)
+    assert outcome.status == "fail_accuracy"
+    assert "cannot tell inputs apart" in outcome.error
+
+
+def test_faster_than_possible_fails() -> None:
+    """Ceilings a thousand times too low make any time look impossible, as a broken timer would."""
+    low = {"ceiling_ieee_tflops": 1e-4, "ceiling_copy_gb_s": 10.0}
+    outcome, _ = measure.measure(CASE, OPTIONS, low, lambda event: None)
+    assert outcome.status == "fail_to_run"
+    assert "faster than possible" in outcome.error
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_an_honest_backend_passes(memory_format: str) -> None:
+    case = Case(**{**vars(CASE), "memory_format": memory_format})
+    outcome, _ = measure.measure(case, OPTIONS, {}, lambda event: None)
+    assert outcome.status == "pass", outcome.error
+    assert 0 < outcome.metrics["rel_l2_err"] < 1e-5
+    assert outcome.metrics["top1_agree"] == 1.0
+    assert outcome.metrics["rounds"] >= OPTIONS.min_rounds
+
+
+def test_training_gradients_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that detaches half of the network trains faster, and wrongly."""
+    monkeypatch.setitem(
+        BACKENDS, "planted", Backend("cheats:zeros", "planted", trainable="cheats:frozen_stem")
+    )
+    case = Case(**{**vars(CASE), "backend": "planted", "mode": "train"})
+    outcome, _ = measure.measure(case, OPTIONS, {}, lambda event: None)
+    assert outcome.status == "fail_accuracy"
+    assert "of the gradients" in outcome.error
+
+
+def test_honest_training_passes_and_splits_its_time() -> None:
+    case = Case(**{**vars(CASE), "mode": "train"})
+    outcome, _ = measure.measure(case, OPTIONS, {}, lambda event: None)
+    assert outcome.status == "pass", outcome.error
+    phases = [outcome.metrics[f"train_{phase}_time"] for phase in ("fwd", "bwd", "opt")]
+    assert all(phase > 0 for phase in phases)
+    assert outcome.metrics["infer_samples_per_sec"] is None
