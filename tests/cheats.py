@@ -1,4 +1,4 @@
-"""Backends that cheat. The harness must reject every one of them: tests/test_trust.py runs them through it.
+"""Backends that cheat. The harness must reject every one: tests/test_trust.py runs them through it.
 
 Each `build` has the contract of a real backend, and would look faster than it is.
 """

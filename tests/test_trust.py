@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import cheats
 from resfuse.bench import isolate, measure, timing
 from resfuse.bench.backends import BACKENDS, Backend
 from resfuse.bench.case import Case, Options
