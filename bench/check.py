@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from resfuse.bench.metrics import Accuracy
+from resfuse.bench.measured import Accuracy
 
 
 class WrongAnswer(RuntimeError):

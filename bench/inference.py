@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resfuse.bench import check
 from resfuse.bench.backends import load_build
-from resfuse.bench.metrics import Accuracy
+from resfuse.bench.measured import Accuracy
 from resfuse.bench.network import MEMORY_FORMATS, TIMED_BATCHES, in_format
 from resfuse.bench.timing import Step
 

@@ -71,7 +71,9 @@ def compare_watches(outcome: Outcome, claimed_s: float, seen_s: float) -> Outcom
     """
     if outcome.status != "pass" or abs(seen_s - claimed_s) <= WATCH_SLACK_S + WATCH_SLACK * seen_s:
         return outcome
-    message = f"the timed rounds took {seen_s:.2f} s, but {claimed_s:.2f} s by the case's own clocks"
+    message = (
+        f"the timed rounds took {seen_s:.2f} s, but {claimed_s:.2f} s by the case's own clocks"
+    )
     return Outcome("fail_to_run", message)
 
 

@@ -17,7 +17,8 @@ from resfuse.bench import check, energy, memory, network, nvml, roofline, timing
 from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.inference import Inference, answers
-from resfuse.bench.metrics import METRICS, Measured, Value
+from resfuse.bench.measured import Measured, Value
+from resfuse.bench.metrics import METRICS
 from resfuse.bench.precision import set_math_mode
 from resfuse.bench.row import Outcome
 from resfuse.bench.training import Training

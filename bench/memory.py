@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from resfuse.bench.metrics import Memory
+from resfuse.bench.measured import Memory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")

@@ -10,53 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from resfuse.bench.case import Case
+from resfuse.bench.measured import Measured, Value
 from resfuse.bench.statistics import paired_speedup, percentile
-
-Value = str | int | float | None
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Peak of a run of its own, in bytes. GPU: the allocator's. CPU: resident memory."""
-
-    peak: (
-        int | None
-    )  # above what the process held before the model was made: weights + activations + workspace
-    reserved: int | None  # everything the allocator (GPU) or the process (CPU) held at that moment
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Worst image of all checked batches, against fp64 (see check.py)."""
-
-    rel_l2: float
-    max_abs: float
-    err_vs_eager: float
-    top1_agree: float | None  # None in training, where there are no classes to agree on
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One case that passed its checks, with everything a metric may want."""
-
-    case: Case
-    param_count: int
-    macs: int  # multiply-accumulates of one image's forward pass
-    activations: int  # output elements of every convolution and matrix product, one image
-    times_ms: tuple[float, ...]  # one a round
-    baseline_ms: tuple[float, ...]  # the baseline's, same round
-    phases_ms: dict[
-        str, tuple[float, ...]
-    ]  # training only: forward, backward, optimizer; one a round
-    accuracy: Accuracy
-    memory: Memory
-    setup_s: float
-    floor_ms: float | None
-    joules: float | None  # of one step
-    sm_clock_mhz: int | None
-    throttle: str | None
-    step: Callable[[], None]  # one more run, for a metric that must watch one
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from resfuse.bench.case import Case
 from resfuse.bench.errors import UsageError
-from resfuse.bench.metrics import Value
+from resfuse.bench.measured import Value
 from resfuse.bench.row import columns
 
 ROWS = "rows.csv"

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from resfuse.bench.case import Case
-from resfuse.bench.metrics import METRICS, Value
+from resfuse.bench.measured import Value
+from resfuse.bench.metrics import METRICS
 
 SCHEMA_VERSION = 1
 STATUSES = ("pass", "fail_accuracy", "fail_to_run", "oom", "timeout", "unavailable")

@@ -11,7 +11,7 @@ import pytest
 from resfuse.bench import results
 from resfuse.bench.case import Case
 from resfuse.bench.errors import UsageError
-from resfuse.bench.row import Outcome, Stamp, columns, record
+from resfuse.bench.row import ENDED, Outcome, Stamp, columns, record
 
 CASE = Case("resnet18", "eager", "inference", "cpu", "float32", "contiguous", 8, 224)
 STAMP = Stamp("some CPU, 2 cores", "0123456789", "1e5", "2026-01-02T03:04:05+00:00")
@@ -43,7 +43,7 @@ def test_the_row_says_what_design_says() -> None:
     max_abs_err top1_agree err_vs_eager baseline speedup speedup_ci_low speedup_ci_high sm_clock_mhz
     throttle status error env_id commit timestamp schema_version"""
     assert set(promised.split()) <= set(names)
-    assert names[-6:] == tuple("status error env_id commit timestamp schema_version".split())
+    assert names[-6:] == ENDED
 
 
 def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:

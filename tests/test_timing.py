@@ -58,7 +58,7 @@ def test_clocks_that_disagree_are_an_error() -> None:
 
 
 class FakeEvent:
-    """Stands in for torch.cuda.Event where there is no GPU: a device whose work takes 5 ms a mark."""
+    """Stands in for torch.cuda.Event where there is no GPU: a mark every 5 ms."""
 
     device_ms = 5.0
     now = 0.0

@@ -1,4 +1,4 @@
-"""Does the harness slow down what it measures? Its timed step against a bare loop around the same model.
+"""Does the harness slow down what it measures? Its timed step against a bare loop.
 
 Blocks of both take turns, in one process, on the same model and input; the ratio is taken block by
 block. The result is appended to harness.csv in the results folder of this environment.
@@ -34,8 +34,8 @@ def run(folder: Path, asked_device: str) -> str:
     path = home / "harness.csv"
     table.to_csv(path, mode="a", header=not path.exists(), index=False, lineterminator="\n")
     lines = [
-        f"{row['model']}: {row['bare_samples_per_sec']:.1f} images/s in a bare loop, harness / bare "
-        f"{row['ratio']:.3f} [{row['ratio_ci_low']:.3f}, {row['ratio_ci_high']:.3f}]"
+        f"{row['model']}: {row['bare_samples_per_sec']:.1f} images/s in a bare loop, "
+        f"harness / bare {row['ratio']:.3f} [{row['ratio_ci_low']:.3f}, {row['ratio_ci_high']:.3f}]"
         for row in rows
     ]
     return "\n".join([*lines, f"appended to {path}"])

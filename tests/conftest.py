@@ -1,0 +1,58 @@
+"""Fixtures shared by the tests, and the machine's facts for pytest-benchmark."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+Resfuse = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def insert_after(file: Path, line: str, added: str) -> None:
+    """Adds one line behind the one that starts with `line`, as a contributor would."""
+    lines = file.read_text().splitlines(keepends=True)
+    at = next(i for i, text in enumerate(lines) if text.startswith(line))
+    file.write_text("".join([*lines[: at + 1], added + "\n", *lines[at + 1 :]]))
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources under their import name, for tests that plant something in them."""
+    home = tmp_path_factory.mktemp("checkout")
+    for package in ("bench", "kernels", "resnet_ref"):
+        source, target = ROOT / package, home / "resfuse" / package
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    return home
+
+
+@pytest.fixture(scope="session")
+def resfuse_in() -> Callable[[Path], Resfuse]:
+    """`resfuse_in(checkout)(*arguments)` runs the command from a copy of the sources."""
+
+    def bind(checkout: Path) -> Resfuse:
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "COLUMNS": "200"}
+
+        def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "resfuse.bench", *map(str, arguments)]
+            return subprocess.run(
+                command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300
+            )
+
+        return run
+
+    return bind
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    """CPU or GPU facts beside pytest-benchmark's own, so that a saved run says where it ran."""
+    import torch
+
+    from resfuse.bench import machine
+
+    facts = machine.facts("cuda" if torch.cuda.is_available() else "cpu", 0)
+    machine_info["resfuse"] = {**facts, "env_id": machine.env_id(facts)}
