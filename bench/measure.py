@@ -20,11 +20,13 @@ from resfuse.bench.inference import Inference, answers
 from resfuse.bench.measured import Measured, Value
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.precision import set_math_mode
+from resfuse.bench.quiet import wait_for_quiet
 from resfuse.bench.row import Outcome
 from resfuse.bench.training import Training
 from resfuse.resnet_ref import create
 
 TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+QUIET_LIMIT_S = 15.0
 Subject = Inference | Training
 Tell = Callable[
     [str], None
@@ -98,6 +100,7 @@ def _measure(
     with _blame(f"the baseline ({case.baseline})"):
         baseline.check(0, "before timing")
 
+    quiet = wait_for_quiet(QUIET_LIMIT_S)
     tell("timing")
     laps, span = timing.interleave(
         [candidate.timed(), baseline.timed()],
@@ -108,7 +111,10 @@ def _measure(
     )
     tell("timed")
     span_s = timing.seconds(span)
-    clock, throttle = (nvml.sm_clock_mhz(), nvml.throttle()) if device == "cuda" else (None, None)
+    clock = nvml.sm_clock_mhz() if device == "cuda" else None
+    throttle = nvml.throttle() if device == "cuda" else None
+    if not quiet:
+        throttle = " + ".join(filter(None, (throttle, "other processes")))
     checks.append(candidate.check(network.TIMED_BATCHES, "after timing, on a new batch"))
 
     cost = _cost(case)

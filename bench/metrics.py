@@ -125,5 +125,7 @@ METRICS: dict[str, Metric] = {
     "sm_clock_mhz": Metric(
         lambda m: m.sm_clock_mhz, "MHz", "GPU clock right after the timed rounds"
     ),
-    "throttle": Metric(lambda m: m.throttle, "", "reasons the GPU gave for lowering its clock"),
+    "throttle": Metric(
+        lambda m: m.throttle, "", "what slowed the device: the GPU's reasons, other processes"
+    ),
 }

@@ -7,7 +7,13 @@ from torch import nn
 
 from resfuse.bench import inputs
 from resfuse.bench.case import PRECISIONS, Case
-from resfuse.resnet_ref import calibrate, create, load_pretrained, load_weights
+from resfuse.resnet_ref import (
+    calibrate,
+    create,
+    load_pretrained,
+    load_weights,
+    shrink_branches,
+)
 
 CALIBRATION_IMAGES = 16
 CALIBRATION_SEED = 1000  # none of the measured batches
@@ -18,13 +24,14 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 def master(case: Case, seed: int) -> nn.Module:
     """The network in eval mode, in the case's precision, on its device, contiguous.
 
-    Seeded weights get batch-norm statistics from photographs (`calibrate`): with untouched
-    statistics the activations of a deep network grow until fp16 overflows, and all inputs look
-    alike to it.
+    Seeded weights are made to behave like trained ones: residual branches that add little
+    (`shrink_branches`) and batch-norm statistics from photographs (`calibrate`). As they are drawn,
+    a deep network's rounding errors grow until any tolerance would let another image's answer pass.
     """
     model = create(case.model, seed=seed)
     if case.weights == "seeded":
         photographs = inputs.batch(case.images, CALIBRATION_IMAGES, case.img_size, CALIBRATION_SEED)
+        shrink_branches(model)
         calibrate(model, photographs)
     elif case.weights == "pretrained":
         load_pretrained(case.model, model)

@@ -32,7 +32,7 @@ PROFILES: dict[tuple[str, str], Profile] = {
         EVERYWHERE,
         (1, 8),
         ("float32",),
-        3.0,
+        2.0,
         "two networks, some minutes",
     ),
     ("core", "cpu"): Profile(

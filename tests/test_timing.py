@@ -23,20 +23,20 @@ def test_preparation_and_verification_are_off_the_clock() -> None:
     """A run of 2 ms between two sleeps of 20 ms: were one of them timed, it would show tenfold."""
     laps, span = interleave([sleeper(0.002, 0.02)], "cpu", 0.0, 3, 3)
     assert all(2 <= lap[0] < 15 for lap in laps[0])
-    assert span.ms > 6 * 40  # three warm-up rounds and three timed ones
+    assert span.ms > 7 * 40  # two warm-up rounds, three timed runs in two turns of their own
 
 
 def test_steps_take_turns_and_the_order_turns_around() -> None:
     calls: list[str] = []
     steps = [sleeper(0, calls=calls, name="A"), sleeper(0, calls=calls, name="B")]
     interleave(steps, "cpu", 0.0, 4, 4)
-    assert "".join(calls) == "ABABAB" + "ABBAABBA"
+    assert "".join(calls) == "ABAB" + "AAABBB" + "BBBAAA"
 
 
 def test_rounds_follow_the_budget_between_their_limits() -> None:
-    assert len(interleave([sleeper(0.01)], "cpu", 0.1, 2, 100)[0][0]) in range(5, 11)
+    assert len(interleave([sleeper(0.01)], "cpu", 0.1, 2, 100)[0][0]) in range(4, 11)
     assert len(interleave([sleeper(0.01)], "cpu", 0.0, 4, 100)[0][0]) == 4
-    assert len(interleave([sleeper(0.001)], "cpu", 9.0, 2, 7)[0][0]) == 7
+    assert len(interleave([sleeper(0.001)], "cpu", 9.0, 2, 7)[0][0]) == 7  # an odd number
 
 
 def test_phases_become_laps() -> None:

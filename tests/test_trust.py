@@ -36,9 +36,7 @@ def outcome_of(build: str, monkeypatch: pytest.MonkeyPatch, case: Case = CASE) -
         ("last_image_skipped", "before timing"),
     ],
 )
-def test_wrong_answers_are_rejected(
-    cheat: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_answers_are_rejected(cheat: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = outcome_of(cheat, monkeypatch)
     assert (outcome.status, said in outcome.error) == ("fail_accuracy", True), outcome
     assert "p50_ms" not in outcome.metrics  # no speed without a right answer

@@ -1,0 +1,72 @@
+"""Photographs in, floor and cost out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from resfuse.bench import inputs, roofline
+from resfuse.resnet_ref import create
+
+
+def test_a_seed_gives_the_same_photographs_and_another_seed_others() -> None:
+    first, again = (inputs.batch("bundled", 12, 48, 3) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == (12, 3, 48, 48)
+    assert not torch.equal(first, inputs.batch("bundled", 12, 48, 4))
+    distances = torch.cdist(first.flatten(1), first.flatten(1)) + 1e9 * torch.eye(12)
+    assert distances.min() > 1  # all twelve differ
+
+
+def test_photographs_look_like_normalised_images() -> None:
+    pixels = inputs.batch("bundled", 64, 32, 0)
+    assert pixels.abs().max() < 3
+    assert pixels.mean().abs() < 1
+    assert 0.5 < pixels.std() < 1.5
+
+
+def test_the_users_own_images_are_used(tmp_path: Path) -> None:
+    """A red and a blue picture; nothing else may come out, and other files are passed over."""
+    for name, colour in (("red.png", (255, 0, 0)), ("blue.jpg", (0, 0, 255))):
+        Image.new("RGB", (80, 60), colour).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    images = inputs.batch(str(tmp_path), 4, 16, 0)
+    pixels = images * torch.tensor(inputs.STD)[:, None, None]
+    pixels += torch.tensor(inputs.MEAN)[:, None, None]
+    colours = {tuple(round(v) for v in image.mean((1, 2)).tolist()) for image in pixels}
+    assert colours == {(1, 0, 0), (0, 0, 1)}
+
+
+def test_cost_counts_what_timm_counts() -> None:
+    """timm's results list 4.11 GMACs, 11.11 M activations and 25.56 M parameters for ResNet-50.
+
+    Its 4.11 includes batch norm; convolutions and the classifier alone are 4.09.
+    """
+    with torch.device("meta"):
+        cost = roofline.cost(create("resnet50").eval(), 224)
+    assert round(cost.macs / 1e9, 2) == 4.09
+    assert round(cost.activations / 1e6, 2) == 11.11
+    assert round(cost.param_count / 1e6, 2) == 25.56
+
+
+def test_winograd_saves_three_quarters_of_the_3x3s() -> None:
+    """Every convolution of a VGG is a stride-1 3x3; its classifier is not."""
+    with torch.device("meta"):
+        cost = roofline.cost(create("vgg19").eval(), 224)
+    classifier = 512 * 49 * 4096 + 4096 * 4096 + 4096 * 1000
+    assert cost.winograd_macs - classifier == (cost.macs - classifier) // 4
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+    cost = roofline.Cost(
+        param_count=10**6, macs=10**9, winograd_macs=5 * 10**8, activations=0, inputs=0, outputs=0
+    )
+    fast_memory = {"ceiling_ieee_tflops": 1.0, "ceiling_copy_gb_s": 1e6}
+    slow_memory = {"ceiling_ieee_tflops": 1.0, "ceiling_copy_gb_s": 1.0}
+    one = roofline.floor(cost, 1, "inference", 4, fast_memory, "ieee")
+    assert (one.ms, one.possible_ms) == pytest.approx((2.0, 1.0))
+    assert roofline.floor(cost, 8, "inference", 4, fast_memory, "ieee").ms == pytest.approx(16)
+    assert roofline.floor(cost, 1, "train", 4, fast_memory, "ieee").ms == pytest.approx(6)
+    assert roofline.floor(cost, 1, "inference", 4, slow_memory, "ieee").ms == pytest.approx(4)
+    assert roofline.floor(cost, 1, "inference", 4, fast_memory, "bf16") is None
