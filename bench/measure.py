@@ -117,7 +117,7 @@ def _measure(
         throttle = " + ".join(filter(None, (throttle, "other processes")))
     checks.append(candidate.check(network.TIMED_BATCHES, "after timing, on a new batch"))
 
-    cost = _cost(case)
+    cost = cost_of(case)
     floor = roofline.floor(
         cost, case.batch_size, case.mode, batches[0].element_size(), ceilings, case.math_mode
     )
@@ -158,7 +158,8 @@ def _subject(
     return Inference(backend, memory_format, copy, batches)
 
 
-def _cost(case: Case) -> roofline.Cost:
+def cost_of(case: Case) -> roofline.Cost:
+    """Parameters, MACs and activations of a case's network, counted on the meta device."""
     with torch.device("meta"):
         twin = create(case.model).eval()
     return roofline.cost(twin, case.img_size)

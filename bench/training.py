@@ -17,6 +17,10 @@ LEARNING_RATE, MOMENTUM = (
     1e-3,
     0.9,
 )  # small: some hundred steps on a few images must not blow a network up
+# Rounding that carries an activation over ReLU's kink changes gradients in jumps: two ways of
+# running fp32 ResNet-18 (batch 4) were off by 0.9e-5 and 3.4e-5. tf32 or fp16 is off by far more.
+KINK = 5e-5
+Run = Callable[[Tensor], Tensor]
 
 
 class Training:
@@ -43,7 +47,7 @@ class Training:
         self._images = batches[0].clone(memory_format=MEMORY_FORMATS[memory_format])
         self._labels = torch.arange(len(self._images), device=self._images.device) % 10
         self._turn = 0
-        self._make, self._module = load_trainable(backend), self._model
+        self._make = load_trainable(backend)
         self._optimizer = torch.optim.SGD(self._model.parameters(), LEARNING_RATE, MOMENTUM)
         self._watched = next(self._model.parameters())
 
@@ -63,20 +67,24 @@ class Training:
             WrongAnswer: the gradients (all parameters, as one vector) are further off than allowed.
         """
         self._images.copy_(self._batches[batch])
-        twin, eager = deepcopy(self._model).double(), deepcopy(self._model)
-        reference = _gradients(twin, self._images.double(), self._labels)
-        yardstick = _gradients(eager, self._images, self._labels)
-        del twin, eager
-        found = _gradients(self._module, self._images, self._labels, of=self._model)
-        limit = check.Limit.from_eager(check.relative_error(yardstick, reference), self._math_mode)
+        reference = _gradients(deepcopy(self._model).double(), self._images.double(), self._labels)
+        yardsticks = [self._eager_gradients(name) for name in MEMORY_FORMATS]
+        found = _gradients(self._model, self._images, self._labels, through=self._module)
+        eager_error = max(check.relative_error(one, reference) for one in yardsticks)
+        limit = check.Limit.from_eager(eager_error + KINK, self._math_mode)
         accuracy = Accuracy(
             rel_l2=check.relative_error(found, reference),
             max_abs=float((found.double() - reference).abs().max()),
-            err_vs_eager=check.relative_error(found, yardstick),
+            err_vs_eager=check.relative_error(found, yardsticks[0]),
             top1_agree=None,
         )
         check.require_right(accuracy.rel_l2, limit, f"of the gradients {when}", accuracy)
         return accuracy
+
+    def _eager_gradients(self, memory_format: str) -> Tensor:
+        twin = in_format(deepcopy(self._model), memory_format)
+        images = self._images.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+        return _gradients(twin, images, self._labels)
 
     def timed(self) -> Step:
         return Step(self._prepare, self._timed_run, self._verify)
@@ -105,12 +113,15 @@ class Training:
 
 
 def _gradients(
-    module: nn.Module, images: Tensor, labels: Tensor, of: nn.Module | None = None
+    model: nn.Module, images: Tensor, labels: Tensor, through: Run | None = None
 ) -> Tensor:
-    """All parameters' gradients of one batch as a row [1, parameters]; leaves none behind."""
-    owner = of if of is not None else module
-    owner.zero_grad()
-    F.cross_entropy(module(images), labels).backward()
-    row = torch.cat([p.grad.flatten() for p in owner.parameters() if p.grad is not None]).detach()
-    owner.zero_grad()
+    """All parameters' gradients of one batch as a row [1, parameters]; leaves none behind.
+
+    Args:
+        through: what runs the model forward, if not the model itself.
+    """
+    model.zero_grad()
+    F.cross_entropy((through or model)(images), labels).backward()
+    row = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).detach()
+    model.zero_grad()
     return row[None]

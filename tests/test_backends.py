@@ -114,7 +114,7 @@ def test_exported_file_has_standard_operators_only(tmp_path: Path) -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the batch has a name
 
 
-# cudnn_fused: its rewriting on the CPU, with twins of cuDNN's two ops. The ops themselves need a GPU.
+# cudnn_fused: its rewriting, with twins of cuDNN's two ops. The ops themselves need a GPU.
 def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, *geometry) -> Tensor:
     return F.conv2d(x, weight, bias, *geometry).relu()
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Run = Callable[[Tensor], Tensor]
     Build = Callable[[nn.Module, Tensor], Run]
-    Trainable = Callable[[nn.Module, Tensor], nn.Module]
+    Trainable = Callable[[nn.Module, Tensor], Run]  # differentiable, in training mode
 
 BOTH = ("contiguous", "channels_last")
 NCHW = ("contiguous",)  # takes NCHW tensors and lays them out as it likes

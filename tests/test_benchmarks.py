@@ -1,0 +1,80 @@
+"""Networks under pytest-benchmark: `pytest --benchmark-only`, with its compare, JSON and gates.
+
+Each benchmark passes the harness's correctness gate first, and carries what a bare time does not
+say in `extra_info`. The rounds are fixed (`pedantic`): pytest-benchmark's calibration would time
+the launch of GPU work, not the work. With `--benchmark-disable` only the gate is left, once.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from resfuse.bench import measure, memory, network
+from resfuse.bench.case import Case
+from resfuse.bench.errors import Unavailable
+from resfuse.bench.inference import Inference, answers
+from resfuse.bench.precision import set_math_mode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS = {"cpu": 10, "cuda": 50}[DEVICE]
+PRECISION = {"cpu": "float32", "cuda": "float16"}[DEVICE]
+BATCHES = {"cpu": (1, 8), "cuda": (1, 256)}[DEVICE]
+MODELS = ("resnet18", "resnet50")
+WAYS = (
+    ("eager", "contiguous"), ("eager", "channels_last"), ("compiled", "channels_last"),
+    ("cudnn_fused", "channels_last"), ("onnxrt", "contiguous"), ("openvino", "contiguous"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("backend", "memory_format"), WAYS, ids=lambda way: way)
+def test_inference(
+    benchmark: BenchmarkFixture, model: str, batch: int, backend: str, memory_format: str
+) -> None:
+    case = Case(model, backend, "inference", DEVICE, PRECISION, memory_format, batch, 224)
+    benchmark.group = f"{model} batch {batch}"
+    benchmark.extra_info |= {"images": batch, "precision": PRECISION, "status": "fail_to_run"}
+    set_math_mode(case.math_mode, DEVICE)
+    weights, batches = network.master(case, seed=0), network.batches(case)
+    before = memory.held(DEVICE)
+    try:
+        subject = Inference(backend, memory_format, deepcopy(weights), batches)
+        subject.set_up()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    peak = memory.peak_of(subject.step_once, DEVICE, before)
+    subject.expect(answers(weights, batches, case.math_mode))
+    benchmark.extra_info["status"] = "fail_accuracy"
+    error = max(subject.check(i, "before timing").rel_l2 for i in range(network.TIMED_BATCHES))
+
+    step = subject.timed()
+    benchmark.pedantic(
+        _synchronised(subject.step_once), setup=step.prepare, rounds=ROUNDS, warmup_rounds=2
+    )
+
+    after = subject.check(network.TIMED_BATCHES, "after timing, on a new batch")
+    cost = measure.cost_of(case)
+    benchmark.extra_info |= {
+        "status": "pass",
+        "rel_l2_err": max(error, after.rel_l2),
+        "peak_mem_mb": None if peak.peak is None else peak.peak / 2**20,
+        "gmacs": cost.macs / 1e9,
+    }
+    if benchmark.stats is not None:  # absent under --benchmark-disable
+        benchmark.extra_info["images_per_s"] = batch / benchmark.stats.stats.median
+
+
+def _synchronised(step: Callable[[], None]) -> Callable[[], None]:
+    """A step that returns when the device is done, so that the host's clock may time it."""
+    if DEVICE == "cpu":
+        return step
+
+    def run() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return run
