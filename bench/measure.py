@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from resfuse.bench import check, energy, memory, network, nvml, roofline, timing
 from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.inference import Inference, answers
-from resfuse.bench.measured import Measured, Value
+from resfuse.bench.measured import Accuracy, Measured, Value
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.precision import set_math_mode
 from resfuse.bench.quiet import wait_for_quiet
@@ -53,17 +54,7 @@ def measure(
     except Unavailable as error:
         return Outcome("unavailable", _sentence(error)), 0.0
     except check.WrongAnswer as error:
-        known = error.accuracy
-        kept = (
-            {
-                "rel_l2_err": known.rel_l2,
-                "max_abs_err": known.max_abs,
-                "err_vs_eager": known.err_vs_eager,
-            }
-            if known
-            else {}
-        )
-        return Outcome("fail_accuracy", _sentence(error), kept), 0.0
+        return Outcome("fail_accuracy", _sentence(error), _errors(error.accuracy)), 0.0
     except MemoryError as error:
         return Outcome("oom", _sentence(error) or "out of memory"), 0.0
     except Exception as error:  # a backend may raise anything: it costs its row, not the sweep
@@ -97,13 +88,13 @@ def _measure(
         candidate.expect(expected)
         baseline.expect(expected)
     checks = [candidate.check(i, "before timing") for i in range(network.TIMED_BATCHES)]
-    with _blame(f"the baseline ({case.baseline})"):
+    with _blame(case.baseline):
         baseline.check(0, "before timing")
 
     quiet = wait_for_quiet(QUIET_LIMIT_S)
     tell("timing")
     laps, span = timing.interleave(
-        [candidate.timed(), baseline.timed()],
+        [candidate.timed(), _blamed(baseline.timed(), case.baseline)],
         device,
         options.seconds,
         options.min_rounds,
@@ -128,9 +119,7 @@ def _measure(
         activations=cost.activations,
         times_ms=tuple(sum(lap) for lap in laps[0]),
         baseline_ms=tuple(sum(lap) for lap in laps[1]),
-        phases_ms=dict(zip(candidate.phases, zip(*laps[0], strict=True), strict=True))
-        if candidate.phases
-        else {},
+        phases_ms=_phases(candidate, laps[0]),
         accuracy=check.worst(checks),
         memory=peak,
         setup_s=setup_s,
@@ -147,6 +136,24 @@ def _measure(
             f"{floor.possible_ms:.3g} ms at the fastest rate seen on this device"
         )
     return Outcome("pass", "", metrics), span_s
+
+
+def _errors(accuracy: Accuracy | None) -> dict[str, Value]:
+    """What is known of a wrong answer; it has no speed."""
+    if accuracy is None:
+        return {}
+    return {
+        "rel_l2_err": accuracy.rel_l2,
+        "max_abs_err": accuracy.max_abs,
+        "err_vs_eager": accuracy.err_vs_eager,
+    }
+
+
+def _phases(subject: Subject, laps: list[list[float]]) -> dict[str, tuple[float, ...]]:
+    """The laps of all rounds by phase; empty where a step has no phases."""
+    if not subject.phases:
+        return {}
+    return dict(zip(subject.phases, zip(*laps, strict=True), strict=True))
 
 
 def _subject(
@@ -166,11 +173,20 @@ def cost_of(case: Case) -> roofline.Cost:
 
 
 @contextmanager
-def _blame(whom: str) -> Iterator[None]:
+def _blame(baseline: str) -> Iterator[None]:
+    """The baseline's wrong answer is not the candidate's: it stops the case under its own name."""
     try:
         yield
     except check.WrongAnswer as error:
-        raise RuntimeError(f"{whom} gave a wrong answer: {error}") from error
+        raise RuntimeError(f"the baseline ({baseline}) gave a wrong answer: {error}") from error
+
+
+def _blamed(step: timing.Step, baseline: str) -> timing.Step:
+    def verify(output: torch.Tensor) -> None:
+        with _blame(baseline):
+            step.verify(output)
+
+    return replace(step, verify=verify)
 
 
 def _require_device(device: str) -> None:

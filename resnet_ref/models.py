@@ -1,8 +1,7 @@
 """The registry: every network by name. A new one is a factory and one line in IMAGENET or CIFAR."""
 
 import difflib
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -89,18 +88,6 @@ def num_classes(name: str) -> int:
     """Outputs a network has unless `create` is told otherwise."""
     _check_known(name)
     return 10 if name in CIFAR else 1000
-
-
-def matching(patterns: Sequence[str]) -> list[str]:
-    """Resolves names and wildcards (`resnet*`) to names, in the registry's order, each once.
-
-    Raises:
-        ValueError: a pattern matches nothing.
-    """
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in MODELS):
-            _check_known(pattern)
-    return [name for name in MODELS if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def create(

@@ -1,4 +1,4 @@
-"""MODELS, create and matching: what holds for every network by name."""
+"""MODELS and create: what holds for every network by name."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from resfuse.resnet_ref import MODELS, create, input_size, matching, num_classes
+from resfuse.resnet_ref import MODELS, create, input_size, num_classes
 
 
 def weighted_layers(model: nn.Module) -> int:
@@ -80,26 +80,10 @@ def test_a_new_model_is_one_line(monkeypatch):
     # The factory needs none of our keywords until someone asks for what they do.
     monkeypatch.setitem(MODELS, "tiny", lambda: nn.Conv2d(3, 4, 1))
     assert isinstance(create("tiny"), nn.Conv2d)
-    assert matching(["t*"]) == ["tiny"]
     assert (input_size("tiny"), num_classes("tiny")) == (224, 1000)
 
 
-def test_wildcards_resolve_in_the_registrys_order():
-    assert matching(["resnet?0", "resnet1*_v1", "resnet18_v1"]) == [
-        "resnet50",
-        "resnet18_v1",
-        "resnet101_v1",
-        "resnet152_v1",
-    ]
-    assert matching(["*"]) == list(MODELS)
-
-
-def test_a_pattern_without_a_match_is_named():
-    with pytest.raises(ValueError, match=r"unknown model 'densenet\*'; known: resnet18, resnet34"):
-        matching(["resnet18", "densenet*"])
-
-
-@pytest.mark.parametrize("ask", [create, input_size, num_classes, lambda name: matching([name])])
+@pytest.mark.parametrize("ask", [create, input_size, num_classes])
 def test_an_unknown_name_lists_the_close_ones_first(ask):
     message = r"unknown model 'resnet_50'; did you mean resnet50, .*\? known: resnet18, "
     with pytest.raises(ValueError, match=message):

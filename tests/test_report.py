@@ -1,39 +1,37 @@
 """The report: its numbers trace to rows, and nothing is compared that must not be."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
-from matplotlib.collections import LineCollection
-from PIL import Image
 
-from resfuse.bench.case import Case
+from report_rows import (
+    CASE,
+    NETWORKS,
+    STAMP,
+    add,
+    add_failed,
+    build_core,
+    headline,
+    tables,
+    text_of,
+)
 from resfuse.bench.errors import UsageError
 from resfuse.bench.report import cells, write_merged_report, write_report
 from resfuse.bench.report.families import depth, family
-from resfuse.bench.report.palette import LOOKS, SPARE, Look, looks
-from resfuse.bench.report.plot_latency import latency as latency_plot
-from resfuse.bench.report.plot_roofline import least_byte_points
-from resfuse.bench.report.plot_speedup import speedup as speedup_plot
+from resfuse.bench.report.palette import Look
 from resfuse.bench.report.result import Comparison
-from resfuse.bench.report.section import PLOTS, Plot
+from resfuse.bench.report.section import Plot
 from resfuse.bench.report.select import read_folders
-from resfuse.bench.results import append_row, read_rows, record_environment
-from resfuse.bench.row import Outcome, Stamp, columns, record
+from resfuse.bench.results import read_rows
+from resfuse.bench.row import columns
 
-CASE = Case("resnet18", "eager", "inference", "cpu", "float32", "contiguous", 8, 224)
-STAMP = Stamp("Xeon 2.9 GHz", "xeon-torch2.14.1", "3f2a91c", "2026-05-09T10:00:00+00:00")
-FACTS = {"torch": "2.14.1", "threads": "2", "ceiling_ieee_tflops": "0.5", "ceiling_copy_gb_s": "12"}
-NETWORKS = {"resnet18": (11.69, 1.82), "resnet50": (25.56, 4.09), "resnet152": (60.19, 11.5)}
 SPEEDUP = "speed-up over baseline [95 % interval]"
+
+
 # Page column -> rows.csv column, for those that show a metric as it is.
 SHOWN = {
     "images/s": "infer_samples_per_sec",
@@ -47,74 +45,9 @@ SHOWN = {
 }
 
 
-def add(folder: Path, case: Case = CASE, stamp: Stamp = STAMP, **metrics: float) -> None:
-    """Appends a row that passed, with `rate` images/s and any metric that is given."""
-    rate = metrics.pop("rate", 40.0)
-    ms = 1e3 * case.batch_size / rate
-    parameters, gmacs = NETWORKS.get(case.model, (1.0, 0.1))
-    kind = "infer" if case.mode == "inference" else "train"
-    values = {
-        f"{kind}_samples_per_sec": rate, f"{kind}_step_time": ms, "p50_ms": ms, "p90_ms": 1.07 * ms,
-        "param_count": parameters, "infer_gmacs": gmacs, "peak_mem_mb": 187.3, "setup_s": 2.47,
-        "rel_l2_err": 3.21e-7, "sol_pct": 61.7, "rounds": 23,
-        "speedup": 1.3, "speedup_ci_low": 1.2, "speedup_ci_high": 1.4,
-    }  # fmt: skip
-    append_row(folder, record(case, Outcome("pass", "", values | metrics), stamp))
-    record_environment(folder, stamp.env_id, FACTS)
-
-
-def add_failed(folder: Path, case: Case, status: str, error: str, **metrics: float) -> None:
-    append_row(folder, record(case, Outcome(status, error, metrics), STAMP))
-    record_environment(folder, STAMP.env_id, FACTS)
-
-
-def tables(page: str) -> list[tuple[str, list[dict[str, str]]]]:
-    """Every table of a page as (the heading above it, rows keyed by column title)."""
-    heading, found, lines = "", [], []
-    for line in [*page.splitlines(), ""]:
-        if line.startswith("#"):
-            heading = line.lstrip("# ")
-        if line.startswith("|"):
-            lines.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
-        elif lines:
-            found.append((heading, [dict(zip(lines[0], row, strict=True)) for row in lines[2:]]))
-            lines = []
-    return found
-
-
-def headline(page: str) -> dict[tuple[str, int, str], dict[str, str]]:
-    """(model, batch, backend) -> its line of the headline tables."""
-    return {
-        (heading.split(",")[0], int(row["batch"]), row["backend"]): row
-        for heading, rows in tables(page)
-        if heading.endswith(" px")
-        for row in rows
-    }
-
-
-def text_of(folder: Path) -> str:
-    """The page without its plots, which take most of the time."""
-    with patch("resfuse.bench.report.page.PLOTS", {}):
-        return write_report(folder).read_text()
-
-
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, two batches, four ways to run them; one failed, one not available."""
-    folder = tmp_path_factory.mktemp("core")
-    for i, model in enumerate(("resnet152", "resnet18")):
-        for batch in (8, 1):
-            for j, name in enumerate(("eager", "onnxrt", "compiled")):
-                case = replace(CASE, model=model, batch_size=batch, backend=name)
-                add(folder, case, rate=9.137 * (1 + j) + 31.7 * i + batch, speedup=1.21 + j / 17)
-            case = replace(CASE, model=model, batch_size=batch, memory_format="channels_last")
-            add(folder, case, rate=3.3 + i + batch, speedup=0.8, speedup_ci_low=0.7)
-            case = replace(CASE, model=model, batch_size=batch, backend="tensorrt")
-            add_failed(folder, case, "unavailable", "the package torch_tensorrt is not installed")
-    case = replace(CASE, backend="fused")
-    add_failed(folder, case, "fail_accuracy", "error 3.1e-2 is too large", rel_l2_err=3.1e-2)
-    write_report(folder)
-    return folder
+    return build_core(tmp_path_factory.mktemp("core"))
 
 
 def test_every_headline_number_is_the_rows(core: Path) -> None:
@@ -172,73 +105,6 @@ def test_a_family_needs_two_depths_at_one_batch(tmp_path: Path) -> None:
     assert "Depth scaling" not in text_of(tmp_path)
     add(tmp_path, replace(CASE, model="resnet50", batch_size=1))
     assert "#### resnet18..50, batch 1" in text_of(tmp_path)
-
-
-def test_same_bytes_whatever_the_process_around_it(core: Path, tmp_path: Path) -> None:
-    """Another hash seed, time zone and matplotlibrc; the plots were drawn once in this process."""
-    before = {path.name: path.read_bytes() for path in core.iterdir()}
-    (tmp_path / "matplotlibrc").write_text("font.size: 20\nsavefig.dpi: 31\naxes.grid: True\n")
-    code = (
-        "import pathlib, sys; from resfuse.bench.report import write_report; "
-        "write_report(pathlib.Path(sys.argv[1]))"
-    )
-    surroundings = {"PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo", "MATPLOTLIBRC": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code, core], check=True, env=os.environ | surroundings)
-    assert {path.name: path.read_bytes() for path in core.iterdir()} == before
-    assert len([name for name in before if name.endswith(".png")]) == 4
-
-
-def test_plots_are_embedded_and_of_a_legible_size(core: Path) -> None:
-    embedded = re.findall(r"!\[(.+)\]\((.+)\)", (core / "REPORT.md").read_text())
-    assert sorted(name for _, name in embedded) == sorted(p.name for p in core.glob("*.png"))
-    for alt, name in embedded:
-        with Image.open(core / name) as image:
-            assert image.format == "PNG"
-            assert image.width == 1440  # 9 inches at 160 dots: 900 CSS pixels, shown sharp
-            assert 400 < image.height < 3000
-            assert not image.info.keys() & {"Software", "Creation Time", "date"}
-            assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50  # not blank
-        assert "float32" in alt
-
-
-@pytest.mark.parametrize(
-    ("change", "plot"),
-    [
-        ({"rate": 44.0}, "throughput"),
-        ({"speedup_ci_high": 1.5}, "speedup"),
-        ({"p50_ms": 260.0}, "latency"),
-        ({"param_count": 30.0}, "roofline"),
-    ],
-)
-def test_each_plot_shows_what_it_is_about(
-    change: dict[str, Any], plot: str, tmp_path: Path
-) -> None:
-    drawn = []
-    for folder, metrics in ((tmp_path / "a", {}), (tmp_path / "b", change)):
-        for model in ("resnet18", "resnet50"):
-            add(folder, replace(CASE, model=model), **metrics)
-        with patch("resfuse.bench.report.page.PLOTS", {plot: PLOTS[plot]}):
-            write_report(folder)
-        drawn.append((folder / f"{plot}-inference-float32.png").read_bytes())
-    assert drawn[0] != drawn[1]
-
-
-def test_roofline_points_use_the_least_bytes(tmp_path: Path) -> None:
-    add(tmp_path, rate=100.0)
-    (comparison,) = read_folders([tmp_path])[0].comparisons
-    (point,) = least_byte_points(comparison)
-    moved = 4 * (11.69e6 + 8 * 3 * 224 * 224)
-    assert point.intensity == pytest.approx(2 * 1.82e9 * 8 / moved)
-    assert point.gflop_per_s == pytest.approx(2 * 1.82 * 100)
-
-
-def test_no_ceiling_no_roofline_and_no_percentage(tmp_path: Path) -> None:
-    for model in ("resnet18", "resnet50"):
-        add(tmp_path, replace(CASE, model=model, precision="bfloat16"))  # FACTS know ieee only
-    page = write_report(tmp_path).read_text()
-    assert "No ceilings" not in page and "12.0 GB/s" in page  # the copy ceiling is known
-    assert "Roofline" not in page and "of ceiling, %" not in page
-    assert not list(tmp_path.glob("roofline*"))
 
 
 def test_the_latest_row_of_a_case_stands(tmp_path: Path) -> None:
@@ -358,13 +224,6 @@ def test_a_row_that_did_not_pass_has_no_speed(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == plots
 
 
-def test_a_passed_row_without_a_speed_stays_out_of_plots(tmp_path: Path) -> None:
-    add(tmp_path, p50_ms=math.nan, infer_samples_per_sec=math.nan, speedup=math.inf)
-    page = write_report(tmp_path).read_text()
-    assert headline(page)["resnet18", 8, "eager"]["images/s"] == "-"
-    assert not list(tmp_path.glob("*.png"))
-
-
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     markdown_it = pytest.importorskip("markdown_it", reason="comes with rich")
     name = "my|net*18*<img src=x>_v_ `a` [b](c) $x$ & co"
@@ -455,58 +314,6 @@ def test_bad_input_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "environments.csv").unlink()
     with pytest.raises(UsageError, match=r"environments\.csv"):
         write_report(tmp_path)
-
-
-def test_many_batches_continue_below(tmp_path: Path) -> None:
-    for batch in (1, 2, 4, 8, 16):
-        add(tmp_path, replace(CASE, batch_size=batch))
-    (comparison,) = read_folders([tmp_path])[0].comparisons
-    figure = speedup_plot(comparison, looks(["eager"]))
-    assert figure is not None
-    titles = [ax.get_title() for ax in figure.axes]
-    assert titles == [f"resnet18, batch {batch}" for batch in (1, 2, 4, 8, 16)]
-    corners = [
-        (s.rowspan.start, s.colspan.start) for ax in figure.axes if (s := ax.get_subplotspec())
-    ]
-    assert corners == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
-
-
-def test_a_line_does_not_bridge_a_depth_that_was_not_measured(tmp_path: Path) -> None:
-    for model in ("resnet18", "resnet50", "resnet152"):
-        add(tmp_path, replace(CASE, model=model), rate=100.0)
-        case = replace(CASE, model=model, backend="onnxrt")
-        if model == "resnet50":
-            add_failed(tmp_path, case, "timeout", "no answer in 300 s")
-        else:
-            add(tmp_path, case, rate=200.0)
-    (comparison,) = read_folders([tmp_path])[0].comparisons
-    figure = latency_plot(comparison, looks(["eager", "onnxrt"]))
-    assert figure is not None
-    eager, onnxrt = (np.asarray(line.get_ydata()) for line in figure.axes[0].get_lines())
-    assert eager.tolist() == [80, 80, 80]
-    assert onnxrt.tolist() == pytest.approx([40, math.nan, 40], nan_ok=True)
-
-
-def test_whiskers_span_the_interval(tmp_path: Path) -> None:
-    add(tmp_path, replace(CASE, backend="fused"), speedup=1.3, speedup_ci_low=0.9)
-    (comparison,) = read_folders([tmp_path])[0].comparisons
-    figure = speedup_plot(comparison, looks(["fused"]))
-    assert figure is not None
-    (ax,) = figure.axes
-    (whisker,) = [c for c in ax.collections if isinstance(c, LineCollection)]
-    ((start, end),) = whisker.get_segments()
-    assert (start[0], end[0]) == pytest.approx((0.9, 1.4))
-    assert ax.get_xlim()[0] < 0.9 and ax.get_xlim()[1] > 1.4
-    assert 1 in ax.get_xticks()
-
-
-def test_a_backend_looks_the_same_on_every_page() -> None:
-    alone = looks(["fused"])
-    crowded = looks(["d_new", "b_new", "fused", "c_new", "eager", "a_new"])
-    assert alone["fused"] == crowded["fused"] == LOOKS["fused"]
-    assert [crowded[f"{letter}_new"] for letter in "abcd"] == list(SPARE[:4])
-    assert len({look.colour for look in crowded.values()}) == len(crowded)
-    assert len({look.marker for look in LOOKS.values()}) == len(LOOKS)
 
 
 @pytest.mark.parametrize(

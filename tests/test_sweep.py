@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Resfuse, insert_after
 
+from conftest import Resfuse, insert_after
 from resfuse.bench import results
 from resfuse.bench.row import columns
 
