@@ -22,6 +22,7 @@ from resfuse.bench.row import Outcome
 from resfuse.bench.timing import Watch, seconds
 
 SURVEY_TIMEOUT_S = 300.0
+GRACE_S = 5.0
 # The parent shares two cores with the work it watches, and wakes late at times.
 WATCH_SLACK_S, WATCH_SLACK = 0.5, 0.1
 
@@ -86,6 +87,7 @@ def _converse(job: dict[str, Any], timeout_s: float) -> dict[str, Any] | Outcome
             stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[write], start_new_session=True,
         )  # fmt: skip
         os.close(write)
+        grace_s = GRACE_S  # for a process that is done, or dying on its own
         try:
             assert process.stdin is not None
             process.stdin.write(json.dumps(job).encode())
@@ -94,11 +96,14 @@ def _converse(job: dict[str, Any], timeout_s: float) -> dict[str, Any] | Outcome
         except BrokenPipeError:
             result = None
         except TimeoutError:
+            grace_s = 0.0
             return Outcome("timeout", f"not done after {timeout_s:g} s")
+        except KeyboardInterrupt:
+            grace_s = 0.0
+            raise
         finally:
             os.close(read)
-            if process.poll() is None:
-                _end(process, grace_s=0 if sys.exc_info()[0] else 5)
+            _end(process, grace_s)
         return result if result is not None else _how_it_died(process.returncode, log)
 
 
@@ -144,10 +149,5 @@ def _how_it_died(code: int, log: IO[bytes]) -> Outcome:
     last_words = f": {said[-1][:250]}" if said else ""
     if code == -signal.SIGKILL:
         return Outcome("oom", "killed by the system (SIGKILL), most likely for want of memory")
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return Outcome(
-        "fail_to_run",
-        f"the subprocess was {how}{last_words}"
-        if code < 0
-        else f"the subprocess {how}{last_words}",
-    )
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return Outcome("fail_to_run", f"the subprocess {how}{last_words}")

@@ -1,0 +1,172 @@
+"""Memory, energy, clocks, environment: real on the CPU, stand-ins for what only a GPU has."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from resfuse.bench import energy, machine, memory, nvml, quiet
+
+MEGABYTE = 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_peak_memory_is_what_a_step_needs_at_its_worst() -> None:
+    """A step that holds 256 MB for a moment; the 64 MB made before it are not its own."""
+    before_all = torch.ones(64 * MEGABYTE // 4)
+    before = memory.held("cpu")
+    peak = memory.peak_of(lambda: torch.ones(256 * MEGABYTE // 4).sum(), "cpu", before)
+    assert before is not None and peak.peak is not None and peak.reserved is not None
+    assert 250 * MEGABYTE < peak.peak < 300 * MEGABYTE
+    assert peak.reserved > peak.peak + before_all.numel() * 4
+    idle = memory.peak_of(lambda: None, "cpu", memory.held("cpu"))
+    assert idle.peak is not None and idle.peak < 20 * MEGABYTE
+
+
+def test_peak_memory_is_empty_where_the_system_does_not_say() -> None:
+    assert memory.peak_of(lambda: None, "cpu", None) == memory.Memory(None, None)
+
+
+def test_gpu_memory_comes_from_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in for torch's CUDA allocator: 300 MB before the model, 1000 MB at the peak."""
+    calls: list[str] = []
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 1200)
+    peak = memory.peak_of(lambda: calls.append("step"), "cuda", 300)
+    assert peak == memory.Memory(700, 1200)
+    assert calls == ["synchronize", "reset_peak_memory_stats", "step", "synchronize"]
+
+
+@pytest.fixture
+def fake_nvml(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """Stand-in for pynvml and the device torch asks it about."""
+    fake = types.SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-1234": "handle"}[uuid],
+        nvmlDeviceGetClockInfo=lambda handle, kind: 1755 if kind == 1 else 0,
+        nvmlDeviceGetCurrentClocksEventReasons=lambda handle: 0x4 | 0x40,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    device = types.SimpleNamespace(uuid="1234")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: device)
+    return fake
+
+
+def test_clocks_and_throttling_are_read_from_nvml(fake_nvml: types.SimpleNamespace) -> None:
+    assert nvml.sm_clock_mhz() == 1755
+    assert nvml.throttle() == "power cap + hardware thermal"
+    fake_nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda handle: 0x1  # idle
+    assert nvml.throttle() == "none"
+    del fake_nvml.nvmlDeviceGetCurrentClocksEventReasons  # an older library has another name
+    fake_nvml.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 0x20
+    assert nvml.throttle() == "software thermal"
+
+
+def test_without_nvml_the_columns_stay_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert nvml.sm_clock_mhz() is None
+    assert nvml.throttle() is None
+
+
+def test_gpu_energy_is_the_counters_difference_over_the_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A counter that gains 500 mJ a step; what came before the first reading does not count."""
+    counter = [123_000]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(nvml, "read", lambda function: counter[0])
+    monkeypatch.setattr(energy, "SECONDS", 0.02)
+
+    def step() -> None:
+        counter[0] += 500
+
+    assert energy.joules_of(step, "cuda") == pytest.approx(0.5)
+
+
+def test_cpu_energy_adds_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    monkeypatch.setattr(energy, "SECONDS", 0.02)
+    assert energy.joules_of(lambda: None, "cpu") is None  # no counters here
+    counters = [tmp_path / f"intel-rapl:{i}" / "energy_uj" for i in (0, 1)]
+    for counter in counters:
+        counter.parent.mkdir()
+        counter.write_text("1000000")
+
+    def step() -> None:
+        for counter in counters:
+            counter.write_text(str(int(counter.read_text()) + 250_000))
+
+    assert energy.joules_of(step, "cpu") == pytest.approx(0.5)
+    assert energy.joules_of(lambda: counters[0].write_text("0"), "cpu") is None  # wrapped around
+
+
+def test_a_busy_machine_is_noticed() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert quiet.wait_for_quiet(1.0) is False
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+def test_an_environment_is_the_same_until_something_changes() -> None:
+    facts = machine.facts("cpu", 2)
+    assert facts == machine.facts("cpu", 2)
+    assert facts["torch"] == torch.__version__.split("+")[0]
+    assert machine.env_id(facts) == machine.env_id(dict(reversed(facts.items())))
+    assert machine.env_id(facts) != machine.env_id(machine.facts("cpu", 1))
+
+
+def test_the_folders_name_says_device_and_versions() -> None:
+    facts = {"device_name": "NVIDIA H200 (SXM)", "torch": "2.11.0+cu128", "triton": "3.6.0"}
+    assert machine.folder_name(facts) == "nvidia-h200-sxm-torch2.11.0-triton3.6.0"
+    del facts["triton"]
+    assert machine.folder_name(facts).endswith("-tritonnone")
+
+
+def test_a_commit_names_uncommitted_changes_but_not_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, stdout=-3)
+
+    monkeypatch.setattr(machine, "SOURCES", tmp_path)
+    git("init", "-q")
+    (tmp_path / "a.py").write_text("a")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "rows.csv").write_text("a")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    clean = machine.commit()
+    assert len(clean) == 12
+    (tmp_path / "results" / "rows.csv").write_text("b")
+    assert machine.commit() == clean
+    (tmp_path / "a.py").write_text("b")
+    changed = machine.commit()
+    assert changed.startswith(f"{clean}+")
+    (tmp_path / "a.py").write_text("c")
+    assert machine.commit() not in (clean, changed)
+
+
+def test_outside_of_git_the_version_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "SOURCES", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert machine.commit().startswith("v")
+
+
+def test_ceilings_are_rates_of_this_device() -> None:
+    """A CPU has no tf32; what it has multiplies and copies at plausible rates."""
+    found = {
+        key: float(value) for key, value in machine.ceilings("cpu", ["float32", "tf32"]).items()
+    }
+    assert set(found) == {"ceiling_copy_gb_s", "ceiling_ieee_tflops"}
+    assert 0.001 < found["ceiling_ieee_tflops"] < 100
+    assert 0.5 < found["ceiling_copy_gb_s"] < 5000
