@@ -19,8 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 bench: $(STAMP)  ## measure networks here and write results/<device>/REPORT.md; ARGS="-m resnet50 -b 32"
 	$(BIN)/resfuse bench $(ARGS)
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -q $(ARGS)
+test: $(STAMP)  ## run the tests; benchmarks check their answers and time nothing
+	$(BIN)/python -m pytest -q --benchmark-disable $(ARGS)
 
 report: $(STAMP)  ## write the reports of results/ again, from the rows alone
 	$(BIN)/resfuse report $(ARGS)
