@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -172,46 +172,65 @@ def test_resume_runs_only_what_is_not_settled(
     assert "twin" not in again.stdout
 
 
-def test_ctrl_c_keeps_the_rows_and_leaves_no_process(contributed: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "resfuse.bench", "bench", "-m", "tiny", "-b", "2", "--device", "cpu",
-        "--backend", "leave,hang", "--memory-format", "contiguous", "--results", str(tmp_path),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(contributed)}
-    process = subprocess.Popen(command, env=environment, cwd=contributed, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(f"*/{results.ROWS}")):  # the first row is there: `hang` is next
+@pytest.fixture
+def start(contributed: Path, tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    """`start(backends)` begins a sweep into `tmp_path` and lets the test decide its end."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(backends: str) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable, "-m", "resfuse.bench", "bench", "-m", "tiny", "-b", "2", "--device",
+            "cpu", "--backend", backends, "--memory-format", "contiguous",
+            "--results", str(tmp_path),
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": str(contributed)},
+            cwd=contributed,
+            stderr=subprocess.PIPE,
+            # A shell's background jobs ignore Ctrl-C, and so would everything started from one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_until(true: Callable[[], object], limit_s: float = 120) -> None:
+    deadline = time.monotonic() + limit_s
+    while not true():
         assert time.monotonic() < deadline
-        time.sleep(0.2)
-    time.sleep(2)
+        time.sleep(0.1)
+
+
+def test_ctrl_c_keeps_the_rows_and_leaves_no_process(
+    start: Callable[[str], subprocess.Popen[bytes]], contributed: Path, tmp_path: Path
+) -> None:
+    process = start("leave,hang")
+    wait_until(lambda: list(tmp_path.glob(f"*/{results.ROWS}")))  # the first row; `hang` is next
+    wait_until(lambda: _workers_of(contributed))
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=30)[1].decode()
     assert process.returncode == 130
     assert "interrupted; the rows measured so far are kept" in said
-    kept = pd.read_csv(next(tmp_path.glob(f"*/{results.ROWS}")))
-    assert len(kept) >= 1
+    assert len(pd.read_csv(next(tmp_path.glob(f"*/{results.ROWS}")))) == 1
     assert not _workers_of(contributed)
 
 
-def test_a_killed_harness_leaves_no_process(contributed: Path, tmp_path: Path) -> None:
-    """kill -9 gives nobody the chance to clean up; the worker notices on its own (Linux)."""
-    if sys.platform != "linux":
-        pytest.skip("PR_SET_PDEATHSIG is Linux's")
-    command = [
-        sys.executable, "-m", "resfuse.bench", "bench", "-m", "tiny", "-b", "2", "--device", "cpu",
-        "--backend", "hang", "--memory-format", "contiguous", "--results", str(tmp_path),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(contributed)}
-    process = subprocess.Popen(command, env=environment, cwd=contributed, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not _workers_of(contributed):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_killed_harness_leaves_no_process(
+    start: Callable[[str], subprocess.Popen[bytes]], contributed: Path
+) -> None:
+    """kill -9 gives nobody the chance to clean up; the worker notices on its own."""
+    process = start("hang")
+    wait_until(lambda: _workers_of(contributed))
     process.kill()
     process.wait()
-    while _workers_of(contributed):
-        assert time.monotonic() < deadline, "the worker outlived the harness"
-        time.sleep(0.1)
+    wait_until(lambda: not _workers_of(contributed))
 
 
 def _workers_of(checkout: Path) -> list[int]:
