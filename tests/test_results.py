@@ -3,7 +3,8 @@
 import multiprocessing
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -96,23 +97,26 @@ def test_an_unwritable_folder_is_found_before_anything_runs(tmp_path: Path) -> N
         results.check_writable(blocked / "inside")
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[int], None]]:
-    """Lets no file grow beyond so many bytes: the system refuses the write, as a full disk does."""
+@contextmanager
+def files_end_at(most: int) -> Iterator[None]:
+    """Lets no file grow beyond so many bytes: the system refuses the write, as a full disk does.
+
+    For as short as can be: the limit holds for the log that pytest may be writing, too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("room", [0, 40])
-def test_a_full_disk_costs_the_row_but_not_the_file(
-    room: int, tmp_path: Path, full_disk: Callable[[int], None]
-) -> None:
+def test_a_full_disk_costs_the_row_but_not_the_file(room: int, tmp_path: Path) -> None:
     """With no room at all, and with room for the beginning of a row."""
     results.append_row(tmp_path, row())
     before = (tmp_path / results.ROWS).read_bytes()
-    full_disk(len(before) + room)
-    with pytest.raises(UsageError, match="cannot be written: "):
+    with pytest.raises(UsageError, match="cannot be written: "), files_end_at(len(before) + room):
         results.append_row(tmp_path, row())
     assert (tmp_path / results.ROWS).read_bytes() == before
 
