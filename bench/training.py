@@ -121,7 +121,8 @@ def _gradients(
         through: what runs the model forward, if not the model itself.
     """
     model.zero_grad()
-    F.cross_entropy((through or model)(images), labels).backward()
+    logits = model(images) if through is None else through(images)
+    F.cross_entropy(logits, labels).backward()
     row = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).detach()
     model.zero_grad()
     return row[None]

@@ -122,8 +122,9 @@ def test_training_gradients_are_checked(monkeypatch: pytest.MonkeyPatch) -> None
     assert "of the gradients" in outcome.error
 
 
-def test_honest_training_passes_and_splits_its_time() -> None:
-    case = Case(**{**vars(CASE), "mode": "train"})
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_honest_training_passes_and_splits_its_time(backend: str) -> None:
+    case = Case(**{**vars(CASE), "mode": "train", "backend": backend})
     outcome, _ = measure.measure(case, OPTIONS, {}, lambda event: None)
     assert outcome.status == "pass", outcome.error
     phases = [outcome.metrics[f"train_{phase}_time"] for phase in ("fwd", "bwd", "opt")]
