@@ -132,5 +132,5 @@ def require_telling(references: list[torch.Tensor], limit: Limit) -> None:
 def in_chunks(
     model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, most: int = 32
 ) -> torch.Tensor:
-    """Raises WrongAnswer unless `error` is a number within the limit."""
+    """The model's output for `images` [N, ...], at most `most` of them at a time."""
     return torch.cat([model(piece) for piece in images.split(most)])

@@ -8,6 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+# Kernels are compiled or interpreted as Triton finds this when it is imported: without a GPU the
+# same tests run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 Resfuse = Callable[..., subprocess.CompletedProcess[str]]
@@ -50,8 +56,6 @@ def resfuse_in() -> Callable[[Path], Resfuse]:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """CPU or GPU facts beside pytest-benchmark's own, so that a saved run says where it ran."""
-    import torch
-
     from resfuse.bench import machine
 
     facts = machine.facts("cuda" if torch.cuda.is_available() else "cpu", 0)

@@ -1,0 +1,52 @@
+"""Launch: one kernel launch written down, so that the same description runs the kernel, compiles it
+for a GPU that is not there (`inspect`), and shows up in an error message.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Argument = Tensor | TensorDescriptor | int | float | None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Arguments and constants by the kernel's parameter names; tensors may be on meta to inspect."""
+
+    kernel: Any  # triton.JITFunction, or InterpretedFunction under TRITON_INTERPRET
+    grid: tuple[int, ...]
+    args: dict[str, Argument]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        self.kernel[self.grid](
+            **self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+def interpreting() -> bool:
+    """True where kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """True where an op on `x` launches its kernel; elsewhere it computes its plain-torch twin."""
+    return x.is_cuda or (x.device.type == "cpu" and interpreting())
+
+
+def multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU; those of an H200 where there is none, so that choices can be looked at."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132
+
+
+def is_interpreted(kernel: Any) -> bool:
+    return isinstance(kernel, InterpretedFunction)

@@ -1,0 +1,96 @@
+"""ConvProblem: one convolution with its epilogue, in cuDNN's letters; what a choice of kernel and
+configuration may depend on, and what it costs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# math mode -> (storage, bytes of an element); accumulation is fp32 in all of them
+MATH_MODES: dict[str, tuple[torch.dtype, int]] = {
+    "ieee": (torch.float32, 4),
+    "tf32": (torch.float32, 4),
+    "fp16": (torch.float16, 2),
+    "bf16": (torch.bfloat16, 2),
+}
+
+
+def math_mode_of(dtype: torch.dtype) -> str:
+    """How tensors of `dtype` are multiplied now; torch's own TF32 switch decides for float32.
+
+    Raises:
+        ValueError: no kernel computes in that dtype.
+    """
+    if dtype == torch.float32:
+        return "tf32" if torch.cuda.is_available() and torch.backends.cudnn.allow_tf32 else "ieee"
+    for mode, (stored, _) in MATH_MODES.items():
+        if stored == dtype:
+            return mode
+    raise ValueError(
+        f"argument x: dtype {dtype}; accepted: torch.float32, torch.float16, torch.bfloat16"
+    )
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """x [N, C, H, W] convolved with w [K, C / groups, R, S] to y [N, K, P, Q], all NHWC in memory."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    math_mode: str = "fp16"
+    activation: str = "relu"
+    residual: bool = False
+
+    @property
+    def p(self) -> int:
+        return _output_size(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
+
+    @property
+    def q(self) -> int:
+        return _output_size(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return MATH_MODES[self.math_mode][0]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates as the convolution is defined, padding included."""
+        return self.n * self.p * self.q * self.k * (self.c // self.groups) * self.r * self.s
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.macs
+
+    @property
+    def least_bytes(self) -> int:
+        """Each tensor moved once: x, w, bias, y, and the residual if there is one."""
+        size = MATH_MODES[self.math_mode][1]
+        output = self.n * self.p * self.q * self.k
+        weight = self.k * (self.c // self.groups) * self.r * self.s
+        moved = self.n * self.c * self.h * self.w + weight + self.k
+        return size * (moved + output * (2 if self.residual else 1))
+
+    def label(self) -> str:
+        """`8x64x56x56 k64 3x3`, then stride, dilation and groups where they are not one."""
+        words = [f"{self.n}x{self.c}x{self.h}x{self.w} k{self.k} {self.r}x{self.s}"]
+        if self.stride != (1, 1):
+            words.append(f"/{self.stride[0]}")
+        if self.dilation != (1, 1):
+            words.append(f"dilation {self.dilation[0]}")
+        if self.groups != 1:
+            words.append(f"groups {self.groups}")
+        return " ".join(words)
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
