@@ -16,7 +16,7 @@ Argument = Tensor | TensorDescriptor | int | float | None
 
 @dataclass(frozen=True)
 class Launch:
-    """Arguments and constants by the kernel's parameter names; tensors may be on meta to inspect."""
+    """Arguments and constants by parameter name; to inspect one, its tensors may be on meta."""
 
     kernel: Any  # triton.JITFunction, or InterpretedFunction under TRITON_INTERPRET
     grid: tuple[int, ...]

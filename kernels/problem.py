@@ -33,7 +33,7 @@ def math_mode_of(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class ConvProblem:
-    """x [N, C, H, W] convolved with w [K, C / groups, R, S] to y [N, K, P, Q], all NHWC in memory."""
+    """x [N, C, H, W] * w [K, C / groups, R, S] -> y [N, K, P, Q], all of them NHWC in memory."""
 
     n: int
     c: int

@@ -18,8 +18,8 @@ class KernelSpec:
 
     op: the public function.
     reference: its plain-torch twin, which is the specification.
-    shipped: `shipped() -> Iterator[(label, Launch)]`, every shipped configuration on a problem it is
-        meant for, with tensors on the meta device.
+    shipped: `shipped() -> Iterator[(label, Launch)]`, every shipped configuration on a problem it
+        is meant for, with tensors on the meta device.
     """
 
     op: str

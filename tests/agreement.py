@@ -35,7 +35,7 @@ def require_close(got: Tensor, want: Tensor, math_mode: str, reduction: int = 1)
         finite = error[error.isfinite()]
         largest, rms = (float(finite.max()), float(finite.square().mean().sqrt()))
         raise AssertionError(
-            f"{int(bad.sum())} of {bad.numel()} elements differ; largest finite error {largest:.3g}, "
-            f"RMS {rms:.3g}; first at {first}: {float(value[first]):.6g}, "
+            f"{int(bad.sum())} of {bad.numel()} elements differ; largest finite error "
+            f"{largest:.3g}, RMS {rms:.3g}; first at {first}: {float(value[first]):.6g}, "
             f"wanted {float(want[first]):.6g}"
         )
