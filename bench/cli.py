@@ -24,7 +24,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs a command; returns its exit code: 0, 1 where `inspect` found problems, 2 for bad input,
+    130 after Ctrl-C."""
     try:
         parsed = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = parsed.command
@@ -61,6 +62,12 @@ def _study(args: argparse.Namespace) -> int:
     return study(args)
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    from resfuse.bench.commands import inspect
+
+    return inspect(args)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="resfuse", description="Benchmarks for residual networks that you can trust."
@@ -87,6 +94,27 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
     study.add_argument("--device", default="auto")
     study.set_defaults(command=_study)
+    inspection = commands.add_parser(
+        "inspect", help="compile every kernel for GPUs that need not be here; exit 1 on a problem"
+    )
+    inspection.add_argument(
+        "--kernel",
+        type=_names,
+        default=["*"],
+        metavar="NAMES",
+        help="wildcards allowed (conv*; default: all)",
+    )
+    inspection.add_argument(
+        "--target",
+        type=_names,
+        default=[],
+        metavar="NAMES",
+        help="sm_80, sm_90, sm_100, gfx942 (default: the first three)",
+    )
+    inspection.add_argument(
+        "--csv", metavar="FILE", type=Path, help="write every number to this file"
+    )
+    inspection.set_defaults(command=_inspect)
     return parser
 
 

@@ -21,6 +21,7 @@ from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import UsageError
 from resfuse.bench.listing import LISTS, cases_table
 from resfuse.bench.row import Outcome
+from resfuse.bench.selection import pick
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -91,6 +92,34 @@ def study(args: argparse.Namespace) -> int:
 
     print(load_study(args.name)(args.results, args.device))
     return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """`resfuse inspect`: what the kernels compile to; 1 if one of them should not ship so."""
+    from resfuse.bench.inspection import summary, table, write_csv
+    from resfuse.kernels.inspect import DEFAULT_TARGETS, TARGETS, problems, require_compiler
+    from resfuse.kernels.inspect import inspect as compile_all
+    from resfuse.kernels.registry import KERNELS
+
+    kernels = pick("--kernel", args.kernel, list(KERNELS))
+    targets = pick("--target", args.target or DEFAULT_TARGETS, list(TARGETS))
+    if args.csv is not None and not args.csv.parent.is_dir():
+        raise UsageError(f"argument --csv: {args.csv.parent} is no folder")
+    try:
+        require_compiler()
+    except RuntimeError as error:
+        raise UsageError(str(error)) from None
+    found = []
+    with Console(stderr=True).status("Compiling") as status:
+        for result in compile_all(kernels, targets):
+            found.append(result)
+            status.update(f"Compiling: {len(found)} done, {result.kernel} {result.target}")
+    Console().print(table(found))
+    for line in summary(found):
+        Console().print(line, highlight=False, soft_wrap=True)
+    if args.csv is not None:
+        write_csv(found, args.csv)
+    return int(any(problems(result) for result in found))
 
 
 def _request(args: argparse.Namespace) -> sweep.Request:

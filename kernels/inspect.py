@@ -1,0 +1,308 @@
+"""What the compiler makes of every shipped launch, for GPUs that need not be here: registers,
+spills, shared memory, tensor-core instructions, occupancy.
+
+It says what a kernel compiles to, not that it is fast or right. Triton carries all it takes:
+ptxas, cuobjdump and nvdisasm for NVIDIA, LLVM for AMD; its cache makes a second run quick.
+"""
+
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from resfuse.kernels.launch import Launch, interpreting
+from resfuse.kernels.registry import KERNELS
+
+# Older ones can corrupt WGMMA whose A operand sits in registers (triton #9433, #11781).
+SOUND_PTXAS = (13, 3)
+TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor, from sm_100 on: PTX ISA, tcgen05.alloc
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, and what one of its multiprocessors holds.
+
+    instruction: of its tensor cores, a pattern in the disassembly.
+    fast_dot: a dot in Triton's GPU IR that becomes such instructions.
+    registers: 32-bit ones of a scheduler; a multiprocessor has four schedulers.
+    register_unit: a warp gets a multiple of so many.
+    cta_shared_bytes: the most one CTA may have; of the multiprocessor's `shared_bytes` the system
+        takes `shared_reserved` for every CTA.
+    """
+
+    gpu: GPUTarget
+    instruction: str
+    fast_dot: str
+    warps: int
+    ctas: int
+    registers: int
+    register_unit: int
+    shared_bytes: int
+    shared_reserved: int
+    cta_shared_bytes: int
+
+
+# NVIDIA: CUDA C Programming Guide, "Technical Specifications per Compute Capability", and the
+# register allocation unit of the CUDA occupancy calculator. gfx942: AMD's CDNA3 ISA guide (512
+# vector registers of 64 lanes, eight waves a SIMD, 64 KB of LDS a compute unit) and LLVM's
+# AMDGPUBaseInfo.cpp (units of eight; 16 work-groups of more than one wave).
+_NVIDIA = {"warps": 64, "ctas": 32, "registers": 16384, "register_unit": 256}
+_HOPPER = {"shared_bytes": 228 << 10, "shared_reserved": 1 << 10, "cta_shared_bytes": 227 << 10}
+_MMA_RESULT = r"tt\.dot .*-> tensor<[^>]*#mma"
+TARGETS: dict[str, Target] = {
+    "sm_80": Target(
+        GPUTarget("cuda", 80, 32), r"\b[HBI]MMA", _MMA_RESULT, **_NVIDIA,
+        shared_bytes=164 << 10, shared_reserved=1 << 10, cta_shared_bytes=163 << 10,
+    ),
+    "sm_90": Target(
+        GPUTarget("cuda", 90, 32), r"\b[HQI]GMMA", r"ttng\.warp_group_dot ", **_NVIDIA, **_HOPPER
+    ),
+    "sm_100": Target(
+        GPUTarget("cuda", 100, 32), r"\bUTC[A-Z]*MMA", r"ttng\.tc_gen5_mma ", **_NVIDIA, **_HOPPER
+    ),
+    "gfx942": Target(
+        GPUTarget("hip", "gfx942", 64), r"\bv_mfma", _MMA_RESULT, warps=32, ctas=16,
+        registers=512 * 64, register_unit=8 * 64,
+        shared_bytes=64 << 10, shared_reserved=0, cta_shared_bytes=64 << 10,
+    ),
+}  # fmt: skip
+# Launches are chosen for NVIDIA's shared memory; most want more than the 64 KB of gfx942, which is
+# there to be asked for.
+DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One launch compiled for one target. Registers and spills are per thread, shared memory per
+    CTA, `ctas` and `warps` what a multiprocessor holds at once."""
+
+    kernel: str
+    label: str
+    target: str
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+    spill_bytes: int = 0  # local memory, which nothing but a spill uses here
+    spill_stores: int = 0
+    shared_bytes: int = 0
+    tensor_memory_columns: int = 0
+    tensor_core_instructions: int = 0
+    dots: int = 0  # of the source, those made for tensor cores: all but ieee fp32
+    slow_dots: int = 0  # of those after lowering, the ones that miss them
+    register_operands: int = 0  # Hopper's dots that read A from registers: see SOUND_PTXAS
+    ctas: int = 0
+    warps: int = 0
+    assembler: str = ""
+    assembler_version: str = ""
+    error: str = ""  # what the compiler said where it made nothing
+
+
+def problems(result: Inspection) -> list[str]:
+    """What is wrong with a shipped launch, a sentence each."""
+    if result.error:
+        return [f"does not compile: {result.error}"]
+    target = TARGETS[result.target]
+    found = []
+    if result.spill_bytes or result.spill_stores:
+        found.append(f"spills {result.spill_bytes} bytes a thread, {result.spill_stores} stores")
+    if result.shared_bytes > target.cta_shared_bytes:
+        found.append(
+            f"{_kib(result.shared_bytes)} of shared memory, {result.target} has "
+            f"{_kib(target.cta_shared_bytes)}"
+        )
+    if result.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
+        found.append(
+            f"{result.tensor_memory_columns} columns of tensor memory, {result.target} has "
+            f"{TENSOR_MEMORY_COLUMNS}"
+        )
+    if result.slow_dots or (result.dots and not result.tensor_core_instructions):
+        found.append(
+            f"{result.slow_dots or result.dots} dots miss {result.target}'s tensor cores "
+            f"({result.tensor_core_instructions} instructions of them)"
+        )
+    return found
+
+
+def has_risky_operands(result: Inspection) -> bool:
+    """True where a ptxas that may corrupt them assembled register operands (SOUND_PTXAS)."""
+    if not result.register_operands:
+        return False
+    return tuple(int(part) for part in result.assembler_version.split(".")) < SOUND_PTXAS
+
+
+def inspect(
+    kernels: Sequence[str] = tuple(KERNELS),
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    processes: int = 2,
+) -> Iterator[Inspection]:
+    """Compiles every shipped launch of `kernels` for each of `targets`, in that order.
+
+    Raises:
+        RuntimeError: this process interprets kernels; nothing can be compiled in it.
+    """
+    jobs = [
+        (kernel, index, target)
+        for kernel in kernels
+        for index in range(count_launches(kernel))
+        for target in targets
+    ]
+    # spawned, not forked: a fork after torch has started its threads can hang
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(_inspect_shipped, jobs)
+
+
+def count_launches(kernel: str) -> int:
+    require_compiler()
+    return sum(1 for _ in KERNELS[kernel].launches())
+
+
+def require_compiler() -> None:
+    if interpreting():
+        raise RuntimeError(
+            "TRITON_INTERPRET is set, so kernels are interpreted and nothing is compiled; "
+            "unset it to inspect them"
+        )
+
+
+def _inspect_shipped(job: tuple[str, int, str]) -> Inspection:
+    kernel, index, target = job
+    label, launch = list(KERNELS[kernel].launches())[index]
+    return inspect_launch(kernel, label, launch, target)
+
+
+def inspect_launch(kernel: str, label: str, launch: Launch, target: str) -> Inspection:
+    """Compiles one launch for one of TARGETS and reads the result."""
+    require_compiler()
+    named = (kernel, label, target, launch.num_warps, launch.num_stages)
+    try:
+        # Triton prints the whole program where the assembler fails; the error says enough.
+        with contextlib.redirect_stdout(io.StringIO()):
+            compiled = compile_launch(launch, TARGETS[target].gpu)
+    except Exception as error:  # anything the compiler raises is a finding
+        lines = str(error).strip().splitlines() or [""]
+        return Inspection(*named, error=f"{type(error).__name__}: {lines[0]}")
+    read = _read_nvidia if TARGETS[target].gpu.backend == "cuda" else _read_amd
+    measured = {**read(compiled, TARGETS[target]), **_read_dots(compiled, TARGETS[target])}
+    measured["shared_bytes"] = compiled.metadata.shared
+    measured["tensor_memory_columns"] = getattr(compiled.metadata, "tmem_size", None) or 0
+    num_warps = compiled.metadata.num_warps  # warp specialisation adds some
+    ctas = resident_ctas(
+        TARGETS[target], num_warps, measured["registers"], measured["shared_bytes"],
+        measured["tensor_memory_columns"],
+    )  # fmt: skip
+    return Inspection(*named, **measured, ctas=ctas, warps=ctas * num_warps)
+
+
+def compile_launch(launch: Launch, gpu: GPUTarget) -> Any:
+    """The triton.CompiledKernel a launch on `gpu` would run.
+
+    The arguments are specialised by Triton's own code (JITFunction.run with triton 3.6 to 3.8, but
+    for the driver, which needs the GPU), so divisibility by 16, ones and None count as they will.
+    """
+    function = launch.kernel
+    backend = make_backend(gpu)
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    given = {**launch.args, **launch.constants}
+    given |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    bound, specialization, options = bind(**given)
+    options, signature, constants, attributes = function._pack_args(
+        backend, given, bound, specialization, options
+    )
+    source = ASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target=gpu, options=options.__dict__)
+
+
+def resident_ctas(
+    target: Target, num_warps: int, registers: int, shared_bytes: int, tensor_memory_columns: int
+) -> int:
+    """CTAs a multiprocessor holds at once: the least that warps, registers and memories allow."""
+    limits = [target.ctas, target.warps // num_warps]
+    of_a_warp = _round_up(max(registers, 1) * target.gpu.warp_size, target.register_unit)
+    limits.append(4 * (target.registers // of_a_warp) // num_warps)
+    of_a_cta = _round_up(shared_bytes, 128) + target.shared_reserved
+    if of_a_cta:
+        limits.append(target.shared_bytes // of_a_cta)
+    if tensor_memory_columns:
+        limits.append(TENSOR_MEMORY_COLUMNS // tensor_memory_columns)
+    return min(limits)
+
+
+def _read_nvidia(compiled: Any, target: Target) -> dict[str, Any]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", cubin.name)
+        code = _output(tools / "nvdisasm", "-c", cubin.name)
+    ptxas = get_ptxas(target.gpu.arch)
+    return {
+        "registers": _number(r"REG:(\d+)", usage),
+        "spill_bytes": _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
+        "spill_stores": len(re.findall(r"\bSTL\b", code)),
+        "tensor_core_instructions": len(re.findall(target.instruction, code)),
+        "assembler": ptxas.path,
+        "assembler_version": ptxas.version,
+    }
+
+
+def _read_amd(compiled: Any, target: Target) -> dict[str, Any]:
+    code = compiled.asm["amdgcn"]
+    return {
+        "registers": _number(r"\.vgpr_count:\s*(\d+)", code),
+        "spill_bytes": _number(r"\.private_segment_fixed_size:\s*(\d+)", code),
+        "spill_stores": _number(r"\.vgpr_spill_count:\s*(\d+)", code),
+        "tensor_core_instructions": len(re.findall(target.instruction, code)),
+        "assembler": "LLVM",
+        "assembler_version": f"of triton {triton.__version__}",
+    }
+
+
+def _read_dots(compiled: Any, target: Target) -> dict[str, Any]:
+    """What became of the dots that are made for tensor cores."""
+    lowered = [line for line in compiled.asm["ttgir"].splitlines() if _is_fast_type(line)]
+    in_registers = r"ttng\.warp_group_dot .* : tensor<"
+    return {
+        "dots": sum(_is_fast_type(line) for line in compiled.asm["ttir"].splitlines()),
+        "slow_dots": sum(not re.search(target.fast_dot, line) for line in lowered),
+        "register_operands": sum(
+            bool(re.search(in_registers, line)) for line in compiled.asm["ttgir"].splitlines()
+        ),
+    }
+
+
+def _is_fast_type(line: str) -> bool:
+    """True for a `tt.dot` tensor cores can do: any type but fp32, and fp32 unless it is ieee."""
+    if not re.search(r"= tt\.dot(_scaled)? ", line):
+        return False
+    return "inputPrecision = " in line or not re.search(r": tensor<[\dx]+xf32[,>]", line)
+
+
+def _output(tool: Path, *arguments: str) -> str:
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"no {pattern} in the compiler's output"
+    return int(found.group(1))
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:.0f} KB"
