@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import asdict
 from typing import IO, Any
 
+from resfuse.bench import allocator
 from resfuse.bench.case import Case, Options, Request
 from resfuse.bench.errors import UsageError
 from resfuse.bench.row import Outcome
@@ -85,6 +86,7 @@ def _converse(job: dict[str, Any], timeout_s: float) -> dict[str, Any] | Outcome
         process = subprocess.Popen(
             [sys.executable, "-m", "resfuse.bench.worker", str(write)],
             stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[write], start_new_session=True,
+            env=allocator.keeping(os.environ),
         )  # fmt: skip
         os.close(write)
         grace_s = GRACE_S  # for a process that is done, or dying on its own

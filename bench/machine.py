@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from resfuse.bench import allocator
 from resfuse.bench.case import PRECISIONS
 from resfuse.bench.precision import set_math_mode
+from resfuse.bench.processor import cpu_facts, cpu_name
 from resfuse.bench.timing import CpuStopwatch, CudaStopwatch
 
 PACKAGES = (
@@ -43,12 +45,13 @@ def facts(device: str, threads: int) -> dict[str, str]:
             "ptxas": _ptxas(),
         }
     found |= {
-        "cpu": cpu_name(),
+        **cpu_facts(),
         "cpu_cores": str(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         ),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(threads or torch.get_num_threads()),
+        "malloc": allocator.described(os.environ),
         "memory_gb": _memory_gb(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -74,17 +77,6 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(torch.device(device))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cpu_name()}, {cores} cores"
-
-
-def cpu_name() -> str:
-    """The processor's name without trademark signs, from the system's own tables."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return " ".join(name.replace("(R)", "").replace("(TM)", "").split())
 
 
 def commit() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from resfuse.bench import allocator
 from resfuse.bench.measured import Memory
 
 _STATUS = Path("/proc/self/status")
@@ -44,7 +45,8 @@ def peak_of(step: Callable[[], None], device: str, before: int | None) -> Memory
         return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved())
     if not _reset():
         return Memory(None, None)
-    step()
+    with allocator.giving_back():
+        step()
     high = _status("VmHWM")
     return Memory(high - before, high) if high is not None else Memory(None, None)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resfuse.bench import energy, machine, memory, nvml, quiet
+from resfuse.bench import energy, machine, memory, nvml, processor, quiet
 
 MEGABYTE = 2**20
 
@@ -120,6 +120,42 @@ def test_an_environment_is_the_same_until_something_changes() -> None:
     assert facts["torch"] == torch.__version__.split("+")[0]
     assert machine.env_id(facts) == machine.env_id(dict(reversed(facts.items())))
     assert machine.env_id(facts) != machine.env_id(machine.facts("cpu", 1))
+
+
+XEON = """processor\t: 0
+cpu family\t: 6
+model\t\t: 143
+model name\t: Intel(R) Xeon(R) Processor
+stepping\t: 8
+flags\t\t: fpu sse4_2 avx avx2 avx512f avx512_vnni avx512_bf16 amx_bf16 avx512_fp16 amx_int8
+
+processor\t: 1
+flags\t\t: fpu
+"""
+GRAVITON = """processor\t: 0
+Features\t: fp asimd asimdhp asimddp sve i8mm bf16
+CPU implementer\t: 0x41
+CPU part\t: 0xd40
+"""
+
+
+@pytest.mark.parametrize(
+    ("table", "model", "isa"),
+    [
+        (XEON, "family 6 model 143 stepping 8", "amx_bf16 amx_int8 avx512_fp16 avx512_bf16"),
+        (GRAVITON, "implementer 0x41 part 0xd40", "sve i8mm bf16 asimddp"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(
+    table: str, model: str, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(table)
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    found = machine.facts("cpu", 2)
+    assert (found["cpu_model"], found["cpu_isa"]) == (model, isa)
+    assert "(R)" not in found["cpu"]
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "missing")  # not Linux
+    assert processor.cpu_facts().keys() == {"cpu"}
 
 
 def test_the_folders_name_says_device_and_versions() -> None:
