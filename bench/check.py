@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 
 from resfuse.bench.measured import Accuracy
+from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
 
 
 class WrongAnswer(RuntimeError):
@@ -22,25 +23,6 @@ class WrongAnswer(RuntimeError):
     def __init__(self, message: str, accuracy: Accuracy | None = None) -> None:
         super().__init__(message)
         self.accuracy = accuracy
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Slack of one math mode: `atol` of an element, `rtol` relative, norm or element."""
-
-    atol: float
-    rtol: float
-
-
-# The one table, for the harness and the tests alike. About eight units of each format's last place:
-# two roundings in different order are no error. fp16's and tf32's mantissas have 10 bits, bf16's 7.
-TOLERANCES = {
-    "ieee": Tolerance(1e-6, 1e-6),
-    "tf32": Tolerance(1e-3, 1e-3),
-    "fp16": Tolerance(1e-3, 1e-3),
-    "bf16": Tolerance(8e-3, 8e-3),
-}
-EAGER_FACTOR = 2.0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from resfuse.bench.check import TOLERANCES
+from resfuse.kernels.tolerance import TOLERANCES
 
 # A sum of n products in the accumulator's precision is off by about sqrt(n) roundings.
 ROUNDINGS_IN_TABLE = 4

@@ -1,0 +1,67 @@
+"""Does a fused model still answer what the model did? Asked once, at fuse time, of an example."""
+
+from contextlib import AbstractContextManager
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from resfuse.kernels.problem import math_mode_of
+from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
+
+
+def require_parity(
+    model: nn.Module, example: Tensor, without: AbstractContextManager[nn.Module]
+) -> None:
+    """Compares a fused model's answers with its own layers', both judged by fp64.
+
+    Args:
+        model: fused.
+        example: [N, C, H, W].
+        without: a context in which the model runs unfused.
+
+    Raises:
+        ValueError: the model refuses the example, or the fused answer is further from the fp64 one
+            than twice the unfused answer's distance (plus the tolerance of the dtype).
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            with without:
+                eager = _answer(model, example)
+                twin = deepcopy(model).double()
+            reference = _answer(twin, example.double())
+            fused = _answer(model, example)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    mode = "fp64" if example.dtype == torch.float64 else math_mode_of(example.dtype)
+    for got, plain, want in zip(fused, eager, reference, strict=True):
+        allowed = EAGER_FACTOR * _error(plain, want) + TOLERANCES[mode].rtol
+        found = _error(got, want)
+        if not found <= allowed:
+            raise ValueError(
+                f"argument model: fused, its answer to the example is off by {found:.3g} against "
+                f"fp64, where {allowed:.3g} is accepted; please report the model"
+            )
+
+
+def _answer(model: nn.Module, example: Tensor) -> list[Tensor]:
+    try:
+        outputs = model(example.clone())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"argument example: shape {tuple(example.shape)} of {example.dtype} on "
+            f"{example.device}; accepted: what the model takes ({reason})"
+        ) from error
+    return [leaf.clone() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    """Relative L2 error; 0 where both are empty or zero."""
+    distance = float((got.double() - want.double()).norm())
+    size = float(want.double().norm())
+    return distance / size if size else distance

@@ -1,0 +1,199 @@
+"""A scope that has been fused: the same module object, of a class that runs a rewritten forward
+where that computes the same, and the original one everywhere else.
+
+Like torch.nn.utils.parametrize, this gives the instance a subclass of its own class: parameters,
+buffers, submodules, hooks and isinstance stay as they were, and taking the class back undoes it.
+"""
+
+import linecache
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from resfuse.kernels.layers import differs_in_training
+from resfuse.kernels.scope import ORIGINAL, has_hooks, original_class
+from resfuse.kernels.steps import Step, convolutions
+
+_PLAN = "_resfuse_plan"
+_STEPS = "_resfuse_steps"
+_LEFT = "_resfuse_left"
+
+Forward = Callable[..., Any]
+Watched = tuple[dict[str, nn.Module | None], str, nn.Module]  # where a layer is found, and which
+
+
+class Steps:
+    """A scope's steps as attributes: the generated forward calls `self._resfuse_steps.conv1(x)`."""
+
+    def __init__(self, steps: dict[str, Step]) -> None:
+        vars(self).update(steps)
+
+
+class Plan:
+    """How a scope's forward runs, and when it may.
+
+    `forwards` has the rewritten forward by what the first argument is: a tensor, or a list of them.
+    """
+
+    def __init__(
+        self,
+        scope: nn.Module,
+        arguments: int,
+        forwards: dict[bool, Forward],
+        steps: dict[str, Step],
+        watched: list[str],
+        left: dict[str, str],
+    ) -> None:
+        self.arguments, self.forwards, self.steps, self.left = arguments, forwards, steps, left
+        self.layers = [layer for step in steps.values() for layer in convolutions(step)]
+        self._watched = [_watch(scope, name) for name in watched]
+        self._modal = [m for *_, m in self._watched if differs_in_training(m)]
+        self._parameters = [
+            (holder, name)
+            for _, _, module in self._watched
+            for holder, name in ((module._parameters, n) for n in module._parameters)
+        ]
+
+    def forward_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
+        """The rewritten forward, if it computes what the original would; else None."""
+        if kwargs or len(args) != self.arguments or any(a is None for a in args):
+            return None
+        forward = self.forwards.get(isinstance(args[0], list | tuple))
+        if forward is None or torch.compiler.is_compiling():
+            return forward if torch.compiler.is_exporting() or _on_cuda(args) else None
+        if _len_torch_dispatch_stack() > 0:  # FlopCounterMode and its like want to see the layers
+            return None
+        if any(holder.get(name) is not layer for holder, name, layer in self._watched):
+            return None
+        if any(layer.training for layer in self._modal):
+            return None
+        if any(has_hooks(layer) for *_, layer in self._watched):
+            return None
+        if torch.is_grad_enabled() and self._needs_gradients(args):
+            return None
+        return forward
+
+    def fold_ahead(self) -> None:
+        """On a GPU, folds what is not folded: a graph compiled later reads it and cannot do it."""
+        for layer in self.layers:
+            weight = layer.conv._parameters["weight"]
+            if weight is not None and weight.is_cuda:
+                layer.fold_ahead(weight.dtype, weight.device)
+
+    def _needs_gradients(self, args: tuple[Any, ...]) -> bool:
+        if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return True
+        parameters = (holder[name] for holder, name in self._parameters)
+        needs = any(p is not None and p.requires_grad for p in parameters)
+        if needs:
+            warnings.warn(
+                "gradients are enabled, so fused layers compute as the original ones did; "
+                "run inference under torch.inference_mode()",
+                stacklevel=4,
+            )
+        return needs
+
+
+class FusedScope(nn.Module):
+    """Mixed into the class of a scope while it is fused."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            forward = vars(self)[_PLAN].forward_for(args, kwargs)
+            if forward is not None:
+                return forward(self, *args)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if not mode:
+            vars(self)[_PLAN].fold_ahead()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        vars(self)[_PLAN].fold_ahead()
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles hold the layers; a plan is made again from them."""
+        state = {k: v for k, v in vars(self).items() if k not in (_PLAN, _STEPS)}
+        return _empty, (original_class(self), vars(self)[_PLAN].left), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from resfuse.kernels.fuse import make_plan
+
+        left = vars(self).pop(_LEFT)
+        super().__setstate__(state)
+        self.__class__ = original_class(self)
+        layers = {self.get_submodule(name): reason for name, reason in left.items()}
+        plan = make_plan(self, layers.get).plan
+        if plan is not None:
+            attach(self, plan)
+
+
+def attach(scope: nn.Module, plan: Plan) -> None:
+    vars(scope)[_PLAN] = plan
+    vars(scope)[_STEPS] = Steps(plan.steps)
+    scope.__class__ = _fused_class(type(scope))
+    plan.fold_ahead()
+
+
+def detach(scope: nn.Module) -> None:
+    scope.__class__ = original_class(scope)
+    del vars(scope)[_PLAN], vars(scope)[_STEPS]
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    return vars(module).get(_PLAN)
+
+
+def compile_forward(graph: fx.Graph, name: str) -> Forward:
+    """The graph as a function `forward(self, ...)`, with its source where tracebacks find it."""
+    code = graph.python_code(root_module="self")
+    file = f"<resfuse {name}>"
+    linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
+    space = dict(code.globals)
+    exec(compile(code.src, file, "exec"), space)
+    return space["forward"]
+
+
+def step_target(attribute: str) -> str:
+    """What a node calls to run a step."""
+    return f"{_STEPS}.{attribute}"
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _classes:
+        name = kind.__name__ if kind.__name__.startswith("Fused") else f"Fused{kind.__name__}"
+        body = {"__module__": kind.__module__, ORIGINAL: kind}
+        _classes[kind] = type(name, (FusedScope, kind), body)
+    return _classes[kind]
+
+
+def _empty(kind: type[nn.Module], left: dict[str, str]) -> nn.Module:
+    fused = _fused_class(kind)
+    scope = fused.__new__(fused)
+    vars(scope)[_LEFT] = left
+    return scope
+
+
+def _watch(scope: nn.Module, name: str) -> Watched:
+    parent, _, last = name.rpartition(".")
+    holder = scope.get_submodule(parent)._modules
+    layer = holder[last]
+    assert layer is not None
+    return holder, last, layer
+
+
+def _on_cuda(args: tuple[Any, ...]) -> bool:
+    first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
+    return isinstance(first, Tensor) and first.is_cuda

@@ -1,0 +1,123 @@
+"""Puts steps into a scope's graph in place of the chains they stand for."""
+
+import torch.fx as fx
+from torch import nn
+
+from resfuse.kernels.match import Chain
+from resfuse.kernels.plan import step_target
+from resfuse.kernels.steps import ConvStep, NormStep, ProjectionStep, StemStep, Step
+
+
+def rewrite(graph: fx.Graph, scope: nn.Module, chains: list[Chain], prefix: str) -> dict[str, Step]:
+    """Replaces every chain by a call of its step, in place.
+
+    Args:
+        graph: of the scope.
+        chains: found in it.
+        prefix: of the steps' attribute names.
+
+    Returns:
+        The steps by attribute name.
+    """
+    nodes: dict[fx.Node, Step] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
+    for chain in chains:
+        node = _replace(graph, chain, prefix, replaced)
+        nodes[node] = NormStep(chain) if chain.conv is None else ConvStep(chain)
+    _merge_projections(graph, nodes)
+    _merge_stem(graph, scope, nodes)
+    _loosen_views(graph)
+    return {_attribute(node): step for node, step in nodes.items()}
+
+
+def _replace(
+    graph: fx.Graph, chain: Chain, prefix: str, replaced: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    read = [chain.source] if chain.added is None else [chain.source, chain.added]
+    inputs = [replaced.get(node, node) for node in read]  # the end of a chain done before
+    target = step_target(prefix + chain.name.replace(".", "_"))
+    with graph.inserting_after(chain.end):
+        node = graph.create_node("call_module", target, tuple(inputs))
+    chain.end.replace_all_uses_with(node)
+    replaced[chain.end] = node
+    for layer in reversed(chain.nodes):
+        graph.erase_node(layer)
+    return node
+
+
+def _merge_projections(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
+    """[h, x strided] @ [W3; Wd]: a 1x1 convolution takes in the 1x1 projection it is added to."""
+    for node, step in list(nodes.items()):
+        if not isinstance(step, ConvStep) or step.residual != "before" or not _is_1x1(step):
+            continue
+        source, added = node.args
+        assert isinstance(added, fx.Node)
+        projection = nodes.get(added)
+        if (
+            isinstance(projection, ConvStep)
+            and _is_1x1(projection)
+            and projection.activation == "identity"
+            and projection.residual == "none"
+            and len(added.users) == 1
+            and step.geometry.stride == (1, 1)
+        ):
+            node.args = (source, added.args[0])
+            graph.erase_node(added)
+            del nodes[added]
+            nodes[node] = ProjectionStep(step, projection)
+
+
+def _merge_stem(graph: fx.Graph, scope: nn.Module, nodes: dict[fx.Node, Step]) -> None:
+    """7x7/2 of an image with ReLU, then a 3x3/2 max-pool nobody else reads."""
+    for node, step in list(nodes.items()):
+        if not isinstance(step, ConvStep) or not _is_stem(step) or len(node.users) != 1:
+            continue
+        (pool_node,) = node.users
+        if pool_node.op != "call_module" or len(pool_node.args) != 1 or pool_node.kwargs:
+            continue
+        pool = scope.get_submodule(str(pool_node.target))
+        if isinstance(pool, nn.MaxPool2d) and _is_stem_pool(pool):
+            pool_node.replace_all_uses_with(node)
+            graph.erase_node(pool_node)
+            nodes[node] = StemStep(step, pool)
+
+
+def _loosen_views(graph: fx.Graph) -> None:
+    """x.view(...) of a channels_last tensor may not exist where x.reshape(...) does."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"
+
+
+def _is_1x1(step: ConvStep) -> bool:
+    geometry = step.geometry
+    return step.conv.kernel_size == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+
+
+def _is_stem(step: ConvStep) -> bool:
+    conv, geometry = step.conv, step.geometry
+    return (
+        conv.kernel_size == (7, 7)
+        and geometry == type(geometry)((2, 2), (3, 3), (1, 1), 1)
+        and conv.in_channels <= 4
+        and step.activation == "relu"
+        and step.residual == "none"
+    )
+
+
+def _is_stem_pool(pool: nn.MaxPool2d) -> bool:
+    def pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return (value, value) if isinstance(value, int) else tuple(value)
+
+    return (
+        pair(pool.kernel_size) == (3, 3)
+        and pair(pool.stride) == (2, 2)
+        and pair(pool.padding) == (1, 1)
+        and pair(pool.dilation) == (1, 1)
+        and not pool.ceil_mode
+        and not pool.return_indices
+    )
+
+
+def _attribute(node: fx.Node) -> str:
+    return str(node.target).rpartition(".")[2]

@@ -1,0 +1,142 @@
+"""Scopes: whose `forward` calls which layers. fuse() works on one module's forward at a time, so
+that the modules of a model stay where they are: their names, hooks, and what people call directly.
+
+A scope's forward is traced with torch.fx. Its children are leaves, except sequences of plain layers
+(a projection shortcut, torchvision's Conv2dNormActivation), which are traced through.
+"""
+
+import builtins
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx as fx
+from torch import Tensor, nn
+
+# Layers with no layers inside; timm's and torchvision's own kinds go by name, as they may be absent
+ATOMS = (
+    nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU,
+    nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.MaxPool2d, nn.AvgPool2d, nn.modules.dropout._DropoutNd,
+)  # fmt: skip
+ATOM_NAMES = ("FrozenBatchNorm2d", "BatchNormAct2d", "FrozenBatchNormAct2d")
+ORIGINAL = "_resfuse_original"  # a fused module's class keeps the class it was made from
+
+
+class NotTraceable(Exception):
+    """What `forward` does depends on more than a graph can say; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward as a graph over the arguments that have no default."""
+
+    graph: fx.Graph
+    arguments: int
+    asks_types: bool  # forward asks isinstance(argument, ...): the graph holds for one answer only
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was fused."""
+    return getattr(type(module), ORIGINAL, type(module))
+
+
+def is_atom(module: nn.Module) -> bool:
+    return isinstance(module, ATOMS) or type(module).__name__ in ATOM_NAMES
+
+
+def is_plain_sequence(module: nn.Module) -> bool:
+    """A Sequential of atoms with nothing attached to it, and a forward that only runs them."""
+    return (
+        isinstance(module, nn.Sequential)
+        and original_class(module).forward is nn.Sequential.forward
+        and not has_hooks(module)
+        and all(is_atom(child) or is_plain_sequence(child) for child in module)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True where calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def trace(module: nn.Module, tensors: bool = True) -> Trace:
+    """Traces `module.forward` as it runs in eval mode (the caller has set that).
+
+    Args:
+        module: the scope.
+        tensors: what isinstance(argument, Tensor) answers. DenseNet's layers take a tensor or a
+            list of them, and are called with a list.
+
+    Raises:
+        NotTraceable: with the reason.
+    """
+    forward = original_class(module).forward
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise NotTraceable("forward takes any number of arguments")
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    tracer = _Tracer()
+    fused_class, module.__class__ = module.__class__, original_class(module)
+    with _isinstance_answers(forward, tensors) as questions:
+        try:
+            graph = tracer.trace(module, concrete_args=defaults or None)
+        except Exception as error:  # whatever foreign code does with a symbol instead of a tensor
+            raise NotTraceable(_first_sentence(error)) from error
+        finally:
+            module.__class__ = fused_class
+    _drop_defaults(graph, defaults)
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            delattr(module, str(node.target))
+            raise NotTraceable("forward makes a tensor of its own")
+    return Trace(graph, len(parameters) - len(defaults), bool(questions))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not is_plain_sequence(m)
+
+
+@contextmanager
+def _isinstance_answers(forward: Any, tensors: bool) -> Iterator[list[Any]]:
+    """Within `forward`'s Python module, isinstance takes a symbol for a tensor, or for a list."""
+    space, questions = forward.__globals__, []
+
+    def answer(instance: Any, kind: Any) -> bool:
+        if not builtins.isinstance(instance, fx.Proxy):
+            return builtins.isinstance(instance, kind)
+        questions.append(kind)
+        return issubclass(Tensor if tensors else list, kind)
+
+    before = space.get("isinstance")
+    space["isinstance"] = answer
+    try:
+        yield questions
+    finally:
+        if before is None:
+            del space["isinstance"]
+        else:
+            space["isinstance"] = before
+
+
+def _drop_defaults(graph: fx.Graph, defaults: dict[str, Any]) -> None:
+    """fx asserts that concrete arguments keep their values; we do not pass them at all."""
+    for node in reversed(graph.nodes):
+        if node.op == "placeholder" and node.target in defaults:
+            for user in list(node.users):
+                for last in reversed([user, *user.users]):
+                    graph.erase_node(last)
+            graph.erase_node(node)
+
+
+def _first_sentence(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:120] if text else type(error).__name__
