@@ -23,13 +23,37 @@ def fold_conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: `bn` keeps no running statistics, or normalises another number of channels.
     """
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError(
-            "argument bn: no running statistics to fold; accepted: track_running_stats=True"
-        )
     if bn.num_features != conv.out_channels:
         raise ValueError(
             f"argument bn: {bn.num_features} channels after a convolution with {conv.out_channels}"
+        )
+    scale, shift = _exact_scale_shift(bn)
+    with torch.no_grad():
+        if conv.bias is not None:
+            shift = shift + conv.bias.double() * scale
+        weight = conv.weight.double() * scale[:, None, None, None]
+    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
+
+
+def bn_scale_shift(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """scale and shift [C]: `bn(x)` in eval mode is x * scale + shift.
+
+    Computed in fp64 and rounded once, to fp32 (a double batch norm's stay double).
+
+    Raises:
+        ValueError: `bn` keeps no running statistics.
+    """
+    scale, shift = _exact_scale_shift(bn)
+    assert bn.running_var is not None
+    dtype = torch.promote_types(bn.running_var.dtype, torch.float32)
+    return scale.to(dtype), shift.to(dtype)
+
+
+def _exact_scale_shift(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Both in fp64."""
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError(
+            "argument bn: no running statistics to fold; accepted: track_running_stats=True"
         )
     with torch.no_grad():
         scale = (bn.running_var.double() + bn.eps).rsqrt()
@@ -38,7 +62,4 @@ def fold_conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         shift = -bn.running_mean.double() * scale
         if bn.bias is not None:
             shift = shift + bn.bias.double()
-        if conv.bias is not None:
-            shift = shift + conv.bias.double() * scale
-        weight = conv.weight.double() * scale[:, None, None, None]
-    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
+    return scale, shift

@@ -25,6 +25,12 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    @property
+    def least_capability(self) -> int:
+        """The oldest NVIDIA GPU it is for, 80 or 90 (sm_90): descriptors came with Hopper's TMA."""
+        has_descriptors = any(isinstance(a, TensorDescriptor) for a in self.args.values())
+        return 90 if has_descriptors else 80
+
     def run(self) -> None:
         self.kernel[self.grid](
             **self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
