@@ -1,0 +1,309 @@
+"""Convolution with batch norm folded in, residual and activation: one kernel.
+
+    y = act(conv(x, w) + b + residual)      or      act(conv(x, w) + b) + residual
+
+x [N, C, H, W], w [K, C / groups, R, S], b [K], residual and y [N, K, P, Q]; all NHWC in memory.
+Fused: bias, residual and activation, in fp32, on the accumulators. FLOPs 2*N*K*P*Q*C/groups*R*S;
+bytes at best: x, w, b, residual and y once each (ConvProblem.flops, least_bytes).
+
+Implicit GEMM (implicit_gemm.py). Groups narrower than a tile are packed: their weights stand
+block-diagonally in one tile, so a tensor core multiplies zeros rather than idle; ResNeXt's four
+channels a group waste 7/8 of the arithmetic in a tile of 32 and stay bound by memory. One channel a
+group is depthwise.py's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resfuse.kernels import depthwise
+from resfuse.kernels.activation import ACTIVATIONS, Slope
+from resfuse.kernels.arguments import channels_last, empty_channels_last
+from resfuse.kernels.conv_arguments import (
+    arguments,
+    constants,
+    problem_of,
+    require_arguments,
+    split_slope,
+    stand_ins,
+)
+from resfuse.kernels.conv_config import (
+    BY_MATH_MODE,
+    CONFIGS,
+    Config,
+    candidates,
+    choose,
+    cycles,
+)
+from resfuse.kernels.conv_registration import register
+from resfuse.kernels.implicit_gemm import multiply, output_channels, store_output, swizzle
+from resfuse.kernels.launch import Launch, multiprocessors, runs_triton
+from resfuse.kernels.problem import ConvProblem
+
+__all__ = [
+    "CONFIGS", "Config", "candidates", "choose", "conv_bn_act", "conv_bn_act_ref", "launch",
+    "shipped",
+]  # fmt: skip
+
+
+def conv_bn_act_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "identity",
+    slope: Slope = None,
+    residual_last: bool = False,
+) -> Tensor:
+    """The kernel's specification in plain torch, in any dtype."""
+    bias = None if bias is None else bias.to(x.dtype)
+    z = F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
+    if residual is not None and not residual_last:
+        z = z + residual
+    z = ACTIVATIONS[activation].forward(z, slope)
+    if residual is not None and residual_last:
+        z = z + residual
+    return channels_last(z)
+
+
+@triton.jit
+def conv_kernel(
+    x_ptr, w_ptr, bias_ptr, residual_ptr, slope_ptr, y_ptr,
+    M, H, W, P, Q, tiles_m, tiles_n, taps, channels,
+    negative_slope,
+    GROUPS: tl.constexpr, C_GROUP: tl.constexpr, K_GROUP: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ACTIVATION: tl.constexpr, RESIDUAL_LAST: tl.constexpr,
+    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr, TAPS_INNER: tl.constexpr,
+    PACK: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of y: BLOCK_M pixels by BLOCK_N channels of PACK groups.
+
+    `taps` (R*S) and `channels` (of those groups) are no constants, or LLVM unrolls the loops over
+    them: 236 registers rather than 135 for packed groups on sm_90, and spills on sm_80.
+    """
+    pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    acc = multiply(
+        x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, 0, taps, 0, channels, 0,
+        GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
+        DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, False,
+        PACK, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    first_group, offs_n, mask_n = output_channels(pid_n, GROUPS, K_GROUP, PACK, BLOCK_N)
+    if PACK > 1:  # noqa: SIM102 - the outer is for the compiler
+        # An Inf or NaN of one group times the zero weight of another is NaN in that other group,
+        # always: where there is none, nothing leaked. Else each group is computed by itself.
+        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+            for group in range(PACK):
+                alone = multiply(
+                    x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, 0, taps, 0, channels, group,
+                    GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
+                    DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, True,
+                    PACK, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                acc = tl.where((offs_n // K_GROUP == group)[None, :], alone, acc)
+    store_output(
+        acc, pid_m * BLOCK_M, M, first_group * K_GROUP + offs_n, mask_n,
+        bias_ptr, residual_ptr, slope_ptr, y_ptr, negative_slope,
+        GROUPS * K_GROUP, ACTIVATION, RESIDUAL_LAST, BLOCK_M,
+    )  # fmt: skip
+
+
+def launch(
+    problem: ConvProblem,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Slope,
+    y: Tensor,
+    config: Config,
+    residual_last: bool = False,
+) -> Launch:
+    """The launch that fills y.
+
+    Args:
+        problem: what x and the others are; its `residual` is not read.
+        x, weight, residual, y: shapes as above, channels_last, of the problem's dtype.
+        bias: [K]; slope: prelu's [K], leaky_relu's number; either of any float dtype.
+
+    Raises:
+        ValueError: the configuration is not valid for the problem.
+    """
+    config.check(problem)
+    pixels, channels = config.tiles(problem)
+    return Launch(
+        conv_kernel,
+        (pixels * channels,),
+        {
+            **arguments(problem, x, weight, bias, residual, slope, y),
+            "tiles_m": pixels, "tiles_n": channels,
+            "taps": problem.r * problem.s,
+            "channels": config.pack(problem) * problem.c // problem.groups,
+        },
+        {
+            **constants(problem, residual_last),
+            "TAPS_INNER": config.taps_inner, "PACK": config.pack(problem),
+            "GROUP_M": config.group_m, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+        },
+        config.num_warps,
+        config.num_stages,
+    )  # fmt: skip
+
+
+def resnet_problems(math_mode: str) -> Iterator[ConvProblem]:
+    """The 3x3 convolutions of ResNet-50 and ResNeXt-50 32x4d, and ResNet-50's projections."""
+    stages = ((56, 64), (28, 128), (14, 256), (7, 512))
+    for n in (1, 32, 256):
+        for hw, c in stages:
+            yield ConvProblem(n, c, hw, hw, c, 3, 3, padding=(1, 1), math_mode=math_mode)
+        for hw, c in stages[1:]:
+            yield ConvProblem(n, c, 2 * hw, 2 * hw, c, 3, 3, (2, 2), (1, 1), math_mode=math_mode)
+            yield ConvProblem(n, 2 * c, 2 * hw, 2 * hw, 4 * c, 1, 1, (2, 2), math_mode=math_mode)
+        for hw, c in stages:
+            c *= 2
+            yield ConvProblem(n, c, hw, hw, c, 3, 3, padding=(1, 1), groups=32, math_mode=math_mode)
+
+
+def shipped() -> Iterator[tuple[str, Launch]]:
+    """Every configuration in every math mode it is for, on the convolution for which it comes
+    closest to being chosen; then the depthwise ones."""
+    sms = 132
+    for math_mode, configs in BY_MATH_MODE.items():
+        problems = list(resnet_problems(math_mode))
+        least = {problem: cycles(problem, choose(problem, sms), sms) for problem in problems}
+        for config in configs:
+            problem = min(
+                (problem for problem in problems if config in candidates(problem)),
+                key=lambda problem: cycles(problem, config, sms) / least[problem],
+            )
+            label = f"{problem.label()} {math_mode} {config.label()}"
+            yield label, launch(problem, *stand_ins(problem), config)
+    yield from depthwise.shipped()
+
+
+def _launch_chosen(problem: ConvProblem, *tensors: Any, residual_last: bool) -> Launch:
+    """The launch of the kernel and configuration that suit the problem."""
+    sms = multiprocessors(tensors[0].device)
+    if problem.c == problem.groups:
+        config = depthwise.choose(problem, sms)
+        return depthwise.launch(problem, *tensors, config, residual_last)
+    return launch(problem, *tensors, choose(problem, sms), residual_last)
+
+
+def compute(
+    launch_chosen: Callable[..., Launch],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    negative_slope: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual_last: bool,
+) -> Tensor:
+    """An op's answer: its kernel's where one can run, else the twin's."""
+    if not runs_triton(x):
+        return conv_bn_act_ref(
+            x, weight, bias, residual, stride=stride, padding=padding, dilation=dilation,
+            groups=groups, activation=activation,
+            slope=negative_slope if slope is None else slope, residual_last=residual_last,
+        )  # fmt: skip
+    problem = problem_of(x, weight, residual, stride, padding, dilation, groups, activation)
+    y = empty_channels_last((problem.n, problem.k, problem.p, problem.q), x)
+    if y.numel():
+        launch_chosen(
+            problem,
+            channels_last(x),
+            channels_last(weight),
+            None if bias is None else bias.contiguous(),
+            None if residual is None else channels_last(residual),
+            negative_slope if slope is None else slope.contiguous(),
+            y,
+            residual_last=residual_last,
+        ).run()
+    return y
+
+
+@torch.library.custom_op("resfuse::conv_bn_act", mutates_args=())
+def conv_bn_act_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    negative_slope: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual_last: bool,
+) -> Tensor:
+    return compute(
+        _launch_chosen, x, weight, bias, residual, slope, negative_slope, stride, padding, dilation,
+        groups, activation, residual_last,
+    )  # fmt: skip
+
+
+register(conv_bn_act_op, torch.ops.resfuse.conv_bn_act)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    activation: str = "identity",
+    slope: Slope = None,
+    residual_last: bool = False,
+) -> Tensor:
+    """act(conv(x, weight) + bias + residual), or act(conv(x, weight) + bias) + residual.
+
+    Args:
+        x: [N, C, H, W] in float32, float16 or bfloat16; channels_last, or it is made so.
+        weight: [K, C / groups, R, S], the batch norm folded in; likewise.
+        bias: [K].
+        residual: [N, K, P, Q], likewise channels_last.
+        stride, padding, dilation: (vertical, horizontal).
+        activation: one of activation.ACTIVATIONS.
+        slope: of negative values: a number for leaky_relu, [K] for prelu.
+        residual_last: add the residual after the activation.
+
+    Returns:
+        [N, K, P, Q] in channels_last.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is none of these.
+    """
+    require_arguments(
+        x, weight, bias, residual, stride, padding, dilation, groups, activation, slope
+    )
+    return conv_bn_act_op(
+        x, weight, bias, residual, *split_slope(slope), stride, padding, dilation, groups,
+        activation, residual_last,
+    )  # fmt: skip
