@@ -36,7 +36,7 @@ from resfuse.kernels.arguments import (
     require_like,
 )
 from resfuse.kernels.gradient import conv_bn_act_backward
-from resfuse.kernels.launch import Launch, interpreting, multiprocessors, runs_triton
+from resfuse.kernels.launch import Launch, capability, interpreting, multiprocessors, runs_triton
 from resfuse.kernels.problem import MATH_MODES, ConvProblem, math_mode_of
 
 Pair = tuple[int, int]
@@ -340,7 +340,7 @@ def launch(
     mode = math_mode or math_mode_of(x.dtype)
     problem = _problem(y, x, weight, residual, stride, shortcut, activation, mode)
     if config is None:
-        config = choose(problem, multiprocessors(x.device), _capability(x.device))
+        config = choose(problem, multiprocessors(x.device), capability(x.device))
     config.check(problem)
     m = problem.n * problem.p * problem.q
     x2, weight2, stride2 = None, None, (1, 1)
@@ -387,6 +387,7 @@ def launch(
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        least_capability=90 if config.descriptors else 80,  # TMA came with Hopper
     )  # fmt: skip
 
 
@@ -399,11 +400,6 @@ def _is_residual_early(config: Config, math_mode: str) -> bool:
 def _matrix(tensor: Tensor, rows: int, columns: int, tile: list[int]) -> TensorDescriptor:
     """`tensor` as the matrix it is in memory; its own strides may lie where a size is 1."""
     return TensorDescriptor(tensor, [rows, columns], [columns, 1], tile)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU; an H200's where there is none."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def _problem(

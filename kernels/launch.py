@@ -24,12 +24,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
-
-    @property
-    def least_capability(self) -> int:
-        """The oldest NVIDIA GPU it is for, 80 or 90 (sm_90): descriptors came with Hopper's TMA."""
-        has_descriptors = any(isinstance(a, TensorDescriptor) for a in self.args.values())
-        return 90 if has_descriptors else 80
+    least_capability: int = 80  # the oldest NVIDIA GPU it is for, as in sm_80
 
     def run(self) -> None:
         self.kernel[self.grid](
@@ -52,6 +47,11 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; an H200's where there is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def is_interpreted(kernel: Any) -> bool:
