@@ -3,5 +3,15 @@
 from resfuse.kernels.explain import explain
 from resfuse.kernels.folding import fold_conv_bn
 from resfuse.kernels.fuse import fuse, fused, unfuse
+from resfuse.kernels.modules import FusedBasicBlock, FusedBottleneck, FusedConvBNAct
 
-__all__ = ["explain", "fold_conv_bn", "fuse", "fused", "unfuse"]
+__all__ = [
+    "FusedBasicBlock",
+    "FusedBottleneck",
+    "FusedConvBNAct",
+    "explain",
+    "fold_conv_bn",
+    "fuse",
+    "fused",
+    "unfuse",
+]

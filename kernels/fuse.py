@@ -8,7 +8,7 @@ print(explain(model, images))
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -26,8 +26,16 @@ from resfuse.kernels.plan import (
     detach,
     plan_of,
 )
-from resfuse.kernels.rewrite import rewrite
-from resfuse.kernels.scope import NotTraceable, is_atom, is_plain_sequence, original_class, trace
+from resfuse.kernels.rewrite import Folds, rewrite
+from resfuse.kernels.scope import (
+    Call,
+    NotTraceable,
+    calls,
+    is_atom,
+    is_plain_sequence,
+    original_class,
+    trace,
+)
 from resfuse.kernels.steps import Step
 
 LeftAlone = Callable[[nn.Module], str | None]
@@ -61,7 +69,7 @@ def fuse(model: nn.Module, example: Tensor | None = None, *, inplace: bool = Fal
     """
     _require_fusible(model)
     fused_model = model if inplace else deepcopy(model)
-    for _, scope, drafted in list(scopes(fused_model)):
+    for _, scope, drafted in scopes(fused_model):
         if drafted.plan is not None and plan_of(scope) is None:
             attach(scope, drafted.plan)
     if example is not None:
@@ -118,37 +126,46 @@ def make_plan(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
     except NotTraceable as reason:
         own = [name for name, child in scope.named_children() if isinstance(child, nn.Conv2d)]
         kind = original_class(scope).__name__
-        return Drafted(None, {name: f"{kind}.forward: {reason}" for name in own}, [])
+        return Drafted(None, dict.fromkeys(own, f"{kind}.forward: {reason}"), [])
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def scopes(model: nn.Module) -> Iterator[tuple[str, nn.Module, Drafted]]:
+def scopes(model: nn.Module) -> list[tuple[str, nn.Module, Drafted]]:
     """Every module that calls layers in its forward: its name, itself, and the draft of its plan.
 
-    Parents come first, and may have taken plain sequences of layers into their own graph.
+    Parents come first, and may have taken plain sequences of layers into their own graph. A model
+    that has nothing but single convolutions (a vision transformer's patches) is left as it is.
     """
     left_alone = _left_alone_in(model)
     taken: set[nn.Module] = set()
+    found: list[tuple[str, nn.Module, Drafted]] = []
     for name, module in model.named_modules():
         if module not in taken and not is_atom(module) and _has_layers(module):
             drafted = make_plan(module, left_alone)
             taken.update(drafted.inlined)
-            yield name, module, drafted
+            found.append((name, module, drafted))
+    steps = [step for *_, drafted in found if drafted.plan for step in drafted.plan.steps.values()]
+    if all(step.chain == "conv" for step in steps):
+        return [(name, module, _nothing_in(drafted)) for name, module, drafted in found]
+    return found
+
+
+def _nothing_in(drafted: Drafted) -> Drafted:
+    layers = drafted.plan.layers if drafted.plan is not None else []
+    reason = "no batch norm, activation or sum follows it"
+    return Drafted(None, drafted.left | {layer.name: reason for layer in layers}, [])
 
 
 def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
-    traced = trace(scope)
-    graphs = {False: traced.graph}
-    if traced.asks_types:
-        graphs[True] = trace(scope, tensors=False).graph
     steps: dict[str, Step] = {}
     watched: set[str] = set()
     containers: set[str] = set()
     left: dict[str, str] = {}
-    forwards: dict[bool, Forward] = {}
-    for takes_list, graph in graphs.items():
+    forwards: dict[Call, Forward] = {}
+    folds: Folds = {}
+    for call, graph in _graphs(scope).items():
         twice = _called_twice(graph, scope)
         containers.update(_containers(graph))
         watched.update(drop_idle(graph, scope))
@@ -160,17 +177,31 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
             ),
         )
         left |= unmatched
-        prefix = "of_list_" if takes_list else "at_"
-        steps |= rewrite(graph, scope, chains, prefix)
+        prefix = f"with_{call.arguments}{'_list' if call.takes_list else ''}_"
+        steps |= rewrite(graph, scope, chains, prefix, folds)
         watched.update(name for chain in chains for name in chain.modules)
-        forwards[takes_list] = compile_forward(graph, original_class(scope).__name__)
+        forwards[call] = compile_forward(graph, original_class(scope).__name__)
     if not steps:
         return Drafted(None, left, [])
     inlined = [
         module for name in containers if is_plain_sequence(module := scope.get_submodule(name))
     ]
-    plan = Plan(scope, traced.arguments, forwards, steps, sorted(watched | containers), left)
+    plan = Plan(scope, forwards, steps, sorted(watched | containers), left)
     return Drafted(plan, left, inlined)
+
+
+def _graphs(scope: nn.Module) -> dict[Call, fx.Graph]:
+    """The scope's forward for every way to call it that can be traced."""
+    plain, *with_more = calls(scope)
+    traced = trace(scope, plain)
+    graphs = {plain: traced.graph}
+    if traced.asks_types:
+        of_list = Call(plain.arguments, takes_list=True)
+        graphs[of_list] = trace(scope, of_list).graph
+    for call in with_more:
+        with suppress(NotTraceable):
+            graphs[call] = trace(scope, call).graph
+    return graphs
 
 
 def _left_alone_in(model: nn.Module) -> LeftAlone:

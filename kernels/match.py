@@ -186,9 +186,9 @@ class _Matcher:
         if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or left is right:
             return
         added = right if left is chain.end else left
-        if node.target in _ADDS_IN_PLACE and added is left:  # the residual itself is changed
-            if added.op == "placeholder" or len(added.users) > 1:
-                return
+        written_to = node.target in _ADDS_IN_PLACE and added is left  # the residual itself
+        if written_to and (added.op == "placeholder" or len(added.users) > 1):
+            return
         chain.added, chain.residual = added, where
         self._take(chain, node)
 

@@ -2,6 +2,10 @@
 epilogue, on a weight laid out once for it. The ops are the ones inductor's freezing emits.
 
 x [N, C, H, W] in any format -> y [N, K, P, Q], channels_last.
+
+oneDNN's ReLU, ReLU6 and Hardswish in an epilogue turn NaN into a number, where torch's keep it (so does
+whatever else uses them: torch.compile with freezing). A pass of its own over every output would keep
+it, at 18 % of ResNet-50's time at batch 8 by its bytes.
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ Like torch.nn.utils.parametrize, this gives the instance a subclass of its own c
 buffers, submodules, hooks and isinstance stay as they were, and taking the class back undoes it.
 """
 
+import inspect
 import linecache
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from resfuse.kernels.layers import differs_in_training
-from resfuse.kernels.scope import ORIGINAL, has_hooks, original_class
+from resfuse.kernels.scope import ORIGINAL, Call, has_hooks, original_class
 from resfuse.kernels.steps import Step, convolutions
 
 _PLAN = "_resfuse_plan"
@@ -35,21 +36,17 @@ class Steps:
 
 
 class Plan:
-    """How a scope's forward runs, and when it may.
-
-    `forwards` has the rewritten forward by what the first argument is: a tensor, or a list of them.
-    """
+    """How a scope's forward runs, by how it is called, and when it may."""
 
     def __init__(
         self,
         scope: nn.Module,
-        arguments: int,
-        forwards: dict[bool, Forward],
+        forwards: dict[Call, Forward],
         steps: dict[str, Step],
         watched: list[str],
         left: dict[str, str],
     ) -> None:
-        self.arguments, self.forwards, self.steps, self.left = arguments, forwards, steps, left
+        self.forwards, self.steps, self.left = forwards, steps, left
         self.layers = [layer for step in steps.values() for layer in convolutions(step)]
         self._watched = [_watch(scope, name) for name in watched]
         self._modal = [m for *_, m in self._watched if differs_in_training(m)]
@@ -61,12 +58,16 @@ class Plan:
 
     def forward_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         """The rewritten forward, if it computes what the original would; else None."""
-        if kwargs or len(args) != self.arguments or any(a is None for a in args):
+        if kwargs or not args or any(a is None for a in args):
             return None
-        forward = self.forwards.get(isinstance(args[0], list | tuple))
-        if forward is None or torch.compiler.is_compiling():
-            return forward if torch.compiler.is_exporting() or _on_cuda(args) else None
-        if _len_torch_dispatch_stack() > 0:  # FlopCounterMode and its like want to see the layers
+        forward = self.forwards.get(Call(len(args), isinstance(args[0], list | tuple)))
+        if forward is None:
+            return None
+        if torch.compiler.is_exporting():  # dynamo cannot see whether folded weights are fresh
+            return None if torch.compiler.is_dynamo_compiling() else forward
+        if torch.compiler.is_compiling():  # on a CPU inductor fuses and packs the layers itself
+            return forward if _on_cuda(args) else None
+        if _is_watched():
             return None
         if any(holder.get(name) is not layer for holder, name, layer in self._watched):
             return None
@@ -79,11 +80,11 @@ class Plan:
         return forward
 
     def fold_ahead(self) -> None:
-        """On a GPU, folds what is not folded: a graph compiled later reads it and cannot do it."""
+        """Folds what is not folded, for a graph compiled or exported next, which cannot."""
         for layer in self.layers:
             weight = layer.conv._parameters["weight"]
-            if weight is not None and weight.is_cuda:
-                layer.fold_ahead(weight.dtype, weight.device)
+            if weight is not None:
+                layer.folded(weight.dtype)
 
     def _needs_gradients(self, args: tuple[Any, ...]) -> bool:
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -101,13 +102,6 @@ class Plan:
 
 class FusedScope(nn.Module):
     """Mixed into the class of a scope while it is fused."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
-            forward = vars(self)[_PLAN].forward_for(args, kwargs)
-            if forward is not None:
-                return forward(self, *args)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -174,9 +168,24 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
     if kind not in _classes:
         name = kind.__name__ if kind.__name__.startswith("Fused") else f"Fused{kind.__name__}"
-        body = {"__module__": kind.__module__, ORIGINAL: kind}
+        body = {"__module__": kind.__module__, "forward": _forward_in(kind), ORIGINAL: kind}
         _classes[kind] = type(name, (FusedScope, kind), body)
     return _classes[kind]
+
+
+def _forward_in(kind: type[nn.Module]) -> Forward:
+    original = kind.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            rewritten = vars(self)[_PLAN].forward_for(args, kwargs)
+            if rewritten is not None:
+                return rewritten(self, *args)
+        return original(self, *args, **kwargs)
+
+    # Exporters match arguments with dynamic shapes by the signature.
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return forward
 
 
 def _empty(kind: type[nn.Module], left: dict[str, str]) -> nn.Module:
@@ -184,6 +193,15 @@ def _empty(kind: type[nn.Module], left: dict[str, str]) -> nn.Module:
     scope = fused.__new__(fused)
     vars(scope)[_LEFT] = left
     return scope
+
+
+def _is_watched() -> bool:
+    """True where a tool wants to see the layers: FlopCounterMode, vmap, torch.jit.trace, ..."""
+    return bool(
+        _len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    )
 
 
 def _watch(scope: nn.Module, name: str) -> Watched:

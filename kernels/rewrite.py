@@ -5,16 +5,22 @@ from torch import nn
 
 from resfuse.kernels.match import Chain
 from resfuse.kernels.plan import step_target
-from resfuse.kernels.steps import ConvStep, NormStep, ProjectionStep, StemStep, Step
+from resfuse.kernels.steps import ConvStep, Fold, NormStep, ProjectionStep, StemStep, Step
 
 
-def rewrite(graph: fx.Graph, scope: nn.Module, chains: list[Chain], prefix: str) -> dict[str, Step]:
+Folds = dict[tuple[nn.Module, nn.Module | None], Fold]  # of a convolution and its batch norm
+
+
+def rewrite(
+    graph: fx.Graph, scope: nn.Module, chains: list[Chain], prefix: str, folds: Folds
+) -> dict[str, Step]:
     """Replaces every chain by a call of its step, in place.
 
     Args:
         graph: of the scope.
         chains: found in it.
         prefix: of the steps' attribute names.
+        folds: those of the scope's other graphs, added to.
 
     Returns:
         The steps by attribute name.
@@ -23,7 +29,11 @@ def rewrite(graph: fx.Graph, scope: nn.Module, chains: list[Chain], prefix: str)
     replaced: dict[fx.Node, fx.Node] = {}
     for chain in chains:
         node = _replace(graph, chain, prefix, replaced)
-        nodes[node] = NormStep(chain) if chain.conv is None else ConvStep(chain)
+        if chain.conv is None:
+            nodes[node] = NormStep(chain)
+        else:
+            fold = folds.setdefault((chain.conv, chain.norm), Fold())
+            nodes[node] = ConvStep(chain, fold)
     _merge_projections(graph, nodes)
     _merge_stem(graph, scope, nodes)
     _loosen_views(graph)

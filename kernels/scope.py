@@ -7,6 +7,7 @@ A scope's forward is traced with torch.fx. Its children are leaves, except seque
 
 import builtins
 import inspect
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,11 +30,18 @@ class NotTraceable(Exception):
 
 
 @dataclass(frozen=True)
+class Call:
+    """How a forward is called: with that many arguments, the first a tensor or a list of them."""
+
+    arguments: int
+    takes_list: bool = False
+
+
+@dataclass(frozen=True)
 class Trace:
-    """A forward as a graph over the arguments that have no default."""
+    """A forward as a graph over the arguments of one way to call it."""
 
     graph: fx.Graph
-    arguments: int
     asks_types: bool  # forward asks isinstance(argument, ...): the graph holds for one answer only
 
 
@@ -67,25 +75,38 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def trace(module: nn.Module, tensors: bool = True) -> Trace:
-    """Traces `module.forward` as it runs in eval mode (the caller has set that).
+def calls(module: nn.Module) -> list[Call]:
+    """The ways to call a module by position: without its optional tensors, and with them.
 
-    Args:
-        module: the scope.
-        tensors: what isinstance(argument, Tensor) answers. DenseNet's layers take a tensor or a
-            list of them, and are called with a list.
+    Raises:
+        NotTraceable: forward takes any number of arguments.
+    """
+    parameters = _parameters(module)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise NotTraceable("forward takes any number of arguments")
+    required = [p for p in parameters if p.default is p.empty]
+    found = [Call(len(required))]
+    for parameter in parameters[len(required) :]:
+        if parameter.default is not None or parameter.kind is parameter.KEYWORD_ONLY:
+            break
+        found.append(Call(found[-1].arguments + 1))
+    return found
+
+
+def trace(module: nn.Module, call: Call) -> Trace:
+    """Traces `module.forward`, called that way, as it runs in eval mode (the caller has set that).
+
+    DenseNet's layers take a tensor or a list of them, ask isinstance which, and are called with a
+    list: hence `call.takes_list`, which is what isinstance then answers.
 
     Raises:
         NotTraceable: with the reason.
     """
     forward = original_class(module).forward
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise NotTraceable("forward takes any number of arguments")
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    defaults = {p.name: p.default for p in _parameters(module)[call.arguments :]}
     tracer = _Tracer()
     fused_class, module.__class__ = module.__class__, original_class(module)
-    with _isinstance_answers(forward, tensors) as questions:
+    with _isinstance_answers(forward, not call.takes_list) as questions:
         try:
             graph = tracer.trace(module, concrete_args=defaults or None)
         except Exception as error:  # whatever foreign code does with a symbol instead of a tensor
@@ -97,10 +118,36 @@ def trace(module: nn.Module, tensors: bool = True) -> Trace:
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
             delattr(module, str(node.target))
             raise NotTraceable("forward makes a tensor of its own")
-    return Trace(graph, len(parameters) - len(defaults), bool(questions))
+    return Trace(graph, bool(questions))
+
+
+def _parameters(module: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(original_class(module).forward).parameters.values())[1:]
+
+
+class _Proxy(fx.Proxy):
+    """fx takes `x += y` for `x = x + y`; who else holds x would miss the write."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, operation: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not is_plain_sequence(m)
 

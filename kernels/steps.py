@@ -8,7 +8,7 @@ themselves, so that results and errors stay theirs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,15 +44,26 @@ class Folded:
         with _disable_current_modes():  # an export must see a weight, not how it was unpacked
             return self.packed.to_dense()
 
+    def packed_for(self, x: Tensor, geometry: onednn.Geometry) -> "Folded":
+        """The same with its weight laid out for oneDNN."""
+        packed = onednn.prepack(self.dense(), geometry, x.shape)
+        return replace(self, weight=None, packed=packed)
+
     def is_fresh(self) -> bool:
         """Whether what it was made from is as it was then."""
         return _stamp(self.made_from) == self.stamp
 
 
+class Fold:
+    """Where all steps that stand for one convolution keep what they folded."""
+
+    made: Folded | None = None
+
+
 class ConvStep:
     """act(bn(conv(x)) + residual), or act(bn(conv(x))) + residual."""
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, fold: Fold) -> None:
         assert chain.conv is not None
         self.chain = chain.summary()
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
@@ -68,7 +79,7 @@ class ConvStep:
         )
         layers = (self.conv, self.norm, self.act)
         self._sources = [s for layer in layers if layer is not None for s in _sources(layer)]
-        self._folded: Folded | None = None
+        self._fold = fold
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if torch.compiler.is_exporting():
@@ -76,9 +87,11 @@ class ConvStep:
         x = _autocast(x)
         if not self._takes(x, residual):
             return self.by_layers(x, residual)
-        folded = self.folded(x)
+        folded = self.folded(x.dtype)
         if x.is_cuda:
             return self._on_gpu(x, folded, residual)
+        if folded.packed is None and x.device.type == "cpu" and onednn.supports(x.dtype):
+            folded = self._fold.made = folded.packed_for(x, self.geometry)
         if folded.packed is not None:
             return self._on_onednn(x, folded, residual)
         return self._decomposed(x, folded, residual)
@@ -94,30 +107,19 @@ class ConvStep:
             y = ACTIVATIONS[self.activation].forward(y, slope_of(self.act, y.shape[1]))
         return y + residual if self.residual == "after" else y
 
-    def folded(self, x: Tensor) -> Folded:
-        """The folded layers for inputs like `x`, made anew if a tensor of theirs has changed."""
-        folded = self._folded
+    def folded(self, dtype: torch.dtype) -> Folded:
+        """The folded layers, made anew if a tensor of theirs has changed."""
+        folded = self._fold.made
         if folded is not None and torch.compiler.is_compiling():
             return folded  # a compiled graph cannot look; FusedScope folds again where it can
         tensors = [holder[name] for holder, name in self._sources]
         stamp = _stamp(tensors)
-        if folded is None or folded.stamp != stamp or folded.dtype != x.dtype:
-            folded = self._fold(tensors, stamp, x)
-            self._folded = folded
+        if folded is None or folded.stamp != stamp or folded.dtype != dtype:
+            with torch.no_grad():
+                weight, bias = _fold(self.conv, self.norm, dtype)
+                slope = slope_of(self.act, self.conv.out_channels)
+            folded = self._fold.made = Folded(tensors, stamp, dtype, weight, None, bias, slope)
         return folded
-
-    def fold_ahead(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Folds before the first input is seen, for a graph that is about to be compiled."""
-        self.folded(torch.empty(1, self.conv.in_channels, 1, 1, dtype=dtype, device=device))
-
-    def _fold(self, tensors: list[Tensor | None], stamp: tuple[int, ...], x: Tensor) -> Folded:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            weight, bias = _fold(self.conv, self.norm, x.dtype)
-            slope = slope_of(self.act, self.conv.out_channels)
-            if x.device.type == "cpu" and onednn.supports(x.dtype):
-                packed = onednn.prepack(weight, self.geometry, x.shape)
-                return Folded(tensors, stamp, x.dtype, None, packed, bias, slope)
-        return Folded(tensors, stamp, x.dtype, weight, None, bias, slope)
 
     def _takes(self, x: Tensor, residual: Tensor | None) -> bool:
         weight: Tensor = self.conv._parameters["weight"]  # type: ignore[assignment]
@@ -154,7 +156,7 @@ class ConvStep:
 
     def _exported(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Plain ops on the folded weight, which becomes a constant of the exported graph."""
-        folded = self._folded
+        folded = self._fold.made
         if folded is None or folded.dtype != x.dtype or not folded.is_fresh():
             return self.by_layers(x, residual)
         return self._decomposed(x, folded, residual)
@@ -224,7 +226,7 @@ class StemStep:
         from resfuse.kernels.stem import stem
 
         x = _autocast(x)
-        folded = self.conv.folded(x)
+        folded = self.conv.folded(x.dtype)
         return stem(x, folded.dense(), folded.bias)
 
 
@@ -245,7 +247,7 @@ class ProjectionStep:
         from resfuse.kernels.conv1x1 import Shortcut, conv1x1
 
         x, shortcut = _autocast(x), _autocast(shortcut)
-        main, side = self.conv.folded(x), self.projection.folded(shortcut)
+        main, side = self.conv.folded(x.dtype), self.projection.folded(shortcut.dtype)
         return conv1x1(
             x, main.dense(), main.bias + side.bias,
             activation=self.conv.activation, slope=main.slope,
