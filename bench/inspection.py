@@ -8,12 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from resfuse.kernels.inspect import Inspection, has_risky_operands, problems
+from resfuse.kernels.inspect import Inspection, has_risky_operands, problems, sound_ptxas
 
-NUMBERS = (
-    "warps", "stages", "registers", "spilled B", "shared KB", "tensor-core instr.", "CTAs/SM",
-    "warps/SM",
-)  # fmt: skip
+NUMBERS = ("registers", "spilled B", "shared KB", "tensor-core", "CTAs/SM", "warps/SM")
 
 
 def table(results: Sequence[Inspection]) -> Table:
@@ -26,13 +23,11 @@ def table(results: Sequence[Inspection]) -> Table:
     shown.add_column("problem", overflow="fold")
     for result in results:
         numbers = (
-            result.num_warps, result.num_stages, result.registers, result.spill_bytes,
-            f"{result.shared_bytes / 1024:.0f}", _tensor_cores(result), result.ctas, result.warps,
+            result.registers, result.spill_bytes, round(result.shared_bytes / 1024),
+            result.tensor_core_instructions if result.dots else "-", result.ctas, result.warps,
         )  # fmt: skip
-        shown.add_row(
-            result.kernel, result.label, result.target,
-            *(str(number) for number in numbers), "; ".join(problems(result)),
-        )  # fmt: skip
+        named = (result.kernel, result.label, result.target)
+        shown.add_row(*named, *(str(n) for n in numbers), "; ".join(problems(result)))
     return shown
 
 
@@ -49,7 +44,7 @@ def summary(results: Sequence[Inspection]) -> list[str]:
         lines.append(
             f"Warning: {len(risky)} of them feed Hopper's tensor cores from registers, which "
             f"ptxas {risky[0].assembler_version} may corrupt (triton #9433, #11781); set "
-            "TRITON_PTXAS_PATH to a ptxas from 13.3 on (nvidia-cuda-nvcc on PyPI has one)."
+            f"TRITON_PTXAS_PATH to one from 13.3 on: {sound_ptxas() or 'nvidia-cuda-nvcc on PyPI'}"
         )
     return lines
 
@@ -61,8 +56,3 @@ def write_csv(results: Sequence[Inspection], file: Path) -> None:
         writer.writeheader()
         for result in results:
             writer.writerow({**asdict(result), "problems": "; ".join(problems(result))})
-
-
-def _tensor_cores(result: Inspection) -> str:
-    """Their instructions; none where the kernel has no dot they could do."""
-    return str(result.tensor_core_instructions) if result.dots else "-"

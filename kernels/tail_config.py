@@ -120,7 +120,7 @@ _TF32: Table = {channels: (Config(64, 32, 32, 8, 2),) for channels in _BITS_16}
 _TF32[128, 256] = _TF32[256, 256] = (Config(64, 16, 64, 8, 2),)
 # Without tensor cores the operands pass through registers too: tiles of 32 pixels spill.
 _IEEE: Table = {channels: (Config(16, 32, 32, 4, 2),) for channels in _BITS_16}
-_IEEE[256, 256] = (Config(16, 32, 16, 8, 2),)
+_IEEE[64, 128] = _IEEE[256, 256] = (Config(16, 32, 16, 8, 2),)
 TILES: dict[str, Table] = {"fp16": _BITS_16, "bf16": _BITS_16, "tf32": _TF32, "ieee": _IEEE}
 CONFIGS = tuple(
     dict.fromkeys(c for table in TILES.values() for configs in table.values() for c in configs)
