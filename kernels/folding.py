@@ -23,11 +23,11 @@ def fold_conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: `bn` keeps no running statistics, or normalises another number of channels.
     """
-    if bn.num_features != conv.out_channels:
-        raise ValueError(
-            f"argument bn: {bn.num_features} channels after a convolution with {conv.out_channels}"
-        )
     scale, shift = _exact_scale_shift(bn)
+    if scale.numel() != conv.out_channels:
+        raise ValueError(
+            f"argument bn: {scale.numel()} channels after a convolution with {conv.out_channels}"
+        )
     with torch.no_grad():
         if conv.bias is not None:
             shift = shift + conv.bias.double() * scale

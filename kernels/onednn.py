@@ -1,11 +1,9 @@
 """A fused convolution on the CPU: oneDNN's convolution with bias, residual and activation in its
 epilogue, on a weight laid out once for it. The ops are the ones inductor's freezing emits.
 
-x [N, C, H, W] in any format -> y [N, K, P, Q], channels_last.
-
-oneDNN's ReLU, ReLU6 and Hardswish in an epilogue turn NaN into a number, where torch's keep it (so does
-whatever else uses them: torch.compile with freezing). A pass of its own over every output would keep
-it, at 18 % of ResNet-50's time at batch 8 by its bytes.
+oneDNN's ReLU and ReLU6 in an epilogue turn NaN into a number, where torch's keep it (so does
+whatever else uses them: torch.compile with freezing). A pass of its own over every output would
+keep it; by its bytes that is 18 % of ResNet-50's time at batch 8.
 """
 
 from dataclasses import dataclass
@@ -34,10 +32,6 @@ class Geometry:
     dilation: tuple[int, int]
     groups: int
 
-    def as_lists(self) -> tuple[list[int], list[int], list[int], int]:
-        """In the order of oneDNN's ops: padding, stride, dilation, groups."""
-        return list(self.padding), list(self.stride), list(self.dilation), self.groups
-
 
 def supports(dtype: torch.dtype) -> bool:
     """True where this torch and CPU have the fused ops for `dtype`."""
@@ -50,54 +44,62 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def prepack(weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> Tensor:
-    """Lays out a weight [K, C / groups, R, S] as oneDNN likes it for inputs of that shape.
+class PackedConv:
+    """act(conv(x) + bias + residual): x [N, C, H, W] of any format -> [N, K, P, Q], channels_last.
 
-    Returns:
-        An opaque tensor for `conv`; it serves inputs of other sizes too, at some cost a call.
+    Args:
+        weight: [K, C / groups, R, S], float32, or a dtype that `supports` allows; not kept.
+        bias: [K], of the same dtype.
+        geometry: of the convolution.
+        activation: a name of ACTIVATIONS.
+        slope: of leaky_relu (a number) or prelu (a tensor [K]).
+        input_shape: of the inputs to lay out the weight for; others are served too, at some cost.
     """
-    channels_last = weight.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        channels_last, *geometry.as_lists(), list(input_shape)
-    )
 
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        geometry: Geometry,
+        activation: str,
+        slope: Slope,
+        input_shape: torch.Size,
+    ) -> None:
+        window = [list(geometry.padding), list(geometry.stride), list(geometry.dilation)]
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.contiguous(memory_format=torch.channels_last),
+            *window, geometry.groups, list(input_shape),
+        )  # fmt: skip
+        self._layer = (self.weight, bias, *window, geometry.groups)
+        self._act, self._slope = ACTIVATIONS[activation], slope
+        self._fused = activation != "prelu"  # oneDNN has no activation with a slope a channel
+        name, scalars = _ELTWISE.get(activation, ("none", []))
+        if activation == "leaky_relu":
+            assert isinstance(slope, float | int)
+            name, scalars = "leaky_relu", [float(slope)]
+        self._epilogue = (name, scalars, "")
+        # torch has no fused add for groups (and asserts on bf16 there), and with one only ReLU
+        self._adds = geometry.groups == 1
+        self._relu = activation == "relu"
+        self._add_epilogue = ("add", 1.0, "relu" if self._relu else None, [], None)
+        self._conv = torch.ops.mkldnn._convolution_pointwise.default
+        self._conv_add = torch.ops.mkldnn._convolution_pointwise.binary
+        self._conv_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
 
-def conv(
-    x: Tensor, packed: Tensor, bias: Tensor, geometry: Geometry, activation: str, slope: Slope
-) -> Tensor:
-    """act(conv(x) + bias)."""
-    name, scalars = _ELTWISE.get(activation, ("none", []))
-    if activation == "leaky_relu":
-        assert isinstance(slope, float | int)
-        name, scalars = "leaky_relu", [float(slope)]
-    y = torch.ops.mkldnn._convolution_pointwise.default(
-        x, packed, bias, *geometry.as_lists(), name, scalars, ""
-    )
-    return ACTIVATIONS[activation].forward(y, slope) if activation == "prelu" else y
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._conv(x, *self._layer, *self._epilogue)
+        return y if self._fused else self._act.forward(y, self._slope)
 
+    def add(self, x: Tensor, residual: Tensor, overwrite: bool = False) -> Tensor:
+        """With a residual of the output's shape, written over it if `overwrite`."""
+        if not self._adds:
+            y = self._conv(x, *self._layer, "none", [], "").add_(residual)
+        elif overwrite and residual.is_contiguous(memory_format=torch.channels_last):
+            y = self._conv_add_(residual, x, *self._layer, *self._add_epilogue)
+        else:
+            y = self._conv_add(x, residual, *self._layer, *self._add_epilogue)
+        return y if self._adds and self._relu else self._act.forward(y, self._slope)
 
-def conv_add(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    geometry: Geometry,
-    activation: str,
-    slope: Slope,
-    overwrite: bool = False,
-) -> Tensor:
-    """act(conv(x) + bias + residual); with `overwrite`, written over the residual [N, K, P, Q]."""
-    if geometry.groups != 1:  # torch has no fused add for groups, and asserts on bf16 there
-        y = conv(x, packed, bias, geometry, "identity", None).add_(residual)
-        return ACTIVATIONS[activation].forward(y, slope)
-    relu = activation == "relu"
-    epilogue = ("add", 1.0, "relu" if relu else None, [], None)
-    if overwrite and residual.is_contiguous(memory_format=torch.channels_last):
-        y = torch.ops.mkldnn._convolution_pointwise_.binary(
-            residual, x, packed, bias, *geometry.as_lists(), *epilogue
-        )
-    else:
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, packed, bias, *geometry.as_lists(), *epilogue
-        )
-    return y if relu else ACTIVATIONS[activation].forward(y, slope)
+    def dense_weight(self) -> Tensor:
+        """The weight as it was given."""
+        return self.weight.to_dense()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from resfuse.kernels.layers import differs_in_training
-from resfuse.kernels.scope import ORIGINAL, Call, has_hooks, original_class
+from resfuse.kernels.scope import ORIGINAL, Call, hooks_of, original_class
 from resfuse.kernels.steps import Step, convolutions
 
 _PLAN = "_resfuse_plan"
@@ -50,6 +50,7 @@ class Plan:
         self.layers = [layer for step in steps.values() for layer in convolutions(step)]
         self._watched = [_watch(scope, name) for name in watched]
         self._modal = [m for *_, m in self._watched if differs_in_training(m)]
+        self._hooks = [hooks for *_, m in self._watched for hooks in hooks_of(m)]
         self._parameters = [
             (holder, name)
             for _, _, module in self._watched
@@ -69,12 +70,14 @@ class Plan:
             return forward if _on_cuda(args) else None
         if _is_watched():
             return None
-        if any(holder.get(name) is not layer for holder, name, layer in self._watched):
+        if any(self._hooks):
             return None
-        if any(layer.training for layer in self._modal):
-            return None
-        if any(has_hooks(layer) for *_, layer in self._watched):
-            return None
+        for holder, name, layer in self._watched:
+            if holder.get(name) is not layer or "forward" in vars(layer):
+                return None
+        for layer in self._modal:
+            if layer.training:
+                return None
         if torch.is_grad_enabled() and self._needs_gradients(args):
             return None
         return forward

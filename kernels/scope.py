@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.fx as fx
 from torch import Tensor, nn
@@ -29,8 +29,7 @@ class NotTraceable(Exception):
     """What `forward` does depends on more than a graph can say; the message is the reason."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """How a forward is called: with that many arguments, the first a tensor or a list of them."""
 
     arguments: int
@@ -66,12 +65,16 @@ def is_plain_sequence(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """True where calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
+    return any(hooks_of(module)) or "forward" in vars(module)
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The module's own dicts of hooks: later ones show up in them."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
 
 

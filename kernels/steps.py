@@ -7,7 +7,7 @@ cannot do (another dtype, an empty batch, an image without a batch dimension) it
 themselves, so that results and errors stay theirs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,30 +23,33 @@ from resfuse.kernels.layers import padding_of, slope_of
 from resfuse.kernels.match import Chain
 
 Source = tuple[dict[str, Any], str]  # where a layer keeps a tensor: its dict and the name in it
+Stamp = tuple[list[int], list[int]]  # addresses and versions
 
 
 @dataclass(frozen=True)
 class Folded:
     """What a convolution step computes with, and the state of the layers it was made from."""
 
-    made_from: list[Tensor | None]
-    stamp: tuple[int, ...]
+    made_from: list[Tensor]
+    stamp: Stamp
     dtype: torch.dtype
     weight: Tensor | None  # [K, C / groups, R, S], channels_last; dropped once it is packed
-    packed: Tensor | None  # for oneDNN
     bias: Tensor  # [K]
     slope: Slope
+    packed: onednn.PackedConv | None = None
 
     def dense(self) -> Tensor:
         if self.weight is not None:
             return self.weight
         assert self.packed is not None
         with _disable_current_modes():  # an export must see a weight, not how it was unpacked
-            return self.packed.to_dense()
+            return self.packed.dense_weight()
 
-    def packed_for(self, x: Tensor, geometry: onednn.Geometry) -> "Folded":
-        """The same with its weight laid out for oneDNN."""
-        packed = onednn.prepack(self.dense(), geometry, x.shape)
+    def pack(self, geometry: onednn.Geometry, activation: str, x: Tensor) -> "Folded":
+        """The same, laid out for oneDNN and inputs like x."""
+        packed = onednn.PackedConv(
+            self.dense(), self.bias, geometry, activation, self.slope, x.shape
+        )
         return replace(self, weight=None, packed=packed)
 
     def is_fresh(self) -> bool:
@@ -80,20 +83,21 @@ class ConvStep:
         layers = (self.conv, self.norm, self.act)
         self._sources = [s for layer in layers if layer is not None for s in _sources(layer)]
         self._fold = fold
+        self._shapes: tuple[Any, Any] = ((), ())  # of the last input, and of its output
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if torch.compiler.is_exporting():
             return self._exported(x, residual)
         x = _autocast(x)
-        if not self._takes(x, residual):
+        if not self.takes(x, residual):
             return self.by_layers(x, residual)
         folded = self.folded(x.dtype)
         if x.is_cuda:
             return self._on_gpu(x, folded, residual)
-        if folded.packed is None and x.device.type == "cpu" and onednn.supports(x.dtype):
-            folded = self._fold.made = folded.packed_for(x, self.geometry)
+        if folded.packed is None and x.is_cpu and onednn.supports(x.dtype):
+            folded = self._fold.made = folded.pack(self.geometry, self.activation, x)
         if folded.packed is not None:
-            return self._on_onednn(x, folded, residual)
+            return self._on_onednn(x, folded.packed, residual)
         return self._decomposed(x, folded, residual)
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -112,34 +116,36 @@ class ConvStep:
         folded = self._fold.made
         if folded is not None and torch.compiler.is_compiling():
             return folded  # a compiled graph cannot look; FusedScope folds again where it can
-        tensors = [holder[name] for holder, name in self._sources]
+        tensors = _tensors(self._sources)
         stamp = _stamp(tensors)
         if folded is None or folded.stamp != stamp or folded.dtype != dtype:
             with torch.no_grad():
                 weight, bias = _fold(self.conv, self.norm, dtype)
                 slope = slope_of(self.act, self.conv.out_channels)
-            folded = self._fold.made = Folded(tensors, stamp, dtype, weight, None, bias, slope)
+            folded = self._fold.made = Folded(tensors, stamp, dtype, weight, bias, slope)
         return folded
 
-    def _takes(self, x: Tensor, residual: Tensor | None) -> bool:
-        weight: Tensor = self.conv._parameters["weight"]  # type: ignore[assignment]
-        if x.dim() != 4 or x.shape[1] != self.conv.in_channels or x.device != weight.device:
-            return False
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return False
-        return x.numel() > 0 and (residual is None or residual.dtype == x.dtype)
+    def takes(self, x: Tensor, residual: Tensor | None = None) -> bool:
+        """Whether the layers' own checks would pass: then none of them is asked."""
+        weight = self.conv._parameters["weight"]
+        assert weight is not None
+        return (
+            x.dim() == 4
+            and x.size(1) == self.conv.in_channels
+            and x.device == weight.device
+            and (x.dtype == weight.dtype or torch._C._is_any_autocast_enabled())
+            and x.numel() > 0
+            and (residual is None or residual.dtype == x.dtype)
+        )
 
-    def _on_onednn(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
-        packed, bias, act, slope = folded.packed, folded.bias, self.activation, folded.slope
-        assert packed is not None
+    def _on_onednn(self, x: Tensor, packed: onednn.PackedConv, residual: Tensor | None) -> Tensor:
         if residual is None:
-            return onednn.conv(x, packed, bias, self.geometry, act, slope)
+            return packed(x)
         if self.residual == "after":
-            return onednn.conv(x, packed, bias, self.geometry, act, slope).add_(residual)
+            return packed(x).add_(residual)
         if residual.shape != self._output_shape(x):
-            y = onednn.conv(x, packed, bias, self.geometry, "identity", None) + residual
-            return ACTIVATIONS[act].forward(y, slope)
-        return onednn.conv_add(x, packed, bias, residual, self.geometry, act, slope, self.overwrite)
+            residual = residual.expand(self._output_shape(x))
+        return packed.add(x, residual, self.overwrite)
 
     def _on_gpu(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
         from resfuse.kernels.dispatch import conv_bn_act
@@ -171,13 +177,15 @@ class ConvStep:
         return y + residual if self.residual == "after" else y
 
     def _output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
-        g, kernel = self.geometry, self.conv.kernel_size
-        p, q = (
-            (x.shape[2 + i] + 2 * g.padding[i] - g.dilation[i] * (kernel[i] - 1) - 1) // g.stride[i]
-            + 1
-            for i in (0, 1)
-        )
-        return (x.shape[0], self.conv.out_channels, p, q)
+        if x.shape != self._shapes[0]:
+            g, kernel = self.geometry, self.conv.kernel_size
+            p, q = (
+                (x.size(2 + i) + 2 * g.padding[i] - g.dilation[i] * (kernel[i] - 1) - 1)
+                // g.stride[i] + 1
+                for i in (0, 1)
+            )  # fmt: skip
+            self._shapes = (x.shape, (x.size(0), self.conv.out_channels, p, q))
+        return self._shapes[1]
 
 
 class NormStep:
@@ -189,14 +197,14 @@ class NormStep:
         self.name, self.norm, self.act = chain.name, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
         self._sources = _sources(self.norm)
-        self._made: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        self._made: tuple[Stamp, Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not x.is_cuda or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
             return self.by_layers(x, residual)
         from resfuse.kernels.bn_act import bn_act
 
-        stamp = _stamp([holder[name] for holder, name in self._sources])
+        stamp = _stamp(_tensors(self._sources))
         if self._made is None or self._made[0] != stamp:
             self._made = (stamp, *bn_scale_shift(self.norm))
         return bn_act(
@@ -221,7 +229,7 @@ class StemStep:
         self.name, self.chain = conv.name, f"{conv.chain} + max_pool"
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not x.is_cuda or not self.conv._takes(_autocast(x), None):
+        if not x.is_cuda or not self.conv.takes(_autocast(x)):
             return self.pool(self.conv(x))
         from resfuse.kernels.stem import stem
 
@@ -239,9 +247,7 @@ class ProjectionStep:
         conv.overwrite = True
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        both = self.conv._takes(_autocast(x), None) and self.projection._takes(
-            _autocast(shortcut), None
-        )
+        both = self.conv.takes(_autocast(x)) and self.projection.takes(_autocast(shortcut))
         if not x.is_cuda or not both:
             return self.conv(x, self.projection(shortcut))
         from resfuse.kernels.conv1x1 import Shortcut, conv1x1
@@ -281,18 +287,23 @@ def _sources(layer: nn.Module) -> list[Source]:
     return named + [(layer._buffers, name) for name in layer._buffers if name.startswith("running")]
 
 
-def _stamp(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+def _tensors(sources: list[Source]) -> list[Tensor]:
+    return [tensor for holder, name in sources if (tensor := holder[name]) is not None]
+
+
+def _stamp(tensors: list[Tensor]) -> Stamp:
     """Changes when a tensor is replaced, moved, or written to in place."""
-    stamp = []
-    for tensor in tensors:
-        if tensor is not None:
-            stamp.append(tensor.data_ptr())
-            stamp.append(0 if tensor.is_inference() else tensor._version)
-    return tuple(stamp)
+    try:
+        versions = [tensor._version for tensor in tensors]
+    except RuntimeError:  # inference tensors do not count their versions
+        versions = []
+    return [tensor.data_ptr() for tensor in tensors], versions
 
 
 def _autocast(x: Tensor) -> Tensor:
     """As autocast would hand `x` to a convolution."""
+    if not torch._C._is_any_autocast_enabled():
+        return x
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
