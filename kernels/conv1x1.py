@@ -35,11 +35,27 @@ from resfuse.kernels.arguments import (
     require_4d,
     require_like,
 )
+from resfuse.kernels.conv1x1_config import (
+    CONFIGS as CONFIGS,
+)
+from resfuse.kernels.conv1x1_config import (
+    Config,
+    Conv1x1Problem,
+    Pair,
+    candidates,
+    choose,
+    is_row_aligned,
+)
 from resfuse.kernels.gradient import conv_bn_act_backward
-from resfuse.kernels.launch import Launch, capability, interpreting, multiprocessors, runs_triton
-from resfuse.kernels.problem import MATH_MODES, ConvProblem, math_mode_of
-
-Pair = tuple[int, int]
+from resfuse.kernels.launch import (
+    Argument,
+    Launch,
+    capability,
+    interpreting,
+    multiprocessors,
+    runs_triton,
+)
+from resfuse.kernels.problem import MATH_MODES, math_mode_of
 
 
 @dataclass(frozen=True)
@@ -75,136 +91,6 @@ def conv1x1_ref(
     if residual is not None and residual_last:
         y = y + residual
     return y.to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Conv1x1Problem(ConvProblem):
-    """A 1x1 convolution and its folded shortcut.
-
-    shortcut_c: channels of the shortcut's input; 0 without one.
-    aligned: every tensor starts at a multiple of 16 bytes, as descriptors want.
-    """
-
-    shortcut_c: int = 0
-    shortcut_stride: Pair = (1, 1)
-    aligned: bool = True
-
-    @property
-    def macs(self) -> int:
-        return self.n * self.p * self.q * self.k * (self.c + self.shortcut_c)
-
-
-SHARED_BYTES = 163 << 10  # of an sm_80 CTA; sm_90 and sm_100 have 227 KB
-
-
-@dataclass(frozen=True)
-class Config:
-    """A CTA makes BLOCK_M pixels x BLOCK_N channels of y, BLOCK_K of the reduction at a time."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    descriptors: bool
-
-    def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "block_k"):
-            size = getattr(self, name)
-            # 16: the least a dot takes; 256: the longest side of a descriptor's box
-            if size not in (16, 32, 64, 128, 256):
-                raise ValueError(f"argument {name}: {size}; accepted: 16, 32, 64, 128, 256")
-        if self.num_warps not in (1, 2, 4, 8):
-            raise ValueError(f"argument num_warps: {self.num_warps}; accepted: 1, 2, 4, 8")
-        if not 1 <= self.num_stages <= 8:
-            raise ValueError(f"argument num_stages: {self.num_stages}; accepted: 1 to 8")
-
-    def label(self) -> str:
-        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"{tile} {'descriptors' if self.descriptors else 'pointers'}"
-
-    def shared_bytes(self, problem: ConvProblem) -> int:
-        """What the pipeline's buffers take; the epilogue re-uses them."""
-        size = MATH_MODES[problem.math_mode][1]
-        return self.num_stages * (self.block_m + self.block_n) * self.block_k * size
-
-    def tiles(self, problem: ConvProblem) -> int:
-        m = problem.n * problem.p * problem.q
-        return triton.cdiv(m, self.block_m) * triton.cdiv(problem.k, self.block_n)
-
-    def check(self, problem: Conv1x1Problem) -> None:
-        """Raises ValueError if the kernel cannot compute `problem` this way."""
-        if (problem.r, problem.s) != (1, 1) or problem.groups != 1 or problem.padding != (0, 0):
-            raise ValueError(
-                f"argument problem: {problem.label()}, padding {problem.padding}; accepted: "
-                "1x1, no padding, one group"
-            )
-        if not self.descriptors:
-            return
-        rows = [problem.c, problem.k]
-        if problem.stride != (1, 1):
-            raise ValueError(
-                f"argument config: descriptors at stride {problem.stride}; accepted: (1, 1)"
-            )
-        if not problem.aligned or any(not _is_row_aligned(c, problem) for c in rows):
-            raise ValueError(
-                f"argument config: descriptors for rows of {rows} {problem.math_mode} elements, "
-                f"aligned: {problem.aligned}; accepted: rows that start at multiples of 16 bytes"
-            )
-
-
-def _is_row_aligned(channels: int, problem: ConvProblem) -> bool:
-    return channels * MATH_MODES[problem.math_mode][1] % 16 == 0
-
-
-# Largest tile first. Compiled for sm_80, sm_90 and sm_100 in every math mode that takes them;
-# speeds have not been measured.
-CONFIGS: tuple[Config, ...] = tuple(
-    Config(*tile, descriptors=descriptors)
-    for descriptors in (True, False)
-    for tile in (
-        (128, 128, 64, 8, 3),
-        (128, 128, 32, 8, 4),  # fp32: as many bytes a row
-        (256, 64, 64, 8, 3),
-        (256, 64, 32, 8, 3),
-        (128, 64, 64, 4, 3),
-        (128, 64, 32, 4, 4),
-        (64, 64, 64, 4, 4),
-        (64, 64, 32, 4, 4),
-    )
-)
-
-
-def candidates(problem: Conv1x1Problem) -> list[Config]:
-    """The shipped configurations worth trying on `problem`, largest tile first."""
-    wide = MATH_MODES[problem.math_mode][1] == 4
-    found = []
-    for config in CONFIGS:
-        try:
-            config.check(problem)
-        except ValueError:
-            continue
-        fits = config.shared_bytes(problem) <= SHARED_BYTES
-        # a row of the pipeline's buffers is 128 bytes, TMA's widest swizzle
-        fits = fits and config.block_k == (32 if wide else 64)
-        fits = fits and config.block_n <= max(64, triton.next_power_of_2(problem.k))
-        # without tensor cores a larger tile spills, and so does one that comes by descriptors
-        plain = config.block_m == config.block_n == 64 and not config.descriptors
-        fits = fits and (problem.math_mode != "ieee" or plain)
-        if fits:
-            found.append(config)
-    return found
-
-
-def choose(
-    problem: Conv1x1Problem, multiprocessors: int, capability: tuple[int, int] = (9, 0)
-) -> Config:
-    """Descriptors where they can be, and the largest tile that gives every multiprocessor one;
-    where none does, the smallest. A heuristic: it has not been measured."""
-    fit = candidates(problem)
-    by_descriptors = [c for c in fit if c.descriptors and capability >= (9, 0)]
-    pool = by_descriptors or [c for c in fit if not c.descriptors]
-    return next((c for c in pool if c.tiles(problem) >= multiprocessors), pool[-1])
 
 
 @triton.jit
@@ -343,41 +229,31 @@ def launch(
         config = choose(problem, multiprocessors(x.device), capability(x.device))
     config.check(problem)
     m = problem.n * problem.p * problem.q
-    x2, weight2, stride2 = None, None, (1, 1)
-    if shortcut is not None:
-        x2, weight2, stride2 = shortcut.x, shortcut.weight, shortcut.stride
-    strided2 = stride2 != (1, 1)
-    descriptors2 = (
-        config.descriptors and not strided2 and _is_row_aligned(problem.shortcut_c, problem)
-    )
-    tile_x = [config.block_m, config.block_k]
-    tile_weight = [config.block_n, config.block_k]
-    arguments: dict[str, Any] = {
-        "x_ptr": x, "weight_ptr": weight, "x2_ptr": x2, "weight2_ptr": weight2,
-        "bias_ptr": bias, "residual_ptr": residual,
-        "slope_ptr": slope if activation == "prelu" else None, "y_ptr": y,
-    }  # fmt: skip
+    side = shortcut if shortcut is not None else Shortcut(x, weight)
+    strided2 = side.stride != (1, 1)
+    descriptors2 = config.descriptors and not strided2 and is_row_aligned(side.x.shape[1], problem)
+    x_ptr, weight_ptr = _operands(x, weight, m, config, config.descriptors)
+    x2_ptr, weight2_ptr = _operands(side.x, side.weight, m, config, descriptors2)
+    y_ptr: Argument = y
     if config.descriptors:
-        arguments["x_ptr"] = _matrix(x, m, problem.c, tile_x)
-        arguments["weight_ptr"] = _matrix(weight, problem.k, problem.c, tile_weight)
-        arguments["y_ptr"] = _matrix(y, m, problem.k, [config.block_m, config.block_n])
-    if descriptors2 and x2 is not None and weight2 is not None:
-        arguments["x2_ptr"] = _matrix(x2, m, problem.shortcut_c, tile_x)
-        arguments["weight2_ptr"] = _matrix(weight2, problem.k, problem.shortcut_c, tile_weight)
+        y_ptr = _matrix(y, m, problem.k, config.block_m, config.block_n)
     return Launch(
         kernel=conv1x1_kernel,
         grid=(config.tiles(problem),),
         args={
-            **arguments,
+            "x_ptr": x_ptr, "weight_ptr": weight_ptr,
+            "x2_ptr": x2_ptr if shortcut is not None else None,
+            "weight2_ptr": weight2_ptr if shortcut is not None else None,
+            "bias_ptr": bias, "residual_ptr": residual,
+            "slope_ptr": slope if activation == "prelu" else None, "y_ptr": y_ptr,
             "M": m, "K": problem.k, "H": problem.h, "W": problem.w,
-            "H2": x2.shape[2] if x2 is not None else 1, "W2": x2.shape[3] if x2 is not None else 1,
-            "P": problem.p, "Q": problem.q,
+            "H2": side.x.shape[2], "W2": side.x.shape[3], "P": problem.p, "Q": problem.q,
             "stride_h": stride[0], "stride_w": stride[1],
-            "stride2_h": stride2[0], "stride2_w": stride2[1],
-            "negative_slope": float(slope) if activation == "leaky_relu" else 0.0,  # type: ignore[arg-type]
+            "stride2_h": side.stride[0], "stride2_w": side.stride[1],
+            "negative_slope": float(slope) if isinstance(slope, float | int) else 0.0,
         },
         constants={
-            "C": problem.c, "C2": problem.shortcut_c,
+            "C": problem.c, "C2": side.x.shape[1],
             "ACTIVATION": activation, "RESIDUAL_LAST": residual_last,
             "MATH_MODE": mode, "UPCAST": interpreting() and mode == "bf16",
             "RESIDUAL_EARLY": _is_residual_early(config, mode),
@@ -391,15 +267,29 @@ def launch(
     )  # fmt: skip
 
 
+def _operands(
+    x: Tensor, weight: Tensor, m: int, config: Config, by_descriptor: bool
+) -> tuple[Argument, Argument]:
+    if not by_descriptor:
+        return x, weight
+    k, c = weight.shape[:2]
+    return (
+        _matrix(x, m, c, config.block_m, config.block_k),
+        _matrix(weight, k, c, config.block_n, config.block_k),
+    )
+
+
+def _matrix(
+    tensor: Tensor, rows: int, columns: int, block_rows: int, block_columns: int
+) -> TensorDescriptor:
+    """`tensor` as the matrix it is in memory; its own strides may lie where a size is 1."""
+    return TensorDescriptor(tensor, [rows, columns], [columns, 1], [block_rows, block_columns])
+
+
 def _is_residual_early(config: Config, math_mode: str) -> bool:
     """Whether registers allow the residual's tile to be loaded before the loop. fp32's, twice as
     large, spills on sm_80; the smallest tile of one step is held to 64 of them on sm_100."""
     return MATH_MODES[math_mode][1] == 2 and config.block_m * config.block_n > 64 * 64
-
-
-def _matrix(tensor: Tensor, rows: int, columns: int, tile: list[int]) -> TensorDescriptor:
-    """`tensor` as the matrix it is in memory; its own strides may lie where a size is 1."""
-    return TensorDescriptor(tensor, [rows, columns], [columns, 1], tile)
 
 
 def _problem(
@@ -413,19 +303,15 @@ def _problem(
     math_mode: str,
 ) -> Conv1x1Problem:
     tensors = [y, x, weight, *([shortcut.x, shortcut.weight] if shortcut is not None else [])]
+    n, c, h, w = x.shape
+    k, _, r, s = weight.shape
     return Conv1x1Problem(
-        *x.shape,
-        k=weight.shape[0],
-        r=weight.shape[2],
-        s=weight.shape[3],
-        stride=stride,
-        math_mode=math_mode,
-        activation=activation,
-        residual=residual is not None,
+        n, c, h, w, k, r, s, stride,
+        math_mode=math_mode, activation=activation, residual=residual is not None,
         shortcut_c=shortcut.x.shape[1] if shortcut is not None else 0,
         shortcut_stride=shortcut.stride if shortcut is not None else (1, 1),
         aligned=all(t.data_ptr() % 16 == 0 for t in tensors),
-    )
+    )  # fmt: skip
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:

@@ -5,18 +5,19 @@ x [N, C, H, W], C of 1 to 4, w [K, C, 7, 7] -> y [N, K, P2, Q2], NHWC in memory;
 output [N, K, P, Q] never goes to memory. In ResNet-50 at batch 256 and 16 bits that is 411 MB,
 written once and read once: 180 MB are moved instead of 1002.
 
-FLOPs: 2 * N*P*Q * K * 49*C, the convolution once. The kernel does more (ResNet-50, ROWS 8,
-BLOCK_M 128): 32 products for 21 in a row of the window, 17 convolution rows for 16 (the halo of a
-strip of 8 pooled rows), 128 columns for 127: 1.52 * 1.06 * 1.01 = 1.63 times as many.
+FLOPs: 2 * N*P*Q * K * 49*C, the convolution once. The kernel does more (ResNet-50, strips of 8
+pooled rows, block_m 128): 32 products for 21 in a row of the window, 17 convolution rows for 16
+(the strip's upper halo), 128 columns for 127: 1.52 * 1.06 * 1.01 = 1.63 times as many.
 
 How: a lane is a pooled column of one strip, and marches down it. At each convolution row it makes
 columns 2q and 2q+1, two GEMMs of M = lanes, N = K whose reduction goes over the 7 rows of the
 window, each a contiguous run of 8*C elements of x (one pixel too many, on the left, so that runs
-start at even addresses). The maximum down the rows is kept from one pooled row to the next;
-column 2q-1 is the neighbouring lane's 2q'+1, so a CTA's first lane only serves its second.
+start at even addresses). The largest of a column's rows is carried down the strip. Column 2q-1 is
+the lane's left neighbour's 2q+1, so a CTA's first lane only serves its second.
 
-max(relu(z + bias)) is relu(max(z) + bias), so bias and ReLU work on what the pool leaves. The
-pool's padding is -inf as in torch; NaN wins every maximum.
+Rounding to x's dtype never swaps two numbers, so bias, ReLU and rounding come before the maximum:
+16-bit values are half the registers to carry. After ReLU the pool's padding, -inf in torch, may
+as well be 0. NaN wins every maximum.
 """
 
 from collections.abc import Iterator
@@ -183,7 +184,7 @@ def choose(
     if not fit:
         Config(32, 32, 1, 8).check(problem)  # says why
         raise ValueError(
-            f"argument problem: {problem} has no configuration; accepted: smaller ones"
+            f"argument capability: {capability} with {problem}; accepted: (8, 0) or newer"
         )
     return next((c for c in fit if c.ctas(problem) >= multiprocessors), fit[-1])
 
