@@ -13,7 +13,6 @@ group is depthwise.py's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from resfuse.kernels import depthwise
 from resfuse.kernels.activation import ACTIVATIONS, Slope
 from resfuse.kernels.arguments import channels_last, empty_channels_last
 from resfuse.kernels.conv_arguments import (
+    Tensors,
     arguments,
     constants,
     problem_of,
@@ -197,7 +197,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
     yield from depthwise.shipped()
 
 
-def _launch_chosen(problem: ConvProblem, *tensors: Any, residual_last: bool) -> Launch:
+def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
     """The launch of the kernel and configuration that suit the problem."""
     sms = multiprocessors(tensors[0].device)
     if problem.c == problem.groups:
@@ -207,7 +207,7 @@ def _launch_chosen(problem: ConvProblem, *tensors: Any, residual_last: bool) -> 
 
 
 def compute(
-    launch_chosen: Callable[..., Launch],
+    launch_chosen: Callable[[ConvProblem, Tensors, bool], Launch],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -231,16 +231,15 @@ def compute(
     problem = problem_of(x, weight, residual, stride, padding, dilation, groups, activation)
     y = empty_channels_last((problem.n, problem.k, problem.p, problem.q), x)
     if y.numel():
-        launch_chosen(
-            problem,
+        tensors = (
             channels_last(x),
             channels_last(weight),
             None if bias is None else bias.contiguous(),
             None if residual is None else channels_last(residual),
             negative_slope if slope is None else slope.contiguous(),
             y,
-            residual_last=residual_last,
-        ).run()
+        )
+        launch_chosen(problem, tensors, residual_last).run()
     return y
 
 

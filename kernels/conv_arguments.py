@@ -13,6 +13,9 @@ from resfuse.kernels.arguments import empty_channels_last, require_4d, require_l
 from resfuse.kernels.launch import Argument, interpreting
 from resfuse.kernels.problem import ConvProblem, math_mode_of
 
+# x, weight, bias, residual, slope and y, as launches take them
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Slope, Tensor]
+
 
 def require_arguments(
     x: Tensor,
@@ -105,8 +108,8 @@ def split_slope(slope: Slope) -> tuple[Tensor | None, float]:
     return None, 0.0 if slope is None else float(slope)
 
 
-def stand_ins(problem: ConvProblem) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, Tensor]:
-    """x, weight, bias, residual, slope and y on the meta device, for a launch to be compiled."""
+def stand_ins(problem: ConvProblem) -> Tensors:
+    """Tensors on the meta device, for a launch to be compiled."""
 
     bias = torch.empty(problem.k, dtype=problem.dtype, device="meta")
     x = empty_channels_last((problem.n, problem.c, problem.h, problem.w), bias)

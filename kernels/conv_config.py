@@ -4,6 +4,7 @@ Pure Python; no GPU is asked.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from resfuse.kernels.problem import MATH_MODES, ConvProblem
 
@@ -11,6 +12,9 @@ from resfuse.kernels.problem import MATH_MODES, ConvProblem
 SHARED_BYTES = 160 << 10
 # 255 registers a thread at most; the rest holds addresses and, for ieee, the operands themselves.
 ACCUMULATORS = {"ieee": 64, "tf32": 128, "fp16": 128, "bf16": 128}
+# Packed groups keep a second sum, and find the group of every address. Tiles within a quarter of the
+# above spill nothing, or 16 bytes where ptxas aims for one more CTA; larger ones hundreds of bytes.
+PACKED_SHARE = 4
 INT32 = 1 << 31
 
 # The cost model below, of one multiprocessor of an H200 and a cycle: dense multiply-accumulates
@@ -56,6 +60,8 @@ class Config:
         """Raises ValueError where the kernel would not fit a GPU or would count past 2**31."""
         accumulators = self.block_m * self.block_n // (32 * self.num_warps)
         most = ACCUMULATORS[problem.math_mode]
+        if self.pack(problem) > 1:
+            most //= PACKED_SHARE
         if accumulators > most:
             raise ValueError(
                 f"argument config: {accumulators} accumulators a thread; accepted: {most} at most "
@@ -125,7 +131,9 @@ HALF = (
     Config(64, 64, 64, num_warps=4, num_stages=4, taps_inner=True),
     Config(64, 32, 64, num_warps=4, num_stages=4),
     Config(64, 32, 64, num_warps=4, num_stages=4, taps_inner=True),
-    Config(128, 32, 32, num_warps=4, num_stages=4, taps_inner=True),  # narrow groups, packed
+    # narrow groups, packed
+    Config(128, 32, 32, num_warps=4, num_stages=4, taps_inner=True),
+    Config(64, 32, 32, num_warps=4, num_stages=4, taps_inner=True),
 )
 # elements twice as large, half as many a step
 TF32 = (
@@ -163,6 +171,7 @@ def _fits(config: Config, problem: ConvProblem) -> bool:
     return True
 
 
+@lru_cache(maxsize=4096)
 def choose(problem: ConvProblem, multiprocessors: int) -> Config:
     """The candidate with the least estimated time; the first of equals.
 
