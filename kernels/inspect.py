@@ -28,6 +28,7 @@ from resfuse.kernels.registry import KERNELS
 
 # Older ones can corrupt WGMMA whose A operand sits in registers (triton #9433, #11781).
 SOUND_PTXAS = (13, 3)
+Job = tuple[str, int, str]  # kernel, number of its shipped launch, target
 TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor, from sm_100 on: PTX ISA, tcgen05.alloc
 
 
@@ -156,25 +157,35 @@ def inspect(
     targets: Sequence[str] = DEFAULT_TARGETS,
     processes: int = 2,
 ) -> Iterator[Inspection]:
-    """Compiles every shipped launch of `kernels` for each of `targets`, in that order.
+    """Compiles every shipped launch of `kernels` for each of `targets` it is meant for.
 
     Raises:
         RuntimeError: this process interprets kernels; nothing can be compiled in it.
     """
-    jobs = [
+    return inspect_jobs(jobs(kernels, targets), processes)
+
+
+def jobs(kernels: Sequence[str], targets: Sequence[str]) -> list[Job]:
+    """All there is to compile."""
+    return [
         (kernel, index, target)
         for kernel in kernels
-        for index in range(count_launches(kernel))
+        for index, (_, launch) in enumerate(KERNELS[kernel].launches())
         for target in targets
+        if _is_meant_for(launch, TARGETS[target].gpu)
     ]
+
+
+def inspect_jobs(todo: Sequence[Job], processes: int = 2) -> Iterator[Inspection]:
+    """Compiles some of `jobs`, in that order."""
+    require_compiler()
     # spawned, not forked: a fork after torch has started its threads can hang
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        yield from pool.map(_inspect_shipped, jobs)
+        yield from pool.map(_inspect_shipped, todo)
 
 
-def count_launches(kernel: str) -> int:
-    require_compiler()
-    return sum(1 for _ in KERNELS[kernel].launches())
+def _is_meant_for(launch: Launch, gpu: GPUTarget) -> bool:
+    return launch.least_capability <= (gpu.arch if gpu.backend == "cuda" else 80)
 
 
 def require_compiler() -> None:
@@ -185,7 +196,7 @@ def require_compiler() -> None:
         )
 
 
-def _inspect_shipped(job: tuple[str, int, str]) -> Inspection:
+def _inspect_shipped(job: Job) -> Inspection:
     kernel, index, target = job
     label, launch = list(KERNELS[kernel].launches())[index]
     return inspect_launch(kernel, label, launch, target)
