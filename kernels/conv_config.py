@@ -12,8 +12,8 @@ from resfuse.kernels.problem import MATH_MODES, ConvProblem
 SHARED_BYTES = 160 << 10
 # 255 registers a thread at most; the rest holds addresses and, for ieee, the operands themselves.
 ACCUMULATORS = {"ieee": 64, "tf32": 128, "fp16": 128, "bf16": 128}
-# Packed groups keep a second sum, and find the group of every address. Tiles within a quarter of the
-# above spill nothing, or 16 bytes where ptxas aims for one more CTA; larger ones hundreds of bytes.
+# Packed groups keep a second sum, and find the group of every address. Tiles within a quarter of
+# the above spill nothing, or 16 bytes where ptxas aims for one more CTA; larger ones hundreds.
 PACKED_SHARE = 4
 INT32 = 1 << 31
 
