@@ -8,6 +8,7 @@ SMALL = ("cifar_resnet20", "cifar_resnet56", "cifar_resnet110")
 EVERYWHERE = (
     "eager",
     "compiled",
+    "fused",
     "cudnn_fused",
     "onnxrt",
     "onnxrt_tensorrt",

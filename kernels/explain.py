@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resfuse.kernels.fuse import scopes, unfused
+from resfuse.kernels.draft import scopes
+from resfuse.kernels.fuse import unfused
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.steps import Step, convolutions
 

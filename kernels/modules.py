@@ -1,5 +1,5 @@
-"""Blocks to build networks from, fused in eval mode. Layers and parameter names are torchvision's, so
-that checkpoints interchange.
+"""Blocks to build networks from, fused in eval mode. Layers and parameter names are torchvision's:
+checkpoints interchange.
 
     torchvision.models.resnet.ResNet(FusedBottleneck, [3, 4, 6, 3])
 """

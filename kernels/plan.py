@@ -16,6 +16,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
+from resfuse.kernels.folded import require_weights
 from resfuse.kernels.layers import differs_in_training
 from resfuse.kernels.scope import ORIGINAL, Call, hooks_of, original_class
 from resfuse.kernels.steps import Step, convolutions
@@ -82,6 +83,15 @@ class Plan:
             return None
         return forward
 
+    def has_discarded(self) -> bool:
+        """Whether a layer has lost its own weight."""
+        return any(layer.fold.discarded for layer in self.layers)
+
+    def discard_weights(self) -> None:
+        """Frees the weight of every layer when it has been folded, and laid out."""
+        for layer in self.layers:
+            layer.fold.discard = True
+
     def fold_ahead(self) -> None:
         """Folds what is not folded, for a graph compiled or exported next, which cannot."""
         for layer in self.layers:
@@ -119,11 +129,12 @@ class FusedScope(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles hold the layers; a plan is made again from them."""
+        require_weights(vars(self)[_PLAN].has_discarded())
         state = {k: v for k, v in vars(self).items() if k not in (_PLAN, _STEPS)}
         return _empty, (original_class(self), vars(self)[_PLAN].left), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from resfuse.kernels.fuse import make_plan
+        from resfuse.kernels.draft import make_plan
 
         left = vars(self).pop(_LEFT)
         super().__setstate__(state)
@@ -184,6 +195,7 @@ def _forward_in(kind: type[nn.Module]) -> Forward:
             rewritten = vars(self)[_PLAN].forward_for(args, kwargs)
             if rewritten is not None:
                 return rewritten(self, *args)
+        require_weights(vars(self)[_PLAN].has_discarded())
         return original(self, *args, **kwargs)
 
     # Exporters match arguments with dynamic shapes by the signature.

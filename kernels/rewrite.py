@@ -3,10 +3,10 @@
 import torch.fx as fx
 from torch import nn
 
+from resfuse.kernels.folded import Fold
 from resfuse.kernels.match import Chain
 from resfuse.kernels.plan import step_target
-from resfuse.kernels.steps import ConvStep, Fold, NormStep, ProjectionStep, StemStep, Step
-
+from resfuse.kernels.steps import ConvStep, NormStep, ProjectionStep, StemStep, Step
 
 Folds = dict[tuple[nn.Module, nn.Module | None], Fold]  # of a convolution and its batch norm
 

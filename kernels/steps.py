@@ -8,59 +8,28 @@ themselves, so that results and errors stay theirs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from resfuse.kernels import onednn
-from resfuse.kernels.activation import ACTIVATIONS, Slope
-from resfuse.kernels.folding import bn_scale_shift, fold_conv_bn
+from resfuse.kernels.activation import ACTIVATIONS
+from resfuse.kernels.folded import (
+    Fold,
+    Folded,
+    Stamp,
+    fold_layers,
+    require_weights,
+    sources_of,
+    stamp_of,
+    tensors_of,
+)
+from resfuse.kernels.folding import bn_scale_shift
 from resfuse.kernels.layers import padding_of, slope_of
 from resfuse.kernels.match import Chain
-
-Source = tuple[dict[str, Any], str]  # where a layer keeps a tensor: its dict and the name in it
-Stamp = tuple[list[int], list[int]]  # addresses and versions
-
-
-@dataclass(frozen=True)
-class Folded:
-    """What a convolution step computes with, and the state of the layers it was made from."""
-
-    made_from: list[Tensor]
-    stamp: Stamp
-    dtype: torch.dtype
-    weight: Tensor | None  # [K, C / groups, R, S], channels_last; dropped once it is packed
-    bias: Tensor  # [K]
-    slope: Slope
-    packed: onednn.PackedConv | None = None
-
-    def dense(self) -> Tensor:
-        if self.weight is not None:
-            return self.weight
-        assert self.packed is not None
-        with _disable_current_modes():  # an export must see a weight, not how it was unpacked
-            return self.packed.dense_weight()
-
-    def pack(self, geometry: onednn.Geometry, activation: str, x: Tensor) -> "Folded":
-        """The same, laid out for oneDNN and inputs like x."""
-        packed = onednn.PackedConv(
-            self.dense(), self.bias, geometry, activation, self.slope, x.shape
-        )
-        return replace(self, weight=None, packed=packed)
-
-    def is_fresh(self) -> bool:
-        """Whether what it was made from is as it was then."""
-        return _stamp(self.made_from) == self.stamp
-
-
-class Fold:
-    """Where all steps that stand for one convolution keep what they folded."""
-
-    made: Folded | None = None
 
 
 class ConvStep:
@@ -81,8 +50,8 @@ class ConvStep:
             self.conv.groups,  # type: ignore[arg-type]
         )
         layers = (self.conv, self.norm, self.act)
-        self._sources = [s for layer in layers if layer is not None for s in _sources(layer)]
-        self._fold = fold
+        self._sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
+        self.fold = fold
         self._shapes: tuple[Any, Any] = ((), ())  # of the last input, and of its output
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -95,13 +64,16 @@ class ConvStep:
         if x.is_cuda:
             return self._on_gpu(x, folded, residual)
         if folded.packed is None and x.is_cpu and onednn.supports(x.dtype):
-            folded = self._fold.made = folded.pack(self.geometry, self.activation, x)
+            folded = self.fold.made = folded.pack(self.geometry, self.activation, x)
+            if self.fold.discard:
+                self._discard_weight()
         if folded.packed is not None:
             return self._on_onednn(x, folded.packed, residual)
         return self._decomposed(x, folded, residual)
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """As the modules themselves compute it."""
+        require_weights(self.fold.discarded)
         y = self.conv(x)
         if self.norm is not None:
             y = self.norm(y)
@@ -113,17 +85,28 @@ class ConvStep:
 
     def folded(self, dtype: torch.dtype) -> Folded:
         """The folded layers, made anew if a tensor of theirs has changed."""
-        folded = self._fold.made
-        if folded is not None and torch.compiler.is_compiling():
+        folded = self.fold.made
+        if folded is not None and (torch.compiler.is_compiling() or self.fold.discarded):
             return folded  # a compiled graph cannot look; FusedScope folds again where it can
-        tensors = _tensors(self._sources)
-        stamp = _stamp(tensors)
+        tensors = tensors_of(self._sources)
+        stamp = stamp_of(tensors)
         if folded is None or folded.stamp != stamp or folded.dtype != dtype:
             with torch.no_grad():
-                weight, bias = _fold(self.conv, self.norm, dtype)
+                weight, bias = fold_layers(self.conv, self.norm, dtype)
                 slope = slope_of(self.act, self.conv.out_channels)
-            folded = self._fold.made = Folded(tensors, stamp, dtype, weight, bias, slope)
+            folded = self.fold.made = Folded(tensors, stamp, dtype, weight, bias, slope)
+            if self.fold.discard and weight.is_cuda:
+                self._discard_weight()
         return folded
+
+    def _discard_weight(self) -> None:
+        """Leaves the shape of the layer's weight, and frees its memory."""
+        assert self.fold.made is not None
+        weight = self.conv._parameters["weight"]
+        assert weight is not None
+        self.conv._parameters["weight"] = nn.Parameter(weight.detach().to("meta"), False)
+        self.fold.made = replace(self.fold.made, made_from=[])
+        self.fold.discarded = True
 
     def takes(self, x: Tensor, residual: Tensor | None = None) -> bool:
         """Whether the layers' own checks would pass: then none of them is asked."""
@@ -132,7 +115,7 @@ class ConvStep:
         return (
             x.dim() == 4
             and x.size(1) == self.conv.in_channels
-            and x.device == weight.device
+            and (x.device == weight.device or self.fold.discarded)
             and (x.dtype == weight.dtype or torch._C._is_any_autocast_enabled())
             and x.numel() > 0
             and (residual is None or residual.dtype == x.dtype)
@@ -162,8 +145,9 @@ class ConvStep:
 
     def _exported(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Plain ops on the folded weight, which becomes a constant of the exported graph."""
-        folded = self._fold.made
-        if folded is None or folded.dtype != x.dtype or not folded.is_fresh():
+        folded = self.fold.made
+        fresh = folded is not None and (self.fold.discarded or folded.is_fresh())
+        if folded is None or folded.dtype != x.dtype or not fresh:
             return self.by_layers(x, residual)
         return self._decomposed(x, folded, residual)
 
@@ -196,7 +180,7 @@ class NormStep:
         self.chain = chain.summary()
         self.name, self.norm, self.act = chain.name, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
-        self._sources = _sources(self.norm)
+        self._sources = sources_of(self.norm)
         self._made: tuple[Stamp, Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -204,7 +188,7 @@ class NormStep:
             return self.by_layers(x, residual)
         from resfuse.kernels.bn_act import bn_act
 
-        stamp = _stamp(_tensors(self._sources))
+        stamp = stamp_of(tensors_of(self._sources))
         if self._made is None or self._made[0] != stamp:
             self._made = (stamp, *bn_scale_shift(self.norm))
         return bn_act(
@@ -271,33 +255,6 @@ def convolutions(step: Step) -> list[ConvStep]:
     if isinstance(step, ProjectionStep):
         return [step.conv, step.projection]
     return [step.conv] if isinstance(step, StemStep) else []
-
-
-def _fold(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if norm is not None:
-        weight, bias = fold_conv_bn(conv, norm)  # type: ignore[arg-type]
-    else:
-        weight = conv.weight.detach()
-        bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
-    return weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype)
-
-
-def _sources(layer: nn.Module) -> list[Source]:
-    named: list[Source] = [(layer._parameters, name) for name in layer._parameters]
-    return named + [(layer._buffers, name) for name in layer._buffers if name.startswith("running")]
-
-
-def _tensors(sources: list[Source]) -> list[Tensor]:
-    return [tensor for holder, name in sources if (tensor := holder[name]) is not None]
-
-
-def _stamp(tensors: list[Tensor]) -> Stamp:
-    """Changes when a tensor is replaced, moved, or written to in place."""
-    try:
-        versions = [tensor._version for tensor in tensors]
-    except RuntimeError:  # inference tensors do not count their versions
-        versions = []
-    return [tensor.data_ptr() for tensor in tensors], versions
 
 
 def _autocast(x: Tensor) -> Tensor:

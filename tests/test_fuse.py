@@ -278,6 +278,25 @@ def test_functional_call_uses_the_weights_given() -> None:
         assert error(got, other(images())) < 1e-5
 
 
+def test_discarded_weights_answer_and_refuse_the_rest() -> None:
+    model = network()
+    fused_model = fuse(model, discard_weights=True)
+    require_same(fused_model, model, images())
+    require_same(fused_model, model, images(shape=(1, 3, 50, 40)))
+    held = sum(p.numel() for p in fused_model.parameters() if p.device.type != "meta")
+    assert held < sum(p.numel() for p in model.parameters()) / 100
+    refused = [
+        lambda: unfuse(fused_model),
+        lambda: copy.deepcopy(fused_model),
+        lambda: fused_model.train()(images()),
+        lambda: fused_model.eval()(images().double()),
+    ]
+    for act in refused:
+        with pytest.raises(RuntimeError, match="discard_weights=True"), torch.no_grad():
+            act()
+    require_same(fused_model, model, images())
+
+
 # Tools that look inside
 
 

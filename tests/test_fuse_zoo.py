@@ -8,10 +8,10 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision.models as tv
-import zoo
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import zoo
 from resfuse.kernels import explain, fuse
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
 from resfuse.resnet_ref import MODELS, create

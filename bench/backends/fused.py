@@ -9,8 +9,8 @@ from resfuse.kernels import fuse
 
 
 def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """Fuses the model in place."""
-    fused = fuse(model, inplace=True)
+    """Fuses the model in place; its own weights are not needed any more."""
+    fused = fuse(model, inplace=True, discard_weights=True)
 
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:
