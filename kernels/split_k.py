@@ -303,7 +303,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
                     for config in candidates(problem)
                     if config.tile == tile and config.splits > 1
                 ),
-                key=lambda pair: cycles(*pair, sms) / least[pair[0]],
+                key=lambda pair: cycles(pair[0], pair[1], sms) / least[pair[0]],
             )
             label = f"{problem.label()} {math_mode} {config.label()}"
             scratch = workspace(problem, config, "meta")
