@@ -32,14 +32,16 @@ def conv_bn_act(
         n, c, h, w, k, r, s, stride, padding, dilation, groups, math_mode_of(x.dtype), activation,
         residual is not None,
     )  # fmt: skip
-    epilogue = {"activation": activation, "slope": slope, "residual_last": residual_last}
     which = kernel_for(problem, multiprocessors(x.device))
     if which == "conv1x1":
-        return conv1x1.conv1x1(x, weight, bias, residual, stride=stride, **epilogue)
+        return conv1x1.conv1x1(
+            x, weight, bias, residual, stride=stride, activation=activation, slope=slope,
+            residual_last=residual_last,
+        )  # fmt: skip
     op = split_k.conv_bn_act_split_k if which == "conv_bn_act_split_k" else conv.conv_bn_act
     return op(
         x, weight, bias, residual, stride=stride, padding=padding, dilation=dilation,
-        groups=groups, **epilogue,
+        groups=groups, activation=activation, slope=slope, residual_last=residual_last,
     )  # fmt: skip
 
 

@@ -92,13 +92,7 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
         twice = _called_twice(graph, scope)
         containers.update(_containers(graph))
         watched.update(drop_idle(graph, scope))
-        chains, unmatched = find_chains(
-            graph,
-            scope,
-            lambda layer, twice=twice: (
-                left_alone(layer) or ("it is called more than once" if layer in twice else None)
-            ),
-        )
+        chains, unmatched = find_chains(graph, scope, _or_called_twice(left_alone, twice))
         left |= unmatched
         prefix = f"with_{call.arguments}{'_list' if call.takes_list else ''}_"
         steps |= rewrite(graph, scope, chains, prefix, folds)
@@ -149,6 +143,13 @@ def _left_alone_in(model: nn.Module) -> LeftAlone:
 
 def _has_layers(module: nn.Module) -> bool:
     return any(isinstance(child, nn.Conv2d) or is_norm(child) for child in module.modules())
+
+
+def _or_called_twice(left_alone: LeftAlone, twice: set[nn.Module]) -> LeftAlone:
+    def reason(layer: nn.Module) -> str | None:
+        return left_alone(layer) or ("it is called more than once" if layer in twice else None)
+
+    return reason
 
 
 def _called_twice(graph: fx.Graph, scope: nn.Module) -> set[nn.Module]:

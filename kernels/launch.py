@@ -3,7 +3,7 @@ for a GPU that is not there (`inspect`), and shows up in an error message.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-Argument = Tensor | TensorDescriptor | int | float | None
+Argument: TypeAlias = Tensor | TensorDescriptor | int | float | None
 
 
 @dataclass(frozen=True)

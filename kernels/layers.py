@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.kernels.activation import Slope
+from resfuse.kernels.onednn import Geometry
 from resfuse.kernels.scope import has_hooks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -41,6 +42,14 @@ def why_not_norm(norm: nn.Module) -> str | None:
     if hasattr(norm, "parametrizations"):
         return "its batch norm is parametrized"
     return None
+
+
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """How the window of a convolution moves that there is no reason to leave alone."""
+    padding = padding_of(conv)
+    assert padding is not None
+    (stride_h, stride_w), (dilation_h, dilation_w) = conv.stride, conv.dilation
+    return Geometry((stride_h, stride_w), padding, (dilation_h, dilation_w), conv.groups)
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:

@@ -136,7 +136,7 @@ class _Matcher:
         norm = self._called(norm_node)
         if norm_node is not None and norm is not None and is_norm(norm):
             reason = self.left_alone(norm) or why_not_norm(norm)
-            if reason is None and norm.running_mean.numel() == conv.out_channels:  # type: ignore[union-attr, operator]
+            if reason is None and norm.running_mean.numel() == conv.out_channels:  # type: ignore[operator]
                 chain.norm = norm
                 self._take(chain, norm_node)
                 if self._activation_inside(chain, norm):

@@ -7,6 +7,7 @@ keep it; by its bytes that is 18 % of ResNet-50's time at batch 8.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class PackedConv:
         # torch has no fused add for groups (and asserts on bf16 there), and with one only ReLU
         self._adds = geometry.groups == 1
         self._relu = activation == "relu"
-        self._add_epilogue = ("add", 1.0, "relu" if self._relu else None, [], None)
+        self._add_epilogue: tuple[Any, ...] = ("add", 1.0, "relu" if self._relu else None, [], None)
         self._conv = torch.ops.mkldnn._convolution_pointwise.default
         self._conv_add = torch.ops.mkldnn._convolution_pointwise.binary
         self._conv_add_ = torch.ops.mkldnn._convolution_pointwise_.binary

@@ -35,8 +35,8 @@ def require_parity(
             reference = _answer(twin, example.double())
             fused = _answer(model, example)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, training in modes.items():
+            module.training = training
     mode = "fp64" if example.dtype == torch.float64 else math_mode_of(example.dtype)
     for got, plain, want in zip(fused, eager, reference, strict=True):
         allowed = EAGER_FACTOR * _error(plain, want) + TOLERANCES[mode].rtol

@@ -138,7 +138,7 @@ class FusedScope(nn.Module):
 
         left = vars(self).pop(_LEFT)
         super().__setstate__(state)
-        self.__class__ = original_class(self)
+        self.__class__ = original_class(self)  # type: ignore[assignment]
         layers = {self.get_submodule(name): reason for name, reason in left.items()}
         plan = make_plan(self, layers.get).plan
         if plan is not None:

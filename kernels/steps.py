@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfuse.kernels import onednn
-from resfuse.kernels.activation import ACTIVATIONS
+from resfuse.kernels.activation import ACTIVATIONS, Slope
 from resfuse.kernels.folded import (
     Fold,
     Folded,
@@ -28,8 +28,8 @@ from resfuse.kernels.folded import (
     tensors_of,
 )
 from resfuse.kernels.folding import bn_scale_shift
-from resfuse.kernels.layers import padding_of, slope_of
-from resfuse.kernels.match import Chain
+from resfuse.kernels.layers import geometry_of, slope_of
+from resfuse.kernels.match import Chain, Residual
 
 
 class ConvStep:
@@ -41,14 +41,7 @@ class ConvStep:
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
         self.overwrite = False  # the residual is nobody else's: oneDNN may add in place
-        padding = padding_of(self.conv)
-        assert padding is not None
-        self.geometry = onednn.Geometry(
-            self.conv.stride,
-            padding,
-            self.conv.dilation,
-            self.conv.groups,  # type: ignore[arg-type]
-        )
+        self.geometry = geometry_of(self.conv)
         layers = (self.conv, self.norm, self.act)
         self._sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
         self.fold = fold
@@ -77,11 +70,7 @@ class ConvStep:
         y = self.conv(x)
         if self.norm is not None:
             y = self.norm(y)
-        if self.residual == "before":
-            y = y + residual
-        if not _applies_activation(self.norm):
-            y = ACTIVATIONS[self.activation].forward(y, slope_of(self.act, y.shape[1]))
-        return y + residual if self.residual == "after" else y
+        return _finish_by_layers(self, y, residual)
 
     def folded(self, dtype: torch.dtype) -> Folded:
         """The folded layers, made anew if a tensor of theirs has changed."""
@@ -155,10 +144,7 @@ class ConvStep:
         """Convolution, add and activation in torch's own ops."""
         g = self.geometry
         y = F.conv2d(x, folded.dense(), folded.bias, g.stride, g.padding, g.dilation, g.groups)
-        if self.residual == "before":
-            y = y + residual
-        y = ACTIVATIONS[self.activation].forward(y, folded.slope)
-        return y + residual if self.residual == "after" else y
+        return _finish(y, residual, self.residual, self.activation, folded.slope)
 
     def _output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         if x.shape != self._shapes[0]:
@@ -190,19 +176,14 @@ class NormStep:
 
         stamp = stamp_of(tensors_of(self._sources))
         if self._made is None or self._made[0] != stamp:
-            self._made = (stamp, *bn_scale_shift(self.norm))
+            self._made = (stamp, *bn_scale_shift(self.norm))  # type: ignore[arg-type]
         return bn_act(
             x, *self._made[1:], residual, activation=self.activation,
             slope=slope_of(self.act, x.shape[1]), residual_last=self.residual == "after",
         )  # fmt: skip
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        y = self.norm(x)
-        if self.residual == "before":
-            y = y + residual
-        if not _applies_activation(self.norm):
-            y = ACTIVATIONS[self.activation].forward(y, slope_of(self.act, y.shape[1]))
-        return y + residual if self.residual == "after" else y
+        return _finish_by_layers(self, self.norm(x), residual)
 
 
 class StemStep:
@@ -265,5 +246,18 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _applies_activation(norm: nn.Module | None) -> bool:
-    return norm is not None and isinstance(getattr(norm, "act", None), nn.Module)
+def _finish(
+    y: Tensor, residual: Tensor | None, where: Residual, activation: str, slope: Slope
+) -> Tensor:
+    """Residual and activation, in torch's own ops."""
+    if residual is not None and where == "before":
+        y = y + residual
+    y = ACTIVATIONS[activation].forward(y, slope)
+    return y + residual if residual is not None and where == "after" else y
+
+
+def _finish_by_layers(step: "ConvStep | NormStep", y: Tensor, residual: Tensor | None) -> Tensor:
+    """The same after the norm itself has run, which may apply the activation already."""
+    done = step.norm is not None and isinstance(getattr(step.norm, "act", None), nn.Module)
+    activation = "identity" if done else step.activation
+    return _finish(y, residual, step.residual, activation, slope_of(step.act, y.shape[1]))
