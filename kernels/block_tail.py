@@ -96,8 +96,7 @@ def _block_tail_kernel(
     offs_x = (((offs_m // (P * Q)).to(tl.int64) * H + h_first) * W + w_first) * C
 
     # The three taps of a window's row are 3 C adjacent values in x and in w2. The innermost loop,
-    # the pipelined one, takes RUN of them: C, a tap, or all. It divides by a constant at most:
-    # loops flattened over r, s and channels gave wrong answers (see tail_config.Config).
+    # which is the pipelined one, takes RUN of them: C, one tap, or all (Config.row says when).
     acc = tl.zeros((BLOCK_M, C), tl.float32)
     for r in range(3):
         mask_r = mask_m & (h_first + r >= 0) & (h_first + r < H)

@@ -110,7 +110,7 @@ _BITS_16: Table = {
     (64, 64): (_LARGE, _SMALL),
     (64, 128): (Config(128, 64, 64, 8, 2), _SHALLOW),
     # block_k = c leaves one step a tap, so that the pipeline runs through the row's three taps
-    (128, 0): (Config(128, 64, 128, 8, 2), _LARGE, _SMALL),
+    (128, 0): (Config(128, 64, 128, 8, 2), Config(128, 64, 64, 8, 2), _SMALL),
     (128, 128): (Config(128, 64, 128, 8, 2), _LARGE, _SMALL),
     (128, 256): (_SHALLOW,),
     (256, 0): (_SHALLOW,),

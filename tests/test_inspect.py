@@ -104,7 +104,7 @@ def planted() -> dict[str, Launch]:
         "good": product(128, 128, 64, 8, 3),
         "spill": product(256, 256, 32, 4, 2),  # 512 accumulators for each of 128 threads
         "shared": product(128, 256, 128, 8, 4),  # three stages of 96 KB, or four
-        "shared on sm_80": product(128, 256, 32, 8, 8),  # seven stages of 24 KB there, eight on sm_90
+        "shared on sm_80": product(128, 256, 32, 8, 8),  # 7 * 24 KB there, 8 on sm_90
         "small": product(16, 64, 64, 4, 3),  # WGMMA takes 64 rows
         "tf32": product(64, 64, 32, 4, 3, torch.float32, "tf32"),
         "ieee": product(64, 64, 32, 8, 2, torch.float32, "ieee"),
