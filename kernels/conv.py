@@ -39,6 +39,7 @@ from resfuse.kernels.conv_config import (
     candidates,
     choose,
     cycles,
+    resnet_problems,
 )
 from resfuse.kernels.conv_registration import register
 from resfuse.kernels.implicit_gemm import multiply, output_channels, store_output, swizzle
@@ -47,7 +48,7 @@ from resfuse.kernels.problem import ConvProblem
 
 __all__ = [
     "CONFIGS", "Config", "candidates", "choose", "conv_bn_act", "conv_bn_act_ref", "launch",
-    "shipped",
+    "resnet_problems", "shipped",
 ]  # fmt: skip
 
 
@@ -164,20 +165,6 @@ def launch(
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-
-
-def resnet_problems(math_mode: str) -> Iterator[ConvProblem]:
-    """The 3x3 convolutions of ResNet-50 and ResNeXt-50 32x4d, and ResNet-50's projections."""
-    stages = ((56, 64), (28, 128), (14, 256), (7, 512))
-    for n in (1, 32, 256):
-        for hw, c in stages:
-            yield ConvProblem(n, c, hw, hw, c, 3, 3, padding=(1, 1), math_mode=math_mode)
-        for hw, c in stages[1:]:
-            yield ConvProblem(n, c, 2 * hw, 2 * hw, c, 3, 3, (2, 2), (1, 1), math_mode=math_mode)
-            yield ConvProblem(n, 2 * c, 2 * hw, 2 * hw, 4 * c, 1, 1, (2, 2), math_mode=math_mode)
-        for hw, c in stages:
-            c *= 2
-            yield ConvProblem(n, c, hw, hw, c, 3, 3, padding=(1, 1), groups=32, math_mode=math_mode)
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:

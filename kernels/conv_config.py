@@ -3,6 +3,7 @@
 Pure Python; no GPU is asked.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -202,3 +203,17 @@ def tile_cycles(problem: ConvProblem, config: Config, channel_blocks: int, taps:
     fills = channel_blocks if config.taps_inner else taps
     steps = channel_blocks * taps
     return steps * config.block_k * max(multiplying, loading) + fills * FILL_CYCLES
+
+
+def resnet_problems(math_mode: str) -> Iterator[ConvProblem]:
+    """The 3x3 convolutions of ResNet-50 and ResNeXt-50 32x4d, and ResNet-50's projections."""
+    stages = ((56, 64), (28, 128), (14, 256), (7, 512))
+    for n in (1, 32, 256):
+        for hw, c in stages:
+            yield ConvProblem(n, c, hw, hw, c, 3, 3, padding=(1, 1), math_mode=math_mode)
+        for hw, c in stages[1:]:
+            yield ConvProblem(n, c, 2 * hw, 2 * hw, c, 3, 3, (2, 2), (1, 1), math_mode=math_mode)
+            yield ConvProblem(n, 2 * c, 2 * hw, 2 * hw, 4 * c, 1, 1, (2, 2), math_mode=math_mode)
+        for hw, c in stages:
+            c *= 2
+            yield ConvProblem(n, c, hw, hw, c, 3, 3, padding=(1, 1), groups=32, math_mode=math_mode)

@@ -15,16 +15,14 @@ Source: the serial split-K of CUTLASS, and Stream-K (arXiv:2301.03598), with the
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse.kernels import conv_config
 from resfuse.kernels.activation import Slope
-from resfuse.kernels.conv import compute, conv_bn_act_ref, resnet_problems
+from resfuse.kernels.conv import compute, conv_bn_act_ref
 from resfuse.kernels.conv_arguments import (
     Tensors,
     arguments,
@@ -33,128 +31,27 @@ from resfuse.kernels.conv_arguments import (
     split_slope,
     stand_ins,
 )
-from resfuse.kernels.conv_config import L2_BYTES_PER_CYCLE, tile_cycles
+from resfuse.kernels.conv_config import resnet_problems
 from resfuse.kernels.conv_registration import register
 from resfuse.kernels.implicit_gemm import multiply, output_channels, store_output, swizzle
 from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem
+from resfuse.kernels.split_k_config import (
+    CONFIGS,
+    TILES,
+    Config,
+    candidates,
+    choose,
+    cycles,
+    pays,
+)
+
+__all__ = [
+    "CONFIGS", "Config", "Workspace", "candidates", "choose", "conv_bn_act_split_k",
+    "conv_bn_act_split_k_ref", "launch", "pays", "shipped", "workspace",
+]  # fmt: skip
 
 conv_bn_act_split_k_ref = conv_bn_act_ref  # it is the same function
-
-# From the last partial written until the last CTA has read the first one back: a fence, an atomic
-# and a load. An estimate, not measured.
-JOIN_CYCLES = 2500
-# Of conv_bn_act's estimated time, that split-K must stay under to be worth a workspace.
-PAYS_BELOW = 0.8
-
-
-@dataclass(frozen=True)
-class Config:
-    """A tile, and over how many CTAs its reduction is split: by filter taps, by channels."""
-
-    tile: conv_config.Config
-    split_taps: int
-    split_channels: int
-
-    def __post_init__(self) -> None:
-        for name in ("split_taps", "split_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"argument {name}: {getattr(self, name)}; accepted: 1 and more")
-
-    @property
-    def splits(self) -> int:
-        return self.split_taps * self.split_channels
-
-    def label(self) -> str:
-        return f"{self.tile.label()} split {self.split_taps}x{self.split_channels}"
-
-    def check(self, problem: ConvProblem) -> None:
-        """Raises ValueError where the tile is not valid, or a CTA would have nothing to do."""
-        if problem.groups != 1:
-            raise ValueError(f"argument groups: {problem.groups}; accepted by split-K: 1")
-        self.tile.check(problem)
-        for name, units, splits in (
-            ("split_taps", problem.r * problem.s, self.split_taps),
-            ("split_channels", self.tile.channel_blocks(problem), self.split_channels),
-        ):
-            if (splits - 1) * -(-units // splits) >= units:
-                raise ValueError(
-                    f"argument {name}: {splits}; accepted: one that leaves none of its parts of "
-                    f"{units} empty"
-                )
-
-    def taps_each(self, problem: ConvProblem) -> int:
-        return -(-problem.r * problem.s // self.split_taps)
-
-    def channel_blocks_each(self, problem: ConvProblem) -> int:
-        return -(-self.tile.channel_blocks(problem) // self.split_channels)
-
-
-_HALF = (
-    conv_config.Config(64, 64, 64, num_warps=4, num_stages=4),
-    conv_config.Config(64, 64, 64, num_warps=4, num_stages=4, taps_inner=True),
-    conv_config.Config(64, 32, 64, num_warps=4, num_stages=4),
-    conv_config.Config(64, 32, 64, num_warps=4, num_stages=4, taps_inner=True),
-)
-_TF32 = (
-    conv_config.Config(64, 64, 32, num_warps=4, num_stages=4),
-    conv_config.Config(64, 32, 32, num_warps=4, num_stages=4, taps_inner=True),
-)
-_IEEE = (
-    conv_config.Config(64, 32, 16, num_warps=4, num_stages=2),
-    conv_config.Config(32, 32, 16, num_warps=4, num_stages=2),
-)
-TILES = {"fp16": _HALF, "bf16": _HALF, "tf32": _TF32, "ieee": _IEEE}
-SPLITS = tuple((taps, channels) for taps in (1, 3, 9) for channels in (1, 2, 4, 8, 16))
-CONFIGS = tuple(Config(tile, *split) for tile in _HALF + _TF32 + _IEEE for split in SPLITS)
-
-
-def candidates(problem: ConvProblem) -> list[Config]:
-    """The shipped configurations for the problem, all of them valid; none for groups."""
-    fitting = []
-    for tile in TILES[problem.math_mode]:
-        for config in (Config(tile, *split) for split in SPLITS):
-            try:
-                config.check(problem)
-            except ValueError:
-                continue
-            if not (tile.taps_inner and config.taps_each(problem) == 1):
-                fitting.append(config)
-    return fitting
-
-
-@lru_cache(maxsize=4096)
-def choose(problem: ConvProblem, multiprocessors: int) -> Config:
-    """The candidate with the least estimated time; the first of equals.
-
-    Raises:
-        ValueError: none fits, for a reason given by Config.check.
-    """
-    fitting = candidates(problem)
-    if not fitting:
-        Config(TILES[problem.math_mode][-1], 1, 1).check(problem)
-    return min(fitting, key=lambda config: cycles(problem, config, multiprocessors))
-
-
-def cycles(problem: ConvProblem, config: Config, multiprocessors: int) -> float:
-    """Estimated time, on conv_config's terms: rounds of parts of tiles, then the last CTA's sum."""
-    tiles_m, tiles_n = config.tile.tiles(problem)
-    rounds = -(-tiles_m * tiles_n * config.splits // multiprocessors)
-    part = tile_cycles(
-        problem, config.tile, config.channel_blocks_each(problem), config.taps_each(problem)
-    )
-    partial = config.tile.block_m * config.tile.block_n * 4 / L2_BYTES_PER_CYCLE
-    return rounds * (part + partial) + config.splits * partial + JOIN_CYCLES
-
-
-@lru_cache(maxsize=4096)
-def pays(problem: ConvProblem, multiprocessors: int) -> bool:
-    """True where split-K is estimated to be the better kernel for the problem."""
-    if problem.groups != 1 or not candidates(problem):
-        return False
-    split = cycles(problem, choose(problem, multiprocessors), multiprocessors)
-    whole = conv_config.choose(problem, multiprocessors)
-    return split < PAYS_BELOW * conv_config.cycles(problem, whole, multiprocessors)
 
 
 @triton.jit

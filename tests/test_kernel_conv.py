@@ -389,7 +389,7 @@ def test_a_launch_refuses_memory_it_would_misread() -> None:
 
 @pytest.mark.parametrize("math_mode", MATH_MODES)
 def test_the_choice_is_a_candidate_and_candidates_are_valid(math_mode: str) -> None:
-    for problem in conv.resnet_problems(math_mode):
+    for problem in conv_config.resnet_problems(math_mode):
         offered = candidates(problem)
         assert choose(problem, 132) in offered
         assert set(offered) <= set(CONFIGS)
@@ -453,7 +453,7 @@ def test_every_configuration_is_shipped_on_the_meta_device() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="full-size convolutions take hours in the interpreter")
 @pytest.mark.parametrize("math_mode", MATH_MODES)
 def test_every_candidate_is_right_at_full_size(math_mode: str) -> None:
-    for problem in conv.resnet_problems(math_mode):
+    for problem in conv_config.resnet_problems(math_mode):
         if problem.n == 256:  # the kernels of 32, on more tiles
             continue
         x, weight, bias = tensors(

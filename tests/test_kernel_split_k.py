@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from agreement import require_close
-from resfuse.kernels import conv, conv_config, split_k
+from resfuse.kernels import conv_config, split_k
 from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.conv import conv_bn_act_ref
 from resfuse.kernels.conv_arguments import problem_of
@@ -290,7 +290,7 @@ def test_a_workspace_too_small_is_refused() -> None:
 
 @pytest.mark.parametrize("math_mode", MATH_MODES)
 def test_the_choice_is_a_candidate_and_candidates_are_valid(math_mode: str) -> None:
-    for problem in conv.resnet_problems(math_mode):
+    for problem in conv_config.resnet_problems(math_mode):
         offered = candidates(problem)
         if problem.groups > 1:
             assert not offered
@@ -338,7 +338,7 @@ def test_every_tile_is_shipped_on_the_meta_device() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="full-size convolutions take hours in the interpreter")
 @pytest.mark.parametrize("math_mode", MATH_MODES)
 def test_every_candidate_is_right_and_the_same_every_time_at_full_size(math_mode: str) -> None:
-    for problem in conv.resnet_problems(math_mode):
+    for problem in conv_config.resnet_problems(math_mode):
         if problem.n > 1 or problem.groups > 1:
             continue
         x, weight, bias = tensors(
