@@ -14,6 +14,7 @@ from resfuse.bench.errors import UsageError
 from resfuse.bench.profiles import NAMES
 
 INTERRUPTED = 130
+LISTED = ("models", "backends", "kernels", "providers", "metrics", "profiles")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,6 +43,12 @@ def _bench(args: argparse.Namespace) -> int:
     from resfuse.bench.commands import bench
 
     return bench(args)
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from resfuse.bench.kernels.command import kernels
+
+    return kernels(args)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -74,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_bench(commands.add_parser("bench", help="measure networks and write the report"))
+    _add_kernels(
+        commands.add_parser("kernels", help="measure every convolution of a network by itself")
+    )
     report = commands.add_parser("report", help="write the report of results already measured")
     report.add_argument("--results", metavar="DIR", nargs="+", type=Path, default=[Path("results")],
                         help="results folders, or a folder of them (default: results)")  # fmt: skip
@@ -84,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         help="one page over all the folders instead of one in each",
     )
     report.set_defaults(command=_report)
-    listing = commands.add_parser("list", help="models, backends, metrics, profiles")
-    listing.add_argument("what", nargs="?", choices=("models", "backends", "metrics", "profiles"))
+    listing = commands.add_parser("list", help=", ".join(LISTED))
+    listing.add_argument("what", nargs="?", choices=LISTED)
     listing.set_defaults(command=_list)
     study = commands.add_parser(
         "study", help="questions about the harness and the networks, answered by measurement"
@@ -249,6 +259,75 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_bench)
 
 
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to measure: y = relu(conv(x) + b), one by one")
+    what.add_argument(
+        "-m",
+        "--model",
+        type=_names,
+        default=["resnet50"],
+        metavar="NAMES",
+        help="networks whose convolutions are measured; wildcards allowed (default: resnet50)",
+    )
+    what.add_argument(
+        "--providers",
+        type=_names,
+        default=[],
+        metavar="NAMES",
+        help="ways to compute one; see `resfuse list providers` (default: all)",
+    )
+    what.add_argument(
+        "-b",
+        "--batch-size",
+        type=_numbers,
+        default=[],
+        metavar="N",
+        help="images (default: 1,8 on a CPU, 1,256 on a GPU)",
+    )
+    what.add_argument(
+        "--precision", type=_names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
+    )
+    what.add_argument(
+        "--img-size", type=int, metavar="PIXELS", help="square images (default: the network's own)"
+    )
+    what.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--rounds",
+        type=_rounds,
+        metavar="N",
+        help="timed runs of each provider (default: 20 on a CPU, 100 on a GPU)",
+    )
+    how.add_argument(
+        "--timeout",
+        type=_positive,
+        default=Options.timeout_s,
+        metavar="S",
+        help="limit of a convolution, set-up included (default: %(default)g)",
+    )
+    how.add_argument(
+        "--threads",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="CPU threads (default: torch's choice)",
+    )
+    out = parser.add_argument_group("results")
+    out.add_argument(
+        "--results",
+        metavar="DIR",
+        type=Path,
+        default=Path("results"),
+        help="a folder for this environment is made in it (default: results)",
+    )
+    out.add_argument("--csv", action="store_true", help="print the rows as CSV, too")
+    out.add_argument("--dry-run", action="store_true", help="show the convolutions and stop")
+    out.add_argument("--no-report", action="store_true", help="append rows only")
+    parser.set_defaults(command=_kernels)
+
+
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -261,6 +340,13 @@ def _count(text: str) -> int:
     number = _whole(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number}; accepted: whole numbers from 0")
+    return number
+
+
+def _rounds(text: str) -> int:
+    number = _whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}; accepted: whole numbers from 1")
     return number
 
 

@@ -19,6 +19,7 @@ from rich.progress import (
 from resfuse.bench import results, sweep
 from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import UsageError
+from resfuse.bench.kernels.row import SHEET as KERNEL_SHEET
 from resfuse.bench.listing import LISTS, cases_table
 from resfuse.bench.row import Outcome
 from resfuse.bench.selection import pick
@@ -180,13 +181,14 @@ def _line(case: Case, outcome: Outcome) -> str:
 
 
 def _results_folders(given: list[Path]) -> list[Path]:
-    """Folders with rows: each given one, or else those in it."""
+    """Folders with rows of either kind: each given one, or else those in it."""
+    sheets = (results.ROWS, KERNEL_SHEET.file)
     folders = []
     for folder in given:
         inside = (
             [folder]
-            if (folder / results.ROWS).exists()
-            else sorted(path.parent for path in folder.glob(f"*/{results.ROWS}"))
+            if any((folder / sheet).exists() for sheet in sheets)
+            else sorted({path.parent for sheet in sheets for path in folder.glob(f"*/{sheet}")})
         )
         if not inside:
             raise UsageError(

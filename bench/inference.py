@@ -1,8 +1,9 @@
-"""A network under inference: how it is set up, timed a batch at a time, and checked."""
+"""A network or layer under inference: how it is set up, timed a batch at a time, and checked."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,8 @@ def answers(model: nn.Module, batches: Sequence[Tensor], math_mode: str) -> Answ
     return Answers(reference, eager, limit)
 
 
-class Inference:
-    """One backend running one network; owns the buffer its inputs are written to.
+class Checked:
+    """Something that maps a batch to its answer; owns the buffer its inputs are written to.
 
     The batches take turns in that one buffer, so an output remembered by the input's address is
     wrong the next time; the output of each round is filled with NaN before the next, so a buffer
@@ -50,18 +51,28 @@ class Inference:
     phases: tuple[str, ...] = ()
 
     def __init__(
-        self, backend: str, memory_format: str, model: nn.Module, batches: Sequence[Tensor]
+        self,
+        build: Callable[[Tensor], Callable[[Tensor], Tensor]],
+        memory_format: str,
+        batches: Sequence[Tensor],
     ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            build: makes what runs, given an example of its input.
+            memory_format: of that input.
+            batches: inputs [N, ...]: the timed ones, and one more for afterwards.
+        """
+        self._build = build
         self._batches = batches
         self._images = batches[0].clone(memory_format=MEMORY_FORMATS[memory_format])
         self._output: Tensor | None = None
         self._turn = 0
         self._answers: Answers | None = None
-        self._build, self._model = load_build(backend), in_format(model, memory_format)
 
     def set_up(self) -> None:
         """Everything that happens once; the first run compiles and tunes, so it belongs here."""
-        self._run = self._build(self._model, self._images)
+        self._run = self._build(self._images)
         self.step_once()
 
     def expect(self, answers: Answers) -> None:
@@ -106,3 +117,13 @@ class Inference:
         check.require_tensor(snapshot, self._answers.eager[self._turn])
         error = check.relative_error(snapshot, self._answers.reference[self._turn])
         check.require_right(error, self._answers.limit, "in a timed round")
+
+
+class Inference(Checked):
+    """One backend running one network."""
+
+    def __init__(
+        self, backend: str, memory_format: str, model: nn.Module, batches: Sequence[Tensor]
+    ) -> None:
+        build = partial(load_build(backend), in_format(model, memory_format))
+        super().__init__(build, memory_format, batches)

@@ -13,14 +13,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from resfuse.bench import allocator
 from resfuse.bench.case import Case, Options, Request
 from resfuse.bench.errors import UsageError
 from resfuse.bench.row import Outcome
 from resfuse.bench.timing import Watch, seconds
+
+if TYPE_CHECKING:
+    from resfuse.bench.kernels.convolutions import Convolution
 
 SURVEY_TIMEOUT_S = 300.0
 GRACE_S = 5.0
@@ -61,6 +65,36 @@ def run_case(case: Case, options: Options, ceilings: dict[str, float]) -> Outcom
         return result
     outcome = Outcome(**result["outcome"])
     return compare_watches(outcome, result["span_s"], result["watched_s"])
+
+
+def run_convolution(
+    convolution: "Convolution",
+    providers: Sequence[str],
+    options: Options,
+    ceilings: Mapping[str, float],
+) -> dict[str, Outcome]:
+    """Measures providers on one convolution, in turns in one subprocess, within the time limit.
+
+    Returns:
+        provider -> outcome; the same one for all where the subprocess did not come to an end.
+
+    Raises:
+        KeyboardInterrupt: after the subprocess was killed.
+    """
+    job = {
+        "task": "convolution",
+        "convolution": asdict(convolution),
+        "providers": list(providers),
+        "options": asdict(options),
+        "ceilings": dict(ceilings),
+    }
+    result = _converse(job, options.timeout_s)
+    if isinstance(result, Outcome):
+        return dict.fromkeys(providers, result)
+    return {
+        name: compare_watches(Outcome(**told), result["span_s"], result["watched_s"])
+        for name, told in result["outcomes"].items()
+    }
 
 
 def compare_watches(outcome: Outcome, claimed_s: float, seen_s: float) -> Outcome:

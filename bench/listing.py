@@ -47,6 +47,24 @@ def _backends() -> Table:
     return table
 
 
+def _kernels() -> Table:
+    from resfuse.kernels.registry import KERNELS
+
+    table = _table("kernels", "name", "what it computes")
+    for name, spec in KERNELS.items():
+        table.add_row(name, spec.does)
+    return table
+
+
+def _providers() -> Table:
+    from resfuse.bench.kernels.providers import PROVIDERS
+
+    table = _table("providers", "name", "how it computes a convolution")
+    for name, provider in PROVIDERS.items():
+        table.add_row(name, provider.does)
+    return table
+
+
 def _metrics() -> Table:
     from resfuse.bench.metrics import METRICS
 
@@ -82,4 +100,11 @@ def _table(title: str, first: str, second: str, *rest: str) -> Table:
     return table
 
 
-LISTS = {"models": _models, "backends": _backends, "metrics": _metrics, "profiles": _profiles}
+LISTS = {
+    "models": _models,
+    "backends": _backends,
+    "kernels": _kernels,
+    "providers": _providers,
+    "metrics": _metrics,
+    "profiles": _profiles,
+}

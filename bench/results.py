@@ -1,4 +1,4 @@
-"""A results folder: rows.csv that survives a crash, and the environments its rows were measured in.
+"""A results folder: sheets that survive a crash, and the environments their rows were measured in.
 
 Rows are appended the moment they exist, each in a single locked write, so that a killed sweep
 leaves whole lines, and two sweeps into one folder don't tear each other's. `environments.csv` holds
@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -27,14 +28,42 @@ ENVIRONMENT_COLUMNS = ("env_id", "key", "value")
 SETTLED = ("pass", "unavailable", "oom", "fail_accuracy")
 
 
-def read_rows(folder: Path) -> pd.DataFrame:
-    """All rows of a results folder, in the order they were measured; text columns hold "" where a
-    cell is empty.
+@dataclass(frozen=True)
+class Sheet:
+    """A CSV file of rows. `text`: the columns that stay text ("1e5" may be a commit)."""
+
+    file: str
+    columns: tuple[str, ...]
+    text: frozenset[str]
+    command: str  # what makes one
+
+
+CASES = Sheet(
+    ROWS,
+    columns(),
+    frozenset(
+        (
+            "model", "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
+            "weights", "images", "baseline", "throttle", "status", "error", "env_id", "commit",
+            "timestamp",
+        )
+    ),
+    "resfuse bench",
+)  # fmt: skip
+
+
+def read_rows(folder: Path, sheet: Sheet = CASES) -> pd.DataFrame:
+    """All rows of a sheet in a results folder, in the order they were measured; text columns hold
+    "" where a cell is empty, the others numbers or NaN.
 
     Raises:
-        UsageError: there is no rows.csv, it cannot be read, or it lacks columns of this version.
+        UsageError: there is no such file, it cannot be read, or it lacks columns of this version.
     """
-    return _typed(_read_csv(folder / ROWS, columns()))
+    table = _read_csv(folder / sheet.file, sheet.columns, sheet.command)
+    for name in table.columns:
+        if name not in sheet.text:
+            table[name] = pd.to_numeric(table[name].replace("", None), errors="coerce")
+    return table
 
 
 def read_environments(folder: Path) -> dict[str, dict[str, str]]:
@@ -43,24 +72,24 @@ def read_environments(folder: Path) -> dict[str, dict[str, str]]:
     Raises:
         UsageError: environments.csv is missing or not such a file.
     """
-    table = _read_csv(folder / ENVIRONMENTS, ENVIRONMENT_COLUMNS)
+    table = _read_csv(folder / ENVIRONMENTS, ENVIRONMENT_COLUMNS, CASES.command)
     facts: dict[str, dict[str, str]] = {}
     for env_id, key, value in table[list(ENVIRONMENT_COLUMNS)].itertuples(index=False):
         facts.setdefault(env_id, {})[key] = value
     return facts
 
 
-def append_row(folder: Path, row: Mapping[str, Value]) -> None:
+def append_row(folder: Path, row: Mapping[str, Value], sheet: Sheet = CASES) -> None:
     """Adds one row and makes sure it is on the disk.
 
     Raises:
-        UsageError: the folder cannot be written, the disk is full, or rows.csv there has other
+        UsageError: the folder cannot be written, the disk is full, or the file there has other
             columns.
     """
     with _locked(folder):
-        path = folder / ROWS
-        _adopt_columns(path)
-        _append(path, pd.DataFrame([dict(row)], columns=list(columns())))
+        path = folder / sheet.file
+        _adopt_columns(path, sheet.columns)
+        _append(path, pd.DataFrame([dict(row)], columns=list(sheet.columns)))
 
 
 def record_environment(folder: Path, env_id: str, facts: Mapping[str, str]) -> None:
@@ -103,14 +132,14 @@ def identity_key(case: Case) -> tuple[tuple[str, str], ...]:
     return tuple((name, _plain(identity[name])) for name in _identity_columns(case.mode))
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, sheet: Sheet = CASES) -> None:
     """Fails before the first minute is spent, not after.
 
     Raises:
-        UsageError: the folder cannot be made or written to, or its rows.csv has other columns.
+        UsageError: the folder cannot be made or written to, or the sheet there has other columns.
     """
     with _locked(folder):
-        _adopt_columns(folder / ROWS)
+        _adopt_columns(folder / sheet.file, sheet.columns)
 
 
 def _identity_columns(mode: str) -> list[str]:
@@ -123,48 +152,16 @@ def _plain(value: object) -> str:
     return str(int(value)) if isinstance(value, float) else str(value)
 
 
-def _read_csv(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
+def _read_csv(path: Path, needed: tuple[str, ...], command: str) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:
-        raise UsageError(
-            f"no results file {path}; `resfuse bench --results DIR` makes one"
-        ) from None
+        raise UsageError(f"no results file {path}; `{command} --results DIR` makes one") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UsageError(f"results file {path} cannot be read as CSV: {error}") from None
     missing = [name for name in needed if name not in table.columns]
     if missing:
         raise UsageError(f"results file {path} lacks the columns {', '.join(missing)}")
-    return table
-
-
-TEXT = frozenset(
-    [
-        "model",
-        "backend",
-        "mode",
-        "precision",
-        "math_mode",
-        "memory_format",
-        "device_name",
-        "weights",
-        "images",
-        "baseline",
-        "throttle",
-        "status",
-        "error",
-        "env_id",
-        "commit",
-        "timestamp",
-    ]
-)
-
-
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """Text stays text ("1e5" may be a commit); other columns become numbers or NaN."""
-    for name in table.columns:
-        if name not in TEXT:
-            table[name] = pd.to_numeric(table[name].replace("", None), errors="coerce")
     return table
 
 
@@ -205,7 +202,7 @@ def _append(path: Path, table: pd.DataFrame) -> None:
         os.close(handle)
 
 
-def _adopt_columns(path: Path) -> None:
+def _adopt_columns(path: Path, wanted: tuple[str, ...]) -> None:
     """Cuts a torn last line, and gives older rows the columns this version has added."""
     if not path.exists():
         return
@@ -216,15 +213,15 @@ def _adopt_columns(path: Path) -> None:
     if not whole:
         return
     header = pd.read_csv(path, dtype=str, nrows=0).columns
-    foreign = [name for name in header if name not in columns()]
+    foreign = [name for name in header if name not in wanted]
     if foreign:
         raise UsageError(
             f"results file {path} has columns this version does not know: {', '.join(foreign)}; "
             "use another --results folder"
         )
-    if tuple(header) != columns():
+    if tuple(header) != wanted:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        _replace(path, table.reindex(columns=list(columns())))
+        _replace(path, table.reindex(columns=list(wanted)))
 
 
 def _replace(path: Path, table: pd.DataFrame) -> None:

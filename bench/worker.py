@@ -87,7 +87,18 @@ def _measure(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     return {"outcome": asdict(outcome), "span_s": span_s}
 
 
-TASKS = {"survey": _survey, "measure": _measure}
+def _convolution(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    from resfuse.bench.kernels.convolutions import Convolution
+    from resfuse.bench.kernels.measure import measure
+
+    convolution = Convolution.from_plain(job["convolution"])
+    options = Options(**job["options"])
+    outcomes, span_s = measure(convolution, job["providers"], options, job["ceilings"], tell)
+    told = {name: asdict(outcome) for name, outcome in outcomes.items()}
+    return {"outcomes": told, "span_s": span_s}
+
+
+TASKS = {"survey": _survey, "measure": _measure, "convolution": _convolution}
 
 
 def resolve_device(asked: str) -> str:

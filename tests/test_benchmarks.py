@@ -1,4 +1,5 @@
-"""Networks under pytest-benchmark: `pytest --benchmark-only`, with its compare, JSON and gates.
+"""Networks and convolutions under pytest-benchmark: `pytest --benchmark-only`, with its compare,
+JSON and gates.
 
 Each benchmark passes the harness's correctness gate first, and carries what a bare time does not
 say in `extra_info`. The rounds are fixed (`pedantic`): pytest-benchmark's calibration would time
@@ -7,6 +8,7 @@ the launch of GPU work, not the work. With `--benchmark-disable` only the gate i
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,13 +17,17 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from resfuse.bench import measure, memory, network
 from resfuse.bench.case import Case
 from resfuse.bench.errors import Unavailable
-from resfuse.bench.inference import Inference, answers
+from resfuse.bench.inference import Answers, Checked, Inference, answers
+from resfuse.bench.kernels.convolutions import Convolution, convolutions
+from resfuse.bench.kernels.layer import ConvRelu, inputs, layer
+from resfuse.bench.kernels.providers import PROVIDERS, load_provider
 from resfuse.bench.precision import set_math_mode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = {"cpu": 10, "cuda": 50}[DEVICE]
 PRECISION = {"cpu": "float32", "cuda": "float16"}[DEVICE]
 BATCHES = {"cpu": (1, 8), "cuda": (1, 256)}[DEVICE]
+CONVOLUTION_BATCH = {"cpu": 1, "cuda": 32}[DEVICE]
 MODELS = ("resnet18", "resnet50")
 WAYS = (
     ("eager", "contiguous"), ("eager", "channels_last"), ("compiled", "channels_last"),
@@ -66,6 +72,61 @@ def test_inference(
     }
     if benchmark.stats is not None:  # absent under --benchmark-disable
         benchmark.extra_info["images_per_s"] = batch / benchmark.stats.stats.median
+
+
+def _distinct() -> dict[str, Convolution]:
+    """shape -> the convolution, of all networks together."""
+    cases = (Case(m, "eager", "inference", DEVICE, PRECISION, "contiguous", CONVOLUTION_BATCH, 224)
+             for m in MODELS)  # fmt: skip
+    return {one.shape: one for case in cases for one in convolutions(case)}
+
+
+CONVOLUTIONS = _distinct()
+
+
+@cache
+def _task(shape: str) -> tuple[ConvRelu, list[torch.Tensor], Answers]:
+    problem = CONVOLUTIONS[shape].problem
+    set_math_mode(problem.math_mode, DEVICE)
+    made = layer(problem, DEVICE, seed=0)
+    batches = inputs(problem, DEVICE, network.TIMED_BATCHES + 1)
+    return made, batches, answers(made, batches, problem.math_mode)
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS)
+@pytest.mark.parametrize("provider", [name for name in PROVIDERS if name != "compiled"])
+def test_convolution(benchmark: BenchmarkFixture, shape: str, provider: str) -> None:
+    """relu(conv(x) + b). Not `compiled`: some seconds of set-up for each shape."""
+    problem = CONVOLUTIONS[shape].problem
+    benchmark.group = shape
+    benchmark.extra_info |= {"precision": PRECISION, "status": "fail_to_run"}
+    made, batches, expected = _task(shape)
+    memory_format = PROVIDERS[provider].memory_format
+    own = deepcopy(made)
+    network.in_format(own, memory_format)
+    try:
+        subject = Checked(partial(load_provider(provider), own), memory_format, batches)
+        subject.set_up()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    subject.expect(expected)
+    benchmark.extra_info["status"] = "fail_accuracy"
+    error = max(subject.check(i, "before timing").rel_l2 for i in range(network.TIMED_BATCHES))
+
+    step = subject.timed()
+    benchmark.pedantic(
+        _synchronised(subject.step_once), setup=step.prepare, rounds=ROUNDS, warmup_rounds=2
+    )
+
+    after = subject.check(network.TIMED_BATCHES, "after timing, on a new batch")
+    benchmark.extra_info |= {
+        "status": "pass",
+        "rel_l2_err": max(error, after.rel_l2),
+        "gmacs": problem.macs / 1e9,
+    }
+    if benchmark.stats is not None:  # absent under --benchmark-disable
+        rate = problem.flops / benchmark.stats.stats.median / 1e9
+        benchmark.extra_info["gflop_per_s"] = rate
 
 
 def _synchronised(step: Callable[[], None]) -> Callable[[], None]:

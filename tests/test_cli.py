@@ -56,7 +56,7 @@ def test_bad_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert "invalid choice: 'benhc'" in error_of(["benhc"], capsys)
     assert "required: COMMAND" in error_of([], capsys)
     assert "unknown name 'dpeth'" in error_of(["study", "dpeth"], capsys)
-    assert "invalid choice: 'kernels'" in error_of(["list", "kernels"], capsys)
+    assert "invalid choice: 'kernel'" in error_of(["list", "kernel"], capsys)
     assert "no rows.csv in" in error_of(["report", "--results", str(tmp_path)], capsys)
 
 
@@ -128,14 +128,19 @@ def test_dry_run_shows_every_case_and_makes_nothing(
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("what", ["models", "backends", "metrics", "profiles"])
+@pytest.mark.parametrize(
+    "what", ["models", "backends", "kernels", "providers", "metrics", "profiles"]
+)
 def test_list_shows_the_registries(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     from resfuse.bench.backends import BACKENDS
+    from resfuse.bench.kernels.providers import PROVIDERS
     from resfuse.bench.metrics import METRICS
+    from resfuse.kernels.registry import KERNELS
     from resfuse.resnet_ref import MODELS
 
     registries = {
-        "models": MODELS, "backends": BACKENDS, "metrics": METRICS,
+        "models": MODELS, "backends": BACKENDS, "metrics": METRICS, "kernels": KERNELS,
+        "providers": PROVIDERS,
         "profiles": {name for name, _ in PROFILES},
     }  # fmt: skip
     assert main(["list", what]) == 0

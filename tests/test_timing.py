@@ -1,6 +1,7 @@
 """What is on the clock and what is not; the GPU's stopwatch on a stand-in for its events."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -98,3 +99,25 @@ def test_work_that_outlives_its_events_is_an_error(fake_gpu: list[str]) -> None:
         interleave([sleeper(0.04)], "cuda", 0, 3, 3)
     laps, _ = interleave([sleeper(0.0052)], "cuda", 0, 3, 3)
     assert laps[0] == [[5.0]] * 3
+
+
+def test_what_is_queued_ahead_is_in_nobodys_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes after the input is set out, and before the clock starts."""
+    order: list[str] = []
+
+    def clock() -> int:
+        order.append("clock")
+        return time.perf_counter_ns()
+
+    def run(lap: Callable[[], None]) -> torch.Tensor:
+        order.append("run")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(timing, "_clock_ns", clock)
+    step = Step(
+        lambda: order.append("prepare"), run, lambda y: order.append("verify"),
+        lambda: order.append("ahead"),
+    )  # fmt: skip
+    interleave([step], "cpu", 0, 2, 2)
+    # The first reading is the span's own.
+    assert order[1:7] == ["prepare", "ahead", "clock", "run", "clock", "verify"]

@@ -82,7 +82,7 @@ def backend(name: str) -> Backend:
 
 
 def load_build(name: str) -> "Build":
-    return _load(backend(name).build)
+    return load(backend(name).build)
 
 
 def load_trainable(name: str) -> "Trainable":
@@ -90,10 +90,11 @@ def load_trainable(name: str) -> "Trainable":
     target = backend(name).trainable
     if target is None:
         raise Unavailable(f"{name} runs inference only")
-    return _load(target)
+    return load(target)
 
 
-def _load(target: str) -> Any:
+def load(target: str) -> Any:
+    """The object behind "module:name"; Unavailable where a package it needs is missing."""
     module, function = target.split(":")
     try:
         return getattr(importlib.import_module(module), function)

@@ -32,11 +32,16 @@ def speedup(result: Result) -> str:
         return "baseline" if result.is_baseline and result.status == "pass" else EMPTY
     if low is None or high is None:
         return f"{number(ratio)} (no interval)"
-    digits = _ratio_digits(ratio, low, high)
-    interval = f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    told = interval(ratio, low, high)
     if result.is_baseline:
-        return f"baseline; against itself {interval}"
-    return interval if excludes_one(low, high) else f"{interval} not significant"
+        return f"baseline; against itself {told}"
+    return told if excludes_one(low, high) else f"{told} not significant"
+
+
+def interval(ratio: float, low: float, high: float) -> str:
+    """`1.42 [1.38, 1.46]`, with as many digits as it takes to see whether 1 is inside."""
+    digits = _ratio_digits(ratio, low, high)
+    return f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def excludes_one(low: float, high: float) -> bool:

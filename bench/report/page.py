@@ -8,6 +8,7 @@ from matplotlib import style
 
 from resfuse.bench.errors import UsageError
 from resfuse.bench.report import figure, markdown
+from resfuse.bench.report.convolutions import convolution_sections
 from resfuse.bench.report.guide import guide
 from resfuse.bench.report.palette import looks
 from resfuse.bench.report.provenance import facts_table, made_from, opening
@@ -90,7 +91,7 @@ def _environment(environment: Environment, folder: Path, prefix: str, names: set
     ]
     for comparison in environment.comparisons:
         blocks += section(comparison, _draw(comparison, folder, prefix, names))
-    return blocks
+    return blocks + convolution_sections(environment)
 
 
 def _draw(comparison: Comparison, folder: Path, prefix: str, names: set[str]) -> dict[str, str]:

@@ -16,7 +16,8 @@ def opening(environment: Environment) -> str:
     """One sentence: what was measured on what, and how many cases passed."""
     results = environment.results
     if not results:
-        return "No case was measured in this environment."
+        what = "network was measured as a whole" if environment.workloads else "case was measured"
+        return f"No {what} in this environment."
     settings = [comparison.setting for comparison in environment.comparisons]
     modes = listing([MODE_NAMES[mode] for mode in _distinct(s.mode for s in settings)])
     precisions = listing([escape(name) for name in _distinct(s.precision for s in settings)])
@@ -69,7 +70,9 @@ def facts_table(environment: Environment) -> str:
     lines |= {
         key: value for key, value in environment.facts.items() if not key.startswith("ceiling_")
     }
-    lines["commit"] = listing(_distinct(result.commit for result in environment.results))
+    commits = [result.commit for result in environment.results]
+    commits += [r.commit for workload in environment.workloads for r in workload.results]
+    lines["commit"] = listing(_distinct(commits))
     cells = [[escape(key), escape(value)] for key, value in lines.items() if value]
     note = "" if environment.facts else "\n\nenvironments.csv holds no facts of this environment."
     return markdown.table(["fact", "value"], [False, False], cells) + note

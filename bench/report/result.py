@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from resfuse.bench.report.palette import backend_rank
+from resfuse.bench.report.workload import Workload
 
 RATE = {"inference": "infer_samples_per_sec", "train": "train_samples_per_sec"}
 
@@ -86,6 +87,7 @@ class Environment:
     comparisons: tuple[Comparison, ...]
     rows_read: int
     incomplete: int  # lines cut off by a crash
+    workloads: tuple[Workload, ...] = ()  # convolutions measured one by one
 
     @property
     def results(self) -> list[Result]:
@@ -93,7 +95,8 @@ class Environment:
 
     @property
     def device_names(self) -> list[str]:
-        return list(dict.fromkeys(c.setting.device_name for c in self.comparisons))
+        names = [comparison.setting.device_name for comparison in self.comparisons]
+        return list(dict.fromkeys([*names, *(w.device_name for w in self.workloads)]))
 
 
 def label(backend: str, memory_format: str) -> str:

@@ -14,9 +14,10 @@ from pathlib import Path
 from resfuse.bench.case import MODES, PRECISIONS
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.report.families import depth, family
+from resfuse.bench.report.kernel_rows import read_kernel_rows, workloads
 from resfuse.bench.report.palette import backend_rank
 from resfuse.bench.report.result import Comparison, Environment, Result, Setting
-from resfuse.bench.results import read_environments, read_rows
+from resfuse.bench.results import ROWS, read_environments, read_rows
 from resfuse.bench.row import STATUSES
 
 # With env_id and device_name: what makes two rows the same case.
@@ -38,6 +39,7 @@ Row = Mapping[str, object]
 class _Gathered:
     facts: dict[str, str] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    kernel_rows: list[Row] = field(default_factory=list)
     incomplete: int = 0
 
 
@@ -49,11 +51,14 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
     """
     gathered: dict[str, _Gathered] = {}
     for folder in {folder.resolve(): folder for folder in folders}.values():
-        rows: list[Row] = [
-            {str(name): value for name, value in row.items()}
-            for row in read_rows(folder).to_dict("records")
-        ]
-        facts = read_environments(folder) if rows else {}
+        kernel_rows = read_kernel_rows(folder)
+        rows: list[Row] = []
+        if (folder / ROWS).exists() or not kernel_rows:
+            rows = [
+                {str(name): value for name, value in row.items()}
+                for row in read_rows(folder).to_dict("records")
+            ]
+        facts = read_environments(folder) if rows or kernel_rows else {}
         entry = _Gathered()  # holds what comes before the first whole row, which is nothing
         for row in rows:
             if row["status"] in STATUSES and row["mode"] in MODES:
@@ -61,6 +66,8 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
                 entry.rows.append(row)
             else:  # a crash cut it off, after the rows of its own sweep
                 entry.incomplete += 1
+        for env_id, own in kernel_rows.items():
+            gathered.setdefault(env_id, _Gathered()).kernel_rows += own
         for env_id, entry in gathered.items():
             entry.facts |= facts.get(env_id, {})
     return [_environment(env_id, entry) for env_id, entry in gathered.items()]
@@ -77,7 +84,9 @@ def _environment(env_id: str, entry: _Gathered) -> Environment:
         for setting in sorted(grouped, key=_setting_order)
     )
     rows_read = len(entry.rows) + entry.incomplete
-    return Environment(env_id, entry.facts, comparisons, rows_read, entry.incomplete)
+    return Environment(
+        env_id, entry.facts, comparisons, rows_read, entry.incomplete, workloads(entry.kernel_rows)
+    )
 
 
 def _result(row: Row) -> Result:

@@ -1,0 +1,86 @@
+"""Through the convolutions of a request: measure, append rows, show progress."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from resfuse.bench import results, sweep
+from resfuse.bench.case import Options, Request
+from resfuse.bench.isolate import run_convolution
+from resfuse.bench.kernels.convolutions import Convolution, every
+from resfuse.bench.kernels.row import SHEET, record
+from resfuse.bench.measured import Value
+from resfuse.bench.row import Outcome, Stamp
+
+Row = dict[str, Value]
+
+
+def expand(request: Request) -> list[Convolution]:
+    """Every distinct convolution of every model, batch size and precision of a request.
+
+    Raises:
+        UsageError: an unknown name, a batch or image size below 1.
+    """
+    alone = replace(request, backends=["eager"], memory_formats=["contiguous"], modes=["inference"])
+    return every(sweep.expand(alone))
+
+
+def run(
+    convolutions: Sequence[Convolution],
+    providers: Sequence[str],
+    options: Options,
+    folder: Path,
+    found: dict[str, Any],
+    started: Callable[[Convolution], None],
+    finished: Callable[[Convolution, list[Row]], None],
+) -> None:
+    """Measures one convolution after the other and appends its rows as soon as they exist.
+
+    Args:
+        found: the survey of this machine (see isolate.survey), recorded in the folder.
+        started, finished: called around each convolution, for progress.
+
+    Raises:
+        UsageError: the results folder failed in the middle; the rows so far are kept.
+    """
+    facts = results.read_environments(folder)[found["env_id"]]
+    ceilings = {key: float(facts[key]) for key in facts if key.startswith("ceiling_")}
+    loners: set[str] = set()
+    for convolution in convolutions:
+        started(convolution)
+        outcomes = _measure(convolution, providers, loners, options, ceilings)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        stamp = Stamp(facts["device_name"], found["env_id"], found["commit"], now)
+        rows = [record(convolution, name, outcomes[name], stamp) for name in providers]
+        for row in rows:
+            results.append_row(folder, row, SHEET)
+        finished(convolution, rows)
+
+
+def _measure(
+    convolution: Convolution,
+    providers: Sequence[str],
+    loners: set[str],
+    options: Options,
+    ceilings: dict[str, float],
+) -> dict[str, Outcome]:
+    """All providers in one process, for the pairing; whoever fails in company is tried alone.
+
+    Who breaks a process (a crash, a hang) is remembered in `loners` and has its own from then on:
+    the others' rounds must not be lost each time.
+    """
+    together = [name for name in providers if name not in loners]
+    outcomes = run_convolution(convolution, together, options, ceilings) if together else {}
+    alone = [
+        name
+        for name in providers
+        if name in loners
+        or (len(together) > 1 and outcomes[name].status not in ("pass", "unavailable"))
+    ]
+    for name in alone:
+        outcomes |= run_convolution(convolution, [name], options, ceilings)
+        if outcomes[name].status in ("timeout", "oom", "fail_to_run"):
+            loners.add(name)
+    return outcomes
