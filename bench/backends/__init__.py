@@ -53,6 +53,11 @@ BACKENDS: dict[str, Backend] = {
         BOTH,
         "resfuse.bench.backends.compiled:trainable_max_autotune",
     ),
+    "fused": Backend(
+        "resfuse.bench.backends.fused:build",
+        "resfuse.kernels.fuse: our kernels on a GPU, oneDNN's fused convolutions on a CPU",
+        ("channels_last",),  # it computes in that, whatever it is given
+    ),
     "cudnn_fused": Backend(
         "resfuse.bench.backends.cudnn_fused:build",
         "folded weights on torch's own cuDNN conv + ReLU (+ add) ops; CUDA",
