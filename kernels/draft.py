@@ -11,7 +11,7 @@ from torch import nn
 from resfuse.kernels.layers import is_norm
 from resfuse.kernels.match import drop_idle, find_chains
 from resfuse.kernels.plan import Forward, Plan, compile_forward
-from resfuse.kernels.rewrite import Folds, rewrite
+from resfuse.kernels.rewrite import Folds, overwrite_input, returns_a_step, rewrite
 from resfuse.kernels.scope import (
     Call,
     NotTraceable,
@@ -88,6 +88,7 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
     left: dict[str, str] = {}
     forwards: dict[Call, Forward] = {}
     folds: Folds = {}
+    fresh = False
     for call, graph in _graphs(scope).items():
         twice = _called_twice(graph, scope)
         containers.update(_containers(graph))
@@ -97,13 +98,18 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
         prefix = f"with_{call.arguments}{'_list' if call.takes_list else ''}_"
         steps |= rewrite(graph, scope, chains, prefix, folds)
         watched.update(name for chain in chains for name in chain.modules)
-        forwards[call] = compile_forward(graph, original_class(scope).__name__)
+        name = original_class(scope).__name__
+        forwards[call] = compile_forward(graph, name)
+        if call == Call(1):
+            fresh = returns_a_step(graph, steps)
+            if overwrite_input(graph, steps):
+                forwards[call._replace(owns=True)] = compile_forward(graph, name)
     if not steps:
         return Drafted(None, left, [])
     inlined = [
         module for name in containers if is_plain_sequence(module := scope.get_submodule(name))
     ]
-    plan = Plan(scope, forwards, steps, sorted(watched | containers), left)
+    plan = Plan(scope, forwards, steps, sorted(watched | containers), left, fresh)
     return Drafted(plan, left, inlined)
 
 

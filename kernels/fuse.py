@@ -17,6 +17,7 @@ from resfuse.kernels.folded import require_weights
 from resfuse.kernels.layers import DTYPES
 from resfuse.kernels.parity import require_parity
 from resfuse.kernels.plan import attach, detach, plan_of
+from resfuse.kernels.sequence import sequence_plan
 
 
 def fuse(
@@ -50,6 +51,10 @@ def fuse(
     for _, scope, drafted in scopes(fused_model):
         if drafted.plan is not None and plan_of(scope) is None:
             attach(scope, drafted.plan)
+    for module in fused_model.modules():
+        plan = sequence_plan(module) if plan_of(module) is None else None
+        if plan is not None:
+            attach(module, plan)
     if example is not None:
         try:
             require_parity(fused_model, example, without=unfused(fused_model))

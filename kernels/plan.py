@@ -16,7 +16,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from resfuse.kernels.folded import require_weights
+from resfuse.kernels.folded import Stamp, require_weights, stamp_of, tensors_of
 from resfuse.kernels.layers import differs_in_training
 from resfuse.kernels.scope import ORIGINAL, Call, hooks_of, original_class
 from resfuse.kernels.steps import Step, convolutions
@@ -46,9 +46,13 @@ class Plan:
         steps: dict[str, Step],
         watched: list[str],
         left: dict[str, str],
+        returns_fresh: bool = False,
     ) -> None:
         self.forwards, self.steps, self.left = forwards, steps, left
+        self.returns_fresh = returns_fresh  # the output is nobody else's
         self.layers = [layer for step in steps.values() for layer in convolutions(step)]
+        self._sources = [source for layer in self.layers for source in layer.sources]
+        self._stamp: Stamp = ([], [])
         self._watched = [_watch(scope, name) for name in watched]
         self._modal = [m for *_, m in self._watched if differs_in_training(m)]
         self._hooks = [hooks for *_, m in self._watched for hooks in hooks_of(m)]
@@ -58,13 +62,22 @@ class Plan:
             for holder, name in ((module._parameters, n) for n in module._parameters)
         ]
 
-    def forward_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
-        """The rewritten forward, if it computes what the original would; else None."""
+    def forward_for(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], owns: bool = False
+    ) -> Forward | None:
+        """The rewritten forward, if it computes what the original would; else None.
+
+        Args:
+            owns: the caller gives its argument away, which may be written over.
+        """
         if kwargs or not args or any(a is None for a in args):
             return None
-        forward = self.forwards.get(Call(len(args), isinstance(args[0], list | tuple)))
+        call = Call(len(args), isinstance(args[0], list | tuple))
+        forward = self.forwards.get(call)
         if forward is None:
             return None
+        if owns:
+            forward = self.forwards.get(call._replace(owns=True), forward)
         if torch.compiler.is_exporting():  # dynamo cannot see whether folded weights are fresh
             return None if torch.compiler.is_dynamo_compiling() else forward
         if torch.compiler.is_compiling():  # on a CPU inductor fuses and packs the layers itself
@@ -81,7 +94,15 @@ class Plan:
                 return None
         if torch.is_grad_enabled() and self._needs_gradients(args):
             return None
+        self._forget_what_is_stale()
         return forward
+
+    def _forget_what_is_stale(self) -> None:
+        stamp = stamp_of(tensors_of(self._sources))
+        if stamp != self._stamp:
+            for layer in self.layers:
+                layer.forget_if_stale()
+            self._stamp = stamp
 
     def has_discarded(self) -> bool:
         """Whether a layer has lost its own weight."""
@@ -94,6 +115,7 @@ class Plan:
 
     def fold_ahead(self) -> None:
         """Folds what is not folded, for a graph compiled or exported next, which cannot."""
+        self._forget_what_is_stale()
         for layer in self.layers:
             weight = layer.conv._parameters["weight"]
             if weight is not None:
@@ -135,12 +157,13 @@ class FusedScope(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from resfuse.kernels.draft import make_plan
+        from resfuse.kernels.sequence import sequence_plan
 
         left = vars(self).pop(_LEFT)
         super().__setstate__(state)
         self.__class__ = original_class(self)  # type: ignore[assignment]
         layers = {self.get_submodule(name): reason for name, reason in left.items()}
-        plan = make_plan(self, layers.get).plan
+        plan = make_plan(self, layers.get).plan or sequence_plan(self)
         if plan is not None:
             attach(self, plan)
 

@@ -92,6 +92,32 @@ def _merge_stem(graph: fx.Graph, scope: nn.Module, nodes: dict[fx.Node, Step]) -
             nodes[node] = StemStep(step, pool)
 
 
+def returns_a_step(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+    """Whether the forward's result is what a convolution step has just made."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    made = output.args[0]
+    return isinstance(made, fx.Node) and isinstance(
+        steps.get(_attribute(made)), ConvStep | ProjectionStep
+    )
+
+
+def overwrite_input(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+    """Lets the step that adds the forward's input write over it, if it reads it last.
+
+    Returns:
+        Whether there is such a step.
+    """
+    (x,) = (node for node in graph.nodes if node.op == "placeholder")
+    last = max(x.users, key=list(graph.nodes).index, default=None)
+    if last is None or len(last.args) != 2 or last.args[1] is not x or last.args[0] is x:
+        return False
+    step = steps.get(_attribute(last))
+    if not isinstance(step, ConvStep) or step.residual != "before":
+        return False
+    last.kwargs = {"overwrite": True}
+    return True
+
+
 def _loosen_views(graph: fx.Graph) -> None:
     """x.view(...) of a channels_last tensor may not exist where x.reshape(...) does."""
     for node in graph.nodes:

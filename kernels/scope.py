@@ -30,10 +30,12 @@ class NotTraceable(Exception):
 
 
 class Call(NamedTuple):
-    """How a forward is called: with that many arguments, the first a tensor or a list of them."""
+    """How a forward is called: with that many arguments, the first a tensor or a list of them,
+    which may be nobody else's."""
 
     arguments: int
     takes_list: bool = False
+    owns: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def trace(module: nn.Module, call: Call) -> Trace:
     forward = original_class(module).forward
     defaults = {p.name: p.default for p in _parameters(module)[call.arguments :]}
     tracer = _Tracer()
+    attributes = dict(vars(module))
     fused_class, module.__class__ = module.__class__, original_class(module)
     with _isinstance_answers(forward, not call.takes_list) as questions:
         try:
@@ -116,12 +119,22 @@ def trace(module: nn.Module, call: Call) -> Trace:
             raise NotTraceable(_first_sentence(error)) from error
         finally:
             module.__class__ = fused_class
+            changed = _restore(module, attributes)
+    if any(name.startswith("_tensor_constant") for name in changed):
+        raise NotTraceable("forward makes a tensor of its own")
+    if changed:
+        raise NotTraceable(f"forward sets self.{changed[0]}")
     _drop_defaults(graph, defaults)
-    for node in graph.nodes:
-        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
-            delattr(module, str(node.target))
-            raise NotTraceable("forward makes a tensor of its own")
     return Trace(graph, bool(questions))
+
+
+def _restore(module: nn.Module, attributes: dict[str, Any]) -> list[str]:
+    """Takes back what tracing a forward did to its module; returns the attributes' names."""
+    now = vars(module)
+    changed = [n for n, value in now.items() if n not in attributes or attributes[n] is not value]
+    now.clear()
+    now.update(attributes)
+    return changed
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter]:

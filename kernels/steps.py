@@ -40,14 +40,16 @@ class ConvStep:
         self.chain = chain.summary()
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
-        self.overwrite = False  # the residual is nobody else's: oneDNN may add in place
         self.geometry = geometry_of(self.conv)
         layers = (self.conv, self.norm, self.act)
-        self._sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
+        self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
         self.fold = fold
         self._shapes: tuple[Any, Any] = ((), ())  # of the last input, and of its output
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False
+    ) -> Tensor:
+        """With `overwrite` the residual is nobody else's: oneDNN may add in place."""
         if torch.compiler.is_exporting():
             return self._exported(x, residual)
         x = _autocast(x)
@@ -61,7 +63,7 @@ class ConvStep:
             if self.fold.discard:
                 self._discard_weight()
         if folded.packed is not None:
-            return self._on_onednn(x, folded.packed, residual)
+            return self._on_onednn(x, folded.packed, residual, overwrite)
         return self._decomposed(x, folded, residual)
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -73,13 +75,11 @@ class ConvStep:
         return _finish_by_layers(self, y, residual)
 
     def folded(self, dtype: torch.dtype) -> Folded:
-        """The folded layers, made anew if a tensor of theirs has changed."""
+        """The folded layers in that dtype; `forget_if_stale` sees to it that they are fresh."""
         folded = self.fold.made
-        if folded is not None and (torch.compiler.is_compiling() or self.fold.discarded):
-            return folded  # a compiled graph cannot look; FusedScope folds again where it can
-        tensors = tensors_of(self._sources)
-        stamp = stamp_of(tensors)
-        if folded is None or folded.stamp != stamp or folded.dtype != dtype:
+        if folded is None or (folded.dtype != dtype and not self.fold.discarded):
+            tensors = tensors_of(self.sources)
+            stamp = stamp_of(tensors)
             with torch.no_grad():
                 weight, bias = fold_layers(self.conv, self.norm, dtype)
                 slope = slope_of(self.act, self.conv.out_channels)
@@ -87,6 +87,14 @@ class ConvStep:
             if self.fold.discard and weight.is_cuda:
                 self._discard_weight()
         return folded
+
+    def forget_if_stale(self) -> None:
+        """Forgets what was folded from tensors that have changed."""
+        made = self.fold.made
+        if made is None or self.fold.discarded:
+            return
+        if stamp_of(tensors_of(self.sources)) != made.stamp:
+            self.fold.made = None
 
     def _discard_weight(self) -> None:
         """Leaves the shape of the layer's weight, and frees its memory."""
@@ -110,14 +118,16 @@ class ConvStep:
             and (residual is None or residual.dtype == x.dtype)
         )
 
-    def _on_onednn(self, x: Tensor, packed: onednn.PackedConv, residual: Tensor | None) -> Tensor:
+    def _on_onednn(
+        self, x: Tensor, packed: onednn.PackedConv, residual: Tensor | None, overwrite: bool
+    ) -> Tensor:
         if residual is None:
             return packed(x)
         if self.residual == "after":
             return packed(x).add_(residual)
         if residual.shape != self._output_shape(x):
-            residual = residual.expand(self._output_shape(x))
-        return packed.add(x, residual, self.overwrite)
+            residual, overwrite = residual.expand(self._output_shape(x)), False
+        return packed.add(x, residual, overwrite)
 
     def _on_gpu(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
         from resfuse.kernels.dispatch import conv_bn_act
@@ -209,12 +219,11 @@ class ProjectionStep:
     def __init__(self, conv: ConvStep, projection: ConvStep) -> None:
         self.conv, self.projection = conv, projection
         self.name, self.chain = conv.name, f"{conv.chain}, projection inside"
-        conv.overwrite = True
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
         both = self.conv.takes(_autocast(x)) and self.projection.takes(_autocast(shortcut))
         if not x.is_cuda or not both:
-            return self.conv(x, self.projection(shortcut))
+            return self.conv(x, self.projection(shortcut), overwrite=True)
         from resfuse.kernels.conv1x1 import Shortcut, conv1x1
 
         x, shortcut = _autocast(x), _autocast(shortcut)

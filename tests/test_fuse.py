@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18, vit_b_16
 from torchvision.ops import FrozenBatchNorm2d
 
-from resfuse.kernels import explain, fuse, fused, unfuse
+from resfuse.kernels import FusedBottleneck, explain, fuse, fused, unfuse
 from resfuse.kernels.onednn import PackedConv
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
@@ -460,6 +460,88 @@ def test_a_forward_that_branches_on_values_is_left_and_named() -> None:
         x = sign * images(shape=(1, 8, 6, 6)).abs()
         with torch.no_grad():
             assert torch.equal(fuse(model)(x), model(x))
+
+
+def test_a_forward_that_keeps_something_is_left() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        m.kept = m.bn(m.conv(x))
+        return m.kept
+
+    model = Scope(forward, **conv_bn()).eval()
+    fused_model = fuse(model)
+    assert "sets self.kept" in explain(fused_model).lines[0].how
+    x = images(shape=(1, 8, 6, 6))
+    with torch.no_grad():
+        assert torch.equal(fused_model(x), fused_model.kept)
+
+
+# In a sequence of blocks, each may add its residual to its own input
+
+
+class Keeper(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x
+        return x
+
+
+def blocks(*between: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    stages = [FusedBottleneck(16, 4), *between, FusedBottleneck(16, 4), FusedBottleneck(16, 4)]
+    return nn.Sequential(*stages).eval()
+
+
+def test_residuals_are_added_in_place_where_nobody_looks() -> None:
+    model = fuse(blocks())
+    x = images(shape=(2, 16, 6, 5)).to(memory_format=torch.channels_last)
+    before = x.clone()
+    seen = []
+    with torch.no_grad():
+        want = unfuse(copy.deepcopy(model))(x)
+        run = PackedConv.add
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                PackedConv,
+                "add",
+                lambda self, x, r, overwrite: seen.append(overwrite) or run(self, x, r, overwrite),
+            )
+            got = model(x)
+    assert seen == [False, True, True]  # the first block's input is the caller's
+    assert torch.equal(x, before)
+    assert error(got, want) < 1e-6
+
+
+def test_what_somebody_keeps_is_not_written_over() -> None:
+    keeper = Keeper()
+    model = fuse(blocks(keeper))
+    keeper = model[1]
+    with torch.no_grad():
+        want = unfuse(copy.deepcopy(model))
+        x = images(shape=(1, 16, 6, 5))
+        y = want(x)
+        kept = want[1].kept
+        assert error(model(x), y) < 1e-6
+    assert error(keeper.kept, kept) < 1e-6
+
+
+def test_outputs_a_hook_keeps_are_not_written_over() -> None:
+    model = fuse(blocks())
+    kept = []
+    model[0].register_forward_hook(lambda m, args, y: kept.append(y))
+    with torch.no_grad():
+        x = images(shape=(1, 16, 6, 5))
+        model(x)
+        assert torch.equal(kept[0], model[0](x))
+
+
+def test_blocks_called_by_hand_keep_their_input() -> None:
+    model = fuse(blocks())
+    x = images(shape=(1, 16, 6, 5)).to(memory_format=torch.channels_last)
+    before = x.clone()
+    with torch.no_grad():
+        y = model[0](x)
+        held = y.clone()
+        model[1](y)
+    assert torch.equal(x, before) and torch.equal(y, held)
 
 
 def test_frozen_batch_norm_is_folded_with_its_own_eps() -> None:

@@ -1,0 +1,40 @@
+"""A Sequential of fused blocks: what one block hands to the next is nobody else's, so the next may
+add its residual in place. oneDNN then writes over what it reads, instead of fetching the lines of a
+new tensor first.
+"""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from resfuse.kernels.plan import Plan, plan_of
+from resfuse.kernels.scope import Call, is_plain_sequence, original_class
+
+
+def sequence_plan(module: nn.Module) -> Plan | None:
+    """The plan of a Sequential with two fused blocks in a row; None for anything else."""
+    if (
+        not isinstance(module, nn.Sequential)
+        or original_class(module).forward is not nn.Sequential.forward
+        or is_plain_sequence(module)
+    ):
+        return None
+    plans = [plan_of(child) for child in module]
+    if not any(a is not None and b is not None for a, b in pairwise(plans)):
+        return None
+    return Plan(module, {Call(1): _run}, {}, list(module._modules), {})
+
+
+def _run(sequence: nn.Sequential, x: Tensor) -> Tensor:
+    """Sequential.forward; the plan has seen to it that the children have no hooks."""
+    owned = False
+    for child in sequence._modules.values():
+        assert child is not None
+        plan = plan_of(child)
+        ready = plan is not None and not child.training
+        forward = plan.forward_for((x,), {}, owned) if plan is not None and ready else None
+        if plan is None or forward is None:
+            x, owned = child(x), False
+        else:
+            x, owned = forward(child, x), plan.returns_fresh
+    return x
