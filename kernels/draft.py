@@ -11,7 +11,13 @@ from torch import nn
 from resfuse.kernels.layers import is_norm
 from resfuse.kernels.match import drop_idle, find_chains
 from resfuse.kernels.plan import Forward, Plan, compile_forward
-from resfuse.kernels.rewrite import Folds, overwrite_input, returns_a_step, rewrite
+from resfuse.kernels.rewrite import (
+    Folds,
+    overwrite_input,
+    returns_a_step,
+    rewrite,
+    straighten,
+)
 from resfuse.kernels.scope import (
     Call,
     NotTraceable,
@@ -87,6 +93,7 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
     containers: set[str] = set()
     left: dict[str, str] = {}
     forwards: dict[Call, Forward] = {}
+    straight: dict[Call, Forward] = {}
     folds: Folds = {}
     fresh = False
     for call, graph in _graphs(scope).items():
@@ -95,21 +102,26 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
         watched.update(drop_idle(graph, scope))
         chains, unmatched = find_chains(graph, scope, _or_called_twice(left_alone, twice))
         left |= unmatched
-        prefix = f"with_{call.arguments}{'_list' if call.takes_list else ''}_"
-        steps |= rewrite(graph, scope, chains, prefix, folds)
+        prefix = f"with_{call.arguments}{'_list' * call.takes_list}{'_owned' * call.owns}_"
+        made = rewrite(graph, scope, chains, prefix, folds)
+        if call.owns and not overwrite_input(graph, made):
+            continue
+        steps |= made
         watched.update(name for chain in chains for name in chain.modules)
         name = original_class(scope).__name__
         forwards[call] = compile_forward(graph, name)
         if call == Call(1):
             fresh = returns_a_step(graph, steps)
-            if overwrite_input(graph, steps):
-                forwards[call._replace(owns=True)] = compile_forward(graph, name)
+        if call.arguments == 1 and not call.takes_list and straighten(graph, steps):
+            straight[call] = compile_forward(graph, name)
     if not steps:
         return Drafted(None, left, [])
     inlined = [
         module for name in containers if is_plain_sequence(module := scope.get_submodule(name))
     ]
-    plan = Plan(scope, forwards, steps, sorted(watched | containers), left, fresh)
+    plan = Plan(
+        scope, forwards, steps, sorted(watched | containers), left, straight, returns_fresh=fresh
+    )
     return Drafted(plan, left, inlined)
 
 
@@ -118,6 +130,8 @@ def _graphs(scope: nn.Module) -> dict[Call, fx.Graph]:
     plain, *with_more = calls(scope)
     traced = trace(scope, plain)
     graphs = {plain: traced.graph}
+    if plain.arguments == 1:
+        graphs[plain._replace(owns=True)] = trace(scope, plain).graph
     if traced.asks_types:
         of_list = Call(plain.arguments, takes_list=True)
         graphs[of_list] = trace(scope, of_list).graph

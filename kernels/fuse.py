@@ -55,6 +55,9 @@ def fuse(
         plan = sequence_plan(module) if plan_of(module) is None else None
         if plan is not None:
             attach(module, plan)
+    for module in reversed(list(fused_model.modules())):  # the outermost plan comes last, and wins
+        if (plan := plan_of(module)) is not None:
+            plan.adopt(module)
     if example is not None:
         try:
             require_parity(fused_model, example, without=unfused(fused_model))

@@ -55,6 +55,7 @@ class Chain:
     act: nn.Module | None = None  # where the activation has a slope
     residual: Residual = "none"
     added: fx.Node | None = None
+    keeps_dtype: bool = False  # added in place: a wider residual does not widen the sum
     nodes: list[fx.Node] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)  # every module it stands for
 
@@ -190,6 +191,7 @@ class _Matcher:
         if written_to and (added.op == "placeholder" or len(added.users) > 1):
             return
         chain.added, chain.residual = added, where
+        chain.keeps_dtype = node.target in _ADDS_IN_PLACE and left is chain.end
         self._take(chain, node)
 
     def _activation(self, chain: Chain) -> bool:

@@ -114,8 +114,29 @@ def overwrite_input(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     step = steps.get(_attribute(last))
     if not isinstance(step, ConvStep) or step.residual != "before":
         return False
-    last.kwargs = {"overwrite": True}
+    step.overwrite = True
     return True
+
+
+def straighten(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+    """Makes the graph call its steps without their checks.
+
+    That is right for an input like one that has gone through with all checks, if what the steps
+    read follows from it: each must read the forward's input or another step.
+
+    Returns:
+        Whether that is so; if not, the graph is as it was.
+    """
+    called = [node for node in graph.nodes if _attribute(node) in steps]
+    for node in called:
+        if isinstance(steps[_attribute(node)], NormStep):
+            return False
+        read = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if any(arg.op != "placeholder" and arg not in called for arg in read):
+            return False
+    for node in called:
+        node.target = f"{node.target}.straight"
+    return bool(called)
 
 
 def _loosen_views(graph: fx.Graph) -> None:

@@ -124,7 +124,7 @@ def trace(module: nn.Module, call: Call) -> Trace:
         raise NotTraceable("forward makes a tensor of its own")
     if changed:
         raise NotTraceable(f"forward sets self.{changed[0]}")
-    _drop_defaults(graph, defaults)
+    _drop_defaults(graph, call.arguments)
     return Trace(graph, bool(questions))
 
 
@@ -190,14 +190,14 @@ def _isinstance_answers(forward: Any, tensors: bool) -> Iterator[list[Any]]:
             space["isinstance"] = before
 
 
-def _drop_defaults(graph: fx.Graph, defaults: dict[str, Any]) -> None:
+def _drop_defaults(graph: fx.Graph, arguments: int) -> None:
     """fx asserts that concrete arguments keep their values; we do not pass them at all."""
-    for node in reversed(graph.nodes):
-        if node.op == "placeholder" and node.target in defaults:
-            for user in list(node.users):
-                for last in reversed([user, *user.users]):
-                    graph.erase_node(last)
-            graph.erase_node(node)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in placeholders[arguments:]:
+        for user in list(node.users):
+            for last in reversed([user, *user.users]):
+                graph.erase_node(last)
+        graph.erase_node(node)
 
 
 def _first_sentence(error: Exception) -> str:

@@ -4,10 +4,11 @@ new tensor first.
 """
 
 from itertools import pairwise
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from resfuse.kernels.plan import Plan, plan_of
+from resfuse.kernels.plan import NOT_RUN, Plan, plan_of
 from resfuse.kernels.scope import Call, is_plain_sequence, original_class
 
 
@@ -25,16 +26,15 @@ def sequence_plan(module: nn.Module) -> Plan | None:
     return Plan(module, {Call(1): _run}, {}, list(module._modules), {})
 
 
-def _run(sequence: nn.Sequential, x: Tensor) -> Tensor:
+def _run(sequence: nn.Sequential, x: Any) -> Any:
     """Sequential.forward; the plan has seen to it that the children have no hooks."""
     owned = False
     for child in sequence._modules.values():
         assert child is not None
         plan = plan_of(child)
-        ready = plan is not None and not child.training
-        forward = plan.forward_for((x,), {}, owned) if plan is not None and ready else None
-        if plan is None or forward is None:
+        result = NOT_RUN if plan is None or child.training else plan.run(child, (x,), {}, owned)
+        if plan is None or result is NOT_RUN:
             x, owned = child(x), False
         else:
-            x, owned = forward(child, x), plan.returns_fresh
+            x, owned = result, plan.returns_fresh
     return x

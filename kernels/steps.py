@@ -40,20 +40,23 @@ class ConvStep:
         self.chain = chain.summary()
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
+        self.keeps_dtype = chain.keeps_dtype
         self.geometry = geometry_of(self.conv)
         layers = (self.conv, self.norm, self.act)
         self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
         self.fold = fold
+        self.overwrite = False  # the residual is nobody else's: oneDNN may add in place
+        self.straight: Callable[..., Tensor] | None = None  # a run on oneDNN, without the checks
+        self.detours = 0  # runs that were something else
+        self._bound: onednn.PackedConv | None = None
         self._shapes: tuple[Any, Any] = ((), ())  # of the last input, and of its output
 
-    def __call__(
-        self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False
-    ) -> Tensor:
-        """With `overwrite` the residual is nobody else's: oneDNN may add in place."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if torch.compiler.is_exporting():
             return self._exported(x, residual)
         x = _autocast(x)
         if not self.takes(x, residual):
+            self.detours += 1
             return self.by_layers(x, residual)
         folded = self.folded(x.dtype)
         if x.is_cuda:
@@ -63,7 +66,8 @@ class ConvStep:
             if self.fold.discard:
                 self._discard_weight()
         if folded.packed is not None:
-            return self._on_onednn(x, folded.packed, residual, overwrite)
+            return self._on_onednn(x, folded.packed, residual)
+        self.detours += 1
         return self._decomposed(x, folded, residual)
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -118,16 +122,22 @@ class ConvStep:
             and (residual is None or residual.dtype == x.dtype)
         )
 
-    def _on_onednn(
-        self, x: Tensor, packed: onednn.PackedConv, residual: Tensor | None, overwrite: bool
-    ) -> Tensor:
+    def _on_onednn(self, x: Tensor, packed: onednn.PackedConv, residual: Tensor | None) -> Tensor:
+        if packed is not self._bound:
+            self._bound = packed
+            adds = self.residual != "none"
+            self.straight = packed.bound_add(self.overwrite) if adds else packed.bound()
         if residual is None:
             return packed(x)
         if self.residual == "after":
+            self.detours += 1
             return packed(x).add_(residual)
-        if residual.shape != self._output_shape(x):
-            residual, overwrite = residual.expand(self._output_shape(x)), False
-        return packed.add(x, residual, overwrite)
+        shape = self._output_shape(x)
+        in_nhwc = residual.is_contiguous(memory_format=torch.channels_last)
+        if residual.shape != shape or (self.overwrite and not in_nhwc):
+            self.detours += 1
+            return packed.add(x, residual.expand(shape))
+        return packed.add(x, residual, self.overwrite)
 
     def _on_gpu(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
         from resfuse.kernels.dispatch import conv_bn_act
@@ -176,6 +186,7 @@ class NormStep:
         self.chain = chain.summary()
         self.name, self.norm, self.act = chain.name, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
+        self.keeps_dtype = chain.keeps_dtype
         self._sources = sources_of(self.norm)
         self._made: tuple[Stamp, Tensor, Tensor] | None = None
 
@@ -203,6 +214,11 @@ class StemStep:
         self.conv, self.pool = conv, pool
         self.name, self.chain = conv.name, f"{conv.chain} + max_pool"
 
+    def straight(self, x: Tensor) -> Tensor:
+        """A run on a CPU, without the checks."""
+        assert self.conv.straight is not None
+        return self.pool(self.conv.straight(x))
+
     def __call__(self, x: Tensor) -> Tensor:
         if not x.is_cuda or not self.conv.takes(_autocast(x)):
             return self.pool(self.conv(x))
@@ -219,11 +235,17 @@ class ProjectionStep:
     def __init__(self, conv: ConvStep, projection: ConvStep) -> None:
         self.conv, self.projection = conv, projection
         self.name, self.chain = conv.name, f"{conv.chain}, projection inside"
+        conv.overwrite = True
+
+    def straight(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """A run on a CPU, without the checks."""
+        assert self.conv.straight is not None and self.projection.straight is not None
+        return self.conv.straight(x, self.projection.straight(shortcut))
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
         both = self.conv.takes(_autocast(x)) and self.projection.takes(_autocast(shortcut))
         if not x.is_cuda or not both:
-            return self.conv(x, self.projection(shortcut), overwrite=True)
+            return self.conv(x, self.projection(shortcut))
         from resfuse.kernels.conv1x1 import Shortcut, conv1x1
 
         x, shortcut = _autocast(x), _autocast(shortcut)
@@ -269,4 +291,6 @@ def _finish_by_layers(step: "ConvStep | NormStep", y: Tensor, residual: Tensor |
     """The same after the norm itself has run, which may apply the activation already."""
     done = step.norm is not None and isinstance(getattr(step.norm, "act", None), nn.Module)
     activation = "identity" if done else step.activation
-    return _finish(y, residual, step.residual, activation, slope_of(step.act, y.shape[1]))
+    slope = slope_of(step.act, y.shape[1])
+    result = _finish(y, residual, step.residual, activation, slope)
+    return result.to(y.dtype) if step.keeps_dtype else result

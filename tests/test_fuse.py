@@ -510,6 +510,26 @@ def test_residuals_are_added_in_place_where_nobody_looks() -> None:
     assert error(got, want) < 1e-6
 
 
+def test_the_straight_run_is_the_checked_one() -> None:
+    """The second run of a shape leaves out the checks; another shape, layout or weight has them."""
+    plain = unfuse(blocks())
+    model = fuse(plain)
+    inputs = [images(seed, (2, 16, 6, 5)) for seed in (1, 2)]
+    inputs += [images(3, (2, 16, 6, 5)).to(memory_format=torch.channels_last)] * 2
+    inputs += [images(4, (1, 16, 3, 8))] * 2 + [images(5, (0, 16, 6, 5))] + inputs[:1]
+    with torch.no_grad():
+        for x in inputs:
+            assert torch.allclose(model(x), plain(x), atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                assert model(inputs[0]).dtype == torch.bfloat16
+        for one in (model, plain):
+            one[1].conv2.weight.mul_(2)
+        assert torch.allclose(model(inputs[0]), plain(inputs[0]), atol=1e-5)
+        model.double(), plain.double()
+        assert torch.allclose(model(inputs[0].double()), plain(inputs[0].double()))
+
+
 def test_what_somebody_keeps_is_not_written_over() -> None:
     keeper = Keeper()
     model = fuse(blocks(keeper))
