@@ -114,6 +114,7 @@ class Plan:
         signature = (x.shape, x.stride(), x.dtype, torch._C._is_any_autocast_enabled())
         if self._passed.get(call) == signature:
             return straight(scope, x)
+        self._passed.pop(call, None)  # the steps are about to be bound to this input's dtype
         before = self._detours()
         result = self.forwards[call](scope, x)
         if self._detours() == before and not signature[-1]:

@@ -523,6 +523,7 @@ def test_the_straight_run_is_the_checked_one() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             for _ in range(2):
                 assert model(inputs[0]).dtype == torch.bfloat16
+        assert torch.allclose(model(inputs[0]), plain(inputs[0]), atol=1e-5)
         for one in (model, plain):
             one[1].conv2.weight.mul_(2)
         assert torch.allclose(model(inputs[0]), plain(inputs[0]), atol=1e-5)
