@@ -1,6 +1,7 @@
 """What the subcommands do, once their arguments are parsed."""
 
 import argparse
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +116,8 @@ def inspect(args: argparse.Namespace) -> int:
         for result in compile_all(kernels, targets):
             found.append(result)
             status.update(f"Compiling: {len(found)} done, {result.kernel} {result.target}")
-    Console().print(table(found))
+    piped = None if sys.stdout.isatty() else 160  # columns: rich takes 80, and breaks the labels
+    Console(width=piped).print(table(found))
     for line in summary(found):
         Console().print(line, highlight=False, soft_wrap=True)
     if args.csv is not None:
