@@ -89,7 +89,7 @@ class _Found:
     def __init__(self) -> None:
         self.how: dict[str, str] = {}
         self.left: dict[str, str] = {}
-        self.norms: list[str] = []
+        self.norms: dict[str, None] = {}  # in order, each once: a scope has a step for every call
 
     def of(self, name: str) -> tuple[bool, str]:
         if name in self.how:
@@ -114,7 +114,7 @@ def _what_is_done(model: nn.Module) -> _Found:
 def _add(found: _Found, prefix: str, step: Step) -> None:
     layers = convolutions(step)
     if not layers:
-        found.norms.append(prefix + step.name)
+        found.norms[prefix + step.name] = None
     for layer in layers:
         found.how[prefix + layer.name] = step.chain if layer is layers[0] else "projection inside"
 

@@ -23,7 +23,8 @@ def require_parity(
 
     Raises:
         ValueError: the model refuses the example, or the fused answer is further from the fp64 one
-            than twice the unfused answer's distance (plus the tolerance of the dtype).
+            than twice the unfused answer's distance in the worse of both memory formats (plus the
+            tolerance of the dtype).
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -31,15 +32,20 @@ def require_parity(
         with torch.no_grad():
             with without:
                 eager = _answer(model, example)
-                twin = deepcopy(model).double()
+                # Fused layers compute in channels_last, where torch sums in another order: a U-Net
+                # in fp32 is off by 1.9e-6 in NCHW and by 3.9e-6 in NHWC.
+                nhwc = deepcopy(model).to(memory_format=torch.channels_last)
+                eager_nhwc = _answer(nhwc, example.to(memory_format=torch.channels_last))
+                twin = nhwc.double()
             reference = _answer(twin, example.double())
             fused = _answer(model, example)
     finally:
         for module, training in modes.items():
             module.training = training
     mode = "fp64" if example.dtype == torch.float64 else math_mode_of(example.dtype)
-    for got, plain, want in zip(fused, eager, reference, strict=True):
-        allowed = EAGER_FACTOR * _error(plain, want) + TOLERANCES[mode].rtol
+    for got, nchw, nhwc_answer, want in zip(fused, eager, eager_nhwc, reference, strict=True):
+        eagers = max(_error(nchw, want), _error(nhwc_answer, want))
+        allowed = EAGER_FACTOR * eagers + TOLERANCES[mode].rtol
         found = _error(got, want)
         if not found <= allowed:
             raise ValueError(
