@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Argument: TypeAlias = Tensor | TensorDescriptor | int | float | None
@@ -52,7 +51,3 @@ def multiprocessors(device: torch.device) -> int:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a GPU; an H200's where there is none."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-def is_interpreted(kernel: Any) -> bool:
-    return isinstance(kernel, InterpretedFunction)

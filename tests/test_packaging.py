@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from resfuse.kernels.registry import KERNELS
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("bench", "kernels", "resnet_ref")
 
@@ -88,3 +90,10 @@ def test_the_kernels_import_without_a_gpu_or_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import resfuse.kernels as k; k.fold_conv_bn"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_is_where_the_registry_says(name: str) -> None:
+    spec = KERNELS[name]
+    assert callable(spec.load_op()) and callable(spec.load_reference())
+    assert next(iter(spec.launches()))[1].constants
