@@ -58,6 +58,11 @@ BACKENDS: dict[str, Backend] = {
         "resfuse.kernels.fuse: our kernels on a GPU, oneDNN's fused convolutions on a CPU",
         ("channels_last",),  # it computes in that, whatever it is given
     ),
+    "engine": Backend(
+        "resfuse.bench.backends.engine:build",
+        "resfuse.kernels.build_engine: the whole network planned, tactic by tactic",
+        BOTH,
+    ),
     "cudnn_fused": Backend(
         "resfuse.bench.backends.cudnn_fused:build",
         "folded weights on torch's own cuDNN conv + ReLU (+ add) ops; CUDA",

@@ -1,0 +1,1 @@
+"""The engine: whole networks compiled for one shape and device; see engine.py."""

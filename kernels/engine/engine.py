@@ -1,0 +1,268 @@
+"""build_engine: a whole network compiled for its shapes and the device at hand.
+
+TensorRT's idea, and words: the network is captured as a graph (capture.py, merge.py), every segment
+of which several *tactics* can compute (tactics/); each is checked, timed where there is a device
+(measure.py, timing_cache.py), and the cheapest cover is planned (planner.py). The values get a
+place in one arena (homes.py, memory.py), and everything is bound to it (executor.py).
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from resfuse.kernels.engine.capture import capture
+from resfuse.kernels.engine.ceilings import Ceilings
+from resfuse.kernels.engine.executor import Executor
+from resfuse.kernels.engine.explain import table
+from resfuse.kernels.engine.graph import Graph, state_names
+from resfuse.kernels.engine.measure import Measurer
+from resfuse.kernels.engine.planner import Segment, plan
+from resfuse.kernels.engine.room import Laid
+from resfuse.kernels.engine.saved import save
+from resfuse.kernels.engine.tactics import tactics_on
+from resfuse.kernels.engine.timing_cache import TimingCache
+
+OtherBatches = Literal["error", "pad", "eager"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """The network for one batch size."""
+
+    graph: Graph
+    segments: tuple[Segment, ...]
+    executor: Executor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes an engine holds: `arena` for values between layers, `least` what the largest sum of
+    values alive at one moment is, `weights` in the tactics' own layouts.
+    """
+
+    arena: int
+    least: int
+    weights: int
+
+
+class Engine:
+    """A network that runs as planned; made by build_engine or load_engine.
+
+    Calls from several threads take turns: an engine has one arena. Two engines run side by side.
+    The input is copied into the engine's memory and the outputs out of it, within the call.
+    """
+
+    def __init__(
+        self,
+        built: Mapping[int, Built],
+        state: Mapping[str, Tensor],
+        *,
+        other_batches: OtherBatches = "error",
+        model: nn.Module | None = None,
+        ceilings: Ceilings | None = None,
+        keep_weights: bool = True,
+    ) -> None:
+        self._built = dict(sorted(built.items()))
+        self._device = next(iter(state.values())).device if state else torch.device("cpu")
+        self._state = dict(state) if keep_weights else None
+        self.other_batches = other_batches
+        self._model = model
+        self._ceilings = ceilings
+        self._lock = threading.Lock()
+        first = next(iter(self._built.values())).graph
+        self._input = first.values[first.input]
+        self._spec = pytree.treespec_loads(first.spec)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return tuple(self._built)
+
+    def __call__(self, x: Tensor) -> Any:
+        """What the model returns, in new tensors of the input's memory format.
+
+        Raises:
+            ValueError: an input of another shape, dtype or device than the engine was built for.
+        """
+        self._require(x)
+        count = x.shape[0]
+        if count in self._built:
+            return self._run(count, x)
+        larger = [size for size in self._built if size > count]
+        if self.other_batches == "pad" and larger:
+            padded = x.new_zeros(larger[0], *x.shape[1:])
+            padded[:count] = x
+            return pytree.tree_map(lambda y: y[:count], self._run(larger[0], padded))
+        if self.other_batches == "eager" and self._model is not None:
+            with torch.inference_mode():
+                return self._model(x)
+        raise ValueError(
+            f"argument x: a batch of {count}; this engine was built for "
+            f"{', '.join(map(str, self._built))} and other_batches={self.other_batches!r}"
+        )
+
+    def _run(self, count: int, x: Tensor) -> Any:
+        in_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+        with self._lock, torch.inference_mode():
+            outputs = [
+                y.clone(memory_format=in_format if y.dim() == 4 else torch.contiguous_format)
+                for y in self._built[count].executor(x)
+            ]
+        return pytree.tree_unflatten(outputs, self._spec)
+
+    def _require(self, x: Tensor) -> None:
+        shape, dtype = self._input.shape, self._input.dtype
+        if not isinstance(x, Tensor):
+            raise ValueError(f"argument x: {type(x).__name__}; accepted: a tensor")
+        if x.dim() != len(shape) or tuple(x.shape[1:]) != shape[1:]:
+            wanted = ", ".join(["N", *map(str, shape[1:])])
+            raise ValueError(f"argument x: shape {tuple(x.shape)}; this engine takes [{wanted}]")
+        if x.dtype != dtype:
+            raise ValueError(f"argument x: {x.dtype}; this engine takes {dtype}")
+        if x.device != self._device:
+            raise ValueError(f"argument x: on {x.device}; this engine is on {self._device}")
+
+    def memory(self, batch_size: int | None = None) -> Memory:
+        """What the engine holds for a batch size (the largest one by default), in bytes."""
+        executor = self._built[batch_size or max(self._built)].executor
+        return Memory(executor.room.size, executor.room.least_size, executor.held_bytes)
+
+    def explain(self, batch_size: int | None = None) -> str:
+        """A table of the segments: tactic, runner-up, time, floor, bytes."""
+        built = self._built[batch_size or max(self._built)]
+        return table(built.graph, built.segments, self._ceilings)
+
+    def refresh(self, state_dict: Mapping[str, Tensor]) -> None:
+        """New weights, without planning anew.
+
+        Raises:
+            ValueError: a tensor is missing, has another shape or is not finite; or the engine was
+                built with keep_weights=False. It stays as it was.
+        """
+        state = self._weights()
+        fresh = dict(state)
+        for name, old in state.items():
+            new = state_dict.get(name)
+            if new is None:
+                raise ValueError(f"argument state_dict: {name} is missing")
+            if new.shape != old.shape:
+                raise ValueError(
+                    f"argument state_dict: {name} has shape {tuple(new.shape)}; "
+                    f"this engine takes {tuple(old.shape)}"
+                )
+            fresh[name] = new.detach().to(old.device, old.dtype)
+        require_finite(fresh)
+        laid: Laid = {}
+        built = {
+            size: Built(b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, laid))
+            for size, b in self._built.items()
+        }
+        with self._lock:
+            self._state, self._built = fresh, built
+
+    def save(self, path: str | Path) -> None:
+        """One file: the plan as JSON, and the weights (safetensors). See load_engine.
+
+        Raises:
+            OSError: it cannot be written; what was there before is as it was.
+            ValueError: the engine was built with keep_weights=False.
+        """
+        save(Path(path), self._built, self._weights(), self.other_batches)
+
+    def _weights(self) -> dict[str, Tensor]:
+        if self._state is None:
+            raise ValueError("this engine was built with keep_weights=False; build it with True")
+        return self._state
+
+
+def build_engine(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    other_batches: OtherBatches = "error",
+    timings: Path | None = None,
+    keep_weights: bool = True,
+) -> Engine:
+    """Compiles a model in eval mode for the shape, dtype and device of `example`.
+
+    Args:
+        model: whose forward takes one tensor, and does not depend on its values.
+        example: [N, C, H, W].
+        batch_sizes: those to build for; the example's by default.
+        other_batches: what to do with others: "error", "pad" up to the next one that was built, or
+            run the model as it is ("eager").
+        timings: a folder for measured times; by default one in the user's cache.
+        keep_weights: for `save` and `refresh`; without, the engine has them laid out only.
+
+    Raises:
+        ValueError: a model in training mode, one that cannot be captured, a weight that is not
+            finite, or a batch size below one.
+    """
+    if not isinstance(example, Tensor) or example.dim() < 2:
+        raise ValueError("argument example: accepted: one tensor [N, C, H, W]")
+    if any(module.training for module in model.modules()):
+        raise ValueError("argument model: it is in training mode; call model.eval() first")
+    sizes = sorted(set(batch_sizes or [example.shape[0]]))
+    if sizes[0] < 1:
+        raise ValueError(f"argument batch_sizes: {sizes[0]}; accepted: 1 and more")
+    if other_batches not in ("error", "pad", "eager"):
+        raise ValueError(f"argument other_batches: {other_batches!r}; accepted: error, pad, eager")
+    cache = TimingCache(example.device, timings)
+    built: dict[int, Built] = {}
+    state: dict[str, Tensor] = {}
+    laid: Laid = {}
+    for size in sizes:
+        graph, captured = capture(model, _batch_of(example, size))
+        state = {name: captured[name] for name in sorted(state_names(graph))}
+        require_finite(state)
+        built[size] = _build(graph, state, laid, example.device, cache)
+    return Engine(
+        built,
+        state,
+        other_batches=other_batches,
+        model=model if other_batches == "eager" else None,
+        ceilings=Ceilings(example.device, example.dtype, cache),
+        keep_weights=keep_weights,
+    )
+
+
+def _build(
+    graph: Graph,
+    state: Mapping[str, Tensor],
+    laid: Laid,
+    device: torch.device,
+    cache: TimingCache,
+) -> Built:
+    dtype = graph.values[graph.input].dtype
+    tactics = tactics_on(device, dtype)
+    measured = Measurer(graph, state, device, cache)
+    segments = plan(graph, tactics, measured, lambda c: tactics[c.tactic].scratch(graph, c))
+    executor = Executor(graph, [s.choice for s in segments], state, laid)
+    return Built(graph, tuple(segments), executor)
+
+
+def require_finite(state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a weight that is NaN or infinite."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"argument model: {name} holds values that are not finite")
+
+
+def _batch_of(example: Tensor, size: int) -> Tensor:
+    repeats = -(-size // example.shape[0])
+    batch = torch.cat([example] * repeats)[:size]
+    return batch.contiguous(memory_format=torch.preserve_format)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return (
+        x.dim() == 4
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )

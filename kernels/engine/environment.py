@@ -1,0 +1,52 @@
+"""What measured times, and saved engines, depend on."""
+
+import hashlib
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from resfuse.kernels.native.library import fingerprint, processor
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name; or the processor's, with a hash of what it can do, and torch's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    described = processor()
+    names = [line.split(":")[1] for line in described.splitlines() if line.startswith("model name")]
+    name = names[0].strip() if names else platform.processor() or platform.machine()
+    abilities = hashlib.sha256(described.encode()).hexdigest()[:8]
+    return f"{name} ({abilities}), {torch.get_num_threads()} threads"
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """The device, and the version of everything that generates code for it."""
+    on_gpu = device.type == "cuda"
+    compilers = {"driver": _driver(), "ptxas": _ptxas()} if on_gpu else {"native": fingerprint()}
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        **compilers,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _driver() -> str:
+    made_for: Any = torch._C  # its stubs leave this function out
+    return f"{made_for._cuda_getDriverVersion()} for CUDA {torch.version.cuda}"
+
+
+def _ptxas() -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    major, minor = torch.cuda.get_device_capability()
+    return get_ptxas(10 * major + minor).version

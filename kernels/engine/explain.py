@@ -1,0 +1,87 @@
+"""The table Engine.explain prints: a line a segment, and what the whole could be at best."""
+
+from collections.abc import Sequence
+
+from resfuse.kernels.engine.ceilings import Ceilings
+from resfuse.kernels.engine.cost import cost_of
+from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, MaxPool, Mean, Node, Torch
+from resfuse.kernels.engine.memory import MB
+from resfuse.kernels.engine.planner import Segment
+
+_HEADINGS = ("segment", "tactic", "ms", "%", "floor, ms", "% of floor", "MB", "next best")
+
+
+def table(graph: Graph, segments: Sequence[Segment], ceilings: Ceilings | None) -> str:
+    """Aligned columns; floors only where the device's ceilings are known."""
+    total = sum(segment.ms for segment in segments)
+    rows = [_row(graph, segment, total, ceilings) for segment in segments]
+    floor = sum(float(row[4]) for row in rows) if ceilings else None
+    widths = [max(len(row[i]) for row in [_HEADINGS, *rows]) for i in range(len(_HEADINGS))]
+    lines = [_line(_HEADINGS, widths), _line(["-" * w for w in widths], widths)]
+    lines += [_line(row, widths) for row in rows]
+    lines.append("")
+    batch = graph.batch_size
+    lines.append(
+        f"{len(segments)} segments, {total:.3f} ms one by one"
+        + (f", {floor:.3f} ms at this device's ceilings" if floor else "")
+        + f", for a batch of {batch}: {batch / total * 1e3:.0f} samples/s."
+    )
+    if ceilings:
+        lines.append(
+            f"Ceilings: {ceilings.gflops:.0f} GFLOP/s, {ceilings.gb_per_s:.1f} GB/s copied. "
+            "Winograd needs 2.25 times fewer multiplications than the floor counts."
+        )
+    opaque = [s for s in segments if any(isinstance(n.op, Torch) for n in _nodes(graph, s))]
+    if opaque:
+        names = sorted({n.op.target for s in opaque for n in _nodes(graph, s)})  # type: ignore[union-attr]
+        lines.append(f"Run by torch, {len(opaque)} segments: {', '.join(names)}.")
+    return "\n".join(lines)
+
+
+def name_of(node: Node) -> str:
+    """`layer1.0.conv1 1x64x56x56 k64 3x3 relu`, say."""
+    op = node.op
+    if isinstance(op, Conv):
+        words = [op.weight.removesuffix(".weight"), op.problem.label()]
+        words += ["+ residual"] * op.problem.residual
+        return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
+    if isinstance(op, Affine):
+        words = [op.norm.mean.removesuffix(".running_mean")] if op.norm else []
+        words += ["+ residual"] * op.residual
+        return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
+    if isinstance(op, Torch):
+        return op.target
+    return {MaxPool: "max-pool", Mean: "mean", Concat: "concat"}[type(op)]
+
+
+def _row(
+    graph: Graph, segment: Segment, total: float, ceilings: Ceilings | None
+) -> tuple[str, ...]:
+    cost = cost_of(graph.part(segment.choice.start, segment.choice.stop))
+    floor = ceilings.floor_ms(cost.flops, cost.moved) if ceilings else None
+    runner_up = (
+        f"{segment.runner_up_ms:.3f} {segment.runner_up.label()}" if segment.runner_up else ""
+    )
+    return (
+        "; ".join(name_of(node) for node in _nodes(graph, segment)),
+        segment.choice.label(),
+        f"{segment.ms:.3f}",
+        f"{100 * segment.ms / total:.1f}",
+        f"{floor:.3f}" if floor is not None else "",
+        f"{100 * floor / segment.ms:.0f}" if floor is not None else "",
+        f"{cost.moved / MB:.2f}",
+        runner_up,
+    )
+
+
+def _nodes(graph: Graph, segment: Segment) -> tuple[Node, ...]:
+    return graph.nodes[segment.choice.start : segment.choice.stop]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Numbers to the right, words to the left."""
+    aligned = [
+        cell.rjust(width) if 2 <= i <= 6 else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(aligned).rstrip()

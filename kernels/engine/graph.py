@@ -1,0 +1,203 @@
+"""Graph: a network as the engine sees it. Plain data that goes to JSON and back.
+
+Convolutions have taken in their batch norm, activation and sum; a linear layer is a convolution of
+a 1x1 map (or of the whole map, behind a flatten); what has no operation here is a `Torch` call.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.problem import ConvProblem
+
+State = Mapping[str, Tensor]  # parameters, buffers and constants by name
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor between operations: [N, C, H, W], or any shape where only torch handles it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Names of an inference batch norm's tensors in the state."""
+
+    mean: str
+    var: str
+    weight: str | None
+    bias: str | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Conv:
+    """y = act(norm(conv(x)) + residual), or act(norm(conv(x))) + residual."""
+
+    problem: ConvProblem
+    weight: str
+    bias: str | None = None
+    norm: Norm | None = None
+    slope: str | float | None = None  # of leaky_relu, or where prelu's is in the state
+    residual_last: bool = False
+
+    @property
+    def activation(self) -> str:
+        return self.problem.activation
+
+    def ending(self, activation: str, slope: str | float | None) -> "Conv":
+        """With an activation after it."""
+        return replace(self, problem=replace(self.problem, activation=activation), slope=slope)
+
+    def adding(self) -> "Conv":
+        """With a residual, after the activation if it has one."""
+        last = self.activation != "identity"
+        return replace(self, problem=replace(self.problem, residual=True), residual_last=last)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = act(norm(x) + residual): what follows no convolution that could take it in."""
+
+    norm: Norm | None = None
+    activation: str = "identity"
+    slope: str | float | None = None
+    residual: bool = False
+    residual_last: bool = False
+
+    def ending(self, activation: str, slope: str | float | None) -> "Affine":
+        """With an activation after it."""
+        return replace(self, activation=activation, slope=slope)
+
+    def adding(self) -> "Affine":
+        """With a residual, after the activation if it has one."""
+        return replace(self, residual=True, residual_last=self.activation != "identity")
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """The largest value of each window; what hangs over the edge does not count."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of each channel's map."""
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Channels one after another."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An ATen operation that torch runs.
+
+    Where `args` has {"value": i} the node's input i goes in, and for {"state": name} the state's.
+    """
+
+    target: str  # "aten.sigmoid.default"
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    result: int | None = None  # of an operation with several results, the one that is used
+
+
+Operation = Conv | Affine | MaxPool | Mean | Concat | Torch
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operation on values; the last input of a Conv or Affine with a residual is that."""
+
+    name: str  # what it computes, and its output's name
+    op: Operation
+    inputs: tuple[str, ...]
+
+    @property
+    def residual(self) -> str | None:
+        """The value that is added, if any."""
+        op = self.op
+        adds = op.problem.residual if isinstance(op, Conv) else getattr(op, "residual", False)
+        return self.inputs[-1] if adds else None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in an order in which they can run."""
+
+    input: str
+    outputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    values: dict[str, Value]
+    spec: str = ""  # how the outputs make up the model's result (torch.utils._pytree, as JSON)
+
+    @cached_property
+    def readers(self) -> Counter[str]:
+        """How often each value is read, by nodes and as an output."""
+        return Counter([name for node in self.nodes for name in node.inputs] + list(self.outputs))
+
+    @cached_property
+    def last_read(self) -> dict[str, int]:
+        """The position of the node after which a value is no longer needed."""
+        last = {name: at for at, node in enumerate(self.nodes) for name in node.inputs}
+        return last | dict.fromkeys(self.outputs, len(self.nodes))
+
+    @property
+    def batch_size(self) -> int:
+        return self.values[self.input].shape[0]
+
+    def part(self, start: int, stop: int) -> "Graph":
+        """Nodes [start, stop) as a graph: what it reads from outside comes first in `reads`."""
+        nodes = self.nodes[start:stop]
+        made = {node.name for node in nodes}
+        read_later = {name for node in self.nodes[stop:] for name in node.inputs}
+        read_later.update(self.outputs)
+        outputs = tuple(node.name for node in nodes if node.name in read_later)
+        reads = dict.fromkeys(name for node in nodes for name in node.inputs if name not in made)
+        names = [*reads, *made]
+        return Graph(next(iter(reads)), outputs, nodes, {name: self.values[name] for name in names})
+
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        """Values that no node makes."""
+        made = {node.name for node in self.nodes}
+        used = [name for node in self.nodes for name in node.inputs if name not in made]
+        return tuple(dict.fromkeys([self.input, *used]))
+
+
+def state_names(graph: Graph) -> set[str]:
+    """What the graph needs of the state."""
+    names: set[str | None] = set()
+    for node in graph.nodes:
+        op = node.op
+        if isinstance(op, Conv):
+            names.update((op.weight, op.bias))
+        if isinstance(op, Conv | Affine) and op.norm is not None:
+            names.update((op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias))
+        if isinstance(op, Conv | Affine) and isinstance(op.slope, str):
+            names.add(op.slope)
+        if isinstance(op, Torch):
+            names.update(_named_in([*op.args, *dict(op.kwargs).values()]))
+    return {name for name in names if name is not None}
+
+
+def _named_in(args: list[Any]) -> set[str]:
+    found: set[str] = set()
+    for arg in args:
+        if isinstance(arg, dict) and "state" in arg:
+            found.add(arg["state"])
+        elif isinstance(arg, list | tuple):
+            found |= _named_in(list(arg))
+    return found

@@ -1,0 +1,80 @@
+"""Merges into convolutions and batch norms what follows them, where nobody else reads what lies
+between: norm, activation, sum. What remains is what the engine plans with.
+"""
+
+from dataclasses import replace
+
+from resfuse.kernels.engine.graph import Affine, Conv, Graph, Node, Torch
+
+
+def merge(graph: Graph) -> Graph:
+    """The same computation in fewer nodes; those that nobody reads are gone."""
+    nodes = _without_unread(graph)
+    at = 0
+    while at < len(nodes):
+        merged = _merge_at(replace(graph, nodes=tuple(nodes)), at)
+        if merged is None:
+            at += 1
+        else:
+            nodes, at = merged
+    values = {name: graph.values[name] for node in nodes for name in (*node.inputs, node.name)}
+    return replace(
+        graph, nodes=tuple(nodes), values={graph.input: graph.values[graph.input]} | values
+    )
+
+
+def _merge_at(graph: Graph, at: int) -> tuple[list[Node], int] | None:
+    """The nodes with node `at` merged into one before it, and where to go on."""
+    node = graph.nodes[at]
+    if not isinstance(node.op, Affine):
+        return None
+    makers = {made.name: i for i, made in enumerate(graph.nodes[:at])}
+    found = [
+        (maker, op)
+        for name in dict.fromkeys(node.inputs)
+        if (maker := makers.get(name)) is not None and graph.readers[name] == 1
+        if (op := _joined(graph.nodes[maker], node)) is not None
+    ]
+    if not found:
+        return None
+    # Of the two branches of a sum, the residual branch's convolution takes it: its input is its
+    # alone, where a projection's is the block's. So conv 3x3, conv 1x1 + sum stay neighbours.
+    maker, op = max(found, key=lambda f: (graph.readers[graph.nodes[f[0]].inputs[0]] == 1, f[0]))
+    first = graph.nodes[maker]
+    residual = [name for name in node.inputs if name != first.name]
+    merged = Node(node.name, op, (*first.inputs, *residual))
+    nodes = [n for i, n in enumerate(graph.nodes) if i not in (maker, at)]
+    nodes.insert(at - 1, merged)
+    return nodes, at - 1
+
+
+def _joined(first: Node, second: Node) -> Conv | Affine | None:
+    """One operation for both, None where there is none."""
+    op, then = first.op, second.op
+    assert isinstance(then, Affine)
+    if not isinstance(op, Conv | Affine) or (then.residual and len(set(second.inputs)) == 1):
+        return None
+    ended = op.activation != "identity"
+    if then.norm is not None:
+        plain = isinstance(op, Conv) and op.norm is None and first.residual is None and not ended
+        return replace(op, norm=then.norm) if plain else None
+    if then.residual:
+        return None if first.residual is not None else op.adding()
+    if ended:
+        return None
+    return op.ending(then.activation, then.slope)
+
+
+def _without_unread(graph: Graph) -> list[Node]:
+    read = set(graph.outputs)
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node.name in read or (isinstance(node.op, Torch) and _writes(node.op)):
+            read.update(node.inputs)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _writes(op: Torch) -> bool:
+    """An assertion of torch.export's, say."""
+    return op.target.startswith("aten._assert")

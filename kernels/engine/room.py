@@ -1,0 +1,77 @@
+"""Room: where the values of an executor are, for the tactics that write to fixed addresses."""
+
+from collections.abc import Callable, Collection, Hashable, Mapping
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.engine.graph import Graph
+from resfuse.kernels.engine.homes import find_homes
+from resfuse.kernels.engine.memory import ALIGNMENT, Buffer, arrange, least_size
+
+Laid = dict[Hashable, list[Tensor]]  # weights as tactics read them, shared by batch sizes
+
+
+class Room:
+    """The arena of a graph in float32: homes of values, and scratch memory of single nodes."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        values: Collection[str],
+        scratch: Mapping[int, int],
+        lanes: int,
+        laid: Laid,
+    ) -> None:
+        """
+        Args:
+            values: those that live in the arena.
+            scratch: bytes that the node at a position needs while it runs.
+            lanes: floats of a vector.
+            laid: weights that have been laid out before; others are added.
+        """
+        self._graph, self._laid = graph, laid
+        homes = find_homes(graph, values, lanes, 4)
+        work = [Buffer(size, at, at) for at, size in scratch.items()]
+        arena = arrange([*homes.buffers, *work])
+        self._homes = homes.of
+        self._offsets = arena.offsets
+        self._scratch = dict(zip(scratch, arena.offsets[len(homes.buffers) :], strict=True))
+        # the end may be read as part of a vector
+        held = torch.zeros(arena.size + 2 * ALIGNMENT, dtype=torch.uint8)
+        start = -held.data_ptr() % ALIGNMENT
+        self._floats = held[start : start + arena.size + ALIGNMENT].view(torch.float32)
+        self.pointer = held.untyped_storage().data_ptr()
+        self.size, self.least_size = arena.size, least_size([*homes.buffers, *work])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._homes
+
+    def address(self, name: str) -> int:
+        """Where a value's first channel of its first pixel is."""
+        home = self._homes[name]
+        return self._floats.data_ptr() + self._offsets[home.buffer] + 4 * home.channel
+
+    def pitch(self, name: str) -> int:
+        """Floats from one pixel to the next."""
+        return self._homes[name].pitch
+
+    def scratch(self, at: int) -> int:
+        """The address of the scratch memory of the node at a position."""
+        return self._floats.data_ptr() + self._scratch[at]
+
+    def weights(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What `make` returns, made once for all that share it."""
+        if key not in self._laid:
+            self._laid[key] = make()
+        return self._laid[key]
+
+    def view(self, name: str) -> Tensor:
+        """The value as a tensor in the arena, of the shape it has in the graph."""
+        home, shape = self._homes[name], self._graph.values[name].shape
+        start = self._floats.storage_offset() + self._offsets[home.buffer] // 4 + home.channel
+        if len(shape) == 2:
+            return self._floats.as_strided(shape, (home.pitch, 1), start)
+        n, c, h, w = shape
+        strides = (h * w * home.pitch, 1, w * home.pitch, home.pitch)
+        return self._floats.as_strided((n, c, h, w), strides, start)

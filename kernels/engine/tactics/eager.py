@@ -1,0 +1,170 @@
+"""torch's own operations on folded weights: the reference, and what else no tactic computes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resfuse.kernels.activation import ACTIVATIONS
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.graph import (
+    Affine,
+    Concat,
+    Conv,
+    Graph,
+    MaxPool,
+    Mean,
+    Node,
+    State,
+    Torch,
+    Value,
+)
+from resfuse.kernels.engine.room import Room
+from resfuse.kernels.engine.state import conv_weights, scale_and_shift, slope_of
+from resfuse.kernels.engine.work import Call, Values
+
+Function = Callable[..., Tensor]
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def segments(graph: Graph, at: int) -> Iterable[Choice]:
+    yield Choice("eager", at, at + 1)
+
+
+def scratch(graph: Graph, choice: Choice) -> int:
+    return 0
+
+
+def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
+    functions = [
+        (node, function_of(node, graph.values, state))
+        for node in graph.nodes[choice.start : choice.stop]
+    ]
+
+    def run(values: Values) -> None:
+        for node, function in functions:
+            values[node.name] = function(*(values[name] for name in node.inputs))
+
+    return Call(run)
+
+
+@torch.inference_mode()
+def exact(graph: Graph, state: State, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs in fp64, for inputs in the order of the graph's `reads`."""
+    values = dict(zip(graph.reads, (_widened(x) for x in inputs), strict=True))
+    for node in graph.nodes:
+        function = function_of(node, graph.values, state, torch.float64)
+        values[node.name] = function(*(values[name] for name in node.inputs))
+    return [values[name] for name in graph.outputs]
+
+
+def function_of(
+    node: Node, values: dict[str, Value], state: State, dtype: torch.dtype | None = None
+) -> Function:
+    """The node as a function of its inputs, in the graph's dtype or in another."""
+    op = node.op
+    if isinstance(op, Conv):
+        return _conv(op, values[node.name].shape, state, dtype)
+    if isinstance(op, Affine):
+        return _affine(op, values[node.name].shape, state, dtype)
+    if isinstance(op, MaxPool):
+        return lambda x: F.max_pool2d(x, op.kernel, op.stride, op.padding, op.dilation)
+    if isinstance(op, Mean):
+        shape = values[node.name].shape
+        return lambda x: x.mean((2, 3)).view(shape)
+    if isinstance(op, Concat):
+        return lambda *parts: torch.cat(parts, 1)
+    return _torch(op, state, dtype)
+
+
+def _conv(op: Conv, shape: tuple[int, ...], state: State, dtype: torch.dtype | None) -> Function:
+    problem = op.problem
+    weight, bias = conv_weights(op, state, dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    input_shape = (problem.n, problem.c, problem.h, problem.w)
+
+    def run(x: Tensor, *residual: Tensor) -> Tensor:
+        y = F.conv2d(
+            x.reshape(input_shape), weight, bias,
+            problem.stride, problem.padding, problem.dilation, problem.groups,
+        )  # fmt: skip
+        return finish(y.reshape(shape), residual)
+
+    finish = _finish(op, state)
+    return run
+
+
+def _affine(
+    op: Affine, shape: tuple[int, ...], state: State, dtype: torch.dtype | None
+) -> Function:
+    finish = _finish(op, state)
+    if op.norm is None:
+        return lambda x, *residual: finish(x, residual)
+    around = (1, -1) + (1,) * (len(shape) - 2)
+    both = scale_and_shift(op, shape[1], state, dtype or torch.float32)
+    scale, shift = (t.view(around) for t in both)
+    return lambda x, *residual: finish((x * scale + shift).to(x.dtype), residual)
+
+
+def _finish(op: Conv | Affine, state: State) -> Callable[[Tensor, tuple[Tensor, ...]], Tensor]:
+    """Activation and residual, in the operation's order."""
+    forward, slope = ACTIVATIONS[op.activation].forward, slope_of(op, state)
+
+    def finish(y: Tensor, residual: tuple[Tensor, ...]) -> Tensor:
+        if op.residual_last:
+            return forward(y, slope) + residual[0]
+        return forward(y + residual[0] if residual else y, slope)
+
+    return finish
+
+
+def _torch(op: Torch, state: State, dtype: torch.dtype | None) -> Function:
+    target: Any = reduce(getattr, op.target.removeprefix("aten.").split("."), torch.ops.aten)
+    fixed = {name: state[name].detach() for name in _states_in(op)}
+    if dtype is not None:
+        fixed = {name: _widened(t) for name, t in fixed.items()}
+
+    def run(*inputs: Tensor) -> Tensor:
+        args = [_decode(arg, inputs, fixed) for arg in op.args]
+        kwargs = {key: _decode(arg, inputs, fixed) for key, arg in op.kwargs}
+        result = target(*args, **kwargs)
+        return result if op.result is None else result[op.result]
+
+    return run
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def _states_in(op: Torch) -> set[str]:
+    found: set[str] = set()
+
+    def look(arg: Any) -> None:
+        if isinstance(arg, dict) and "state" in arg:
+            found.add(arg["state"])
+        elif isinstance(arg, list | tuple):
+            for item in arg:
+                look(item)
+
+    look([*op.args, *dict(op.kwargs).values()])
+    return found
+
+
+def _decode(arg: Any, inputs: tuple[Tensor, ...], state: State) -> Any:
+    if isinstance(arg, list | tuple):
+        return [_decode(item, inputs, state) for item in arg]
+    if not isinstance(arg, dict):
+        return arg
+    ((kind, what),) = arg.items()
+    if kind == "value":
+        return inputs[what]
+    if kind == "state":
+        return state[what]
+    return torch.device(what) if kind == "device" else getattr(torch, what)

@@ -1,0 +1,171 @@
+"""Native steps on the CPU, in float32: see resfuse/kernels/native."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, MaxPool, Mean, Node, State
+from resfuse.kernels.engine.homes import channels_of, pixels_of
+from resfuse.kernels.engine.room import Room
+from resfuse.kernels.engine.state import conv_weights, scale_and_shift, slope_of
+from resfuse.kernels.engine.work import Native
+from resfuse.kernels.native import convolution
+from resfuse.kernels.native.convolution import NativeConfig
+from resfuse.kernels.native.library import why_unavailable
+from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, threads
+from resfuse.kernels.native.weights import per_channel
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"native steps compute float32 on the CPU, not {dtype} on {device.type}"
+    return why_unavailable()
+
+
+def segments(graph: Graph, at: int) -> Iterable[Choice]:
+    node = graph.nodes[at]
+    op = node.op
+    if isinstance(op, Conv):
+        if convolution.refusal(op.problem) is None:
+            for config in convolution.candidates(op.problem):
+                yield Choice("native", at, at + 1, tuple(asdict(config).items()))
+    elif _is_done(graph, node):
+        yield Choice("native", at, at + 1)
+
+
+def scratch(graph: Graph, choice: Choice) -> int:
+    op = graph.nodes[choice.start].op
+    if not isinstance(op, Conv):
+        return 0
+    return 4 * threads() * convolution.scratch_floats(op.problem, NativeConfig(**choice.settings))
+
+
+def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Native:
+    node = graph.nodes[choice.start]
+    op = node.op
+    if isinstance(op, Conv):
+        return _conv(graph, choice, node, op, state, room)
+    if isinstance(op, Affine):
+        return _affine(graph, node, op, state, room)
+    if isinstance(op, Concat):
+        return _concat(graph, node, room)
+    assert isinstance(op, MaxPool | Mean)
+    return _pool(graph, node, op, room)
+
+
+def _conv(graph: Graph, choice: Choice, node: Node, op: Conv, state: State, room: Room) -> Native:
+    config = NativeConfig(**choice.settings)
+
+    def lay_out() -> list[Tensor]:
+        weight, bias = conv_weights(op, state)
+        laid_out = convolution.layout_weight(config.form, weight, op.problem.groups)
+        return [laid_out, per_channel(bias), *_slopes(op, op.problem.k, state)]
+
+    weight, bias, *slope = room.weights((op.weight, config.form), lay_out)
+    needs_scratch = convolution.scratch_floats(op.problem, config) > 0
+    step = convolution.conv_step(
+        op.problem,
+        config,
+        residual_last=op.residual_last,
+        w=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        slope=slope[0].data_ptr() if slope else 0,
+        scratch=room.scratch(choice.start) if needs_scratch else 0,
+        **_places(node, room),
+    )
+    return Native([step])
+
+
+def _affine(graph: Graph, node: Node, op: Affine, state: State, room: Room) -> Native:
+    channels = channels_of(graph, node.name)
+
+    def lay_out() -> list[Tensor]:
+        both = scale_and_shift(op, channels, state)
+        return [*map(per_channel, both), *_slopes(op, channels, state)]
+
+    scale, shift, *slope = room.weights((op.norm, op.slope, channels), lay_out)
+    step = Step(
+        kind=KINDS.index("affine"), N=1, P=1, Q=pixels_of(graph, node.name), K=channels,
+        w=scale.data_ptr(), bias=shift.data_ptr(),
+        slope=slope[0].data_ptr() if slope else 0,
+        activation=ACTIVATIONS[op.activation], residual_last=op.residual_last,
+        **_places(node, room),
+    )  # fmt: skip
+    return Native([step])
+
+
+def _pool(graph: Graph, node: Node, op: MaxPool | Mean, room: Room) -> Native:
+    n, c, h, w = graph.values[node.inputs[0]].shape
+    step = Step(N=n, C=c, K=c, H=h, W=w, **_places(node, room))
+    if isinstance(op, Mean):
+        step.kind = KINDS.index("mean")
+        return Native([step])
+    step.kind = KINDS.index("max_pool")
+    _, _, step.P, step.Q = graph.values[node.name].shape
+    (step.R, step.S), (step.stride_h, step.stride_w) = op.kernel, op.stride
+    (step.pad_h, step.pad_w), (step.dilation_h, step.dilation_w) = op.padding, op.dilation
+    return Native([step])
+
+
+def _concat(graph: Graph, node: Node, room: Room) -> Native:
+    """Nothing for the parts that were written where they belong; the others are copied."""
+    steps = []
+    to, pitch = room.address(node.name), room.pitch(node.name)
+    for part in node.inputs:
+        channels = channels_of(graph, part)
+        if room.address(part) != to:
+            one, zero = room.weights((None, None, channels), partial(_same, channels))
+            steps.append(
+                Step(
+                    kind=KINDS.index("affine"), N=1, P=1, Q=pixels_of(graph, part), K=channels,
+                    x=room.address(part), x_pitch=room.pitch(part), y=to, y_pitch=pitch,
+                    w=one.data_ptr(), bias=zero.data_ptr(),
+                )
+            )  # fmt: skip
+        to += 4 * channels
+    return Native(steps)
+
+
+def _same(channels: int) -> list[Tensor]:
+    """Scale and shift that change nothing."""
+    return [*map(per_channel, scale_and_shift(Affine(), channels, {}))]
+
+
+def _places(node: Node, room: Room) -> dict[str, int]:
+    """Where the inputs and the output of a node are."""
+    x, residual = node.inputs[0], node.residual
+    return {
+        "x": room.address(x),
+        "x_pitch": room.pitch(x),
+        "y": room.address(node.name),
+        "y_pitch": room.pitch(node.name),
+        "residual": room.address(residual) if residual else 0,
+        "residual_pitch": room.pitch(residual) if residual else 0,
+    }
+
+
+def _slopes(op: Conv | Affine, channels: int, state: State) -> list[Tensor]:
+    """A slope for each channel, if the activation has one."""
+    slope = slope_of(op, state)
+    if slope is None:
+        return []
+    each = slope if isinstance(slope, Tensor) else torch.tensor(slope)
+    return [per_channel(each.reshape(-1).expand(channels))]
+
+
+def _is_done(graph: Graph, node: Node) -> bool:
+    """Whether there is a step for what is no convolution."""
+    op = node.op
+    if isinstance(op, Affine):
+        return op.activation in ACTIVATIONS
+    if isinstance(op, Concat):
+        return _in_whole_vectors(graph, node)
+    return isinstance(op, MaxPool | Mean)
+
+
+def _in_whole_vectors(graph: Graph, node: Node) -> bool:
+    return all(channels_of(graph, part) % lanes() == 0 for part in node.inputs)

@@ -1,0 +1,58 @@
+"""oneDNN's fused convolutions on the CPU, with weights laid out once for them."""
+
+from collections.abc import Iterable
+
+import torch
+
+from resfuse.kernels import onednn
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.graph import Conv, Graph, State
+from resfuse.kernels.engine.room import Room
+from resfuse.kernels.engine.state import conv_weights, slope_of
+from resfuse.kernels.engine.work import Call, Values
+from resfuse.kernels.onednn import Geometry, PackedConv
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "oneDNN computes on the CPU"
+    return None if onednn.supports(dtype) else f"oneDNN has no fused convolution in {dtype} here"
+
+
+def segments(graph: Graph, at: int) -> Iterable[Choice]:
+    op = graph.nodes[at].op
+    if isinstance(op, Conv) and not op.residual_last:
+        yield Choice("onednn", at, at + 1)
+
+
+def scratch(graph: Graph, choice: Choice) -> int:
+    return 0
+
+
+def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
+    node = graph.nodes[choice.start]
+    op = node.op
+    assert isinstance(op, Conv)
+    problem = op.problem
+    input_shape = torch.Size((problem.n, problem.c, problem.h, problem.w))
+    output_shape = graph.values[node.name].shape
+    weight, bias = conv_weights(op, state)
+    geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
+    conv = PackedConv(weight, bias, geometry, problem.activation, slope_of(op, state), input_shape)
+    # a residual that is read here last and belongs to no one else is added in place
+    residual = node.residual
+    made = {n.name for n in graph.nodes}
+    owned = residual in made and residual not in room
+    overwrite = owned and graph.last_read[str(residual)] == choice.start
+
+    def run(values: Values) -> None:
+        x = values[node.inputs[0]].reshape(input_shape)
+        if residual is None:
+            y = conv(x)
+        else:
+            y = conv.add(
+                x, values[residual].reshape(problem.n, problem.k, problem.p, problem.q), overwrite
+            )
+        values[node.name] = y.reshape(output_shape)
+
+    return Call(run)

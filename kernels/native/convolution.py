@@ -1,0 +1,158 @@
+"""Convolutions as native steps: which forms there are of one, and in what blocks.
+
+Every form takes float32, NHWC, with channels padded to whole vectors (`pitch`); see step.h.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, panel, pixels
+from resfuse.kernels.native.weights import direct_weights, grouped_weights, winograd_weights
+from resfuse.kernels.problem import ConvProblem
+
+Form = Literal["direct", "winograd", "grouped"]
+_LONGEST_ROW, _MOST_TAPS = 1 << 14, 128  # direct.h, grouped.h
+
+# Bytes of input, or of transformed input, that a thread takes through all output channels at a
+# time: from half of a first-level cache that is large to twice a second-level one.
+_DIRECT_BLOCKS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
+_WINOGRAD_BLOCKS = (1 << 18, 1 << 20, 3 << 20)
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """How a convolution is parted."""
+
+    form: Form
+    by_channel: bool  # threads part the output channels, not the pixels
+    block: int  # pixels (winograd: 2x2 tiles) taken through all output channels at a time
+
+
+def refusal(problem: ConvProblem) -> str | None:
+    """Why no form computes `problem`, or None."""
+    if problem.math_mode != "ieee":
+        return f"{problem.math_mode}; the native steps compute in float32"
+    if problem.activation not in ACTIVATIONS:
+        return f"no native {problem.activation}"
+    row = problem.c // problem.groups * problem.s
+    if row > _LONGEST_ROW:
+        return f"rows of {row} values; at most {_LONGEST_ROW}"
+    if problem.groups > 1 and not _fills_vectors(problem) and not _is_grouped(problem):
+        return "groups that fill no vector"
+    return None
+
+
+def candidates(problem: ConvProblem) -> Iterator[NativeConfig]:
+    """Every way to compute `problem` that may be the fastest."""
+    if _is_grouped(problem):
+        yield NativeConfig("grouped", False, 0)
+    if problem.groups == 1 or _fills_vectors(problem):
+        yield from _parted("direct", problem, pixels_of(problem), _direct_bytes(problem))
+    if _is_winograd(problem):
+        # the transformed input of a tile: 16 values a channel
+        yield from _parted("winograd", problem, tiles_of(problem), 16 * 4 * problem.c)
+
+
+def choose(problem: ConvProblem) -> NativeConfig:
+    """What is expected to be fastest, without measuring.
+
+    Winograd where there are more output pixels than half the channels: with fewer, reading 16/9
+    of the weights takes what it saves. Channels are parted where a thread would have few pixels.
+    """
+    configs = list(candidates(problem))
+    by_channel = pixels_of(problem) < 512 and problem.k >= 4 * panel()
+    form = configs[0].form
+    if any(c.form == "winograd" for c in configs) and 2 * pixels_of(problem) > problem.c:
+        form = "winograd"
+    fitting = [c for c in configs if c.form == form]
+    preferred = [c for c in fitting if c.by_channel == by_channel] or fitting
+    return preferred[len(preferred) // 2]
+
+
+def layout_weight(form: Form, weight: Tensor, groups: int) -> Tensor:
+    """[K, C / groups, R, S] as the form reads it."""
+    if form == "winograd":
+        return winograd_weights(weight)
+    return grouped_weights(weight) if form == "grouped" else direct_weights(weight, groups)
+
+
+def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
+    """Scratch memory a thread needs, in floats."""
+    if config.form == "winograd":
+        return 16 * config.block * (problem.c + panel())
+    return config.block * panel() if config.form == "direct" else 0
+
+
+def conv_step(
+    problem: ConvProblem, config: NativeConfig, *, residual_last: bool, **where: int
+) -> Step:
+    """The step; `where` has the pointers and pitches of step.h."""
+    whole_vectors = -(-problem.k // lanes()) * lanes()
+    return Step(
+        kind=KINDS.index(config.form),
+        N=problem.n, H=problem.h, W=problem.w, C=problem.c,
+        K=whole_vectors, R=problem.r, S=problem.s, P=problem.p, Q=problem.q,
+        stride_h=problem.stride[0], stride_w=problem.stride[1],
+        pad_h=problem.padding[0], pad_w=problem.padding[1],
+        dilation_h=problem.dilation[0], dilation_w=problem.dilation[1],
+        groups=problem.groups,
+        activation=ACTIVATIONS[problem.activation], residual_last=residual_last,
+        by_channel=config.by_channel, block=config.block,
+        scratch_pitch=scratch_floats(problem, config),
+        **where,
+    )  # fmt: skip
+
+
+def pixels_of(problem: ConvProblem) -> int:
+    """Output pixels of the batch."""
+    return problem.n * problem.p * problem.q
+
+
+def tiles_of(problem: ConvProblem) -> int:
+    """2x2 tiles of output pixels of the batch."""
+    return problem.n * -(-problem.p // 2) * -(-problem.q // 2)
+
+
+def _is_winograd(problem: ConvProblem) -> bool:
+    return (
+        (problem.r, problem.s, problem.groups) == (3, 3, 1)
+        and problem.stride == problem.dilation == (1, 1)
+        and problem.c % lanes() == 0
+    )
+
+
+def _is_grouped(problem: ConvProblem) -> bool:
+    of_each = problem.c // problem.groups
+    return (
+        problem.groups > 1
+        and problem.c == problem.k
+        and problem.c % lanes() == 0
+        and lanes() % of_each == 0
+        and problem.r * problem.s <= _MOST_TAPS
+    )
+
+
+def _fills_vectors(problem: ConvProblem) -> bool:
+    return problem.k // problem.groups % lanes() == 0
+
+
+def _direct_bytes(problem: ConvProblem) -> int:
+    """Of input, for an output pixel."""
+    return 4 * problem.c * problem.stride[0] * problem.stride[1]
+
+
+def _parted(
+    form: Form, problem: ConvProblem, rows: int, bytes_of_each: int
+) -> Iterator[NativeConfig]:
+    budgets = _WINOGRAD_BLOCKS if form == "winograd" else _DIRECT_BLOCKS
+    whole = -(-rows // pixels()) * pixels()
+    blocks = {
+        max(pixels(), min(whole, budget // bytes_of_each // pixels() * pixels()))
+        for budget in budgets
+    }
+    for by_channel in (False, True) if problem.k > panel() else (False,):
+        for block in sorted(blocks):
+            yield NativeConfig(form, by_channel, block)

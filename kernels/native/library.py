@@ -1,0 +1,127 @@
+"""The shared library of native steps: compiled for this processor at first use, kept on disk.
+
+Like torch.compile and Triton, this needs a compiler where it runs; what uses it has another way
+where there is none. The file's name is a hash of everything it was made from, and it is moved into
+place whole, so processes that compile at once do no harm.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+# Not -ffast-math: NaN and infinity must come out as torch has them.
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_COMPILERS = ("g++", "c++", "clang++")
+
+
+class NativeUnavailable(RuntimeError):
+    """The native steps cannot be had on this machine; the message says why in one sentence."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library, compiled if need be (about 2 s).
+
+    Raises:
+        NativeUnavailable: no compiler, one that fails, or a processor without vectors.
+    """
+    compiler = _compiler()
+    built = cache_folder() / "native" / f"{_key(compiler)}.so"
+    if not built.exists():
+        _compile(compiler, built)
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise NativeUnavailable(f"the native library cannot be loaded: {error}") from None
+
+
+def cache_folder() -> Path:
+    """Where what is made once is kept: $RESFUSE_CACHE_DIR, or resfuse/ in the user's cache."""
+    own = os.environ.get("RESFUSE_CACHE_DIR")
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(shared) / "resfuse"
+
+
+def fingerprint() -> str:
+    """A hash of the library's sources, flags, compiler and processor; "none" without a compiler."""
+    try:
+        return _key(_compiler())
+    except NativeUnavailable:
+        return "none"
+
+
+def why_unavailable() -> str | None:
+    """The reason there is no library here, None where there is one."""
+    try:
+        library()
+    except NativeUnavailable as reason:
+        return str(reason)
+    return None
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for name in (named,) if named else _COMPILERS:
+        if (path := shutil.which(name)) is not None:
+            return path
+    sought = f"$CXX is {named!r}, which" if named else f"none of {', '.join(_COMPILERS)}"
+    raise NativeUnavailable(f"no C++ compiler: {sought} is on the path")
+
+
+def _sources() -> list[Path]:
+    return sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp"))
+
+
+def _key(compiler: str) -> str:
+    digest = hashlib.sha256()
+    for source in _sources():
+        digest.update(source.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    digest.update(version + "".join((*_FLAGS, processor())).encode())
+    return digest.hexdigest()[:20]
+
+
+def processor() -> str:
+    """What -march=native goes by."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    told = (
+        "vendor_id",
+        "model name",
+        "cpu family",
+        "model",
+        "stepping",
+        "flags",
+        "Features",
+        "CPU part",
+    )
+    return "\n".join(sorted({line for line in lines if line.startswith(told)}))
+
+
+def _compile(compiler: str, built: Path) -> None:
+    try:
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+            made = Path(folder) / built.name
+            command = [
+                compiler,
+                *_FLAGS,
+                str(Path(__file__).with_name("steps.cpp")),
+                "-o",
+                str(made),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = (done.stderr.strip() or "no message").splitlines()[-1]
+                raise NativeUnavailable(f"{compiler} cannot compile the native steps: {said}")
+            made.replace(built)
+    except OSError as error:
+        raise NativeUnavailable(f"the native library cannot be made: {error}") from None

@@ -1,0 +1,43 @@
+// Max-pooling over windows and the mean over a map, NHWC.
+#pragma once
+
+#include "step.h"
+#include "tile.h"
+
+static void max_pool(const Step& s, long t, long threads) {
+  const Part rows(s.N * s.P, 1, t, threads);
+  for (long row = rows.from; row < rows.to; row++) {
+    const long top = row % s.P * s.stride_h - s.pad_h;
+    const float* const image = s.x + row / s.P * s.H * s.W * s.x_pitch;
+    for (long q = 0; q < s.Q; q++) {
+      const long left = q * s.stride_w - s.pad_w;
+      float* const y = s.y + (row * s.Q + q) * s.y_pitch;
+      for (long k = 0; k < s.K; k += LANES) {
+        Floats most = all(-__builtin_inff());
+        for (long r = 0; r < s.R; r++) {
+          const long h = top + r * s.dilation_h;
+          if (h < 0 || h >= s.H) continue;
+          for (long tap = 0; tap < s.S; tap++) {
+            const long w = left + tap * s.dilation_w;
+            if (w < 0 || w >= s.W) continue;
+            const Floats value = load(image + (h * s.W + w) * s.x_pitch + k);
+            most = (value > most) | (value != value) ? value : most;  // NaN stays NaN
+          }
+        }
+        store(y + k, most);
+      }
+    }
+  }
+}
+
+static void mean(const Step& s, long t, long threads) {
+  const long vectors = (s.K + LANES - 1) / LANES, pixels = s.H * s.W;
+  const Part part(s.N * vectors, 1, t, threads);
+  for (long i = part.from; i < part.to; i++) {
+    const long image = i / vectors, k = i % vectors * LANES;
+    const float* x = s.x + image * pixels * s.x_pitch + k;
+    Floats sum[4] = {};
+    for (long pixel = 0; pixel < pixels; pixel++) sum[pixel % 4] += load(x + pixel * s.x_pitch);
+    store(s.y + image * s.y_pitch + k, (sum[0] + sum[1] + (sum[2] + sum[3])) / all(pixels));
+  }
+}

@@ -1,0 +1,78 @@
+"""Step: what the library is told of one step, and programs of several.
+
+The fields are those of `struct Step` in step.h, in its order.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from resfuse.kernels.native.library import NativeUnavailable, library
+
+KINDS = ("direct", "winograd", "grouped", "max_pool", "mean", "affine")
+ACTIVATIONS = {
+    "identity": 0,
+    "relu": 1,
+    "relu6": 2,
+    "hardswish": 3,
+    "leaky_relu": 4,  # with its slope for every channel
+    "prelu": 4,
+}
+POINTERS = ("x", "w", "bias", "slope", "residual", "y", "scratch")
+NUMBERS = (
+    "N", "H", "W", "C", "K", "R", "S", "P", "Q",
+    "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups",
+    "x_pitch", "residual_pitch", "y_pitch",
+    "activation", "residual_last", "by_channel", "block", "scratch_pitch",
+)  # fmt: skip
+
+
+class Step(ctypes.Structure):
+    """One step; pointers are addresses (0: none), numbers count elements."""
+
+    _fields_ = [
+        ("kind", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_long) for name in NUMBERS),
+    ]
+
+
+class Program:
+    """Steps to be run one after another by one call.
+
+    The memory they point to must outlive the program; it is the caller's.
+    """
+
+    def __init__(self, steps: Sequence[Step], threads: int) -> None:
+        lib = library()
+        if lib.resfuse_step_bytes() != ctypes.sizeof(Step):
+            raise NativeUnavailable("the library's steps are laid out otherwise on this platform")
+        self._steps = (Step * len(steps))(*steps)
+        self._count, self._threads = ctypes.c_long(len(steps)), ctypes.c_long(threads)
+        self._run: Any = lib.resfuse_run
+        self._run.restype = None
+
+    def __call__(self) -> None:
+        self._run(self._steps, self._count, self._threads)
+
+
+def lanes() -> int:
+    """Floats in a vector; channels are padded to it."""
+    return library().resfuse_lanes()
+
+
+def panel() -> int:
+    """Output channels that are computed together."""
+    return library().resfuse_panel()
+
+
+def pixels() -> int:
+    """Pixels that are computed together."""
+    return library().resfuse_pixels()
+
+
+def threads() -> int:
+    """As many as torch uses."""
+    return torch.get_num_threads()

@@ -1,0 +1,37 @@
+// Runs the steps of a network one after another, each on all threads, within one call.
+#include <omp.h>
+
+#include "affine.h"
+#include "direct.h"
+#include "grouped.h"
+#include "pool.h"
+#include "step.h"
+#include "winograd.h"
+
+static void run_part(const Step& step, long t, long threads) {
+  switch (step.kind) {
+    case DIRECT: direct(step, t, threads); break;
+    case WINOGRAD: winograd(step, t, threads); break;
+    case GROUPED: grouped(step, t, threads); break;
+    case MAX_POOL: max_pool(step, t, threads); break;
+    case MEAN: mean(step, t, threads); break;
+    case AFFINE: affine(step, t, threads); break;
+  }
+}
+
+extern "C" void resfuse_run(const Step* steps, long count, long threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const long t = omp_get_thread_num(), of = omp_get_num_threads();
+    for (long i = 0; i < count; i++) {
+      run_part(steps[i], t, of);
+#pragma omp barrier
+    }
+  }
+}
+
+// What Python must know to lay memory out.
+extern "C" long resfuse_lanes() { return LANES; }
+extern "C" long resfuse_panel() { return PANEL; }
+extern "C" long resfuse_pixels() { return PIXELS; }
+extern "C" long resfuse_step_bytes() { return sizeof(Step); }

@@ -1,0 +1,87 @@
+// A tile of a matrix product in registers: M rows (pixels) by N vectors (output channels).
+#pragma once
+
+#include "vectors.h"
+
+constexpr long LINE = 16;  // floats of a cache line
+constexpr long DEPTH = 128;
+
+template <long M, long N>
+struct Tile {
+  Floats sum[M][N];
+
+  static constexpr long rows = M, columns = N * LANES;
+
+  inline void start(const float* bias) {
+    UNROLLED for (long m = 0; m < M; m++) {
+      UNROLLED for (long n = 0; n < N; n++) sum[m][n] = bias ? load(bias + n * LANES) : Floats{};
+    }
+  }
+
+  // Sums that were put away, M rows of PANEL
+  inline void resume(const float* from) {
+    UNROLLED for (long m = 0; m < M; m++) {
+      UNROLLED for (long n = 0; n < N; n++) sum[m][n] = load(from + m * PANEL + n * LANES);
+    }
+  }
+
+  inline void put_away(float* to) const {
+    UNROLLED for (long m = 0; m < M; m++) {
+      UNROLLED for (long n = 0; n < N; n++) store(to + m * PANEL + n * LANES, sum[m][n]);
+    }
+  }
+
+  // sum += x[m][0..depth) @ w[0..depth)[N * LANES]; returns where the weights go on
+  inline const float* add(const float* const* x, const float* w, long depth, const float* ahead) {
+    const float* row[M];
+    UNROLLED for (long m = 0; m < M; m++) row[m] = x[m];
+    for (long c = 0; c < depth; c++, w += columns, ahead += LINE) {
+      __builtin_prefetch(ahead, 0, 2);
+      Floats weight[N];
+      UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
+      UNROLLED for (long m = 0; m < M; m++) {
+        UNROLLED for (long n = 0; n < N; n++) sum[m][n] += row[m][c] * weight[n];
+      }
+    }
+    return w;
+  }
+};
+
+// Calls `body.template operator()<M, N>(row)` for tiles that cover rows [from, to), N fixed.
+template <long N, class Body>
+static inline void each_tile(long from, long to, const Body& body) {
+  long row = from;
+  for (; row + PIXELS <= to; row += PIXELS) body.template operator()<PIXELS, N>(row);
+  switch (to - row) {
+    case 1: body.template operator()<1, N>(row); break;
+    case 2: body.template operator()<2, N>(row); break;
+    case 3: body.template operator()<3, N>(row); break;
+    case 4: body.template operator()<4, N>(row); break;
+    case 5: body.template operator()<5, N>(row); break;
+  }
+}
+
+// The same with as many vectors as `channels` has, at most VECTORS.
+template <class Body>
+static inline void each_tile_of(long channels, long from, long to, const Body& body) {
+  switch (channels / LANES) {
+    case 1: each_tile<1>(from, to, body); break;
+    case 2: each_tile<2>(from, to, body); break;
+#if !(defined(__AVX__) && !defined(__AVX512F__))
+    case 3: each_tile<3>(from, to, body); break;
+    case 4: each_tile<4>(from, to, body); break;
+#endif
+  }
+}
+
+static inline long least(long a, long b) { return a < b ? a : b; }
+
+// The part of `count` that thread `t` of `threads` gets, in whole multiples of `unit`.
+struct Part {
+  long from, to;
+  Part(long count, long unit, long t, long threads) {
+    long units = (count + unit - 1) / unit;
+    from = units * t / threads * unit;
+    to = least(count, units * (t + 1) / threads * unit);
+  }
+};

@@ -1,0 +1,30 @@
+// The vector of floats that this processor's registers hold, in GCC's and clang's vector extension:
+// AVX-512, AVX2, SSE and NEON from one source.
+#pragma once
+
+#if defined(__AVX512F__)
+constexpr long LANES = 16;
+#elif defined(__AVX__)
+constexpr long LANES = 8;
+#else
+constexpr long LANES = 4;
+#endif
+
+// What a register tile is made of: PIXELS x VECTORS accumulators, VECTORS weights and a pixel's
+// value must fit into the registers (32 of them with AVX-512 and NEON, 16 with AVX2).
+constexpr long PIXELS = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr long VECTORS = 4;
+#else
+constexpr long VECTORS = 2;
+#endif
+constexpr long PANEL = VECTORS * LANES;  // output channels computed together
+
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int Ints __attribute__((vector_size(4 * LANES)));
+
+#define UNROLLED _Pragma("GCC unroll 16")
+
+static inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+static inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
+static inline Floats all(float value) { return value - Floats{}; }
