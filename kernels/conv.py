@@ -12,9 +12,8 @@ channels a group waste 7/8 of the arithmetic in a tile of 32 and stay bound by m
 group is depthwise.py's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -22,12 +21,11 @@ from torch import Tensor
 
 from resfuse.kernels import depthwise
 from resfuse.kernels.activation import ACTIVATIONS, Slope
-from resfuse.kernels.arguments import channels_last, empty_channels_last
+from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.conv_arguments import (
     Tensors,
     arguments,
     constants,
-    problem_of,
     require_arguments,
     split_slope,
     stand_ins,
@@ -41,9 +39,9 @@ from resfuse.kernels.conv_config import (
     cycles,
     resnet_problems,
 )
-from resfuse.kernels.conv_registration import register
+from resfuse.kernels.conv_registration import declare
 from resfuse.kernels.implicit_gemm import multiply, output_channels, store_output, swizzle
-from resfuse.kernels.launch import Launch, multiprocessors, runs_triton
+from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem
 
 __all__ = [
@@ -193,65 +191,7 @@ def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) 
     return launch(problem, *tensors, choose(problem, sms), residual_last)
 
 
-def compute(
-    launch_chosen: Callable[[ConvProblem, Tensors, bool], Launch],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
-    negative_slope: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_last: bool,
-) -> Tensor:
-    """An op's answer: its kernel's where one can run, else the twin's."""
-    if not runs_triton(x):
-        return conv_bn_act_ref(
-            x, weight, bias, residual, stride=stride, padding=padding, dilation=dilation,
-            groups=groups, activation=activation,
-            slope=negative_slope if slope is None else slope, residual_last=residual_last,
-        )  # fmt: skip
-    problem = problem_of(x, weight, residual, stride, padding, dilation, groups, activation)
-    y = empty_channels_last((problem.n, problem.k, problem.p, problem.q), x)
-    if y.numel():
-        tensors = (
-            channels_last(x),
-            channels_last(weight),
-            None if bias is None else bias.contiguous(),
-            None if residual is None else channels_last(residual),
-            negative_slope if slope is None else slope.contiguous(),
-            y,
-        )
-        launch_chosen(problem, tensors, residual_last).run()
-    return y
-
-
-@torch.library.custom_op("resfuse::conv_bn_act", mutates_args=())
-def conv_bn_act_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
-    negative_slope: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_last: bool,
-) -> Tensor:
-    return compute(
-        _launch_chosen, x, weight, bias, residual, slope, negative_slope, stride, padding, dilation,
-        groups, activation, residual_last,
-    )  # fmt: skip
-
-
-register(conv_bn_act_op, torch.ops.resfuse.conv_bn_act)
+conv_bn_act_op = declare("conv_bn_act", conv_bn_act_ref, _launch_chosen)
 
 
 def conv_bn_act(

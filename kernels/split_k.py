@@ -13,7 +13,7 @@ FLOPs as conv.py's; beside its bytes, 8 for every element of every partial, whic
 Source: the serial split-K of CUTLASS, and Stream-K (arXiv:2301.03598), with the order made fixed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse.kernels.activation import Slope
-from resfuse.kernels.conv import compute, conv_bn_act_ref
+from resfuse.kernels.conv import conv_bn_act_ref
 from resfuse.kernels.conv_arguments import (
     Tensors,
     arguments,
@@ -32,7 +32,7 @@ from resfuse.kernels.conv_arguments import (
     stand_ins,
 )
 from resfuse.kernels.conv_config import resnet_problems
-from resfuse.kernels.conv_registration import register
+from resfuse.kernels.conv_registration import declare
 from resfuse.kernels.implicit_gemm import multiply, output_channels, store_output, swizzle
 from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem
@@ -215,28 +215,7 @@ def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) 
     return launch(problem, *tensors, config, scratch, residual_last)
 
 
-@torch.library.custom_op("resfuse::conv_bn_act_split_k", mutates_args=())
-def conv_bn_act_split_k_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
-    negative_slope: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_last: bool,
-) -> Tensor:
-    return compute(
-        _launch_chosen, x, weight, bias, residual, slope, negative_slope, stride, padding, dilation,
-        groups, activation, residual_last,
-    )  # fmt: skip
-
-
-register(conv_bn_act_split_k_op, torch.ops.resfuse.conv_bn_act_split_k)
+conv_bn_act_split_k_op = declare("conv_bn_act_split_k", conv_bn_act_split_k_ref, _launch_chosen)
 
 
 def conv_bn_act_split_k(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from agreement import require_close
-from resfuse.kernels import conv, conv_config, depthwise
+from resfuse.kernels import conv, conv_config, conv_registration, depthwise
 from resfuse.kernels.activation import ACTIVATIONS
 from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.conv import conv_bn_act, conv_bn_act_ref
@@ -303,7 +303,7 @@ def test_flops_are_counted_as_for_torchs_own_convolution() -> None:
 
 
 def test_where_no_kernel_runs_the_twin_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "runs_triton", lambda x: False)
+    monkeypatch.setattr(conv_registration, "runs_triton", lambda x: False)
     monkeypatch.setattr(conv, "launch", None)  # would fail if it were reached
     x, weight, bias = tensors((1, 16, 5, 5), 16, (3, 3))
     got = conv_bn_act(x, weight, bias, activation="leaky_relu", slope=0.1)
