@@ -24,8 +24,8 @@ from resfuse.kernels.activation import ACTIVATIONS, Slope
 from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.conv_arguments import (
     Tensors,
-    arguments,
-    constants,
+    gemm_arguments,
+    gemm_constants,
     require_arguments,
     split_slope,
     stand_ins,
@@ -123,46 +123,23 @@ def conv_kernel(
 
 
 def launch(
-    problem: ConvProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Slope,
-    y: Tensor,
-    config: Config,
-    residual_last: bool = False,
+    problem: ConvProblem, tensors: Tensors, config: Config, residual_last: bool = False
 ) -> Launch:
-    """The launch that fills y.
-
-    Args:
-        problem: what x and the others are; its `residual` is not read.
-        x, weight, residual, y: shapes as above, channels_last, of the problem's dtype.
-        bias: [K]; slope: prelu's [K], leaky_relu's number; either of any float dtype.
+    """The launch that fills y; the problem's `residual` is not read.
 
     Raises:
-        ValueError: the configuration is not valid for the problem.
+        ValueError: the configuration is not valid for the problem, or a tensor not laid out so.
     """
     config.check(problem)
     pixels, channels = config.tiles(problem)
     return Launch(
         conv_kernel,
         (pixels * channels,),
-        {
-            **arguments(problem, x, weight, bias, residual, slope, y),
-            "tiles_m": pixels, "tiles_n": channels,
-            "taps": problem.r * problem.s,
-            "channels": config.pack(problem) * problem.c // problem.groups,
-        },
-        {
-            **constants(problem, residual_last),
-            "TAPS_INNER": config.taps_inner, "PACK": config.pack(problem),
-            "GROUP_M": config.group_m, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-        },
+        gemm_arguments(problem, tensors, config),
+        {**gemm_constants(problem, config, residual_last), "PACK": config.pack(problem)},
         config.num_warps,
         config.num_stages,
-    )  # fmt: skip
+    )
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
@@ -178,17 +155,17 @@ def shipped() -> Iterator[tuple[str, Launch]]:
                 key=lambda problem: cycles(problem, config, sms) / least[problem],
             )
             label = f"{problem.label()} {math_mode} {config.label()}"
-            yield label, launch(problem, *stand_ins(problem), config)
+            yield label, launch(problem, stand_ins(problem), config)
     yield from depthwise.shipped()
 
 
 def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
     """The launch of the kernel and configuration that suit the problem."""
-    sms = multiprocessors(tensors[0].device)
+    sms = multiprocessors(tensors.x.device)
     if problem.c == problem.groups:
         config = depthwise.choose(problem, sms)
-        return depthwise.launch(problem, *tensors, config, residual_last)
-    return launch(problem, *tensors, choose(problem, sms), residual_last)
+        return depthwise.launch(problem, tensors, config, residual_last)
+    return launch(problem, tensors, choose(problem, sms), residual_last)
 
 
 conv_bn_act_op = declare("conv_bn_act", conv_bn_act_ref, _launch_chosen)

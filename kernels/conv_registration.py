@@ -57,7 +57,7 @@ def declare(
         problem = problem_of(x, weight, residual, stride, padding, dilation, groups, activation)
         y = empty_channels_last((problem.n, problem.k, problem.p, problem.q), x)
         if y.numel():
-            tensors = (
+            tensors = Tensors(
                 channels_last(x),
                 channels_last(weight),
                 None if bias is None else bias.contiguous(),

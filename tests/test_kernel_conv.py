@@ -19,7 +19,7 @@ from resfuse.kernels import conv, conv_config, conv_registration, depthwise
 from resfuse.kernels.activation import ACTIVATIONS
 from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.conv import conv_bn_act, conv_bn_act_ref
-from resfuse.kernels.conv_arguments import problem_of
+from resfuse.kernels.conv_arguments import Tensors, problem_of
 from resfuse.kernels.conv_config import CONFIGS, Config, candidates, choose, cycles
 from resfuse.kernels.problem import MATH_MODES, ConvProblem, math_mode_of
 
@@ -162,7 +162,7 @@ def launched(
     size, guard = problem.n * problem.p * problem.q * problem.k, 64
     memory = torch.full((size + 2 * guard,), float("nan"), dtype=x.dtype, device=x.device)
     y = memory[guard:-guard].view(problem.n, problem.p, problem.q, problem.k).permute(0, 3, 1, 2)
-    conv.launch(problem, x, weight, bias, None, None, y, config).run()
+    conv.launch(problem, Tensors(x, weight, bias, None, None, y), config).run()
     assert memory[:guard].isnan().all() and memory[-guard:].isnan().all()
     return y
 
@@ -381,10 +381,10 @@ def test_a_launch_refuses_memory_it_would_misread() -> None:
     problem = problem_of(x, weight, None, (1, 1), (0, 0), (1, 1), 1, "relu")
     y = torch.empty_like(x)
     with pytest.raises(ValueError, match="argument x: strides"):
-        conv.launch(problem, x.contiguous(), weight, bias, None, None, y, SMALL)
+        conv.launch(problem, Tensors(x.contiguous(), weight, bias, None, None, y), SMALL)
     apart = torch.zeros(32, device=DEVICE)[::2]
     with pytest.raises(ValueError, match="argument bias: strides"):
-        conv.launch(problem, x, weight, apart, None, None, y, SMALL)
+        conv.launch(problem, Tensors(x, weight, apart, None, None, y), SMALL)
 
 
 @pytest.mark.parametrize("math_mode", MATH_MODES)

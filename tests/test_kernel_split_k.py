@@ -18,7 +18,7 @@ from agreement import require_close
 from resfuse.kernels import conv_config, split_k
 from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.conv import conv_bn_act_ref
-from resfuse.kernels.conv_arguments import problem_of
+from resfuse.kernels.conv_arguments import Tensors, problem_of
 from resfuse.kernels.problem import MATH_MODES, ConvProblem, math_mode_of
 from resfuse.kernels.split_k import (
     Config,
@@ -93,7 +93,7 @@ def test_every_split_gives_the_whole_sum(
     scratch = workspace(problem, config, DEVICE)
     scratch.partials.fill_(float("nan"))
     y = poisoned(problem)
-    split_k.launch(problem, x, weight, bias, None, None, y, config, scratch).run()
+    split_k.launch(problem, Tensors(x, weight, bias, None, None, y), config, scratch).run()
     require_right(y, x, weight, bias, padding=(1, 1), activation="relu")
 
 
@@ -103,7 +103,7 @@ def test_every_math_mode(math_mode: str) -> None:
     problem = described(x, weight, math_mode)
     config, y = Config(TILE, 3, 2), poisoned(problem)
     scratch = workspace(problem, config, DEVICE)
-    split_k.launch(problem, x, weight, bias, None, None, y, config, scratch).run()
+    split_k.launch(problem, Tensors(x, weight, bias, None, None, y), config, scratch).run()
     want = exact(x, weight, bias, padding=(1, 1), activation="relu")
     require_close(y, want, math_mode, weight[0].numel())
 
@@ -116,7 +116,7 @@ def test_a_workspace_serves_again_without_being_cleared() -> None:
     scratch = workspace(problem, config, DEVICE)
     for scale in (1, 2):
         y, scaled = poisoned(problem), channels_last(x * scale)
-        split_k.launch(problem, scaled, weight, bias, None, None, y, config, scratch).run()
+        split_k.launch(problem, Tensors(scaled, weight, bias, None, None, y), config, scratch).run()
         assert (scratch.counters == 0).all()
         require_right(y, scaled, weight, bias, padding=(1, 1), activation="relu")
 
@@ -131,7 +131,7 @@ def test_partials_are_added_in_the_order_of_the_splits() -> None:
     scratch = workspace(problem, config, DEVICE)
     for _ in range(3 if DEVICE == "cpu" else 100):
         y = poisoned(problem)
-        split_k.launch(problem, x, weight, None, None, None, y, config, scratch).run()
+        split_k.launch(problem, Tensors(x, weight, None, None, None, y), config, scratch).run()
         assert y.item() == 0
 
 
@@ -281,11 +281,11 @@ def test_a_workspace_too_small_is_refused() -> None:
     small = workspace(problem, Config(TILE, 3, 1), DEVICE)
     y = poisoned(problem)
     with pytest.raises(ValueError, match="argument scratch: partials"):
-        split_k.launch(problem, x, weight, bias, None, None, y, config, small)
+        split_k.launch(problem, Tensors(x, weight, bias, None, None, y), config, small)
     fitting = workspace(problem, config, DEVICE)
     floating = replace(fitting, counters=fitting.counters.float())
     with pytest.raises(ValueError, match="argument scratch: counters"):
-        split_k.launch(problem, x, weight, bias, None, None, y, config, floating)
+        split_k.launch(problem, Tensors(x, weight, bias, None, None, y), config, floating)
 
 
 @pytest.mark.parametrize("math_mode", MATH_MODES)
@@ -351,7 +351,9 @@ def test_every_candidate_is_right_and_the_same_every_time_at_full_size(math_mode
             scratch = workspace(problem, config, DEVICE)
             runs = [poisoned(problem) for _ in range(20)]
             for y in runs:
-                split_k.launch(problem, x, weight, bias, None, None, y, config, scratch).run()
+                split_k.launch(
+                    problem, Tensors(x, weight, bias, None, None, y), config, scratch
+                ).run()
             require_close(runs[0], want, math_mode, weight[0].numel())
             assert all(torch.equal(runs[0], y) for y in runs[1:])
 
@@ -363,7 +365,7 @@ def test_a_graph_replays_in_one_workspace() -> None:
     problem = described(x, weight)
     config, y = choose(problem, 132), poisoned(problem)
     scratch = workspace(problem, config, DEVICE)
-    launch = split_k.launch(problem, x, weight, bias, None, None, y, config, scratch)
+    launch = split_k.launch(problem, Tensors(x, weight, bias, None, None, y), config, scratch)
     launch.run()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
