@@ -58,7 +58,7 @@ KERNELS: dict[str, KernelSpec] = {
     "conv1x1": KernelSpec(
         "resfuse.kernels.conv1x1:conv1x1",
         "resfuse.kernels.conv1x1:conv1x1_ref",
-        "resfuse.kernels.conv1x1:shipped",
+        "resfuse.kernels.conv1x1_kernel:shipped",
         "1x1 convolution as a GEMM; a projection shortcut folded in as more K",
     ),
     "stem": KernelSpec(

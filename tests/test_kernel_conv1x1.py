@@ -11,19 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agreement import require_close
 from resfuse.kernels.activation import ACTIVATIONS, Slope
-from resfuse.kernels.conv1x1 import (
-    CONFIGS,
-    Config,
-    Conv1x1Problem,
-    Shortcut,
-    candidates,
-    choose,
-    conv1x1,
-    conv1x1_op,
-    conv1x1_ref,
-    launch,
-    shipped,
-)
+from resfuse.kernels.conv1x1 import Shortcut, conv1x1, conv1x1_op, conv1x1_ref
+from resfuse.kernels.conv1x1_config import CONFIGS, Config, Conv1x1Problem, candidates, choose
+from resfuse.kernels.conv1x1_kernel import launch, shipped
 from resfuse.kernels.problem import MATH_MODES, math_mode_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
