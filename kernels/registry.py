@@ -64,7 +64,7 @@ KERNELS: dict[str, KernelSpec] = {
     "stem": KernelSpec(
         "resfuse.kernels.stem:stem",
         "resfuse.kernels.stem:stem_ref",
-        "resfuse.kernels.stem:shipped",
+        "resfuse.kernels.stem_kernel:shipped",
         "7x7/2 convolution, ReLU, 3x3/2 max-pool",
     ),
     "bn_act": KernelSpec(

@@ -11,20 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agreement import require_close
 from resfuse.kernels.problem import MATH_MODES, math_mode_of
-from resfuse.kernels.stem import (
-    CONFIGS,
-    Config,
-    StemProblem,
-    candidates,
-    choose,
-    launch,
-    pack_weight,
-    shipped,
-    stem,
-    stem_op,
-    stem_ref,
-    window_width,
-)
+from resfuse.kernels.stem import stem, stem_op, stem_ref
+from resfuse.kernels.stem_config import CONFIGS, Config, StemProblem, candidates, choose
+from resfuse.kernels.stem_kernel import launch, pack_weight, shipped, window_width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="full sizes take hours in the interpreter")
