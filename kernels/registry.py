@@ -76,7 +76,7 @@ KERNELS: dict[str, KernelSpec] = {
     "block_tail": KernelSpec(
         "resfuse.kernels.block_tail:block_tail",
         "resfuse.kernels.block_tail:block_tail_ref",
-        "resfuse.kernels.block_tail:shipped",
+        "resfuse.kernels.block_tail_kernel:shipped",
         "3x3, 1x1 + residual + ReLU, and the next block's 1x1",
     ),
 }

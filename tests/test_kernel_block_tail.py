@@ -16,21 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from agreement import require_close
 from resfuse.kernels import block_tail as module
 from resfuse.kernels.arguments import channels_last
-from resfuse.kernels.block_tail import (
+from resfuse.kernels.block_tail import block_tail, block_tail_ref, problem_of
+from resfuse.kernels.block_tail_config import (
     CONFIGS,
+    TILES,
     Config,
     TailProblem,
-    block_tail,
-    block_tail_ref,
     candidates,
     choose,
-    launch,
-    problem_of,
-    shipped,
     supports,
 )
+from resfuse.kernels.block_tail_kernel import launch, shipped
 from resfuse.kernels.problem import MATH_MODES
-from resfuse.kernels.tail_config import TILES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = TailProblem(1, 64, 5, 7, 64, 64, 1, "ieee")  # 35 pixels: neither a tile nor a multiple
