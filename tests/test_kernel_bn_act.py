@@ -14,18 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from agreement import exact, require_close, require_close_gradients
 from kernel_inputs import DEVICE, DTYPES, NEEDS_GPU, image
 from resfuse.kernels.activation import ACTIVATIONS, Slope
-from resfuse.kernels.bn_act import (
-    CONFIGS,
-    BnActProblem,
-    Config,
-    bn_act,
-    bn_act_op,
-    bn_act_ref,
-    candidates,
-    choose,
-    launch,
-    shipped,
-)
+from resfuse.kernels.bn_act import bn_act, bn_act_op, bn_act_ref, launch, shipped
+from resfuse.kernels.bn_act_config import CONFIGS, BnActProblem, Config, candidates, choose
 from resfuse.kernels.folding import bn_scale_shift
 from resfuse.kernels.problem import math_mode_of
 
