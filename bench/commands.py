@@ -99,9 +99,10 @@ def study(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> int:
     """`resfuse inspect`: what the kernels compile to; 1 if one of them should not ship so."""
     from resfuse.bench.inspection import summary, table, write_csv
-    from resfuse.kernels.inspect import DEFAULT_TARGETS, TARGETS, problems, require_compiler
     from resfuse.kernels.inspect import inspect as compile_all
+    from resfuse.kernels.inspect import problems, require_compiler
     from resfuse.kernels.registry import KERNELS
+    from resfuse.kernels.targets import DEFAULT_TARGETS, TARGETS
 
     kernels = pick("--kernel", args.kernel, list(KERNELS))
     targets = pick("--target", args.target or DEFAULT_TARGETS, list(TARGETS))

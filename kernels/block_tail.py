@@ -5,29 +5,19 @@
     y_next = relu(conv1x1(y) + next_bias)              only with next_weight
 
 x [N, C, H, W], weight2 [C, C, 3, 3], weight3 [K, C, 1, 1], residual and y [N, K, P, Q], next_weight
-[D, K, 1, 1], y_next [N, D, P, Q], all NHWC in memory. What follows the 3x3 is local to a pixel, so
-a tile of pixels needs no halo: h stays in registers, and y is written without being read again.
+[D, K, 1, 1], y_next [N, D, P, Q], all NHWC in memory; C is 64, 128 or 256. h never goes to memory.
 
 FLOPs: 2 N P Q (9 C C + C K + K D). Bytes, least: x, residual, y, y_next and the weights once each.
 A 56x56 block of ResNet-50 moves 4.0 MB an image in 16 bits, and 6.4 MB as three kernels; those
 layers are bound by memory, so that is where the gain must come from.
 
-A tile holds all C channels, so C is 64, 128 or 256; 512 spilled registers in every form tried. On
-Hopper the second and third product read their left operand from registers, which ptxas before 13.3
-can corrupt (triton #9433, #11781): `resfuse inspect` says which ptxas was used, TRITON_PTXAS_PATH
-chooses another.
-
-The idea is that of CUTLASS's back-to-back GEMM (its example 13).
+The kernel and its launch are block_tail_kernel.py's, its tiles block_tail_config.py's.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -37,24 +27,13 @@ from resfuse.kernels.arguments import (
     require_4d,
     require_like,
 )
-from resfuse.kernels.epilogue import dot, relu
+from resfuse.kernels.block_tail_config import TailProblem, choose, supports
+from resfuse.kernels.block_tail_kernel import launch
 from resfuse.kernels.gradient import conv_bn_act_backward
-from resfuse.kernels.launch import Launch, interpreting, multiprocessors, runs_triton
-from resfuse.kernels.problem import MATH_MODES, math_mode_of
-from resfuse.kernels.tail_config import (
-    CONFIGS,
-    TILES,
-    Config,
-    TailProblem,
-    candidates,
-    choose,
-    supports,
-)
+from resfuse.kernels.launch import multiprocessors, runs_triton
+from resfuse.kernels.problem import math_mode_of
 
-__all__ = [
-    "CONFIGS", "Config", "TailProblem", "block_tail", "block_tail_ref", "candidates", "choose",
-    "launch", "problem_of", "shipped", "supports",
-]  # fmt: skip
+__all__ = ["TailProblem", "block_tail", "block_tail_ref", "problem_of", "supports"]
 
 
 def block_tail_ref(
@@ -74,118 +53,6 @@ def problem_of(x: Tensor, weight3: Tensor, next_weight: Tensor | None, stride: i
     n, c, h, w = x.shape
     d = 0 if next_weight is None else next_weight.shape[0]
     return TailProblem(n, c, h, w, weight3.shape[0], d, stride, math_mode_of(x.dtype))
-
-
-@triton.jit
-def _block_tail_kernel(
-    x_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr, res_ptr, y_ptr, wn_ptr, bn_ptr, yn_ptr,
-    M, H, W, P, Q,
-    C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
-    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """A program makes BLOCK_M pixels of y, all K channels of them, and all D of y_next."""
-    dtype = x_ptr.dtype.element_ty
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_c = tl.arange(0, C)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
-    h_first = (offs_m // Q) % P * STRIDE - 1
-    w_first = offs_m % Q * STRIDE - 1
-    # of the top left tap; negative where that is padding, and masked there
-    offs_x = (((offs_m // (P * Q)).to(tl.int64) * H + h_first) * W + w_first) * C
-
-    # The three taps of a window's row are 3 C adjacent values in x and in w2. The innermost loop,
-    # which is the pipelined one, takes RUN of them: C, one tap, or all (Config.row says when).
-    acc = tl.zeros((BLOCK_M, C), tl.float32)
-    for r in range(3):
-        mask_r = mask_m & (h_first + r >= 0) & (h_first + r < H)
-        for first in range(0, 3 * C, RUN):
-            for j in range(first, first + RUN, BLOCK_K):
-                w = w_first + j // C
-                mask = mask_r & (w >= 0) & (w < W)
-                offs_a = offs_x[:, None] + (r * W * C + j + offs_k)[None, :]
-                offs_b = (offs_c * 9 * C)[None, :] + (r * 3 * C + j + offs_k)[:, None]
-                a = tl.load(x_ptr + offs_a, mask=mask[:, None], other=0.0)
-                b = tl.load(w2_ptr + offs_b)
-                acc = dot(a, b, acc, MATH_MODE, UPCAST)
-    h = relu(acc + tl.load(b2_ptr + offs_c).to(tl.float32)[None, :]).to(dtype)
-
-    offs_y = offs_m.to(tl.int64)[:, None] * K
-    if D > 0:
-        offs_d = tl.arange(0, D)
-        acc_next = tl.zeros((BLOCK_M, D), tl.float32)
-    for n in range(0, K, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        w3 = tl.load(w3_ptr + offs_n[None, :] * C + offs_c[:, None])
-        res = tl.load(res_ptr + offs_y + offs_n[None, :], mask=mask_m[:, None], other=0.0)
-        z = dot(h, w3, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), MATH_MODE, UPCAST)
-        z += tl.load(b3_ptr + offs_n).to(tl.float32)[None, :] + res.to(tl.float32)
-        y = relu(z).to(dtype)
-        tl.store(y_ptr + offs_y + offs_n[None, :], y, mask=mask_m[:, None])
-        if D > 0:
-            wn = tl.load(wn_ptr + offs_d[None, :] * K + offs_n[:, None])
-            acc_next = dot(y, wn, acc_next, MATH_MODE, UPCAST)
-    if D > 0:
-        y_next = relu(acc_next + tl.load(bn_ptr + offs_d).to(tl.float32)[None, :]).to(dtype)
-        offs_next = offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
-        tl.store(yn_ptr + offs_next, y_next, mask=mask_m[:, None])
-
-
-def launch(
-    problem: TailProblem, config: Config, x: Tensor, weight2: Tensor, bias2: Tensor,
-    weight3: Tensor, bias3: Tensor, residual: Tensor, y: Tensor, next_weight: Tensor | None = None,
-    next_bias: Tensor | None = None, y_next: Tensor | None = None,
-) -> Launch:  # fmt: skip
-    """Tensors as at the top of this file, all of them channels_last; y and y_next are written."""
-    config.check(problem)
-    for tensor in (x, weight2, weight3, residual, y, next_weight, y_next):
-        assert tensor is None or tensor.is_contiguous(memory_format=torch.channels_last)
-    pointers = {
-        "x_ptr": x, "w2_ptr": weight2, "b2_ptr": bias2, "w3_ptr": weight3, "b3_ptr": bias3,
-        "res_ptr": residual, "y_ptr": y, "wn_ptr": next_weight, "bn_ptr": next_bias,
-        "yn_ptr": y_next,
-    }  # fmt: skip
-    sizes = {"M": problem.pixels, "H": problem.h, "W": problem.w, "P": problem.p, "Q": problem.q}
-    constants = {
-        "C": problem.c, "K": problem.k, "D": problem.d, "STRIDE": problem.stride,
-        "MATH_MODE": problem.math_mode,
-        "UPCAST": interpreting() and problem.math_mode == "bf16",
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "RUN": 3 * problem.c if config.row else problem.c,
-    }  # fmt: skip
-    return Launch(
-        _block_tail_kernel, (triton.cdiv(problem.pixels, config.block_m),), {**pointers, **sizes},
-        constants, config.num_warps, config.num_stages,
-    )  # fmt: skip
-
-
-def shipped() -> Iterator[tuple[str, Launch]]:
-    """Every configuration on ResNet-50's blocks of 56x56x64, 28x28x128 and 14x14x256 (batch 32),
-    and a few at stride 2, as in the blocks that halve the resolution."""
-    for math_mode, table in TILES.items():
-        for c, d in table:
-            size = 56 * 64 // c
-            problem = TailProblem(32, c, size, size, 4 * c, d, 1, math_mode)
-            for config in candidates(problem):
-                yield _on_meta(problem, config)
-            if d == 0 and math_mode == "fp16":
-                halving = replace(problem, h=2 * size, w=2 * size, stride=2)
-                yield _on_meta(halving, choose(halving, 132))
-
-
-def _on_meta(problem: TailProblem, config: Config) -> tuple[str, Launch]:
-    like = torch.empty(0, dtype=MATH_MODES[problem.math_mode][0], device="meta")
-
-    def image(*shape: int) -> Tensor:
-        return empty_channels_last(shape, like)
-
-    n, c, k, d, p, q = problem.n, problem.c, problem.k, problem.d, problem.p, problem.q
-    x, y, residual = image(n, c, problem.h, problem.w), image(n, k, p, q), image(n, k, p, q)
-    weights = image(c, c, 3, 3), like.new_empty(c), image(k, c, 1, 1), like.new_empty(k)
-    chain = (image(d, k, 1, 1), like.new_empty(d), image(n, d, p, q)) if d else ()
-    built = launch(problem, config, x, *weights, residual, y, *chain)
-    return f"{problem.label()} {problem.math_mode}: {config.label()}", built
 
 
 def _compute(

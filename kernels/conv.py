@@ -12,9 +12,8 @@ channels a group waste 7/8 of the arithmetic in a tile of 32 and stay bound by m
 group is depthwise.py's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -22,12 +21,11 @@ from torch import Tensor
 
 from resfuse.kernels import depthwise
 from resfuse.kernels.activation import ACTIVATIONS, Slope
-from resfuse.kernels.arguments import channels_last, empty_channels_last
+from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.conv_arguments import (
     Tensors,
-    arguments,
-    constants,
-    problem_of,
+    gemm_arguments,
+    gemm_constants,
     require_arguments,
     split_slope,
     stand_ins,
@@ -41,9 +39,9 @@ from resfuse.kernels.conv_config import (
     cycles,
     resnet_problems,
 )
-from resfuse.kernels.conv_registration import register
+from resfuse.kernels.conv_registration import declare
 from resfuse.kernels.implicit_gemm import multiply, output_channels, store_output, swizzle
-from resfuse.kernels.launch import Launch, multiprocessors, runs_triton
+from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem
 
 __all__ = [
@@ -125,46 +123,23 @@ def conv_kernel(
 
 
 def launch(
-    problem: ConvProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Slope,
-    y: Tensor,
-    config: Config,
-    residual_last: bool = False,
+    problem: ConvProblem, tensors: Tensors, config: Config, residual_last: bool = False
 ) -> Launch:
-    """The launch that fills y.
-
-    Args:
-        problem: what x and the others are; its `residual` is not read.
-        x, weight, residual, y: shapes as above, channels_last, of the problem's dtype.
-        bias: [K]; slope: prelu's [K], leaky_relu's number; either of any float dtype.
+    """The launch that fills y; the problem's `residual` is not read.
 
     Raises:
-        ValueError: the configuration is not valid for the problem.
+        ValueError: the configuration is not valid for the problem, or a tensor not laid out so.
     """
     config.check(problem)
     pixels, channels = config.tiles(problem)
     return Launch(
         conv_kernel,
         (pixels * channels,),
-        {
-            **arguments(problem, x, weight, bias, residual, slope, y),
-            "tiles_m": pixels, "tiles_n": channels,
-            "taps": problem.r * problem.s,
-            "channels": config.pack(problem) * problem.c // problem.groups,
-        },
-        {
-            **constants(problem, residual_last),
-            "TAPS_INNER": config.taps_inner, "PACK": config.pack(problem),
-            "GROUP_M": config.group_m, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-        },
+        gemm_arguments(problem, tensors, config),
+        {**gemm_constants(problem, config, residual_last), "PACK": config.pack(problem)},
         config.num_warps,
         config.num_stages,
-    )  # fmt: skip
+    )
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
@@ -180,78 +155,20 @@ def shipped() -> Iterator[tuple[str, Launch]]:
                 key=lambda problem: cycles(problem, config, sms) / least[problem],
             )
             label = f"{problem.label()} {math_mode} {config.label()}"
-            yield label, launch(problem, *stand_ins(problem), config)
+            yield label, launch(problem, stand_ins(problem), config)
     yield from depthwise.shipped()
 
 
 def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
     """The launch of the kernel and configuration that suit the problem."""
-    sms = multiprocessors(tensors[0].device)
+    sms = multiprocessors(tensors.x.device)
     if problem.c == problem.groups:
         config = depthwise.choose(problem, sms)
-        return depthwise.launch(problem, *tensors, config, residual_last)
-    return launch(problem, *tensors, choose(problem, sms), residual_last)
+        return depthwise.launch(problem, tensors, config, residual_last)
+    return launch(problem, tensors, choose(problem, sms), residual_last)
 
 
-def compute(
-    launch_chosen: Callable[[ConvProblem, Tensors, bool], Launch],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
-    negative_slope: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_last: bool,
-) -> Tensor:
-    """An op's answer: its kernel's where one can run, else the twin's."""
-    if not runs_triton(x):
-        return conv_bn_act_ref(
-            x, weight, bias, residual, stride=stride, padding=padding, dilation=dilation,
-            groups=groups, activation=activation,
-            slope=negative_slope if slope is None else slope, residual_last=residual_last,
-        )  # fmt: skip
-    problem = problem_of(x, weight, residual, stride, padding, dilation, groups, activation)
-    y = empty_channels_last((problem.n, problem.k, problem.p, problem.q), x)
-    if y.numel():
-        tensors = (
-            channels_last(x),
-            channels_last(weight),
-            None if bias is None else bias.contiguous(),
-            None if residual is None else channels_last(residual),
-            negative_slope if slope is None else slope.contiguous(),
-            y,
-        )
-        launch_chosen(problem, tensors, residual_last).run()
-    return y
-
-
-@torch.library.custom_op("resfuse::conv_bn_act", mutates_args=())
-def conv_bn_act_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
-    negative_slope: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_last: bool,
-) -> Tensor:
-    return compute(
-        _launch_chosen, x, weight, bias, residual, slope, negative_slope, stride, padding, dilation,
-        groups, activation, residual_last,
-    )  # fmt: skip
-
-
-register(conv_bn_act_op, torch.ops.resfuse.conv_bn_act)
+conv_bn_act_op = declare("conv_bn_act", conv_bn_act_ref, _launch_chosen)
 
 
 def conv_bn_act(

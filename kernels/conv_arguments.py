@@ -3,18 +3,31 @@ arguments and constants their kernels share.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from resfuse.kernels.activation import Slope, require_activation
 from resfuse.kernels.arguments import empty_channels_last, require_4d, require_like
+from resfuse.kernels.conv_config import Config
 from resfuse.kernels.launch import Argument, interpreting
 from resfuse.kernels.problem import ConvProblem, math_mode_of
 
-# x, weight, bias, residual, slope and y, as launches take them
-Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Slope, Tensor]
+
+class Tensors(NamedTuple):
+    """What a launch reads, and y, which it fills; of the problem's shapes and dtype.
+
+    x, weight, residual, y: channels_last.
+    bias: [K]; slope: prelu's [K], leaky_relu's number; either of any float dtype.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    slope: Slope
+    y: Tensor
 
 
 def require_arguments(
@@ -110,28 +123,21 @@ def split_slope(slope: Slope) -> tuple[Tensor | None, float]:
 
 def stand_ins(problem: ConvProblem) -> Tensors:
     """Tensors on the meta device, for a launch to be compiled."""
-
     bias = torch.empty(problem.k, dtype=problem.dtype, device="meta")
     x = empty_channels_last((problem.n, problem.c, problem.h, problem.w), bias)
     filters = (problem.k, problem.c // problem.groups, problem.r, problem.s)
     y = empty_channels_last((problem.n, problem.k, problem.p, problem.q), bias)
-    return x, empty_channels_last(filters, bias), bias, y if problem.residual else None, None, y
+    weight = empty_channels_last(filters, bias)
+    return Tensors(x, weight, bias, y if problem.residual else None, None, y)
 
 
-def arguments(
-    problem: ConvProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Slope,
-    y: Tensor,
-) -> dict[str, Argument]:
+def arguments(problem: ConvProblem, tensors: Tensors) -> dict[str, Argument]:
     """Pointers, sizes and scalars by the names the kernels give them.
 
     Raises:
         ValueError: a tensor is not laid out as the kernels read it.
     """
+    x, weight, bias, residual, slope, y = tensors
     for name, image in (("x", x), ("weight", weight), ("residual", residual), ("y", y)):
         if image is not None and not image.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(f"argument {name}: strides {image.stride()}; accepted: channels_last")
@@ -160,4 +166,24 @@ def constants(problem: ConvProblem, residual_last: bool) -> dict[str, Any]:
         "ACTIVATION": problem.activation, "RESIDUAL_LAST": residual_last,
         "MATH_MODE": problem.math_mode,
         "UPCAST": problem.math_mode == "bf16" and interpreting(),
+    }  # fmt: skip
+
+
+def gemm_arguments(problem: ConvProblem, tensors: Tensors, tile: Config) -> dict[str, Argument]:
+    """Those, and what there is to go through in tiles of an implicit GEMM."""
+    tiles_m, tiles_n = tile.tiles(problem)
+    return {
+        **arguments(problem, tensors),
+        "tiles_m": tiles_m, "tiles_n": tiles_n,
+        "taps": problem.r * problem.s,
+        "channels": tile.pack(problem) * problem.c // problem.groups,
+    }  # fmt: skip
+
+
+def gemm_constants(problem: ConvProblem, tile: Config, residual_last: bool) -> dict[str, Any]:
+    """The constants every convolution kernel has, and those of an implicit GEMM's tile."""
+    return {
+        **constants(problem, residual_last),
+        "TAPS_INNER": tile.taps_inner, "GROUP_M": tile.group_m,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
     }  # fmt: skip

@@ -1,25 +1,77 @@
-"""What torch must know of a fused convolution's op beside its answer: shapes, FLOPs, gradients.
+"""The op of a fused convolution as torch must know it: its answer, shapes, FLOPs and gradients.
 
-The ops take (x, weight, bias, residual, slope, negative_slope, stride, padding, dilation, groups,
-activation, residual_last).
+Two kernels are such ops, conv_bn_act and its split-K form; a name, the twin and a choice of launch
+make one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from resfuse.kernels.arguments import empty_channels_last
-from resfuse.kernels.conv_arguments import output_shape
+from resfuse.kernels.arguments import channels_last, empty_channels_last
+from resfuse.kernels.conv_arguments import Tensors, output_shape, problem_of
 from resfuse.kernels.gradient import conv_bn_act_backward
+from resfuse.kernels.launch import Launch, runs_triton
+from resfuse.kernels.problem import ConvProblem
 
 
-def register(op: Any, packet: Any) -> None:
-    """Gives an op of that signature (and its overload packet) its shapes, FLOPs and gradients."""
+def declare(
+    name: str,
+    twin: Callable[..., Tensor],
+    launch_chosen: Callable[[ConvProblem, Tensors, bool], Launch],
+) -> Callable[..., Tensor]:
+    """Registers resfuse::`name` with torch.
+
+    Args:
+        twin: conv_bn_act_ref or one of its signature, which answers where no kernel runs.
+        launch_chosen: the launch that suits a problem, of its tensors, and residual_last.
+
+    Returns:
+        The op, which takes its arguments by position and does not check them.
+    """
+
+    @torch.library.custom_op(f"resfuse::{name}", mutates_args=())
+    def op(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        slope: Tensor | None,
+        negative_slope: float,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        activation: str,
+        residual_last: bool,
+    ) -> Tensor:
+        if not runs_triton(x):
+            return twin(
+                x, weight, bias, residual, stride=stride, padding=padding, dilation=dilation,
+                groups=groups, activation=activation,
+                slope=negative_slope if slope is None else slope, residual_last=residual_last,
+            )  # fmt: skip
+        problem = problem_of(x, weight, residual, stride, padding, dilation, groups, activation)
+        y = empty_channels_last((problem.n, problem.k, problem.p, problem.q), x)
+        if y.numel():
+            tensors = Tensors(
+                channels_last(x),
+                channels_last(weight),
+                None if bias is None else bias.contiguous(),
+                None if residual is None else channels_last(residual),
+                negative_slope if slope is None else slope.contiguous(),
+                y,
+            )
+            launch_chosen(problem, tensors, residual_last).run()
+        return y
+
     op.register_fake(_fake)
-    register_flop_formula(packet)(_flops)
+    register_flop_formula(getattr(torch.ops.resfuse, name))(_flops)
     op.register_autograd(_backward, setup_context=_setup_context)
+    return op
 
 
 def _fake(

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from resfuse.kernels.activation import Slope
-from resfuse.kernels.conv_arguments import arguments, constants, stand_ins
+from resfuse.kernels.conv_arguments import Tensors, arguments, constants, stand_ins
 from resfuse.kernels.conv_config import require_countable
 from resfuse.kernels.implicit_gemm import store_output, windows
 from resfuse.kernels.launch import Launch
@@ -108,27 +106,19 @@ def depthwise_kernel(
 
 
 def launch(
-    problem: ConvProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Slope,
-    y: Tensor,
-    config: Config,
-    residual_last: bool = False,
+    problem: ConvProblem, tensors: Tensors, config: Config, residual_last: bool = False
 ) -> Launch:
-    """The launch that fills y; arguments as conv.launch has them.
+    """The launch that fills y.
 
     Raises:
-        ValueError: the problem is not depthwise, or too large.
+        ValueError: the problem is not depthwise, or too large; or a tensor not laid out so.
     """
     config.check(problem)
     pixels = -(-problem.n * problem.p * problem.q // config.block_m)
     return Launch(
         depthwise_kernel,
         (pixels * -(-problem.k // config.block_n),),
-        arguments(problem, x, weight, bias, residual, slope, y),
+        arguments(problem, tensors),
         {
             **constants(problem, residual_last),
             "UNROLL": min(problem.r * problem.s, UNROLLED_TAPS),
@@ -145,5 +135,5 @@ def shipped() -> Iterator[tuple[str, Launch]]:
     for config in CONFIGS:
         yield (
             f"depthwise {problem.label()} {problem.math_mode} {config.block_m}x{config.block_n}",
-            launch(problem, *stand_ins(problem), config),
+            launch(problem, stand_ins(problem), config),
         )

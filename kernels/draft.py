@@ -10,9 +10,10 @@ from torch import nn
 
 from resfuse.kernels.layers import is_norm
 from resfuse.kernels.match import drop_idle, find_chains
-from resfuse.kernels.plan import Forward, Plan, compile_forward
+from resfuse.kernels.plan import Forward, Plan
 from resfuse.kernels.rewrite import (
     Folds,
+    compile_forward,
     overwrite_input,
     returns_a_step,
     rewrite,

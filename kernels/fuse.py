@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from resfuse.kernels.draft import scopes
 from resfuse.kernels.folded import require_weights
+from resfuse.kernels.fused_scope import attach, detach
 from resfuse.kernels.layers import DTYPES
 from resfuse.kernels.parity import require_parity
-from resfuse.kernels.plan import attach, detach, plan_of
+from resfuse.kernels.plan import plan_of
 from resfuse.kernels.sequence import sequence_plan
 
 

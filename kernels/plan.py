@@ -1,43 +1,27 @@
-"""A scope that has been fused: the same module object, of a class that runs a rewritten forward
-where that computes the same, and the original one everywhere else.
-
-Like torch.nn.utils.parametrize, this gives the instance a subclass of its own class: parameters,
-buffers, submodules, hooks and isinstance stay as they were, and taking the class back undoes it.
+"""Plans: the forwards a scope has been given, when one of them may run because it computes what the
+original would, and how folded weights that have become stale are found.
 """
 
-import inspect
-import linecache
 import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.fx as fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from resfuse.kernels.folded import Stamp, require_weights, stamp_of, tensors_of
+from resfuse.kernels.folded import Stamp, stamp_of, tensors_of
 from resfuse.kernels.layers import differs_in_training
-from resfuse.kernels.scope import ORIGINAL, Call, hooks_of, original_class
+from resfuse.kernels.scope import Call, hooks_of
 from resfuse.kernels.steps import Step, convolutions
 
-_PLAN = "_resfuse_plan"
-_STEPS = "_resfuse_steps"
-_LEFT = "_resfuse_left"
-
+PLAN = "_resfuse_plan"  # the attribute of a fused scope that holds its plan
 NOT_RUN = object()
 
 Forward = Callable[..., Any]
 Signature = tuple[Any, ...]  # shape, strides, dtype of an input, and whether autocast was on
 Watched = tuple[dict[str, nn.Module | None], str, nn.Module]  # where a layer is found, and which
-
-
-class Steps:
-    """A scope's steps as attributes: the generated forward calls `self._resfuse_steps.conv1(x)`."""
-
-    def __init__(self, steps: dict[str, Step]) -> None:
-        vars(self).update(steps)
 
 
 class Plan:
@@ -199,103 +183,8 @@ class _Running(threading.local):
 _running = _Running()
 
 
-class FusedScope(nn.Module):
-    """Mixed into the class of a scope while it is fused."""
-
-    def train(self, mode: bool = True) -> Any:
-        super().train(mode)
-        if not mode:
-            vars(self)[_PLAN].fold_ahead()
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        vars(self)[_PLAN].fold_ahead()
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles hold the layers; a plan is made again from them."""
-        require_weights(vars(self)[_PLAN].has_discarded())
-        state = {k: v for k, v in vars(self).items() if k not in (_PLAN, _STEPS)}
-        return _empty, (original_class(self), vars(self)[_PLAN].left), state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        from resfuse.kernels.draft import make_plan
-        from resfuse.kernels.sequence import sequence_plan
-
-        left = vars(self).pop(_LEFT)
-        super().__setstate__(state)
-        self.__class__ = original_class(self)  # type: ignore[assignment]
-        layers = {self.get_submodule(name): reason for name, reason in left.items()}
-        plan = make_plan(self, layers.get).plan or sequence_plan(self)
-        if plan is not None:
-            attach(self, plan)
-            plan.adopt(self)
-
-
-def attach(scope: nn.Module, plan: Plan) -> None:
-    vars(scope)[_PLAN] = plan
-    vars(scope)[_STEPS] = Steps(plan.steps)
-    scope.__class__ = _fused_class(type(scope))
-    plan.fold_ahead()
-
-
-def detach(scope: nn.Module) -> None:
-    scope.__class__ = original_class(scope)
-    del vars(scope)[_PLAN], vars(scope)[_STEPS]
-
-
 def plan_of(module: nn.Module) -> Plan | None:
-    return vars(module).get(_PLAN)
-
-
-def compile_forward(graph: fx.Graph, name: str) -> Forward:
-    """The graph as a function `forward(self, ...)`, with its source where tracebacks find it."""
-    code = graph.python_code(root_module="self")
-    file = f"<resfuse {name}>"
-    linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
-    space = dict(code.globals)
-    exec(compile(code.src, file, "exec"), space)
-    return space["forward"]
-
-
-def step_target(attribute: str) -> str:
-    """What a node calls to run a step."""
-    return f"{_STEPS}.{attribute}"
-
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    if kind not in _classes:
-        name = kind.__name__ if kind.__name__.startswith("Fused") else f"Fused{kind.__name__}"
-        body = {"__module__": kind.__module__, "forward": _forward_in(kind), ORIGINAL: kind}
-        _classes[kind] = type(name, (FusedScope, kind), body)
-    return _classes[kind]
-
-
-def _forward_in(kind: type[nn.Module]) -> Forward:
-    original = kind.forward
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
-            result = vars(self)[_PLAN].run(self, args, kwargs)
-            if result is not NOT_RUN:
-                return result
-        require_weights(vars(self)[_PLAN].has_discarded())
-        return original(self, *args, **kwargs)
-
-    # Exporters match arguments with dynamic shapes by the signature.
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    return forward
-
-
-def _empty(kind: type[nn.Module], left: dict[str, str]) -> nn.Module:
-    fused = _fused_class(kind)
-    scope = fused.__new__(fused)
-    vars(scope)[_LEFT] = left
-    return scope
+    return vars(module).get(PLAN)
 
 
 def _is_watched() -> bool:

@@ -58,13 +58,13 @@ KERNELS: dict[str, KernelSpec] = {
     "conv1x1": KernelSpec(
         "resfuse.kernels.conv1x1:conv1x1",
         "resfuse.kernels.conv1x1:conv1x1_ref",
-        "resfuse.kernels.conv1x1:shipped",
+        "resfuse.kernels.conv1x1_kernel:shipped",
         "1x1 convolution as a GEMM; a projection shortcut folded in as more K",
     ),
     "stem": KernelSpec(
         "resfuse.kernels.stem:stem",
         "resfuse.kernels.stem:stem_ref",
-        "resfuse.kernels.stem:shipped",
+        "resfuse.kernels.stem_kernel:shipped",
         "7x7/2 convolution, ReLU, 3x3/2 max-pool",
     ),
     "bn_act": KernelSpec(
@@ -76,7 +76,7 @@ KERNELS: dict[str, KernelSpec] = {
     "block_tail": KernelSpec(
         "resfuse.kernels.block_tail:block_tail",
         "resfuse.kernels.block_tail:block_tail_ref",
-        "resfuse.kernels.block_tail:shipped",
+        "resfuse.kernels.block_tail_kernel:shipped",
         "3x3, 1x1 + residual + ReLU, and the next block's 1x1",
     ),
 }

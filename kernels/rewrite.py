@@ -1,13 +1,16 @@
-"""Puts steps into a scope's graph in place of the chains they stand for."""
+"""Puts steps into a scope's graph in place of the chains they stand for, and compiles it."""
+
+import linecache
 
 import torch.fx as fx
 from torch import nn
 
 from resfuse.kernels.folded import Fold
 from resfuse.kernels.match import Chain
-from resfuse.kernels.plan import step_target
+from resfuse.kernels.plan import Forward
 from resfuse.kernels.steps import ConvStep, NormStep, ProjectionStep, StemStep, Step
 
+STEPS = "_resfuse_steps"  # the attribute of a fused scope that holds its steps
 Folds = dict[tuple[nn.Module, nn.Module | None], Fold]  # of a convolution and its batch norm
 
 
@@ -45,7 +48,7 @@ def _replace(
 ) -> fx.Node:
     read = [chain.source] if chain.added is None else [chain.source, chain.added]
     inputs = [replaced.get(node, node) for node in read]  # the end of a chain done before
-    target = step_target(prefix + chain.name.replace(".", "_"))
+    target = f"{STEPS}.{prefix}{chain.name.replace('.', '_')}"
     with graph.inserting_after(chain.end):
         node = graph.create_node("call_module", target, tuple(inputs))
     chain.end.replace_all_uses_with(node)
@@ -137,6 +140,16 @@ def straighten(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     for node in called:
         node.target = f"{node.target}.straight"
     return bool(called)
+
+
+def compile_forward(graph: fx.Graph, name: str) -> Forward:
+    """The graph as a function `forward(self, ...)`, with its source where tracebacks find it."""
+    code = graph.python_code(root_module="self")
+    file = f"<resfuse {name}>"
+    linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
+    space = dict(code.globals)
+    exec(compile(code.src, file, "exec"), space)
+    return space["forward"]
 
 
 def _loosen_views(graph: fx.Graph) -> None:

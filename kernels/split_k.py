@@ -13,7 +13,7 @@ FLOPs as conv.py's; beside its bytes, 8 for every element of every partial, whic
 Source: the serial split-K of CUTLASS, and Stream-K (arXiv:2301.03598), with the order made fixed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +22,17 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse.kernels.activation import Slope
-from resfuse.kernels.conv import compute, conv_bn_act_ref
+from resfuse.kernels.conv import conv_bn_act_ref
 from resfuse.kernels.conv_arguments import (
     Tensors,
-    arguments,
-    constants,
+    gemm_arguments,
+    gemm_constants,
     require_arguments,
     split_slope,
     stand_ins,
 )
 from resfuse.kernels.conv_config import resnet_problems
-from resfuse.kernels.conv_registration import register
+from resfuse.kernels.conv_registration import declare
 from resfuse.kernels.implicit_gemm import multiply, output_channels, store_output, swizzle
 from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem
@@ -133,20 +133,16 @@ def workspace(problem: ConvProblem, config: Config, device: torch.device | str) 
 
 def launch(
     problem: ConvProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Slope,
-    y: Tensor,
+    tensors: Tensors,
     config: Config,
     scratch: Workspace,
     residual_last: bool = False,
 ) -> Launch:
-    """The launch that fills y; arguments as conv.launch has them.
+    """The launch that fills y; the problem's `residual` is not read.
 
     Raises:
-        ValueError: the configuration is not valid for the problem, or `scratch` too small.
+        ValueError: the configuration is not valid for the problem, a tensor not laid out so, or
+            `scratch` too small.
     """
     config.check(problem)
     tile = config.tile
@@ -166,19 +162,13 @@ def launch(
         split_k_kernel,
         (tiles, config.splits),
         {
-            **arguments(problem, x, weight, bias, residual, slope, y),
+            **gemm_arguments(problem, tensors, tile),
             "partials_ptr": scratch.partials, "counters_ptr": scratch.counters,
-            "tiles_m": tiles_m, "tiles_n": tiles_n,
-            "taps": problem.r * problem.s, "channels": problem.c,
             "splits": config.splits, "split_channels": config.split_channels,
             "taps_each": config.taps_each(problem),
             "channels_each": config.channel_blocks_each(problem) * tile.block_k,
         },
-        {
-            **constants(problem, residual_last),
-            "TAPS_INNER": tile.taps_inner, "GROUP_M": tile.group_m,
-            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        },
+        gemm_constants(problem, tile, residual_last),
         tile.num_warps,
         tile.num_stages,
     )  # fmt: skip
@@ -204,39 +194,18 @@ def shipped() -> Iterator[tuple[str, Launch]]:
             )
             label = f"{problem.label()} {math_mode} {config.label()}"
             scratch = workspace(problem, config, "meta")
-            yield label, launch(problem, *stand_ins(problem), config, scratch)
+            yield label, launch(problem, stand_ins(problem), config, scratch)
 
 
 def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
     """The launch of the configuration that suits the problem, in a workspace of its own."""
-    device = tensors[0].device
+    device = tensors.x.device
     config = choose(problem, multiprocessors(device))
     scratch = workspace(problem, config, device)
-    return launch(problem, *tensors, config, scratch, residual_last)
+    return launch(problem, tensors, config, scratch, residual_last)
 
 
-@torch.library.custom_op("resfuse::conv_bn_act_split_k", mutates_args=())
-def conv_bn_act_split_k_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
-    negative_slope: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_last: bool,
-) -> Tensor:
-    return compute(
-        _launch_chosen, x, weight, bias, residual, slope, negative_slope, stride, padding, dilation,
-        groups, activation, residual_last,
-    )  # fmt: skip
-
-
-register(conv_bn_act_split_k_op, torch.ops.resfuse.conv_bn_act_split_k)
+conv_bn_act_split_k_op = declare("conv_bn_act_split_k", conv_bn_act_split_k_ref, _launch_chosen)
 
 
 def conv_bn_act_split_k(

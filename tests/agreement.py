@@ -1,6 +1,8 @@
 """Is a kernel's answer right? One judge for all kernel tests, on the harness's tolerance table."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,3 +41,41 @@ def require_close(got: Tensor, want: Tensor, math_mode: str, reduction: int = 1)
             f"{largest:.3g}, RMS {rms:.3g}; first at {first}: {float(value[first]):.6g}, "
             f"wanted {float(want[first]):.6g}"
         )
+
+
+def exact(twin: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The twin's answer in fp64, to the same rounded numbers."""
+    return twin(
+        *(_wide(value) for value in args), **{name: _wide(value) for name, value in options.items()}
+    )
+
+
+def _wide(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def require_close_gradients(
+    op: Callable[..., Any],
+    twin: Callable[..., Any],
+    leaves: dict[str, Tensor],
+    upstream: Tensor,
+    math_mode: str,
+    reduction: int,
+) -> None:
+    """Fails unless the op has the gradients of its twin in fp64, and none where that has none.
+
+    Args:
+        leaves: what both take, by name.
+        upstream: the gradient of their answer.
+    """
+    grads = []
+    for function, dtype in ((op, torch.float32), (twin, torch.float64)):
+        own = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
+        function(**own).backward(upstream.to(dtype))
+        grads.append({name: leaf.grad for name, leaf in own.items()})
+    assert any(want is not None for want in grads[1].values())
+    for name, want in grads[1].items():
+        got = grads[0][name]
+        assert (got is None) == (want is None), name
+        if got is not None and want is not None:
+            require_close(got, want, math_mode, reduction)

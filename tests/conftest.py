@@ -19,6 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 Resfuse = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture
+def seeded() -> None:
+    """What a test draws from torch's own generator is the same in every run."""
+    torch.manual_seed(0)
+
+
 def insert_after(file: Path, line: str, added: str) -> None:
     """Adds one line behind the one that starts with `line`, as a contributor would."""
     lines = file.read_text().splitlines(keepends=True)

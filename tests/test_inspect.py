@@ -23,8 +23,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from resfuse.bench.cli import main
 from resfuse.kernels import inspect as module
 from resfuse.kernels.inspect import (
-    DEFAULT_TARGETS,
-    TARGETS,
     Inspection,
     compile_launch,
     has_risky_operands,
@@ -32,10 +30,10 @@ from resfuse.kernels.inspect import (
     inspect_launch,
     jobs,
     problems,
-    resident_ctas,
 )
 from resfuse.kernels.launch import Launch
 from resfuse.kernels.registry import KERNELS
+from resfuse.kernels.targets import DEFAULT_TARGETS, TARGETS, resident_ctas
 
 
 @triton.jit

@@ -13,26 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from agreement import require_close
+from agreement import exact, require_close
+from kernel_inputs import DEVICE, NEEDS_GPU
 from resfuse.kernels import block_tail as module
 from resfuse.kernels.arguments import channels_last
-from resfuse.kernels.block_tail import (
+from resfuse.kernels.block_tail import block_tail, block_tail_ref, problem_of
+from resfuse.kernels.block_tail_config import (
     CONFIGS,
+    TILES,
     Config,
     TailProblem,
-    block_tail,
-    block_tail_ref,
     candidates,
     choose,
-    launch,
-    problem_of,
-    shipped,
     supports,
 )
+from resfuse.kernels.block_tail_kernel import launch, shipped
 from resfuse.kernels.problem import MATH_MODES
-from resfuse.kernels.tail_config import TILES
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = TailProblem(1, 64, 5, 7, 64, 64, 1, "ieee")  # 35 pixels: neither a tile nor a multiple
 Arguments = dict[str, Tensor | None]
 
@@ -70,8 +67,7 @@ def as_pair(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
 
 def reference(given: Arguments, stride: int = 1) -> tuple[Tensor, ...]:
     """The twin in fp64."""
-    wide = {name: None if t is None else t.double() for name, t in given.items()}
-    return as_pair(block_tail_ref(**wide, stride=(stride, stride)))
+    return as_pair(exact(block_tail_ref, **given, stride=(stride, stride)))
 
 
 def require_right(got: tuple[Tensor, ...], given: Arguments, problem: TailProblem) -> None:
@@ -135,7 +131,7 @@ def check_launch(problem: TailProblem, config: Config, given: Arguments) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="full-size problems take hours in the interpreter")
+@NEEDS_GPU
 @pytest.mark.parametrize(("math_mode", "c", "d", "config"), list(shipped_cases()))
 def test_every_shipped_config_on_its_real_problem(
     math_mode: str, c: int, d: int, config: Config

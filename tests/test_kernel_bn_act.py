@@ -1,6 +1,8 @@
 """Batch norm, residual and activation in one pass: against fp64 and against torch's own layer."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,61 +11,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from agreement import require_close
+from agreement import exact, require_close, require_close_gradients
+from kernel_inputs import DEVICE, DTYPES, NEEDS_GPU, image
 from resfuse.kernels.activation import ACTIVATIONS, Slope
-from resfuse.kernels.bn_act import (
-    CONFIGS,
-    BnActProblem,
-    Config,
-    bn_act,
-    bn_act_op,
-    bn_act_ref,
-    candidates,
-    choose,
-    launch,
-    shipped,
-)
+from resfuse.kernels.bn_act import bn_act, bn_act_op, bn_act_ref, launch, shipped
+from resfuse.kernels.bn_act_config import CONFIGS, BnActProblem, Config, candidates, choose
 from resfuse.kernels.folding import bn_scale_shift
 from resfuse.kernels.problem import math_mode_of
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="full sizes take hours in the interpreter")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+pytestmark = pytest.mark.usefixtures("seeded")
 # n, c, h, w: a ResNet shape cut small, primes, one pixel, one element, channels past a block
 SHAPES = [(2, 64, 4, 6), (3, 13, 5, 7), (1, 8, 1, 1), (1, 1, 1, 1), (1, 2050, 1, 2)]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    drawn = torch.randn(shape, device=DEVICE).to(dtype)
-    return drawn.contiguous(memory_format=torch.channels_last)
+reference = partial(exact, bn_act_ref)
 
 
 def vector(channels: int) -> Tensor:
     return torch.randn(channels, device=DEVICE)
-
-
-def reference(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None = None,
-    *,
-    activation: str = "relu",
-    slope: Slope = None,
-    residual_last: bool = False,
-) -> Tensor:
-    """The twin in fp64, of the same arguments."""
-    return bn_act_ref(
-        x.double(), scale.double(), shift.double(),
-        residual.double() if residual is not None else None,
-        activation=activation, residual_last=residual_last,
-        slope=slope.double() if isinstance(slope, Tensor) else slope,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("residual", ["none", "first", "last"])
@@ -172,21 +135,12 @@ def test_gradients_agree_with_fp64(activation: str, residual_last: bool) -> None
         "residual": image(2, 5, 3, 2), "slope": torch.rand(5, device=DEVICE),
     }  # fmt: skip
     upstream = image(2, 5, 3, 2)
-    grads = []
-    for op, dtype in ((bn_act, torch.float32), (bn_act_ref, torch.float64)):
-        own = {name: leaf.to(dtype).detach().requires_grad_() for name, leaf in leaves.items()}
-        slope = 0.1 if activation == "leaky_relu" else own["slope"]
-        y = op(
-            own["x"], own["scale"], own["shift"], own["residual"],
-            activation=activation, slope=slope, residual_last=residual_last,
-        )  # fmt: skip
-        y.backward(upstream.to(dtype))
-        grads.append({name: leaf.grad for name, leaf in own.items()})
-    for name, want in grads[1].items():
-        if want is None:  # a slope that the activation does not have
-            assert grads[0][name] is None
-            continue
-        require_close(grads[0][name], want, "ieee", 100)
+    options: dict[str, Any] = {"activation": activation, "residual_last": residual_last}
+    if activation == "leaky_relu":
+        del leaves["slope"]
+        options["slope"] = 0.1
+    ops = partial(bn_act, **options), partial(bn_act_ref, **options)
+    require_close_gradients(*ops, leaves, upstream, "ieee", 100)
 
 
 def test_is_a_well_behaved_operator() -> None:

@@ -1,6 +1,8 @@
 """The 1x1 convolution: against fp64 in every way it can be fed, and what it refuses."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,26 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from agreement import require_close
+from agreement import exact, require_close, require_close_gradients
+from kernel_inputs import DEVICE, DTYPES, NEEDS_GPU, image, poisoned
 from resfuse.kernels.activation import ACTIVATIONS, Slope
-from resfuse.kernels.conv1x1 import (
-    CONFIGS,
-    Config,
-    Conv1x1Problem,
-    Shortcut,
-    candidates,
-    choose,
-    conv1x1,
-    conv1x1_op,
-    conv1x1_ref,
-    launch,
-    shipped,
-)
+from resfuse.kernels.conv1x1 import Shortcut, conv1x1, conv1x1_op, conv1x1_ref
+from resfuse.kernels.conv1x1_config import CONFIGS, Config, Conv1x1Problem, candidates, choose
+from resfuse.kernels.conv1x1_kernel import launch, shipped
 from resfuse.kernels.problem import MATH_MODES, math_mode_of
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="full sizes take hours in the interpreter")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+pytestmark = pytest.mark.usefixtures("seeded")
 # n, c, h, w, k, stride: a ResNet shape cut small, primes, one pixel, stride 2 at an odd batch
 CASES = {
     "resnet": (2, 16, 4, 6, 32, (1, 1)),
@@ -41,53 +32,20 @@ POINTERS = Config(16, 16, 16, 4, 2, descriptors=False)
 DESCRIPTORS = replace(POINTERS, descriptors=True)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    drawn = torch.randn(shape, device=DEVICE).to(dtype)
-    return drawn.contiguous(memory_format=torch.channels_last)
-
-
 def filters(k: int, c: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return image(k, c, 1, 1, dtype=dtype) / c**0.5
 
 
-def exact(x: Tensor | None) -> Tensor | None:
-    return x.double() if x is not None else None
-
-
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    *,
-    stride: tuple[int, int] = (1, 1),
-    activation: str = "identity",
-    slope: Slope = None,
-    residual_last: bool = False,
-    shortcut: Shortcut | None = None,
-) -> Tensor:
+def reference(*args: Tensor | None, shortcut: Shortcut | None = None, **options: Any) -> Tensor:
     """The twin in fp64, of the same arguments."""
     if shortcut is not None:
         shortcut = Shortcut(shortcut.x.double(), shortcut.weight.double(), shortcut.stride)
-    return conv1x1_ref(
-        x.double(), weight.double(), exact(bias), exact(residual),
-        stride=stride, activation=activation, residual_last=residual_last, shortcut=shortcut,
-        slope=slope.double() if isinstance(slope, Tensor) else slope,
-    )  # fmt: skip
+    return exact(conv1x1_ref, *args, shortcut=shortcut, **options)
 
 
 def output_of(x: Tensor, k: int, stride: tuple[int, int] = (1, 1)) -> tuple[int, int, int, int]:
     n, _, h, w = x.shape
     return n, k, (h - 1) // stride[0] + 1, (w - 1) // stride[1] + 1
-
-
-def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
-    return image(*shape, dtype=dtype).fill_(float("nan"))
 
 
 @pytest.mark.parametrize("residual", ["none", "first", "last"])
@@ -215,21 +173,15 @@ def test_gradients_agree_with_fp64(activation: str, residual_last: bool) -> None
         "side": image(2, 4, 3, 3), "side_weight": filters(5, 4),
     }  # fmt: skip
     upstream = image(2, 5, 2, 2)
-    grads = []
-    for op, dtype in ((conv1x1, torch.float32), (conv1x1_ref, torch.float64)):
-        own = {name: leaf.to(dtype).detach().requires_grad_() for name, leaf in leaves.items()}
-        y = op(
-            own["x"], own["weight"], own["bias"], own["residual"], stride=(2, 2),
-            activation=activation, slope=own["slope"], residual_last=residual_last,
-            shortcut=Shortcut(own["side"], own["side_weight"], (2, 2)),
+
+    def answer(op: Any, side: Tensor, side_weight: Tensor, **own: Tensor) -> Tensor:
+        return op(
+            **own, stride=(2, 2), activation=activation, residual_last=residual_last,
+            shortcut=Shortcut(side, side_weight, (2, 2)),
         )  # fmt: skip
-        y.backward(upstream.to(dtype))
-        grads.append({name: leaf.grad for name, leaf in own.items()})
-    for name, want in grads[1].items():
-        if want is None:  # a slope that the activation does not have
-            assert grads[0][name] is None
-            continue
-        require_close(grads[0][name], want, math_mode_of(torch.float32), 400)
+
+    ops = partial(answer, conv1x1), partial(answer, conv1x1_ref)
+    require_close_gradients(*ops, leaves, upstream, math_mode_of(torch.float32), 400)
 
 
 def test_is_a_well_behaved_operator() -> None:

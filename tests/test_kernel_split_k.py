@@ -5,6 +5,7 @@ the workspace, and the choice. Sizes are tiny, as there.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from agreement import require_close
+from agreement import exact, require_close, require_close_gradients
+from kernel_inputs import DEVICE, NEEDS_GPU, convolution, poisoned
 from resfuse.kernels import conv_config, split_k
 from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.conv import conv_bn_act_ref
-from resfuse.kernels.conv_arguments import problem_of
+from resfuse.kernels.conv_arguments import Tensors, problem_of
 from resfuse.kernels.problem import MATH_MODES, ConvProblem, math_mode_of
 from resfuse.kernels.split_k import (
     Config,
@@ -30,37 +32,15 @@ from resfuse.kernels.split_k import (
     workspace,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = conv_config.Config(16, 16, 16)
+reference = partial(exact, conv_bn_act_ref)
 LATE = ConvProblem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1))  # ResNet-50's last 3x3 at batch 1
-
-
-def tensors(
-    x_shape: tuple[int, ...], k: int, filter_size: tuple[int, int],
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x, weight (of unit gain) and bias."""
-    generator = torch.Generator().manual_seed(0)
-    gain = (x_shape[1] * filter_size[0] * filter_size[1]) ** -0.5
-    x = torch.randn(x_shape, generator=generator)
-    weight = torch.randn(k, x_shape[1], *filter_size, generator=generator) * gain
-    bias = torch.randn(k, generator=generator)
-    x, weight, bias = (tensor.to(DEVICE, dtype) for tensor in (x, weight, bias))
-    return channels_last(x), channels_last(weight), bias
-
-
-def exact(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
-    """The twin in fp64, on the same rounded numbers."""
-    wide = [t.double() if isinstance(t, Tensor) else t for t in (x, weight, *rest)]
-    if isinstance(options.get("slope"), Tensor):
-        options["slope"] = options["slope"].double()
-    return conv_bn_act_ref(*wide, **options)
 
 
 def require_right(got: Tensor, x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> None:
     assert got.dtype == x.dtype
     assert got.is_contiguous(memory_format=torch.channels_last)
-    want = exact(x, weight, *rest, **options)
+    want = reference(x, weight, *rest, **options)
     require_close(got, want, math_mode_of(x.dtype), weight[0].numel())
 
 
@@ -71,11 +51,8 @@ def described(x: Tensor, weight: Tensor, math_mode: str | None = None) -> ConvPr
     return replace(problem, math_mode=math_mode or problem.math_mode)
 
 
-def poisoned(problem: ConvProblem) -> Tensor:
-    """y full of NaN, which the kernel must overwrite."""
-    shape = (problem.n, problem.k, problem.p, problem.q)
-    y = torch.full(shape, float("nan"), dtype=problem.dtype, device=DEVICE)
-    return channels_last(y)
+def output(problem: ConvProblem) -> Tensor:
+    return poisoned(problem.n, problem.k, problem.p, problem.q, dtype=problem.dtype)
 
 
 @pytest.mark.parametrize(
@@ -87,36 +64,36 @@ def poisoned(problem: ConvProblem) -> Tensor:
 def test_every_split_gives_the_whole_sum(
     split_taps: int, split_channels: int, taps_inner: bool
 ) -> None:
-    x, weight, bias = tensors((1, 40, 5, 7), 24, (3, 3))
+    x, weight, bias = convolution((1, 40, 5, 7), 24, (3, 3))
     problem = described(x, weight)
     config = Config(replace(TILE, taps_inner=taps_inner), split_taps, split_channels)
     scratch = workspace(problem, config, DEVICE)
     scratch.partials.fill_(float("nan"))
-    y = poisoned(problem)
-    split_k.launch(problem, x, weight, bias, None, None, y, config, scratch).run()
+    y = output(problem)
+    split_k.launch(problem, Tensors(x, weight, bias, None, None, y), config, scratch).run()
     require_right(y, x, weight, bias, padding=(1, 1), activation="relu")
 
 
 @pytest.mark.parametrize("math_mode", MATH_MODES)
 def test_every_math_mode(math_mode: str) -> None:
-    x, weight, bias = tensors((1, 32, 4, 5), 24, (3, 3), MATH_MODES[math_mode][0])
+    x, weight, bias = convolution((1, 32, 4, 5), 24, (3, 3), MATH_MODES[math_mode][0])
     problem = described(x, weight, math_mode)
-    config, y = Config(TILE, 3, 2), poisoned(problem)
+    config, y = Config(TILE, 3, 2), output(problem)
     scratch = workspace(problem, config, DEVICE)
-    split_k.launch(problem, x, weight, bias, None, None, y, config, scratch).run()
-    want = exact(x, weight, bias, padding=(1, 1), activation="relu")
+    split_k.launch(problem, Tensors(x, weight, bias, None, None, y), config, scratch).run()
+    want = reference(x, weight, bias, padding=(1, 1), activation="relu")
     require_close(y, want, math_mode, weight[0].numel())
 
 
 def test_a_workspace_serves_again_without_being_cleared() -> None:
     """The last CTA of a tile leaves its counter at zero: if it did not, no CTA of the second launch
     would be the last, and y would stay NaN."""
-    x, weight, bias = tensors((1, 32, 4, 5), 24, (3, 3))
+    x, weight, bias = convolution((1, 32, 4, 5), 24, (3, 3))
     problem, config = described(x, weight), Config(TILE, 3, 2)
     scratch = workspace(problem, config, DEVICE)
     for scale in (1, 2):
-        y, scaled = poisoned(problem), channels_last(x * scale)
-        split_k.launch(problem, scaled, weight, bias, None, None, y, config, scratch).run()
+        y, scaled = output(problem), channels_last(x * scale)
+        split_k.launch(problem, Tensors(scaled, weight, bias, None, None, y), config, scratch).run()
         assert (scratch.counters == 0).all()
         require_right(y, scaled, weight, bias, padding=(1, 1), activation="relu")
 
@@ -130,8 +107,8 @@ def test_partials_are_added_in_the_order_of_the_splits() -> None:
     config = Config(TILE, 3, 1)
     scratch = workspace(problem, config, DEVICE)
     for _ in range(3 if DEVICE == "cpu" else 100):
-        y = poisoned(problem)
-        split_k.launch(problem, x, weight, None, None, None, y, config, scratch).run()
+        y = output(problem)
+        split_k.launch(problem, Tensors(x, weight, None, None, None, y), config, scratch).run()
         assert y.item() == 0
 
 
@@ -150,7 +127,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, tuple[int, int], dict[str, Any]]] 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_agrees_with_fp64_on_every_kind_of_shape(shape: str, dtype: torch.dtype) -> None:
     x_shape, k, filter_size, options = SHAPES[shape]
-    x, weight, bias = tensors(x_shape, k, filter_size, dtype)
+    x, weight, bias = convolution(x_shape, k, filter_size, dtype)
     got = conv_bn_act_split_k(x, weight, bias, activation="relu", **options)
     require_right(got, x, weight, bias, activation="relu", **options)
 
@@ -160,7 +137,7 @@ def test_it_agrees_with_fp64_on_every_kind_of_shape(shape: str, dtype: torch.dty
 def test_the_epilogue_is_applied_once_to_the_whole_sum(
     activation: str, residual_last: bool
 ) -> None:
-    x, weight, bias = tensors((1, 48, 3, 4), 16, (1, 1))
+    x, weight, bias = convolution((1, 48, 3, 4), 16, (1, 1))
     residual = torch.randn(1, 16, 3, 4, device=DEVICE)  # NCHW: made channels_last
     slope = {"leaky_relu": 0.2, "prelu": torch.linspace(-1, 1, 16, device=DEVICE)}.get(activation)
     options: dict[str, Any] = {
@@ -173,10 +150,10 @@ def test_the_epilogue_is_applied_once_to_the_whole_sum(
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_go_where_torch_sends_them(poison: float) -> None:
-    x, weight, bias = tensors((1, 32, 6, 6), 16, (3, 3))
+    x, weight, bias = convolution((1, 32, 6, 6), 16, (3, 3))
     x[0, 5, 1, 2] = poison
     got = conv_bn_act_split_k(x, weight, bias, activation="relu")
-    want = exact(x, weight, bias, activation="relu")
+    want = reference(x, weight, bias, activation="relu")
     assert not want.isfinite().all() and want.isfinite().any()
     require_close(got, want, math_mode_of(x.dtype), weight[0].numel())
 
@@ -195,28 +172,22 @@ def test_any_shape(
     n: int, c: int, k: int, size: tuple[int, int], filter_size: tuple[int, int],
     stride: tuple[int, int], padding: tuple[int, int],
 ) -> None:  # fmt: skip
-    x, weight, bias = tensors((n, c, *size), k, filter_size)
+    x, weight, bias = convolution((n, c, *size), k, filter_size)
     options = {"stride": stride, "padding": padding}
     require_right(conv_bn_act_split_k(x, weight, bias, **options), x, weight, bias, **options)
 
 
 def test_gradients_are_those_of_the_twin_in_fp64() -> None:
-    x, weight, bias = tensors((2, 16, 5, 4), 16, (3, 3))
-    grad = torch.randn(2, 16, 5, 4, device=DEVICE)
-
-    def gradients(op: Any, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, bias)]
-        y = op(*leaves, padding=(1, 1), activation="silu")
-        return list(torch.autograd.grad(y, leaves, grad.to(dtype)))
-
-    got = gradients(conv_bn_act_split_k, torch.float32)
-    want = gradients(conv_bn_act_ref, torch.float64)
-    for mine, right in zip(got, want, strict=True):
-        require_close(mine, right, math_mode_of(torch.float32), 16 * 9 * 8)
+    x, weight, bias = convolution((2, 16, 5, 4), 16, (3, 3))
+    leaves = {"x": x, "weight": weight, "bias": bias}
+    options: dict[str, Any] = {"padding": (1, 1), "activation": "silu"}
+    ops = partial(conv_bn_act_split_k, **options), partial(conv_bn_act_ref, **options)
+    upstream = torch.randn(2, 16, 5, 4, device=DEVICE)
+    require_close_gradients(*ops, leaves, upstream, math_mode_of(torch.float32), 16 * 9 * 8)
 
 
 def test_torch_finds_the_op_well_formed() -> None:
-    x, weight, bias = tensors((1, 16, 4, 4), 16, (3, 3))
+    x, weight, bias = convolution((1, 16, 4, 4), 16, (3, 3))
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
     arguments = (
@@ -226,7 +197,7 @@ def test_torch_finds_the_op_well_formed() -> None:
 
 
 def test_it_compiles_into_one_graph() -> None:
-    x, weight, bias = tensors((1, 16, 5, 5), 16, (3, 3))
+    x, weight, bias = convolution((1, 16, 5, 5), 16, (3, 3))
 
     def network(x: Tensor) -> Tensor:
         return conv_bn_act_split_k(x, weight, bias, padding=(1, 1), activation="relu") * 2
@@ -236,7 +207,7 @@ def test_it_compiles_into_one_graph() -> None:
 
 
 def test_flops_are_counted_as_for_torchs_own_convolution() -> None:
-    x, weight, bias = tensors((1, 32, 5, 5), 16, (3, 3))
+    x, weight, bias = convolution((1, 32, 5, 5), 16, (3, 3))
     with FlopCounterMode(display=False) as counter:
         conv_bn_act_split_k(x, weight, bias, padding=(1, 1))
     assert counter.get_total_flops() == 2 * 5 * 5 * 16 * 32 * 9
@@ -276,16 +247,16 @@ def test_a_config_refuses_no_split() -> None:
 
 
 def test_a_workspace_too_small_is_refused() -> None:
-    x, weight, bias = tensors((1, 32, 4, 5), 24, (3, 3))
+    x, weight, bias = convolution((1, 32, 4, 5), 24, (3, 3))
     problem, config = described(x, weight), Config(TILE, 3, 2)
     small = workspace(problem, Config(TILE, 3, 1), DEVICE)
-    y = poisoned(problem)
+    y = output(problem)
     with pytest.raises(ValueError, match="argument scratch: partials"):
-        split_k.launch(problem, x, weight, bias, None, None, y, config, small)
+        split_k.launch(problem, Tensors(x, weight, bias, None, None, y), config, small)
     fitting = workspace(problem, config, DEVICE)
     floating = replace(fitting, counters=fitting.counters.float())
     with pytest.raises(ValueError, match="argument scratch: counters"):
-        split_k.launch(problem, x, weight, bias, None, None, y, config, floating)
+        split_k.launch(problem, Tensors(x, weight, bias, None, None, y), config, floating)
 
 
 @pytest.mark.parametrize("math_mode", MATH_MODES)
@@ -335,23 +306,25 @@ def test_every_tile_is_shipped_on_the_meta_device() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="full-size convolutions take hours in the interpreter")
+@NEEDS_GPU
 @pytest.mark.parametrize("math_mode", MATH_MODES)
 def test_every_candidate_is_right_and_the_same_every_time_at_full_size(math_mode: str) -> None:
     for problem in conv_config.resnet_problems(math_mode):
         if problem.n > 1 or problem.groups > 1:
             continue
-        x, weight, bias = tensors(
+        x, weight, bias = convolution(
             (problem.n, problem.c, problem.h, problem.w), problem.k, (problem.r, problem.s),
             problem.dtype,
         )  # fmt: skip
         options = {"stride": problem.stride, "padding": problem.padding}
-        want = exact(x, weight, bias, activation="relu", **options)
+        want = reference(x, weight, bias, activation="relu", **options)
         for config in candidates(problem):
             scratch = workspace(problem, config, DEVICE)
-            runs = [poisoned(problem) for _ in range(20)]
+            runs = [output(problem) for _ in range(20)]
             for y in runs:
-                split_k.launch(problem, x, weight, bias, None, None, y, config, scratch).run()
+                split_k.launch(
+                    problem, Tensors(x, weight, bias, None, None, y), config, scratch
+                ).run()
             require_close(runs[0], want, math_mode, weight[0].numel())
             assert all(torch.equal(runs[0], y) for y in runs[1:])
 
@@ -359,11 +332,11 @@ def test_every_candidate_is_right_and_the_same_every_time_at_full_size(math_mode
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_a_graph_replays_in_one_workspace() -> None:
-    x, weight, bias = tensors((1, 512, 7, 7), 512, (3, 3), torch.float16)
+    x, weight, bias = convolution((1, 512, 7, 7), 512, (3, 3), torch.float16)
     problem = described(x, weight)
-    config, y = choose(problem, 132), poisoned(problem)
+    config, y = choose(problem, 132), output(problem)
     scratch = workspace(problem, config, DEVICE)
-    launch = split_k.launch(problem, x, weight, bias, None, None, y, config, scratch)
+    launch = split_k.launch(problem, Tensors(x, weight, bias, None, None, y), config, scratch)
     launch.run()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,6 +1,7 @@
 """The stem: convolution, ReLU and max-pool against fp64, at every kind of border."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,26 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from agreement import require_close
+from agreement import exact, require_close, require_close_gradients
+from kernel_inputs import DEVICE, DTYPES, NEEDS_GPU, image, poisoned
 from resfuse.kernels.problem import MATH_MODES, math_mode_of
-from resfuse.kernels.stem import (
-    CONFIGS,
-    Config,
-    StemProblem,
-    candidates,
-    choose,
-    launch,
-    pack_weight,
-    shipped,
-    stem,
-    stem_op,
-    stem_ref,
-    window_width,
-)
+from resfuse.kernels.stem import stem, stem_op, stem_ref
+from resfuse.kernels.stem_config import CONFIGS, Config, StemProblem, candidates, choose
+from resfuse.kernels.stem_kernel import launch, pack_weight, shipped, window_width
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="full sizes take hours in the interpreter")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+pytestmark = pytest.mark.usefixtures("seeded")
 # n, c, h, w, k: an ImageNet shape cut small, primes, one pixel, and every C
 CASES = {
     "imagenet": (2, 3, 16, 16, 16),
@@ -39,25 +28,11 @@ CASES = {
     "four channels": (1, 4, 10, 7, 8),
 }
 SMALL = Config(16, 16, 2, 4)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    drawn = torch.randn(shape, device=DEVICE).to(dtype)
-    return drawn.contiguous(memory_format=torch.channels_last)
+reference = partial(exact, stem_ref)
 
 
 def filters(k: int, c: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return image(k, c, 7, 7, dtype=dtype) / (49 * c) ** 0.5
-
-
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The twin in fp64, of the same arguments."""
-    return stem_ref(x.double(), weight.double(), bias.double() if bias is not None else None)
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
@@ -89,7 +64,7 @@ def test_fills_a_poisoned_output(rows: int, mode: str) -> None:
     dtype = MATH_MODES[mode][0]
     x, weight, bias = image(2, 3, 18, 9, dtype=dtype), filters(20, 3, dtype), torch.randn(20)
     bias = bias.to(DEVICE)
-    y = image(2, 20, 5, 3, dtype=dtype).fill_(float("nan"))
+    y = poisoned(2, 20, 5, 3, dtype=dtype)
     config = replace(SMALL, rows=rows)
     launch(y, x, pack_weight(weight), bias, math_mode=mode, config=config).run()
     require_close(y, reference(x, weight, bias), mode, 147)
@@ -147,13 +122,7 @@ def test_packs_rows_of_the_window(channels: int) -> None:
 def test_gradients_agree_with_fp64() -> None:
     leaves = {"x": image(2, 3, 9, 11), "weight": filters(5, 3), "bias": torch.randn(5).to(DEVICE)}
     upstream = image(2, 5, 3, 3)
-    grads = []
-    for op, dtype in ((stem, torch.float32), (stem_ref, torch.float64)):
-        own = {name: leaf.to(dtype).detach().requires_grad_() for name, leaf in leaves.items()}
-        op(own["x"], own["weight"], own["bias"]).backward(upstream.to(dtype))
-        grads.append({name: leaf.grad for name, leaf in own.items()})
-    for name, want in grads[1].items():
-        require_close(grads[0][name], want, math_mode_of(torch.float32), 1000)
+    require_close_gradients(stem, stem_ref, leaves, upstream, math_mode_of(torch.float32), 1000)
 
 
 def test_is_a_well_behaved_operator() -> None:
@@ -259,6 +228,6 @@ def test_every_configuration_is_right_at_full_size(mode: str) -> None:
     want = reference(x, weight, bias)
     for config in candidates(StemProblem(4, 3, 224, 224, 64, mode)):
         if config.least_capability <= arch:
-            y = image(4, 64, 56, 56, dtype=dtype).fill_(float("nan"))
+            y = poisoned(4, 64, 56, 56, dtype=dtype)
             launch(y, x, pack_weight(weight), bias, math_mode=mode, config=config).run()
             require_close(y, want, mode, 147)

@@ -1,0 +1,105 @@
+"""A scope that has been fused: the same module object, of a class that runs a rewritten forward
+where that computes the same, and the original one everywhere else.
+
+Like torch.nn.utils.parametrize, this gives the instance a subclass of its own class: parameters,
+buffers, submodules, hooks and isinstance stay as they were, and taking the class back undoes it.
+"""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from resfuse.kernels.draft import make_plan
+from resfuse.kernels.folded import require_weights
+from resfuse.kernels.plan import NOT_RUN, PLAN, Forward, Plan
+from resfuse.kernels.rewrite import STEPS
+from resfuse.kernels.scope import ORIGINAL, original_class
+from resfuse.kernels.sequence import sequence_plan
+from resfuse.kernels.steps import Step
+
+_LEFT = "_resfuse_left"
+
+
+class Steps:
+    """A scope's steps as attributes: the generated forward calls `self._resfuse_steps.conv1(x)`."""
+
+    def __init__(self, steps: dict[str, Step]) -> None:
+        vars(self).update(steps)
+
+
+class FusedScope(nn.Module):
+    """Mixed into the class of a scope while it is fused."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if not mode:
+            vars(self)[PLAN].fold_ahead()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        vars(self)[PLAN].fold_ahead()
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles hold the layers; a plan is made again from them."""
+        require_weights(vars(self)[PLAN].has_discarded())
+        state = {k: v for k, v in vars(self).items() if k not in (PLAN, STEPS)}
+        return _empty, (original_class(self), vars(self)[PLAN].left), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        left = vars(self).pop(_LEFT)
+        super().__setstate__(state)
+        self.__class__ = original_class(self)  # type: ignore[assignment]
+        layers = {self.get_submodule(name): reason for name, reason in left.items()}
+        plan = make_plan(self, layers.get).plan or sequence_plan(self)
+        if plan is not None:
+            attach(self, plan)
+            plan.adopt(self)
+
+
+def attach(scope: nn.Module, plan: Plan) -> None:
+    vars(scope)[PLAN] = plan
+    vars(scope)[STEPS] = Steps(plan.steps)
+    scope.__class__ = _fused_class(type(scope))
+    plan.fold_ahead()
+
+
+def detach(scope: nn.Module) -> None:
+    scope.__class__ = original_class(scope)
+    del vars(scope)[PLAN], vars(scope)[STEPS]
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _classes:
+        name = kind.__name__ if kind.__name__.startswith("Fused") else f"Fused{kind.__name__}"
+        body = {"__module__": kind.__module__, "forward": _forward_in(kind), ORIGINAL: kind}
+        _classes[kind] = type(name, (FusedScope, kind), body)
+    return _classes[kind]
+
+
+def _forward_in(kind: type[nn.Module]) -> Forward:
+    original = kind.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            result = vars(self)[PLAN].run(self, args, kwargs)
+            if result is not NOT_RUN:
+                return result
+        require_weights(vars(self)[PLAN].has_discarded())
+        return original(self, *args, **kwargs)
+
+    # Exporters match arguments with dynamic shapes by the signature.
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return forward
+
+
+def _empty(kind: type[nn.Module], left: dict[str, str]) -> nn.Module:
+    fused = _fused_class(kind)
+    scope = fused.__new__(fused)
+    vars(scope)[_LEFT] = left
+    return scope
