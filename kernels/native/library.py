@@ -117,7 +117,7 @@ def _compile(compiler: str, flags: tuple[str, ...], built: Path) -> None:
             made = Path(folder) / built.name
             command = [
                 compiler,
-                *_FLAGS,
+                *flags,
                 str(Path(__file__).with_name("steps.cpp")),
                 "-o",
                 str(made),
