@@ -391,5 +391,6 @@ def test_on_a_cpu_nothing_is_recorded(engine: Engine, model: nn.Module) -> None:
     assert not engine.cuda_graph
     memory = engine.memory()
     assert (memory.graph_pool, memory.graph_inputs) == (0, 0)
+    assert "Times were measured on this device" in engine.explain()
     x = images(3)
     require_like(model, engine(x), x)

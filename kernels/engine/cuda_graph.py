@@ -131,6 +131,7 @@ def replayed(run: Callable[[], object], device: torch.device) -> Callable[[], ob
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         warm_up(run, stream)
+        torch.cuda.empty_cache()  # graphs timed before; nothing can be given back in a capture
         try:
             graph, _ = record(run, stream)
         except RuntimeError:

@@ -33,11 +33,11 @@ class Prediction:
         dtype = self.graph.values[self.graph.input].dtype
         mode = math_mode_of(dtype)
         told = (
-            f"Predicted by the roofline, not measured: {self.gpu.name}'s data sheet, "
+            f"Times are predicted by the roofline, not measured: {self.gpu.name}'s data sheet, "
             f"{self.gpu.tflops[mode]:g} TFLOP/s in {mode} and {self.gpu.tb_per_s:g} TB/s, as if "
             "every kernel reached them."
         )
-        return f"{table(self.graph, self.segments, None)}\n{told}"
+        return table(self.graph, self.segments, None, told)
 
 
 def plan_for(
