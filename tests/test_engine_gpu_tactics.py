@@ -302,13 +302,30 @@ def test_a_whole_plan_of_gpu_tactics_answers_right(dtype: torch.dtype) -> None:
 
 def test_weights_are_laid_out_once_for_all_batch_sizes() -> None:
     model, shape, _ = CONVOLUTIONS["1x1 + residual"]
-    laid: Laid = {}
+    laid = Laid()
     held = []
     for n in (1, 2):
         graph, state = captured(model, (n, *shape[1:]), torch.float16)
         executor = Executor(graph, [next(iter(triton_conv1x1.segments(graph, 0)))], state, laid)
         held.append(executor.held_bytes)
     assert held == [2 * (32 * 32 + 32)] * 2
+
+
+def test_a_weight_under_two_norms_is_laid_out_twice() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.one = conv(16, 16, 1)
+            _, self.other = conv(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.other(self.conv(torch.relu(self.one(self.conv(x))))))
+
+    graph, state = captured(Shared(), (1, 16, 4, 4), torch.float32)
+    both = [next(iter(triton_conv1x1.segments(graph, at))) for at in range(2)]
+    x = torch.randn(1, 16, 4, 4, device=DEVICE)
+    got = Executor(graph, both, state)(x)[0]
+    require_close(got, eager.exact(graph, state, [x])[0], "ieee", 32)
 
 
 def test_a_cpu_is_not_offered_them_though_the_interpreter_could() -> None:

@@ -180,7 +180,7 @@ class Engine:
                 )
             fresh[name] = new.detach().to(old.device, old.dtype)
         require_finite(fresh)
-        laid: Laid = {}
+        laid = Laid()
         built = {
             size: Built(b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, laid))
             for size, b in self._built.items()
@@ -242,7 +242,7 @@ def build_engine(
     cache = TimingCache(example.device, timings)
     built: dict[int, Built] = {}
     state: dict[str, Tensor] = {}
-    laid: Laid = {}
+    laid = Laid()
     for size in sizes:
         graph, captured = capture(model, _batch_of(example, size))
         state = {name: captured[name] for name in sorted(state_names(graph))}
@@ -268,7 +268,7 @@ def _build(
 ) -> Built:
     dtype = graph.values[graph.input].dtype
     tactics = tactics_on(device, dtype)
-    measured = Measurer(graph, state, device, cache)
+    measured = Measurer(graph, state, device, tactics, cache)
     segments = plan(graph, tactics, measured, lambda c: tactics[c.tactic].scratch(graph, c))
     executor = Executor(graph, [s.choice for s in segments], state, laid)
     return Built(graph, tuple(segments), executor)

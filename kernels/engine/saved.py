@@ -94,7 +94,7 @@ def load_engine(path: str | Path) -> "Engine":
             int(size): (graph_from_json(p["graph"]), segments_from_json(p["segments"]))
             for size, p in told["plans"].items()
         }
-        laid: Laid = {}
+        laid = Laid()
         built = {
             size: Built(graph, segs, Executor(graph, [s.choice for s in segs], state, laid))
             for size, (graph, segs) in plans.items()

@@ -53,8 +53,8 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
         both = [channels_last(w.to(dtype)) for w in (weight, side_weight)]
         return [*both, (bias + side_bias).to(dtype)]  # rounded once
 
-    key = ("projection", main.weight, main.norm, shortcut.weight, shortcut.norm)
-    weight, side_weight, bias = room.weights(key, lay_out)
+    key = ("projection", *map(triton_kernels.key_of, (main, shortcut)))
+    weight, side_weight, bias = room.tensors(key, lay_out)
     slope = slope_of(main, state)
     config = Config(**choice.settings)
     inputs, side_inputs, outputs = (

@@ -51,7 +51,7 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
         weight, bias = conv_weights(op, state)
         return [pack_weight(weight), bias]
 
-    packed, bias = room.weights(("stem", op.weight, op.bias, op.norm), lay_out)
+    packed, bias = room.tensors(("stem", *triton_kernels.key_of(op)), lay_out)
     config = Config(**choice.settings)
     inputs, shape = triton_kernels.input_shape(problem), graph.values[pool.name].shape
 

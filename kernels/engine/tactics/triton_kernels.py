@@ -3,7 +3,7 @@ laid out, and how they launch. Kernels are imported when they are lowered: Trito
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,8 +63,14 @@ def weights(op: Conv, state: State, room: Room) -> tuple[Tensor, Tensor]:
         weight, bias = conv_weights(op, state)
         return [channels_last(weight), bias]
 
-    weight, bias = room.weights(("channels_last", op.weight, op.bias, op.norm), lay_out)
+    weight, bias = room.tensors(("channels_last", *key_of(op)), lay_out)
     return weight, bias
+
+
+def key_of(op: Conv) -> tuple[Hashable, ...]:
+    """What folded weights depend on: one may be shared, under other norms and on other shapes."""
+    problem = op.problem
+    return op.weight, op.bias, op.norm, problem.c, problem.r, problem.s, problem.groups
 
 
 def input_shape(problem: ConvProblem) -> tuple[int, ...]:
