@@ -12,11 +12,12 @@ from resfuse.kernels.native.pages import Shelf, allocate
 
 
 class Laid:
-    """Weights as native steps read them, shared by the executors of all batch sizes."""
+    """Weights as tactics read them, shared by the executors of all batch sizes."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, list[Tensor]] = {}
         self._shelf = Shelf()
+        self._kept = 0  # bytes outside of it
 
     def get(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `make` returns, made once."""
@@ -24,10 +25,17 @@ class Laid:
             self._found[key] = [self._shelf.put(tensor) for tensor in make()]
         return self._found[key]
 
+    def keep(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Likewise, as `make` returns them: on any device, of any dtype and layout."""
+        if key not in self._found:
+            self._found[key] = make()
+            self._kept += sum(tensor.nbytes for tensor in self._found[key])
+        return self._found[key]
+
     @property
     def size(self) -> int:
         """Bytes."""
-        return self._shelf.size
+        return self._shelf.size + self._kept
 
 
 class Room:
@@ -77,8 +85,12 @@ class Room:
         return self._floats.data_ptr() + self._scratch[at]
 
     def weights(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What `make` returns, made once for all that share it."""
+        """What `make` returns, float32, in large pages; made once for all that share it."""
         return self._laid.get(key, make)
+
+    def tensors(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What `make` returns as it is, made once for all that share it."""
+        return self._laid.keep(key, make)
 
     def view(self, name: str) -> Tensor:
         """The value as a tensor in the arena, of the shape it has in the graph."""
