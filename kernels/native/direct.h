@@ -58,8 +58,8 @@ struct Task {
   long from, to, k, panel, channel;
 };
 
-// All weights at once, where there are few of them for a tap (a stem's three channels): where a
-// window hangs over no edge, each of its rows is read in one go.
+// All weights at once, where there are few of them (a stem's three channels, groups of 32): where
+// a window hangs over no edge, each of its rows is read in one go.
 static void direct_shallow(const Step& s, const Task& task, const float* weights) {
   const long C = s.C / s.groups;
   const bool rows = s.dilation_w == 1 && s.x_pitch == C;
@@ -131,7 +131,7 @@ static void direct(const Step& s, long t, long threads) {
       const long group = p / panels, first = p % panels * PANEL;
       const Task task{from, to, group * K + first, least(PANEL, K - first), group * C};
       const float* const w = s.w + task.k * taps;
-      if (C < LINE) {
+      if (C < LINE || (s.R * s.S > 1 && taps * task.panel <= 2 * DEPTH * PANEL)) {
         direct_shallow(s, task, w);
       } else {
         direct_slices(s, task, w, sums);
