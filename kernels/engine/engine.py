@@ -283,8 +283,7 @@ def require_finite(state: Mapping[str, Tensor]) -> None:
 
 def _batch_of(example: Tensor, size: int) -> Tensor:
     repeats = -(-size // example.shape[0])
-    batch = torch.cat([example] * repeats)[:size]
-    return batch.contiguous(memory_format=torch.preserve_format)
+    return torch.cat([example] * repeats)[:size]
 
 
 def _is_channels_last(x: Tensor) -> bool:
