@@ -88,6 +88,12 @@ def _engine(args: argparse.Namespace) -> int:
     return engine(args)
 
 
+def _gpu_plan(args: argparse.Namespace) -> int:
+    from resfuse.bench.gpu_plan.command import gpu_plan
+
+    return gpu_plan(args)
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command and flag; `command` of what it parses runs it."""
     top = _Parser(
@@ -147,6 +153,11 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_engine(engine)
     engine.set_defaults(command=_engine)
+    plan = commands.add_parser(
+        "gpu-plan", help="all there is to measure on a GPU, most valuable first, in one command"
+    )
+    flags.add_gpu_plan(plan)
+    plan.set_defaults(command=_gpu_plan)
     return top
 
 

@@ -1,4 +1,4 @@
-"""What stands behind a flag (names, numbers), and the flags of `check` and `engine`."""
+"""What stands behind a flag (names, numbers), and the flags of `check`, `engine` and `gpu-plan`."""
 
 import argparse
 from pathlib import Path
@@ -112,3 +112,36 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all of it to this file")
     parser.add_argument("--seed", type=int, default=0, help="of the seeded weights (default: 0)")
+
+
+def add_gpu_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--list", action="store_true", help="show the steps and stop")
+    parser.add_argument(
+        "--steps",
+        type=names,
+        default=["*"],
+        metavar="NAMES",
+        help="some of them; wildcards allowed (default: all)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        default=540.0,
+        metavar="S",
+        help="seconds for all of it; each step's bound grows with it (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="skip steps and cases that are already done"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run every step for real on the CPU, on a tiny network",
+    )
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        type=Path,
+        help="a folder for this environment is made in it (default: results; with --dry-run a "
+        "temporary one)",
+    )
