@@ -18,12 +18,11 @@ from resfuse.bench.case import Case, Options
 from resfuse.bench.inference import Answers, Checked, Inference, answers
 from resfuse.bench.measure import synchronize
 from resfuse.bench.measured import Accuracy
-from resfuse.bench.quiet import wait_for_quiet
+from resfuse.bench.quiet import LIMIT_S, wait_for_quiet
 from resfuse.bench.statistics import paired_speedup
 from resfuse.kernels import Engine, build_engine
 
 FORMAT = "channels_last"  # of the images, for the engine and for eager beside it
-QUIET_LIMIT_S = 15.0
 MB = 2**20
 
 
@@ -122,10 +121,11 @@ def _speed(
         subject.expect(expected)
     for batch in range(network.TIMED_BATCHES):
         saw(candidate.check(batch, "before timing"))
-    quiet = wait_for_quiet(QUIET_LIMIT_S)
+    kind = torch.device(case.device).type
+    quiet = wait_for_quiet(LIMIT_S[kind])
     laps, _ = timing.interleave(
         [candidate.timed(), eager.timed()],
-        torch.device(case.device).type,
+        kind,
         options.seconds,
         options.min_rounds,
         options.max_rounds,
