@@ -10,7 +10,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from resfuse.kernels import onednn
 from resfuse.kernels.activation import Slope
 from resfuse.kernels.folding import fold_conv_bn
+from resfuse.kernels.native import packed as native
+from resfuse.kernels.native.packed import NativeConv
 
+Packed = onednn.PackedConv | NativeConv
 Source = tuple[dict[str, Any], str]  # where a layer keeps a tensor: its dict and the name in it
 Stamp = tuple[list[int], list[int]]  # addresses and versions
 
@@ -25,7 +28,7 @@ class Folded:
     weight: Tensor | None  # [K, C / groups, R, S], channels_last; dropped once it is packed
     bias: Tensor  # [K]
     slope: Slope
-    packed: onednn.PackedConv | None = None
+    packed: Packed | None = None
 
     def dense(self) -> Tensor:
         if self.weight is not None:
@@ -35,9 +38,12 @@ class Folded:
             return self.packed.dense_weight()
 
     def pack(self, geometry: onednn.Geometry, activation: str, x: Tensor) -> "Folded":
-        """The same, laid out for oneDNN and inputs like x."""
-        packed = onednn.PackedConv(
-            self.dense(), self.bias, geometry, activation, self.slope, x.shape
+        """The same, laid out for a native step, or for oneDNN and inputs like x."""
+        layer = self.dense(), self.bias, geometry, activation, self.slope
+        packed: Packed = (
+            NativeConv(*layer)
+            if native.supports(self.dense(), geometry, activation)
+            else onednn.PackedConv(*layer, x.shape)
         )
         return replace(self, weight=None, packed=packed)
 

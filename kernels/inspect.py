@@ -92,16 +92,17 @@ def problems(result: Inspection) -> list[str]:
 
 def has_risky_operands(result: Inspection) -> bool:
     """True where a ptxas that may corrupt them assembled register operands (SOUND_PTXAS)."""
-    return bool(result.register_operands) and not _is_sound(result.assembler_version)
+    return bool(result.register_operands) and not is_sound(result.assembler_version)
 
 
 def sound_ptxas() -> str | None:
     """The ptxas Triton brings for newer GPUs, if it is free of that bug: it can do Hopper too."""
     newer = get_ptxas(100)
-    return newer.path if _is_sound(newer.version) else None
+    return newer.path if is_sound(newer.version) else None
 
 
-def _is_sound(version: str) -> bool:
+def is_sound(version: str) -> bool:
+    """Whether a ptxas of that version is free of that bug."""
     return tuple(int(part) for part in version.split(".")) >= SOUND_PTXAS
 
 

@@ -2,8 +2,8 @@
 keeps what was folded from them, and folds again when one of their tensors has changed.
 
 x [N, C, H, W], residual [N, K, P, Q] -> y [N, K, P, Q], channels_last. On a GPU a step launches our
-kernels; on a CPU it calls oneDNN's fused convolution, or torch's own on folded weights. What a step
-cannot do (another dtype, an empty batch, an image without a batch dimension) its layers do
+kernels; on a CPU a native step, oneDNN's fused convolution, or torch's own on folded weights. What
+a step cannot do (another dtype, an empty batch, an image without a batch dimension) its layers do
 themselves, so that results and errors stay theirs.
 """
 
@@ -20,6 +20,7 @@ from resfuse.kernels.activation import ACTIVATIONS, Slope
 from resfuse.kernels.folded import (
     Fold,
     Folded,
+    Packed,
     Stamp,
     fold_layers,
     require_weights,
@@ -45,10 +46,10 @@ class ConvStep:
         layers = (self.conv, self.norm, self.act)
         self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
         self.fold = fold
-        self.overwrite = False  # the residual is nobody else's: oneDNN may add in place
-        self.straight: Callable[..., Tensor] | None = None  # a run on oneDNN, without the checks
+        self.overwrite = False  # the residual is nobody else's: it may be added in place
+        self.straight: Callable[..., Tensor] | None = None  # a run on a CPU, without the checks
         self.detours = 0  # runs that were something else
-        self._bound: onednn.PackedConv | None = None
+        self._bound: Packed | None = None
         self._shapes: tuple[Any, Any] = ((), ())  # of the last input, and of its output
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -66,7 +67,7 @@ class ConvStep:
             if self.fold.discard:
                 self._discard_weight()
         if folded.packed is not None:
-            return self._on_onednn(x, folded.packed, residual)
+            return self._packed(x, folded.packed, residual)
         self.detours += 1
         return self._decomposed(x, folded, residual)
 
@@ -122,7 +123,7 @@ class ConvStep:
             and (residual is None or residual.dtype == x.dtype)
         )
 
-    def _on_onednn(self, x: Tensor, packed: onednn.PackedConv, residual: Tensor | None) -> Tensor:
+    def _packed(self, x: Tensor, packed: Packed, residual: Tensor | None) -> Tensor:
         if packed is not self._bound:
             self._bound = packed
             adds = self.residual != "none"

@@ -14,6 +14,9 @@ from torchvision.models import resnet18, vit_b_16
 from torchvision.ops import FrozenBatchNorm2d
 
 from resfuse.kernels import FusedBottleneck, explain, fuse, fused, unfuse
+from resfuse.kernels.native import packed as native
+from resfuse.kernels.native.library import why_unavailable
+from resfuse.kernels.native.packed import NativeConv
 from resfuse.kernels.onednn import PackedConv
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
@@ -490,17 +493,28 @@ def blocks(*between: nn.Module) -> nn.Sequential:
     return nn.Sequential(*stages).eval()
 
 
-def test_residuals_are_added_in_place_where_nobody_looks() -> None:
+@pytest.fixture(params=["native", "onednn"])
+def conv_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """What computes convolutions on this CPU: native steps, or oneDNN where there are none."""
+    if request.param == "onednn":
+        monkeypatch.setattr(native, "supports", lambda *layer: False)
+        return PackedConv
+    if (reason := why_unavailable()) is not None:
+        pytest.skip(reason)
+    return NativeConv
+
+
+def test_residuals_are_added_in_place_where_nobody_looks(conv_class: type) -> None:
     model = fuse(blocks())
     x = images(shape=(2, 16, 6, 5)).to(memory_format=torch.channels_last)
     before = x.clone()
     seen = []
     with torch.no_grad():
         want = unfuse(copy.deepcopy(model))(x)
-        run = PackedConv.add
+        run = conv_class.add
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                PackedConv,
+                conv_class,
                 "add",
                 lambda self, x, r, overwrite: seen.append(overwrite) or run(self, x, r, overwrite),
             )
@@ -510,7 +524,7 @@ def test_residuals_are_added_in_place_where_nobody_looks() -> None:
     assert error(got, want) < 1e-6
 
 
-def test_the_straight_run_is_the_checked_one() -> None:
+def test_the_straight_run_is_the_checked_one(conv_class: type) -> None:
     """The second run of a shape leaves out the checks; another shape, layout or weight has them."""
     plain = unfuse(blocks())
     model = fuse(plain)
@@ -680,10 +694,10 @@ def test_an_example_that_does_not_fit(shape: tuple[int, ...]) -> None:
         explain(model, torch.zeros(shape))
 
 
-def test_an_example_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = PackedConv.__call__
-    monkeypatch.setattr(PackedConv, "__call__", lambda self, x: right(self, x) * 1.001)
-    with pytest.raises(ValueError, match="off by"):
-        fuse(network(), images())
-    monkeypatch.undo()
+def test_an_example_finds_a_wrong_kernel(conv_class: type) -> None:
+    right = conv_class.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv_class, "__call__", lambda self, x: right(self, x) * 1.001)
+        with pytest.raises(ValueError, match="off by"):
+            fuse(network(), images())
     assert is_fused(fuse(network(), images()))

@@ -55,7 +55,7 @@ BACKENDS: dict[str, Backend] = {
     ),
     "fused": Backend(
         "resfuse.bench.backends.fused:build",
-        "resfuse.kernels.fuse: our kernels on a GPU, oneDNN's fused convolutions on a CPU",
+        "resfuse.kernels.fuse: our kernels on a GPU, native steps or oneDNN on a CPU",
         ("channels_last",),  # it computes in that, whatever it is given
     ),
     "engine": Backend(

@@ -6,6 +6,7 @@ of which several *tactics* can compute (tactics/); each is checked, timed where 
 place in one arena (homes.py, memory.py), and everything is bound to it (executor.py).
 """
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.ceilings import Ceilings
+from resfuse.kernels.engine.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.explain import table
 from resfuse.kernels.engine.graph import Graph, state_names
@@ -43,19 +45,25 @@ class Built:
 @dataclass(frozen=True)
 class Memory:
     """Bytes an engine holds: `arena` for values between layers, `least` what the largest sum of
-    values alive at one moment is, `weights` in the tactics' own layouts.
+    values alive at one moment is, `weights` in the tactics' own layouts. On a GPU with CUDA graphs,
+    for all batch sizes together: `graph_pool` what the allocator has reserved for values between
+    layers, outputs and scratch, `graph_inputs` the buffers that inputs are copied into.
     """
 
     arena: int
     least: int
     weights: int
+    graph_pool: int = 0
+    graph_inputs: int = 0
 
 
 class Engine:
     """A network that runs as planned; made by build_engine or load_engine.
 
     Calls from several threads take turns: an engine has one arena. Two engines run side by side.
-    The input is copied into the engine's memory and the outputs out of it, within the call.
+    The input is copied into the engine's memory and the outputs out of it, within the call. On a
+    GPU a call runs on the caller's stream, behind the engine's previous call on whichever stream,
+    as one CUDA graph unless the engine was built without; it cannot itself be captured in another.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Engine:
         model: nn.Module | None = None,
         ceilings: Ceilings | None = None,
         keep_weights: bool = True,
+        cuda_graph: bool = True,
     ) -> None:
         self._built = dict(sorted(built.items()))
         self._device = next(iter(state.values())).device if state else torch.device("cpu")
@@ -75,6 +84,10 @@ class Engine:
         self._model = model
         self._ceilings = ceilings
         self._lock = threading.Lock()
+        on_gpu = self._device.type == "cuda"
+        self._turns = Turns(self._device) if on_gpu else contextlib.nullcontext()
+        self.cuda_graph = cuda_graph and on_gpu
+        self._recorded = self._record(self._built)
         first = next(iter(self._built.values())).graph
         self._input = first.values[first.input]
         self._spec = pytree.treespec_loads(first.spec)
@@ -106,12 +119,18 @@ class Engine:
             f"{', '.join(map(str, self._built))} and other_batches={self.other_batches!r}"
         )
 
+    def _record(self, built: Mapping[int, Built]) -> Recorded | None:
+        if not self.cuda_graph:
+            return None
+        return Recorded({size: b.executor for size, b in built.items()}, self._device)
+
     def _run(self, count: int, x: Tensor) -> Any:
         in_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), self._turns:
+            made = self._recorded(count, x) if self._recorded else self._built[count].executor(x)
             outputs = [
                 y.clone(memory_format=in_format if y.dim() == 4 else torch.contiguous_format)
-                for y in self._built[count].executor(x)
+                for y in made
             ]
         return pytree.tree_unflatten(outputs, self._spec)
 
@@ -130,7 +149,11 @@ class Engine:
     def memory(self, batch_size: int | None = None) -> Memory:
         """What the engine holds for a batch size (the largest one by default), in bytes."""
         executor = self._built[batch_size or max(self._built)].executor
-        return Memory(executor.room.size, executor.room.least_size, executor.held_bytes)
+        pool, inputs = (
+            (self._recorded.pool_bytes, self._recorded.input_bytes) if self._recorded else (0, 0)
+        )
+        room = executor.room
+        return Memory(room.size, room.least_size, executor.held_bytes, pool, inputs)
 
     def explain(self, batch_size: int | None = None) -> str:
         """A table of the segments: tactic, runner-up, time, floor, bytes."""
@@ -157,13 +180,14 @@ class Engine:
                 )
             fresh[name] = new.detach().to(old.device, old.dtype)
         require_finite(fresh)
-        laid: Laid = {}
+        laid = Laid()
         built = {
             size: Built(b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, laid))
             for size, b in self._built.items()
         }
+        recorded = self._record(built)
         with self._lock:
-            self._state, self._built = fresh, built
+            self._state, self._built, self._recorded = fresh, built, recorded
 
     def save(self, path: str | Path) -> None:
         """One file: the plan as JSON, and the weights (safetensors). See load_engine.
@@ -172,7 +196,7 @@ class Engine:
             OSError: it cannot be written; what was there before is as it was.
             ValueError: the engine was built with keep_weights=False.
         """
-        save(Path(path), self._built, self._weights(), self.other_batches)
+        save(Path(path), self._built, self._weights(), self.other_batches, self.cuda_graph)
 
     def _weights(self) -> dict[str, Tensor]:
         if self._state is None:
@@ -188,6 +212,7 @@ def build_engine(
     other_batches: OtherBatches = "error",
     timings: Path | None = None,
     keep_weights: bool = True,
+    cuda_graph: bool = True,
 ) -> Engine:
     """Compiles a model in eval mode for the shape, dtype and device of `example`.
 
@@ -199,10 +224,11 @@ def build_engine(
             run the model as it is ("eager").
         timings: a folder for measured times; by default one in the user's cache.
         keep_weights: for `save` and `refresh`; without, the engine has them laid out only.
+        cuda_graph: on a GPU, record each batch size as a CUDA graph; nothing on a CPU.
 
     Raises:
         ValueError: a model in training mode, one that cannot be captured, a weight that is not
-            finite, or a batch size below one.
+            finite, or a batch size below one; or one that no CUDA graph can record.
     """
     if not isinstance(example, Tensor) or example.dim() < 2:
         raise ValueError("argument example: accepted: one tensor [N, C, H, W]")
@@ -216,7 +242,7 @@ def build_engine(
     cache = TimingCache(example.device, timings)
     built: dict[int, Built] = {}
     state: dict[str, Tensor] = {}
-    laid: Laid = {}
+    laid = Laid()
     for size in sizes:
         graph, captured = capture(model, _batch_of(example, size))
         state = {name: captured[name] for name in sorted(state_names(graph))}
@@ -229,6 +255,7 @@ def build_engine(
         model=model if other_batches == "eager" else None,
         ceilings=Ceilings(example.device, example.dtype, cache),
         keep_weights=keep_weights,
+        cuda_graph=cuda_graph,
     )
 
 
@@ -241,7 +268,7 @@ def _build(
 ) -> Built:
     dtype = graph.values[graph.input].dtype
     tactics = tactics_on(device, dtype)
-    measured = Measurer(graph, state, device, cache)
+    measured = Measurer(graph, state, device, tactics, cache)
     segments = plan(graph, tactics, measured, lambda c: tactics[c.tactic].scratch(graph, c))
     executor = Executor(graph, [s.choice for s in segments], state, laid)
     return Built(graph, tuple(segments), executor)

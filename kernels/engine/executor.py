@@ -34,7 +34,7 @@ class Executor:
         self._native = {node.name for node in native}
         placed = self._native | {name for node in native for name in node.inputs}
         scratch = {c.start: size for c in choices if (size := _scratch(graph, c)) > 0}
-        self._laid = {} if laid is None else laid
+        self._laid = laid or Laid()
         self.room = Room(graph, placed, scratch, lanes() if placed else 1, self._laid)
         self._views = {name: self.room.view(name) for name in placed}
         self._items: list[Item] = []
@@ -57,19 +57,19 @@ class Executor:
     @property
     def held_bytes(self) -> int:
         """Of weights laid out, by all that share them."""
-        tensors = (t for laid in self._laid.values() for t in laid)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return self._laid.size
 
-    def repeat(self, *inputs: Tensor) -> Callable[[], None]:
+    def repeat(self, *inputs: Tensor) -> Callable[[], list[Tensor]]:
         """Runs again what the last call ran, save copying the inputs: for timing a part."""
         values = self._made | dict(zip(self.graph.reads, inputs, strict=True))
         items = [item for item in self._items if item not in self._copies]
 
         @torch.inference_mode()
-        def again() -> None:
+        def again() -> list[Tensor]:
             here = dict(values)
             for item in items:
                 item(here)
+            return [here[name] for name in self.graph.outputs]
 
         return again
 

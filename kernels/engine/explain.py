@@ -11,8 +11,20 @@ from resfuse.kernels.engine.planner import Segment
 _HEADINGS = ("segment", "tactic", "ms", "%", "floor, ms", "% of floor", "MB", "next best")
 
 
-def table(graph: Graph, segments: Sequence[Segment], ceilings: Ceilings | None) -> str:
-    """Aligned columns; floors only where the device's ceilings are known."""
+_MEASURED = "Times were measured on this device, each segment by itself."
+
+
+def table(
+    graph: Graph,
+    segments: Sequence[Segment],
+    ceilings: Ceilings | None,
+    times: str = _MEASURED,
+) -> str:
+    """Aligned columns; floors only where the device's ceilings are known.
+
+    Args:
+        times: a sentence that says where they are from.
+    """
     total = sum(segment.ms for segment in segments)
     rows = [_row(graph, segment, total, ceilings) for segment in segments]
     floor = sum(float(row[4]) for row in rows) if ceilings else None
@@ -26,6 +38,7 @@ def table(graph: Graph, segments: Sequence[Segment], ceilings: Ceilings | None) 
         + (f", {floor:.3f} ms at this device's ceilings" if floor else "")
         + f", for a batch of {batch}: {batch / total * 1e3:.0f} samples/s."
     )
+    lines.append(times)
     if ceilings:
         lines.append(
             f"Ceilings: {ceilings.gflops:.0f} GFLOP/s, {ceilings.gb_per_s:.1f} GB/s copied. "

@@ -17,6 +17,7 @@ def merge(graph: Graph) -> Graph:
             at += 1
         else:
             nodes, at = merged
+    nodes = _projections_where_added(replace(graph, nodes=tuple(nodes)))
     values = {name: graph.values[name] for node in nodes for name in (*node.inputs, node.name)}
     return replace(
         graph, nodes=tuple(nodes), values={graph.input: graph.values[graph.input]} | values
@@ -63,6 +64,32 @@ def _joined(first: Node, second: Node) -> Conv | Affine | None:
     if ended:
         return None
     return op.ending(then.activation, then.slope)
+
+
+def _projections_where_added(graph: Graph) -> list[Node]:
+    """A projection shortcut's 1x1 convolution directly before the one convolution that adds it:
+    neighbours can be one segment. What it reads has been made by then, whatever the order was.
+    """
+    adders = {node.residual: node for node in graph.nodes if isinstance(node.op, Conv)}
+    moved = {
+        id(adders[node.name]): node
+        for node in graph.nodes
+        if node.name in adders and _is_plain_1x1(node) and graph.readers[node.name] == 1
+    }
+    names = {node.name for node in moved.values()}
+    return [
+        placed
+        for node in graph.nodes
+        if node.name not in names
+        for placed in ([moved[id(node)], node] if id(node) in moved else [node])
+    ]
+
+
+def _is_plain_1x1(node: Node) -> bool:
+    op = node.op
+    if not isinstance(op, Conv) or op.problem.residual or op.activation != "identity":
+        return False
+    return (op.problem.r, op.problem.s) == (1, 1)
 
 
 def _without_unread(graph: Graph) -> list[Node]:

@@ -8,8 +8,34 @@ from torch import Tensor
 from resfuse.kernels.engine.graph import Graph
 from resfuse.kernels.engine.homes import find_homes
 from resfuse.kernels.engine.memory import ALIGNMENT, Buffer, arrange, least_size
+from resfuse.kernels.native.pages import Shelf, allocate
 
-Laid = dict[Hashable, list[Tensor]]  # weights as tactics read them, shared by batch sizes
+
+class Laid:
+    """Weights as tactics read them, shared by the executors of all batch sizes."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, list[Tensor]] = {}
+        self._shelf = Shelf()
+        self._kept = 0  # bytes outside of it
+
+    def get(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What `make` returns, made once."""
+        if key not in self._found:
+            self._found[key] = [self._shelf.put(tensor) for tensor in make()]
+        return self._found[key]
+
+    def keep(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Likewise, as `make` returns them: on any device, of any dtype and layout."""
+        if key not in self._found:
+            self._found[key] = make()
+            self._kept += sum(tensor.nbytes for tensor in self._found[key])
+        return self._found[key]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._shelf.size + self._kept
 
 
 class Room:
@@ -38,10 +64,8 @@ class Room:
         self._offsets = arena.offsets
         self._scratch = dict(zip(scratch, arena.offsets[len(homes.buffers) :], strict=True))
         # the end may be read as part of a vector
-        held = torch.zeros(arena.size + 2 * ALIGNMENT, dtype=torch.uint8)
-        start = -held.data_ptr() % ALIGNMENT
-        self._floats = held[start : start + arena.size + ALIGNMENT].view(torch.float32)
-        self.pointer = held.untyped_storage().data_ptr()
+        self._floats = allocate(arena.size + ALIGNMENT).view(torch.float32)
+        self.pointer = self._floats.untyped_storage().data_ptr()
         self.size, self.least_size = arena.size, least_size([*homes.buffers, *work])
 
     def __contains__(self, name: str) -> bool:
@@ -61,10 +85,12 @@ class Room:
         return self._floats.data_ptr() + self._scratch[at]
 
     def weights(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What `make` returns, made once for all that share it."""
-        if key not in self._laid:
-            self._laid[key] = make()
-        return self._laid[key]
+        """What `make` returns, float32, in large pages; made once for all that share it."""
+        return self._laid.get(key, make)
+
+    def tensors(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What `make` returns as it is, made once for all that share it."""
+        return self._laid.keep(key, make)
 
     def view(self, name: str) -> Tensor:
         """The value as a tensor in the arena, of the shape it has in the graph."""

@@ -29,7 +29,11 @@ SCHEMA = 1
 
 
 def save(
-    path: Path, built: Mapping[int, "Built"], state: Mapping[str, Tensor], other_batches: str
+    path: Path,
+    built: Mapping[int, "Built"],
+    state: Mapping[str, Tensor],
+    other_batches: str,
+    cuda_graph: bool,
 ) -> None:
     """Writes the file; on failure there is none, or the one that was there.
 
@@ -45,6 +49,7 @@ def save(
         "device_type": device.type,
         "environment": environment(device),
         "other_batches": other_batches,
+        "cuda_graph": cuda_graph,
         "plans": {
             str(size): {"graph": graph_to_json(b.graph), "segments": segments_to_json(b.segments)}
             for size, b in built.items()
@@ -89,14 +94,19 @@ def load_engine(path: str | Path) -> "Engine":
             int(size): (graph_from_json(p["graph"]), segments_from_json(p["segments"]))
             for size, p in told["plans"].items()
         }
-        laid: Laid = {}
+        laid = Laid()
         built = {
             size: Built(graph, segs, Executor(graph, [s.choice for s in segs], state, laid))
             for size, (graph, segs) in plans.items()
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"argument path: {path} holds no plan that can be run: {error}") from None
-    return Engine(built, state, other_batches=told["other_batches"])
+    return Engine(
+        built,
+        state,
+        other_batches=told["other_batches"],
+        cuda_graph=told.get("cuda_graph", False),
+    )
 
 
 def _same_device(path: Path, told: dict[str, Any]) -> torch.device:

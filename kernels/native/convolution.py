@@ -14,7 +14,7 @@ from resfuse.kernels.native.weights import direct_weights, grouped_weights, wino
 from resfuse.kernels.problem import ConvProblem
 
 Form = Literal["direct", "winograd", "grouped"]
-_LONGEST_ROW, _MOST_TAPS = 1 << 14, 128  # direct.h, grouped.h
+LONGEST_ROW, _MOST_TAPS = 1 << 14, 128  # as direct.h and grouped.h have them
 
 # Bytes of input, or of transformed input, that a thread takes through all output channels at a
 # time: from half of a first-level cache that is large to twice a second-level one.
@@ -38,8 +38,8 @@ def refusal(problem: ConvProblem) -> str | None:
     if problem.activation not in ACTIVATIONS:
         return f"no native {problem.activation}"
     row = problem.c // problem.groups * problem.s
-    if row > _LONGEST_ROW:
-        return f"rows of {row} values; at most {_LONGEST_ROW}"
+    if row > LONGEST_ROW:
+        return f"rows of {row} values; at most {LONGEST_ROW}"
     if problem.groups > 1 and not _fills_vectors(problem) and not _is_grouped(problem):
         return "groups that fill no vector"
     return None
@@ -56,19 +56,14 @@ def candidates(problem: ConvProblem) -> Iterator[NativeConfig]:
         yield from _parted("winograd", problem, tiles_of(problem), 16 * 4 * problem.c)
 
 
-def choose(problem: ConvProblem) -> NativeConfig:
-    """What is expected to be fastest, without measuring.
+def choose(problem: ConvProblem, form: Form) -> NativeConfig:
+    """What is expected to be fastest of a form, without measuring.
 
-    Winograd where there are more output pixels than half the channels: with fewer, reading 16/9
-    of the weights takes what it saves. Channels are parted where a thread would have few pixels.
+    Channels are parted where a thread would have few pixels.
     """
-    configs = list(candidates(problem))
+    configs = [config for config in candidates(problem) if config.form == form]
     by_channel = pixels_of(problem) < 512 and problem.k >= 4 * panel()
-    form = configs[0].form
-    if any(c.form == "winograd" for c in configs) and 2 * pixels_of(problem) > problem.c:
-        form = "winograd"
-    fitting = [c for c in configs if c.form == form]
-    preferred = [c for c in fitting if c.by_channel == by_channel] or fitting
+    preferred = [c for c in configs if c.by_channel == by_channel] or configs
     return preferred[len(preferred) // 2]
 
 

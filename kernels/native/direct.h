@@ -4,6 +4,7 @@
 // Indirect Convolution Algorithm", 2019, with the pointers made as they are needed).
 //
 // Weights: for each group, panels of up to PANEL output channels, in each [R, S, C, panel].
+// Scratch, for each thread: sums [block, PANEL].
 #pragma once
 
 #include <cstddef>
@@ -43,80 +44,78 @@ struct Windows {
   }
 };
 
-// One pass over pixels [from, to) with the weights of a few taps, or of some channels of a tap. The
-// sums go on from, and to, `sums` (a row of PANEL for each pixel) unless the slice is first, or last.
-struct Slice {
-  const float* w;
-  long r, tap, channel, depth;
-  bool rows, first, last;
-  const float* next;
-};
-
-static void direct_slice(const Step& s, const Slice& slice, long k, long panel, long from, long to,
-                         float* sums) {
-  const bool pointwise = s.R * s.S == 1 && s.stride_h * s.stride_w == 1 && !s.pad_h && !s.pad_w;
-  const float* ahead = slice.next;
-  const float* const end = slice.next + slice.depth * panel;
-  each_tile_of(panel, from, to, [&]<long M, long N>(long pixel) {
-    float* const kept = sums + (pixel - from) * PANEL;
-    Tile<M, N> tile;
-    if (slice.first) tile.start(s.bias + k); else tile.resume(kept);
-    const float* x[M];
-    if (pointwise) {
-      for (long m = 0; m < M; m++) x[m] = s.x + (pixel + m) * s.x_pitch + slice.channel;
-    } else {
-      Windows<M> windows(s, pixel, slice.channel);
-      windows.tap(s, slice.r, slice.tap, x);
-    }
-    tile.add(x, slice.w, slice.depth, ahead);
-    ahead = ahead + slice.depth * LINE < end ? ahead + slice.depth * LINE : slice.w;
-    if (!slice.last) {
-      tile.put_away(kept);
-      return;
-    }
-    for (long m = 0; m < M; m++) {
-      UNROLLED for (long n = 0; n < N; n++) finish(s, tile.sum[m][n], pixel + m, k + n * LANES);
-    }
-  });
+// A tile's end: pixels from `pixel` on, output channels from `k` on.
+template <long M, long N>
+static inline void write(const Step& s, const Tile<M, N>& tile, long pixel, long k) {
+  for (long m = 0; m < M; m++) {
+    UNROLLED for (long n = 0; n < N; n++) finish(s, tile.sum[m][n], pixel + m, k + n * LANES);
+  }
 }
 
-// Few weights: all of them at once.
-static void direct_whole(const Step& s, const float* w, long channel, long k, long panel, long from,
-                         long to) {
+// What is computed together: output channels [k, k + panel) of pixels [from, to) from the input
+// channels that begin at `channel`.
+struct Task {
+  long from, to, k, panel, channel;
+};
+
+// All weights at once, where there are few of them for a tap (a stem's three channels): where a
+// window hangs over no edge, each of its rows is read in one go.
+static void direct_shallow(const Step& s, const Task& task, const float* weights) {
   const long C = s.C / s.groups;
   const bool rows = s.dilation_w == 1 && s.x_pitch == C;
-  each_tile_of(panel, from, to, [&]<long M, long N>(long pixel) {
-    Tile<M, N> tile;
-    tile.start(s.bias + k);
-    const float* x[M];
-    const float* weight = w;
-    Windows<M> windows(s, pixel, channel);
+  each_tile_of(task.panel, task.from, task.to, [&]<long M, long N>(long pixel) {
+    const Windows<M> windows(s, pixel, task.channel);
     const bool whole = rows && windows.inside;
     const long taps = whole ? 1 : s.S, depth = whole ? s.S * C : C;
+    Tile<M, N> tile;
+    tile.start(s.bias + task.k);
+    const float* x[M];
+    const float* w = weights;
     for (long r = 0; r < s.R; r++) {
       for (long tap = 0; tap < taps; tap++) {
         windows.tap(s, r, tap, x);
-        weight = tile.add(x, weight, depth, weight);
+        w = tile.add(x, w, depth, w);
       }
     }
-    for (long m = 0; m < M; m++) {
-      UNROLLED for (long n = 0; n < N; n++) finish(s, tile.sum[m][n], pixel + m, k + n * LANES);
-    }
+    write(s, tile, pixel, task.k);
   });
 }
 
-static void direct_panel(const Step& s, const float* w, long channel, long k, long panel, long from,
-                         long to, float* sums) {
-  const long C = s.C / s.groups;
-  if (C < 16) return direct_whole(s, w, channel, k, panel, from, to);
-  const long parts = (C + DEPTH - 1) / DEPTH;
-  const long count = s.R * s.S * parts;
-  for (long i = 0; i < count; i++) {
-    const long at = i / parts, part = i % parts;
-    const long c = C * part / parts, depth = C * (part + 1) / parts - c;
-    const Slice slice{w, at / s.S, at % s.S, channel + c, depth, false, i == 0, i + 1 == count, w + depth * panel};
-    direct_slice(s, slice, k, panel, from, to, sums);
-    w += depth * panel;
+// The weights of one tap, or of some of its channels: DEPTH x PANEL of them stay in the first-level
+// cache while all pixels pass, and the next are fetched meanwhile. Sums go on from, and to, `sums`
+// (a row of PANEL for each pixel). For the whole weights in one pass per tile, ResNet-50 at batch 1
+// took 27.9 ms, and so 24.6 (two cores).
+static void direct_slices(const Step& s, const Task& task, const float* w, float* sums) {
+  const long C = s.C / s.groups, parts = (C + DEPTH - 1) / DEPTH, slices = s.R * s.S * parts;
+  const bool pointwise = s.R * s.S * s.stride_h * s.stride_w == 1 && !s.pad_h && !s.pad_w;
+  for (long i = 0; i < slices; i++) {
+    const long tap = i / parts, c = C * (i % parts) / parts;
+    const long depth = C * (i % parts + 1) / parts - c;
+    const bool first = i == 0, last = i + 1 == slices;
+    Ahead ahead(w + depth * task.panel, depth * task.panel);
+    each_tile_of(task.panel, task.from, task.to, [&]<long M, long N>(long pixel) {
+      float* const kept = sums + (pixel - task.from) * PANEL;
+      Tile<M, N> tile;
+      if (first) {
+        tile.start(s.bias + task.k);
+      } else {
+        tile.resume(kept);
+      }
+      const float* x[M];
+      if (pointwise) {
+        for (long m = 0; m < M; m++) x[m] = s.x + (pixel + m) * s.x_pitch + task.channel + c;
+      } else {
+        Windows<M>(s, pixel, task.channel + c).tap(s, tap / s.S, tap % s.S, x);
+      }
+      if (last) prefetch(s, pixel, M, task.k, N);
+      tile.add(x, w, depth, ahead.take(depth));
+      if (last) {
+        write(s, tile, pixel, task.k);
+      } else {
+        tile.put_away(kept);
+      }
+    });
+    w += depth * task.panel;
   }
 }
 
@@ -129,8 +128,14 @@ static void direct(const Step& s, long t, long threads) {
   for (long from = all_pixels.from; from < all_pixels.to; from += s.block) {
     const long to = least(from + s.block, all_pixels.to);
     for (long p = all_panels.from; p < all_panels.to; p++) {
-      const long group = p / panels, k = p % panels * PANEL, first = group * K + k;
-      direct_panel(s, s.w + first * taps, group * C, first, least(PANEL, K - k), from, to, sums);
+      const long group = p / panels, first = p % panels * PANEL;
+      const Task task{from, to, group * K + first, least(PANEL, K - first), group * C};
+      const float* const w = s.w + task.k * taps;
+      if (C < LINE) {
+        direct_shallow(s, task, w);
+      } else {
+        direct_slices(s, task, w, sums);
+      }
     }
   }
 }

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 # Not -ffast-math: NaN and infinity must come out as torch has them.
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared")
 _COMPILERS = ("g++", "c++", "clang++")
 
 
@@ -25,16 +25,20 @@ class NativeUnavailable(RuntimeError):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(architecture: str = "native") -> ctypes.CDLL:
     """The library, compiled if need be (about 2 s).
+
+    Args:
+        architecture: what the compiler's -march takes; tests have it make vectors of other widths.
 
     Raises:
         NativeUnavailable: no compiler, one that fails, or a processor without vectors.
     """
     compiler = _compiler()
-    built = cache_folder() / "native" / f"{_key(compiler)}.so"
+    flags = (*_FLAGS, f"-march={architecture}")
+    built = cache_folder() / "native" / f"{_key(compiler, flags)}.so"
     if not built.exists():
-        _compile(compiler, built)
+        _compile(compiler, flags, built)
     try:
         return ctypes.CDLL(str(built))
     except OSError as error:
@@ -51,7 +55,7 @@ def cache_folder() -> Path:
 def fingerprint() -> str:
     """A hash of the library's sources, flags, compiler and processor; "none" without a compiler."""
     try:
-        return _key(_compiler())
+        return _key(_compiler(), _FLAGS)
     except NativeUnavailable:
         return "none"
 
@@ -78,12 +82,12 @@ def _sources() -> list[Path]:
     return sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp"))
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for source in _sources():
         digest.update(source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    digest.update(version + "".join((*_FLAGS, processor())).encode())
+    digest.update(version + "".join((*flags, processor())).encode())
     return digest.hexdigest()[:20]
 
 
@@ -106,14 +110,14 @@ def processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(told)}))
 
 
-def _compile(compiler: str, built: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], built: Path) -> None:
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             made = Path(folder) / built.name
             command = [
                 compiler,
-                *_FLAGS,
+                *flags,
                 str(Path(__file__).with_name("steps.cpp")),
                 "-o",
                 str(made),

@@ -39,6 +39,16 @@ class Step(ctypes.Structure):
     ]
 
 
+def runner() -> Any:
+    """The library's function (steps, count, threads) that runs them."""
+    lib = library()
+    if lib.resfuse_step_bytes() != ctypes.sizeof(Step):
+        raise NativeUnavailable("the library's steps are laid out otherwise on this platform")
+    run = lib.resfuse_run
+    run.restype, run.argtypes = None, [ctypes.POINTER(Step), ctypes.c_long, ctypes.c_long]
+    return run
+
+
 class Program:
     """Steps to be run one after another by one call.
 
@@ -46,16 +56,12 @@ class Program:
     """
 
     def __init__(self, steps: Sequence[Step], threads: int) -> None:
-        lib = library()
-        if lib.resfuse_step_bytes() != ctypes.sizeof(Step):
-            raise NativeUnavailable("the library's steps are laid out otherwise on this platform")
         self._steps = (Step * len(steps))(*steps)
-        self._count, self._threads = ctypes.c_long(len(steps)), ctypes.c_long(threads)
-        self._run: Any = lib.resfuse_run
-        self._run.restype = None
+        self._threads = threads
+        self._run = runner()
 
     def __call__(self) -> None:
-        self._run(self._steps, self._count, self._threads)
+        self._run(self._steps, len(self._steps), self._threads)
 
 
 def lanes() -> int:

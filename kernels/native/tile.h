@@ -3,8 +3,8 @@
 
 #include "vectors.h"
 
-constexpr long LINE = 16;  // floats of a cache line
-constexpr long DEPTH = 128;
+constexpr long LINE = 16;    // floats of a cache line
+constexpr long DEPTH = 128;  // channels whose weights, times PANEL, fill a first-level cache
 
 template <long M, long N>
 struct Tile {
@@ -47,6 +47,23 @@ struct Tile {
   }
 };
 
+// Weights that are wanted next, and are fetched into the second-level cache by the tiles before.
+class Ahead {
+  const float* next_;
+  const float* const start_;
+  const float* const end_;
+
+ public:
+  Ahead(const float* from, long floats) : next_(from), start_(from), end_(from + floats) {}
+
+  // Where a tile fetches `depth` lines from; once all are fetched it is told the first ones again.
+  const float* take(long depth) {
+    const float* const from = next_ < end_ ? next_ : start_;
+    next_ += depth * LINE;
+    return from;
+  }
+};
+
 // Calls `body.template operator()<M, N>(row)` for tiles that cover rows [from, to), N fixed.
 template <long N, class Body>
 static inline void each_tile(long from, long to, const Body& body) {
@@ -67,10 +84,12 @@ static inline void each_tile_of(long channels, long from, long to, const Body& b
   switch (channels / LANES) {
     case 1: each_tile<1>(from, to, body); break;
     case 2: each_tile<2>(from, to, body); break;
-#if !(defined(__AVX__) && !defined(__AVX512F__))
-    case 3: each_tile<3>(from, to, body); break;
-    case 4: each_tile<4>(from, to, body); break;
-#endif
+    case 3:
+      if constexpr (VECTORS >= 3) each_tile<3>(from, to, body);
+      break;
+    case 4:
+      if constexpr (VECTORS >= 4) each_tile<4>(from, to, body);
+      break;
   }
 }
 

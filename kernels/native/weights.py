@@ -21,10 +21,30 @@ def direct_weights(w: Tensor, groups: int = 1) -> Tensor:
     )
 
 
+def direct_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
+    """The weight [K, C, R, S] that direct_weights laid out, for K of whole vectors."""
+    k, c, r, s = shape
+    sizes = [c * r * s * min(panel(), k - first) for first in range(0, k, panel())]
+    parts = [part.view(r, s, c, -1) for part in laid_out.split(sizes)]
+    return torch.cat(parts, -1).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+
+
 def winograd_weights(w: Tensor) -> Tensor:
     """[K, C, 3, 3] -> for each panel of channels [16, C, panel] of G w G^T, computed in fp64."""
     u = torch.einsum("ir,kcrs,js->ijck", _G, w.double(), _G).float().flatten(0, 1)
     return torch.cat([part.reshape(-1) for part in _to_lanes(u, -1).split(panel(), -1)])
+
+
+def winograd_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
+    """The weight [K, C, 3, 3] that winograd_weights laid out, for K of whole vectors, but for
+    rounding: least squares, in fp64.
+    """
+    k, c, _, _ = shape
+    sizes = [16 * c * min(panel(), k - first) for first in range(0, k, panel())]
+    u = torch.cat([part.view(4, 4, c, -1) for part in laid_out.split(sizes)], -1).double()
+    back = torch.linalg.pinv(_G)
+    w = torch.einsum("ri,ijck,sj->kcrs", back, u, back).float()
+    return w.contiguous(memory_format=torch.channels_last)
 
 
 def grouped_weights(w: Tensor) -> Tensor:
@@ -42,3 +62,9 @@ def _to_lanes(t: Tensor, dim: int = 0) -> Tensor:
     missing = -t.shape[dim] % lanes()
     after = [0, missing] if dim == -1 else [0, 0] * (t.dim() - 1) + [0, missing]
     return F.pad(t, after) if missing else t
+
+
+def slopes(slope: Tensor | float, channels: int) -> Tensor:
+    """A slope for each channel, from those, from one in a tensor, or from a number."""
+    each = slope if isinstance(slope, Tensor) else torch.tensor(slope)
+    return per_channel(each.reshape(-1).expand(channels))

@@ -84,13 +84,37 @@ static void scatter(const Step& s, const Patch& at, const float* from, long plan
   }
 }
 
+// product[row][0..panel) = input[row][0..C) @ w for `count` rows, slice by slice as direct_slices.
+static void multiply(const Step& s, const float* input, const float* w, float* product, long count,
+                     long panel) {
+  const long parts = (s.C + DEPTH - 1) / DEPTH;
+  for (long part = 0; part < parts; part++) {
+    const long c = s.C * part / parts, depth = s.C * (part + 1) / parts - c;
+    Ahead ahead(w + depth * panel, depth * panel);
+    each_tile_of(panel, 0, count, [&]<long M, long N>(long row) {
+      float* const kept = product + row * PANEL;
+      Tile<M, N> tile;
+      if (part == 0) {
+        tile.start(nullptr);
+      } else {
+        tile.resume(kept);
+      }
+      const float* x[M];
+      for (long m = 0; m < M; m++) x[m] = input + (row + m) * s.C + c;
+      tile.add(x, w, depth, ahead.take(depth));
+      tile.put_away(kept);
+    });
+    w += depth * panel;
+  }
+}
+
 static void winograd(const Step& s, long t, long threads) {
   const long tiles = s.N * ((s.P + 1) / 2) * ((s.Q + 1) / 2), panels = (s.K + PANEL - 1) / PANEL;
   const Part all_tiles(tiles, PIXELS, s.by_channel ? 0 : t, s.by_channel ? 1 : threads);
   const Part all_panels(panels, 1, s.by_channel ? t : 0, s.by_channel ? threads : 1);
+  const long plane = s.block * s.C, product_plane = s.block * PANEL;
   float* const input = s.scratch + t * s.scratch_pitch;
-  float* const product = input + 16 * s.block * s.C;
-  const long plane = s.block * s.C;
+  float* const product = input + 16 * plane;
   for (long from = all_tiles.from; from < all_tiles.to; from += s.block) {
     const long count = least(s.block, all_tiles.to - from);
     for (long i = 0; i < count; i++) gather(s, Patch(s, from + i), plane, input + i * s.C);
@@ -98,26 +122,10 @@ static void winograd(const Step& s, long t, long threads) {
       const long k = p * PANEL, panel = least(PANEL, s.K - k);
       for (long e = 0; e < 16; e++) {
         const float* const w = s.w + (k * 16 + e * panel) * s.C;
-        const long parts = (s.C + DEPTH - 1) / DEPTH;
-        for (long part = 0; part < parts; part++) {
-          const long c = s.C * part / parts, depth = s.C * (part + 1) / parts - c;
-          const float* const slice = w + c * panel;
-          const float* ahead = slice + depth * panel;
-          const float* const end = ahead + depth * panel;
-          each_tile_of(panel, 0, count, [&]<long M, long N>(long row) {
-            float* const kept = product + (e * s.block + row) * PANEL;
-            Tile<M, N> tile;
-            if (part == 0) tile.start(nullptr); else tile.resume(kept);
-            const float* x[M];
-            for (long m = 0; m < M; m++) x[m] = input + e * plane + (row + m) * s.C + c;
-            tile.add(x, slice, depth, ahead);
-            ahead = ahead + depth * LINE < end ? ahead + depth * LINE : slice;
-            tile.put_away(kept);
-          });
-        }
+        multiply(s, input + e * plane, w, product + e * product_plane, count, panel);
       }
       for (long i = 0; i < count; i++) {
-        scatter(s, Patch(s, from + i), product + i * PANEL, s.block * PANEL, k, panel);
+        scatter(s, Patch(s, from + i), product + i * PANEL, product_plane, k, panel);
       }
     }
   }

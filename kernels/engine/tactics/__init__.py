@@ -4,7 +4,10 @@ A tactic's module has
 - `refusal(device, dtype) -> str | None`: why it cannot run there, in one sentence;
 - `segments(graph, at) -> Iterable[Choice]`: what it can do that starts with node `at`;
 - `scratch(graph, choice) -> int`: bytes it needs while it runs (tactics in the arena only);
-- `lower(graph, choice, state, room) -> Work`: the segment, ready to run.
+- `lower(graph, choice, state, room) -> Work`: the segment, ready to run;
+- `kernels(graph, choice) -> list[Graph]`, only where a segment takes several kernels: their parts.
+
+Tactics on a GPU pass values on as torch's tensors, [N, C, H, W] in channels_last.
 """
 
 import importlib
@@ -39,6 +42,7 @@ class Tactic:
     module: str
     does: str
     in_arena: bool = False  # reads and writes values at fixed addresses
+    devices: tuple[str, ...] | None = None  # types that plans may use it on; None: its module says
 
     def load(self) -> TacticModule:
         return cast(TacticModule, importlib.import_module(self.module))
@@ -53,11 +57,58 @@ TACTICS: dict[str, Tactic] = {
     "onednn": Tactic(
         "resfuse.kernels.engine.tactics.onednn", "oneDNN's fused convolutions, packed weights; CPU"
     ),
+    "cudnn": Tactic(
+        "resfuse.kernels.engine.tactics.cudnn",
+        "cuDNN's convolution + bias + sum + ReLU",
+        devices=("cuda",),
+    ),
+    "triton_conv": Tactic(
+        "resfuse.kernels.engine.tactics.triton_conv",
+        "any convolution as an implicit GEMM, and depthwise",
+        devices=("cuda",),
+    ),
+    "triton_conv1x1": Tactic(
+        "resfuse.kernels.engine.tactics.triton_conv1x1",
+        "1x1 convolution as one GEMM",
+        devices=("cuda",),
+    ),
+    "split_k": Tactic(
+        "resfuse.kernels.engine.tactics.split_k",
+        "convolution for small batches, the reduction split",
+        devices=("cuda",),
+    ),
+    "projection": Tactic(
+        "resfuse.kernels.engine.tactics.projection",
+        "1x1 convolution with the block's projection shortcut folded in",
+        devices=("cuda",),
+    ),
+    "stem": Tactic(
+        "resfuse.kernels.engine.tactics.stem",
+        "7x7/2 convolution, ReLU and max-pool",
+        devices=("cuda",),
+    ),
+    "block_tail": Tactic(
+        "resfuse.kernels.engine.tactics.block_tail",
+        "3x3, 1x1 + residual + ReLU, and the next block's 1x1",
+        devices=("cuda",),
+    ),
     "eager": Tactic("resfuse.kernels.engine.tactics.eager", "torch's own operations, one by one"),
 }
 
 
 def tactics_on(device: torch.device, dtype: torch.dtype) -> dict[str, TacticModule]:
-    """Those that run there, by name."""
-    loaded = {name: tactic.load() for name, tactic in TACTICS.items()}
+    """Those that run there and are meant for it, by name.
+
+    Triton's interpreter runs GPU tactics on the CPU, for tests; no plan is to use them there.
+    """
+    loaded = tactics_for(device.type)
     return {name: m for name, m in loaded.items() if m.refusal(device, dtype) is None}
+
+
+def tactics_for(device_type: str) -> dict[str, TacticModule]:
+    """Those that are meant for a type of device, whether or not there is one."""
+    return {
+        name: tactic.load()
+        for name, tactic in TACTICS.items()
+        if tactic.devices is None or device_type in tactic.devices
+    }

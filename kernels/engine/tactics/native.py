@@ -17,7 +17,7 @@ from resfuse.kernels.native import convolution
 from resfuse.kernels.native.convolution import NativeConfig
 from resfuse.kernels.native.library import why_unavailable
 from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, threads
-from resfuse.kernels.native.weights import per_channel
+from resfuse.kernels.native.weights import per_channel, slopes
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -153,8 +153,7 @@ def _slopes(op: Conv | Affine, channels: int, state: State) -> list[Tensor]:
     slope = slope_of(op, state)
     if slope is None:
         return []
-    each = slope if isinstance(slope, Tensor) else torch.tensor(slope)
-    return [per_channel(each.reshape(-1).expand(channels))]
+    return [slopes(slope, channels)]
 
 
 def _is_done(graph: Graph, node: Node) -> bool:

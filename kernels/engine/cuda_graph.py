@@ -1,0 +1,146 @@
+"""CUDA graphs: a network's kernels recorded once a batch size, and launched again all at once.
+
+The input is copied into a buffer of the engine's first, and the outputs are copied out by the
+engine: both are part of a call, and of its time. What lies between is in one pool of memory that
+all batch sizes of an engine share, for only one of them runs at a time (Turns).
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.engine.executor import Executor
+from resfuse.kernels.engine.graph import Value
+
+Result = TypeVar("Result")
+_WARM_UPS = 2  # kernels are compiled and loaded, and cuDNN has chosen: none of it can be recorded
+
+
+class Turns:
+    """A context in which an engine runs: on its device, and after its previous run, whichever
+    stream that was on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._guard = contextlib.ExitStack()
+        self._ended: torch.cuda.Event | None = None
+
+    def __enter__(self) -> None:
+        self._guard.enter_context(torch.cuda.device(self._device))
+        if self._ended is not None:
+            torch.cuda.current_stream().wait_event(self._ended)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended = torch.cuda.current_stream().record_event()
+        self._guard.close()
+
+
+class Recorded:
+    """Executors by batch size, each as a CUDA graph on static buffers."""
+
+    def __init__(self, executors: Mapping[int, Executor], device: torch.device) -> None:
+        """Raises ValueError where something of a network cannot be recorded."""
+        self._pool = torch.cuda.graph_pool_handle()
+        self._inputs: dict[int, Tensor] = {}
+        self._outputs: dict[int, list[Tensor]] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            runs = {size: self._bound(size, e, device) for size, e in executors.items()}
+            try:
+                for run in runs.values():
+                    warm_up(run, stream)
+                torch.cuda.empty_cache()  # what only the warm-up needed
+                for size in sorted(runs, reverse=True):  # the others fit where the largest was
+                    self._graphs[size], self._outputs[size] = record(runs[size], stream, self._pool)
+            except RuntimeError as error:
+                raise ValueError(
+                    "argument cuda_graph: the network cannot be recorded as a CUDA graph "
+                    f"({str(error).splitlines()[0]}); build the engine with cuda_graph=False"
+                ) from error
+
+    def __call__(self, size: int, x: Tensor) -> list[Tensor]:
+        """The outputs, which the next call overwrites."""
+        self._inputs[size].copy_(x)
+        self._graphs[size].replay()
+        return self._outputs[size]
+
+    @property
+    def pool_bytes(self) -> int:
+        """What torch's allocator has reserved for the graphs: values, outputs and scratch."""
+        segments = torch.cuda.memory_snapshot()
+        own = [s for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool)]
+        return sum(segment["total_size"] for segment in own)
+
+    @property
+    def input_bytes(self) -> int:
+        """Of the buffers that inputs are copied into."""
+        return sum(x.numel() * x.element_size() for x in self._inputs.values())
+
+    def _bound(
+        self, size: int, executor: Executor, device: torch.device
+    ) -> Callable[[], list[Tensor]]:
+        """The executor's run on a buffer for its input. That is channels_last, as kernels read it,
+        so that copying an input in lays it out as well."""
+        static = self._inputs[size] = _buffer(executor.graph.values[executor.graph.input], device)
+        return lambda: executor(static)
+
+
+def warm_up(run: Callable[[], object], stream: torch.cuda.Stream) -> None:
+    """Runs what is to be recorded, on the stream that it will be recorded on, and waits for it."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.inference_mode():
+        for _ in range(_WARM_UPS):
+            run()
+    stream.synchronize()
+
+
+def record(
+    run: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """The graph of a warmed-up run, and what it returned: tensors that a replay fills.
+
+    torch.cuda.graph would empty torch's cache each time, and forbid other threads to allocate.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream), torch.inference_mode():
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            made = run()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the failure may have ended the capture
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    return graph, made
+
+
+def replayed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`run` as a graph, for a clock that is to see kernels and not Python; or, where it cannot be
+    recorded, as it is."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        warm_up(run, stream)
+        torch.cuda.empty_cache()  # graphs timed before; nothing can be given back in a capture
+        try:
+            graph, _ = record(run, stream)
+        except RuntimeError:
+            return run
+    return graph.replay
+
+
+def _buffer(value: Value, device: torch.device) -> Tensor:
+    memory_format = torch.channels_last if len(value.shape) == 4 else torch.contiguous_format
+    return torch.zeros(value.shape, dtype=value.dtype, device=device).contiguous(
+        memory_format=memory_format
+    )

@@ -1,0 +1,86 @@
+"""plan_for: what build_engine would plan on a GPU that is not here, by its data sheet."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from resfuse.kernels.engine.capture import capture
+from resfuse.kernels.engine.explain import table
+from resfuse.kernels.engine.gpus import Gpu, gpu_named
+from resfuse.kernels.engine.graph import Graph
+from resfuse.kernels.engine.planner import Segment, plan
+from resfuse.kernels.engine.roofline_cost import RooflineCost
+from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_for
+from resfuse.kernels.problem import math_mode_of
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A plan with predicted times; nothing has been run."""
+
+    gpu: Gpu
+    graph: Graph
+    segments: tuple[Segment, ...]
+
+    @property
+    def ms(self) -> float:
+        """Of the whole network."""
+        return sum(segment.ms for segment in self.segments)
+
+    def explain(self) -> str:
+        """A table of the segments, as Engine.explain's, but for what was not measured."""
+        dtype = self.graph.values[self.graph.input].dtype
+        mode = math_mode_of(dtype)
+        told = (
+            f"Times are predicted by the roofline, not measured: {self.gpu.name}'s data sheet, "
+            f"{self.gpu.tflops[mode]:g} TFLOP/s in {mode} and {self.gpu.tb_per_s:g} TB/s, as if "
+            "every kernel reached them."
+        )
+        return table(self.graph, self.segments, None, told)
+
+
+def plan_for(
+    model: nn.Module,
+    example: Tensor,
+    gpu: str = "h200",
+    *,
+    tactics: Collection[str] | None = None,
+) -> Prediction:
+    """Plans a model in eval mode for a GPU from GPUS, at the shape and dtype of `example`.
+
+    Every tactic counts as sound there: whether a kernel is right is found out where it runs.
+
+    Args:
+        model: on any device, meta included; its weights are not looked at.
+        example: [N, C, H, W], likewise.
+        gpu: a name in GPUS.
+        tactics: names in TACTICS, of those for GPUs; all of them by default.
+
+    Raises:
+        ValueError: an unknown GPU or tactic, a model that cannot be captured or is in training
+            mode, or nodes that none of `tactics` computes.
+    """
+    device = gpu_named(gpu)
+    if any(module.training for module in model.modules()):
+        raise ValueError("argument model: it is in training mode; call model.eval() first")
+    graph, _ = capture(model, example)
+    offered = _offered(tactics)
+    segments = plan(graph, offered, RooflineCost(graph, device), lambda choice: 0)
+    return Prediction(device, graph, tuple(segments))
+
+
+def _offered(names: Collection[str] | None) -> dict[str, TacticModule]:
+    known = {
+        name: module
+        for name, module in tactics_for("cuda").items()
+        if TACTICS[name].devices is not None or name == "eager"
+    }
+    if names is None:
+        return known
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"argument tactics: {name!r} is not known; accepted: {', '.join(known)}"
+            )
+    return {name: module for name, module in known.items() if name in names}

@@ -1,0 +1,76 @@
+"""A convolution of few output tiles, its reduction split over multiprocessors: one Triton kernel.
+
+Of the dozens of splits a problem allows, those with the least estimated time are offered: each
+takes a compilation and a measurement.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from resfuse.kernels import conv_config
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.graph import Conv, Graph, State
+from resfuse.kernels.engine.room import Room
+from resfuse.kernels.engine.tactics import triton_kernels
+from resfuse.kernels.engine.work import Call
+from resfuse.kernels.problem import ConvProblem
+from resfuse.kernels.split_k_config import Config, candidates, cycles
+
+if TYPE_CHECKING:
+    from resfuse.kernels.conv_arguments import Tensors
+    from resfuse.kernels.launch import Launch
+
+MOST = 8
+
+refusal = triton_kernels.refusal
+
+
+def segments(graph: Graph, at: int) -> Iterable[Choice]:
+    op = graph.nodes[at].op
+    if not isinstance(op, Conv):
+        return
+    for config in _configs(op.problem, triton_kernels.multiprocessors()):
+        settings = asdict(config)
+        flat = {**settings.pop("tile"), **settings}
+        yield Choice("split_k", at, at + 1, tuple(flat.items()))
+
+
+def scratch(graph: Graph, choice: Choice) -> int:
+    return 0
+
+
+def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
+    from resfuse.kernels.split_k import Workspace, launch, workspace
+
+    op = graph.nodes[choice.start].op
+    assert isinstance(op, Conv)
+    problem, last = op.problem, op.residual_last
+    settings = choice.settings
+    splits = settings.pop("split_taps"), settings.pop("split_channels")
+    config = Config(conv_config.Config(**settings), *splits)
+    made = workspace(problem, config, state[op.weight].device)
+    counters, partials = made.counters, made.partials.numel()  # counters end each run as zeros
+
+    def launch_of(t: "Tensors") -> "Launch":
+        # The parts of the sum are needed while the launch runs: then others have their memory.
+        parts = torch.empty(partials, dtype=torch.float32, device=counters.device)
+        return launch(problem, t, config, Workspace(parts, counters), last)
+
+    return triton_kernels.convolution(graph, choice, state, room, launch_of)
+
+
+def _configs(problem: ConvProblem, sms: int) -> list[Config]:
+    """Splits of tiles too few to give every multiprocessor one, the quickest by estimate first."""
+    few = [
+        config
+        for config in candidates(problem)
+        if config.splits > 1 and _count(config.tile.tiles(problem)) < sms
+    ]
+    return sorted(few, key=lambda config: cycles(problem, config, sms))[:MOST]
+
+
+def _count(tiles: tuple[int, int]) -> int:
+    return tiles[0] * tiles[1]

@@ -1,0 +1,57 @@
+"""Any convolution with its epilogue as an implicit GEMM, or depthwise: one Triton kernel.
+
+1x1 convolutions that are a GEMM as they stand are triton_conv1x1's.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from resfuse.kernels.conv_config import Config, candidates
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.graph import Conv, Graph, State
+from resfuse.kernels.engine.room import Room
+from resfuse.kernels.engine.tactics import triton_conv1x1, triton_kernels
+from resfuse.kernels.engine.work import Call
+
+refusal = triton_kernels.refusal
+
+
+def segments(graph: Graph, at: int) -> Iterable[Choice]:
+    op = graph.nodes[at].op
+    if not isinstance(op, Conv) or triton_conv1x1.is_gemm(op.problem):
+        return
+    if op.problem.c == op.problem.groups:
+        from resfuse.kernels import depthwise
+
+        for narrow in depthwise.candidates(op.problem):
+            yield _choice(at, "depthwise", narrow)
+        return
+    for config in candidates(op.problem):
+        yield _choice(at, "implicit_gemm", config)
+
+
+def scratch(graph: Graph, choice: Choice) -> int:
+    return 0
+
+
+def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
+    from resfuse.kernels import conv, depthwise
+
+    op = graph.nodes[choice.start].op
+    assert isinstance(op, Conv)
+    problem, last = op.problem, op.residual_last
+    settings = choice.settings
+    if settings.pop("form") == "depthwise":
+        narrow = depthwise.Config(**settings)
+        return triton_kernels.convolution(
+            graph, choice, state, room, lambda t: depthwise.launch(problem, t, narrow, last)
+        )
+    config = Config(**settings)
+    return triton_kernels.convolution(
+        graph, choice, state, room, lambda t: conv.launch(problem, t, config, last)
+    )
+
+
+def _choice(at: int, form: str, config: object) -> Choice:
+    settings = asdict(config)  # type: ignore[call-overload]
+    return Choice("triton_conv", at, at + 1, (("form", form), *settings.items()))

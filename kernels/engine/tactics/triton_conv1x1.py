@@ -1,0 +1,55 @@
+"""A 1x1 convolution with its epilogue as one GEMM: a Triton kernel, by tensor descriptors (TMA)
+where the GPU has them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from resfuse.kernels.conv1x1_config import Config, Conv1x1Problem, candidates
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.graph import Conv, Graph, State
+from resfuse.kernels.engine.room import Room
+from resfuse.kernels.engine.tactics import triton_kernels
+from resfuse.kernels.engine.work import Call
+from resfuse.kernels.problem import ConvProblem
+
+refusal = triton_kernels.refusal
+
+
+def is_gemm(problem: ConvProblem) -> bool:
+    """Whether it is a matrix product, of some rows of x where it has a stride."""
+    return (problem.r, problem.s, problem.groups) == (1, 1, 1) and problem.padding == (0, 0)
+
+
+def configs(problem: Conv1x1Problem) -> list[Config]:
+    """Those that the GPU can run: TMA came with Hopper."""
+    by_descriptors = triton_kernels.capability() >= (9, 0)
+    return [c for c in candidates(problem) if by_descriptors or not c.descriptors]
+
+
+def segments(graph: Graph, at: int) -> Iterable[Choice]:
+    op = graph.nodes[at].op
+    if isinstance(op, Conv) and is_gemm(op.problem):
+        for config in configs(Conv1x1Problem(**asdict(op.problem))):
+            yield Choice("triton_conv1x1", at, at + 1, tuple(asdict(config).items()))
+
+
+def scratch(graph: Graph, choice: Choice) -> int:
+    return 0
+
+
+def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
+    from resfuse.kernels.conv1x1_kernel import launch
+
+    op = graph.nodes[choice.start].op
+    assert isinstance(op, Conv)
+    problem, last = op.problem, op.residual_last
+    config = Config(**choice.settings)
+    return triton_kernels.convolution(
+        graph, choice, state, room,
+        lambda t: launch(
+            t.y, t.x, t.weight, t.bias, t.residual, t.slope,
+            stride=problem.stride, activation=problem.activation, residual_last=last,
+            math_mode=problem.math_mode, config=config,
+        ),
+    )  # fmt: skip

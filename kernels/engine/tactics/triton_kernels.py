@@ -1,0 +1,124 @@
+"""What the tactics on our Triton kernels share: where they run, how they find weights and inputs
+laid out, and how they launch. Kernels are imported when they are lowered: Triton may be missing.
+"""
+
+import importlib.util
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.activation import Slope
+from resfuse.kernels.arguments import channels_last, empty_channels_last
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.graph import Conv, Graph, State
+from resfuse.kernels.engine.room import Room
+from resfuse.kernels.engine.state import conv_weights, slope_of
+from resfuse.kernels.engine.work import Call, Values
+from resfuse.kernels.problem import MATH_MODES, ConvProblem
+
+if TYPE_CHECKING:
+    from resfuse.kernels.conv_arguments import Tensors
+    from resfuse.kernels.launch import Launch
+
+_H200 = (9, 0), 132  # what is planned for where there is no GPU
+_DESCRIPTOR_BYTES = 16  # tensors that come by descriptors start at multiples of it
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Of every tactic on a Triton kernel. The CPU has Triton's interpreter, for tests."""
+    if dtype not in {stored for stored, _ in MATH_MODES.values()}:
+        return f"Triton kernels compute in float32, float16 and bfloat16, not in {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return None
+        return f"Triton kernels need compute capability 8.0 or newer, not {major}.{minor}"
+    from resfuse.kernels.launch import interpreting
+
+    if device.type == "cpu" and interpreting():
+        return None
+    return f"Triton kernels run on a GPU, not on a {device.type}"
+
+
+def capability() -> tuple[int, int]:
+    """Of the GPU that is planned for."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else _H200[0]
+
+
+def multiprocessors() -> int:
+    """Likewise."""
+    if not torch.cuda.is_available():
+        return _H200[1]
+    return torch.cuda.get_device_properties().multi_processor_count
+
+
+def weights(op: Conv, state: State, room: Room) -> tuple[Tensor, Tensor]:
+    """Weight in channels_last, and bias; laid out once for all that read them so."""
+
+    def lay_out() -> list[Tensor]:
+        weight, bias = conv_weights(op, state)
+        return [channels_last(weight), bias]
+
+    weight, bias = room.tensors(("channels_last", *key_of(op)), lay_out)
+    return weight, bias
+
+
+def key_of(op: Conv) -> tuple[Hashable, ...]:
+    """What folded weights depend on: one may be shared, under other norms and on other shapes."""
+    problem = op.problem
+    return op.weight, op.bias, op.norm, problem.c, problem.r, problem.s, problem.groups
+
+
+def input_shape(problem: ConvProblem) -> tuple[int, ...]:
+    return problem.n, problem.c, problem.h, problem.w
+
+
+def output_shape(problem: ConvProblem) -> tuple[int, ...]:
+    return problem.n, problem.k, problem.p, problem.q
+
+
+def as_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`x` as kernels read it, a copy only where it lies otherwise."""
+    image = channels_last(x.reshape(shape))
+    if image.data_ptr() % _DESCRIPTOR_BYTES:
+        return image.clone(memory_format=torch.channels_last)
+    return image
+
+
+def run(launch: "Launch") -> None:
+    """Raises RuntimeError where Triton cannot compile the launch, or the GPU has no room for it."""
+    from triton.errors import TritonError
+
+    try:
+        launch.run()
+    except TritonError as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def convolution(
+    graph: Graph, choice: Choice, state: State, room: Room, launch_of: "Callable[[Tensors], Launch]"
+) -> Call:
+    """One convolution with its epilogue, by the launch that fills y for its tensors."""
+    from resfuse.kernels.conv_arguments import Tensors
+
+    node = graph.nodes[choice.start]
+    op = node.op
+    assert isinstance(op, Conv)
+    inputs, outputs = input_shape(op.problem), output_shape(op.problem)
+    shape = graph.values[node.name].shape
+    weight, bias = weights(op, state, room)
+    slope: Slope = slope_of(op, state)
+    slope = slope.contiguous() if isinstance(slope, Tensor) else slope
+
+    def compute(values: Values) -> None:
+        x = as_map(values[node.inputs[0]], inputs)
+        residual = as_map(values[node.residual], outputs) if node.residual else None
+        y = empty_channels_last(outputs, x)
+        run(launch_of(Tensors(x, weight, bias, residual, slope, y)))
+        values[node.name] = y.reshape(shape)
+
+    return Call(compute)

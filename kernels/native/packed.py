@@ -1,0 +1,129 @@
+"""A fused convolution in float32 on the CPU, by a native step: a PackedConv (onednn.py) of our own.
+
+One call costs 5 us beside its arithmetic, where torch's oneDNN op costs 27 (two cores), and ReLU
+keeps NaN.
+"""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.activation import Slope
+from resfuse.kernels.native import convolution
+from resfuse.kernels.native.convolution import Form
+from resfuse.kernels.native.library import why_unavailable
+from resfuse.kernels.native.pages import Shelf
+from resfuse.kernels.native.step import ACTIVATIONS, Step, lanes, runner, threads
+from resfuse.kernels.native.weights import direct_from, per_channel, slopes, winograd_from
+from resfuse.kernels.onednn import Geometry
+from resfuse.kernels.problem import ConvProblem
+
+# Winograd's weights are 16/9 as large; up to here that makes 11 MB of ResNet-50's hundred.
+_MOST_WINOGRAD = 256 * 256
+
+_shelf = Shelf()  # as malloc has its heap: chunks are freed when no weight is left in them
+
+
+def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
+    """Whether there is a native step for the convolution here."""
+    fits = weight.dtype == torch.float32 and geometry.groups == 1 and activation in ACTIVATIONS
+    if not fits or weight.shape[0] < 16 or why_unavailable() is not None:
+        return False
+    row = weight.shape[1] * weight.shape[3]
+    return weight.shape[0] % lanes() == 0 and row <= convolution.LONGEST_ROW
+
+
+class NativeConv:
+    """act(conv(x) + bias + residual): x [N, C, H, W] of any format -> [N, K, P, Q], channels_last.
+
+    Any number of threads may call it; each has memory of its own for sums.
+
+    Args:
+        weight: [K, C, R, S], float32; not kept.
+        bias: [K].
+        geometry: of the convolution; groups must be one.
+        activation: a name of ACTIVATIONS that `supports` allows.
+        slope: of leaky_relu (a number) or prelu (a tensor [K]).
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, geometry: Geometry, activation: str, slope: Slope
+    ) -> None:
+        self._shape = weight.shape
+        self._geometry, self._activation = geometry, activation
+        self._form = self._choose_form()
+        self._weight = _shelf.put(convolution.layout_weight(self._form, weight, 1))
+        self._bias = per_channel(bias)
+        self._slope = None if slope is None else slopes(slope, weight.shape[0])
+        self._run = runner()
+        self._here = threading.local()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        step, shape = self._step(x, False)
+        x = _nhwc(x)
+        y = torch.empty(shape, memory_format=torch.channels_last)
+        step.x, step.y = x.data_ptr(), y.data_ptr()
+        self._run(step, 1, threads())
+        return y
+
+    def add(self, x: Tensor, residual: Tensor, overwrite: bool = False) -> Tensor:
+        """With a residual of the output's shape, written over it if `overwrite`."""
+        step, shape = self._step(x, True)
+        x, residual = _nhwc(x), _nhwc(residual)
+        y = residual if overwrite else torch.empty(shape, memory_format=torch.channels_last)
+        step.x, step.residual, step.y = x.data_ptr(), residual.data_ptr(), y.data_ptr()
+        self._run(step, 1, threads())
+        return y
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        """`self(x)`."""
+        return self
+
+    def bound_add(self, overwrite: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """`self.add(x, residual, overwrite)`."""
+        return lambda x, residual: self.add(x, residual, overwrite)
+
+    def _choose_form(self) -> Form:
+        k, c, r, s = self._shape
+        g = self._geometry
+        plain = (r, s) == (3, 3) and g.stride == g.dilation == (1, 1) and c % lanes() == 0
+        return "winograd" if plain and k * c <= _MOST_WINOGRAD else "direct"
+
+    def _step(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:
+        """This thread's step for inputs like `x`, and the shape of its output."""
+        kept = self._here.__dict__.setdefault("steps", {})
+        made = kept.get(residual)
+        key = x.shape, threads()
+        if made is None or made[0] != key:
+            made = key, *self._make(x, residual)
+            kept[residual] = made
+        return made[1], made[2]
+
+    def _make(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...], Tensor]:
+        n, c, h, w = x.shape
+        k, _, r, s = self._shape
+        g = self._geometry
+        problem = ConvProblem(
+            n, c, h, w, k, r, s, g.stride, g.padding, g.dilation,
+            math_mode="ieee", activation=self._activation, residual=residual,
+        )  # fmt: skip
+        config = convolution.choose(problem, self._form)
+        scratch = torch.empty(threads() * convolution.scratch_floats(problem, config))
+        step = convolution.conv_step(
+            problem, config, residual_last=False,
+            w=self._weight.data_ptr(), bias=self._bias.data_ptr(),
+            slope=0 if self._slope is None else self._slope.data_ptr(),
+            scratch=scratch.data_ptr(), x_pitch=c, residual_pitch=k, y_pitch=k,
+        )  # fmt: skip
+        return step, (n, k, problem.p, problem.q), scratch
+
+    def dense_weight(self) -> Tensor:
+        """The weight as it was given; from Winograd's form, but for rounding."""
+        back = winograd_from if self._form == "winograd" else direct_from
+        return back(self._weight, self._shape)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
