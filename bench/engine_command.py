@@ -127,9 +127,10 @@ def text(case: Case, how: Sequence[str], found: Sequence[EngineFacts]) -> str:
 
 def summary(one: EngineFacts) -> str:
     """Memory, error and speed of one batch size."""
+    graphs = f", {one.graphs_mb:.1f} MB for CUDA graphs of all batches" if one.graphs_mb else ""
     lines = [
         f"Memory: {one.arena_mb:.1f} MB between layers (at least {one.least_mb:.1f} MB), "
-        f"{one.weights_mb:.1f} MB of weights.",
+        f"{one.weights_mb:.1f} MB of weights{graphs}.",
         f"Error against fp64: {_number(one.rel_l2_err)} relative, worst image "
         f"(eager {one.eager_err:.2g}, allowed {one.allowed_err:.2g}); "
         f"{_number(one.max_abs_err)} at the most.",

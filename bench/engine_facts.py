@@ -48,6 +48,7 @@ class EngineFacts:
     arena_mb: float
     least_mb: float  # the largest sum of values alive at one moment
     weights_mb: float
+    graphs_mb: float  # CUDA graphs of all batch sizes: their pool, and the inputs' buffers
     eager_err: float  # relative L2 against fp64, worst image, as the next two
     allowed_err: float
     rel_l2_err: float | None
@@ -96,6 +97,7 @@ def facts(engine: Engine, model: nn.Module, case: Case, options: Options) -> Eng
         arena_mb=held.arena / MB,
         least_mb=held.least / MB,
         weights_mb=held.weights / MB,
+        graphs_mb=(held.graph_pool + held.graph_inputs) / MB,
         eager_err=max(check.relative_error(y, reference) for y, reference in eager),
         allowed_err=expected.limit.rel_l2,
         rel_l2_err=accuracy.rel_l2 if accuracy else None,
