@@ -25,6 +25,9 @@ test: $(STAMP)  ## run the tests; benchmarks check their answers and time nothin
 report: $(STAMP)  ## write the reports of results/ again, from the rows alone
 	$(BIN)/resfuse report $(ARGS)
 
+gpu: $(STAMP)  ## measure what matters most on the GPU here, in nine minutes; ARGS="--resume", ARGS=--dry-run on a CPU
+	$(BIN)/resfuse gpu-plan $(ARGS)
+
 inspect: $(STAMP)  ## compile every kernel for GPUs that need not be here; ARGS="--kernel conv1x1"
 	$(BIN)/resfuse inspect $(ARGS)
 
@@ -44,4 +47,4 @@ types: $(STAMP)  ## mypy; it needs the packages where their names say, so they a
 clean:  ## remove what the targets made, results excepted
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
-.PHONY: help setup bench test report inspect lint format types clean
+.PHONY: help setup bench test report gpu inspect lint format types clean

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from resfuse.bench import flags
 from resfuse.bench.case import MEMORY_FORMATS, MODES, PRECISIONS, Options
 from resfuse.bench.errors import UsageError
 from resfuse.bench.profiles import NAMES
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 where `inspect` found problems, 2 for bad input,
     130 after Ctrl-C."""
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = parsed.command
         return command(parsed)
     except UsageError as error:
@@ -75,11 +76,30 @@ def _inspect(args: argparse.Namespace) -> int:
     return inspect(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _check(args: argparse.Namespace) -> int:
+    from resfuse.bench.kernels.check_command import check
+
+    return check(args)
+
+
+def _engine(args: argparse.Namespace) -> int:
+    from resfuse.bench.engine_command import engine
+
+    return engine(args)
+
+
+def _gpu_plan(args: argparse.Namespace) -> int:
+    from resfuse.bench.gpu_plan.command import gpu_plan
+
+    return gpu_plan(args)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and flag; `command` of what it parses runs it."""
+    top = _Parser(
         prog="resfuse", description="Benchmarks for residual networks that you can trust."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_bench(commands.add_parser("bench", help="measure networks and write the report"))
     _add_kernels(
         commands.add_parser("kernels", help="measure every convolution of a network by itself")
@@ -109,14 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspection.add_argument(
         "--kernel",
-        type=_names,
+        type=flags.names,
         default=["*"],
         metavar="NAMES",
         help="wildcards allowed (conv*; default: all)",
     )
     inspection.add_argument(
         "--target",
-        type=_names,
+        type=flags.names,
         default=[],
         metavar="NAMES",
         help="sm_80, sm_90, sm_100, gfx942 (default: the first three)",
@@ -125,7 +145,20 @@ def _parser() -> argparse.ArgumentParser:
         "--csv", metavar="FILE", type=Path, help="write every number to this file"
     )
     inspection.set_defaults(command=_inspect)
-    return parser
+    check = commands.add_parser("check", help="try every configuration of our kernels against fp64")
+    flags.add_check(check)
+    check.set_defaults(command=_check)
+    engine = commands.add_parser(
+        "engine", help="build an engine of a network; explain, check and time it"
+    )
+    flags.add_engine(engine)
+    engine.set_defaults(command=_engine)
+    plan = commands.add_parser(
+        "gpu-plan", help="all there is to measure on a GPU, most valuable first, in one command"
+    )
+    flags.add_gpu_plan(plan)
+    plan.set_defaults(command=_gpu_plan)
+    return top
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -139,14 +172,14 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "-m",
         "--model",
-        type=_names,
+        type=flags.names,
         default=[],
         metavar="NAMES",
         help="networks; wildcards allowed (resnet*)",
     )
     what.add_argument(
         "--backend",
-        type=_names,
+        type=flags.names,
         default=[],
         metavar="NAMES",
         help="ways to run them; see `resfuse list backends`",
@@ -154,18 +187,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "-b",
         "--batch-size",
-        type=_numbers,
+        type=flags.numbers,
         default=[],
         metavar="N",
         help="images; never changed behind your back",
     )
     what.add_argument(
-        "--precision", type=_names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
+        "--precision", type=flags.names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
     )
     formats = what.add_mutually_exclusive_group()
     formats.add_argument(
         "--memory-format",
-        type=_names,
+        type=flags.names,
         default=[],
         metavar="NAMES",
         help=f"{', '.join(MEMORY_FORMATS)} (default: both)",
@@ -179,7 +212,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--bench",
-        type=_names,
+        type=flags.names,
         default=["inference"],
         metavar="MODES",
         help=f"{', '.join(MODES)} (default: inference)",
@@ -222,20 +255,20 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--seconds",
-        type=_positive,
+        type=flags.positive,
         metavar="S",
         help="timed seconds a case (default: the profile's)",
     )
     how.add_argument(
         "--timeout",
-        type=_positive,
+        type=flags.positive,
         default=Options.timeout_s,
         metavar="S",
         help="limit of a case, set-up included (default: %(default)g)",
     )
     how.add_argument(
         "--threads",
-        type=_count,
+        type=flags.count,
         default=0,
         metavar="N",
         help="CPU threads (default: torch's choice)",
@@ -264,14 +297,14 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "-m",
         "--model",
-        type=_names,
+        type=flags.names,
         default=["resnet50"],
         metavar="NAMES",
         help="networks whose convolutions are measured; wildcards allowed (default: resnet50)",
     )
     what.add_argument(
         "--providers",
-        type=_names,
+        type=flags.names,
         default=[],
         metavar="NAMES",
         help="ways to compute one; see `resfuse list providers` (default: all)",
@@ -279,13 +312,13 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "-b",
         "--batch-size",
-        type=_numbers,
+        type=flags.numbers,
         default=[],
         metavar="N",
         help="images (default: 1,8 on a CPU, 1,256 on a GPU)",
     )
     what.add_argument(
-        "--precision", type=_names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
+        "--precision", type=flags.names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
     )
     what.add_argument(
         "--img-size", type=int, metavar="PIXELS", help="square images (default: the network's own)"
@@ -296,20 +329,20 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--rounds",
-        type=_rounds,
+        type=flags.rounds,
         metavar="N",
         help="timed runs of each provider (default: 20 on a CPU, 100 on a GPU)",
     )
     how.add_argument(
         "--timeout",
-        type=_positive,
+        type=flags.positive,
         default=Options.timeout_s,
         metavar="S",
         help="limit of a convolution, set-up included (default: %(default)g)",
     )
     how.add_argument(
         "--threads",
-        type=_count,
+        type=flags.count,
         default=0,
         metavar="N",
         help="CPU threads (default: torch's choice)",
@@ -326,45 +359,6 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--dry-run", action="store_true", help="show the convolutions and stop")
     out.add_argument("--no-report", action="store_true", help="append rows only")
     parser.set_defaults(command=_kernels)
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    return [_whole(part) for part in _names(text)]
-
-
-def _count(text: str) -> int:
-    number = _whole(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number}; accepted: whole numbers from 0")
-    return number
-
-
-def _rounds(text: str) -> int:
-    number = _whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}; accepted: whole numbers from 1")
-    return number
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}'; accepted: numbers above 0")
-    return number
 
 
 if __name__ == "__main__":

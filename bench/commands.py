@@ -3,7 +3,9 @@
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def bench(args: argparse.Namespace) -> int:
     from resfuse.bench.isolate import survey
 
     console = Console(stderr=True)
-    request = _request(args)
+    request = request_of(args)
     sweep.expand(replace(request, device="cpu"))  # finds misspelt names before anything runs
     if not args.dry_run:
         results.check_writable(args.results)
@@ -42,29 +44,28 @@ def bench(args: argparse.Namespace) -> int:
     folder = args.results / found["folder"]
     skipped = 0
     if args.resume:
-        settled = results.settled_cases(folder, found["env_id"], found["commit"])
-        remaining = [case for case in cases if results.identity_key(case) not in settled]
+        remaining = unsettled(cases, folder, found)
         skipped, cases = len(cases) - len(remaining), remaining
     if args.dry_run:
         Console().print(cases_table(cases, skipped))
         return 0
     results.record_environment(folder, found["env_id"], {**found["facts"], **found["ceilings"]})
-    options = Options(
-        seconds=args.seconds or sweep.profile(request).seconds,
-        threads=args.threads,
-        seed=args.seed,
-        timeout_s=args.timeout,
-    )
     console.print(
         f"{found['facts']['device_name']}: {len(cases)} cases"
         + (f", {skipped} already settled" if skipped else "")
     )
-    _run(cases, options, folder, found, console)
+    run_cases(cases, options_of(args, request), folder, found, console)
     if not args.no_report:
         from resfuse.bench.report import write_report
 
         console.print(f"Report: {write_report(folder)}")
     return 0
+
+
+def unsettled(cases: list[Case], folder: Path, found: dict[str, Any]) -> list[Case]:
+    """The cases that this environment and commit have not settled yet."""
+    settled = results.settled_cases(folder, found["env_id"], found["commit"])
+    return [case for case in cases if results.identity_key(case) not in settled]
 
 
 def report(args: argparse.Namespace) -> int:
@@ -126,7 +127,8 @@ def inspect(args: argparse.Namespace) -> int:
     return int(any(problems(result) for result in found))
 
 
-def _request(args: argparse.Namespace) -> sweep.Request:
+def request_of(args: argparse.Namespace) -> sweep.Request:
+    """What the parsed flags of `resfuse bench` ask for."""
     return sweep.Request(
         profile=args.profile,
         device=args.device,
@@ -144,9 +146,24 @@ def _request(args: argparse.Namespace) -> sweep.Request:
     )
 
 
-def _run(
-    cases: list[Case], options: Options, folder: Path, found: dict[str, Any], console: Console
-) -> None:
+def options_of(args: argparse.Namespace, request: sweep.Request) -> Options:
+    return Options(
+        seconds=args.seconds or sweep.profile(request).seconds,
+        threads=args.threads,
+        seed=args.seed,
+        timeout_s=args.timeout,
+    )
+
+
+def run_cases(
+    cases: list[Case],
+    options: Options,
+    folder: Path,
+    found: dict[str, Any],
+    console: Console,
+    time_left: Callable[[], float] = lambda: inf,
+) -> int:
+    """Measures cases with a progress bar; returns how many `time_left` (sweep.run) left out."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
@@ -163,13 +180,16 @@ def _run(
             progress.console.print(_line(case, outcome), highlight=False, soft_wrap=True)
             progress.advance(task)
 
-        sweep.run(cases, options, folder, found, started, finished)
+        left_out = sweep.run(cases, options, folder, found, started, finished, time_left)
     summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(
         f"{sum(counts.values())} rows in {folder / results.ROWS}: {summary}"
         if counts
+        else "No case was measured."
+        if left_out
         else "Nothing left to measure."
     )
+    return left_out
 
 
 def _line(case: Case, outcome: Outcome) -> str:

@@ -13,8 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from math import inf
 from typing import IO, TYPE_CHECKING, Any
 
 from resfuse.bench import allocator
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
     from resfuse.bench.kernels.convolutions import Convolution
 
 SURVEY_TIMEOUT_S = 300.0
+TRIAL_TIMEOUT_S = 60.0  # of one configuration, compilation included
 GRACE_S = 5.0
 # The parent shares two cores with the work it watches, and wakes late at times.
 WATCH_SLACK_S, WATCH_SLACK = 0.5, 0.1
 
 
-def survey(request: Request, threads: int, ceilings: bool) -> dict[str, Any]:
+def survey(
+    request: Request, threads: int, ceilings: bool, limit_s: float = SURVEY_TIMEOUT_S
+) -> dict[str, Any]:
     """Device, environment, commit and ceilings, from a process that is gone before the first case
     starts.
 
@@ -41,7 +45,7 @@ def survey(request: Request, threads: int, ceilings: bool) -> dict[str, Any]:
         RuntimeError: the process died.
     """
     job = {"task": "survey", "request": asdict(request), "threads": threads, "ceilings": ceilings}
-    result = _converse(job, SURVEY_TIMEOUT_S)
+    result = _converse(job, limit_s)
     if isinstance(result, Outcome):
         raise RuntimeError(f"the survey of this machine failed: {result.error}")
     return result
@@ -97,6 +101,44 @@ def run_convolution(
     }
 
 
+def run_trials(
+    kernels: Sequence[str],
+    device: str,
+    skip: Sequence[str],
+    timeout_s: float,
+    heard: Callable[[dict[str, Any]], None],
+) -> Outcome | None:
+    """Checks configurations of kernels in a subprocess, which may leave off before the last, and
+    may be silent for TRIAL_TIMEOUT_S.
+
+    Args:
+        skip: keys (kernels.judge.key) of those not to be tried.
+        heard: told {"began": key} and {"key": ..., ...} as it happens, see kernels.judge.
+
+    Returns:
+        how the subprocess died, or None where it came to its end.
+
+    Raises:
+        KeyboardInterrupt: after the subprocess was killed.
+    """
+    job = {"task": "trials", "kernels": list(kernels), "device": device, "skip": list(skip)}
+    result = _converse(job, timeout_s, heard, TRIAL_TIMEOUT_S)
+    return result if isinstance(result, Outcome) else None
+
+
+def describe_engine(job: Mapping[str, Any], timeout_s: float) -> dict[str, Any] | Outcome:
+    """What an engine of a network is like, found out in a subprocess.
+
+    Args:
+        job: `case`, `batch_sizes` and `options`, as engine_command.describe takes them, in plain
+            data.
+
+    Returns:
+        {"texts": {batch size: all there is to read}}, or how the subprocess died.
+    """
+    return _converse({"task": "engine", **job}, timeout_s)
+
+
 def compare_watches(outcome: Outcome, claimed_s: float, seen_s: float) -> Outcome:
     """Fails a passed case whose own clocks disagree with the parent's watch.
 
@@ -113,8 +155,22 @@ def compare_watches(outcome: Outcome, claimed_s: float, seen_s: float) -> Outcom
     return Outcome("fail_to_run", message)
 
 
-def _converse(job: dict[str, Any], timeout_s: float) -> dict[str, Any] | Outcome:
-    """Sends the job, waits for the result; an Outcome where there is none."""
+def _ignore(message: dict[str, Any]) -> None:
+    pass
+
+
+def _converse(
+    job: dict[str, Any],
+    timeout_s: float,
+    heard: Callable[[dict[str, Any]], None] = _ignore,
+    silence_s: float = inf,
+) -> dict[str, Any] | Outcome:
+    """Sends the job, waits for the result; an Outcome where there is none.
+
+    Args:
+        heard: gets what is told on the way.
+        silence_s: the longest time between two messages.
+    """
     read, write = os.pipe()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -128,7 +184,7 @@ def _converse(job: dict[str, Any], timeout_s: float) -> dict[str, Any] | Outcome
             assert process.stdin is not None
             process.stdin.write(json.dumps(job).encode())
             process.stdin.close()
-            result = _listen(read, timeout_s)
+            result = _listen(read, timeout_s, heard, silence_s)
         except BrokenPipeError:
             result = None
         except TimeoutError:
@@ -143,17 +199,21 @@ def _converse(job: dict[str, Any], timeout_s: float) -> dict[str, Any] | Outcome
         return result if result is not None else _how_it_died(process.returncode, log)
 
 
-def _listen(read: int, timeout_s: float) -> dict[str, Any] | None:
+def _listen(
+    read: int, timeout_s: float, heard: Callable[[dict[str, Any]], None], silence_s: float
+) -> dict[str, Any] | None:
     """The result message with `watched_s` added; None where the process ended without one."""
     watch = Watch()
-    pending, began, watched_s = b"", 0.0, 0.0
+    pending, began, watched_s, last = b"", 0.0, 0.0, 0.0
     while True:
-        left = timeout_s - seconds(watch.elapsed())
+        now = seconds(watch.elapsed())
+        left = min(timeout_s - now, silence_s - (now - last))
         if left <= 0 or not select.select([read], [], [], left)[0]:
             raise TimeoutError
         received = os.read(read, 65536)
         if not received:
             return None
+        last = seconds(watch.elapsed())
         *lines, pending = (pending + received).split(b"\n")
         for line in lines:
             message = json.loads(line)
@@ -162,6 +222,8 @@ def _listen(read: int, timeout_s: float) -> dict[str, Any] | None:
                 began = seconds(watch.elapsed())
             elif event == "timed":
                 watched_s = seconds(watch.elapsed()) - began
+            elif event == "news":
+                heard(message)
             elif event == "usage":
                 raise UsageError(message["message"])
             else:

@@ -19,12 +19,11 @@ from resfuse.bench.inference import Inference, answers
 from resfuse.bench.measured import Measured, Value
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.precision import set_math_mode
-from resfuse.bench.quiet import wait_for_quiet
+from resfuse.bench.quiet import LIMIT_S, wait_for_quiet
 from resfuse.bench.row import Outcome
 from resfuse.bench.training import Training
 from resfuse.resnet_ref import create
 
-QUIET_LIMIT_S = 15.0
 Subject = Inference | Training
 Tell = Callable[
     [str], None
@@ -81,7 +80,7 @@ def _measure(
     with blame(case.baseline):
         baseline.check(0, "before timing")
 
-    quiet = wait_for_quiet(QUIET_LIMIT_S)
+    quiet = wait_for_quiet(LIMIT_S[device])
     tell("timing")
     laps, span = timing.interleave(
         [candidate.timed(), blamed(baseline.timed(), case.baseline)],

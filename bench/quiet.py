@@ -8,6 +8,9 @@ would be timed as well.
 import psutil
 
 WINDOW_S = 0.3
+# How long to wait, by the kind of device. A GPU's time is taken by its own events, and in a rented
+# container the processors one sees are everybody's: they may never rest.
+LIMIT_S = {"cpu": 15.0, "cuda": 2.0}
 BUSY_CORES = 0.25  # a desktop's or a kernel's own murmur
 
 

@@ -66,6 +66,12 @@ def read_rows(folder: Path, sheet: Sheet = CASES) -> pd.DataFrame:
     return table
 
 
+def has_rows(folder: Path, sheet: Sheet = CASES) -> bool:
+    """False for a file that was made and never written to, too: Ctrl-C can fall in between."""
+    path = folder / sheet.file
+    return path.exists() and path.stat().st_size > 0
+
+
 def read_environments(folder: Path) -> dict[str, dict[str, str]]:
     """env_id -> {key: value}, the machine and versions behind each row.
 
@@ -115,7 +121,7 @@ def record_environment(folder: Path, env_id: str, facts: Mapping[str, str]) -> N
 
 def settled_cases(folder: Path, env_id: str, commit: str) -> set[tuple[tuple[str, str], ...]]:
     """Identities (see `identity_key`) of what this environment and commit have settled."""
-    if not (folder / ROWS).exists():
+    if not has_rows(folder):
         return set()
     rows = read_rows(folder)
     here = rows[(rows.env_id == env_id) & (rows.commit == commit) & rows.status.isin(SETTLED)]

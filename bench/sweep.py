@@ -1,8 +1,10 @@
 """From a request to its cases, and through them: measure, append, show progress."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from resfuse.bench.isolate import run_case
 from resfuse.bench.profiles import PROFILES, Profile
 from resfuse.bench.row import Outcome, Stamp, record
 from resfuse.bench.selection import pick
+
+LEAST_S = 5.0  # about what the subprocess of a case needs to import torch
 
 
 def profile(request: Request) -> Profile:
@@ -44,9 +48,9 @@ def expand(request: Request) -> list[Case]:
         "--baseline-memory-format", [request.baseline_memory_format], MEMORY_FORMATS
     )[0]
     batch_sizes = request.batch_sizes or default.batch_sizes
-    _require_positive("--batch-size", batch_sizes)
+    require_positive("--batch-size", batch_sizes)
     if request.img_size is not None:
-        _require_positive("--img-size", [request.img_size])
+        require_positive("--img-size", [request.img_size])
     return [
         Case(
             model, backend, mode, request.device, precision, memory_format, batch_size,
@@ -66,35 +70,54 @@ def run(
     found: dict[str, Any],
     started: Callable[[Case], None],
     finished: Callable[[Case, Outcome], None],
-) -> None:
+    time_left: Callable[[], float] = lambda: inf,
+) -> int:
     """Measures the cases one by one and appends each row as soon as it exists.
 
     Args:
         found: the survey of this machine (see isolate.survey).
         started, finished: called around each case, for progress.
+        time_left: seconds the cases may still take. None is started with less than LEAST_S; one
+            that is cut off by it leaves no row, since it may well pass with more time.
+
+    Returns:
+        how many cases were left out for want of time.
 
     Raises:
         UsageError: the results folder or the user's input failed in the middle; the rows so far are
             kept.
     """
     ceilings = {key: float(value) for key, value in found["ceilings"].items()}
-    for case, outcome in _outcomes(cases, options, ceilings, started):
+    done = 0
+    for case, outcome in _outcomes(cases, options, ceilings, started, time_left):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         stamp = Stamp(found["facts"]["device_name"], found["env_id"], found["commit"], now)
         results.append_row(folder, record(case, outcome, stamp))
         finished(case, outcome)
+        done += 1
+    return len(cases) - done
 
 
 def _outcomes(
-    cases: list[Case], options: Options, ceilings: dict[str, float], started: Callable[[Case], None]
+    cases: list[Case],
+    options: Options,
+    ceilings: dict[str, float],
+    started: Callable[[Case], None],
+    time_left: Callable[[], float],
 ) -> Iterator[tuple[Case, Outcome]]:
     # Unavailable means backend, machine and precision, whatever the network: one process finds it
     # out for all.
     unavailable: dict[tuple[str, ...], Outcome] = {}
     for case in cases:
+        left = time_left()
+        if left < LEAST_S:
+            return
         started(case)
         key = (case.backend, case.mode, case.device, case.precision, case.memory_format)
-        outcome = unavailable.get(key) or _unsupported(case) or run_case(case, options, ceilings)
+        limited = replace(options, timeout_s=min(options.timeout_s, left))
+        outcome = unavailable.get(key) or _unsupported(case) or run_case(case, limited, ceilings)
+        if outcome.status == "timeout" and left < options.timeout_s:
+            return
         if outcome.status == "unavailable":
             unavailable[key] = outcome
         yield case, outcome
@@ -111,7 +134,8 @@ def _unsupported(case: Case) -> Outcome | None:
     return Outcome("unavailable", f"{case.backend} takes {' or '.join(accepted)} tensors only")
 
 
-def _require_positive(argument: str, numbers: list[int] | tuple[int, ...]) -> None:
+def require_positive(argument: str, numbers: Sequence[int]) -> None:
+    """Raises UsageError for a number below 1."""
     for number in numbers:
         if number < 1:
             raise UsageError(f"argument {argument}: {number}; accepted: whole numbers from 1")

@@ -1,7 +1,8 @@
 """The subprocess that does the work: `python -m resfuse.bench.worker FD`, a job as JSON on stdin,
 messages to FD.
 
-Each message is a JSON object on a line: {"event": "timing"}, {"event": "timed"}, then {"event":
+Each message is a JSON object on a line: {"event": "timing"}, {"event": "timed"}, {"event":
+"news", ...} where a job has something to tell on the way, then {"event":
 "result", ...} or {"event": "usage", "message": ...}. stdout and stderr are free for whatever the
 backends print.
 """
@@ -23,7 +24,7 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     descriptor = int(sys.argv[1])
-    _die_with_parent()
+    die_with_parent()
     job = json.load(sys.stdin)
 
     def tell(event: str, **content: Any) -> None:
@@ -98,7 +99,30 @@ def _convolution(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     return {"outcomes": told, "span_s": span_s}
 
 
-TASKS = {"survey": _survey, "measure": _measure, "convolution": _convolution}
+def _trials(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    if job["device"].split(":")[0] == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are first imported
+    from resfuse.bench.kernels.judge import run_trials
+
+    run_trials(job["kernels"], job["device"], set(job["skip"]), lambda **c: tell("news", **c))
+    return {}
+
+
+def _engine(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    from resfuse.bench.engine_command import describe, text
+
+    case, sizes = Case(**job["case"]), job["batch_sizes"]
+    _, how, found = describe(case, sizes, Options(**job["options"]))
+    return {"texts": {str(one.batch_size): text(case, how, [one]) for one in found}}
+
+
+TASKS = {
+    "survey": _survey,
+    "measure": _measure,
+    "convolution": _convolution,
+    "trials": _trials,
+    "engine": _engine,
+}
 
 
 def resolve_device(asked: str) -> str:
@@ -124,7 +148,7 @@ def resolve_device(asked: str) -> str:
     return asked
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A killed harness leaves no process behind that slows down the next one (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

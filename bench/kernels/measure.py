@@ -23,10 +23,9 @@ from resfuse.bench.kernels.providers import BASELINE, PROVIDERS, load_provider
 from resfuse.bench.measure import Tell, require_device, synchronize
 from resfuse.bench.measured import Accuracy
 from resfuse.bench.precision import set_math_mode
-from resfuse.bench.quiet import wait_for_quiet
+from resfuse.bench.quiet import LIMIT_S, wait_for_quiet
 from resfuse.bench.row import Outcome
 
-QUIET_LIMIT_S = 15.0
 L2_BYTES = 256 * 2**20  # more than any GPU's
 HEAD_START_CYCLES = 1_000_000  # about half a millisecond: time to queue a call from Python
 
@@ -146,7 +145,7 @@ def _time(
     if kind == "cuda":
         ahead = _head_start(convolution.device)
         steps = [replace(step, ahead=ahead) for step in steps]
-    quiet = wait_for_quiet(QUIET_LIMIT_S)
+    quiet = wait_for_quiet(LIMIT_S[kind])
     tell("timing")
     laps, span = timing.interleave(
         steps, kind, options.seconds, options.min_rounds, options.max_rounds
