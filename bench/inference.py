@@ -73,6 +73,7 @@ class Checked:
     def set_up(self) -> None:
         """Everything that happens once; the first run compiles and tunes, so it belongs here."""
         self._run = self._build(self._images)
+        del self._build  # and with it the model, where what runs does not need it
         self.step_once()
 
     def expect(self, answers: Answers) -> None:

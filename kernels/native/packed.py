@@ -14,7 +14,6 @@ from resfuse.kernels.activation import Slope
 from resfuse.kernels.native import convolution
 from resfuse.kernels.native.convolution import Form
 from resfuse.kernels.native.library import why_unavailable
-from resfuse.kernels.native.pages import Shelf
 from resfuse.kernels.native.step import ACTIVATIONS, Step, lanes, runner, threads
 from resfuse.kernels.native.weights import direct_from, per_channel, slopes, winograd_from
 from resfuse.kernels.onednn import Geometry
@@ -22,8 +21,6 @@ from resfuse.kernels.problem import ConvProblem
 
 # Winograd's weights are 16/9 as large; up to here that makes 11 MB of ResNet-50's hundred.
 _MOST_WINOGRAD = 256 * 256
-
-_shelf = Shelf()  # as malloc has its heap: chunks are freed when no weight is left in them
 
 
 def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
@@ -33,6 +30,22 @@ def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
         return False
     row = weight.shape[1] * weight.shape[3]
     return weight.shape[0] % lanes() == 0 and row <= convolution.LONGEST_ROW
+
+
+class _Workspace(threading.local):
+    """Scratch memory of a calling thread, for whichever convolution it runs: one at a time."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0)
+
+    def of(self, floats: int) -> int:
+        """The address of so many floats."""
+        if floats > self._held.numel():
+            self._held = torch.empty(floats)
+        return self._held.data_ptr()
+
+
+_workspace = _Workspace()
 
 
 class NativeConv:
@@ -54,7 +67,7 @@ class NativeConv:
         self._shape = weight.shape
         self._geometry, self._activation = geometry, activation
         self._form = self._choose_form()
-        self._weight = _shelf.put(convolution.layout_weight(self._form, weight, 1))
+        self._weight = convolution.layout_weight(self._form, weight, 1)
         self._bias = per_channel(bias)
         self._slope = None if slope is None else slopes(slope, weight.shape[0])
         self._run = runner()
@@ -65,6 +78,7 @@ class NativeConv:
         x = _nhwc(x)
         y = torch.empty(shape, memory_format=torch.channels_last)
         step.x, step.y = x.data_ptr(), y.data_ptr()
+        step.scratch = _workspace.of(step.scratch_pitch * threads())
         self._run(step, 1, threads())
         return y
 
@@ -74,6 +88,7 @@ class NativeConv:
         x, residual = _nhwc(x), _nhwc(residual)
         y = residual if overwrite else torch.empty(shape, memory_format=torch.channels_last)
         step.x, step.residual, step.y = x.data_ptr(), residual.data_ptr(), y.data_ptr()
+        step.scratch = _workspace.of(step.scratch_pitch * threads())
         self._run(step, 1, threads())
         return y
 
@@ -101,7 +116,7 @@ class NativeConv:
             kept[residual] = made
         return made[1], made[2]
 
-    def _make(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...], Tensor]:
+    def _make(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:
         n, c, h, w = x.shape
         k, _, r, s = self._shape
         g = self._geometry
@@ -110,14 +125,13 @@ class NativeConv:
             math_mode="ieee", activation=self._activation, residual=residual,
         )  # fmt: skip
         config = convolution.choose(problem, self._form)
-        scratch = torch.empty(threads() * convolution.scratch_floats(problem, config))
         step = convolution.conv_step(
             problem, config, residual_last=False,
             w=self._weight.data_ptr(), bias=self._bias.data_ptr(),
             slope=0 if self._slope is None else self._slope.data_ptr(),
-            scratch=scratch.data_ptr(), x_pitch=c, residual_pitch=k, y_pitch=k,
+            x_pitch=c, residual_pitch=k, y_pitch=k,
         )  # fmt: skip
-        return step, (n, k, problem.p, problem.q), scratch
+        return step, (n, k, problem.p, problem.q)
 
     def dense_weight(self) -> Tensor:
         """The weight as it was given; from Winograd's form, but for rounding."""
