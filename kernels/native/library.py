@@ -90,7 +90,10 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for source in _sources():
         digest.update(source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    except OSError as error:
+        raise NativeUnavailable(f"{compiler} cannot be run: {error}") from None
     digest.update(version + " ".join((*flags, processor())).encode())
     return digest.hexdigest()[:20]
 
