@@ -52,7 +52,10 @@ def _joined(first: Node, second: Node) -> Conv | Affine | None:
     """One operation for both, None where there is none."""
     op, then = first.op, second.op
     assert isinstance(then, Affine)
-    if not isinstance(op, Conv | Affine) or (then.residual and len(set(second.inputs)) == 1):
+    things = (then.norm is not None) + then.residual + (then.activation != "identity")
+    if things > 1 or not isinstance(op, Conv | Affine):  # several have their own order
+        return None
+    if then.residual and len(set(second.inputs)) == 1:
         return None
     ended = op.activation != "identity"
     if then.norm is not None:
