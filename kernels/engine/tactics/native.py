@@ -65,7 +65,9 @@ def _conv(graph: Graph, choice: Choice, node: Node, op: Conv, state: State, room
         laid_out = convolution.layout_weight(config.form, weight, op.problem.groups)
         return [laid_out, per_channel(bias), *_slopes(op, op.problem.k, state)]
 
-    weight, bias, *slope = room.weights((op.weight, config.form), lay_out)
+    # a weight may be shared, under other norms and activations
+    key = (op.weight, op.bias, op.norm, op.slope, op.problem.groups, config.form)
+    weight, bias, *slope = room.weights(key, lay_out)
     needs_scratch = convolution.scratch_floats(op.problem, config) > 0
     step = convolution.conv_step(
         op.problem,
