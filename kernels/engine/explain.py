@@ -13,6 +13,8 @@ _HEADINGS = ("segment", "tactic", "ms", "%", "floor, ms", "% of floor", "MB", "n
 
 def table(graph: Graph, segments: Sequence[Segment], ceilings: Ceilings | None) -> str:
     """Aligned columns; floors only where the device's ceilings are known."""
+    if not segments:
+        return "No segments: the outputs are the input."
     total = sum(segment.ms for segment in segments)
     rows = [_row(graph, segment, total, ceilings) for segment in segments]
     floor = sum(float(row[4]) for row in rows) if ceilings else None

@@ -4,7 +4,7 @@ between: norm, activation, sum. What remains is what the engine plans with.
 
 from dataclasses import replace
 
-from resfuse.kernels.engine.graph import Affine, Conv, Graph, Node, Torch
+from resfuse.kernels.engine.graph import Affine, Conv, Graph, Node
 
 
 def merge(graph: Graph) -> Graph:
@@ -72,12 +72,7 @@ def _without_unread(graph: Graph) -> list[Node]:
     read = set(graph.outputs)
     kept: list[Node] = []
     for node in reversed(graph.nodes):
-        if node.name in read or (isinstance(node.op, Torch) and _writes(node.op)):
+        if node.name in read:
             read.update(node.inputs)
             kept.append(node)
     return kept[::-1]
-
-
-def _writes(op: Torch) -> bool:
-    """An assertion of torch.export's, say."""
-    return op.target.startswith("aten._assert")

@@ -162,6 +162,8 @@ def _slopes(op: Conv | Affine, channels: int, state: State) -> list[Tensor]:
 def _is_done(graph: Graph, node: Node) -> bool:
     """Whether there is a step for what is no convolution."""
     op = node.op
+    if any(graph.values[name].dtype != torch.float32 for name in (node.name, *node.inputs)):
+        return False
     if isinstance(op, Affine):
         return op.activation in ACTIVATIONS
     if isinstance(op, Concat):
