@@ -117,8 +117,13 @@ class _Reader:
 
     def _add_value(self, node: fx.Node, name: str) -> None:
         meta = node.meta["val"]
+        if not all(isinstance(n, int) for n in meta.shape):
+            raise ValueError(
+                f"argument model: the shape of {node.target}'s result depends on data; accepted: "
+                "models whose shapes do not"
+            )
         self._names[node] = name
-        self._values[name] = Value(tuple(int(n) for n in meta.shape), meta.dtype)
+        self._values[name] = Value(tuple(meta.shape), meta.dtype)
 
     def _add(self, node: fx.Node, op: Any, *inputs: fx.Node) -> None:
         self._add_value(node, node.name)
