@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,7 @@ class Offers:
 def chain(count: int) -> Graph:
     """`count` nodes, one after another."""
     names = ["x", *(f"v{i}" for i in range(count))]
-    nodes = tuple(
-        Node(b, Affine(None, "relu"), (a,)) for a, b in zip(names, names[1:], strict=False)
-    )
+    nodes = tuple(Node(b, Affine(None, "relu"), (a,)) for a, b in pairwise(names))
     return Graph("x", (names[-1],), nodes, dict.fromkeys(names, Value((1, 4), torch.float32)))
 
 
