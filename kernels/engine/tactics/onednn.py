@@ -42,7 +42,8 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
     # a residual that is read here last and belongs to no one else is added in place
     residual = node.residual
     owned = residual is not None and residual not in room and _is_no_view(graph, residual)
-    overwrite = owned and graph.last_read[str(residual)] == choice.start
+    read_once = owned and graph.last_read[str(residual)] == choice.start
+    overwrite = read_once and node.inputs.count(str(residual)) == 1  # not what it convolves, too
 
     def run(values: Values) -> None:
         x = values[node.inputs[0]].reshape(input_shape)
