@@ -152,6 +152,19 @@ def test_what_a_view_still_shows_is_never_written_over() -> None:
     require_as_eager(graph, conv_state(SUM), choices)
 
 
+@pytest.mark.parametrize("tactic", ["onednn", "native"])
+def test_what_is_convolved_and_added_is_not_written_over(tactic: str) -> None:
+    """y = conv(x) + x."""
+    graph = graph_of(
+        Node("first", Conv(PROBLEM, "w"), ("x",)),
+        Node("sum", Conv(SUM, "w"), ("first", "first")),
+        outputs=("sum",),
+    )
+    config = tuple(asdict(NativeConfig("direct", False, 6)).items()) if tactic == "native" else ()
+    choices = [Choice(tactic, at, at + 1, config) for at in range(2)]
+    require_as_eager(graph, conv_state(SUM), choices)
+
+
 def test_a_map_that_is_read_through_windows_is_never_written_over() -> None:
     """The concatenation of one part is that part, in the same place."""
     graph = graph_of(
