@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,15 @@ Resfuse = Callable[..., subprocess.CompletedProcess[str]]
 def seeded() -> None:
     """What a test draws from torch's own generator is the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The engine's libraries and times are kept in a folder of this test run."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESFUSE_CACHE_DIR", str(folder))
+        yield folder
 
 
 def insert_after(file: Path, line: str, added: str) -> None:

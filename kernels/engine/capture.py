@@ -97,13 +97,15 @@ class _Reader:
         (output,) = (node for node in self._program.graph.nodes if node.op == "output")
         returned = [self._returned(item) for item in output.args[0]]
         (input_name,) = signature.user_inputs
-        return Graph(
-            str(input_name),
-            tuple(returned),
-            tuple(self._nodes),
-            self._values,
-            pytree.treespec_dumps(self._program.call_spec.out_spec),
-        )
+        out_spec = self._program.call_spec.out_spec
+        try:
+            spec = pytree.treespec_dumps(out_spec)
+        except NotImplementedError as error:  # a named tuple of the model's own, say
+            raise ValueError(
+                f"argument model: it returns a {out_spec.type.__name__}; accepted: tensors, and "
+                "lists, tuples and dicts of them"
+            ) from error
+        return Graph(str(input_name), tuple(returned), tuple(self._nodes), self._values, spec)
 
     def _returned(self, item: Any) -> str:
         if not isinstance(item, fx.Node) or item not in self._names:
@@ -115,8 +117,13 @@ class _Reader:
 
     def _add_value(self, node: fx.Node, name: str) -> None:
         meta = node.meta["val"]
+        if not all(isinstance(n, int) for n in meta.shape):
+            raise ValueError(
+                f"argument model: the shape of {node.target}'s result depends on data; accepted: "
+                "models whose shapes do not"
+            )
         self._names[node] = name
-        self._values[name] = Value(tuple(int(n) for n in meta.shape), meta.dtype)
+        self._values[name] = Value(tuple(meta.shape), meta.dtype)
 
     def _add(self, node: fx.Node, op: Any, *inputs: fx.Node) -> None:
         self._add_value(node, node.name)
@@ -124,8 +131,10 @@ class _Reader:
 
     def _call(self, node: fx.Node) -> None:
         target, args = node.target, _arguments(node)
-        if target is operator.getitem and args[0] in self._names and args[1] == 0:
+        if target is operator.getitem and args[1] == 0 and self._names[args[0]] in self._values:
             self._names[node] = self._names[args[0]]  # of a batch norm read below
+        elif target is aten._assert_tensor_metadata.default:
+            pass  # held for the example; the engine takes inputs like it only
         elif target in _SAME_VALUES and args[0] in self._names:
             self._names[node] = self._names[args[0]]
         elif not (read := _READERS.get(target)) or not read(self, node):
@@ -165,11 +174,16 @@ class _Reader:
                 f"argument model: {target} is no ATen operation; accepted: models without "
                 "data-dependent control flow"
             )
-        meta = node.meta["val"]
+        meta = node.meta.get("val")
         if isinstance(meta, Tensor):
             self._add_value(node, node.name)
-        else:
+        elif isinstance(meta, list | tuple):
             self._names[node] = node.name  # each result is a node of its own
+        else:
+            raise ValueError(
+                f"argument model: {target} returns no tensor; accepted: models without "
+                "data-dependent control flow"
+            )
         op = Torch(str(target), args, kwargs)
         self._nodes.append(Node(node.name, op, tuple(self._names[x] for x in inputs)))
 

@@ -29,10 +29,11 @@ class Ceilings:
 
 def _cached(cache: TimingCache, what: str, measure: Callable[[], float]) -> float:
     key = "ceiling", what
-    if key not in cache:
-        cache.put(key, measure())
-    ms = cache.get(key)
-    assert ms is not None
+    known = cache.get(key) if key in cache else None
+    if known is not None:
+        return known
+    ms = measure()
+    cache.put(key, ms)
     return ms
 
 

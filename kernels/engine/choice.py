@@ -45,7 +45,8 @@ def _describe(node: Node) -> str:
     op = node.op
     if isinstance(op, Conv):
         problem = op.problem
-        rest = f"pad {problem.padding} {problem.activation} {problem.math_mode}"
+        windows = f"stride {problem.stride} pad {problem.padding} dilation {problem.dilation}"
+        rest = f"{windows} {problem.activation} {problem.math_mode}"
         last = " residual_last" * op.residual_last
         return f"conv {problem.label()} {rest}{' residual' * problem.residual}{last}"
     if isinstance(op, Affine):

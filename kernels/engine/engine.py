@@ -109,6 +109,8 @@ class Engine:
         larger = [size for size in self._built if size > count]
         if self.other_batches == "pad" and larger:
             padded = x.new_zeros(larger[0], *x.shape[1:])
+            if _is_channels_last(x):
+                padded = padded.contiguous(memory_format=torch.channels_last)
             padded[:count] = x
             return pytree.tree_map(lambda y: y[:count], self._run(larger[0], padded))
         if self.other_batches == "eager" and self._model is not None:
@@ -148,7 +150,7 @@ class Engine:
 
     def memory(self, batch_size: int | None = None) -> Memory:
         """What the engine holds for a batch size (the largest one by default), in bytes."""
-        executor = self._built[batch_size or max(self._built)].executor
+        executor = self._built_for(batch_size).executor
         pool, inputs = (
             (self._recorded.pool_bytes, self._recorded.input_bytes) if self._recorded else (0, 0)
         )
@@ -157,7 +159,7 @@ class Engine:
 
     def explain(self, batch_size: int | None = None) -> str:
         """A table of the segments: tactic, runner-up, time, floor, bytes."""
-        built = self._built[batch_size or max(self._built)]
+        built = self._built_for(batch_size)
         return table(built.graph, built.segments, self._ceilings)
 
     def refresh(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -179,7 +181,7 @@ class Engine:
                     f"this engine takes {tuple(old.shape)}"
                 )
             fresh[name] = new.detach().to(old.device, old.dtype)
-        require_finite(fresh)
+        require_finite(fresh, "state_dict")
         laid = Laid()
         built = {
             size: Built(b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, laid))
@@ -197,6 +199,14 @@ class Engine:
             ValueError: the engine was built with keep_weights=False.
         """
         save(Path(path), self._built, self._weights(), self.other_batches, self.cuda_graph)
+
+    def _built_for(self, batch_size: int | None) -> Built:
+        if batch_size is not None and batch_size not in self._built:
+            sizes = ", ".join(map(str, self._built))
+            raise ValueError(
+                f"argument batch_size: {batch_size}; this engine was built for {sizes}"
+            )
+        return self._built[batch_size or max(self._built)]
 
     def _weights(self) -> dict[str, Tensor]:
         if self._state is None:
@@ -230,8 +240,8 @@ def build_engine(
         ValueError: a model in training mode, one that cannot be captured, a weight that is not
             finite, or a batch size below one; or one that no CUDA graph can record.
     """
-    if not isinstance(example, Tensor) or example.dim() < 2:
-        raise ValueError("argument example: accepted: one tensor [N, C, H, W]")
+    if not isinstance(example, Tensor) or example.dim() < 2 or not example.shape[0]:
+        raise ValueError("argument example: accepted: one tensor [N, C, H, W], not empty")
     if any(module.training for module in model.modules()):
         raise ValueError("argument model: it is in training mode; call model.eval() first")
     sizes = sorted(set(batch_sizes or [example.shape[0]]))
@@ -246,7 +256,7 @@ def build_engine(
     for size in sizes:
         graph, captured = capture(model, _batch_of(example, size))
         state = {name: captured[name] for name in sorted(state_names(graph))}
-        require_finite(state)
+        require_finite(state, "model")
         built[size] = _build(graph, state, laid, example.device, cache)
     return Engine(
         built,
@@ -274,11 +284,11 @@ def _build(
     return Built(graph, tuple(segments), executor)
 
 
-def require_finite(state: Mapping[str, Tensor]) -> None:
+def require_finite(state: Mapping[str, Tensor], argument: str) -> None:
     """Raises ValueError for a weight that is NaN or infinite."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"argument model: {name} holds values that are not finite")
+            raise ValueError(f"argument {argument}: {name} holds values that are not finite")
 
 
 def _batch_of(example: Tensor, size: int) -> Tensor:

@@ -25,6 +25,8 @@ def table(
     Args:
         times: a sentence that says where they are from.
     """
+    if not segments:
+        return "No segments: the outputs are the input."
     total = sum(segment.ms for segment in segments)
     rows = [_row(graph, segment, total, ceilings) for segment in segments]
     floor = sum(float(row[4]) for row in rows) if ceilings else None

@@ -137,7 +137,7 @@ class Node:
 class Graph:
     """Nodes in an order in which they can run."""
 
-    input: str
+    input: str  # "" where it reads none
     outputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     values: dict[str, Value]
@@ -167,14 +167,16 @@ class Graph:
         outputs = tuple(node.name for node in nodes if node.name in read_later)
         reads = dict.fromkeys(name for node in nodes for name in node.inputs if name not in made)
         names = [*reads, *made]
-        return Graph(next(iter(reads)), outputs, nodes, {name: self.values[name] for name in names})
+        return Graph(
+            next(iter(reads), ""), outputs, nodes, {name: self.values[name] for name in names}
+        )
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """Values that no node makes."""
         made = {node.name for node in self.nodes}
         used = [name for node in self.nodes for name in node.inputs if name not in made]
-        return tuple(dict.fromkeys([self.input, *used]))
+        return tuple(dict.fromkeys([*filter(None, [self.input]), *used]))
 
 
 def state_names(graph: Graph) -> set[str]:

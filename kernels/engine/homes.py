@@ -107,10 +107,11 @@ class _Finder:
             return None
         block, _ = self._of[over]
         readers = self._graph.readers[over]
-        alone = self._blocks[block].members == [over] or all(
-            self._graph.last_read.get(member, 0) <= self._made_at[node.name]
+        alone = all(
+            self._graph.last_read.get(member, 0) < self._made_at[node.name]
             and self._of[member] == self._of[over]
             for member in self._blocks[block].members
+            if member != over
         )
         last = self._graph.last_read[over] == self._made_at[node.name]
         return over if alone and last and readers >= 1 and node.inputs.count(over) == 1 else None

@@ -4,7 +4,7 @@ between: norm, activation, sum. What remains is what the engine plans with.
 
 from dataclasses import replace
 
-from resfuse.kernels.engine.graph import Affine, Conv, Graph, Node, Torch
+from resfuse.kernels.engine.graph import Affine, Conv, Graph, Node
 
 
 def merge(graph: Graph) -> Graph:
@@ -53,7 +53,10 @@ def _joined(first: Node, second: Node) -> Conv | Affine | None:
     """One operation for both, None where there is none."""
     op, then = first.op, second.op
     assert isinstance(then, Affine)
-    if not isinstance(op, Conv | Affine) or (then.residual and len(set(second.inputs)) == 1):
+    things = (then.norm is not None) + then.residual + (then.activation != "identity")
+    if things > 1 or not isinstance(op, Conv | Affine):  # several have their own order
+        return None
+    if then.residual and len(set(second.inputs)) == 1:
         return None
     ended = op.activation != "identity"
     if then.norm is not None:
@@ -96,12 +99,7 @@ def _without_unread(graph: Graph) -> list[Node]:
     read = set(graph.outputs)
     kept: list[Node] = []
     for node in reversed(graph.nodes):
-        if node.name in read or (isinstance(node.op, Torch) and _writes(node.op)):
+        if node.name in read:
             read.update(node.inputs)
             kept.append(node)
     return kept[::-1]
-
-
-def _writes(op: Torch) -> bool:
-    """An assertion of torch.export's, say."""
-    return op.target.startswith("aten._assert")

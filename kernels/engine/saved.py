@@ -84,12 +84,14 @@ def load_engine(path: str | Path) -> "Engine":
     try:
         with safe_open(path, framework="pt") as file:
             told = json.loads((file.metadata() or {})["resfuse"])
+            if not isinstance(told, dict):
+                raise ValueError("no plan in its header")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"argument path: {path} is no engine, or a damaged one: {error}") from None
-    device = _same_device(path, told)
-    state = {name: tensor.to(device) for name, tensor in state.items()}
     try:
+        device = _same_device(path, told)
+        state = {name: tensor.to(device) for name, tensor in state.items()}
         plans = {
             int(size): (graph_from_json(p["graph"]), segments_from_json(p["segments"]))
             for size, p in told["plans"].items()
@@ -99,14 +101,14 @@ def load_engine(path: str | Path) -> "Engine":
             size: Built(graph, segs, Executor(graph, [s.choice for s in segs], state, laid))
             for size, (graph, segs) in plans.items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+        return Engine(
+            built,
+            state,
+            other_batches=told["other_batches"],
+            cuda_graph=told.get("cuda_graph", False),
+        )
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"argument path: {path} holds no plan that can be run: {error}") from None
-    return Engine(
-        built,
-        state,
-        other_batches=told["other_batches"],
-        cuda_graph=told.get("cuda_graph", False),
-    )
 
 
 def _same_device(path: Path, told: dict[str, Any]) -> torch.device:

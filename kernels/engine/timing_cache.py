@@ -31,6 +31,7 @@ class TimingCache:
         told = json.dumps(self._environment, sort_keys=True)
         name = hashlib.sha256(told.encode()).hexdigest()[:16]
         self.path = (folder or cache_folder() / "timings") / f"{name}.jsonl"
+        self._torn = False  # the file ends within a line
         self._times = self._read()
 
     def __contains__(self, key: tuple[str, str]) -> bool:
@@ -46,9 +47,10 @@ class TimingCache:
         line = json.dumps({"part": key[0], "choice": key[1], "ms": ms}) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            start = "" if self.path.exists() else self._header()
+            start = "\n" * self._torn if self.path.exists() else self._header()
             with self.path.open("ab", buffering=0) as file:
                 file.write((start + line).encode())  # one write: lines of two processes stay whole
+            self._torn = False
         except OSError as error:
             warnings.warn(f"times are not kept in {self.path}: {error}", stacklevel=2)
 
@@ -57,12 +59,14 @@ class TimingCache:
 
     def _read(self) -> dict[tuple[str, str], float | None]:
         try:
-            lines = self.path.read_text(errors="replace").splitlines()
+            text = self.path.read_text(errors="replace")
         except FileNotFoundError:
             return {}
         except OSError as error:
             warnings.warn(f"times kept in {self.path} cannot be read: {error}", stacklevel=3)
             return {}
+        self._torn = bool(text) and not text.endswith("\n")
+        lines = [line for line in text.split("\n") if line]
         rows = [row for line in lines if (row := _parsed(line)) is not None]
         headers = [row for row in rows if "schema" in row]
         ours = {"schema": SCHEMA, "environment": self._environment}
@@ -82,14 +86,14 @@ class TimingCache:
 def _parsed(line: str) -> dict | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
 
 def _is_time(row: dict) -> bool:
     ms = row.get("ms", "missing")
-    sensible = ms is None or (isinstance(ms, int | float) and 0 < ms < 1e6)
+    sensible = ms is None or (type(ms) in (int, float) and 0 < ms < 1e6)  # True is no time
     return sensible and isinstance(row.get("part"), str) and isinstance(row.get("choice"), str)
 
 

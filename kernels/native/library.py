@@ -35,7 +35,7 @@ def library(architecture: str = "native") -> ctypes.CDLL:
         NativeUnavailable: no compiler, one that fails, or a processor without vectors.
     """
     compiler = _compiler()
-    flags = (*_FLAGS, f"-march={architecture}")
+    flags = _flags(architecture)
     built = cache_folder() / "native" / f"{_key(compiler, flags)}.so"
     if not built.exists():
         _compile(compiler, flags, built)
@@ -55,7 +55,7 @@ def cache_folder() -> Path:
 def fingerprint() -> str:
     """A hash of the library's sources, flags, compiler and processor; "none" without a compiler."""
     try:
-        return _key(_compiler(), _FLAGS)
+        return _key(_compiler(), _flags("native"))
     except NativeUnavailable:
         return "none"
 
@@ -78,6 +78,10 @@ def _compiler() -> str:
     raise NativeUnavailable(f"no C++ compiler: {sought} is on the path")
 
 
+def _flags(architecture: str) -> tuple[str, ...]:
+    return (*_FLAGS, f"-march={architecture}")
+
+
 def _sources() -> list[Path]:
     return sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp"))
 
@@ -86,8 +90,11 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for source in _sources():
         digest.update(source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    digest.update(version + "".join((*flags, processor())).encode())
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    except OSError as error:
+        raise NativeUnavailable(f"{compiler} cannot be run: {error}") from None
+    digest.update(version + " ".join((*flags, processor())).encode())
     return digest.hexdigest()[:20]
 
 
@@ -115,13 +122,8 @@ def _compile(compiler: str, flags: tuple[str, ...], built: Path) -> None:
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             made = Path(folder) / built.name
-            command = [
-                compiler,
-                *flags,
-                str(Path(__file__).with_name("steps.cpp")),
-                "-o",
-                str(made),
-            ]
+            source = str(Path(__file__).with_name("steps.cpp"))
+            command = [compiler, *flags, source, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 said = (done.stderr.strip() or "no message").splitlines()[-1]

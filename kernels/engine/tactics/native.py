@@ -65,7 +65,9 @@ def _conv(graph: Graph, choice: Choice, node: Node, op: Conv, state: State, room
         laid_out = convolution.layout_weight(config.form, weight, op.problem.groups)
         return [laid_out, per_channel(bias), *_slopes(op, op.problem.k, state)]
 
-    weight, bias, *slope = room.weights((op.weight, config.form), lay_out)
+    # a weight may be shared, under other norms and activations
+    key = (op.weight, op.bias, op.norm, op.slope, op.problem.groups, config.form)
+    weight, bias, *slope = room.weights(key, lay_out)
     needs_scratch = convolution.scratch_floats(op.problem, config) > 0
     step = convolution.conv_step(
         op.problem,
@@ -159,6 +161,8 @@ def _slopes(op: Conv | Affine, channels: int, state: State) -> list[Tensor]:
 def _is_done(graph: Graph, node: Node) -> bool:
     """Whether there is a step for what is no convolution."""
     op = node.op
+    if any(graph.values[name].dtype != torch.float32 for name in (node.name, *node.inputs)):
+        return False
     if isinstance(op, Affine):
         return op.activation in ACTIVATIONS
     if isinstance(op, Concat):

@@ -6,7 +6,7 @@ import torch
 
 from resfuse.kernels import onednn
 from resfuse.kernels.engine.choice import Choice
-from resfuse.kernels.engine.graph import Conv, Graph, State
+from resfuse.kernels.engine.graph import Conv, Graph, State, Torch
 from resfuse.kernels.engine.room import Room
 from resfuse.kernels.engine.state import conv_weights, slope_of
 from resfuse.kernels.engine.work import Call, Values
@@ -41,9 +41,9 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
     conv = PackedConv(weight, bias, geometry, problem.activation, slope_of(op, state), input_shape)
     # a residual that is read here last and belongs to no one else is added in place
     residual = node.residual
-    made = {n.name for n in graph.nodes}
-    owned = residual in made and residual not in room
-    overwrite = owned and graph.last_read[str(residual)] == choice.start
+    owned = residual is not None and residual not in room and _is_no_view(graph, residual)
+    read_once = owned and graph.last_read[str(residual)] == choice.start
+    overwrite = read_once and node.inputs.count(str(residual)) == 1  # not what it convolves, too
 
     def run(values: Values) -> None:
         x = values[node.inputs[0]].reshape(input_shape)
@@ -56,3 +56,11 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
         values[node.name] = y.reshape(output_shape)
 
     return Call(run)
+
+
+def _is_no_view(graph: Graph, name: str) -> bool:
+    """Whether a value's memory is its own: torch's operations may return, or keep, a view."""
+    related = [n for n in graph.nodes if n.name == name or name in n.inputs]
+    return any(n.name == name for n in related) and not any(
+        isinstance(n.op, Torch) for n in related
+    )

@@ -1,0 +1,216 @@
+"""The memory plan: buffers that are alive together never overlap, and what is computed in memory
+that is used again and again is what is computed in memory of its own.
+"""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphs import conv_graph, conv_state, eager_choices, error, inputs_of
+from random_graphs import State, graphs
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.executor import Executor
+from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, Node, Torch, Value
+from resfuse.kernels.engine.memory import ALIGNMENT, Buffer, arrange, least_size
+from resfuse.kernels.engine.room import Laid
+from resfuse.kernels.engine.tactics import native, onednn
+from resfuse.kernels.native.convolution import NativeConfig, candidates
+from resfuse.kernels.native.step import lanes
+from resfuse.kernels.problem import ConvProblem
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+# A value that somebody wrote over is off by about one; roundings of a dozen layers by 1e-6.
+CLOSE = 1e-4
+
+
+@st.composite
+def buffers(draw: st.DrawFn) -> Buffer:
+    first = draw(st.integers(0, 20))
+    return Buffer(draw(st.integers(0, 10_000)), first, first + draw(st.integers(0, 20)))
+
+
+@settings(max_examples=500)
+@given(st.lists(buffers(), max_size=25))
+def test_buffers_that_are_alive_together_do_not_overlap(given: list[Buffer]) -> None:
+    arena = arrange(given)
+    placed = list(zip(given, arena.offsets, strict=True))
+    for i, (a, start) in enumerate(placed):
+        assert start % ALIGNMENT == 0 and start >= 0 and start + a.size <= arena.size
+        for b, other in placed[:i]:
+            assert not a.meets(b) or start + a.size <= other or other + b.size <= start
+    assert least_size(given) <= arena.size <= sum(b.size + ALIGNMENT for b in given)
+
+
+def test_buffers_that_are_never_alive_together_share_their_memory() -> None:
+    given = [Buffer(640, at, at) for at in range(10)]
+    assert arrange(given).size == least_size(given) == 640
+
+
+@settings(max_examples=200)
+@given(st.lists(buffers(), min_size=1, max_size=12))
+def test_the_least_size_is_what_is_alive_at_one_moment(given: list[Buffer]) -> None:
+    alive = [
+        sum(-(-b.size // 64) * 64 for b in given if b.first <= moment <= b.last)
+        for moment in range(45)
+    ]
+    assert least_size(given) == max(alive)
+
+
+# Whole graphs in one arena
+
+
+def native_choices(graph: Graph, draw: st.DataObject) -> list[Choice]:
+    """A native one wherever there is any."""
+    return [
+        draw.draw(
+            st.sampled_from(list(native.segments(graph, at)) or [Choice("eager", at, at + 1)])
+        )
+        for at in range(len(graph.nodes))
+    ]
+
+
+def any_choices(graph: Graph, draw: st.DataObject) -> list[Choice]:
+    chosen = []
+    for at in range(len(graph.nodes)):
+        offered = [*native.segments(graph, at), *onednn.segments(graph, at)]
+        chosen.append(draw.draw(st.sampled_from([*offered, Choice("eager", at, at + 1)])))
+    return chosen
+
+
+def require_as_eager(graph: Graph, state: State, choices: list[Choice]) -> None:
+    """For different inputs in a row, which stay what they were; the last is the first again."""
+    executor = Executor(graph, choices, state)
+    plain = Executor(graph, eager_choices(graph), state)
+    for seed in (1, 2, 1):
+        inputs = inputs_of(graph, seed)
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+        kept = [x.clone() for x in inputs]
+        for name, y, want in zip(graph.outputs, executor(*inputs), plain(*inputs), strict=True):
+            assert y.shape == want.shape
+            assert error(y, want) < CLOSE, f"{name} of {graph.nodes} by {choices}"
+        assert all(torch.equal(x, before) for x, before in zip(inputs, kept, strict=True))
+
+
+@settings(max_examples=300, deadline=None)
+@given(made=graphs(), data=st.data())
+def test_native_steps_in_shared_memory_answer_as_eager(
+    made: tuple[Graph, State], data: st.DataObject
+) -> None:
+    graph, state = made
+    require_as_eager(graph, state, native_choices(graph, data))
+
+
+@settings(max_examples=300, deadline=None)
+@given(made=graphs(torch_nodes=True), data=st.data())
+def test_any_mix_of_tactics_answers_as_eager(
+    made: tuple[Graph, State], data: st.DataObject
+) -> None:
+    graph, state = made
+    require_as_eager(graph, state, any_choices(graph, data))
+
+
+PROBLEM = ConvProblem(1, 16, 4, 4, 16, 3, 3, (1, 1), (1, 1), math_mode="ieee", activation="relu")
+SUM = ConvProblem(
+    1, 16, 4, 4, 16, 3, 3, (1, 1), (1, 1), math_mode="ieee", activation="relu", residual=True
+)
+
+
+def graph_of(
+    *nodes: Node, outputs: tuple[str, ...], channels: dict[str, int] | None = None
+) -> Graph:
+    """Maps of 16 channels, or as many as `channels` says."""
+    names = ["x", *(node.name for node in nodes)]
+    counts = dict.fromkeys(names, 16) | (channels or {})
+    values = {name: Value((1, count, 4, 4), torch.float32) for name, count in counts.items()}
+    return Graph("x", outputs, nodes, values)
+
+
+@pytest.mark.parametrize("target", ["aten.alias.default", "aten.detach.default"])
+def test_the_callers_input_is_never_written_over(target: str) -> None:
+    """oneDNN adds in place; a view of the input is the caller's memory."""
+    graph = graph_of(
+        Node("view", Torch(target, ({"value": 0},)), ("x",)),
+        Node("sum", Conv(SUM, "w"), ("x", "view")),
+        outputs=("sum",),
+    )
+    choices = [Choice("eager", 0, 1), Choice("onednn", 1, 2)]
+    require_as_eager(graph, conv_state(SUM), choices)
+
+
+def test_what_a_view_still_shows_is_never_written_over() -> None:
+    graph = graph_of(
+        Node("first", Conv(PROBLEM, "w"), ("x",)),
+        Node("view", Torch("aten.alias.default", ({"value": 0},)), ("first",)),
+        Node("sum", Conv(SUM, "w"), ("x", "first")),
+        outputs=("sum", "view"),
+    )
+    choices = [Choice("onednn", 0, 1), Choice("eager", 1, 2), Choice("onednn", 2, 3)]
+    require_as_eager(graph, conv_state(SUM), choices)
+
+
+@pytest.mark.parametrize("tactic", ["onednn", "native"])
+def test_what_is_convolved_and_added_is_not_written_over(tactic: str) -> None:
+    """y = conv(x) + x."""
+    graph = graph_of(
+        Node("first", Conv(PROBLEM, "w"), ("x",)),
+        Node("sum", Conv(SUM, "w"), ("first", "first")),
+        outputs=("sum",),
+    )
+    config = tuple(asdict(NativeConfig("direct", False, 6)).items()) if tactic == "native" else ()
+    choices = [Choice(tactic, at, at + 1, config) for at in range(2)]
+    require_as_eager(graph, conv_state(SUM), choices)
+
+
+def test_a_map_that_is_read_through_windows_is_never_written_over() -> None:
+    """The concatenation of one part is that part, in the same place."""
+    graph = graph_of(
+        Node("part", Affine(None, "relu"), ("x",)),
+        Node("whole", Concat(), ("part",)),
+        Node("sum", Conv(SUM, "w"), ("whole", "part")),
+        outputs=("sum",),
+    )
+    rows = NativeConfig("direct", False, 6)  # the first are written before the last are read
+    conv = Choice("native", 2, 3, tuple(asdict(rows).items()))
+    choices = [Choice("native", 0, 1), Choice("native", 1, 2), conv]
+    require_as_eager(graph, conv_state(SUM), choices)
+
+
+def test_one_weight_under_two_batch_norms() -> None:
+    """As in a detector's head that is shared by levels with norms of their own."""
+    graph, state = conv_graph(PROBLEM), conv_state(PROBLEM)
+    (node,) = graph.nodes
+    op = node.op
+    assert isinstance(op, Conv)
+    other = Conv(op.problem, op.weight, None, None)
+    both = graph_of(Node("a", op, ("x",)), Node("b", other, ("x",)), outputs=("a", "b"))
+    config = tuple(asdict(next(iter(candidates(PROBLEM)))).items())
+    require_as_eager(both, state, [Choice("native", 0, 1, config), Choice("native", 1, 2, config)])
+
+
+def test_the_parts_of_a_concatenation_are_written_where_the_whole_is() -> None:
+    graph = graph_of(
+        Node("a", Affine(None, "relu"), ("x",)),
+        Node("b", Affine(None, "relu6"), ("x",)),
+        Node("whole", Concat(), ("a", "b")),
+        outputs=("whole",),
+        channels={"whole": 32},
+    )
+    if 16 % lanes():
+        pytest.skip("parts of 16 channels are no whole vectors here")
+    executor = Executor(graph, [Choice("native", at, at + 1) for at in range(3)], {})
+    assert executor.room.address("a") == executor.room.address("whole")
+    assert executor.room.address("b") == executor.room.address("whole") + 4 * 16
+
+
+def test_weights_are_laid_out_once_for_all_batch_sizes() -> None:
+    graph, state = conv_graph(PROBLEM), conv_state(PROBLEM)
+    choices = [next(iter(native.segments(graph, 0)))]
+    laid = Laid()
+    one = Executor(graph, choices, state, laid)
+    size = one.held_bytes
+    two = Executor(graph, choices, state, laid)
+    assert two.held_bytes == size > 4 * state["w"].numel()

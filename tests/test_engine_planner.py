@@ -1,0 +1,268 @@
+"""The planner against trying every cover, and what the measurer lets it use."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphs import conv_graph, conv_state
+from resfuse.kernels.engine import measure
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.graph import Affine, Graph, Node, State, Value
+from resfuse.kernels.engine.measure import Measurer
+from resfuse.kernels.engine.planner import Segment, plan
+from resfuse.kernels.engine.room import Room
+from resfuse.kernels.engine.tactics import TACTICS, Tactic, TacticModule, eager
+from resfuse.kernels.engine.timing_cache import TimingCache
+from resfuse.kernels.engine.work import Call, Values
+from resfuse.kernels.problem import ConvProblem
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+CPU = torch.device("cpu")
+
+
+class Offers:
+    """A tactic's module that offers the choices it is given."""
+
+    def __init__(self, choices: Iterable[Choice]) -> None:
+        self._choices = list(choices)
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def segments(self, graph: Graph, at: int) -> Iterable[Choice]:
+        return [choice for choice in self._choices if choice.start == at]
+
+    def scratch(self, graph: Graph, choice: Choice) -> int:
+        return 0
+
+    def lower(self, graph: Graph, choice: Choice, state: State, room: Room) -> Call:
+        raise AssertionError("nothing is run here")
+
+
+def chain(count: int) -> Graph:
+    """`count` nodes, one after another."""
+    names = ["x", *(f"v{i}" for i in range(count))]
+    nodes = tuple(Node(b, Affine(None, "relu"), (a,)) for a, b in pairwise(names))
+    return Graph("x", (names[-1],), nodes, dict.fromkeys(names, Value((1, 4), torch.float32)))
+
+
+def covers(offered: list[Choice], count: int, start: int = 0) -> Iterator[list[Choice]]:
+    """Every way to cover nodes [start, count)."""
+    if start == count:
+        yield []
+    for choice in offered:
+        if choice.start == start:
+            for rest in covers(offered, count, choice.stop):
+                yield [choice, *rest]
+
+
+def planned(
+    count: int, offered: list[Choice], costs: dict[Choice, float | None], memory: dict[Choice, int]
+) -> list[Segment]:
+    """By two tactics, each with a part of what is offered."""
+    tactics: dict[str, TacticModule] = {
+        "even": Offers(offered[::2]),
+        "odd": Offers(offered[1::2]),
+    }
+    return plan(chain(count), tactics, costs.__getitem__, lambda c: memory.get(c, 0))
+
+
+@st.composite
+def offers(draw: st.DrawFn) -> tuple[int, list[Choice], dict[Choice, float | None]]:
+    """Up to six nodes and twelve choices of one to four of them. Costs are powers of two, so that
+    every sum is different from every other, and no two are nearly alike; some choices are barred.
+    """
+    count = draw(st.integers(1, 6))
+    offered = []
+    for i in range(draw(st.integers(1, 12))):
+        start = draw(st.integers(0, count - 1))
+        stop = draw(st.integers(start + 1, min(count, start + 4)))
+        offered.append(Choice(f"tactic{i}", start, stop))
+    exponents = draw(st.permutations(range(len(offered))))
+    costs = {
+        choice: None if draw(st.integers(0, 4)) == 0 else float(2**e)
+        for choice, e in zip(offered, exponents, strict=True)
+    }
+    return count, offered, costs
+
+
+@settings(max_examples=500, deadline=None)
+@given(offers())
+def test_the_plan_is_the_cheapest_of_all(
+    made: tuple[int, list[Choice], dict[Choice, float | None]],
+) -> None:
+    count, offered, costs = made
+    usable = {choice: ms for choice in offered if (ms := costs[choice]) is not None}
+    possible = list(covers(list(usable), count))
+    if not possible:
+        with pytest.raises(ValueError, match="argument model: no "):
+            planned(count, offered, costs, {})
+        return
+    best = min(possible, key=lambda cover: sum(usable[choice] for choice in cover))
+    segments = planned(count, offered, costs, {})
+    assert [segment.choice for segment in segments] == best
+    for segment in segments:
+        same = [
+            c for c in usable if (c.start, c.stop) == (segment.choice.start, segment.choice.stop)
+        ]
+        others = sorted((usable[c], c) for c in same if c != segment.choice)
+        runner_up = (others[0][1], others[0][0]) if others else (None, None)
+        assert segment.ms == usable[segment.choice]
+        assert (segment.runner_up, segment.runner_up_ms) == runner_up
+
+
+# Times within a hundredth of each other are no difference; memory decides
+@pytest.mark.parametrize(
+    "second_ms, second_bytes, wins",
+    [(1.005, 10, 1), (1.005, 200, 0), (1.02, 10, 0), (0.98, 200, 1)],
+)
+def test_of_two_that_are_as_fast_the_smaller(
+    second_ms: float, second_bytes: int, wins: int
+) -> None:
+    offered = [Choice("first", 0, 1), Choice("second", 0, 1)]
+    costs: dict[Choice, float | None] = dict(zip(offered, (1.0, second_ms), strict=True))
+    memory = dict(zip(offered, (100, second_bytes), strict=True))
+    (segment,) = planned(1, offered, costs, memory)
+    assert segment.choice == offered[wins] and segment.runner_up == offered[1 - wins]
+
+
+def test_a_node_nobody_may_compute_is_named() -> None:
+    offered = [Choice("a", 0, 1), Choice("b", 1, 2), Choice("c", 2, 3)]
+    costs: dict[Choice, float | None] = {offered[0]: 1.0, offered[1]: None, offered[2]: 1.0}
+    with pytest.raises(ValueError, match="no tactic computes v1"):
+        planned(3, offered, costs, {})
+
+
+# What is measured is right
+
+
+class Wrong:
+    """Eager's answer, and what `spoil` makes of it."""
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def segments(self, graph: Graph, at: int) -> Iterable[Choice]:
+        yield Choice("wrong", at, at + 1)
+
+    def scratch(self, graph: Graph, choice: Choice) -> int:
+        return 0
+
+    def lower(self, graph: Graph, choice: Choice, state: State, room: Room) -> Call:
+        right = eager.lower(graph, choice, state, room)
+        name = graph.nodes[choice.start].name
+
+        def run(values: Values) -> None:
+            right.run(values)
+            values[name] = self.spoil(values[name].clone())
+
+        return Call(run)
+
+    def spoil(self, y: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class OneElement(Wrong):
+    def spoil(self, y: torch.Tensor) -> torch.Tensor:
+        y[0, 0, 0, 0] += 1
+        return y
+
+
+class HalfPrecision(Wrong):
+    def spoil(self, y: torch.Tensor) -> torch.Tensor:
+        return y.bfloat16().float()
+
+
+class NotANumber(Wrong):
+    def spoil(self, y: torch.Tensor) -> torch.Tensor:
+        y[-1, -1, -1, -1] = float("nan")
+        return y
+
+
+class Raises(Wrong):
+    def spoil(self, y: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("planted failure")
+
+
+class Refuses(Wrong):
+    def lower(self, graph: Graph, choice: Choice, state: State, room: Room) -> Call:
+        raise ValueError("planted failure")
+
+
+class Untouched(Wrong):
+    def spoil(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+
+PROBLEM = ConvProblem(2, 16, 6, 5, 16, 3, 3, (1, 1), (1, 1), math_mode="ieee")
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was timed, in order."""
+    parts: list[str] = []
+    clock = Measurer._time
+
+    def noted(self: Measurer, run: measure.Run, key: str) -> float:
+        parts.append(key)
+        return clock(self, run, key)
+
+    monkeypatch.setattr(Measurer, "_time", noted)
+    return parts
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, module: Wrong) -> None:
+    """As the tactic `wrong`."""
+    planted = Tactic("", "planted")
+    monkeypatch.setitem(TACTICS, "wrong", planted)
+    load = Tactic.load
+    monkeypatch.setattr(Tactic, "load", lambda self: module if self is planted else load(self))
+
+
+@pytest.mark.parametrize(
+    "module, said",
+    [
+        (OneElement(), "barred"),
+        (HalfPrecision(), "barred"),
+        (NotANumber(), "barred"),
+        (Raises(), "planted failure"),
+        (Refuses(), "planted failure"),
+    ],
+    ids=lambda given: type(given).__name__ if isinstance(given, Wrong) else "",
+)
+def test_a_wrong_tactic_is_barred_before_it_is_timed(
+    module: Wrong, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: list[str]
+) -> None:
+    plant(monkeypatch, module)
+    graph, state = conv_graph(PROBLEM), conv_state(PROBLEM)
+    tactics: dict[str, TacticModule] = {"wrong": module, "eager": TACTICS["eager"].load()}
+    cache = TimingCache(CPU, tmp_path)
+    measurer = Measurer(graph, state, CPU, tactics, cache)
+    with pytest.warns(UserWarning, match=f"wrong .*{said}"):
+        assert measurer(Choice("wrong", 0, 1)) is None
+    assert not timed
+    (segment,) = plan(graph, tactics, measurer, lambda choice: 0)
+    assert segment.choice.tactic == "eager" and segment.runner_up is None and len(timed) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it stays barred in the next build, and is not tried again
+        again = Measurer(graph, state, CPU, tactics, TimingCache(CPU, tmp_path))
+        assert again(Choice("wrong", 0, 1)) is None and again.measured == 0
+
+
+def test_a_right_tactic_is_timed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: list[str]
+) -> None:
+    plant(monkeypatch, Untouched())
+    graph, state = conv_graph(PROBLEM), conv_state(PROBLEM)
+    measurer = Measurer(graph, state, CPU, ["wrong"], TimingCache(CPU, tmp_path))
+    ms = measurer(Choice("wrong", 0, 1))
+    assert ms is not None and ms > 0
+    assert measurer(Choice("wrong", 0, 1)) == ms
+    assert measurer.measured == 1 and len(timed) == 1
