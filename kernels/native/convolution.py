@@ -56,12 +56,18 @@ def candidates(problem: ConvProblem) -> Iterator[NativeConfig]:
         yield from _parted("winograd", problem, tiles_of(problem), 16 * 4 * problem.c)
 
 
-def choose(problem: ConvProblem, form: Form) -> NativeConfig:
-    """What is expected to be fastest of a form, without measuring.
+def choose(problem: ConvProblem, form: Form | None = None) -> NativeConfig:
+    """What is expected to be fastest (of a form), without measuring.
 
-    Channels are parted where a thread would have few pixels.
+    Winograd where there are more output pixels than half the channels: with fewer, reading 16/9 of
+    the weights takes what it saves. Channels are parted where a thread would have few pixels.
     """
-    configs = [config for config in candidates(problem) if config.form == form]
+    configs = list(candidates(problem))
+    forms = {config.form for config in configs}
+    if form is None:
+        few = 2 * pixels_of(problem) <= problem.c
+        form = "winograd" if "winograd" in forms and not few else configs[0].form
+    configs = [config for config in configs if config.form == form]
     by_channel = pixels_of(problem) < 512 and problem.k >= 4 * panel()
     preferred = [c for c in configs if c.by_channel == by_channel] or configs
     return preferred[len(preferred) // 2]
