@@ -15,14 +15,18 @@ MATH_MODES: dict[str, tuple[torch.dtype, int]] = {
 }
 
 
-def math_mode_of(dtype: torch.dtype) -> str:
+def math_mode_of(dtype: torch.dtype, device: torch.device | None = None) -> str:
     """How tensors of `dtype` are multiplied now; torch's own TF32 switch decides for float32.
+
+    Args:
+        device: where; by default a GPU if there is one.
 
     Raises:
         ValueError: no kernel computes in that dtype.
     """
     if dtype == torch.float32:
-        return "tf32" if torch.cuda.is_available() and torch.backends.cudnn.allow_tf32 else "ieee"
+        on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+        return "tf32" if on_gpu and torch.backends.cudnn.allow_tf32 else "ieee"
     for mode, (stored, _) in MATH_MODES.items():
         if stored == dtype:
             return mode

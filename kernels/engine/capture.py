@@ -208,7 +208,7 @@ class _Reader:
         k, _, r, s = w.meta["val"].shape
         problem = ConvProblem(
             n, c, h, width, k, r, s, _pair(stride), _pair(padding), _pair(dilation), groups,
-            math_mode_of(x.meta["val"].dtype), "identity",
+            math_mode_of(x.meta["val"].dtype, x.meta["val"].device), "identity",
         )  # fmt: skip
         self._add(node, Conv(problem, weight, bias), x)
         return True
@@ -223,7 +223,7 @@ class _Reader:
             return False
         n, c, h, width = (*map_of.meta["val"].shape, 1, 1)[:4]
         k = w.meta["val"].shape[0]
-        mode = math_mode_of(map_of.meta["val"].dtype)
+        mode = math_mode_of(map_of.meta["val"].dtype, map_of.meta["val"].device)
         problem = ConvProblem(n, c, h, width, k, h, width, math_mode=mode, activation="identity")
         self._add(node, Conv(problem, weight, bias), map_of)
         return True

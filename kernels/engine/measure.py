@@ -97,7 +97,7 @@ class Measurer:
             exact = eager.exact(part, self._state, inputs)
             choices = [Choice("eager", at, at + 1) for at in range(len(part.nodes))]
             own = _error(Executor(part, choices, self._state)(*inputs), exact)
-            floor = TOLERANCES[math_mode_of(_floating(part))].rtol
+            floor = TOLERANCES[math_mode_of(_floating(part), self._device)].rtol
             self._reference = key, inputs, exact, EAGER_FACTOR * own + floor
         return self._reference[1:]
 
