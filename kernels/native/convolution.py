@@ -14,6 +14,7 @@ from resfuse.kernels.native.weights import direct_weights, grouped_weights, wino
 from resfuse.kernels.problem import ConvProblem
 
 Form = Literal["direct", "winograd", "grouped"]
+_LINE, _DEPTH = 16, 128  # as tile.h has them
 LONGEST_ROW, _MOST_TAPS = 1 << 14, 128  # as direct.h and grouped.h have them
 
 # Bytes of input, or of transformed input, that a thread takes through all output channels at a
@@ -84,7 +85,16 @@ def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
     """Scratch memory a thread needs, in floats."""
     if config.form == "winograd":
         return 16 * config.block * (problem.c + panel())
-    return config.block * panel() if config.form == "direct" else 0
+    return config.block * panel() if config.form == "direct" and _is_sliced(problem) else 0
+
+
+def _is_sliced(problem: ConvProblem) -> bool:
+    """Whether direct.h takes the weights in several slices, and so keeps sums between them."""
+    c, taps = problem.c // problem.groups, problem.r * problem.s
+    if taps == 1:
+        return c > _DEPTH
+    k = -(-(problem.k // problem.groups) // lanes()) * lanes()
+    return c >= _LINE and taps * c * min(k, panel()) > 2 * _DEPTH * panel()
 
 
 def conv_step(
