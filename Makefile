@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 bench: $(STAMP)  ## measure networks here and write results/<device>/REPORT.md; ARGS="-m resnet50 -b 32"
 	$(BIN)/resfuse bench $(ARGS)
 
-test: $(STAMP)  ## run the tests; benchmarks check their answers and time nothing
-	$(BIN)/python -m pytest -q --benchmark-disable $(ARGS)
+test: $(STAMP)  ## run the tests, one process a core; benchmarks check their answers and time nothing; ARGS="-k native"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+	$(BIN)/python -m pytest -q --benchmark-disable -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 report: $(STAMP)  ## write the reports of results/ again, from the rows alone
 	$(BIN)/resfuse report $(ARGS)
