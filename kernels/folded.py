@@ -39,17 +39,28 @@ class Folded:
 
     def pack(self, geometry: onednn.Geometry, activation: str, x: Tensor) -> "Folded":
         """The same, laid out for a native step, or for oneDNN and inputs like x."""
-        layer = self.dense(), self.bias, geometry, activation, self.slope
-        packed: Packed = (
-            NativeConv(*layer)
-            if native.supports(self.dense(), geometry, activation)
-            else onednn.PackedConv(*layer, x.shape)
-        )
+        packed = pack(self.dense(), self.bias, geometry, activation, self.slope, x.shape)
         return replace(self, weight=None, packed=packed)
 
     def is_fresh(self) -> bool:
         """Whether what it was made from is as it was then."""
         return stamp_of(self.made_from) == self.stamp
+
+
+def pack(
+    weight: Tensor,
+    bias: Tensor,
+    geometry: onednn.Geometry,
+    activation: str,
+    slope: Slope,
+    shape: torch.Size,
+) -> Packed:
+    """A convolution on the CPU: a native step where there is one, else oneDNN's for inputs of
+    `shape`.
+    """
+    if native.supports(weight, geometry, activation):
+        return NativeConv(weight, bias, geometry, activation, slope)
+    return onednn.PackedConv(weight, bias, geometry, activation, slope, shape)
 
 
 class Fold:

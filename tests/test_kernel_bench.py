@@ -29,7 +29,7 @@ from resfuse.kernels.problem import ConvProblem
 PROBLEM = ConvProblem(2, 16, 20, 20, k=24, r=3, s=3, padding=(1, 1), math_mode="ieee")
 CONVOLUTION = Convolution("tiny", 20, "cpu", "float32", "0", 1, PROBLEM)
 OPTIONS = Options(seconds=0, min_rounds=4, max_rounds=4)
-HERE = ("eager", "eager_channels_last", "fused")
+HERE = ("eager", "eager_channels_last", "fused", "onednn")
 STAMP = Stamp("some CPU", "0123456789", "1e5", "2026-01-02T03:04:05+00:00")
 
 

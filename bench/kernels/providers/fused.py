@@ -1,5 +1,5 @@
-"""Our own kernels, one at a time. On a CPU `fused` is oneDNN's fused convolution, as `fuse` uses
-it."""
+"""Our own kernels, one at a time. On a CPU `fused` is what `fuse` uses there: a native step, or
+oneDNN's fused convolution, which is a provider of its own, too."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.kernels.layer import ConvRelu
 from resfuse.kernels import onednn
+from resfuse.kernels.folded import Packed, pack
 from resfuse.kernels.registry import KERNELS
 
 Run = Callable[[Tensor], Tensor]
@@ -18,8 +19,19 @@ Run = Callable[[Tensor], Tensor]
 def build(layer: ConvRelu, example: Tensor) -> Run:
     """Any convolution."""
     if not example.is_cuda:
-        return _onednn(layer, example)
+        return _packed(pack, layer, example)
     return _triton("conv_bn_act", layer, **_window(layer))
+
+
+def build_onednn(layer: ConvRelu, example: Tensor) -> Run:
+    """Any convolution.
+
+    Raises:
+        Unavailable: not on a CPU.
+    """
+    if example.device.type != "cpu":
+        raise Unavailable("oneDNN computes on the CPU only")
+    return _packed(onednn.PackedConv, layer, example)
 
 
 def build_conv1x1(layer: ConvRelu, example: Tensor) -> Run:
@@ -61,13 +73,13 @@ def _triton(kernel: str, layer: ConvRelu, **window: Any) -> Run:
     return run
 
 
-def _onednn(layer: ConvRelu, example: Tensor) -> Run:
+def _packed(make: Callable[..., Packed], layer: ConvRelu, example: Tensor) -> Run:
     if not onednn.supports(example.dtype):
         raise Unavailable(f"oneDNN has no fused convolution in {example.dtype} on this CPU")
     p, conv = layer.problem, layer.conv
     assert conv.bias is not None
     geometry = onednn.Geometry(p.stride, p.padding, p.dilation, p.groups)
-    packed = onednn.PackedConv(conv.weight, conv.bias, geometry, "relu", None, example.shape)
+    packed = make(conv.weight, conv.bias, geometry, "relu", None, example.shape)
 
     @torch.inference_mode()
     def run(x: Tensor) -> Tensor:
