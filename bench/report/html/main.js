@@ -1,0 +1,49 @@
+function start() {
+  const theme_button = byId("theme");
+  const name_theme = () => {
+    theme_button.textContent = document.documentElement.dataset.theme === "dark" ? "Light" : "Dark";
+    theme_button.setAttribute("aria-label", `Switch to the ${theme_button.textContent.toLowerCase()} theme`);
+  };
+  theme_button.addEventListener("click", window.toggleTheme);
+  name_theme();
+  window.addEventListener("theme-changed", () => { name_theme(); redraw(); });
+  if (matchMedia("(max-width: 899px)").matches) byId("filters").open = false;
+  drawGuide();
+  const row = readAddress();
+  if (!state.comparison) {
+    nothing();
+    return;
+  }
+  refresh();
+  openRow(row);
+  window.addEventListener("plotly-is-here", watchFigures);
+  window.addEventListener("hashchange", () => {
+    if (!location.hash.includes("show=")) return; // a heading of this page
+    const asked = readAddress();
+    refresh();
+    openRow(asked);
+  });
+  window.addEventListener("beforeprint", () => print(true));
+  window.addEventListener("afterprint", () => print(false));
+}
+
+function print(on) {
+  paper = on;
+  document.documentElement.classList.toggle("paper", on);
+  redraw();
+}
+
+function nothing() {
+  for (const id of ["content", "filters"]) byId(id).hidden = true;
+  document.querySelector("nav").hidden = true;
+  const [environment] = DATA.environments;
+  byId("device").textContent = "No network has been measured";
+  byId("empty").hidden = false;
+  byId("empty").textContent = environment
+    ? "Convolutions measured one by one are in REPORT.md beside this page."
+    : "There is nothing to report: rows.csv holds no rows.";
+  if (environment) accountFor(environment);
+  else byId("provenance").querySelector("h2").hidden = true;
+}
+
+start();
