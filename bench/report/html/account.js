@@ -18,7 +18,7 @@ function drawFailures() {
 
 function openers({ rows: ids }, rows) {
   if (ids.length === 1) return button("row", () => openRow(rows[ids[0]]), { class: "link" });
-  return el("details", { class: "openers" }, el("summary", {}, "rows"),
+  return el("details", { class: "openers" }, el("summary", {}, `${ids.length} rows`),
     ...ids.map((id) => button(`${rows[id].label}, ${rows[id].model}, batch ${rows[id].batch}`, () => openRow(rows[id]), { class: "link" })));
 }
 

@@ -58,7 +58,9 @@ function drawNarrowing() {
           onchange: () => narrowTo(key, value, box.checked),
         });
         const shown = key === "backend" ? named(samples.get(value)) : value;
-        return el("label", { class: "chip" }, box, shown);
+        // dim: in the list, and yet nothing of it ran
+        const dim = key === "backend" && !rows.some((row) => row.label === value && row.measured);
+        return el("label", { class: dim ? "chip dim" : "chip" }, box, shown);
       })));
   }
   if (active) form.append(button("Show all", showAll, { class: "quiet" }));
@@ -70,6 +72,7 @@ function drawNarrowing() {
 function ordered(key, values) {
   if (key === "batch") return values.sort(ascending);
   if (key === "backend") return state.comparison.labels;
+  if (key === "model") return state.comparison.models;
   return key === "status" ? Object.keys(DATA.statuses).filter((s) => values.includes(s)) : values;
 }
 

@@ -24,19 +24,33 @@ const COMPARISONS = DATA.comparisons.map((raw) => ({
   at: DATA.environments[raw.environment],
   rows: raw.rows.map(rowOf),
 }));
+for (const comparison of COMPARISONS) comparison.models = modelsOf(comparison);
+
+// The models of a comparison: the largest family first, each family from shallow to deep.
+function modelsOf(comparison) {
+  const sizes = new Map();
+  const first = new Map(comparison.rows.map((row) => [row.model, row]).reverse());
+  for (const row of first.values()) sizes.set(row.series, (sizes.get(row.series) ?? 0) + 1);
+  const size = (row) => (row.series ? sizes.get(row.series) : 1);
+  return [...first.values()].sort((a, b) => size(b) - size(a) || a.id - b.id).map((row) => row.model);
+}
 
 const distinct = (values) => [...new Set(values)];
 const ascending = (a, b) => a - b;
 
-// Three significant digits, as in the markdown report: 1.23e-7, 0.0123, 1.23, 1234.
+// Three significant digits, as in the markdown report, but for the commas: 1.23e-7, 1.23, 12,345.
 function number(value) {
   if (value === undefined || value === null) return "-";
   const rounded = Number(value.toExponential(2));
   if (rounded === 0) return "0";
   const exponent = Math.floor(Math.log10(Math.abs(rounded)) + 1e-9);
   if (exponent < -3) return value.toExponential(2);
+  if (exponent >= 4) return value.toLocaleString("en", { maximumFractionDigits: 0 });
   return value.toFixed(Math.max(0, 2 - exponent));
 }
+
+// A value as its row has it, six digits: counts stay whole.
+const exact = (value) => (Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(6))));
 
 const count = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 

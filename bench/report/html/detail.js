@@ -33,7 +33,7 @@ function openRow(row) {
 function outcome(row) {
   const parts = [el("strong", { class: `status ${row.status}` }, row.status), `: ${DATA.statuses[row.status]}.`];
   if (row.measured) parts.push(` ${number(row.rate)} images/s, ${number(row.numbers.get("p50_ms"))} ms a batch; `
-    + `speed-up over ${state.comparison.baseline}: ${row.speedupText}.`);
+    + `speed-up over ${state.comparison.baselineLabel}: ${row.speedupText}.`);
   if (row.throttle) parts.push(` Slowed by: ${row.throttle}.`);
   const told = el("p", { class: "prose" }, ...parts);
   return row.error ? el("div", {}, told, el("pre", { class: "reason" }, row.error)) : told;
@@ -62,7 +62,7 @@ function metricsTable(row) {
   const body = METRIC_NAMES.filter((name) => row.numbers.has(name)).map((name) => {
     const { unit, meaning } = DATA.metrics[name];
     return el("tr", {}, el("th", { scope: "row" }, name),
-      el("td", { class: "right" }, number(row.numbers.get(name))), el("td", {}, unit), el("td", { class: "muted" }, meaning));
+      el("td", { class: "right" }, exact(row.numbers.get(name))), el("td", {}, unit), el("td", { class: "muted" }, meaning));
   });
   if (!body.length) return el("p", { class: "note" }, "No metric: it never ran to an end.");
   return el("div", { class: "scroll" }, el("table", { class: "plain" }, el("tbody", {}, ...body)));

@@ -17,17 +17,17 @@ const CORNERS = { // symbol: number of corners, degrees the first one is turned 
   square: [4, 45], diamond: [4, 0], pentagon: [5, 0], "triangle-up": [3, 0],
   "triangle-down": [3, 180], "triangle-left": [3, 270], "triangle-right": [3, 90],
   hexagon: [6, 30], hexagon2: [6, 0], octagon: [8, 22.5], "diamond-tall": [4, 0],
-  star: [10, 0], cross: [12, 15], x: [12, 60],
+  star: [10, 0],
 };
+const PLUS = "M-1.6,-4.6H1.6V-1.6H4.6V1.6H1.6V4.6H-1.6V1.6H-4.6V-1.6H-1.6Z";
 
 function outline(symbol) {
+  if (symbol === "cross" || symbol === "x") return PLUS
   if (!(symbol in CORNERS)) return "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z";
   const [corners, turn] = CORNERS[symbol];
   const points = Array.from({ length: corners }, (_, i) => {
     const angle = ((turn + (360 * i) / corners) * Math.PI) / 180;
-    let radius = 4.6;
-    if (symbol === "star" && i % 2) radius = 2.1;
-    if (corners === 12) radius = i % 3 === 2 ? 2.2 : 4.6;
+    const radius = symbol === "star" && i % 2 ? 2.1 : 4.6;
     const flat = symbol === "diamond-tall" ? 0.6 : 1;
     return `${(flat * radius * Math.sin(angle)).toFixed(2)},${(-radius * Math.cos(angle)).toFixed(2)}`;
   });
@@ -44,7 +44,9 @@ function glyph(row) {
   svg.setAttribute("class", `glyph look-${LOOK_INDEX.get(row.backend)}`
     + (row.memoryFormat === "contiguous" ? "" : " hollow"));
   const path = document.createElementNS(SVG, "path");
-  path.setAttribute("d", outline(DATA.looks[row.backend].symbol));
+  const { symbol } = DATA.looks[row.backend];
+  path.setAttribute("d", outline(symbol));
+  if (symbol === "x") path.setAttribute("transform", "rotate(45)");
   svg.append(path);
   return svg;
 }

@@ -1,23 +1,28 @@
 // What is seen first: for each model and batch the fastest backend, by how much, and how sure.
+const MOST_RACES = 12; // more than a window holds; the sentence above speaks of all
 const STRIP_TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100];
 
 // model and batch -> its rows, fastest first; only where something has a speed
 function races(rows) {
   const found = new Map();
-  for (const row of rows) {
+  for (const row of [...rows].sort(byModelAndBatch)) {
     const key = JSON.stringify([row.model, row.batch]);
     if (!found.has(key)) found.set(key, []);
     found.get(key).push(row);
   }
-  return [...found.values()].map((race) => race.sort(fastestFirst)).filter(([first]) => first.measured);
+  return [...found.values()].filter(([first]) => first.measured);
 }
 
-// Others whose interval reaches the leader's: their places might be the other way round.
+// Other backends whose interval reaches the leader's: their places might be the other way round.
+// Its own other memory format is the same backend, and no rival.
 function level(race) {
-  const [leader, ...others] = race.filter((row) => row.measured);
+  const [leader] = race;
+  const others = rivals(race);
   if (!leader.interval) return others;
   return others.filter((row) => !row.interval || row.interval.high >= leader.interval.low);
 }
+
+const rivals = (race) => race.filter((row) => row.measured && row.backend !== race[0].backend);
 
 function drawFastest() {
   const found = races(shownRows());
@@ -26,16 +31,23 @@ function drawFastest() {
   const shown = byId("fastest-table");
   shown.replaceChildren();
   if (!found.length) return;
+  const some = state.everyRace || paper ? found : found.slice(0, MOST_RACES);
   const scale = stripScale(found.flat());
   shown.append(el("table", { class: "fastest" },
     el("thead", {}, el("tr", {},
-      ...["model", "batch", "fastest", "images/s", "p50, ms", `speed-up [95 % interval]`].map((title, i) =>
-        el("th", { scope: "col", class: i === 1 || i === 3 || i === 4 ? "right" : null }, title)),
+      ...["model", "batch", "fastest", "images/s", "speed-up [95 %]"].map((title, i) =>
+        el("th", { scope: "col", class: i === 1 || i === 3 ? "right" : null }, title)),
       el("th", { scope: "col", class: "strip-head" },
-        el("span", { class: "strip-title" }, `every backend; 1 = ${state.comparison.baseline}`), axis(scale)),
+        el("span", { class: "strip-title" }, `every backend; 1 = ${state.comparison.baselineLabel}`), axis(scale)),
       el("th", { scope: "col" }, "how sure"))),
-    el("tbody", {}, ...found.map((race, i) =>
+    el("tbody", {}, ...some.map((race, i) =>
       raceLine(race, scale, i > 0 && found[i - 1][0].model === race[0].model)))));
+  if (some.length < found.length) {
+    shown.append(button(`Show all ${found.length}`, () => {
+      state.everyRace = true;
+      refresh();
+    }));
+  }
 }
 
 function leadSentence(found) {
@@ -45,18 +57,24 @@ function leadSentence(found) {
   const wins = new Map();
   let clear = 0;
   for (const race of found) {
-    wins.set(race[0].label, (wins.get(race[0].label) ?? 0) + 1);
-    clear += race.filter((row) => row.measured).length > 1 && level(race).length === 0;
+    wins.set(race[0].backend, (wins.get(race[0].backend) ?? 0) + 1);
+    clear += rivals(race).length > 0 && level(race).length === 0;
   }
   const ranked = [...wins].sort((a, b) => b[1] - a[1]);
-  const led = found.map((race) => race[0]).filter((row) => row.label === ranked[0][0] && row.interval && !row.isBaseline);
-  const ratios = led.map((row) => row.interval.ratio).sort(ascending);
-  const times = (value) => `${value.toFixed(2)}`;
-  const span = ratios.length === 0 ? ""
-    : `, at ${times(ratios[0])}${ratios.length > 1 ? ` to ${times(ratios.at(-1))}` : ""} times the speed of ${state.comparison.baseline}`;
-  const others = ranked.slice(1).map(([label, n]) => `${label} in ${n}`);
-  return `Of ${count(found.length, "pair")} of model and batch, ${ranked[0][0]} is fastest in ${ranked[0][1]}${span}`
-    + `${others.length ? `; ${listing(others)}` : ""}. In ${clear} of them the fastest one's interval is clear of every other's.`;
+  const [[first, won], ...rest] = ranked;
+  const ratios = found.map(([leader]) => leader)
+    .filter((row) => row.backend === first && row.interval && !row.isBaseline)
+    .map((row) => row.interval.ratio).sort(ascending);
+  const range = distinct([ratios[0], ratios.at(-1)]).filter((ratio) => ratio !== undefined).map((ratio) => ratio.toFixed(2));
+  const ahead = range.length ? `, at ${range.join(" to ")} times the speed of ${state.comparison.baselineLabel}` : "";
+  if (found.length === 1) {
+    return `Of every way shown here ${first} is fastest${ahead}. `
+      + `Its interval is ${clear ? "" : "not "}clear of every other backend's.`;
+  }
+  const others = rest.map(([name, n]) => `${name} in ${n}`);
+  return `Of ${found.length} combinations of model and batch, ${first} is fastest in ${won === found.length ? "all" : won}${ahead}`
+    + `${others.length ? `; ${listing(others)}` : ""}. `
+    + `In ${clear === found.length ? "all of them" : clear} the fastest one's interval is clear of every other backend's.`;
 }
 
 function raceLine(race, scale, again) {
@@ -66,19 +84,18 @@ function raceLine(race, scale, again) {
     el("td", { class: "right", "data-title": "batch" }, leader.batch),
     el("td", {}, button(named(leader), () => openRow(leader), { class: "link" })),
     el("td", { class: "right", "data-title": "images/s" }, number(leader.rate)),
-    el("td", { class: "right", "data-title": "p50, ms" }, number(leader.numbers.get("p50_ms"))),
     el("td", { class: "tabular" }, leader.speedupText),
     el("td", { class: "strip-cell" }, strip(race, scale)),
     el("td", { class: "sure" }, sureness(race)));
 }
 
 function sureness(race) {
-  const measured = race.filter((row) => row.measured);
-  const failed = race.length - measured.length;
-  const without = failed ? `; ${failed} without a speed` : "";
-  if (measured.length === 1) return `the only one with a speed${without}`;
+  const failed = race.filter((row) => !row.measured && row.status !== "unavailable").length;
+  const without = failed ? `; ${failed} failed` : "";
+  if (!rivals(race).length) return `the only backend with a speed${without}`;
+  if (!race[0].interval) return `no interval, so not known${without}`;
   const near = level(race);
-  if (!near.length) return `clear of all ${measured.length - 1} others${without}`;
+  if (!near.length) return `clear of the others${without}`;
   return `not told apart from ${listing(near.map((row) => row.label))}${without}`;
 }
 

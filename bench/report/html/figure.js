@@ -16,8 +16,11 @@ function register(id, build) {
 }
 
 function marker(row, size = 9) {
-  const open = row.memoryFormat === "contiguous" ? "" : "-open";
-  return { symbol: DATA.looks[row.backend].symbol + open, color: colourOf(row), size, line: { width: open ? 1.8 : 0.8, color: open ? colourOf(row) : css("--surface") } };
+  const solid = row.memoryFormat === "contiguous";
+  return {
+    symbol: DATA.looks[row.backend].symbol, size, color: solid ? colourOf(row) : css("--surface"),
+    opacity: 1, line: { width: solid ? 1 : 1.8, color: colourOf(row) },
+  };
 }
 
 const dash = (row) => (row.memoryFormat === "contiguous" ? "solid" : "dash");
@@ -52,7 +55,7 @@ function byLabel(rows) {
 function axisLook(extra = {}) {
   return {
     gridcolor: css("--line"), linecolor: css("--line-strong"), zeroline: false, ticks: "", automargin: true,
-    tickfont: { size: 11.5, color: css("--muted") }, fixedrange: true,
+    tickangle: 0, tickfont: { size: 11.5, color: css("--muted") }, fixedrange: true,
     ...extra,
     title: extra.title && { text: extra.title, font: { size: 12.5, color: css("--text") }, standoff: 8 },
   };
@@ -80,7 +83,7 @@ function logAxis(values, extra = {}, margin = 0.06, most = 9) {
   const ticks = logTicks(low / room, high * room, most);
   return axisLook({
     type: "log", range: [Math.log10(low / room), Math.log10(high * room)],
-    tickvals: ticks, ticktext: ticks.map((tick) => String(Number(tick.toPrecision(3)))), ...extra,
+    tickvals: ticks, ticktext: ticks.map((tick) => (tick < 1e4 ? String(tick) : tick.toLocaleString("en"))), ...extra,
   });
 }
 
@@ -125,6 +128,7 @@ function redraw() {
     figure.stale = true;
     if (paper || visible.has(figure.id)) draw(figure);
   }
+  if (window.Plotly) drawTheRest();
 }
 
 function watchFigures() {
@@ -149,6 +153,19 @@ function watchFigures() {
     near.observe(byId(id));
     resized.observe(byId(id));
   }
+  drawTheRest();
+}
+
+// One at a time while nothing else is asked for, so that headings stay where links lead to.
+function drawTheRest() {
+  const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 100));
+  idle(() => {
+    const next = figures.find(({ stale }) => stale);
+    if (!next) return;
+    next.stale = false; // also where it has no width yet
+    draw(next);
+    drawTheRest();
+  });
 }
 
 listeners.push(redraw);

@@ -1,12 +1,12 @@
 function start() {
-  const theme_button = byId("theme");
-  const name_theme = () => {
-    theme_button.textContent = document.documentElement.dataset.theme === "dark" ? "Light" : "Dark";
-    theme_button.setAttribute("aria-label", `Switch to the ${theme_button.textContent.toLowerCase()} theme`);
+  const themeButton = byId("theme");
+  const nameTheme = () => {
+    themeButton.textContent = document.documentElement.dataset.theme === "dark" ? "Light" : "Dark";
+    themeButton.setAttribute("aria-label", `Switch to the ${themeButton.textContent.toLowerCase()} theme`);
   };
-  theme_button.addEventListener("click", window.toggleTheme);
-  name_theme();
-  window.addEventListener("theme-changed", () => { name_theme(); redraw(); });
+  themeButton.addEventListener("click", window.toggleTheme);
+  nameTheme();
+  window.addEventListener("theme-changed", () => { nameTheme(); redraw(); });
   if (matchMedia("(max-width: 899px)").matches) byId("filters").open = false;
   drawGuide();
   const row = readAddress();

@@ -17,7 +17,6 @@ from plotly.offline import get_plotlyjs
 
 from resfuse.bench.report.html.payload import payload
 from resfuse.bench.report.markdown import listing
-from resfuse.bench.report.palette import DARK_PAGE
 from resfuse.bench.report.result import Environment
 
 # In this order they are one script.
@@ -36,7 +35,7 @@ def render(environments: Sequence[Environment], source: str) -> str:
     """
     scripts = {
         "theme": _asset("theme.js"),
-        "app": "(() => {\n\"use strict\";\n" + "\n".join(map(_asset, SCRIPTS)) + "\n})();\n",
+        "app": '(() => {\n"use strict";\n' + "\n".join(map(_asset, SCRIPTS)) + "\n})();\n",
         "plotly": get_plotlyjs(),
         "plots": "window.dispatchEvent(new Event('plotly-is-here'));",
     }
@@ -47,7 +46,6 @@ def render(environments: Sequence[Environment], source: str) -> str:
         title=f"resfuse on {listing(list(devices))}" if devices else "resfuse: no results",
         style=_asset("page.css"),
         looks=list(data["looks"].values()),
-        dark_page=DARK_PAGE,
         data=json_block(data),
         scripts=scripts,
         digests=[_digest(script) for script in scripts.values()],

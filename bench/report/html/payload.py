@@ -16,11 +16,11 @@ from resfuse.bench.report.failures import failure_groups, nothing_failed, which
 from resfuse.bench.report.families import depth
 from resfuse.bench.report.guide import RULES, STATUS_MEANING
 from resfuse.bench.report.html.command import command_line
-from resfuse.bench.report.palette import looks, on_dark
+from resfuse.bench.report.palette import looks
 from resfuse.bench.report.plot_roofline import least_byte_points, measured_roof
 from resfuse.bench.report.plot_throughput import rounds
 from resfuse.bench.report.provenance import NO_FACTS, facts, made_from, opening
-from resfuse.bench.report.result import Comparison, Environment, Result, labels, model_name
+from resfuse.bench.report.result import Comparison, Environment, Result, label, labels, model_name
 from resfuse.bench.report.section import MODE_TITLES
 
 LONGEST_ERROR = 600  # characters of a row's error; a compiler's whole output is in rows.csv
@@ -58,7 +58,7 @@ def payload(environments: Sequence[Environment]) -> dict[str, Any]:
         "looks": {
             name: {
                 "light": appearance[name].colour,
-                "dark": on_dark(appearance[name].colour),
+                "dark": appearance[name].dark,
                 "symbol": SYMBOLS[appearance[name].marker],
             }
             for name in dict.fromkeys(backends)
@@ -92,6 +92,7 @@ def _comparison(comparison: Comparison, environment: int, known: Any) -> dict[st
     }
     intensity = {id(p.result): p.intensity for p in least_byte_points(comparison)}
     roof = measured_roof(comparison)
+    backend, _, memory_format = setting.baseline.rpartition(" ")
 
     def row(result: Result) -> list[Any]:
         error = result.error
@@ -116,6 +117,7 @@ def _comparison(comparison: Comparison, environment: int, known: Any) -> dict[st
         "weights": setting.weights,
         "images": setting.images,
         "baseline": setting.baseline,
+        "baselineLabel": label(backend, memory_format),
         "noise": headline.noise(comparison),
         "rounds": rounds(comparison),
         "ceilings": ceiling_sentence(comparison),

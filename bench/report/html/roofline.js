@@ -8,13 +8,13 @@ function rooflineFigure(width) {
   const ridge = roof.gflopPerS / roof.gbPerS;
   const xs = [ridge, ...rows.map((row) => row.intensity)];
   const [left, right] = [Math.min(...xs) / 2, Math.max(...xs) * 2];
-  const at_most = (intensity) => Math.min(roof.gflopPerS, roof.gbPerS * intensity);
+  const atMost = (intensity) => Math.min(roof.gflopPerS, roof.gbPerS * intensity);
   const corners = [left, ridge, right];
-  const ys = [...rows.map((row) => row.gflopPerS), roof.gflopPerS];
-  const traces = [{ type: "scatter", mode: "lines", x: corners, y: corners.map(at_most), line: { color: css("--text"), width: 1.6 }, hoverinfo: "skip", showlegend: false }];
+  const ys = [...rows.map((row) => row.gflopPerS), roof.gflopPerS, atMost(left)];
+  const traces = [{ type: "scatter", mode: "lines", x: corners, y: corners.map(atMost), line: { color: css("--text"), width: 1.6 }, hoverinfo: "skip", showlegend: false }];
   for (const own of byLabel(rows)) {
     const trace = points(own, (row) => row.intensity, (row) => row.gflopPerS);
-    trace.text = own.map((row) => `${hover(row)}, ${number((100 * row.gflopPerS) / at_most(row.intensity))} % of the roof<br>${number(row.intensity)} FLOP/byte`);
+    trace.text = own.map((row) => `${hover(row)}, ${number((100 * row.gflopPerS) / atMost(row.intensity))} % of the roof<br>${number(row.intensity)} FLOP/byte`);
     traces.push({ type: "scatter", mode: "markers", marker: marker(own[0]), ...trace });
   }
   const layout = {
@@ -23,7 +23,7 @@ function rooflineFigure(width) {
     margin: { l: 10, r: 14, t: 14, b: 48 },
     annotations: [
       note(`${number(roof.gflopPerS)} GFLOP/s`, { x: Math.log10(right), y: Math.log10(roof.gflopPerS), xanchor: "right", yanchor: "bottom", xshift: -4, yshift: 2 }),
-      note(`${number(roof.gbPerS)} GB/s`, { x: 0, xref: "x domain", y: 0, yref: "y domain", xanchor: "left", yanchor: "bottom", xshift: 8, yshift: 4 }),
+      note(`${number(roof.gbPerS)} GB/s`, { x: Math.log10(Math.sqrt(left * ridge)), y: Math.log10(atMost(Math.sqrt(left * ridge))), xanchor: "left", yanchor: "top", xshift: 8 }),
     ],
   };
   return { traces, layout, height: Math.min(520, Math.max(340, width * 0.5)), told: `${count(rows.length, "row")} under the roof of this device.` };

@@ -60,9 +60,7 @@ function sortBy(index) {
 function inOrder() {
   const rows = [...state.comparison.rows];
   if (!state.sort) {
-    const first = new Map();
-    rows.forEach((row) => { if (!first.has(row.model)) first.set(row.model, row.id); });
-    return rows.sort((a, b) => first.get(a.model) - first.get(b.model) || a.batch - b.batch || fastestFirst(a, b));
+    return rows.sort(byModelAndBatch);
   }
   const { value } = lines.columns[state.sort.index];
   const sign = state.sort.descending ? -1 : 1;

@@ -14,6 +14,7 @@ const state = {
   model: null, // of plots that show a single one
   series: null, // of the plot over depth
   depthBatch: null,
+  everyRace: false, // the table of the fastest in full
   quantity: "time",
 };
 const listeners = [];
@@ -24,6 +25,11 @@ function shownRows() {
       const chosen = state.chosen.get(key);
       return chosen.size === 0 || chosen.has(of(row));
     }));
+}
+
+function byModelAndBatch(a, b) {
+  const place = (row) => state.comparison.models.indexOf(row.model);
+  return place(a) - place(b) || a.batch - b.batch || fastestFirst(a, b);
 }
 
 function refresh() {
