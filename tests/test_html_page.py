@@ -319,3 +319,14 @@ def test_dark_and_light(browser: Any, core: Path) -> None:
     assert dark[0] == "rgb(21, 23, 26)" and light[0] == "rgb(250, 250, 248)"
     assert dark[1] != light[1]
     assert complaints == []
+
+
+def test_paper_is_white_and_the_screen_as_before(browser: Any, core: Path) -> None:
+    page, complaints = opened(browser, core / HTML, theme="dark")
+    theme = "document.documentElement.dataset.theme"
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(theme) == "light"
+    assert page.locator(".figure .main-svg").count()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(theme) == "dark"
+    assert complaints == []

@@ -3,11 +3,10 @@
 const figures = []; // { id of the element, build(width) -> { traces, layout, height, told } or null }
 const DRAWN_FROM = 400; // pixels below the window: a plot is there before the reader is
 const visible = new Set();
-let paper = false; // being printed: light, and everything at once
+let paper = false; // being printed: everything at once
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const theme = () => (paper ? "light" : document.documentElement.dataset.theme);
-const colourOf = (row) => DATA.looks[row.backend][theme()];
+const colourOf = (row) => DATA.looks[row.backend][document.documentElement.dataset.theme];
 // plotly reads a little markup in its texts; a name is none
 const plain = (text) => String(text).replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
 

@@ -1,3 +1,5 @@
+let themeOfScreen = "light"; // while the page is being printed
+
 function start() {
   const themeButton = byId("theme");
   const nameTheme = () => {
@@ -27,10 +29,13 @@ function start() {
   window.addEventListener("afterprint", () => print(false));
 }
 
+// Paper is white, and shows what would be below the window, too.
 function print(on) {
+  const { dataset } = document.documentElement;
+  if (on) themeOfScreen = dataset.theme;
   paper = on;
-  document.documentElement.classList.toggle("paper", on);
-  redraw();
+  dataset.theme = on ? "light" : themeOfScreen;
+  refresh();
 }
 
 function nothing() {

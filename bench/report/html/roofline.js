@@ -22,7 +22,7 @@ function rooflineFigure(width) {
     yaxis: logAxis(ys, { title: "achieved, GFLOP/s" }, 0.12),
     margin: { l: 10, r: 14, t: 14, b: 48 },
     annotations: [
-      note(`${number(roof.gflopPerS)} GFLOP/s`, { x: Math.log10(right), y: Math.log10(roof.gflopPerS), xanchor: "right", yanchor: "bottom", xshift: -4, yshift: 2 }),
+      note(`${number(roof.gflopPerS)} GFLOP/s`, { x: Math.log10(ridge), y: Math.log10(roof.gflopPerS), xanchor: "left", yanchor: "bottom", xshift: 4, yshift: 2 }),
       note(`${number(roof.gbPerS)} GB/s`, { x: Math.log10(Math.sqrt(left * ridge)), y: Math.log10(atMost(Math.sqrt(left * ridge))), xanchor: "left", yanchor: "top", xshift: 8 }),
     ],
   };
