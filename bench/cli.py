@@ -111,7 +111,8 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         metavar="FILE",
         type=Path,
-        help="one page over all the folders instead of one in each",
+        help="one page over all the folders instead of two in each: HTML if FILE ends in .html, "
+        "otherwise markdown with its plots beside it",
     )
     report.set_defaults(command=_report)
     listing = commands.add_parser("list", help=", ".join(LISTED))

@@ -56,9 +56,9 @@ def bench(args: argparse.Namespace) -> int:
     )
     run_cases(cases, options_of(args, request), folder, found, console)
     if not args.no_report:
-        from resfuse.bench.report import write_report
+        from resfuse.bench.report import HTML, write_report
 
-        console.print(f"Report: {write_report(folder)}")
+        console.print(f"Report: {write_report(folder)} and {HTML}")
     return 0
 
 
@@ -70,14 +70,15 @@ def unsettled(cases: list[Case], folder: Path, found: dict[str, Any]) -> list[Ca
 
 def report(args: argparse.Namespace) -> int:
     """`resfuse report`: from rows to pages, without measuring anything."""
-    from resfuse.bench.report import write_merged_report, write_report
+    from resfuse.bench.report import HTML, write_merged_report, write_report
 
     folders = _results_folders(args.results)
     if args.out is not None:
         print(write_merged_report(folders, args.out))
         return 0
     for folder in folders:
-        print(write_report(folder))
+        page = write_report(folder)
+        print(page, page.with_name(HTML), sep="\n")
     return 0
 
 

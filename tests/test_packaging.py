@@ -13,6 +13,7 @@ from resfuse.kernels.registry import KERNELS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("bench", "kernels", "resnet_ref")
+SHIPPED = (".py", ".h", ".cpp", ".js", ".css", ".jinja")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def test_the_wheel_holds_every_module_under_the_namespace(tmp_path: Path) -> Non
     on_disk = {
         path.relative_to(ROOT).as_posix()
         for name in FOLDERS
-        for path in (ROOT / name).rglob("*.py")
+        for path in (ROOT / name).rglob("*")
+        if path.suffix in SHIPPED
     }
     assert {f"resfuse/{path}" for path in on_disk} <= inside
     assert {f"resfuse/{name}/py.typed" for name in FOLDERS} <= inside

@@ -147,6 +147,19 @@ def test_whiskers_span_the_interval(tmp_path: Path) -> None:
     assert 1 in ax.get_xticks()
 
 
+def test_a_line_without_a_point_says_why(tmp_path: Path) -> None:
+    add(tmp_path)
+    add(tmp_path, replace(CASE, backend="fused"))
+    add(tmp_path, replace(CASE, batch_size=1))
+    add_failed(tmp_path, replace(CASE, backend="onnxrt"), "oom", "out of memory")
+    add(tmp_path, replace(CASE, backend="onnxrt", batch_size=1))
+    (comparison,) = read_folders([tmp_path])[0].comparisons
+    figure = speedup_plot(comparison, looks(["eager", "fused", "onnxrt"]))
+    assert figure is not None
+    told = {ax.get_title(): [text.get_text().strip() for text in ax.texts] for ax in figure.axes}
+    assert told == {"resnet18, batch 1": ["not measured"], "resnet18, batch 8": ["oom"]}
+
+
 def test_a_backend_looks_the_same_on_every_page() -> None:
     alone = looks(["fused"])
     crowded = looks(["d_new", "b_new", "fused", "c_new", "eager", "a_new"])

@@ -103,10 +103,10 @@ def _default_results(dry_run: bool) -> Path:
 
 def _write_up(folder: Path, console: Console) -> None:
     """The report, and the notes if there are none yet."""
-    from resfuse.bench.report import write_report
+    from resfuse.bench.report import HTML, write_report
 
     if results.has_rows(folder):
         if (written := notes.write_if_missing(folder)) is not None:
             console.print(f"Notes: {written}", soft_wrap=True)
-        console.print(f"Report: {write_report(folder)}", soft_wrap=True)
+        console.print(f"Report: {write_report(folder)} and {HTML}", soft_wrap=True)
     console.print(f"Results: {folder}", soft_wrap=True)

@@ -65,9 +65,9 @@ def kernels(args: argparse.Namespace) -> int:
         table = pd.DataFrame(rows, columns=list(SHEET.columns), dtype=object)  # 3 stays 3
         table.to_csv(sys.stdout, index=False, lineterminator="\n")
     if not args.no_report:
-        from resfuse.bench.report import write_report
+        from resfuse.bench.report import HTML, write_report
 
-        console.print(f"Report: {write_report(folder)}")
+        console.print(f"Report: {write_report(folder)} and {HTML}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """What could not run or failed, with the reason; equal reasons are told once."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from resfuse.bench.report import markdown
 from resfuse.bench.report.result import Result, model_name
@@ -9,27 +10,46 @@ from resfuse.bench.row import STATUSES
 LONGEST_REASON = 300  # characters; a compiler's whole output is in rows.csv
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Cases that ended alike, for one reason."""
+
+    status: str
+    reason: str  # on one line, cut at LONGEST_REASON
+    results: tuple[Result, ...]
+
+
 def failures(results: Sequence[Result]) -> str:
     """A table of status, number of cases, cases and reason; a sentence where everything passed."""
-    failed = [result for result in results if result.status != "pass"]
-    if not failed:
-        return f"Nothing: {markdown.count(len(results), 'case')} ran and passed every check."
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in sorted(failed, key=lambda r: STATUSES.index(r.status)):
-        groups.setdefault((result.status, _reason(result.error)), []).append(result)
+    found = failure_groups(results)
+    if not found:
+        return nothing_failed(results)
     return markdown.table(
         ["status", "cases", "which", "reason"],
         [False, True, False, False],
         [
             [
-                status,
-                str(len(group)),
-                markdown.escape(_cases(group, results)),
-                markdown.escape(reason),
+                failure.status,
+                str(len(failure.results)),
+                markdown.escape(which(failure.results, results)),
+                markdown.escape(failure.reason),
             ]
-            for (status, reason), group in groups.items()
+            for failure in found
         ],
     )
+
+
+def nothing_failed(results: Sequence[Result]) -> str:
+    return f"Nothing: {markdown.count(len(results), 'case')} ran and passed every check."
+
+
+def failure_groups(results: Sequence[Result]) -> list[Failure]:
+    """What did not pass, in the order of STATUSES."""
+    failed = [result for result in results if result.status != "pass"]
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in sorted(failed, key=lambda r: STATUSES.index(r.status)):
+        groups.setdefault((result.status, _reason(result.error)), []).append(result)
+    return [Failure(status, why, tuple(group)) for (status, why), group in groups.items()]
 
 
 def _reason(error: str) -> str:
@@ -41,7 +61,7 @@ def _reason(error: str) -> str:
     )
 
 
-def _cases(results: Sequence[Result], among: Sequence[Result]) -> str:
+def which(results: Sequence[Result], among: Sequence[Result]) -> str:
     """These cases, no others: `onnxrt: resnet18 at batch 1, 8; fused: all 5 models at batch 8`."""
     every_model = {model_name(result, among) for result in among}
     batches: dict[str, dict[str, list[str]]] = {}

@@ -1,4 +1,8 @@
-"""Puts pages together and writes them: for one results folder, or for several side by side."""
+"""Puts pages together and writes them: for one results folder, or for several side by side.
+
+Each page exists twice, made from the same comparisons: as markdown with plots, to be read where the
+folder is browsed, and as one HTML file, to be asked questions.
+"""
 
 import re
 from collections.abc import Sequence
@@ -10,6 +14,7 @@ from resfuse.bench.errors import UsageError
 from resfuse.bench.report import figure, markdown
 from resfuse.bench.report.convolutions import convolution_sections
 from resfuse.bench.report.guide import guide
+from resfuse.bench.report.html.page import render
 from resfuse.bench.report.palette import looks
 from resfuse.bench.report.provenance import facts_table, made_from, opening
 from resfuse.bench.report.result import Comparison, Environment
@@ -17,6 +22,7 @@ from resfuse.bench.report.section import PLOTS, section, title
 from resfuse.bench.report.select import read_folders
 
 REPORT = "REPORT.md"
+HTML = "report.html"
 NOTHING = "There is nothing to report: no case has been measured yet, rows.csv holds no rows."
 APART = (
     "Each environment has a section of its own. Numbers are never compared across environments: "
@@ -25,26 +31,31 @@ APART = (
 
 
 def write_report(folder: Path) -> Path:
-    """Writes REPORT.md and its plots into a results folder, from the CSV files there alone.
+    """Writes REPORT.md with its plots, and report.html, into a results folder, from the CSV files
+    there alone.
 
     Returns:
-        the page's path.
+        the path of REPORT.md.
 
     Raises:
         UsageError: the folder has no results, they cannot be read, or the page cannot be written.
     """
     source = "`resfuse report --results DIR`, with DIR the folder this page lies in,"
-    return _write(read_folders([folder]), folder / REPORT, source)
+    environments = read_folders([folder])
+    page = _write(environments, folder / REPORT, source)
+    _write_html(environments, folder / HTML, source)
+    return page
 
 
 def write_merged_report(folders: list[Path], out: Path) -> Path:
-    """Writes one page over several results folders, its plots beside it.
+    """Writes one page over several results folders: markdown with its plots beside it, or, where
+    the path ends in .html, one HTML file.
 
     Rows of one environment that lie in several folders count in the order of the folders.
 
     Args:
         folders: results folders.
-        out: the page's path, e.g. results/REPORT.md.
+        out: the page's path, e.g. results/REPORT.md or all.html.
 
     Returns:
         out.
@@ -57,7 +68,18 @@ def write_merged_report(folders: list[Path], out: Path) -> Path:
     names = " ".join(dict.fromkeys(folder.resolve().name for folder in folders))
     command = f"resfuse report --results {names} --out {out.name}".replace("`", "")
     source = f"`{command}`, run beside those folders,"
-    return _write(read_folders(folders), out, source)
+    write = _write_html if out.suffix == ".html" else _write
+    return write(read_folders(folders), out, source)
+
+
+def _write_html(environments: Sequence[Environment], path: Path, source: str) -> Path:
+    page = render(environments, source.replace("`", ""))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UsageError(f"report {path} cannot be written: {error.strerror or error}") from error
+    return path
 
 
 def _write(environments: Sequence[Environment], path: Path, source: str) -> Path:

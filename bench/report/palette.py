@@ -2,7 +2,7 @@
 
 The colours are Okabe and Ito's for colour-blind readers (jfly.uni-koeln.de/color), darkened where
 they would vanish on white. The memory format is told by fill: contiguous is solid, any other
-hollow, hatched and dashed.
+hollow, hatched and dashed. On a dark page each has a lighter relative of its colour.
 """
 
 from collections.abc import Iterable
@@ -11,30 +11,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Look:
-    colour: str
-    marker: str
+    colour: str  # on a light page, and in the PNGs
+    marker: str  # of matplotlib
+    dark: str  # on a dark page
 
 
 LOOKS: dict[str, Look] = {
-    "eager": Look("#3b3b3b", "o"),
-    "compiled": Look("#0072b2", "s"),
-    "compiled_max_autotune": Look("#56b4e9", "D"),
-    "cudnn_fused": Look("#c9b400", "p"),
-    "onnxrt": Look("#e69f00", "^"),
-    "onnxrt_tensorrt": Look("#8c564b", "v"),
-    "openvino": Look("#009e73", "P"),
-    "tensorrt": Look("#cc79a7", "X"),
-    "fused": Look("#d55e00", "*"),
-    "engine": Look("#882255", "h"),
+    "eager": Look("#3b3b3b", "o", "#c6c9ce"),
+    "compiled": Look("#0072b2", "s", "#4f9be8"),
+    "compiled_max_autotune": Look("#56b4e9", "D", "#8fd3f5"),
+    "cudnn_fused": Look("#c9b400", "p", "#d8c62a"),
+    "onnxrt": Look("#e69f00", "^", "#f0b23c"),
+    "onnxrt_tensorrt": Look("#8c564b", "v", "#c59a8a"),
+    "openvino": Look("#009e73", "P", "#2fc495"),
+    "tensorrt": Look("#cc79a7", "X", "#eba0c8"),
+    "fused": Look("#d55e00", "*", "#f5813a"),
+    "engine": Look("#882255", "h", "#b58af2"),
 }
 # For backends that are not in the table, in the order of their names.
 SPARE = (
-    Look("#332288", "<"),
-    Look("#999933", ">"),
-    Look("#44aa99", "d"),
-    Look("#aa4499", "H"),
-    Look("#661100", "8"),
-    Look("#888888", "o"),
+    Look("#332288", "<", "#8f84e8"),
+    Look("#999933", ">", "#b9b95a"),
+    Look("#44aa99", "d", "#5cc9b7"),
+    Look("#aa4499", "H", "#d67fc9"),
+    Look("#661100", "8", "#d8765e"),
+    Look("#888888", "o", "#9a9ea6"),
 )
 
 

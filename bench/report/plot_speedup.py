@@ -17,8 +17,8 @@ from resfuse.bench.report.result import Comparison, Result
 from resfuse.bench.report.small_multiples import Panel, by_model_and_batch
 
 TICKS = (
-    0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1,
-    1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50,
+    0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1,
+    1.05, 1.1, 1.2, 1.25, 1.4, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 20, 50,
 )  # fmt: skip
 INTERVAL = ("speedup", "speedup_ci_low", "speedup_ci_high")
 
@@ -42,9 +42,12 @@ def speedup(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
             whiskers = [[max(0, ratio - ci_low)], [max(0, ci_high - ratio)]]
             ax.errorbar(
                 ratio, shown.index(result.label), xerr=whiskers,
-                color=look.colour, marker=look.marker, markersize=4, capsize=3.5, elinewidth=1.4,
+                color=look.colour, marker=look.marker, markersize=5, capsize=3.5, elinewidth=1.4,
                 markerfacecolor=look.colour if result.memory_format == "contiguous" else "white",
             )  # fmt: skip
+        for i, name in enumerate(shown):  # an empty line would leave the reader guessing
+            if (why := _missing(panel, name)) is not None:
+                ax.text(1, i, f" {why}", va="center", style="italic", color="#666666")
         ax.set_xscale("log")
         ax.set_xlim(low, high)
         ax.xaxis.set_major_locator(FixedLocator(ticks))
@@ -58,6 +61,16 @@ def speedup(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
         fontsize=9,
     )
     return figure
+
+
+def _missing(panel: Panel, name: str) -> str | None:
+    """Why a line has no point; None where it has one."""
+    if name not in panel.results:
+        return "not measured"
+    result = panel.results[name]
+    if _with_interval([result]):
+        return None
+    return "no interval" if result.measured else result.status
 
 
 def _with_interval(results: Sequence[Result]) -> list[Result]:

@@ -30,7 +30,7 @@ def throughput(comparison: Comparison, looks: dict[str, Look]) -> Figure:
             )  # fmt: skip
             ax.text(rate, i, f" {cells.number(rate)}", va="center")
         ax.set_xlim(0, 1.22 * max(rate for rate in rates.values() if rate is not None))
-        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
 
     figure = by_model_and_batch(comparison, draw)
     figure.supxlabel(f"throughput, images/s (median round; {rounds(comparison)})", fontsize=9)

@@ -1,7 +1,7 @@
 """What was measured on what, and which rows a page is made from."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from resfuse.bench.report import markdown
 from resfuse.bench.report.markdown import count, escape, listing
@@ -9,11 +9,16 @@ from resfuse.bench.report.palette import backend_rank
 from resfuse.bench.report.result import Environment
 
 MOST_NAMED = 8  # models or backends told by name in a sentence
+NO_FACTS = "environments.csv holds no facts of this environment."
 MODE_NAMES = {"inference": "inference", "train": "training steps"}
 
 
-def opening(environment: Environment) -> str:
-    """One sentence: what was measured on what, and how many cases passed."""
+def opening(environment: Environment, escape: Callable[[str], str] = markdown.escape) -> str:
+    """One sentence: what was measured on what, and how many cases passed.
+
+    Args:
+        escape: makes foreign text harmless where the sentence goes.
+    """
     results = environment.results
     if not results:
         what = "network was measured as a whole" if environment.workloads else "case was measured"
@@ -28,17 +33,17 @@ def opening(environment: Environment) -> str:
     unable = f", {counts['unavailable']} could not run here" if counts["unavailable"] else ""
     failed = len(results) - counts["pass"] - counts["unavailable"]
     return (
-        f"{modes.capitalize()} of {_named(_distinct(r.model for r in results), 'model')} "
+        f"{modes.capitalize()} of {_named(_distinct(r.model for r in results), 'model', escape)} "
         f"at batch {batches} and {sizes} px in {precisions}, "
-        f"with {_named(backends, 'backend')}, "
+        f"with {_named(backends, 'backend', escape)}, "
         f"on {listing([escape(name) for name in environment.device_names])}: "
         f"{counts['pass']} of {count(len(results), 'case')} passed every check{unable}"
         f"{f', {failed} failed' if failed else ''}."
     )
 
 
-def made_from(environment: Environment) -> str:
-    """How many rows stand, how many do not, their time span and commits."""
+def made_from(environment: Environment, escape: Callable[[str], str] = markdown.escape) -> str:
+    """How many rows stand, how many do not, their time span and commits; `escape` as above."""
     results = environment.results
     older = environment.rows_read - environment.incomplete - len(results)
     rows = count(environment.rows_read, "row")
@@ -65,6 +70,13 @@ def made_from(environment: Environment) -> str:
 
 
 def facts_table(environment: Environment) -> str:
+    """The machine and versions as a table."""
+    cells = [[escape(key), escape(value)] for key, value in facts(environment).items()]
+    note = "" if environment.facts else f"\n\n{NO_FACTS}"
+    return markdown.table(["fact", "value"], [False, False], cells) + note
+
+
+def facts(environment: Environment) -> dict[str, str]:
     """The machine and versions, without the ceilings, which stand where they are used."""
     lines = {"env_id": environment.env_id, "device_name": listing(environment.device_names)}
     lines |= {
@@ -73,12 +85,10 @@ def facts_table(environment: Environment) -> str:
     commits = [result.commit for result in environment.results]
     commits += [r.commit for workload in environment.workloads for r in workload.results]
     lines["commit"] = listing(_distinct(commits))
-    cells = [[escape(key), escape(value)] for key, value in lines.items() if value]
-    note = "" if environment.facts else "\n\nenvironments.csv holds no facts of this environment."
-    return markdown.table(["fact", "value"], [False, False], cells) + note
+    return {key: value for key, value in lines.items() if value}
 
 
-def _named(names: Sequence[str], noun: str) -> str:
+def _named(names: Sequence[str], noun: str, escape: Callable[[str], str]) -> str:
     """`2 models (resnet18 and resnet50)`; only the number where there are many."""
     told = f" ({listing([escape(name) for name in names])})" if len(names) <= MOST_NAMED else ""
     return count(len(names), noun) + told

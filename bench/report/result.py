@@ -27,6 +27,7 @@ class Result:
     commit: str
     timestamp: str
     numbers: Mapping[str, float]  # column of METRICS -> value, without the empty ones
+    place: str = ""  # where the row stands: "row 17 of <folder>/rows.csv"
 
     @property
     def label(self) -> str:

@@ -30,6 +30,7 @@ KEPT_WITHOUT_PASS = (
     "param_count", "infer_gmacs", "infer_macts", "peak_mem_mb", "reserved_mem_mb", "setup_s",
     "rel_l2_err", "max_abs_err", "top1_agree", "err_vs_eager",
 )  # fmt: skip
+PLACE = "place"  # beside a row's columns: where it stands
 IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
 
 Row = Mapping[str, object]
@@ -56,7 +57,8 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
         if (folder / ROWS).exists() or not kernel_rows:
             rows = [
                 {str(name): value for name, value in row.items()}
-                for row in read_rows(folder).to_dict("records")
+                | {PLACE: f"row {number} of {folder.name}/{ROWS}"}
+                for number, row in enumerate(read_rows(folder).to_dict("records"), start=1)
             ]
         facts = read_environments(folder) if rows or kernel_rows else {}
         entry = _Gathered()  # holds what comes before the first whole row, which is nothing
@@ -112,6 +114,7 @@ def _result(row: Row) -> Result:
         commit=_text(row["commit"]),
         timestamp=_text(row["timestamp"]),
         numbers=numbers,
+        place=_text(row[PLACE]),
     )
 
 

@@ -1,0 +1,1 @@
+"""rows.csv as one self-contained HTML page: report.html, which opens offline."""
