@@ -26,8 +26,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 1 where `inspect` found problems, 2 for bad input,
-    130 after Ctrl-C."""
+    """Runs a command; returns its exit code: 0, 1 where `inspect` found problems or `compare` a
+    regression, 2 for bad input, 130 after Ctrl-C."""
     try:
         parsed = parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = parsed.command
@@ -56,6 +56,12 @@ def _report(args: argparse.Namespace) -> int:
     from resfuse.bench.commands import report
 
     return report(args)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from resfuse.bench.compare.command import compare
+
+    return compare(args)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -114,6 +120,11 @@ def parser() -> argparse.ArgumentParser:
         help="one page over all the folders instead of one in each",
     )
     report.set_defaults(command=_report)
+    comparison = commands.add_parser(
+        "compare", help="is B slower than A, and can one tell? exit 1 on a regression"
+    )
+    flags.add_compare(comparison)
+    comparison.set_defaults(command=_compare)
     listing = commands.add_parser("list", help=", ".join(LISTED))
     listing.add_argument("what", nargs="?", choices=LISTED)
     listing.set_defaults(command=_list)

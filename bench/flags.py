@@ -45,6 +45,31 @@ def positive(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """5% is 0.05."""
+    try:
+        number = float(text.removesuffix("%")) / 100 if text.endswith("%") else -1.0
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}'; accepted: percentages above 0%, such as 5%")
+    return number
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "a", metavar="A", type=Path, help="rows.csv, or the results folder it lies in: before"
+    )
+    parser.add_argument("b", metavar="B", type=Path, help="the same: after")
+    parser.add_argument(
+        "--fail-above",
+        type=share,
+        default=0.05,
+        metavar="P",
+        help="a significant slowdown beyond this is a regression, exit code 1 (default: 5%%)",
+    )
+
+
 def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel",

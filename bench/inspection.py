@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from resfuse.bench.csv_text import neutral
 from resfuse.kernels.inspect import Inspection, has_risky_operands, problems, sound_ptxas
 
 NUMBERS = ("registers", "spilled B", "shared KB", "tensor-core", "CTAs/SM", "warps/SM")
@@ -55,4 +56,5 @@ def write_csv(results: Sequence[Inspection], file: Path) -> None:
         writer = csv.DictWriter(out, [*(field.name for field in fields(Inspection)), "problems"])
         writer.writeheader()
         for result in results:
-            writer.writerow({**asdict(result), "problems": "; ".join(problems(result))})
+            cells = {**asdict(result), "problems": "; ".join(problems(result))}
+            writer.writerow({name: neutral(value) for name, value in cells.items()})

@@ -16,9 +16,11 @@ from pathlib import Path
 import pandas as pd
 
 from resfuse.bench.case import Case
+from resfuse.bench.csv_text import neutral, original
 from resfuse.bench.errors import UsageError
 from resfuse.bench.measured import Value
-from resfuse.bench.row import columns
+from resfuse.bench.metrics import METRICS
+from resfuse.bench.row import SCHEMA_VERSION, columns
 
 ROWS = "rows.csv"
 ENVIRONMENTS = "environments.csv"
@@ -30,12 +32,18 @@ SETTLED = ("pass", "unavailable", "oom", "fail_accuracy")
 
 @dataclass(frozen=True)
 class Sheet:
-    """A CSV file of rows. `text`: the columns that stay text ("1e5" may be a commit)."""
+    """A CSV file of rows.
+
+    `text`: the columns that stay text ("1e5" may be a commit). `measured`: those that an older
+    version may not have known; they are read as empty where they are missing.
+    """
 
     file: str
     columns: tuple[str, ...]
     text: frozenset[str]
     command: str  # what makes one
+    measured: frozenset[str] = frozenset()
+    schema: int = SCHEMA_VERSION
 
 
 CASES = Sheet(
@@ -49,6 +57,7 @@ CASES = Sheet(
         )
     ),
     "resfuse bench",
+    frozenset(METRICS),
 )  # fmt: skip
 
 
@@ -56,13 +65,27 @@ def read_rows(folder: Path, sheet: Sheet = CASES) -> pd.DataFrame:
     """All rows of a sheet in a results folder, in the order they were measured; text columns hold
     "" where a cell is empty, the others numbers or NaN.
 
+    Columns are known by name: their order in the file does not matter, others may stand among them,
+    and a metric that the file does not have yet is empty. No column was ever renamed; the day one
+    is, SCHEMA_VERSION goes up and this is where the old name is translated.
+
     Raises:
-        UsageError: there is no such file, it cannot be read, or it lacks columns of this version.
+        UsageError: there is no such file, it cannot be read, it lacks columns that say what was
+            measured, or a newer version with other columns wrote it.
     """
-    table = _read_csv(folder / sheet.file, sheet.columns, sheet.command)
+    path = folder / sheet.file
+    needed = tuple(name for name in sheet.columns if name not in sheet.measured)
+    table = _read_csv(path, needed, sheet.command)
+    for name in sheet.measured.difference(table.columns):
+        table[name] = ""
     for name in table.columns:
         if name not in sheet.text:
             table[name] = pd.to_numeric(table[name].replace("", None), errors="coerce")
+    if "schema_version" in table and (newest := table["schema_version"].max()) > sheet.schema:
+        raise UsageError(
+            f"results file {path} was written by a newer resfuse (schema_version {newest:g}); "
+            f"this one reads versions up to {sheet.schema}"
+        )
     return table
 
 
@@ -95,7 +118,8 @@ def append_row(folder: Path, row: Mapping[str, Value], sheet: Sheet = CASES) -> 
     with _locked(folder):
         path = folder / sheet.file
         _adopt_columns(path, sheet.columns)
-        _append(path, pd.DataFrame([dict(row)], columns=list(sheet.columns)))
+        cells = {name: neutral(value) for name, value in row.items()}
+        _append(path, pd.DataFrame([cells], columns=list(sheet.columns)))
 
 
 def record_environment(folder: Path, env_id: str, facts: Mapping[str, str]) -> None:
@@ -116,7 +140,8 @@ def record_environment(folder: Path, env_id: str, facts: Mapping[str, str]) -> N
             return
         known[env_id] = merged
         lines = [(env, key, value) for env, entry in known.items() for key, value in entry.items()]
-        _replace(path, pd.DataFrame(lines, columns=list(ENVIRONMENT_COLUMNS)))
+        table = pd.DataFrame(lines, columns=list(ENVIRONMENT_COLUMNS), dtype=object)
+        _replace(path, table.map(neutral))
 
 
 def settled_cases(folder: Path, env_id: str, commit: str) -> set[tuple[tuple[str, str], ...]]:
@@ -160,15 +185,23 @@ def _plain(value: object) -> str:
 
 def _read_csv(path: Path, needed: tuple[str, ...], command: str) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = _cells(path)
     except FileNotFoundError:
         raise UsageError(f"no results file {path}; `{command} --results DIR` makes one") from None
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UsageError(f"results file {path} cannot be read as CSV: {error}") from None
+    except OSError as error:
+        raise UsageError(f"results file {path} cannot be read: {error.strerror}") from None
     missing = [name for name in needed if name not in table.columns]
     if missing:
         raise UsageError(f"results file {path} lacks the columns {', '.join(missing)}")
-    return table
+    return table.map(original)
+
+
+def _cells(path: Path, rows: int | None = None) -> pd.DataFrame:
+    """Every cell as it stands in the file, or in its first rows."""
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False, nrows=rows)
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UsageError(f"results file {path} cannot be read as CSV: {error}") from None
 
 
 @contextmanager
@@ -213,12 +246,12 @@ def _adopt_columns(path: Path, wanted: tuple[str, ...]) -> None:
     if not path.exists():
         return
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
+    whole = _whole_lines(data)
+    if whole < len(data):
+        os.truncate(path, whole)
     if not whole:
         return
-    header = pd.read_csv(path, dtype=str, nrows=0).columns
+    header = _cells(path, rows=0).columns
     foreign = [name for name in header if name not in wanted]
     if foreign:
         raise UsageError(
@@ -226,11 +259,26 @@ def _adopt_columns(path: Path, wanted: tuple[str, ...]) -> None:
             "use another --results folder"
         )
     if tuple(header) != wanted:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        _replace(path, table.reindex(columns=list(wanted)))
+        _replace(path, _cells(path).reindex(columns=list(wanted)))
+
+
+def _whole_lines(data: bytes) -> int:
+    """How many bytes of a CSV are whole lines; a line break within quotes ends none."""
+    end = data.rfind(b"\n") + 1
+    while end and data.count(b'"', 0, end) % 2:
+        end = data.rfind(b"\n", 0, end - 1) + 1
+    return end
 
 
 def _replace(path: Path, table: pd.DataFrame) -> None:
+    """All of the new file or all of the old one, whenever the power or the disk's space ends."""
     temporary = path.with_suffix(".tmp")
-    table.to_csv(temporary, index=False, lineterminator="\n")
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            table.to_csv(file, index=False, lineterminator="\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

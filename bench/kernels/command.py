@@ -21,6 +21,7 @@ from rich.table import Table
 
 from resfuse.bench import results
 from resfuse.bench.case import Options, Request
+from resfuse.bench.csv_text import neutral
 from resfuse.bench.kernels import sweep
 from resfuse.bench.kernels.convolutions import Convolution
 from resfuse.bench.kernels.providers import BASELINE, PROVIDERS
@@ -63,7 +64,7 @@ def kernels(args: argparse.Namespace) -> int:
     rows = _run(convolutions, providers, options, folder, found, console)
     if args.csv:
         table = pd.DataFrame(rows, columns=list(SHEET.columns), dtype=object)  # 3 stays 3
-        table.to_csv(sys.stdout, index=False, lineterminator="\n")
+        table.map(neutral).to_csv(sys.stdout, index=False, lineterminator="\n")
     if not args.no_report:
         from resfuse.bench.report import write_report
 
