@@ -21,7 +21,7 @@ def compare(args: argparse.Namespace) -> int:
     verdict, pairs, notes = examine(args.a, args.b, args.fail_above)
     console = Console(width=None if Console().is_terminal else 160)
     console.print(_table(verdict), highlight=False)
-    for line in [*sentences(verdict, args.fail_above), *_unpaired(pairs), *notes]:
+    for line in [*_failures(verdict), *notes, *_unpaired(pairs), *sentences(verdict, args.fail_above)]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     return int(verdict.regression)
 
@@ -35,7 +35,7 @@ def examine(a: Path, b: Path, fail_above: float) -> tuple[Verdict, Pairs, list[s
         notes.append(f"Every row of {b} stands in {a}, too: this compares rows with themselves.")
     elif any(shared):
         rows_b = rows_b[[not known for known in shared]]
-        notes.append(f"{sum(shared)} rows of {b} stand in {a}, too, and count there alone.")
+        notes.append(f"{_count(sum(shared), 'row')} of {b} in {a}, too: counted there alone.")
     sides = side.side(a, rows_a, side.read_facts(a)), side.side(b, rows_b, side.read_facts(b))
     notes += [f"{one.path}: {note}." for one in sides for note in one.notes]
     pairs = pair(*sides)
@@ -58,7 +58,7 @@ def _why_none(pairs: Pairs) -> str:
 
 def _unpaired_reasons(pairs: Pairs) -> str:
     return "; ".join(
-        f"{reason} ({count} {'case' if count == 1 else 'cases'})"
+        f"{reason} ({_count(count, 'case')})"
         for reason, count in pairs.unpaired.most_common()
     )
 
@@ -67,8 +67,8 @@ def sentences(verdict: Verdict, fail_above: float) -> list[str]:
     """What the table does not say, the verdict last."""
     noise = verdict.noise
     known_from = [
-        f"{noise.repeats} repeated cases" if noise.repeats else "",
-        f"{noise.baselines} rows of a baseline against itself" if noise.baselines else "",
+        f"{_count(noise.repeats, 'repeated case')}" if noise.repeats else "",
+        f"{_count(noise.baselines, 'row')} of a baseline against itself" if noise.baselines else "",
     ]
     lines = [
         f"Noise: the same case differs by {noise.percent:.1f} % from run to run (standard "
@@ -94,10 +94,10 @@ def sentences(verdict: Verdict, fail_above: float) -> list[str]:
     count = sum(case.regression for case in verdict.cases)
     means = " and the geometric mean" if verdict.mean_regression and len(verdict.cases) > 1 else ""
     lines.append(
-        f"Regression: {count} of {len(verdict.cases)} cases{means}, slower by more than "
+        f"Regression: {count} of {_count(len(verdict.cases), 'case')}{means}, slower by more than "
         f"{_percent(1 + fail_above)} and significantly, or failing where they passed."
         if verdict.regression
-        else f"No regression beyond {_percent(1 + fail_above)} in {len(verdict.cases)} cases."
+        else f"No regression beyond {_percent(1 + fail_above)} in {_count(len(verdict.cases), 'case')}."
     )
     return lines
 
@@ -134,11 +134,21 @@ def _change(change: Change | None) -> tuple[str, str]:
 
 
 def _said(case: Judged) -> str:
-    failed = f"{len(case.b.failed)} of {len(case.b.failed) + len(case.b.passed)} runs in B failed"
-    parts = ["REGRESSION" if case.regression else "", case.said]
-    if case.b.failed:
-        parts.append(f"{failed}: {case.b.failed[-1]}")
-    return ", ".join(filter(None, parts))
+    failed = "fails" if case.b.failed else ""
+    return ", ".join(filter(None, ("REGRESSION" if case.regression else "", failed, case.said)))
+
+
+def _failures(verdict: Verdict) -> list[str]:
+    return [
+        f"{case.key.label()}: {len(case.b.failed)} of {len(case.b.failed) + len(case.b.passed)} "
+        f"runs in B failed: {case.b.failed[-1]}"
+        for case in verdict.cases
+        if case.b.failed
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _percent(ratio: float) -> str:

@@ -122,7 +122,9 @@ def side(path: Path, rows: pd.DataFrame, facts: Mapping[str, Mapping[str, str]])
             disturbed += bool(row.get("throttle"))
     notes = [f"{n} of {len(rows)} rows left out: {why}" for why, n in left_out.items() if n]
     if disturbed:
-        notes.append(f"{disturbed} rows were measured while something slowed the device (throttle)")
+        notes.append(
+            f"{disturbed} of {len(rows)} rows measured while something slowed the device (throttle)"
+        )
     return Side(path, runs, facts, tuple(notes))
 
 
