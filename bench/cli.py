@@ -188,13 +188,15 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="networks; wildcards allowed (resnet*)",
     )
-    what.add_argument(
+    backends = what.add_mutually_exclusive_group()
+    backends.add_argument(
         "--backend",
         type=flags.names,
         default=[],
         metavar="NAMES",
         help="ways to run them; see `resfuse list backends`",
     )
+    flags.add_ab(backends)
     what.add_argument(
         "-b",
         "--batch-size",
@@ -268,8 +270,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=flags.positive,
         metavar="S",
-        help="timed seconds a case (default: the profile's)",
+        help="timed seconds a case (default: the profile's; at most 60 with --ci)",
     )
+    flags.add_ci(how)
     how.add_argument(
         "--timeout",
         type=flags.positive,

@@ -56,6 +56,31 @@ def share(text: str) -> float:
     return number
 
 
+def pair(text: str) -> list[str]:
+    found = names(text)
+    if len(found) != 2 or "*" in text:
+        raise argparse.ArgumentTypeError(f"'{text}'; accepted: two backends, such as eager,fused")
+    return found
+
+
+def add_ab(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument(
+        "--ab",
+        type=pair,
+        metavar="A,B",
+        help="two backends against each other: A is the baseline; stops by --ci (default: 2%%)",
+    )
+
+
+def add_ci(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ci",
+        type=share,
+        metavar="P",
+        help="stop a case once its speed-up's 95 %% interval is narrower than this, e.g. 2%%",
+    )
+
+
 def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "a", metavar="A", type=Path, help="rows.csv, or the results folder it lies in: before"

@@ -21,6 +21,7 @@ from resfuse.bench.metrics import METRICS
 from resfuse.bench.precision import set_math_mode
 from resfuse.bench.quiet import LIMIT_S, wait_for_quiet
 from resfuse.bench.row import Outcome
+from resfuse.bench.stopping import Narrow
 from resfuse.bench.training import Training
 from resfuse.resnet_ref import create
 
@@ -81,6 +82,7 @@ def _measure(
         baseline.check(0, "before timing")
 
     quiet = wait_for_quiet(LIMIT_S[device])
+    narrow = Narrow(options.ci or 0.0)
     tell("timing")
     laps, span = timing.interleave(
         [candidate.timed(), blamed(baseline.timed(), case.baseline)],
@@ -88,6 +90,7 @@ def _measure(
         options.seconds,
         options.min_rounds,
         options.max_rounds,
+        narrow if options.ci else lambda laps: False,
     )
     tell("timed")
     span_s = timing.seconds(span)
@@ -108,6 +111,7 @@ def _measure(
         activations=cost.activations,
         times_ms=tuple(sum(lap) for lap in laps[0]),
         baseline_ms=tuple(sum(lap) for lap in laps[1]),
+        ended_by=_ended_by(narrow, len(laps[0]), options),
         phases_ms=_phases(candidate, laps[0]),
         accuracy=check.worst(checks),
         memory=peak,
@@ -125,6 +129,12 @@ def _measure(
             f"{floor.possible_ms:.3g} ms at the fastest rate seen on this device"
         )
     return Outcome("pass", "", metrics), span_s
+
+
+def _ended_by(narrow: Narrow, rounds: int, options: Options) -> str:
+    if narrow.met:
+        return "interval"
+    return "rounds" if rounds >= options.max_rounds else "seconds"
 
 
 def _phases(subject: Subject, laps: list[list[float]]) -> dict[str, tuple[float, ...]]:

@@ -52,7 +52,7 @@ CASES = Sheet(
     frozenset(
         (
             "model", "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
-            "weights", "images", "baseline", "throttle", "status", "error", "env_id", "commit",
+            "weights", "images", "baseline", "ended_by", "throttle", "status", "error", "env_id", "commit",
             "timestamp",
         )
     ),

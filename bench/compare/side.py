@@ -119,7 +119,7 @@ def side(path: Path, rows: pd.DataFrame, facts: Mapping[str, Mapping[str, str]])
             left_out["without a speed-up that is a number above 0"] += 1
         else:
             runs[key].passed.append(run)
-            disturbed += bool(row.get("throttle"))
+            disturbed += row.get("throttle") not in ("", "none", None)
     notes = [f"{n} of {len(rows)} rows left out: {why}" for why, n in left_out.items() if n]
     if disturbed:
         notes.append(
