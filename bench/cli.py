@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     study = commands.add_parser(
         "study", help="questions about the harness and the networks, answered by measurement"
     )
-    study.add_argument("name", help="overhead")
+    study.add_argument("name", help="gate, overhead")
     study.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
     study.add_argument("--device", default="auto")
     study.set_defaults(command=_study)

@@ -30,6 +30,10 @@ Tell = Callable[
     [str], None
 ]  # the parent process's own watch starts at "timing" and stops at "timed"
 
+# Time of an input that was not seen before over that of one that was. Without memory the least of
+# five is 1 and a little less; a memory that saves less than a third of the time goes unnoticed.
+FIRST_SIGHT, SIGHTS = 1.5, 5
+
 
 def measure(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Tell
@@ -98,6 +102,8 @@ def _measure(
     throttle = nvml.throttle() if device == "cuda" else None
     if not quiet:
         throttle = " + ".join(filter(None, (throttle, "other processes")))
+    if isinstance(candidate, Inference):
+        require_no_memory(candidate, device)
     checks.append(candidate.check(network.TIMED_BATCHES, "after timing, on a new batch"))
 
     cost = cost_of(case)
@@ -129,6 +135,23 @@ def _measure(
             f"{floor.possible_ms:.3g} ms at the fastest rate seen on this device"
         )
     return Outcome("pass", "", metrics), span_s
+
+
+def require_no_memory(candidate: Inference, device: str) -> None:
+    """Makes sure that inputs nobody has seen take no longer than those of the timed rounds.
+
+    A backend that remembers answers by what the inputs hold, exactly or roughly, gives right ones
+    in every check. Pairs cancel what slows the machine, and the least of them what slows one run.
+
+    Raises:
+        RuntimeError: new inputs took longer by more than FIRST_SIGHT in every pair.
+    """
+    ratios = timing.paired_ratios(candidate.timed(), candidate.unseen(), device, SIGHTS)
+    if min(ratios) > FIRST_SIGHT:
+        raise RuntimeError(
+            f"inputs it has not seen before take at least {min(ratios):.2f} times as long as those "
+            "of the timed rounds: it remembers answers"
+        )
 
 
 def _ended_by(narrow: Narrow, rounds: int, options: Options) -> str:

@@ -149,6 +149,8 @@ def settled_cases(folder: Path, env_id: str, commit: str) -> set[tuple[tuple[str
     if not has_rows(folder):
         return set()
     rows = read_rows(folder)
+    if not (folder / ROWS).read_bytes().endswith(b"\n"):  # the next row will cut it off
+        rows = rows[:-1]
     here = rows[(rows.env_id == env_id) & (rows.commit == commit) & rows.status.isin(SETTLED)]
     keys = set()
     for row in here.to_dict("records"):
@@ -197,9 +199,15 @@ def _read_csv(path: Path, needed: tuple[str, ...], command: str) -> pd.DataFrame
 
 
 def _cells(path: Path, rows: int | None = None) -> pd.DataFrame:
-    """Every cell as it stands in the file, or in its first rows."""
+    """Every cell as it stands in the file, or in its first rows.
+
+    A line that a crash cut off within quotes is left out; it would take all of the file with it.
+    """
+    data = path.read_bytes()
+    if data.count(b'"') % 2:
+        data = data[: _whole_lines(data)]
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, nrows=rows)
+        return pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, nrows=rows)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UsageError(f"results file {path} cannot be read as CSV: {error}") from None
 

@@ -186,6 +186,19 @@ def interleave(
     return laps, span
 
 
+def paired_ratios(seen: Step, new: Step, device: str, pairs: int) -> list[float]:
+    """Time of `new` over that of `seen`, run one right after the other, so many times; the first
+    pair follows an untimed run."""
+    stopwatch = STOPWATCHES[device]
+    _once(seen, stopwatch)
+    ratios = []
+    for _ in range(pairs):
+        known, _ = _once(seen, stopwatch)
+        first, _ = _once(new, stopwatch)
+        ratios.append(sum(first) / max(sum(known), 1e-6))
+    return ratios
+
+
 def _once(step: Step, stopwatch: Callable[[], Stopwatch]) -> tuple[list[float], float]:
     """Laps by the stopwatch, and the host's second clock until the device was idle; in ms."""
     step.prepare()

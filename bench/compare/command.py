@@ -8,6 +8,7 @@ from rich.table import Table
 
 from resfuse.bench.compare import side
 from resfuse.bench.compare.pairs import Pairs, comparable, pair
+from resfuse.bench.compare.side import Side
 from resfuse.bench.compare.verdict import Change, Judged, Verdict, judge, noise
 from resfuse.bench.errors import UsageError
 
@@ -38,16 +39,26 @@ def examine(a: Path, b: Path, fail_above: float) -> tuple[Verdict, Pairs, list[s
         notes.append(f"{_count(sum(shared), 'row')} of {b} in {a}, too: counted there alone.")
     sides = side.side(a, rows_a, side.read_facts(a)), side.side(b, rows_b, side.read_facts(b))
     notes += [f"{one.path}: {note}." for one in sides for note in one.notes]
-    pairs = pair(*sides)
+    verdict, pairs = decide(*sides, fail_above)
+    return verdict, pairs, notes
+
+
+def decide(a: Side, b: Side, fail_above: float) -> tuple[Verdict, Pairs]:
+    """The verdict on two sides, and which cases it rests on.
+
+    Raises:
+        UsageError: no case stands in both, or nothing tells the noise.
+    """
+    pairs = pair(a, b)
     if not pairs.cases:
-        raise UsageError(f"nothing in {b} can be compared with {a}: {_why_none(pairs)}")
-    scatter = noise(comparable(*sides, pairs))
+        raise UsageError(f"nothing in {b.path} can be compared with {a.path}: {_why_none(pairs)}")
+    scatter = noise(comparable(a, b, pairs))
     if not scatter.degrees:
         raise UsageError(
-            f"{a} and {b} do not tell the noise between runs: no case was measured twice, and no "
-            "baseline against itself; measure each side at least twice into its folder"
+            f"{a.path} and {b.path} do not tell the noise between runs: no case was measured twice, "
+            "and no baseline against itself; measure each side at least twice into its folder"
         )
-    return judge(pairs.cases, scatter, fail_above), pairs, notes
+    return judge(pairs.cases, scatter, fail_above), pairs
 
 
 def _why_none(pairs: Pairs) -> str:
