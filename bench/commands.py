@@ -212,7 +212,9 @@ def run_cases(
 
         def finished(case: Case, outcome: Outcome) -> None:
             counts[outcome.status] += 1
-            progress.console.print(_line(case, outcome, options.ci), highlight=False, soft_wrap=True)
+            progress.console.print(
+                _line(case, outcome, options.ci), highlight=False, soft_wrap=True
+            )
             progress.advance(task)
 
         left_out = sweep.run(cases, options, folder, found, started, finished, time_left)
@@ -242,14 +244,17 @@ def _line(case: Case, outcome: Outcome, ci: float | None) -> str:
 def _ended(case: Case, outcome: Outcome, ci: float) -> str:
     """Against what, and whether the interval's width or the budget ended the rounds."""
     metrics = outcome.metrics
-    width = (metrics["speedup_ci_high"] - metrics["speedup_ci_low"]) / metrics["speedup"]
+    low, ratio, high = (
+        float(metrics[name] or 0) for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
+    )
+    width = (high - low) / ratio
     ended = {
         "interval": f"narrower than {100 * ci:g} %",
         "seconds": f"the time budget ended it, {100 * width:.1f} % wide",
         "rounds": f"the most rounds ended it, {100 * width:.1f} % wide",
     }
     beside = f"{case.baseline} {case.baseline_memory_format}"
-    return f"against {beside} after {metrics['rounds']} rounds: {ended[metrics['ended_by']]}"
+    return f"against {beside} after {metrics['rounds']} rounds: {ended[str(metrics['ended_by'])]}"
 
 
 def _results_folders(given: list[Path]) -> list[Path]:

@@ -6,10 +6,25 @@ an apostrophe in front, which spreadsheets take as "this is text". Reading takes
 Numbers, also as text ("-1.5"), compute to themselves and stay as they are.
 """
 
+import csv
+import io
 import re
+from collections.abc import Iterable
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 _NEUTRAL = re.compile(r"'+[=+\-@\t\r\n]")
+
+
+def line(cells: Iterable[object]) -> str:
+    """One line of a CSV file as it is to be written, its end included; None and NaN are empty.
+
+    A carriage return in a cell would end the line for most readers, and Python's csv quotes it only
+    where the line's own end has one.
+    """
+    text = io.StringIO(newline="")
+    plain = (None if cell != cell else cell for cell in cells)
+    csv.writer(text, lineterminator="\r\n").writerow(plain)
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def neutral(value: object) -> object:

@@ -244,7 +244,9 @@ def test_files_that_cannot_be_read_get_a_sentence(
     table.assign(schema_version="2").to_csv(path, index=False)
     code, said = compare()
     assert code == 2
-    assert "was written by a newer resfuse (schema_version 2); this one reads versions up to 1" in said
+    assert (
+        "was written by a newer resfuse (schema_version 2); this one reads versions up to 1" in said
+    )
     path.write_text(whole + "a,row,with,far,too" + ",many" * 200 + "\n")
     assert "cannot be read as CSV" in compare()[1]
     assert main(["compare", str(before / "none.csv"), str(after)]) == 2

@@ -1,4 +1,4 @@
-"""Cells that a spreadsheet would compute come out of a CSV as they went in, and do no harm there."""
+"""Cells a spreadsheet would compute come out of a CSV as they went in, and do no harm there."""
 
 import csv
 from pathlib import Path
@@ -52,7 +52,8 @@ def test_rows_and_environments_keep_any_name(text: str, tmp_path: Path) -> None:
     results.record_environment(tmp_path, "env", {"cpu": text, text or "key": "x"})
     results.record_environment(tmp_path, "other", {"cpu": "y"})  # writes the first once more
     row = results.read_rows(tmp_path).iloc[0]
-    assert (row.images, row.weights, row.error, row.device_name) == (text, f"{text},{text}", text, text)
+    assert (row.images, row.error, row.device_name) == (text, text, text)
+    assert row.weights == f"{text},{text}"
     assert (row.commit, row.speedup) == ("-1e5x", -1.5)  # a number stays one
     assert results.read_environments(tmp_path)["env"] == {"cpu": text, text or "key": "x"}
     for path in tmp_path.glob("*.csv"):

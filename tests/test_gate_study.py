@@ -51,7 +51,11 @@ def test_the_study_counts_what_the_command_would_flag(
     def run_case(case: Case, options: Options, ceilings: dict, backends: dict) -> Outcome:
         slowed = backends["subject"] == gate.KINDS["slowed"]
         ratio = math.exp(rng.gauss(0, 0.01)) / (1 + slowdown * slowed)
-        metrics = {"speedup": ratio, "speedup_ci_low": 0.99 * ratio, "speedup_ci_high": 1.01 * ratio}
+        metrics = {
+            "speedup": ratio,
+            "speedup_ci_low": 0.99 * ratio,
+            "speedup_ci_high": 1.01 * ratio,
+        }
         return Outcome("pass", "", metrics)
 
     monkeypatch.setattr(gate, "run_case", run_case)

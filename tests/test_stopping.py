@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_it_looks_at_growing_sizes_only() -> None:
         if rule.look != before:
             looks.append(rounds)
     assert looks[0] == FIRST_LOOK
-    assert all(b >= GROWTH * a for a, b in zip(looks, looks[1:], strict=False))
+    assert all(b >= GROWTH * a for a, b in pairwise(looks))
     assert len(looks) == 7
 
 

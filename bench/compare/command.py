@@ -22,7 +22,12 @@ def compare(args: argparse.Namespace) -> int:
     verdict, pairs, notes = examine(args.a, args.b, args.fail_above)
     console = Console(width=None if Console().is_terminal else 160)
     console.print(_table(verdict), highlight=False)
-    for line in [*_failures(verdict), *notes, *_unpaired(pairs), *sentences(verdict, args.fail_above)]:
+    for line in [
+        *_failures(verdict),
+        *notes,
+        *_unpaired(pairs),
+        *sentences(verdict, args.fail_above),
+    ]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     return int(verdict.regression)
 
@@ -55,8 +60,8 @@ def decide(a: Side, b: Side, fail_above: float) -> tuple[Verdict, Pairs]:
     scatter = noise(comparable(a, b, pairs))
     if not scatter.degrees:
         raise UsageError(
-            f"{a.path} and {b.path} do not tell the noise between runs: no case was measured twice, "
-            "and no baseline against itself; measure each side at least twice into its folder"
+            f"{a.path} and {b.path} do not tell the noise between runs: no case was measured "
+            "twice, and no baseline against itself; measure each side at least twice"
         )
     return judge(pairs.cases, scatter, fail_above), pairs
 
@@ -69,8 +74,7 @@ def _why_none(pairs: Pairs) -> str:
 
 def _unpaired_reasons(pairs: Pairs) -> str:
     return "; ".join(
-        f"{reason} ({_count(count, 'case')})"
-        for reason, count in pairs.unpaired.most_common()
+        f"{reason} ({_count(count, 'case')})" for reason, count in pairs.unpaired.most_common()
     )
 
 
@@ -78,7 +82,7 @@ def sentences(verdict: Verdict, fail_above: float) -> list[str]:
     """What the table does not say, the verdict last."""
     noise = verdict.noise
     known_from = [
-        f"{_count(noise.repeats, 'repeated case')}" if noise.repeats else "",
+        _count(noise.repeats, "repeated case") if noise.repeats else "",
         f"{_count(noise.baselines, 'row')} of a baseline against itself" if noise.baselines else "",
     ]
     lines = [
@@ -102,13 +106,13 @@ def sentences(verdict: Verdict, fail_above: float) -> list[str]:
             f"The baselines themselves took {_percent(change)} {longer} in B: a machine in another "
             "state, or a change to both that paired speed-ups do not show."
         )
-    count = sum(case.regression for case in verdict.cases)
+    count, of = sum(case.regression for case in verdict.cases), _count(len(verdict.cases), "case")
     means = " and the geometric mean" if verdict.mean_regression and len(verdict.cases) > 1 else ""
     lines.append(
-        f"Regression: {count} of {_count(len(verdict.cases), 'case')}{means}, slower by more than "
+        f"Regression: {count} of {of}{means}, slower by more than "
         f"{_percent(1 + fail_above)} and significantly, or failing where they passed."
         if verdict.regression
-        else f"No regression beyond {_percent(1 + fail_above)} in {_count(len(verdict.cases), 'case')}."
+        else f"No regression beyond {_percent(1 + fail_above)} in {of}."
     )
     return lines
 

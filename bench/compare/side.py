@@ -107,7 +107,8 @@ def side(path: Path, rows: pd.DataFrame, facts: Mapping[str, Mapping[str, str]])
     )
     runs: dict[Key, Runs] = {}
     disturbed = 0
-    for row in once.to_dict("records"):
+    for record in once.to_dict("records"):
+        row = {str(name): value for name, value in record.items()}
         key, commit = _key(row), str(row["commit"])
         if key not in runs or runs[key].commit != commit:
             old = runs.get(key, Runs())

@@ -205,7 +205,9 @@ def _baseline_change(pairs: Iterable[tuple[Runs, Runs]]) -> float:
     """Geometric mean of B / A over the cases whose baselines have a time on both sides."""
     ratios = []
     for a, b in pairs:
-        times = [[log(run.baseline_ms) for run in runs.passed if run.baseline_ms] for runs in (a, b)]
+        times = [
+            [log(run.baseline_ms) for run in runs.passed if run.baseline_ms] for runs in (a, b)
+        ]
         if all(times):
             ratios.append(fmean(times[1]) - fmean(times[0]))
     return exp(fmean(ratios)) if ratios else 1.0

@@ -32,7 +32,10 @@ from resfuse.bench.studies.slowed import SLOWDOWN
 from resfuse.bench.timing import Watch, seconds
 
 MODEL, BATCH_SIZE, IMG_SIZE = "cifar_resnet20", 4, 32
-KINDS = {"equal": "resfuse.bench.backends.eager:build", "slowed": "resfuse.bench.studies.slowed:build"}
+KINDS = {
+    "equal": "resfuse.bench.backends.eager:build",
+    "slowed": "resfuse.bench.studies.slowed:build",
+}
 CYCLE = ("equal", "slowed", "equal")
 CYCLES = 28  # 56 equal runs are 51 comparisons
 SIDE = 3  # runs

@@ -3,7 +3,7 @@
 An older file lacks the columns of later studies and gains them, empty, with the next row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from resfuse.bench import machine, results
@@ -26,7 +26,7 @@ HARNESS = Sheet(
 )  # fmt: skip
 
 
-def append(folder: Path, device: str, rows: list[Mapping[str, Value]]) -> Path:
+def append(folder: Path, device: str, rows: Sequence[Mapping[str, Value]]) -> Path:
     """Adds rows to the file in this environment's folder; returns its path.
 
     Raises:

@@ -1,18 +1,19 @@
 """Eager with a tenth of its own time of work on top: the slowdown that `study gate` must see."""
 
+from collections.abc import Callable
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.backends import Run, eager
+from resfuse.bench.backends import eager
 from resfuse.bench.timing import Step, interleave
 
 SLOWDOWN = 0.10
 ROUNDS = 40
 
 
-def build(model: nn.Module, example: Tensor) -> "Run":
+def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     """Runs the network, then passes over a small buffer, as often as fills SLOWDOWN of its time as
     measured here and now."""
     network = eager.build(model, example)
@@ -36,5 +37,5 @@ def build(model: nn.Module, example: Tensor) -> "Run":
     return run
 
 
-def _step(run) -> Step:  # type: ignore[no-untyped-def]
+def _step(run: Callable[[], Tensor]) -> Step:
     return Step(lambda: None, lambda lap: run(), lambda output: None)
