@@ -93,6 +93,7 @@ class Options:
     """How a case is measured; the same for a whole sweep."""
 
     seconds: float = 5.0  # timed seconds a case, baseline included
+    ci: float | None = None  # stop once the speed-up's interval is narrower than this share
     min_rounds: int = 10
     max_rounds: int = 300
     threads: int = 0  # CPU threads; 0 leaves torch's choice

@@ -26,8 +26,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 1 where `inspect` found problems, 2 for bad input,
-    130 after Ctrl-C."""
+    """Runs a command; returns its exit code: 0, 1 where `inspect` found problems or `compare` a
+    regression, 2 for bad input, 130 after Ctrl-C."""
     try:
         parsed = parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = parsed.command
@@ -56,6 +56,12 @@ def _report(args: argparse.Namespace) -> int:
     from resfuse.bench.commands import report
 
     return report(args)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from resfuse.bench.compare.command import compare
+
+    return compare(args)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -115,13 +121,18 @@ def parser() -> argparse.ArgumentParser:
         "otherwise markdown with its plots beside it",
     )
     report.set_defaults(command=_report)
+    comparison = commands.add_parser(
+        "compare", help="is B slower than A, and can one tell? exit 1 on a regression"
+    )
+    flags.add_compare(comparison)
+    comparison.set_defaults(command=_compare)
     listing = commands.add_parser("list", help=", ".join(LISTED))
     listing.add_argument("what", nargs="?", choices=LISTED)
     listing.set_defaults(command=_list)
     study = commands.add_parser(
         "study", help="questions about the harness and the networks, answered by measurement"
     )
-    study.add_argument("name", help="overhead")
+    study.add_argument("name", help="gate, overhead")
     study.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
     study.add_argument("--device", default="auto")
     study.set_defaults(command=_study)
@@ -178,13 +189,15 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="networks; wildcards allowed (resnet*)",
     )
-    what.add_argument(
+    backends = what.add_mutually_exclusive_group()
+    backends.add_argument(
         "--backend",
         type=flags.names,
         default=[],
         metavar="NAMES",
         help="ways to run them; see `resfuse list backends`",
     )
+    flags.add_ab(backends)
     what.add_argument(
         "-b",
         "--batch-size",
@@ -258,8 +271,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=flags.positive,
         metavar="S",
-        help="timed seconds a case (default: the profile's)",
+        help="timed seconds a case (default: the profile's; at most 60 with --ci)",
     )
+    flags.add_ci(how)
     how.add_argument(
         "--timeout",
         type=flags.positive,

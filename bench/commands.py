@@ -20,12 +20,18 @@ from rich.progress import (
 )
 
 from resfuse.bench import results, sweep
+from resfuse.bench.backends import backend
 from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import UsageError
 from resfuse.bench.kernels.row import SHEET as KERNEL_SHEET
 from resfuse.bench.listing import LISTS, cases_table
 from resfuse.bench.row import Outcome
 from resfuse.bench.selection import pick
+
+AB_CI = 0.02
+# With --ci the interval ends a case, and these only where it does not. 2000 rounds: the bootstrap
+# of more takes longer than it is worth.
+CI_SECONDS, CI_ROUNDS = 60.0, 2000
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -130,7 +136,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def request_of(args: argparse.Namespace) -> sweep.Request:
     """What the parsed flags of `resfuse bench` ask for."""
-    return sweep.Request(
+    request = sweep.Request(
         profile=args.profile,
         device=args.device,
         models=args.model,
@@ -145,9 +151,38 @@ def request_of(args: argparse.Namespace) -> sweep.Request:
         weights=args.weights,
         images=args.images,
     )
+    return _against(request, *args.ab) if args.ab else request
+
+
+def _against(request: sweep.Request, a: str, b: str) -> sweep.Request:
+    """The request for b beside a as its baseline, each in a memory format it takes.
+
+    Raises:
+        UsageError: an unknown backend, or --baseline says something else.
+    """
+    if request.baseline not in ("eager", a):
+        raise UsageError(f"argument --baseline: {request.baseline}; with --ab it is the first, {a}")
+    accepted_a, accepted_b = (backend(name, "--ab").memory_formats for name in (a, b))
+    of_a = request.baseline_memory_format
+    return replace(
+        request,
+        backends=[b],
+        baseline=a,
+        memory_formats=request.memory_formats or list(accepted_b[:1]),
+        baseline_memory_format=of_a if of_a in accepted_a else accepted_a[0],
+    )
 
 
 def options_of(args: argparse.Namespace, request: sweep.Request) -> Options:
+    if ci := args.ci or (AB_CI if args.ab else None):
+        return Options(
+            seconds=args.seconds or CI_SECONDS,
+            ci=ci,
+            max_rounds=CI_ROUNDS,
+            threads=args.threads,
+            seed=args.seed,
+            timeout_s=args.timeout,
+        )
     return Options(
         seconds=args.seconds or sweep.profile(request).seconds,
         threads=args.threads,
@@ -178,7 +213,9 @@ def run_cases(
 
         def finished(case: Case, outcome: Outcome) -> None:
             counts[outcome.status] += 1
-            progress.console.print(_line(case, outcome), highlight=False, soft_wrap=True)
+            progress.console.print(
+                _line(case, outcome, options.ci), highlight=False, soft_wrap=True
+            )
             progress.advance(task)
 
         left_out = sweep.run(cases, options, folder, found, started, finished, time_left)
@@ -193,7 +230,7 @@ def run_cases(
     return left_out
 
 
-def _line(case: Case, outcome: Outcome) -> str:
+def _line(case: Case, outcome: Outcome, ci: float | None) -> str:
     """A case's result as one line: what a reader wants to know before the report is there."""
     if outcome.status != "pass":
         return f"{case.label():<58} {outcome.status}: {outcome.error}"
@@ -201,7 +238,24 @@ def _line(case: Case, outcome: Outcome) -> str:
     low, mid, high = (
         outcome.metrics[name] for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
     )
-    return f"{case.label():<58} {speed:8.1f} images/s  {mid:.2f}x [{low:.2f}, {high:.2f}]"
+    told = f"{case.label():<58} {speed:8.1f} images/s  {mid:.2f}x [{low:.2f}, {high:.2f}]"
+    return f"{told} {_ended(case, outcome, ci)}" if ci else told
+
+
+def _ended(case: Case, outcome: Outcome, ci: float) -> str:
+    """Against what, and whether the interval's width or the budget ended the rounds."""
+    metrics = outcome.metrics
+    low, ratio, high = (
+        float(metrics[name] or 0) for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
+    )
+    width = (high - low) / ratio
+    ended = {
+        "interval": f"narrower than {100 * ci:g} %",
+        "seconds": f"the time budget ended it, {100 * width:.1f} % wide",
+        "rounds": f"the most rounds ended it, {100 * width:.1f} % wide",
+    }
+    beside = f"{case.baseline} {case.baseline_memory_format}"
+    return f"against {beside} after {metrics['rounds']} rounds: {ended[str(metrics['ended_by'])]}"
 
 
 def _results_folders(given: list[Path]) -> list[Path]:

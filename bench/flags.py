@@ -45,6 +45,56 @@ def positive(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """5% is 0.05."""
+    try:
+        number = float(text.removesuffix("%")) / 100 if text.endswith("%") else -1.0
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}'; accepted: percentages above 0%, such as 5%")
+    return number
+
+
+def pair(text: str) -> list[str]:
+    found = names(text)
+    if len(found) != 2 or "*" in text:
+        raise argparse.ArgumentTypeError(f"'{text}'; accepted: two backends, such as eager,fused")
+    return found
+
+
+def add_ab(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument(
+        "--ab",
+        type=pair,
+        metavar="A,B",
+        help="two backends against each other: A is the baseline; stops by --ci (default: 2%%)",
+    )
+
+
+def add_ci(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ci",
+        type=share,
+        metavar="P",
+        help="stop a case once its speed-up's 95 %% interval is narrower than this, e.g. 2%%",
+    )
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "a", metavar="A", type=Path, help="rows.csv, or the results folder it lies in: before"
+    )
+    parser.add_argument("b", metavar="B", type=Path, help="the same: after")
+    parser.add_argument(
+        "--fail-above",
+        type=share,
+        default=0.05,
+        metavar="P",
+        help="a significant slowdown beyond this is a regression, exit code 1 (default: 5%%)",
+    )
+
+
 def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel",

@@ -68,6 +68,7 @@ class Checked:
         self._images = batches[0].clone(memory_format=MEMORY_FORMATS[memory_format])
         self._output: Tensor | None = None
         self._turn = 0
+        self._rolled = 0
         self._answers: Answers | None = None
 
     def set_up(self) -> None:
@@ -99,11 +100,27 @@ class Checked:
     def timed(self) -> Step:
         return Step(self._prepare, self._timed_run, self._verify)
 
-    def _set_out(self, batch: int) -> None:
+    def unseen(self) -> Step:
+        """A step on inputs that never come twice: the last batch, further rolled each time."""
+        return Step(self._prepare_unseen, self._timed_run, self._verify_unseen)
+
+    def _set_out(self, batch: int, rolled: int = 0) -> None:
         if self._output is not None:
             with torch.inference_mode():
                 self._output.fill_(float("nan"))
-        self._images.copy_(self._batches[batch])
+        images = self._batches[batch]
+        self._images.copy_(images.roll(rolled, -1) if rolled else images)
+
+    def _prepare_unseen(self) -> None:
+        self._rolled += 1
+        self._set_out(len(self._batches) - 1, self._rolled)
+
+    def _verify_unseen(self, snapshot: Tensor) -> None:
+        """Their answers are not known; the last batch's own, not rolled, is checked afterwards."""
+        assert self._answers is not None
+        check.require_tensor(snapshot, self._answers.eager[0])
+        if not torch.isfinite(snapshot).all():
+            raise check.WrongAnswer("the output for a new input is not finite")
 
     def _prepare(self) -> None:
         self._turn = (self._turn + int(torch.randint(TIMED_BATCHES + 1, ()))) % TIMED_BATCHES

@@ -1,13 +1,13 @@
 """`resfuse inspect` for the terminal: what the kernels compile to, as a table, a CSV and a
 summary."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from rich.table import Table
 
+from resfuse.bench.csv_text import line, neutral
 from resfuse.kernels.inspect import Inspection, has_risky_operands, problems, sound_ptxas
 
 NUMBERS = ("registers", "spilled B", "shared KB", "tensor-core", "CTAs/SM", "warps/SM")
@@ -52,7 +52,7 @@ def summary(results: Sequence[Inspection]) -> list[str]:
 def write_csv(results: Sequence[Inspection], file: Path) -> None:
     """Every field of every result, and its problems in the last column."""
     with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, [*(field.name for field in fields(Inspection)), "problems"])
-        writer.writeheader()
+        out.write(line([*(field.name for field in fields(Inspection)), "problems"]))
         for result in results:
-            writer.writerow({**asdict(result), "problems": "; ".join(problems(result))})
+            cells = [*asdict(result).values(), "; ".join(problems(result))]
+            out.write(line(map(neutral, cells)))

@@ -51,8 +51,16 @@ def survey(
     return result
 
 
-def run_case(case: Case, options: Options, ceilings: dict[str, float]) -> Outcome:
+def run_case(
+    case: Case,
+    options: Options,
+    ceilings: dict[str, float],
+    backends: Mapping[str, str] | None = None,
+) -> Outcome:
     """Measures a case in a subprocess of its own, within the time limit.
+
+    Args:
+        backends: name -> "module:function" that the case may name beside BACKENDS; for studies.
 
     Raises:
         UsageError: the subprocess found the user's input at fault.
@@ -63,6 +71,7 @@ def run_case(case: Case, options: Options, ceilings: dict[str, float]) -> Outcom
         "case": asdict(case),
         "options": asdict(options),
         "ceilings": ceilings,
+        "backends": dict(backends or {}),
     }
     result = _converse(job, options.timeout_s)
     if isinstance(result, Outcome):

@@ -38,6 +38,7 @@ class Measured:
     activations: int  # output elements of every convolution and matrix product, one image
     times_ms: tuple[float, ...]  # one a round
     baseline_ms: tuple[float, ...]  # the baseline's, same round
+    ended_by: str  # what ended the rounds: "seconds", "rounds" or "interval"
     phases_ms: dict[
         str, tuple[float, ...]
     ]  # training only: forward, backward, optimizer; one a round

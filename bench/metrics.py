@@ -91,6 +91,9 @@ METRICS: dict[str, Metric] = {
     "p90_ms": Metric(lambda m: percentile(m.times_ms, 90), "ms", "90th percentile"),
     "p99_ms": Metric(lambda m: percentile(m.times_ms, 99), "ms", "99th percentile"),
     "rounds": Metric(lambda m: len(m.times_ms), "", "timed rounds; none is dropped"),
+    "ended_by": Metric(
+        lambda m: m.ended_by, "", "what ended the rounds: seconds, rounds, or the interval's width"
+    ),
     "peak_mem_mb": Metric(
         lambda m: _megabytes(m.memory.peak), "MB", "peak of weights, activations and workspace"
     ),

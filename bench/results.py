@@ -5,10 +5,11 @@ leaves whole lines, and two sweeps into one folder don't tear each other's. `env
 the facts behind each `env_id`, one a line.
 """
 
+import errno
 import fcntl
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from pathlib import Path
 import pandas as pd
 
 from resfuse.bench.case import Case
+from resfuse.bench.csv_text import line, neutral, original
 from resfuse.bench.errors import UsageError
 from resfuse.bench.measured import Value
-from resfuse.bench.row import columns
+from resfuse.bench.metrics import METRICS
+from resfuse.bench.row import SCHEMA_VERSION, columns
 
 ROWS = "rows.csv"
 ENVIRONMENTS = "environments.csv"
@@ -30,12 +33,18 @@ SETTLED = ("pass", "unavailable", "oom", "fail_accuracy")
 
 @dataclass(frozen=True)
 class Sheet:
-    """A CSV file of rows. `text`: the columns that stay text ("1e5" may be a commit)."""
+    """A CSV file of rows.
+
+    `text`: the columns that stay text ("1e5" may be a commit). `measured`: those that an older
+    version may not have known; they are read as empty where they are missing.
+    """
 
     file: str
     columns: tuple[str, ...]
     text: frozenset[str]
     command: str  # what makes one
+    measured: frozenset[str] = frozenset()
+    schema: int = SCHEMA_VERSION
 
 
 CASES = Sheet(
@@ -44,25 +53,43 @@ CASES = Sheet(
     frozenset(
         (
             "model", "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
-            "weights", "images", "baseline", "throttle", "status", "error", "env_id", "commit",
-            "timestamp",
+            "weights", "images", "baseline", "ended_by", "throttle", "status", "error", "env_id",
+            "commit", "timestamp",
         )
     ),
     "resfuse bench",
+    frozenset(METRICS),
 )  # fmt: skip
 
 
-def read_rows(folder: Path, sheet: Sheet = CASES) -> pd.DataFrame:
+def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> pd.DataFrame:
     """All rows of a sheet in a results folder, in the order they were measured; text columns hold
     "" where a cell is empty, the others numbers or NaN.
 
+    Columns are known by name: their order in the file does not matter, others may stand among them,
+    and a metric that the file does not have yet is empty. No column was ever renamed; the day one
+    is, SCHEMA_VERSION goes up and this is where the old name is translated.
+
+    Args:
+        only_whole: leaves out a last line without an end, which a crash may have cut off.
+
     Raises:
-        UsageError: there is no such file, it cannot be read, or it lacks columns of this version.
+        UsageError: there is no such file, it cannot be read, it lacks columns that say what was
+            measured, or a newer version with other columns wrote it.
     """
-    table = _read_csv(folder / sheet.file, sheet.columns, sheet.command)
+    path = folder / sheet.file
+    needed = tuple(name for name in sheet.columns if name not in sheet.measured)
+    table = _read_csv(path, needed, sheet.command, only_whole)
+    for name in sheet.measured.difference(table.columns):
+        table[name] = ""
     for name in table.columns:
         if name not in sheet.text:
             table[name] = pd.to_numeric(table[name].replace("", None), errors="coerce")
+    if "schema_version" in table and (newest := table["schema_version"].max()) > sheet.schema:
+        raise UsageError(
+            f"results file {path} was written by a newer resfuse (schema_version {newest:g}); "
+            f"this one reads versions up to {sheet.schema}"
+        )
     return table
 
 
@@ -95,7 +122,7 @@ def append_row(folder: Path, row: Mapping[str, Value], sheet: Sheet = CASES) -> 
     with _locked(folder):
         path = folder / sheet.file
         _adopt_columns(path, sheet.columns)
-        _append(path, pd.DataFrame([dict(row)], columns=list(sheet.columns)))
+        _append(path, sheet.columns, [neutral(row.get(name)) for name in sheet.columns])
 
 
 def record_environment(folder: Path, env_id: str, facts: Mapping[str, str]) -> None:
@@ -116,14 +143,14 @@ def record_environment(folder: Path, env_id: str, facts: Mapping[str, str]) -> N
             return
         known[env_id] = merged
         lines = [(env, key, value) for env, entry in known.items() for key, value in entry.items()]
-        _replace(path, pd.DataFrame(lines, columns=list(ENVIRONMENT_COLUMNS)))
+        _replace(path, [ENVIRONMENT_COLUMNS, *(map(neutral, line) for line in lines)])
 
 
 def settled_cases(folder: Path, env_id: str, commit: str) -> set[tuple[tuple[str, str], ...]]:
     """Identities (see `identity_key`) of what this environment and commit have settled."""
     if not has_rows(folder):
         return set()
-    rows = read_rows(folder)
+    rows = read_rows(folder, only_whole=True)  # what the next row will cut off is not settled
     here = rows[(rows.env_id == env_id) & (rows.commit == commit) & rows.status.isin(SETTLED)]
     keys = set()
     for row in here.to_dict("records"):
@@ -158,17 +185,35 @@ def _plain(value: object) -> str:
     return str(int(value)) if isinstance(value, float) else str(value)
 
 
-def _read_csv(path: Path, needed: tuple[str, ...], command: str) -> pd.DataFrame:
+def _read_csv(
+    path: Path, needed: tuple[str, ...], command: str, only_whole: bool = False
+) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = _cells(path, only_whole=only_whole)
     except FileNotFoundError:
         raise UsageError(f"no results file {path}; `{command} --results DIR` makes one") from None
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UsageError(f"results file {path} cannot be read as CSV: {error}") from None
+    except OSError as error:
+        raise UsageError(f"results file {path} cannot be read: {error.strerror}") from None
     missing = [name for name in needed if name not in table.columns]
     if missing:
         raise UsageError(f"results file {path} lacks the columns {', '.join(missing)}")
-    return table
+    return table.map(original)
+
+
+def _cells(path: Path, rows: int | None = None, only_whole: bool = False) -> pd.DataFrame:
+    """Every cell as it stands in the file, or in its first rows.
+
+    Args:
+        only_whole: leaves out a last line without an end: a crash may have cut it off. One cut off
+            within quotes is always left out, since no reader gets past it.
+    """
+    data = path.read_bytes()
+    if only_whole or data.count(b'"') % 2:
+        data = data[: _whole_lines(data)]
+    try:
+        return pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, nrows=rows)
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UsageError(f"results file {path} cannot be read as CSV: {error}") from None
 
 
 @contextmanager
@@ -190,16 +235,14 @@ def _locked(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _append(path: Path, table: pd.DataFrame) -> None:
+def _append(path: Path, header: Sequence[str], cells: Sequence[object]) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         before = os.fstat(handle).st_size
-        text = io.StringIO()
-        table.to_csv(text, index=False, header=before == 0, lineterminator="\n")
-        data = text.getvalue().encode()
+        data = (("" if before else line(header)) + line(cells)).encode()
         try:
             if os.write(handle, data) != len(data):
-                raise OSError("no space left for a row")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(handle)
         except OSError:
             os.ftruncate(handle, before)  # a full disk costs the row, never the file
@@ -213,12 +256,12 @@ def _adopt_columns(path: Path, wanted: tuple[str, ...]) -> None:
     if not path.exists():
         return
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
+    whole = _whole_lines(data)
+    if whole < len(data):
+        os.truncate(path, whole)
     if not whole:
         return
-    header = pd.read_csv(path, dtype=str, nrows=0).columns
+    header = _cells(path, rows=0).columns
     foreign = [name for name in header if name not in wanted]
     if foreign:
         raise UsageError(
@@ -226,11 +269,27 @@ def _adopt_columns(path: Path, wanted: tuple[str, ...]) -> None:
             "use another --results folder"
         )
     if tuple(header) != wanted:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        _replace(path, table.reindex(columns=list(wanted)))
+        table = _cells(path, only_whole=True).reindex(columns=list(wanted))
+        _replace(path, [wanted, *table.itertuples(index=False, name=None)])
 
 
-def _replace(path: Path, table: pd.DataFrame) -> None:
+def _whole_lines(data: bytes) -> int:
+    """How many bytes of a CSV are whole lines; a line break within quotes ends none."""
+    end = data.rfind(b"\n") + 1
+    while end and data.count(b'"', 0, end) % 2:
+        end = data.rfind(b"\n", 0, end - 1) + 1
+    return end
+
+
+def _replace(path: Path, lines: Iterable[Iterable[object]]) -> None:
+    """All of the new file or all of the old one, whenever the power or the disk's space ends."""
     temporary = path.with_suffix(".tmp")
-    table.to_csv(temporary, index=False, lineterminator="\n")
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(map(line, lines))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -27,6 +27,9 @@ WARMUP_ROUNDS = 2
 TIMED_A_TURN = 2
 
 
+Laps = list[list[list[float]]]  # laps[step][round], in ms
+
+
 class ClockError(RuntimeError):
     """Two clocks disagree about how long something took: somebody has tampered with one of them."""
 
@@ -127,8 +130,13 @@ def seconds(span: Span) -> float:
 
 
 def interleave(
-    steps: Sequence[Step], device: str, budget_s: float, min_rounds: int, max_rounds: int
-) -> tuple[list[list[list[float]]], Span]:
+    steps: Sequence[Step],
+    device: str,
+    budget_s: float,
+    min_rounds: int,
+    max_rounds: int,
+    enough: Callable[[Laps], bool] = lambda laps: False,
+) -> tuple[Laps, Span]:
     """Lets the steps take turns (A B, B A, A B, ...) until the time budget is spent.
 
     In neighbouring turns the steps share the state of the machine, so their ratio is worth more
@@ -140,6 +148,7 @@ def interleave(
         budget_s: seconds of timed work over all steps.
         min_rounds: timed runs of each step even where they exceed the budget.
         max_rounds: timed runs of each step at the most.
+        enough: asked after each turn, with all laps so far; True ends it (see stopping.py).
 
     Returns:
         laps[step][round] in ms (one lap where a step has no phases), nothing left out; the span of
@@ -151,7 +160,7 @@ def interleave(
             stream).
     """
     stopwatch = STOPWATCHES[device]
-    laps: list[list[list[float]]] = [[] for _ in steps]
+    laps: Laps = [[] for _ in steps]
     host_ms: list[list[float]] = [[] for _ in steps]
     spent_ms = 0.0
     watch = Watch()
@@ -160,7 +169,7 @@ def interleave(
             _once(step, stopwatch)
     turn = 0
     while (rounds := len(laps[0])) < max_rounds:
-        if rounds >= min_rounds and spent_ms >= budget_s * 1e3:
+        if rounds >= min_rounds and (spent_ms >= budget_s * 1e3 or enough(laps)):
             break
         order = range(len(steps)) if turn % 2 == 0 else reversed(range(len(steps)))
         for i in order:
@@ -175,6 +184,19 @@ def interleave(
     for step_laps, step_host in zip(laps, host_ms, strict=True):
         _compare_clocks(median(map(sum, step_laps)), median(step_host))
     return laps, span
+
+
+def paired_ratios(seen: Step, new: Step, device: str, pairs: int) -> list[float]:
+    """Time of `new` over that of `seen`, run one right after the other, so many times; the first
+    pair follows an untimed run."""
+    stopwatch = STOPWATCHES[device]
+    _once(seen, stopwatch)
+    ratios = []
+    for _ in range(pairs):
+        known, _ = _once(seen, stopwatch)
+        first, _ = _once(new, stopwatch)
+        ratios.append(sum(first) / max(sum(known), 1e-6))
+    return ratios
 
 
 def _once(step: Step, stopwatch: Callable[[], Stopwatch]) -> tuple[list[float], float]:

@@ -82,8 +82,11 @@ def _try_weights(weights: str, models: set[str]) -> None:
 
 
 def _measure(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    from resfuse.bench.backends import BACKENDS, Backend
     from resfuse.bench.measure import measure
 
+    for name, build in job["backends"].items():
+        BACKENDS[name] = Backend(build, "a study's own")
     outcome, span_s = measure(Case(**job["case"]), Options(**job["options"]), job["ceilings"], tell)
     return {"outcome": asdict(outcome), "span_s": span_s}
 

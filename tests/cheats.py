@@ -3,6 +3,7 @@
 Each `build` has the contract of a real backend, and would look faster than it is.
 """
 
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -45,6 +46,59 @@ def cached_after_checks(model: nn.Module, example: Tensor) -> Run:
     return run
 
 
+def remembers_content(model: nn.Module, example: Tensor) -> Run:
+    """Remembers outputs by every bit of the input: each answer is right, most are from memory."""
+    honest, seen = _honest(model), {}
+
+    def run(images: Tensor) -> Tensor:
+        content = images.numpy().tobytes()
+        if content not in seen:
+            seen[content] = honest(images).clone()
+        return seen[content].clone()
+
+    return run
+
+
+def remembers_roughly(model: nn.Module, example: Tensor) -> Run:
+    """The same by a key that small changes of an input do not change."""
+    honest, seen = _honest(model), {}
+
+    def run(images: Tensor) -> Tensor:
+        coarse = nn.functional.avg_pool2d(images, 8).mul(4).round()
+        content = coarse.numpy().tobytes()
+        if content not in seen:
+            seen[content] = honest(images).clone()
+        return seen[content].clone()
+
+    return run
+
+
+def tuned_on_the_checks(model: nn.Module, example: Tensor) -> Run:
+    """Tunes on the first inputs it meets and afterwards answers with the nearest of those."""
+    honest, seen = _honest(model), []
+
+    def run(images: Tensor) -> Tensor:
+        near = [float((images - known).abs().mean()) for known, _ in seen]
+        if len(seen) < 2 and min(near, default=1) > 0:
+            seen.append((images.clone(), honest(images).clone()))
+            return seen[-1][1].clone()
+        return seen[near.index(min(near))][1].clone()
+
+    return run
+
+
+def previous_input(model: nn.Module, example: Tensor) -> Run:
+    """A pipeline off by one: each call returns the answer to the call before."""
+    honest = _honest(model)
+    last = [honest(example)]
+
+    def run(images: Tensor) -> Tensor:
+        last.append(honest(images))
+        return last.pop(0).clone()
+
+    return run
+
+
 def stale_buffer(model: nn.Module, example: Tensor) -> Run:
     """Fills its output buffer once and hands it out again and again."""
     honest = _honest(model)
@@ -77,6 +131,38 @@ def late_thread(model: nn.Module, example: Tensor) -> Run:
     return run
 
 
+def other_worker(model: nn.Module, example: Tensor) -> Run:
+    """Hands the work to a worker that starts at once, and does not wait for it."""
+    honest, shape = _honest(model), _honest(model)(example)
+    todo: queue.SimpleQueue[tuple[Tensor, Tensor]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            output, images = todo.get()
+            with torch.inference_mode():
+                output.copy_(honest(images))
+
+    threading.Thread(target=work, daemon=True).start()
+
+    def run(images: Tensor) -> Tensor:
+        output = torch.empty_like(shape)
+        todo.put((output, images))
+        return output
+
+    return run
+
+
+def other_stream(model: nn.Module, example: Tensor) -> Run:
+    """Queues the work on a stream that nobody waits for."""
+    honest, stream = _honest(model), torch.cuda.Stream()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.cuda.stream(stream):
+            return honest(images)
+
+    return run
+
+
 class LazyTensor(torch.Tensor):
     """A tensor that is not there yet."""
 
@@ -90,6 +176,27 @@ def lower_precision(model: nn.Module, example: Tensor) -> Run:
     """Multiplies in fp16 and hands the result out as fp32."""
     half = _honest(model.half())
     return lambda images: half(images.half()).float()
+
+
+class _Half(nn.Module):
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.dtype = layer.to(dtype), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(self.dtype)).to(x.dtype)
+
+
+def one_layer_lower(model: nn.Module, example: Tensor) -> Run:
+    """One convolution in fp16, in the residual branch where it shows least."""
+    model.layer4[0].conv2 = _Half(model.layer4[0].conv2, torch.float16)
+    return _honest(model)
+
+
+def head_lower(model: nn.Module, example: Tensor) -> Run:
+    """The last layer alone in bf16."""
+    model.fc = _Half(model.fc, torch.bfloat16)
+    return _honest(model)
 
 
 def wrong_dtype(model: nn.Module, example: Tensor) -> Run:
@@ -110,6 +217,23 @@ def last_image_skipped(model: nn.Module, example: Tensor) -> Run:
     def run(images: Tensor) -> Tensor:
         logits = honest(images[:-1])
         return torch.cat([logits, logits[-1:]])
+
+    return run
+
+
+def shorter_batch(model: nn.Module, example: Tensor) -> Run:
+    """Answers half of the images."""
+    honest = _honest(model)
+    return lambda images: honest(images[: len(images) // 2])
+
+
+def padded_batch(model: nn.Module, example: Tensor) -> Run:
+    """Answers half of the images and leaves zeros for the others."""
+    honest = _honest(model)
+
+    def run(images: Tensor) -> Tensor:
+        logits = honest(images[: len(images) // 2])
+        return torch.cat([logits, torch.zeros_like(logits)])
 
     return run
 

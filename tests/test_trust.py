@@ -26,20 +26,45 @@ def outcome_of(build: str, monkeypatch: pytest.MonkeyPatch, case: Case = CASE) -
     [
         ("cached_by_pointer", "before timing"),
         ("cached_after_checks", "in a timed round"),
+        ("tuned_on_the_checks", "after timing, on a new batch"),
+        ("previous_input", "before timing"),
         ("stale_buffer", "relative error nan"),
         ("zeros", "relative error 1 "),
         ("late_thread", "relative error"),
+        ("other_worker", "relative error"),
         ("lazy", "LazyTensor, not a plain tensor"),
         ("lower_precision", "before timing"),
+        ("one_layer_lower", "before timing"),
+        ("head_lower", "before timing"),
         ("wrong_dtype", "dtype is torch.float16"),
         ("first_image_only", "before timing"),
         ("last_image_skipped", "before timing"),
+        ("shorter_batch", "shape is torch.Size([2, 1000]), eager's is torch.Size([4, 1000])"),
+        ("padded_batch", "before timing"),
     ],
 )
 def test_wrong_answers_are_rejected(cheat: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = outcome_of(cheat, monkeypatch)
     assert (outcome.status, said in outcome.error) == ("fail_accuracy", True), outcome
     assert "p50_ms" not in outcome.metrics  # no speed without a right answer
+
+
+@pytest.mark.parametrize("cheat", ["remembers_content", "remembers_roughly"])
+def test_remembered_answers_are_rejected(cheat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right in every check, and fast only for the inputs of the checks."""
+    outcome = outcome_of(cheat, monkeypatch)
+    assert outcome.status == "fail_to_run", outcome
+    assert "it remembers answers" in outcome.error
+    assert "p50_ms" not in outcome.metrics
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams are a GPU's")
+def test_work_on_another_stream_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(**{**vars(CASE), "device": "cuda", "batch_size": 64, "img_size": 224})
+    outcome = outcome_of("other_stream", monkeypatch, case)
+    assert outcome.status in ("fail_accuracy", "fail_to_run"), outcome
+    assert "relative error" in outcome.error or "ClockError" in outcome.error
 
 
 @pytest.mark.parametrize("cheat", ["patched_clock", "stopped_clock"])

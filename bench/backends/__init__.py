@@ -82,13 +82,13 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def backend(name: str) -> Backend:
-    """The backend of that name.
+def backend(name: str, argument: str = "--backend") -> Backend:
+    """The backend of that name; `argument` is where it was given.
 
     Raises:
         UsageError: there is none; the message lists them.
     """
-    return BACKENDS[pick("--backend", [name], list(BACKENDS))[0]]
+    return BACKENDS[pick(argument, [name], list(BACKENDS))[0]]
 
 
 def load_build(name: str) -> "Build":

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from resfuse.bench import results
 from resfuse.bench.case import Options, Request
+from resfuse.bench.csv_text import line, neutral
 from resfuse.bench.kernels import sweep
 from resfuse.bench.kernels.convolutions import Convolution
 from resfuse.bench.kernels.providers import BASELINE, PROVIDERS
@@ -62,8 +62,8 @@ def kernels(args: argparse.Namespace) -> int:
     )
     rows = _run(convolutions, providers, options, folder, found, console)
     if args.csv:
-        table = pd.DataFrame(rows, columns=list(SHEET.columns), dtype=object)  # 3 stays 3
-        table.to_csv(sys.stdout, index=False, lineterminator="\n")
+        sys.stdout.write(line(SHEET.columns))
+        sys.stdout.writelines(line(map(neutral, row.values())) for row in rows)
     if not args.no_report:
         from resfuse.bench.report import HTML, write_report
 

@@ -17,7 +17,10 @@ TEXT = (
     "model", "op", "shape", "dtype", "provider", "layer", "precision", "math_mode", "device_name",
     "throttle", "status", "error", "env_id", "commit", "timestamp",
 )  # fmt: skip
-SHEET = Sheet("kernels.csv", (*ASKED, *KERNEL_METRICS, *ENDED), frozenset(TEXT), "resfuse kernels")
+SHEET = Sheet(
+    "kernels.csv", (*ASKED, *KERNEL_METRICS, *ENDED), frozenset(TEXT), "resfuse kernels",
+    frozenset(KERNEL_METRICS), SCHEMA_VERSION,
+)  # fmt: skip
 
 
 def record(

@@ -12,6 +12,7 @@ from resfuse.bench.selection import pick
 Study = Callable[[Path, str], str]
 
 STUDIES = {
+    "gate": "resfuse.bench.studies.gate:run",
     "overhead": "resfuse.bench.studies.overhead:run",
 }
 

@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from statistics import median
 
-import pandas as pd
 import torch
 
 from resfuse.bench import machine, network, results, worker
 from resfuse.bench.case import Case
 from resfuse.bench.inference import Inference, answers
+from resfuse.bench.measured import Value
 from resfuse.bench.statistics import paired_speedup
+from resfuse.bench.studies.harness import HARNESS, append
 from resfuse.bench.timing import interleave
 
 BLOCKS = 25
@@ -25,14 +26,9 @@ MODELS = ("resnet18", "resnet50")
 def run(folder: Path, asked_device: str) -> str:
     """Measures every model of MODELS at batch 1; returns a line each."""
     device = worker.resolve_device(asked_device)
-    facts = machine.facts(device, 0)
+    results.check_writable(folder / machine.folder_name(machine.facts(device, 0)), HARNESS)
     rows = [_measure(model, device) for model in MODELS]
-    table = pd.DataFrame(rows)
-    table["env_id"], table["commit"] = machine.env_id(facts), machine.commit()
-    home = folder / machine.folder_name(facts)
-    results.check_writable(home)
-    path = home / "harness.csv"
-    table.to_csv(path, mode="a", header=not path.exists(), index=False, lineterminator="\n")
+    path = append(folder, device, rows)
     lines = [
         f"{row['model']}: {row['bare_samples_per_sec']:.1f} images/s in a bare loop, "
         f"harness / bare {row['ratio']:.3f} [{row['ratio_ci_low']:.3f}, {row['ratio_ci_high']:.3f}]"
@@ -41,7 +37,7 @@ def run(folder: Path, asked_device: str) -> str:
     return "\n".join([*lines, f"appended to {path}"])
 
 
-def _measure(name: str, device: str) -> dict[str, str | float]:
+def _measure(name: str, device: str) -> dict[str, Value]:
     case = Case(name, "eager", "inference", device, "float32", "contiguous", 1, 224)
     model, batches = network.master(case, 0), network.batches(case)
     subject = Inference("eager", "contiguous", model, batches)
@@ -55,8 +51,9 @@ def _measure(name: str, device: str) -> dict[str, str | float]:
         harness.append(median(sum(lap) for lap in laps[0]))
     ratio, low, high = paired_speedup(bare, harness)
     return {
+        "study": "overhead",
         "model": name,
-        "device": device,
+        "batch_size": case.batch_size,
         "blocks": BLOCKS,
         "bare_samples_per_sec": 1e3 / median(bare),
         "harness_samples_per_sec": 1e3 / median(harness),

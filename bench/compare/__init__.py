@@ -1,0 +1,1 @@
+"""`resfuse compare`: is B slower than A, and can one tell?"""
