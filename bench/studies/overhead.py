@@ -4,8 +4,8 @@ Blocks of both take turns, in one process, on the same model and input; the rati
 block. The result is appended to harness.csv in the results folder of this environment.
 """
 
+import argparse
 import time
-from pathlib import Path
 from statistics import median
 
 import pandas as pd
@@ -22,23 +22,25 @@ STEPS = 4  # a block
 MODELS = ("resnet18", "resnet50")
 
 
-def run(folder: Path, asked_device: str) -> str:
-    """Measures every model of MODELS at batch 1; returns a line each."""
-    device = worker.resolve_device(asked_device)
+def run(args: argparse.Namespace) -> int:
+    """`resfuse study overhead`: every model of MODELS at batch 1; prints a line each."""
+    device = worker.resolve_device(args.device)
     facts = machine.facts(device, 0)
+    home = args.results / machine.folder_name(facts)
+    results.check_writable(home)
     rows = [_measure(model, device) for model in MODELS]
     table = pd.DataFrame(rows)
     table["env_id"], table["commit"] = machine.env_id(facts), machine.commit()
-    home = folder / machine.folder_name(facts)
-    results.check_writable(home)
     path = home / "harness.csv"
     table.to_csv(path, mode="a", header=not path.exists(), index=False, lineterminator="\n")
-    lines = [
-        f"{row['model']}: {row['bare_samples_per_sec']:.1f} images/s in a bare loop, "
-        f"harness / bare {row['ratio']:.3f} [{row['ratio_ci_low']:.3f}, {row['ratio_ci_high']:.3f}]"
-        for row in rows
-    ]
-    return "\n".join([*lines, f"appended to {path}"])
+    for row in rows:
+        print(
+            f"{row['model']}: {row['bare_samples_per_sec']:.1f} images/s in a bare loop, "
+            f"harness / bare {row['ratio']:.3f} "
+            f"[{row['ratio_ci_low']:.3f}, {row['ratio_ci_high']:.3f}]"
+        )
+    print(f"appended to {path}")
+    return 0
 
 
 def _measure(name: str, device: str) -> dict[str, str | float]:
