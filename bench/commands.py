@@ -26,6 +26,7 @@ from resfuse.bench.kernels.row import SHEET as KERNEL_SHEET
 from resfuse.bench.listing import LISTS, cases_table
 from resfuse.bench.row import Outcome
 from resfuse.bench.selection import pick
+from resfuse.bench.studies.degradation.row import SHEET as TRAINING_SHEET
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -219,8 +220,8 @@ def _line(case: Case, outcome: Outcome) -> str:
 
 
 def _results_folders(given: list[Path]) -> list[Path]:
-    """Folders with rows of either kind: each given one, or else those in it."""
-    sheets = (results.ROWS, KERNEL_SHEET.file)
+    """Folders with rows of any kind: each given one, or else those in it."""
+    sheets = (results.ROWS, KERNEL_SHEET.file, TRAINING_SHEET.file)
     folders = []
     for folder in given:
         inside = (

@@ -1,5 +1,5 @@
-"""What stands behind a flag (names, numbers), and the flags of `check`, `engine`, `gpu-plan` and the
-studies."""
+"""What stands behind a flag (names, numbers), and the flags of `check`, `engine`, `gpu-plan` and
+the studies."""
 
 import argparse
 from pathlib import Path

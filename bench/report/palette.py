@@ -1,4 +1,4 @@
-"""What a backend looks like in every plot: a colour and a marker of its own.
+"""What a backend (or a kind of network) looks like in every plot: a colour and a marker of its own.
 
 The colours are Okabe and Ito's for colour-blind readers (jfly.uni-koeln.de/color), darkened where
 they would vanish on white. The memory format is told by fill: contiguous is solid, any other
@@ -26,6 +26,13 @@ LOOKS: dict[str, Look] = {
     "tensorrt": Look("#cc79a7", "X"),
     "fused": Look("#d55e00", "*"),
     "engine": Look("#882255", "h"),
+}
+# The networks of the degradation study by shortcut. Markers differ, too.
+NETWORK_LOOKS: dict[str, Look] = {
+    "none": Look("#d55e00", "o"),
+    "A": Look("#0072b2", "s"),
+    "B": Look("#009e73", "^"),
+    "C": Look("#882255", "D"),
 }
 # For backends that are not in the table, in the order of their names.
 SPARE = (

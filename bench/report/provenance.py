@@ -16,7 +16,8 @@ def opening(environment: Environment) -> str:
     """One sentence: what was measured on what, and how many cases passed."""
     results = environment.results
     if not results:
-        what = "network was measured as a whole" if environment.workloads else "case was measured"
+        partly = environment.workloads or environment.experiments
+        what = "network was measured as a whole" if partly else "case was measured"
         return f"No {what} in this environment."
     settings = [comparison.setting for comparison in environment.comparisons]
     modes = listing([MODE_NAMES[mode] for mode in _distinct(s.mode for s in settings)])
@@ -72,6 +73,7 @@ def facts_table(environment: Environment) -> str:
     }
     commits = [result.commit for result in environment.results]
     commits += [r.commit for workload in environment.workloads for r in workload.results]
+    commits += [t.commit for experiment in environment.experiments for t in experiment.trainings]
     lines["commit"] = listing(_distinct(commits))
     cells = [[escape(key), escape(value)] for key, value in lines.items() if value]
     note = "" if environment.facts else "\n\nenvironments.csv holds no facts of this environment."

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from resfuse.bench.report.degradation import Experiment
 from resfuse.bench.report.palette import backend_rank
 from resfuse.bench.report.workload import Workload
 
@@ -88,6 +89,7 @@ class Environment:
     rows_read: int
     incomplete: int  # lines cut off by a crash
     workloads: tuple[Workload, ...] = ()  # convolutions measured one by one
+    experiments: tuple[Experiment, ...] = ()  # networks trained by the degradation study
 
     @property
     def results(self) -> list[Result]:
@@ -96,7 +98,8 @@ class Environment:
     @property
     def device_names(self) -> list[str]:
         names = [comparison.setting.device_name for comparison in self.comparisons]
-        return list(dict.fromkeys([*names, *(w.device_name for w in self.workloads)]))
+        names += [part.device_name for part in (*self.workloads, *self.experiments)]
+        return list(dict.fromkeys(names))
 
 
 def label(backend: str, memory_format: str) -> str:

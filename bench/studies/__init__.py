@@ -1,5 +1,6 @@
-"""STUDIES: questions answered by measurement. A study is a line here, its flags (bench/flags.py) and
-a file or package with its name.
+"""STUDIES: questions answered by measurement, `resfuse study NAME`.
+
+A study is an entry here, its flags in bench/flags.py, and a file or a package of its name.
 """
 
 import argparse

@@ -5,8 +5,8 @@ networks are those of He et al. 2015 (arXiv:1512.03385) and the 200 layers of He
 (arXiv:1603.05027), plain ones beside the residual ones whose twins they are. Every backend runs in
 channels_last, so that two lines of a plot differ in one thing only.
 
-The batches are small on a CPU because each case also answers three of them in fp64, and 1,202 layers
-take 2.9 GMACs an image.
+The batches are small on a CPU because each case also answers three of them in fp64, and 1,202
+layers take 2.9 GMACs an image.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""`resfuse study degradation`, once its arguments are parsed: train, append rows, write the report.
+"""`resfuse study degradation`, once its arguments are parsed: train, append rows, write the page.
 
-Each training is a subprocess on one CPU thread, as many at once as there are cores: a network of 110
-layers on images of 8 pixels keeps no second thread busy, and one thread always adds in the same
-order, so that a seed gives the same network whatever else runs.
+Each training is a subprocess on one CPU thread, as many at once as there are cores: layers of 8
+pixels keep no second thread busy, and one thread always adds in the same order, so that a seed
+gives the same network whatever else runs.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -102,17 +102,20 @@ def train_all(
     """
     counts: Counter[str] = Counter()
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(speed_estimate_period=600), console=console,
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), console=console, speed_estimate_period=600,
     )  # fmt: skip
     with bar as progress:
-        # In layers and epochs, which is what time goes with; a bar of trainings would crawl and jump.
-        work = bar.add_task("trainings", total=sum(one.depth * one.epochs for one in runs))
+        # In layers times epochs, as time goes; a bar that counts trainings would crawl and jump.
+        work = bar.add_task(
+            f"0 of {len(runs)} trainings", total=sum(one.depth * one.epochs for one in runs)
+        )
         for one, outcome in _outcomes(runs, trainer, jobs, partial(progress.advance, work)):
             now = datetime.now(UTC).isoformat(timespec="seconds")
             stamp = Stamp(found["facts"]["device_name"], found["env_id"], found["commit"], now)
             results.append_row(folder, record(one, outcome, 1, stamp), SHEET)
             counts[outcome.status] += 1
+            progress.update(work, description=f"{counts.total()} of {len(runs)} trainings")
             progress.console.print(_line(one, outcome), highlight=False, soft_wrap=True)
     told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(

@@ -1,13 +1,13 @@
 """The images that networks are trained on: digits that come with scikit-learn, or CIFAR-10.
 
-Digits (scikit-learn's 1,797, of 8x8 grey pixels) are used as they are: not enlarged, grey repeated in
-the three channels, so that the paper's networks take them unchanged and their stages see 8, 4 and 2
-pixels instead of 32, 16 and 8. 360 of them, the same share of each digit, are kept for testing; the
-split never changes, whatever the seed of a training.
+Digits (scikit-learn's 1,797, of 8x8 grey pixels) are used as they are: not enlarged, grey repeated
+in the three channels, so that the paper's networks take them unchanged and their stages see 8, 4
+and 2 pixels instead of 32, 16 and 8. 360 of them, the same share of each digit, are kept for
+testing; the split never changes, whatever the seed of a training.
 
-CIFAR-10 (Krizhevsky 2009) is read from the batches its author publishes, of either version. Those for
-Python are pickles, which can run any code when they are opened; here nothing but numpy's arrays is
-let in.
+CIFAR-10 (Krizhevsky 2009) is read from the batches its author publishes, of either version. Those
+for Python are pickles, which can run any code when they are opened; here nothing but numpy's arrays
+is let in.
 """
 
 import pickle
@@ -46,7 +46,7 @@ class Data:
     """What to train and to test on.
 
     `shift` and `flip` are the paper's augmentation: crops of the image with `shift` zeros around it
-    (an eighth of its side), mirrored half of the time. Digits are not mirrored: a mirrored 2 is none.
+    (an eighth of its side), mirrored half of the time. Digits are not: a mirrored 2 is none.
     """
 
     name: str
@@ -86,8 +86,8 @@ def download(home: Path) -> Path:
             download_and_extract_archive(CIFAR10.url, str(home), md5=CIFAR10.tgz_md5)
         except (OSError, RuntimeError, EOFError) as error:
             raise UsageError(
-                f"argument --data: CIFAR-10 cannot be fetched from {CIFAR10.url}: {error}; accepted "
-                f"without a network: {DIGITS}, or a folder with its batches"
+                f"argument --data: CIFAR-10 cannot be fetched from {CIFAR10.url}: {error}; "
+                f"accepted without a network: {DIGITS}, or a folder with its batches"
             ) from None
     return folder
 
@@ -111,8 +111,8 @@ def _digits() -> Data:
 def _cifar_folder(given: Path) -> Path:
     if not given.is_dir():
         raise UsageError(
-            f"argument --data: {given} is not a folder; accepted: {DIGITS}, {DOWNLOAD}, or a folder "
-            "with CIFAR-10's batches"
+            f"argument --data: {given} is not a folder; accepted: {DIGITS}, {DOWNLOAD}, or a "
+            "folder with CIFAR-10's batches"
         )
     for folder in (given, given / "cifar-10-batches-py", given / "cifar-10-batches-bin"):
         if _file(folder, TEST_FILE) is not None:
