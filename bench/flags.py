@@ -157,6 +157,14 @@ def add_overhead(parser: argparse.ArgumentParser) -> None:
 
 def add_depth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "-m",
+        "--model",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="some of the study's networks; wildcards allowed (cifar*)",
+    )
+    parser.add_argument(
         "--backend",
         type=names,
         default=[],

@@ -21,9 +21,9 @@ RECIPE = (
     "from 110 layers on."
 )
 FEW_STEPS = (
-    "It is far shorter than the paper's 64,000 steps, so that the gap between plain and residual "
-    "networks may be wider than the paper's: what a plain network has not learnt here it might "
-    "learn with more time."
+    "It is far shorter than the paper's 64,000 steps, whose learning rate began at 0.1. So the gap "
+    "between plain and residual networks may be wider than the paper's: what a plain network has "
+    "not learnt here it might learn with more time."
 )
 PAPER_STEPS = 64_000
 
@@ -76,25 +76,28 @@ def _section(experiment: Experiment, images: Mapping[str, str]) -> list[str]:
 
 
 def _introduction(experiment: Experiment) -> str:
-    counts = {(t.numbers.get("train_images"), t.numbers.get("test_images"))
-              for t in experiment.finished}  # fmt: skip
-    images = ", ".join(f"{train:.0f} images to train on and {test:.0f} to test on"
-                       for train, test in counts if train and test)  # fmt: skip
-    steps = max(
-        (-(-int(train) // experiment.batch_size) for train, _ in counts if train), default=0
-    )
-    few = f" {FEW_STEPS}" if steps * experiment.epochs < PAPER_STEPS / 2 else ""
-    commits = list(dict.fromkeys(t.commit for t in experiment.trainings))
+    commits = list(dict.fromkeys(escape(t.commit) for t in experiment.trainings))
     seeds = len({t.seed for t in experiment.trainings})
-    return (
+    told = [
         f"{markdown.count(len(experiment.finished), 'training')} of "
-        f"{markdown.count(seeds, 'seed')}{f', {images}' if images else ''}; batch "
-        f"{experiment.batch_size}, learning rate {experiment.learning_rate:g}, "
-        f"{steps * experiment.epochs:,} steps. {RECIPE}{few} Errors are those of the finished "
-        "networks on unshifted images, means over seeds with 95 % intervals (Student's t); "
-        f"two differ where the intervals do not overlap. Rows: {SHEET.file}, "
-        f"{'commit' if len(commits) == 1 else 'commits'} {markdown.listing([*map(escape, commits)])}."
-    )
+        f"{markdown.count(seeds, 'seed')}, batch {experiment.batch_size}, learning rate "
+        f"{experiment.learning_rate:g}{_extent(experiment)}.",
+        RECIPE,
+        "Errors are those of the finished networks on unshifted images, means over seeds with 95 % "
+        "intervals (Student's t); two differ where the intervals do not overlap.",
+        f"Rows: {SHEET.file}, commit {markdown.listing(commits)}.",
+    ]
+    if 0 < experiment.steps < PAPER_STEPS / 2:
+        told.insert(2, FEW_STEPS)
+    return " ".join(told)
+
+
+def _extent(experiment: Experiment) -> str:
+    if not experiment.finished:
+        return ""
+    numbers = experiment.finished[0].numbers
+    train, test = (numbers.get(name, 0) for name in ("train_images", "test_images"))
+    return f", {experiment.steps:,} steps, {train:.0f} images to train on and {test:.0f} to test on"
 
 
 def _table(experiment: Experiment) -> str:
@@ -135,7 +138,9 @@ def _between(first: Estimate, last: Estimate) -> str:
 
 def _beats(experiment: Experiment, network: str, column: str) -> str:
     """Where a residual network's error is below the plain one's."""
-    better, equal, worse = [], [], []
+    better: list[str] = []
+    equal: list[str] = []
+    worse: list[str] = []
     for depth in experiment.depths:
         plain = estimate(experiment.of(PLAIN, depth), column)
         residual = estimate(experiment.of(network, depth), column)

@@ -1,13 +1,15 @@
 """The degradation study's plots: error against depth, training curves, gradients at the start."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from resfuse.bench.report.degradation import Experiment, Training, estimate
 from resfuse.bench.report.figure import panels
@@ -20,7 +22,10 @@ NAMES = {
     "C": "residual, C: projections only",
 }
 ERRORS = {"train_error_pct": "training error, %", "test_error_pct": "test error, %"}
-CURVES = {"train_error_by_epoch_pct": (0.9, "--"), "test_error_by_epoch_pct": (1.6, "-")}
+CURVES: dict[str, tuple[float, Literal["--", "-"]]] = {
+    "train_error_by_epoch_pct": (0.9, "--"),
+    "test_error_by_epoch_pct": (1.6, "-"),
+}
 GUESSING = 90.0  # percent wrong, of ten classes
 DROPS = (0.5, 0.75)  # of the epochs, where the learning rate is divided
 
@@ -74,7 +79,7 @@ def curves(experiment: Experiment) -> Figure | None:
             )
         ax.set_ylim(0, 100)
         ax.set_xlim(1, max(2, experiment.epochs))
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("error, %")
     figure.supxlabel(
         "epoch (means over seeds; dotted: the learning rate is divided by ten)", fontsize=9
@@ -149,11 +154,11 @@ def _by_network(experiment: Experiment, height: float) -> tuple[Figure, list[Axe
     return figure, axes
 
 
-def _depth_colours(experiment: Experiment) -> dict[int, tuple[float, ...]]:
+def _depth_colours(experiment: Experiment) -> dict[int, str]:
     """Darker is deeper, told apart by lightness alone."""
     depths = experiment.depths
     shades = np.linspace(0.85, 0.0, len(depths)) if len(depths) > 1 else [0.3]
-    return {d: colormaps["viridis"](shade) for d, shade in zip(depths, shades, strict=True)}
+    return {d: to_hex(colormaps["viridis"](shade)) for d, shade in zip(depths, shades, strict=True)}
 
 
 def _depth_handles(experiment: Experiment) -> list[Line2D]:

@@ -98,7 +98,8 @@ class Environment:
     @property
     def device_names(self) -> list[str]:
         names = [comparison.setting.device_name for comparison in self.comparisons]
-        names += [part.device_name for part in (*self.workloads, *self.experiments)]
+        names += [workload.device_name for workload in self.workloads]
+        names += [experiment.device_name for experiment in self.experiments]
         return list(dict.fromkeys(names))
 
 

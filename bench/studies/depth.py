@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from resfuse.bench import timing
 from resfuse.bench.case import Request
 from resfuse.bench.commands import measure_all
+from resfuse.bench.selection import pick
 
 BACKENDS = ("eager", "fused", "engine")
 
@@ -65,18 +66,21 @@ def requests(args: argparse.Namespace, device: str) -> list[Request]:
 
     By default the quick backends come first, with every network, and torch.compile last, with the
     networks it has time for; a backend that is named gets every network.
+
+    Raises:
+        UsageError: `--model` names none of the study's networks.
     """
+    every = [model for part in PARTS for model in part.models]
+    chosen = pick("--model", args.model or ["*"], every)
     kind = "cpu" if device == "cpu" else "cuda"  # "auto" is asked for facts only
-    asked = [
-        _request(args, device, part.models, args.backend or BACKENDS, part.batch_sizes[kind])
-        for part in PARTS
-    ]
+    asked = [(part.models, args.backend or BACKENDS, part.batch_sizes[kind]) for part in PARTS]
     if not args.backend:
-        asked += [
-            _request(args, device, part.compiled, ("compiled",), part.batch_sizes[kind])
-            for part in PARTS
-        ]
-    return asked
+        asked += [(part.compiled, ("compiled",), part.batch_sizes[kind]) for part in PARTS]
+    return [
+        _request(args, device, own, backends, batch_size)
+        for models, backends, batch_size in asked
+        if (own := [model for model in models if model in chosen])
+    ]
 
 
 def _request(

@@ -53,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.results / found["folder"]
     skipped = 0
     if args.resume:
-        known = settled(folder, found["env_id"], found["commit"])
-        remaining = [one for one in runs if key(one) not in known]
+        remaining = unsettled(runs, folder, found)
         skipped, runs = len(runs) - len(remaining), remaining
     if args.dry_run:
         Console().print(_table(runs, skipped))
@@ -76,6 +75,12 @@ def run(args: argparse.Namespace) -> int:
 
         console.print(f"Report: {write_report(folder)}", soft_wrap=True)
     return int(bool(set(counts) - {"pass"}))
+
+
+def unsettled(runs: Sequence[Run], folder: Path, found: dict[str, Any]) -> list[Run]:
+    """The trainings that this environment and commit have not settled yet."""
+    known = settled(folder, found["env_id"], found["commit"])
+    return [one for one in runs if key(one) not in known]
 
 
 def train_all(

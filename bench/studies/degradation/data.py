@@ -154,6 +154,9 @@ def _read_binary(path: Path) -> Split:
 def _read_pickle(path: Path) -> Split:
     with path.open("rb") as file:
         batch = _ArraysOnly(file, encoding="bytes").load()
+    for name in (b"data", b"labels"):
+        if name not in batch:
+            raise ValueError(f"it has no {name}")
     return _split(np.asarray(batch[b"data"]), np.asarray(batch[b"labels"]))
 
 

@@ -54,7 +54,7 @@ def train(run: Run, data: Data, device: str, tell: Tell = lambda share: None) ->
     """
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     prepare = preparation(data, device)
-    model = build(run).to(device, memory_format=torch.channels_last)
+    model = build(run).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), run.learning_rate, MOMENTUM, weight_decay=WEIGHT_DECAY
     )
