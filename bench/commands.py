@@ -75,8 +75,8 @@ def measure_all(
     left_out = run_cases(cases, options, folder, found, console, time_left)
     if left_out:
         console.print(
-            f"{left_out} cases are left out for want of time; the same command with --resume goes "
-            "on from here.",
+            f"{left_out} {'case is' if left_out == 1 else 'cases are'} left out for want of time; "
+            "the same command with --resume goes on from here.",
             soft_wrap=True,
         )
     if not args.no_report and results.has_rows(folder):

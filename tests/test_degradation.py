@@ -374,11 +374,11 @@ def study(tmp_path: Path) -> Path:
 def test_verdicts_follow_the_intervals(study: Path) -> None:
     (experiment,) = experiments(read_training_rows(study)[FOUND["env_id"]])
     assert verdicts(experiment) == [
-        "Plain: training error rises from 20 to 56 layers, 1.25 [0.63, 1.87] and "
+        "Plain: training error rises from 20 to 56 layers: 1.25 [0.63, 1.87] and "
         "60.25 [59.63, 60.87] %.",
-        "Residual, A: zeros: no difference in training error shows from 20 to 56 layers, "
+        "Residual A (zeros): no difference in training error shows from 20 to 56 layers: "
         "1.25 [0.63, 1.87] and 1.25 [0.63, 1.87] %.",
-        "Residual, A: zeros: training error below the plain network's at 56 layers and not to be "
+        "Residual A (zeros): training error below the plain network's at 56 layers and not to be "
         "told from it at 20 layers.",
     ]
 
@@ -387,7 +387,7 @@ def test_one_seed_tells_no_difference(tmp_path: Path) -> None:
     for depth, error in ((20, 1.0), (56, 60.0)):
         add(tmp_path, replace(RUN, shortcut=PLAIN, depth=depth), error)
     (experiment,) = experiments(read_training_rows(tmp_path)[FOUND["env_id"]])
-    assert "one seed, which tells no difference" in verdicts(experiment)[0]
+    assert "one seed cannot tell whether" in verdicts(experiment)[0]
     assert "60.00 (one seed)" in write_report(tmp_path).read_text()
 
 

@@ -1,8 +1,9 @@
 """The page's part on degradation: do deeper networks train worse, plain and residual?"""
 
 from collections.abc import Mapping, Sequence
+from statistics import geometric_mean
 
-from resfuse.bench.report import markdown
+from resfuse.bench.report import cells, markdown
 from resfuse.bench.report.degradation import Estimate, Experiment, Training, estimate
 from resfuse.bench.report.markdown import escape
 from resfuse.bench.report.plot_degradation import NAMES
@@ -54,7 +55,7 @@ def verdicts(experiment: Experiment, column: str = TRAIN) -> list[str]:
             continue
         told.append(
             f"{_capital(NAMES[network])}: {_between(first, last)} from {depths[0]} to "
-            f"{depths[-1]} layers, {_percent(first)} and {_percent(last)} %."
+            f"{depths[-1]} layers: {_percent(first)} and {_percent(last)} %."
         )
     told += [_beats(experiment, n, column) for n in experiment.networks if n != PLAIN]
     return [sentence for sentence in told if sentence]
@@ -102,14 +103,14 @@ def _extent(experiment: Experiment) -> str:
 
 def _table(experiment: Experiment) -> str:
     titles = ["network", "shortcut", "depth", "parameters, M", "seeds", "training error, %",
-              "test error, %", "training loss"]  # fmt: skip
+              "test error, %", "training loss", "gradient, first / last convolution"]  # fmt: skip
     rows = []
     for network in experiment.networks:
         for depth in experiment.depths:
             trainings = experiment.of(network, depth)
             if trainings:
                 rows.append(_cells(network, trainings))
-    return markdown.table(titles, [False, False, *[True] * 6], rows)
+    return markdown.table(titles, [False, False, *[True] * 7], rows)
 
 
 def _cells(network: str, trainings: Sequence[Training]) -> list[str]:
@@ -124,13 +125,22 @@ def _cells(network: str, trainings: Sequence[Training]) -> list[str]:
         str(len(trainings)),
         _percent(train),
         _percent(test),
-        f"{sum(losses) / len(losses):.3g}" if losses else "-",
+        cells.number(sum(losses) / len(losses) if losses else None),
+        cells.number(_gradient_ratio(trainings)),
     ]
+
+
+def _gradient_ratio(trainings: Sequence[Training]) -> float | None:
+    """The gradient's norm at the first convolution over that at the last one, before the first
+    step; the geometric mean over seeds."""
+    curves = [t.curves.get("gradient_norm_by_layer", ()) for t in trainings]
+    ratios = [norms[0] / norms[-2] for norms in curves if len(norms) > 1 and min(norms) > 0]
+    return geometric_mean(ratios) if ratios else None
 
 
 def _between(first: Estimate, last: Estimate) -> str:
     if first.low is None or last.low is None:
-        return "training error of one seed, which tells no difference,"
+        return "one seed cannot tell whether the training error rises"
     if last.above(first):
         return "training error rises"
     return "training error falls" if first.above(last) else "no difference in training error shows"
@@ -158,7 +168,7 @@ def _beats(experiment: Experiment, network: str, column: str) -> str:
     ]
     if not parts:
         return ""
-    return f"{_capital(NAMES[network])}: training error {markdown.listing(parts)}."
+    return f"{_capital(NAMES[network])}: training error {' and '.join(parts)}."
 
 
 def _capital(text: str) -> str:

@@ -17,9 +17,9 @@ from resfuse.bench.report.palette import NETWORK_LOOKS
 
 NAMES = {
     "none": "plain",
-    "A": "residual, A: zeros",
-    "B": "residual, B: projections",
-    "C": "residual, C: projections only",
+    "A": "residual A (zeros)",
+    "B": "residual B (projections)",
+    "C": "residual C (projections everywhere)",
 }
 ERRORS = {"train_error_pct": "training error, %", "test_error_pct": "test error, %"}
 CURVES: dict[str, tuple[float, Literal["--", "-"]]] = {
@@ -32,7 +32,7 @@ DROPS = (0.5, 0.75)  # of the epochs, where the learning rate is divided
 
 def errors(experiment: Experiment) -> Figure | None:
     """Training and test error of the finished networks against depth: a dot for each seed, a line
-    through the means, their 95 % interval around it. None where nothing is finished."""
+    through the means with their 95 % intervals. None where nothing is finished."""
     if not experiment.finished:
         return None
     figure, ((left, right),) = panels(1, 2, row_height=3.2)
@@ -40,8 +40,8 @@ def errors(experiment: Experiment) -> Figure | None:
         for network in experiment.networks:
             _against_depth(ax, experiment, network, column)
         ax.axhline(GUESSING, color="#888888", linewidth=0.8, linestyle=":")
-        ax.annotate("guessing", (0.99, GUESSING + 1), xycoords=("axes fraction", "data"),
-                    ha="right", va="bottom", color="#666666", fontsize=7.5)  # fmt: skip
+        ax.annotate("guessing", (0.02, GUESSING + 1), xycoords=("axes fraction", "data"),
+                    ha="left", va="bottom", color="#666666", fontsize=7.5)  # fmt: skip
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(FixedLocator(experiment.depths))
         ax.xaxis.set_minor_locator(NullLocator())
@@ -49,7 +49,9 @@ def errors(experiment: Experiment) -> Figure | None:
         ax.set_ylim(-2, 100)
         ax.set_ylabel(label)
         ax.grid()
-    figure.supxlabel("depth, layers (lines: means over seeds; bands: 95 % intervals)", fontsize=9)
+    figure.supxlabel(
+        "depth, layers (means over seeds with 95 % intervals; dots: each seed)", fontsize=9
+    )
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, label=NAMES[network])
         for network, look in NETWORK_LOOKS.items()
@@ -112,10 +114,11 @@ def gradients(experiment: Experiment) -> Figure | None:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1,)))
         ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes[0].set_ylabel("norm of the gradient by the layer's weight")
+        ax.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
+    axes[0].set_ylabel("norm of the loss's gradient by the weight")
     figure.supxlabel(
-        "layer, from the input (geometric means over seeds; bands: all of them)", fontsize=9
+        "layer, from the input to the classifier (geometric means over seeds; bands: all of them)",
+        fontsize=9,
     )
     _legend(figure, _depth_handles(experiment))
     return figure
@@ -133,14 +136,14 @@ def _against_depth(ax: Axes, experiment: Experiment, network: str, column: str) 
     found = {d: e for d in experiment.depths if (e := estimate(experiment.of(network, d), column))}
     depths = list(found)
     means = [found[depth].mean for depth in depths]
-    ax.plot(depths, means, color=look.colour, marker=look.marker, zorder=3)
-    bounded = [(d, e.low, e.high) for d, e in found.items() if e.low is not None]
-    if bounded:
-        at, low, high = zip(*bounded, strict=True)
-        ax.fill_between(at, low, high, color=look.colour, alpha=0.18, linewidth=0)
+    ax.plot(depths, means, color=look.colour, marker=look.marker, markersize=5, zorder=3)
+    for depth, one in found.items():
+        if one.low is not None and one.high is not None:
+            reach = [[one.mean - one.low], [one.high - one.mean]]
+            ax.errorbar(depth, one.mean, reach, color=look.colour, capsize=4, linewidth=1.2)
     for depth in depths:
         values = [t.numbers[column] for t in experiment.of(network, depth) if column in t.numbers]
-        ax.plot([depth] * len(values), values, ".", color=look.colour, markersize=3, alpha=0.7)
+        ax.plot([depth * 1.04] * len(values), values, ".", color=look.colour, markersize=3)
 
 
 def _by_network(experiment: Experiment, height: float) -> tuple[Figure, list[Axes]]:
@@ -152,6 +155,11 @@ def _by_network(experiment: Experiment, height: float) -> tuple[Figure, list[Axe
         ax.grid()
         ax.tick_params(axis="y", labelleft=ax is axes[0])
     return figure, axes
+
+
+def _power_of_ten(value: float, _: int) -> str:
+    exponent = str(round(np.log10(value)))
+    return "10" + exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _depth_colours(experiment: Experiment) -> dict[int, str]:
