@@ -4,6 +4,7 @@ import math
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from resfuse.bench import results
 from resfuse.bench.cli import main
+from resfuse.bench.errors import UsageError
 from resfuse.bench.report import write_report
 from resfuse.bench.report.degradation import experiments, read_training_rows
 from resfuse.bench.report.degradation_section import verdicts
@@ -226,7 +228,7 @@ def corrupted(folder: Path, how: str) -> Path:
         ("short", "data_batch_3.bin cannot be read as a batch of CIFAR-10: 100 bytes are no whole"),
         ("cut", "data_batch_3 cannot be read as a batch of CIFAR-10: "),
         ("evil", "which no array of numbers needs"),
-        ("keys", "data_batch_3 cannot be read as a batch of CIFAR-10: it has no b'labels'"),
+        ("keys", "data_batch_3 cannot be read as a batch of CIFAR-10: it has no labels"),
         ("pixels", "its images are uint8 [3, 10], not uint8 [N, 3072]"),
         ("labels", "its labels are not one number from 0 to 9 for each image"),
     ],
@@ -312,6 +314,31 @@ def test_a_resumed_study_ends_with_the_rows_of_an_uninterrupted_one(
         for folder in (whole, halves)
     )
     pd.testing.assert_frame_equal(one, other)
+
+
+def test_a_folder_that_fails_ends_the_trainings_under_way(tmp_path: Path) -> None:
+    """The first row cannot be written: what has begun is told to end, the others never begin."""
+    runs = plan("digits", [8], ["A"], seeds=4, epochs=1)
+    folder = tmp_path / "results"
+    folder.write_text("a file, not a folder")
+    begun: list[Run] = []
+    ended: list[Run] = []
+
+    def trainer(one: Run, heard: Callable[[dict[str, Any]], None]) -> Outcome:
+        begun.append(one)
+        try:
+            while one != runs[0]:
+                heard({"share": 0.5})
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            ended.append(one)
+            raise
+        return Outcome("timeout", "not done after 3 s")
+
+    with pytest.raises(UsageError, match="cannot be written"):
+        command.train_all(runs, trainer, 2, folder, FOUND, QUIET)
+    assert ended == begun[1:]
+    assert len(begun) < len(runs)
 
 
 def test_a_failed_training_is_a_row_and_is_tried_again(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def growth(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
         for ax, (metric, label) in zip(row, METRICS.items(), strict=True):
             for line in suite.lines:
                 _draw(ax, line, metric, looks)
-            _scale(ax, suite, metric)
+            _scale(ax, suite)
             ax.set_ylabel(label)
         row[0].set_title(suite.title)
     figure.supxlabel("depth, layers", fontsize=9)
@@ -59,7 +59,7 @@ def _draw(ax: Axes, line: Line, metric: str, looks: dict[str, Look]) -> None:
         )
 
 
-def _scale(ax: Axes, suite: Suite, metric: str) -> None:
+def _scale(ax: Axes, suite: Suite) -> None:
     depths = sorted({depth(r.model) for line in suite.lines for r in line.results})
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -67,10 +67,9 @@ def _scale(ax: Axes, suite: Suite, metric: str) -> None:
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticklabels([f"{tick:g}" for tick in ticks])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))
     ax.yaxis.set_minor_locator(NullLocator())
-    if metric != "rel_l2_err":
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.grid()
 
 

@@ -8,8 +8,9 @@ gives the same network whatever else runs.
 import argparse
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -110,12 +111,14 @@ def train_all(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), console=console, speed_estimate_period=600,
     )  # fmt: skip
-    with bar as progress:
+    with bar as progress, ExitStack() as stack:
         # In layers times epochs, as time goes; a bar that counts trainings would crawl and jump.
         work = bar.add_task(
             f"0 of {len(runs)} trainings", total=sum(one.depth * one.epochs for one in runs)
         )
-        for one, outcome in _outcomes(runs, trainer, jobs, partial(progress.advance, work)):
+        outcomes = _outcomes(runs, trainer, jobs, partial(progress.advance, work))
+        stack.callback(outcomes.close)  # a full disk, too, ends the trainings under way
+        for one, outcome in outcomes:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             stamp = Stamp(found["facts"]["device_name"], found["env_id"], found["commit"], now)
             results.append_row(folder, record(one, outcome, 1, stamp), SHEET)
@@ -134,7 +137,7 @@ def train_all(
 
 def _outcomes(
     runs: Sequence[Run], trainer: Trainer, jobs: int, advance: Callable[[float], None]
-) -> Iterator[tuple[Run, Outcome]]:
+) -> Generator[tuple[Run, Outcome], None, None]:
     """Each training as it ends. Where the caller stops listening (Ctrl-C, a full disk), those that
     have begun are killed at their next word and the others never begin."""
     stopped = threading.Event()

@@ -156,7 +156,7 @@ def _read_pickle(path: Path) -> Split:
         batch = _ArraysOnly(file, encoding="bytes").load()
     for name in (b"data", b"labels"):
         if name not in batch:
-            raise ValueError(f"it has no {name}")
+            raise ValueError(f"it has no {name.decode()}")
     return _split(np.asarray(batch[b"data"]), np.asarray(batch[b"labels"]))
 
 
