@@ -194,7 +194,7 @@ def add_depth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=positive,
-        default=120.0,
+        default=240.0,
         metavar="S",
         help="limit of a case, set-up included (default: %(default)g)",
     )

@@ -6,7 +6,7 @@ networks are those of He et al. 2015 (arXiv:1512.03385) and the 200 layers of He
 channels_last, so that two lines of a plot differ in one thing only.
 
 The batches are small on a CPU because each case also answers three of them in fp64, and 1,202
-layers take 2.9 GMACs an image.
+layers take 2.8 GMACs an image.
 """
 
 import argparse
