@@ -97,7 +97,10 @@ def plan(
 
 def build(run: Run) -> "ResNet":
     """The network with the weights of its seed, drawn as the paper does (He et al. 2015,
-    arXiv:1502.01852)."""
+    arXiv:1502.01852).
+
+    Reseeds torch's own generator, from which they are drawn: one training a process.
+    """
     import torch
 
     from resfuse.resnet_ref.cifar import cifar_plain, cifar_resnet
