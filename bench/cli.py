@@ -13,6 +13,7 @@ from resfuse.bench import flags
 from resfuse.bench.case import MEMORY_FORMATS, MODES, PRECISIONS, Options
 from resfuse.bench.errors import UsageError
 from resfuse.bench.profiles import NAMES
+from resfuse.bench.studies import STUDIES
 
 INTERRUPTED = 130
 LISTED = ("models", "backends", "kernels", "providers", "metrics", "profiles")
@@ -71,9 +72,9 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from resfuse.bench.commands import study
+    from resfuse.bench.studies import load_study
 
-    return study(args)
+    return load_study(args.study)(args)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -132,10 +133,7 @@ def parser() -> argparse.ArgumentParser:
     study = commands.add_parser(
         "study", help="questions about the harness and the networks, answered by measurement"
     )
-    study.add_argument("name", help="gate, overhead")
-    study.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
-    study.add_argument("--device", default="auto")
-    study.set_defaults(command=_study)
+    _add_studies(study)
     inspection = commands.add_parser(
         "inspect", help="compile every kernel for GPUs that need not be here; exit 1 on a problem"
     )
@@ -171,6 +169,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_gpu_plan(plan)
     plan.set_defaults(command=_gpu_plan)
     return top
+
+
+def _add_studies(parser: argparse.ArgumentParser) -> None:
+    names = parser.add_subparsers(required=True, metavar="NAME", parser_class=_Parser)
+    for name, study in STUDIES.items():
+        own = names.add_parser(name, help=study.does, description=study.does)
+        study.add_flags(own)
+        own.set_defaults(command=_study, study=name)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from resfuse.bench.kernels.row import SHEET as KERNEL_SHEET
 from resfuse.bench.listing import LISTS, cases_table
 from resfuse.bench.row import Outcome
 from resfuse.bench.selection import pick
+from resfuse.bench.studies.degradation.row import SHEET as TRAINING_SHEET
 
 AB_CI = 0.02
 # With --ci the interval ends a case, and these only where it does not. 2000 rounds: the bootstrap
@@ -36,17 +37,33 @@ CI_SECONDS, CI_ROUNDS = 60.0, 2000
 
 def bench(args: argparse.Namespace) -> int:
     """`resfuse bench`: survey the machine, run the cases, write the report."""
+    return measure_all(args, lambda device: [replace(request_of(args), device=device)])
+
+
+def measure_all(
+    args: argparse.Namespace,
+    requests: Callable[[str], list[sweep.Request]],
+    time_left: Callable[[], float] = lambda: inf,
+) -> int:
+    """Surveys the machine, runs the cases of some requests one after the other, writes the report.
+
+    Args:
+        args: device, threads, seconds, seed, timeout, results, resume, dry_run, no_report.
+        requests: device -> what to measure on it; at least one, all in the same precisions and
+            with the same weights and images.
+        time_left: seconds it may still take; cases beyond them are left out.
+    """
     from resfuse.bench.isolate import survey
 
     console = Console(stderr=True)
-    request = request_of(args)
-    sweep.expand(replace(request, device="cpu"))  # finds misspelt names before anything runs
+    for request in requests("cpu"):  # finds misspelt names before anything runs
+        sweep.expand(request)
     if not args.dry_run:
         results.check_writable(args.results)
     with console.status("Looking at this machine: device, versions, ceilings"):
-        found = survey(request, args.threads, ceilings=not args.dry_run)
-    request = replace(request, device=found["device"])
-    cases = sweep.expand(request)
+        found = survey(requests(args.device)[0], args.threads, ceilings=not args.dry_run)
+    wanted = requests(found["device"])
+    cases = list(dict.fromkeys(case for request in wanted for case in sweep.expand(request)))
     folder = args.results / found["folder"]
     skipped = 0
     if args.resume:
@@ -60,8 +77,15 @@ def bench(args: argparse.Namespace) -> int:
         f"{found['facts']['device_name']}: {len(cases)} cases"
         + (f", {skipped} already settled" if skipped else "")
     )
-    run_cases(cases, options_of(args, request), folder, found, console)
-    if not args.no_report:
+    options = options_of(args, wanted[0])
+    left_out = run_cases(cases, options, folder, found, console, time_left)
+    if left_out:
+        console.print(
+            f"{left_out} {'case is' if left_out == 1 else 'cases are'} left out for want of time; "
+            "the same command with --resume goes on from here.",
+            soft_wrap=True,
+        )
+    if not args.no_report and results.has_rows(folder):
         from resfuse.bench.report import HTML, write_report
 
         console.print(f"Report: {write_report(folder)} and {HTML}")
@@ -93,14 +117,6 @@ def list_registry(args: argparse.Namespace) -> int:
     console = Console()
     for what in [args.what] if args.what else LISTS:
         console.print(LISTS[what]())
-    return 0
-
-
-def study(args: argparse.Namespace) -> int:
-    """`resfuse study NAME`."""
-    from resfuse.bench.studies import load_study
-
-    print(load_study(args.name)(args.results, args.device))
     return 0
 
 
@@ -259,8 +275,8 @@ def _ended(case: Case, outcome: Outcome, ci: float) -> str:
 
 
 def _results_folders(given: list[Path]) -> list[Path]:
-    """Folders with rows of either kind: each given one, or else those in it."""
-    sheets = (results.ROWS, KERNEL_SHEET.file)
+    """Folders with rows of any kind: each given one, or else those in it."""
+    sheets = (results.ROWS, KERNEL_SHEET.file, TRAINING_SHEET.file)
     folders = []
     for folder in given:
         inside = (

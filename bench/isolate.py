@@ -26,6 +26,7 @@ from resfuse.bench.timing import Watch, seconds
 
 if TYPE_CHECKING:
     from resfuse.bench.kernels.convolutions import Convolution
+    from resfuse.bench.studies.degradation.run import Run
 
 SURVEY_TIMEOUT_S = 300.0
 TRIAL_TIMEOUT_S = 60.0  # of one configuration, compilation included
@@ -146,6 +147,24 @@ def describe_engine(job: Mapping[str, Any], timeout_s: float) -> dict[str, Any] 
         {"texts": {batch size: all there is to read}}, or how the subprocess died.
     """
     return _converse({"task": "engine", **job}, timeout_s)
+
+
+def run_training(
+    run: "Run",
+    source: str,
+    device: str,
+    timeout_s: float,
+    heard: Callable[[dict[str, Any]], None],
+) -> Outcome:
+    """Trains a network on one CPU thread (or on a GPU) in a subprocess, within the time limit.
+
+    Args:
+        source: as data.load of the degradation study takes it.
+        heard: told {"share": 0 to 1} some times an epoch; what it raises ends the training.
+    """
+    job = {"task": "training", "run": asdict(run), "source": source, "device": device}
+    result = _converse(job, timeout_s, heard)
+    return result if isinstance(result, Outcome) else Outcome("pass", "", result["metrics"])
 
 
 def compare_watches(outcome: Outcome, claimed_s: float, seen_s: float) -> Outcome:

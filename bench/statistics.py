@@ -13,6 +13,25 @@ def percentile(values: Sequence[float], q: float) -> float:
     return float(np.percentile(values, q))
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """The mean, and its 95 % interval by Student's t, which holds for a handful of values that
+    scatter about normally; one value has none.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    from scipy.stats import t
+
+    if not len(values):
+        raise ValueError("no values to take the mean of")
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return mean, None, None
+    quantile = t.ppf(0.5 + CONFIDENCE / 200, count - 1)
+    half = float(quantile * np.std(values, ddof=1) / count**0.5)
+    return mean, mean - half, mean + half
+
+
 def paired_speedup(
     baseline: Sequence[float], candidate: Sequence[float]
 ) -> tuple[float, float, float]:

@@ -119,12 +119,25 @@ def _engine(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     return {"texts": {str(one.batch_size): text(case, how, [one]) for one in found}}
 
 
+def _training(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    import torch
+
+    from resfuse.bench.studies.degradation import data, recipe, row, run
+
+    torch.set_num_threads(1)
+    one = run.Run(**job["run"])
+    loaded = data.load(job["source"])
+    done = recipe.train(one, loaded, job["device"], lambda share: tell("news", share=share))
+    return {"metrics": row.metrics(done, loaded)}
+
+
 TASKS = {
     "survey": _survey,
     "measure": _measure,
     "convolution": _convolution,
     "trials": _trials,
     "engine": _engine,
+    "training": _training,
 }
 
 

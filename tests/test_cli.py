@@ -55,7 +55,7 @@ def test_bad_arguments(
 def test_bad_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "invalid choice: 'benhc'" in error_of(["benhc"], capsys)
     assert "required: COMMAND" in error_of([], capsys)
-    assert "unknown name 'dpeth'" in error_of(["study", "dpeth"], capsys)
+    assert "invalid choice: 'dpeth'" in error_of(["study", "dpeth"], capsys)
     assert "invalid choice: 'kernel'" in error_of(["list", "kernel"], capsys)
     assert "no rows.csv in" in error_of(["report", "--results", str(tmp_path)], capsys)
 

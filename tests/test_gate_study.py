@@ -1,5 +1,6 @@
 """`resfuse study gate`, with few runs: it plants what it says, and judges as the command does."""
 
+import argparse
 import math
 import random
 from pathlib import Path
@@ -43,7 +44,11 @@ def test_a_run_is_a_process_of_its_own_with_the_planted_backend() -> None:
 
 @pytest.mark.parametrize(("slowdown", "flagged"), [(0.10, 100), (0.03, 0)])
 def test_the_study_counts_what_the_command_would_flag(
-    slowdown: float, flagged: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    slowdown: float,
+    flagged: float,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Runs with 1 % of noise and a known slowdown in place of measured ones."""
     rng = random.Random(1)
@@ -59,7 +64,8 @@ def test_the_study_counts_what_the_command_would_flag(
         return Outcome("pass", "", metrics)
 
     monkeypatch.setattr(gate, "run_case", run_case)
-    said = gate.run(tmp_path, "cpu")
+    assert gate.run(argparse.Namespace(results=tmp_path, device="cpu")) == 0
+    said = capsys.readouterr().out
     rows = pd.read_csv(next(tmp_path.glob(f"*/{HARNESS.file}"))).set_index("planted_pct")
     assert set(rows.study) == {"gate"} and set(rows.runs) == {84}
     assert list(rows.comparisons) == [51, 50]

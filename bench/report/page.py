@@ -11,8 +11,10 @@ from pathlib import Path
 from matplotlib import style
 
 from resfuse.bench.errors import UsageError
-from resfuse.bench.report import figure, markdown
+from resfuse.bench.report import figure, markdown, plot_degradation
 from resfuse.bench.report.convolutions import convolution_sections
+from resfuse.bench.report.degradation import Experiment
+from resfuse.bench.report.degradation_section import degradation_sections
 from resfuse.bench.report.guide import guide
 from resfuse.bench.report.html.page import render
 from resfuse.bench.report.palette import looks
@@ -113,7 +115,9 @@ def _environment(environment: Environment, folder: Path, prefix: str, names: set
     ]
     for comparison in environment.comparisons:
         blocks += section(comparison, _draw(comparison, folder, prefix, names))
-    return blocks + convolution_sections(environment)
+    blocks += convolution_sections(environment)
+    drawn = [_draw_experiment(one, folder, prefix, names) for one in environment.experiments]
+    return blocks + degradation_sections(environment.experiments, drawn)
 
 
 def _draw(comparison: Comparison, folder: Path, prefix: str, names: set[str]) -> dict[str, str]:
@@ -141,6 +145,22 @@ def _draw(comparison: Comparison, folder: Path, prefix: str, names: set[str]) ->
             file_name = _free(f"{prefix}{name}-{setting.mode}-{setting.precision}", names)
             figure.save(drawn, folder / file_name)
         images[name] = markdown.image(file_name, f"{plot.alt}; {title(setting)}")
+    return images
+
+
+def _draw_experiment(
+    experiment: Experiment, folder: Path, prefix: str, names: set[str]
+) -> dict[str, str]:
+    """As _draw, for plot_degradation.PLOTS."""
+    images = {}
+    for name, (draw, alt) in plot_degradation.PLOTS.items():
+        with style.context(figure.STYLE):
+            drawn = draw(experiment)
+            if drawn is None:
+                continue
+            file_name = _free(f"{prefix}degradation-{name}-{experiment.data}", names)
+            figure.save(drawn, folder / file_name)
+        images[name] = markdown.image(file_name, alt)
     return images
 
 

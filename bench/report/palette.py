@@ -1,4 +1,4 @@
-"""What a backend looks like in every plot: a colour and a marker of its own.
+"""What a backend (or a kind of network) looks like in every plot: a colour and a marker of its own.
 
 The colours are Okabe and Ito's for colour-blind readers (jfly.uni-koeln.de/color), darkened where
 they would vanish on white. The memory format is told by fill: contiguous is solid, any other
@@ -27,6 +27,13 @@ LOOKS: dict[str, Look] = {
     "tensorrt": Look("#cc79a7", "X", "#eba0c8"),
     "fused": Look("#d55e00", "*", "#f5813a"),
     "engine": Look("#882255", "h", "#b58af2"),
+}
+# The networks of the degradation study by shortcut. Markers differ, too.
+NETWORK_LOOKS: dict[str, Look] = {
+    "none": Look("#d55e00", "o", "#f5813a"),
+    "A": Look("#0072b2", "s", "#4f9be8"),
+    "B": Look("#009e73", "^", "#2fc495"),
+    "C": Look("#882255", "D", "#b58af2"),
 }
 # For backends that are not in the table, in the order of their names.
 SPARE = (

@@ -21,7 +21,8 @@ def opening(environment: Environment, escape: Callable[[str], str] = markdown.es
     """
     results = environment.results
     if not results:
-        what = "network was measured as a whole" if environment.workloads else "case was measured"
+        partly = environment.workloads or environment.experiments
+        what = "network was measured as a whole" if partly else "case was measured"
         return f"No {what} in this environment."
     settings = [comparison.setting for comparison in environment.comparisons]
     modes = listing([MODE_NAMES[mode] for mode in _distinct(s.mode for s in settings)])
@@ -84,6 +85,7 @@ def facts(environment: Environment) -> dict[str, str]:
     }
     commits = [result.commit for result in environment.results]
     commits += [r.commit for workload in environment.workloads for r in workload.results]
+    commits += [t.commit for experiment in environment.experiments for t in experiment.trainings]
     lines["commit"] = listing(_distinct(commits))
     return {key: value for key, value in lines.items() if value}
 

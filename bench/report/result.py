@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from resfuse.bench.report.degradation import Experiment
 from resfuse.bench.report.palette import backend_rank
 from resfuse.bench.report.workload import Workload
 
@@ -89,6 +90,7 @@ class Environment:
     rows_read: int
     incomplete: int  # lines cut off by a crash
     workloads: tuple[Workload, ...] = ()  # convolutions measured one by one
+    experiments: tuple[Experiment, ...] = ()  # networks trained by the degradation study
 
     @property
     def results(self) -> list[Result]:
@@ -97,7 +99,9 @@ class Environment:
     @property
     def device_names(self) -> list[str]:
         names = [comparison.setting.device_name for comparison in self.comparisons]
-        return list(dict.fromkeys([*names, *(w.device_name for w in self.workloads)]))
+        names += [workload.device_name for workload in self.workloads]
+        names += [experiment.device_name for experiment in self.experiments]
+        return list(dict.fromkeys(names))
 
 
 def label(backend: str, memory_format: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from resfuse.bench.case import MODES, PRECISIONS
 from resfuse.bench.metrics import METRICS
+from resfuse.bench.report.degradation import experiments, read_training_rows
 from resfuse.bench.report.families import depth, family
 from resfuse.bench.report.kernel_rows import read_kernel_rows, workloads
 from resfuse.bench.report.palette import backend_rank
@@ -41,6 +42,7 @@ class _Gathered:
     facts: dict[str, str] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     kernel_rows: list[Row] = field(default_factory=list)
+    training_rows: list[Row] = field(default_factory=list)
     incomplete: int = 0
 
 
@@ -52,15 +54,15 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
     """
     gathered: dict[str, _Gathered] = {}
     for folder in {folder.resolve(): folder for folder in folders}.values():
-        kernel_rows = read_kernel_rows(folder)
+        kernel_rows, training_rows = read_kernel_rows(folder), read_training_rows(folder)
         rows: list[Row] = []
-        if (folder / ROWS).exists() or not kernel_rows:
+        if (folder / ROWS).exists() or not (kernel_rows or training_rows):
             rows = [
                 {str(name): value for name, value in row.items()}
                 | {PLACE: f"row {number} of {folder.name}/{ROWS}"}
                 for number, row in enumerate(read_rows(folder).to_dict("records"), start=1)
             ]
-        facts = read_environments(folder) if rows or kernel_rows else {}
+        facts = read_environments(folder) if rows or kernel_rows or training_rows else {}
         entry = _Gathered()  # holds what comes before the first whole row, which is nothing
         for row in rows:
             if row["status"] in STATUSES and row["mode"] in MODES:
@@ -70,6 +72,8 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
                 entry.incomplete += 1
         for env_id, own in kernel_rows.items():
             gathered.setdefault(env_id, _Gathered()).kernel_rows += own
+        for env_id, own in training_rows.items():
+            gathered.setdefault(env_id, _Gathered()).training_rows += own
         for env_id, entry in gathered.items():
             entry.facts |= facts.get(env_id, {})
     return [_environment(env_id, entry) for env_id, entry in gathered.items()]
@@ -87,8 +91,9 @@ def _environment(env_id: str, entry: _Gathered) -> Environment:
     )
     rows_read = len(entry.rows) + entry.incomplete
     return Environment(
-        env_id, entry.facts, comparisons, rows_read, entry.incomplete, workloads(entry.kernel_rows)
-    )
+        env_id, entry.facts, comparisons, rows_read, entry.incomplete,
+        workloads(entry.kernel_rows), experiments(entry.training_rows),
+    )  # fmt: skip
 
 
 def _result(row: Row) -> Result:

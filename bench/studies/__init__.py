@@ -1,24 +1,49 @@
-"""STUDIES: questions answered by measurement, a file each.
+"""STUDIES: questions answered by measurement, `resfuse study NAME`.
 
-`run(results, device)` returns what to tell the user.
+A study is an entry here, its flags in bench/flags.py, and a file or a package of its name.
 """
 
+import argparse
 import importlib
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
-from resfuse.bench.selection import pick
+from resfuse.bench import flags
 
-Study = Callable[[Path, str], str]
 
-STUDIES = {
-    "gate": "resfuse.bench.studies.gate:run",
-    "overhead": "resfuse.bench.studies.overhead:run",
+@dataclass(frozen=True)
+class Study:
+    run: str  # "module:function", imported when used: takes the parsed flags, returns the exit code
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    does: str  # for `resfuse study --help`
+
+
+STUDIES: dict[str, Study] = {
+    "overhead": Study(
+        "resfuse.bench.studies.overhead:run",
+        flags.add_overhead,
+        "does the harness slow down what it measures?",
+    ),
+    "gate": Study(
+        "resfuse.bench.studies.gate:run",
+        flags.add_gate,
+        "how often does `resfuse compare` cry wolf, and what does it miss?",
+    ),
+    "depth": Study(
+        "resfuse.bench.studies.depth:run",
+        flags.add_depth,
+        "time, memory and error from 18 to 1202 layers, by backend",
+    ),
+    "degradation": Study(
+        "resfuse.bench.studies.degradation.command:run",
+        flags.add_degradation,
+        "plain against residual networks of growing depth, trained on real data",
+    ),
 }
 
 
-def load_study(name: str) -> Study:
-    """Raises UsageError for an unknown name, listing the known ones."""
-    module, function = STUDIES[pick("NAME", [name], list(STUDIES))[0]].split(":")
-    study: Study = getattr(importlib.import_module(module), function)
+def load_study(name: str) -> Callable[[argparse.Namespace], int]:
+    """The function behind a name in STUDIES."""
+    module, function = STUDIES[name].run.split(":")
+    study: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), function)
     return study

@@ -8,6 +8,7 @@ measures A and then B; and each three slowed ones with the equal ones right befo
 The comparisons overlap, so their shares are known less well than so many independent ones would be.
 """
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,26 +47,28 @@ OPTIONS = Options(seconds=0.5, min_rounds=20, timeout_s=120.0)
 Runs = Mapping[str, Sequence[int]]  # kind -> the numbers of its runs, in the order of time
 
 
-def run(folder: Path, asked_device: str) -> str:
-    """Measures, compares, appends a row for each kind; returns a line each.
+def run(args: argparse.Namespace) -> int:
+    """`resfuse study gate`: measures, compares, appends a row for each kind; prints a line each.
 
     Raises:
         UsageError: the results folder cannot be written, or too few runs passed.
     """
-    device = worker.resolve_device(asked_device)
-    results.check_writable(folder / machine.folder_name(machine.facts(device, 0)), HARNESS)
+    device = worker.resolve_device(args.device)
+    results.check_writable(args.results / machine.folder_name(machine.facts(device, 0)), HARNESS)
     rows, runs = measure(device, CYCLES)
     found = [
         _row("equal", 0.0, len(rows), equal_sides(runs), rows),
         _row("slowed", SLOWDOWN, len(rows), slowed_sides(runs), rows),
     ]
-    path = append(folder, device, found)
-    lines = [
-        f"{row['planted_pct']:g} % planted: {row['flagged_pct']:.1f} % of {row['comparisons']} "
-        f"comparisons flagged; B / A is {row['ratio']:.3f}, runs differ by {row['noise_pct']:.1f} %"
-        for row in found
-    ]
-    return "\n".join([*lines, f"appended to {path}"])
+    path = append(args.results, device, found)
+    for row in found:
+        print(
+            f"{row['planted_pct']:g} % planted: {row['flagged_pct']:.1f} % of {row['comparisons']} "
+            f"comparisons flagged; B / A is {row['ratio']:.3f}, "
+            f"runs differ by {row['noise_pct']:.1f} %"
+        )
+    print(f"appended to {path}")
+    return 0
 
 
 def measure(device: str, cycles: int) -> tuple[pd.DataFrame, Runs]:

@@ -4,8 +4,8 @@ Blocks of both take turns, in one process, on the same model and input; the rati
 block. The result is appended to harness.csv in the results folder of this environment.
 """
 
+import argparse
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -23,18 +23,21 @@ STEPS = 4  # a block
 MODELS = ("resnet18", "resnet50")
 
 
-def run(folder: Path, asked_device: str) -> str:
-    """Measures every model of MODELS at batch 1; returns a line each."""
-    device = worker.resolve_device(asked_device)
-    results.check_writable(folder / machine.folder_name(machine.facts(device, 0)), HARNESS)
+def run(args: argparse.Namespace) -> int:
+    """`resfuse study overhead`: every model of MODELS at batch 1; prints a line each."""
+    device = worker.resolve_device(args.device)
+    home = args.results / machine.folder_name(machine.facts(device, 0))
+    results.check_writable(home, HARNESS)
     rows = [_measure(model, device) for model in MODELS]
-    path = append(folder, device, rows)
-    lines = [
-        f"{row['model']}: {row['bare_samples_per_sec']:.1f} images/s in a bare loop, "
-        f"harness / bare {row['ratio']:.3f} [{row['ratio_ci_low']:.3f}, {row['ratio_ci_high']:.3f}]"
-        for row in rows
-    ]
-    return "\n".join([*lines, f"appended to {path}"])
+    path = append(args.results, device, rows)
+    for row in rows:
+        print(
+            f"{row['model']}: {row['bare_samples_per_sec']:.1f} images/s in a bare loop, "
+            f"harness / bare {row['ratio']:.3f} "
+            f"[{row['ratio_ci_low']:.3f}, {row['ratio_ci_high']:.3f}]"
+        )
+    print(f"appended to {path}")
+    return 0
 
 
 def _measure(name: str, device: str) -> dict[str, Value]:

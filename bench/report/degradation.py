@@ -1,0 +1,164 @@
+"""From degradation.csv to experiments: trainings that may stand side by side, and what they say.
+
+The latest row of a training stands. Numbers only; the words are in degradation_section.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from resfuse.bench.results import read_rows
+from resfuse.bench.row import STATUSES
+from resfuse.bench.statistics import mean_interval
+from resfuse.bench.studies.degradation.row import ASKED, SHEET
+from resfuse.bench.studies.degradation.run import PLAIN, SHORTCUTS
+
+NETWORKS = (PLAIN, *SHORTCUTS)  # what tells the networks of one depth apart, in order
+SHARED = ("device_name", "data", "epochs", "batch_size", "learning_rate")
+MOST = 100.0  # percent
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One network's; errors in percent of the images, curves by epoch and by layer."""
+
+    model: str
+    shortcut: str  # one of NETWORKS
+    depth: int
+    seed: int
+    status: str
+    error: str
+    commit: str
+    numbers: Mapping[str, float]  # columns of the sheet, without the empty ones
+    curves: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Trainings on the same images for the same time."""
+
+    device_name: str
+    data: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    trainings: tuple[Training, ...]  # by network, depth, seed
+
+    @property
+    def finished(self) -> list[Training]:
+        return [training for training in self.trainings if training.status == "pass"]
+
+    @property
+    def networks(self) -> list[str]:
+        found = {training.shortcut for training in self.finished}
+        return [network for network in NETWORKS if network in found]
+
+    @property
+    def depths(self) -> list[int]:
+        return sorted({training.depth for training in self.finished})
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizer, in the longest training; 0 where none is finished."""
+        images = [int(t.numbers.get("train_images", 0)) for t in self.finished]
+        return self.epochs * -(-max(images, default=0) // self.batch_size)
+
+    def of(self, network: str, depth: int) -> list[Training]:
+        """The finished trainings of a network at a depth, a seed each."""
+        return [t for t in self.finished if (t.shortcut, t.depth) == (network, depth)]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval by Student's t, kept to 0 to 100 %; one seed has
+    none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    def above(self, other: "Estimate") -> bool:
+        """Whether the intervals are apart, this one's on the upper side."""
+        return self.low is not None and other.high is not None and self.low > other.high
+
+
+def estimate(trainings: Sequence[Training], column: str) -> Estimate | None:
+    """The error in `column` over the seeds; None where there is none."""
+    values = [t.numbers[column] for t in trainings if column in t.numbers]
+    if not values:
+        return None
+    mean, low, high = mean_interval(values)
+    if low is None or high is None:
+        return Estimate(mean, None, None, len(values))
+    return Estimate(mean, max(0.0, low), min(MOST, high), len(values))
+
+
+def read_training_rows(folder: Path) -> dict[str, list[Row]]:
+    """env_id -> whole rows of a folder's degradation.csv, in the order of the file; nothing without
+    it.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    if not (folder / SHEET.file).exists():
+        return {}
+    found: dict[str, list[Row]] = {}
+    for row in read_rows(folder, SHEET).to_dict("records"):
+        if row["status"] in STATUSES:  # otherwise a crash cut it off
+            found.setdefault(str(row["env_id"]), []).append({str(k): v for k, v in row.items()})
+    return found
+
+
+def experiments(rows: Sequence[Row]) -> tuple[Experiment, ...]:
+    """The experiments of one environment's rows, by data and length."""
+    latest = {tuple(str(row[name]) for name in (*SHARED, *ASKED)): row for row in rows}
+    grouped: dict[tuple[object, ...], list[Row]] = {}
+    for row in latest.values():
+        grouped.setdefault(tuple(row[name] for name in SHARED), []).append(row)
+    made = (_experiment(group) for group in grouped.values())
+    return tuple(sorted(made, key=lambda e: (e.device_name, e.data, e.epochs)))
+
+
+def _experiment(rows: Sequence[Row]) -> Experiment:
+    first = rows[0]
+    trainings = sorted(
+        (_training(row) for row in rows),
+        key=lambda t: (NETWORKS.index(t.shortcut), t.depth, t.seed),
+    )
+    return Experiment(
+        device_name=str(first["device_name"]),
+        data=str(first["data"]),
+        epochs=_whole(first["epochs"]),
+        batch_size=_whole(first["batch_size"]),
+        learning_rate=float(str(first["learning_rate"])),
+        trainings=tuple(trainings),
+    )
+
+
+def _training(row: Row) -> Training:
+    numbers, curves = {}, {}
+    for name in SHEET.columns:
+        value = row.get(name)
+        if name.endswith(("_by_epoch_pct", "_by_layer")):
+            curves[name] = tuple(float(number) for number in str(value).split())
+        elif isinstance(value, int | float) and math.isfinite(value):
+            numbers[name] = float(value)
+    return Training(
+        model=str(row["model"]),
+        shortcut=str(row["shortcut"]),
+        depth=_whole(row["depth"]),
+        seed=_whole(row["seed"]),
+        status=str(row["status"]),
+        error=str(row["error"]),
+        commit=str(row["commit"]),
+        numbers=numbers,
+        curves=curves,
+    )
+
+
+def _whole(value: object) -> int:
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0
