@@ -36,7 +36,7 @@ static void grouped_in(const Step& s, long from, long to) {
           const Floats weight = load(w);
           const Ints lanes = lanes_of_input<GROUP>(i);
           UNROLLED for (long m = 0; m < M; m++) {
-            sum[m] += (GROUP == 1 ? value[m] : __builtin_shuffle(value[m], lanes)) * weight;
+            sum[m] += (GROUP == 1 ? value[m] : shuffle(value[m], lanes)) * weight;
           }
         }
       }

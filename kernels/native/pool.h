@@ -21,7 +21,7 @@ static void max_pool(const Step& s, long t, long threads) {
             const long w = left + tap * s.dilation_w;
             if (w < 0 || w >= s.W) continue;
             const Floats value = load(image + (h * s.W + w) * s.x_pitch + k);
-            most = (value > most) | (value != value) ? value : most;  // NaN stays NaN
+            most = ((value > most) | (value != value)) ? value : most;  // NaN stays NaN
           }
         }
         store(y + k, most);

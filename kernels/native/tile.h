@@ -35,14 +35,16 @@ struct Tile {
   inline const float* add(const float* const* x, const float* w, long depth, const float* ahead) {
     const float* row[M];
     UNROLLED for (long m = 0; m < M; m++) row[m] = x[m];
+    Held<Tile> held = *this;
     for (long c = 0; c < depth; c++, w += columns, ahead += LINE) {
       __builtin_prefetch(ahead, 0, 2);
       Floats weight[N];
       UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
       UNROLLED for (long m = 0; m < M; m++) {
-        UNROLLED for (long n = 0; n < N; n++) sum[m][n] += row[m][c] * weight[n];
+        UNROLLED for (long n = 0; n < N; n++) held.sum[m][n] += row[m][c] * weight[n];
       }
     }
+    *this = held;
     return w;
   }
 };
