@@ -1,5 +1,6 @@
 """Captures a model as a Graph, by torch.export."""
 
+import hashlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from resfuse.kernels.engine.graph import (
     Affine,
@@ -73,9 +74,8 @@ class _Reader:
     """Reads an exported program, a node of ATen each."""
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
-        self.state: dict[str, Tensor] = {
-            name: t.detach() for name, t in {**program.state_dict, **program.constants}.items()
-        }
+        self.state: dict[str, Tensor] = {name: t.detach() for name, t in program.state_dict.items()}
+        self._constants: list[str] = []
         self._program = program
         self._names: dict[fx.Node, str] = {}  # values, under the name that stands for them
         self._states: dict[fx.Node, str] = {}
@@ -91,7 +91,7 @@ class _Reader:
                 if spec.kind == InputKind.USER_INPUT:
                     self._add_value(node, node.name)
                 else:
-                    self._states[node] = str(spec.target)
+                    self._states[node] = self._name_of(spec)
             elif node.op == "call_function":
                 self._call(node)
         (output,) = (node for node in self._program.graph.nodes if node.op == "output")
@@ -105,7 +105,25 @@ class _Reader:
                 f"argument model: it returns a {out_spec.type.__name__}; accepted: tensors, and "
                 "lists, tuples and dicts of them"
             ) from error
-        return Graph(str(input_name), tuple(returned), tuple(self._nodes), self._values, spec)
+        return Graph(
+            str(input_name), tuple(returned), tuple(self._nodes), self._values, spec,
+            tuple(self._constants),
+        )  # fmt: skip
+
+    def _name_of(self, spec: InputSpec) -> str:
+        """In the state. A tensor that the forward makes of numbers may have others for other batch
+        sizes, though torch calls it the same: its content becomes part of its name.
+        """
+        name = str(spec.target)
+        if name in self._program.state_dict:
+            return name
+        constant = self._program.constants[name].detach()
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            content = constant.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            name = f"{name}:{hashlib.sha256(content).hexdigest()[:12]}"
+        self._constants.append(name)
+        self.state[name] = constant
+        return name
 
     def _returned(self, item: Any) -> str:
         if not isinstance(item, fx.Node) or item not in self._names:

@@ -142,6 +142,7 @@ class Graph:
     nodes: tuple[Node, ...]
     values: dict[str, Value]
     spec: str = ""  # how the outputs make up the model's result (torch.utils._pytree, as JSON)
+    constants: tuple[str, ...] = ()  # of the state, what the model's state_dict does not have
 
     @cached_property
     def readers(self) -> Counter[str]:

@@ -31,6 +31,7 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         "input": graph.input,
         "outputs": list(graph.outputs),
         "spec": graph.spec,
+        "constants": list(graph.constants),
         "values": {
             name: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")}
             for name, v in graph.values.items()
@@ -58,6 +59,7 @@ def graph_from_json(data: dict[str, Any]) -> Graph:
             for name, v in data["values"].items()
         },
         data["spec"],
+        tuple(data.get("constants", [])),
     )
 
 

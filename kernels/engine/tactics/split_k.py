@@ -53,6 +53,7 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
     config = Config(conv_config.Config(**settings), *splits)
     made = workspace(problem, config, state[op.weight].device)
     counters, partials = made.counters, made.partials.numel()  # counters end each run as zeros
+    room.hold([counters])
 
     def launch_of(t: "Tensors") -> "Launch":
         # The parts of the sum are needed while the launch runs: then others have their memory.
