@@ -17,6 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from resfuse.kernels.barred import known
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.ceilings import Ceilings
 from resfuse.kernels.engine.cuda_graph import Recorded, Turns
@@ -306,7 +307,7 @@ def _build(
 ) -> Built:
     dtype = graph.values[graph.input].dtype
     tactics = tactics_on(device, dtype)
-    measured = Measurer(graph, state, device, tactics, cache)
+    measured = Measurer(graph, state, device, tactics, cache, known(device))
     segments = plan(graph, tactics, measured, lambda c: tactics[c.tactic].scratch(graph, c))
     executor = Executor(graph, [s.choice for s in segments], state, laid)
     return Built(graph, tuple(segments), executor)

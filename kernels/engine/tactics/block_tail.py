@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.arguments import empty_channels_last
+from resfuse.kernels.barred import Key, key_of
 from resfuse.kernels.block_tail_config import Config, TailProblem, candidates
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import Conv, Graph, Node, State
@@ -68,6 +69,11 @@ def segments(graph: Graph, at: int) -> Iterable[Choice]:
         if tail is not None:
             for config in candidates(tail.problem):
                 yield Choice("block_tail", at, stop, tuple(asdict(config).items()))
+
+
+def configuration(graph: Graph, choice: Choice) -> Key:
+    mode = triton_kernels.math_mode(graph, choice)
+    return key_of("block_tail", mode, Config(**choice.settings))
 
 
 def scratch(graph: Graph, choice: Choice) -> int:

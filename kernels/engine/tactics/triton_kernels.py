@@ -82,6 +82,13 @@ def key_of(op: Conv) -> tuple[Hashable, ...]:
     return op.weight, op.bias, op.norm, problem.c, problem.r, problem.s, problem.groups
 
 
+def math_mode(graph: Graph, choice: Choice) -> str:
+    """Of the convolutions of a segment."""
+    op = graph.nodes[choice.start].op
+    assert isinstance(op, Conv)
+    return op.problem.math_mode
+
+
 def input_shape(problem: ConvProblem) -> tuple[int, ...]:
     return problem.n, problem.c, problem.h, problem.w
 
