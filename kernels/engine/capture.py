@@ -24,6 +24,7 @@ from resfuse.kernels.engine.graph import (
     Value,
 )
 from resfuse.kernels.engine.merge import merge
+from resfuse.kernels.engine.spelled_norm import spelled_norm
 from resfuse.kernels.problem import MATH_MODES, ConvProblem, math_mode_of
 
 aten = torch.ops.aten
@@ -276,6 +277,10 @@ class _Reader:
         return True
 
     def _sum(self, node: fx.Node) -> bool:
+        if (spelled := spelled_norm(node, self._state)) is not None and self._is_map(spelled[0]):
+            x, norm = spelled
+            self._add(node, Affine(norm), x)
+            return True
         a, b = _arguments(node)
         if not (self._is_map(a) and self._is_map(b)) or node.kwargs:
             return False
@@ -288,9 +293,11 @@ class _Reader:
         x, kernel, stride, padding, dilation, ceil = _with_defaults(
             node, (None, [0, 0], [1, 1], False)
         )
-        if ceil or not self._is_map(x):
+        if not self._is_map(x):
             return False
-        op = MaxPool(_pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation))
+        op = MaxPool(
+            _pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation), bool(ceil)
+        )
         self._add(node, op, x)
         return True
 

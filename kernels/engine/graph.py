@@ -89,6 +89,7 @@ class MaxPool:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    ceil: bool = False  # a last window that hangs over the far edge counts, too
 
 
 @dataclass(frozen=True)

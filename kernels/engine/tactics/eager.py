@@ -84,7 +84,8 @@ def function_of(
     if isinstance(op, Affine):
         return _affine(op, values[node.name].shape, state, dtype, keep)
     if isinstance(op, MaxPool):
-        return lambda x: F.max_pool2d(x, op.kernel, op.stride, op.padding, op.dilation)
+        window = op.kernel, op.stride, op.padding, op.dilation, op.ceil
+        return lambda x: F.max_pool2d(x, *window)
     if isinstance(op, Mean):
         shape = values[node.name].shape
         return lambda x: x.mean((2, 3)).view(shape)
