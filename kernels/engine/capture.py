@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from resfuse.kernels.engine.graph import (
     Affine,
+    AveragePool,
     Concat,
     Conv,
     Graph,
@@ -20,6 +21,7 @@ from resfuse.kernels.engine.graph import (
     Mean,
     Node,
     Norm,
+    Pick,
     Torch,
     Value,
 )
@@ -301,6 +303,41 @@ class _Reader:
         self._add(node, op, x)
         return True
 
+    def _average_pool(self, node: fx.Node) -> bool:
+        x, kernel, stride, padding, ceil, count_padding, divisor = _with_defaults(
+            node, ([], [0, 0], False, True, None)
+        )
+        if not self._is_map(x) or len(x.meta["val"].shape) != 4:
+            return False
+        window = _pair(kernel), _pair(stride or kernel), _pair(padding)
+        self._add(node, AveragePool(*window, bool(ceil), bool(count_padding), divisor), x)
+        return True
+
+    def _nearest(self, node: fx.Node) -> bool:
+        """Which pixels are picked is found out by having torch pick numbers."""
+        x, *how = _arguments(node)
+        if not self._is_map(x) or len(x.meta["val"].shape) != 4 or node.kwargs:
+            return False
+        h, w = x.meta["val"].shape[2:]
+        rows = torch.arange(h).float()[:, None].expand(1, 1, h, w)
+        columns = torch.arange(w).float().expand(1, 1, h, w)
+        picked = node.target(rows, *how)[0, 0, :, 0], node.target(columns, *how)[0, 0, 0]  # type: ignore[operator]
+        self._add(node, Pick(*(tuple(map(int, each.tolist())) for each in picked)), x)
+        return True
+
+    def _product(self, node: fx.Node) -> bool:
+        """Maps times one number a channel, as of squeeze-and-excitation."""
+        for x, gate in (_arguments(node), _arguments(node)[::-1]):
+            gate = _unexpanded(gate)
+            if not (self._is_map(x) and self._is_map(gate)) or node.kwargs:
+                continue
+            of_x, of_gate = x.meta["val"], gate.meta["val"]
+            fits = of_x.dim() == 4 and of_gate.shape == (*of_x.shape[:2], 1, 1)
+            if fits and of_x.dtype == of_gate.dtype and x is not gate:
+                self._add(node, Affine(gate=True), x, gate)
+                return True
+        return False
+
     def _mean(self, node: fx.Node) -> bool:
         x, *rest = _arguments(node)
         if not self._is_map(x) or len(x.meta["val"].shape) != 4:
@@ -312,8 +349,17 @@ class _Reader:
             self._names[node] = self._names[x]
             return True
         elif _pair(rest[0]) != (1, 1):
-            return False
+            return self._adaptive_pool(node, x, _pair(rest[0]))
         self._add(node, Mean(), x)
+        return True
+
+    def _adaptive_pool(self, node: fx.Node, x: fx.Node, to: tuple[int, int]) -> bool:
+        """To as many windows, where they are all alike."""
+        h, w = x.meta["val"].shape[2:]
+        if h % to[0] or w % to[1]:
+            return False
+        window = h // to[0], w // to[1]
+        self._add(node, AveragePool(window, window, (0, 0)), x)
         return True
 
     def _concat(self, node: fx.Node) -> bool:
@@ -330,6 +376,10 @@ _READERS: dict[Any, Callable[[_Reader, fx.Node], bool]] = {
     aten._native_batch_norm_legit_no_training.default: _Reader._norm,
     aten.add.Tensor: _Reader._sum,
     aten.max_pool2d.default: _Reader._max_pool,
+    aten.avg_pool2d.default: _Reader._average_pool,
+    aten.upsample_nearest2d.vec: _Reader._nearest,
+    aten.upsample_nearest2d.default: _Reader._nearest,
+    aten.mul.Tensor: _Reader._product,
     aten.adaptive_avg_pool2d.default: _Reader._mean,
     aten.mean.dim: _Reader._mean,
     aten.cat.default: _Reader._concat,
@@ -357,6 +407,13 @@ def _pair(given: Any) -> tuple[int, int]:
 def _reshaped(arg: Any) -> Any:
     """What a view of it shows."""
     while isinstance(arg, fx.Node) and arg.target in (aten.view.default, aten.reshape.default):
+        arg = arg.args[0]
+    return arg
+
+
+def _unexpanded(arg: Any) -> Any:
+    """What is repeated in it."""
+    while isinstance(arg, fx.Node) and arg.target in (aten.expand.default, *_SAME_VALUES):
         arg = arg.args[0]
     return arg
 

@@ -9,6 +9,7 @@ import torch
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import (
     Affine,
+    AveragePool,
     Concat,
     Conv,
     Graph,
@@ -17,13 +18,16 @@ from resfuse.kernels.engine.graph import (
     Node,
     Norm,
     Operation,
+    Pick,
     Torch,
     Value,
 )
 from resfuse.kernels.engine.planner import Segment
 from resfuse.kernels.problem import ConvProblem
 
-_OPERATIONS = {kind.__name__: kind for kind in (Conv, Affine, MaxPool, Mean, Concat, Torch)}
+_OPERATIONS = {
+    kind.__name__: kind for kind in (Conv, Affine, MaxPool, AveragePool, Pick, Mean, Concat, Torch)
+}
 
 
 def graph_to_json(graph: Graph) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def _norm(scale: Any, shift: Any, state_of: StateOf) -> Norm | None:
         for mean, same in _either(product, aten.mul.Tensor):
             names = [state_of(_plain(each)) for each in (mean, var, weight, bias)]
             if _plain(same) is scale and None not in names:
-                return Norm(*map(str, names), eps)
+                return Norm(str(names[0]), str(names[1]), names[2], names[3], eps)
     return None
 
 

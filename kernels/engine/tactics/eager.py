@@ -12,12 +12,14 @@ from resfuse.kernels.activation import ACTIVATIONS
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import (
     Affine,
+    AveragePool,
     Concat,
     Conv,
     Graph,
     MaxPool,
     Mean,
     Node,
+    Pick,
     State,
     Torch,
     Value,
@@ -86,6 +88,12 @@ def function_of(
     if isinstance(op, MaxPool):
         window = op.kernel, op.stride, op.padding, op.dilation, op.ceil
         return lambda x: F.max_pool2d(x, *window)
+    if isinstance(op, AveragePool):
+        own = op.kernel, op.stride, op.padding, op.ceil, op.count_padding, op.divisor
+        return lambda x: F.avg_pool2d(x, *own)
+    if isinstance(op, Pick):
+        rows, columns = list(op.rows), list(op.columns)
+        return lambda x: x[:, :, rows][..., columns]
     if isinstance(op, Mean):
         shape = values[node.name].shape
         return lambda x: x.mean((2, 3)).view(shape)
@@ -128,6 +136,8 @@ def _affine(
     op: Affine, shape: tuple[int, ...], state: State, dtype: torch.dtype | None, keep: Keep
 ) -> Function:
     finish = _finish(op, state, keep)
+    if op.gate:
+        return lambda x, gate, *residual: finish(x * gate, residual)
     if op.norm is None:
         return lambda x, *residual: finish(x, residual)
     around = (1, -1) + (1,) * (len(shape) - 2)
