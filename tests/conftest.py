@@ -1,5 +1,6 @@
 """Fixtures shared by the tests, and the machine's facts for pytest-benchmark."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -17,6 +18,15 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parent.parent
 Resfuse = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_networks_left() -> Iterator[None]:
+    """Networks in reference cycles (torch.fx makes some) are freed: Python counts objects, and not
+    their hundred megabytes, to decide when to look for them.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture

@@ -31,11 +31,13 @@ class Executor:
         """
         self.graph, self.choices = graph, tuple(choices)
         native = [n for c in choices if _in_arena(c) for n in graph.nodes[c.start : c.stop]]
-        self._native = {node.name for node in native}
-        placed = self._native | {name for node in native for name in node.inputs}
+        inner = {name for c in choices if _in_arena(c) for name in graph.inner(c.start, c.stop)}
+        self._native = {node.name for node in native} - inner
+        placed = self._native | {name for node in native for name in node.inputs} - inner
+        segments = [(c.start, c.stop) for c in choices]
         scratch = {c.start: size for c in choices if (size := _scratch(graph, c)) > 0}
         self._laid = laid or Laid()
-        self.room = Room(graph, placed, scratch, lanes() if placed else 1, self._laid)
+        self.room = Room(graph, placed, scratch, segments, lanes() if placed else 1, self._laid)
         self._views = {name: self.room.view(name) for name in placed}
         self._items: list[Item] = []
         self._copies: list[Item] = []  # those of the items that bring values into the arena
@@ -77,8 +79,9 @@ class Executor:
         work = TACTICS[choice.tactic].load().lower(self.graph, choice, state, self.room)
         nodes = self.graph.nodes[choice.start : choice.stop]
         if isinstance(work, Native):
+            inner = self.graph.inner(choice.start, choice.stop)
             for name in dict.fromkeys(name for node in nodes for name in node.inputs):
-                if name not in self._native and name not in self._copied:
+                if name not in self._native | inner and name not in self._copied:
                     self._copy_in(name)
             self._steps += work.steps
         else:

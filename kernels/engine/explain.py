@@ -1,4 +1,6 @@
-"""The table Engine.explain prints: a line a segment, and what the whole could be at best."""
+"""The table Engine.explain prints: a line a segment, a line more for each operation joined to its
+first, and what the whole could be at best.
+"""
 
 from collections.abc import Sequence
 
@@ -48,9 +50,12 @@ def table(
     total = sum(segment.ms for segment in segments)
     rows = [_row(graph, segment, total, ceilings) for segment in segments]
     floor = sum(float(row[4]) for row in rows) if ceilings else None
+    joined = [[f"+ {name_of(n)}" for n in _nodes(graph, segment)[1:]] for segment in segments]
     widths = [max(len(row[i]) for row in [_HEADINGS, *rows]) for i in range(len(_HEADINGS))]
+    widths[0] = max([widths[0], *(len(name) for names in joined for name in names)])
     lines = [_line(_HEADINGS, widths), _line(["-" * w for w in widths], widths)]
-    lines += [_line(row, widths) for row in rows]
+    for row, names in zip(rows, joined, strict=True):
+        lines += [_line(row, widths), *names]
     lines.append("")
     batch = graph.batch_size
     lines.append(
@@ -96,7 +101,7 @@ def _row(
         f"{segment.runner_up_ms:.3f} {segment.runner_up.label()}" if segment.runner_up else ""
     )
     return (
-        "; ".join(name_of(node) for node in _nodes(graph, segment)),
+        name_of(_nodes(graph, segment)[0]),
         segment.choice.label(),
         f"{segment.ms:.3f}",
         f"{100 * segment.ms / total:.1f}",

@@ -197,6 +197,12 @@ class Graph:
             next(iter(reads), ""), outputs, nodes, {name: self.values[name] for name in names}
         )
 
+    def inner(self, start: int, stop: int) -> set[str]:
+        """What nodes [start, stop) make, and they alone read."""
+        nodes = self.nodes[start:stop]
+        here = Counter(name for node in nodes for name in node.inputs)
+        return {n.name for n in nodes if n.name in here and self.readers[n.name] == here[n.name]}
+
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """Values that no node makes."""

@@ -3,7 +3,7 @@ how far it is from one pixel to the next. A sum is written over its residual whe
 again, and the parts of a concatenation are written where the whole will be.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, Node
@@ -38,13 +38,21 @@ class Homes:
     buffers: list[Buffer]
 
 
-def find_homes(graph: Graph, values: Collection[str], lanes: int, element_bytes: int) -> Homes:
+def find_homes(
+    graph: Graph,
+    values: Collection[str],
+    segments: Sequence[tuple[int, int]],
+    lanes: int,
+    element_bytes: int,
+) -> Homes:
     """Homes for `values`, those of a graph that are to be in the arena.
 
     Args:
+        segments: nodes [start, stop) that may run interleaved: what one of them reads is needed
+            until all are done, and what one writes from when the first begins.
         lanes: elements of a vector; pixels are a whole number of them apart.
     """
-    return _Finder(graph, values, lanes).homes(element_bytes)
+    return _Finder(graph, values, segments, lanes).homes(element_bytes)
 
 
 def channels_of(graph: Graph, name: str) -> int:
@@ -58,8 +66,15 @@ def pixels_of(graph: Graph, name: str) -> int:
 
 
 class _Finder:
-    def __init__(self, graph: Graph, values: Collection[str], lanes: int) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        values: Collection[str],
+        segments: Sequence[tuple[int, int]],
+        lanes: int,
+    ) -> None:
         self._graph, self._values, self._lanes = graph, set(values), lanes
+        self._segment = {at: (start, stop) for start, stop in segments for at in range(start, stop)}
         self._made_at = {node.name: at for at, node in enumerate(graph.nodes)}
         self._blocks: list[_Block] = []
         self._of: dict[str, tuple[int, int]] = {}  # block, channel
@@ -95,8 +110,9 @@ class _Finder:
         self._of[name] = block, channel
         home, at = self._blocks[block], self._made_at.get(name, 0)
         home.members.append(name)
-        home.first = min(home.first, at)
-        home.last = max(home.last, self._graph.last_read.get(name, at), at)
+        last = max(self._graph.last_read.get(name, at), at)
+        home.first = min(home.first, self._segment.get(at, (at, at))[0])
+        home.last = max(home.last, self._segment.get(last, (last, last + 1))[1] - 1)
 
     def _overwritten(self, node: Node) -> str | None:
         """The value that `node` may write its output over."""
@@ -106,15 +122,16 @@ class _Finder:
         if over is None or over not in self._of or over not in self._made_at:
             return None
         block, _ = self._of[over]
-        readers = self._graph.readers[over]
+        at = self._made_at[node.name]
+        start, stop = self._segment[at]
         alone = all(
-            self._graph.last_read.get(member, 0) < self._made_at[node.name]
-            and self._of[member] == self._of[over]
+            self._graph.last_read.get(member, 0) < start and self._of[member] == self._of[over]
             for member in self._blocks[block].members
             if member != over
         )
-        last = self._graph.last_read[over] == self._made_at[node.name]
-        return over if alone and last and readers >= 1 and node.inputs.count(over) == 1 else None
+        last = self._graph.last_read[over] == at
+        reads = sum(other.inputs.count(over) for other in self._graph.nodes[start:stop])
+        return over if alone and last and reads == 1 else None
 
     def _concat(self, node: Node) -> None:
         """Its parts next to each other; where that cannot be, it is left to be copied."""

@@ -1,6 +1,6 @@
 """Room: where the values of an executor are, for the tactics that write to fixed addresses."""
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,19 +51,23 @@ class Room:
         graph: Graph,
         values: Collection[str],
         scratch: Mapping[int, int],
+        segments: Sequence[tuple[int, int]],
         lanes: int,
         laid: Laid,
     ) -> None:
         """
         Args:
             values: those that live in the arena.
-            scratch: bytes that the node at a position needs while it runs.
+            scratch: bytes that the segment from a position on needs while it runs.
+            segments: nodes [start, stop) that one choice computes, in any order among them; all
+                are in one.
             lanes: floats of a vector.
             laid: weights that have been laid out before; others are added.
         """
         self._graph, self._laid = graph, laid
-        homes = find_homes(graph, values, lanes, 4)
-        work = [Buffer(size, at, at) for at, size in scratch.items()]
+        homes = find_homes(graph, values, segments, lanes, 4)
+        stops = dict(segments)
+        work = [Buffer(size, at, stops[at] - 1) for at, size in scratch.items()]
         arena = arrange([*homes.buffers, *work])
         self._homes = homes.of
         self._offsets = arena.offsets
@@ -86,7 +90,7 @@ class Room:
         return self._homes[name].pitch
 
     def scratch(self, at: int) -> int:
-        """The address of the scratch memory of the node at a position."""
+        """The address of the scratch memory of the segment from a position on."""
         return self._floats.data_ptr() + self._scratch[at]
 
     def weights(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:

@@ -74,7 +74,7 @@ static void direct_shallow(const Step& s, const Task& task, const float* weights
     for (long r = 0; r < s.R; r++) {
       for (long tap = 0; tap < taps; tap++) {
         windows.tap(s, r, tap, x);
-        w = tile.add(x, w, depth, w);
+        w = tile.add(x, w, depth, w, Next{});
       }
     }
     write(s, tile, pixel, task.k);
@@ -107,8 +107,12 @@ static void direct_slices(const Step& s, const Task& task, const float* w, float
       } else {
         Windows<M>(s, pixel, task.channel + c).tap(s, tap / s.S, tap % s.S, x);
       }
-      if (last) prefetch(s, pixel, M, task.k, N);
-      tile.add(x, w, depth, ahead.take(depth));
+      Next next{M * s.stride_w * s.x_pitch, nullptr, 0};
+      if (last) {
+        next.y_pitch = s.residual ? s.residual_pitch : s.y_pitch;
+        next.y = (s.residual ? s.residual : s.y) + (pixel + M) * next.y_pitch + task.k;
+      }
+      tile.add(x, w, depth, ahead.take(depth), next);
       if (last) {
         write(s, tile, pixel, task.k);
       } else {
@@ -119,12 +123,14 @@ static void direct_slices(const Step& s, const Task& task, const float* w, float
   }
 }
 
-static void direct(const Step& s, long t, long threads) {
-  const long C = s.C / s.groups, K = s.K / s.groups, pixels = s.N * s.P * s.Q;
+// The panels of all groups, one after another.
+static inline long direct_panels(const Step& s) {
+  return s.groups * ((s.K / s.groups + PANEL - 1) / PANEL);
+}
+
+static void direct_in(const Step& s, const Part& all_pixels, const Part& all_panels, float* sums) {
+  const long C = s.C / s.groups, K = s.K / s.groups;
   const long panels = (K + PANEL - 1) / PANEL, taps = s.R * s.S * C;
-  const Part all_pixels(pixels, PIXELS, s.by_channel ? 0 : t, s.by_channel ? 1 : threads);
-  const Part all_panels(s.groups * panels, 1, s.by_channel ? t : 0, s.by_channel ? threads : 1);
-  float* const sums = s.scratch + t * s.scratch_pitch;
   for (long from = all_pixels.from; from < all_pixels.to; from += s.block) {
     const long to = least(from + s.block, all_pixels.to);
     for (long p = all_panels.from; p < all_panels.to; p++) {
@@ -138,4 +144,10 @@ static void direct(const Step& s, long t, long threads) {
       }
     }
   }
+}
+
+static void direct(const Step& s, long t, long threads) {
+  const Part pixels(s.N * s.P * s.Q, PIXELS, s.by_channel ? 0 : t, s.by_channel ? 1 : threads);
+  const Part panels(direct_panels(s), 1, s.by_channel ? t : 0, s.by_channel ? threads : 1);
+  direct_in(s, pixels, panels, s.scratch + t * s.scratch_pitch);
 }

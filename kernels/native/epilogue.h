@@ -25,16 +25,6 @@ static inline Floats activate(const Step& s, Floats v, long k) {
   }
 }
 
-// Fetches what `finish` will read and write, while there is still something to compute.
-static inline void prefetch(const Step& s, long pixel, long pixels, long k, long vectors) {
-  const float* const from = s.residual ? s.residual : s.y;
-  const long pitch = s.residual ? s.residual_pitch : s.y_pitch;
-  for (long m = 0; m < pixels; m++) {
-    for (long n = 0; n < vectors; n++) {
-      __builtin_prefetch(from + (pixel + m) * pitch + k + n * LANES, 1, 3);
-    }
-  }
-}
 
 static inline void finish(const Step& s, Floats v, long pixel, long k) {
   if (!s.residual) {

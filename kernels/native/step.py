@@ -26,6 +26,7 @@ NUMBERS = (
     "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups",
     "x_pitch", "residual_pitch", "y_pitch",
     "activation", "residual_last", "by_channel", "block", "scratch_pitch",
+    "joined", "x_local", "residual_local", "y_local",
 )  # fmt: skip
 
 
@@ -67,6 +68,11 @@ class Program:
 def lanes() -> int:
     """Floats in a vector; channels are padded to it."""
     return library().resfuse_lanes()
+
+
+def whole_vectors(channels: int) -> int:
+    """Channels up to a whole number of vectors."""
+    return -(-channels // lanes()) * lanes()
 
 
 def panel() -> int:

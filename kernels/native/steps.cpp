@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include "affine.h"
+#include "chain.h"
 #include "direct.h"
 #include "grouped.h"
 #include "pool.h"
@@ -9,6 +10,7 @@
 #include "winograd.h"
 
 static void run_part(const Step& step, long t, long threads) {
+  if (step.joined) return chain(&step, t, threads);
   switch (step.kind) {
     case DIRECT: direct(step, t, threads); break;
     case WINOGRAD: winograd(step, t, threads); break;
@@ -25,7 +27,7 @@ extern "C" void resfuse_run(const Step* steps, long count, long threads) {
 #pragma omp parallel num_threads(threads)
   {
     const long t = omp_get_thread_num(), of = omp_get_num_threads();
-    for (long i = 0; i < count; i++) {
+    for (long i = 0; i < count; i += 1 + steps[i].joined) {
       run_part(steps[i], t, of);
 #pragma omp barrier
     }

@@ -6,6 +6,14 @@
 constexpr long LINE = 16;    // floats of a cache line
 constexpr long DEPTH = 128;  // channels whose weights, times PANEL, fill a first-level cache
 
+// What the next tile will read and write, fetched while this one computes: a burst of prefetches
+// would fill the buffers that this one's loads need.
+struct Next {
+  long x;          // floats from this tile's rows, 0: nothing
+  const float* y;  // null: nothing
+  long y_pitch;
+};
+
 template <long M, long N>
 struct Tile {
   Floats sum[M][N];
@@ -32,16 +40,28 @@ struct Tile {
   }
 
   // sum += x[m][0..depth) @ w[0..depth)[N * LANES]; returns where the weights go on
-  inline const float* add(const float* const* x, const float* w, long depth, const float* ahead) {
+  inline const float* add(const float* const* x, const float* w, long depth, const float* ahead,
+                          const Next& next) {
     const float* row[M];
     UNROLLED for (long m = 0; m < M; m++) row[m] = x[m];
     Held<Tile> held = *this;
-    for (long c = 0; c < depth; c++, w += columns, ahead += LINE) {
-      __builtin_prefetch(ahead, 0, 2);
-      Floats weight[N];
-      UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
-      UNROLLED for (long m = 0; m < M; m++) {
-        UNROLLED for (long n = 0; n < N; n++) held.sum[m][n] += row[m][c] * weight[n];
+    for (long from = 0; from < depth; from += LINE) {
+      if (next.x) {
+        UNROLLED for (long m = 0; m < M; m++) __builtin_prefetch(row[m] + from + next.x, 0, 3);
+      }
+      if (next.y && from < columns) {
+        UNROLLED for (long m = 0; m < M; m++) {
+          __builtin_prefetch(next.y + m * next.y_pitch + from, 1, 3);
+        }
+      }
+      const long to = from + LINE < depth ? from + LINE : depth;
+      for (long c = from; c < to; c++, w += columns, ahead += LINE) {
+        __builtin_prefetch(ahead, 0, 2);
+        Floats weight[N];
+        UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
+        UNROLLED for (long m = 0; m < M; m++) {
+          UNROLLED for (long n = 0; n < N; n++) held.sum[m][n] += row[m][c] * weight[n];
+        }
       }
     }
     *this = held;
@@ -100,6 +120,7 @@ static inline long least(long a, long b) { return a < b ? a : b; }
 // The part of `count` that thread `t` of `threads` gets, in whole multiples of `unit`.
 struct Part {
   long from, to;
+  Part(long from, long to) : from(from), to(to) {}
   Part(long count, long unit, long t, long threads) {
     long units = (count + unit - 1) / unit;
     from = units * t / threads * unit;

@@ -101,19 +101,22 @@ static void multiply(const Step& s, const float* input, const float* w, float* p
       }
       const float* x[M];
       for (long m = 0; m < M; m++) x[m] = input + (row + m) * s.C + c;
-      tile.add(x, w, depth, ahead.take(depth));
+      tile.add(x, w, depth, ahead.take(depth), Next{M * s.C, nullptr, 0});
       tile.put_away(kept);
     });
     w += depth * panel;
   }
 }
 
-static void winograd(const Step& s, long t, long threads) {
-  const long tiles = s.N * ((s.P + 1) / 2) * ((s.Q + 1) / 2), panels = (s.K + PANEL - 1) / PANEL;
-  const Part all_tiles(tiles, PIXELS, s.by_channel ? 0 : t, s.by_channel ? 1 : threads);
-  const Part all_panels(panels, 1, s.by_channel ? t : 0, s.by_channel ? threads : 1);
+static inline long winograd_tiles(const Step& s) {
+  return s.N * ((s.P + 1) / 2) * ((s.Q + 1) / 2);
+}
+
+static inline long winograd_panels(const Step& s) { return (s.K + PANEL - 1) / PANEL; }
+
+static void winograd_in(const Step& s, const Part& all_tiles, const Part& all_panels,
+                        float* input) {
   const long plane = s.block * s.C, product_plane = s.block * PANEL;
-  float* const input = s.scratch + t * s.scratch_pitch;
   float* const product = input + 16 * plane;
   for (long from = all_tiles.from; from < all_tiles.to; from += s.block) {
     const long count = least(s.block, all_tiles.to - from);
@@ -129,4 +132,10 @@ static void winograd(const Step& s, long t, long threads) {
       }
     }
   }
+}
+
+static void winograd(const Step& s, long t, long threads) {
+  const Part tiles(winograd_tiles(s), PIXELS, s.by_channel ? 0 : t, s.by_channel ? 1 : threads);
+  const Part panels(winograd_panels(s), 1, s.by_channel ? t : 0, s.by_channel ? threads : 1);
+  winograd_in(s, tiles, panels, s.scratch + t * s.scratch_pitch);
 }

@@ -55,6 +55,12 @@ TACTICS: dict[str, Tactic] = {
         "C++ for this processor: direct, Winograd and grouped convolutions, pools; float32, CPU",
         in_arena=True,
     ),
+    "native_chain": Tactic(
+        "resfuse.kernels.engine.tactics.native_chain",
+        "3x3, 1x1 + residual and the next block's 1x1 in C++, block by block of pixels",
+        in_arena=True,
+        devices=("cpu",),
+    ),
     "onednn": Tactic(
         "resfuse.kernels.engine.tactics.onednn", "oneDNN's fused convolutions, packed weights; CPU"
     ),

@@ -1,8 +1,9 @@
 """Native steps on the CPU, in float32: see resfuse/kernels/native."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from resfuse.kernels.native.convolution import NativeConfig
 from resfuse.kernels.native.library import why_unavailable
 from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, threads
 from resfuse.kernels.native.weights import per_channel, slopes
+
+_NOWHERE: Mapping[str, int] = MappingProxyType({})
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -60,7 +63,11 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Native:
     node = graph.nodes[choice.start]
     op = node.op
     if isinstance(op, Conv):
-        return _conv(graph, choice, node, op, state, room)
+        config = NativeConfig(**choice.settings)
+        step = conv_step(node, config, state, room)
+        if convolution.scratch_floats(op.problem, config) > 0:
+            step.scratch = room.scratch(choice.start)
+        return Native([step])
     if isinstance(op, Affine) and op.gate:
         slopes_of_gate = _slopes(op, channels_of(graph, node.name), state)
         return native_maps.gate(graph, node, op, room, slopes_of_gate)
@@ -74,8 +81,14 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Native:
     return _pool(graph, node, op, room)
 
 
-def _conv(graph: Graph, choice: Choice, node: Node, op: Conv, state: State, room: Room) -> Native:
-    config = NativeConfig(**choice.settings)
+def conv_step(
+    node: Node, config: NativeConfig, state: State, room: Room, local: Mapping[str, int] = _NOWHERE
+) -> Step:
+    """A convolution, without its scratch memory; values that are not in the arena are `local`, with
+    the floats from one pixel to the next.
+    """
+    op = node.op
+    assert isinstance(op, Conv)
 
     def lay_out() -> list[Tensor]:
         weight, bias = conv_weights(op, state)
@@ -85,18 +98,15 @@ def _conv(graph: Graph, choice: Choice, node: Node, op: Conv, state: State, room
     # a weight may be shared, under other norms and activations
     key = (op.weight, op.bias, op.norm, op.slope, op.problem.groups, config.form)
     weight, bias, *slope = room.weights(key, lay_out)
-    needs_scratch = convolution.scratch_floats(op.problem, config) > 0
-    step = convolution.conv_step(
+    return convolution.conv_step(
         op.problem,
         config,
         residual_last=op.residual_last,
         w=weight.data_ptr(),
         bias=bias.data_ptr(),
         slope=slope[0].data_ptr() if slope else 0,
-        scratch=room.scratch(choice.start) if needs_scratch else 0,
-        **_places(node, room),
+        **_places(node, room, local),
     )
-    return Native([step])
 
 
 def _affine(graph: Graph, node: Node, op: Affine, state: State, room: Room) -> Native:
@@ -154,17 +164,14 @@ def _same(channels: int) -> list[Tensor]:
     return [*map(per_channel, scale_and_shift(Affine(), channels, {}))]
 
 
-def _places(node: Node, room: Room) -> dict[str, int]:
+def _places(node: Node, room: Room, local: Mapping[str, int] = _NOWHERE) -> dict[str, int]:
     """Where the inputs and the output of a node are."""
-    x, residual = node.inputs[0], node.residual
-    return {
-        "x": room.address(x),
-        "x_pitch": room.pitch(x),
-        "y": room.address(node.name),
-        "y_pitch": room.pitch(node.name),
-        "residual": room.address(residual) if residual else 0,
-        "residual_pitch": room.pitch(residual) if residual else 0,
-    }
+    places = {}
+    for field, name in ("x", node.inputs[0]), ("y", node.name), ("residual", node.residual):
+        if name is not None:
+            places[field] = 0 if name in local else room.address(name)
+            places[f"{field}_pitch"] = local[name] if name in local else room.pitch(name)
+    return places
 
 
 def _slopes(op: Conv | Affine, channels: int, state: State) -> list[Tensor]:
