@@ -149,6 +149,8 @@ class Engine:
         shape, dtype = self._input.shape, self._input.dtype
         if not isinstance(x, Tensor):
             raise ValueError(f"argument x: {type(x).__name__}; accepted: a tensor")
+        if x.layout != torch.strided:
+            raise ValueError(f"argument x: {x.layout}; accepted: torch.strided")
         if x.dim() != len(shape) or tuple(x.shape[1:]) != shape[1:]:
             wanted = ", ".join(["N", *map(str, shape[1:])])
             raise ValueError(f"argument x: shape {tuple(x.shape)}; this engine takes [{wanted}]")
@@ -269,8 +271,9 @@ def build_engine(
         ValueError: a model in training mode, one that cannot be captured, a weight that is not
             finite, or a batch size below one; or one that no CUDA graph can record.
     """
-    if not isinstance(example, Tensor) or example.dim() < 2 or not example.shape[0]:
-        raise ValueError("argument example: accepted: one tensor [N, C, H, W], not empty")
+    usable = isinstance(example, Tensor) and example.layout == torch.strided
+    if not usable or example.dim() < 2 or not example.shape[0]:
+        raise ValueError("argument example: accepted: one dense tensor [N, C, H, W], not empty")
     if any(module.training for module in model.modules()):
         raise ValueError("argument model: it is in training mode; call model.eval() first")
     sizes = sorted(set(batch_sizes or [example.shape[0]]))

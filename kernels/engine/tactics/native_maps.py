@@ -19,29 +19,27 @@ def windows(graph: Graph, node: Node, op: AveragePool | Pick, room: Room) -> Nat
     step.y, step.y_pitch = room.address(node.name), room.pitch(node.name)
     if isinstance(op, Pick):
         step.kind = KINDS.index("pick")
-        tables = [op.rows, op.columns]
+        tables = op.rows, op.columns
     else:
         step.kind = KINDS.index("average_pool")
         (step.R, step.S), (step.stride_h, step.stride_w) = op.kernel, op.stride
         step.pad_h, step.pad_w = op.padding
-        tables = [_counts(op, 0, p, h), _counts(op, 1, q, w)]
-    rows, columns = room.weights(
-        ("tables", *map(tuple, tables)), lambda: [tensor(t).float() for t in tables]
-    )
+        tables = _counts(op, 0, p, h), _counts(op, 1, q, w)
+    rows, columns = room.weights(("tables", *tables), lambda: [tensor(t).float() for t in tables])
     step.w, step.slope = rows.data_ptr(), columns.data_ptr()
     return Native([step])
 
 
-def _counts(op: AveragePool, dim: int, windows: int, size: int) -> list[int]:
+def _counts(op: AveragePool, dim: int, windows: int, size: int) -> tuple[int, ...]:
     """How many values of each window count, along one dimension, as torch has it: the padding
-    does or not, and what hangs over it never."""
+    or only the map, and what hangs over the padding never."""
     if op.divisor is not None:
-        return [op.divisor if dim == 0 else 1] * windows
+        return (op.divisor if dim == 0 else 1,) * windows
     kernel, stride, padding = op.kernel[dim], op.stride[dim], op.padding[dim]
     starts = [i * stride - padding for i in range(windows)]
     if op.count_padding:
-        return [min(start + kernel, size + padding) - start for start in starts]
-    return [min(start + kernel, size) - max(start, 0) for start in starts]
+        return tuple(min(start + kernel, size + padding) - start for start in starts)
+    return tuple(min(start + kernel, size) - max(start, 0) for start in starts)
 
 
 def gate(graph: Graph, node: Node, op: Affine, room: Room, slopes: list[Tensor]) -> Native:
