@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from resfuse.bench.csv_text import line, neutral
-from resfuse.kernels.inspect import Inspection, has_risky_operands, problems, sound_ptxas
+from resfuse.kernels.inspect import Inspection, has_risky_operands, problems
+from resfuse.kernels.ptxas import sound_path
 
 NUMBERS = ("registers", "spilled B", "shared KB", "tensor-core", "CTAs/SM", "warps/SM")
 
@@ -44,7 +45,7 @@ def summary(results: Sequence[Inspection]) -> list[str]:
         lines.append(
             f"Warning: {len(risky)} of them feed Hopper's tensor cores from registers, which "
             f"ptxas {risky[0].assembler_version} may corrupt (triton #9433, #11781); set "
-            f"TRITON_PTXAS_PATH to one from 13.3 on: {sound_ptxas() or 'nvidia-cuda-nvcc on PyPI'}"
+            f"TRITON_PTXAS_PATH to one from 13.3 on: {sound_path() or 'nvidia-cuda-nvcc on PyPI'}"
         )
     return lines
 

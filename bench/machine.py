@@ -16,6 +16,7 @@ from resfuse.bench.case import PRECISIONS
 from resfuse.bench.precision import set_math_mode
 from resfuse.bench.processor import cpu_facts, cpu_name
 from resfuse.bench.timing import CpuStopwatch, CudaStopwatch
+from resfuse.kernels import ptxas
 
 PACKAGES = (
     "torch",
@@ -42,7 +43,7 @@ def facts(device: str, threads: int) -> dict[str, str]:
             "driver": _driver(),
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),
-            "ptxas": _ptxas(),
+            **_ptxas(),
         }
     found |= {
         **cpu_facts(),
@@ -152,22 +153,12 @@ def _driver() -> str:
         return "unknown"
 
 
-def _ptxas() -> str:
-    """The version of the ptxas Triton uses: an old one can miscompile code for Hopper."""
-    path = os.environ.get("TRITON_PTXAS_PATH")
-    try:
-        if not path:
-            import triton
-
-            path = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
-        said = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, check=True
-        ).stdout
-    except (ImportError, OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return next(
-        (word.strip(",").lstrip("V") for word in said.split() if word.startswith("V")), "unknown"
-    )
+def _ptxas() -> dict[str, str]:
+    """Of the one Triton uses, version and who brought it: an old one can miscompile for Hopper."""
+    found = ptxas.in_use()
+    if found is None:
+        return {"ptxas": "unknown"}
+    return {"ptxas": found.version, "ptxas_from": found.origin}
 
 
 def _memory_gb() -> str:

@@ -27,6 +27,7 @@ from resfuse.kernels.arguments import (
     require_4d,
     require_like,
 )
+from resfuse.kernels.barred import known
 from resfuse.kernels.block_tail_config import TailProblem, choose, supports
 from resfuse.kernels.block_tail_kernel import launch
 from resfuse.kernels.gradient import conv_bn_act_backward
@@ -70,7 +71,7 @@ def _compute(
     outputs = _outputs(x, weight3, stride, *chain)
     weights = channels_last(weight2), bias2.contiguous(), channels_last(weight3), bias3.contiguous()
     last = (channels_last(chain[0]), chain[1].contiguous(), outputs[1]) if chain else ()
-    config = choose(problem, multiprocessors(x.device))
+    config = choose(problem, multiprocessors(x.device), known(x.device))
     launch(
         problem, config, channels_last(x), *weights, channels_last(residual), outputs[0], *last
     ).run()

@@ -5,6 +5,7 @@ Pure Python; no GPU is asked.
 
 from dataclasses import dataclass
 
+from resfuse.kernels.barred import NONE, Barred, allowed
 from resfuse.kernels.problem import MATH_MODES
 
 
@@ -140,13 +141,13 @@ def supports(problem: TailProblem) -> bool:
     return bool(candidates(problem))
 
 
-def choose(problem: TailProblem, multiprocessors: int) -> Config:
+def choose(problem: TailProblem, multiprocessors: int, barred: Barred = NONE) -> Config:
     """The largest tile of which every multiprocessor gets one; else the smallest.
 
     Raises:
-        ValueError: the problem is not supported.
+        ValueError: the problem is not supported, or all configurations for it are barred.
     """
-    fitting = candidates(problem)
+    fitting = allowed("block_tail", problem.math_mode, candidates(problem), barred)
     if not fitting:
         raise ValueError(
             f"argument problem: {problem.label()} in {problem.math_mode}; accepted: stride 1 or 2, "

@@ -27,6 +27,7 @@ from resfuse.kernels.arguments import (
     require_4d,
     require_like,
 )
+from resfuse.kernels.barred import known
 from resfuse.kernels.bn_act_config import CONFIGS, BnActProblem, Config, choose
 from resfuse.kernels.launch import Launch, multiprocessors, runs_triton
 from resfuse.kernels.problem import MATH_MODES, math_mode_of
@@ -105,7 +106,7 @@ def launch(
     """
     n, c, h, w = x.shape
     problem = BnActProblem(n, c, h, w, math_mode_of(x.dtype), residual is not None)
-    config = config or choose(problem, multiprocessors(x.device))
+    config = config or choose(problem, multiprocessors(x.device), known(x.device))
     config.check(problem)
     return Launch(
         kernel=bn_act_kernel,

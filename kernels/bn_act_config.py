@@ -5,6 +5,7 @@ Pure Python; no GPU is asked.
 
 from dataclasses import dataclass
 
+from resfuse.kernels.barred import NONE, Barred, allowed
 from resfuse.kernels.problem import MATH_MODES
 
 
@@ -69,8 +70,12 @@ def candidates(problem: BnActProblem) -> list[Config]:
     return [config for config in CONFIGS if config.ctas(problem) < 2**31]
 
 
-def choose(problem: BnActProblem, multiprocessors: int) -> Config:
+def choose(problem: BnActProblem, multiprocessors: int, barred: Barred = NONE) -> Config:
     """The largest block that gives every multiprocessor four CTAs, whose loads overlap; else the
-    smallest. A heuristic: it has not been measured."""
-    fit = candidates(problem)
+    smallest. A heuristic: it has not been measured.
+
+    Raises:
+        ValueError: all configurations are barred.
+    """
+    fit = allowed("bn_act", problem.math_mode, candidates(problem), barred)
     return next((c for c in fit if c.ctas(problem) >= 4 * multiprocessors), fit[-1])

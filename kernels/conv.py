@@ -22,6 +22,7 @@ from torch import Tensor
 from resfuse.kernels import depthwise
 from resfuse.kernels.activation import ACTIVATIONS, Slope
 from resfuse.kernels.arguments import channels_last
+from resfuse.kernels.barred import known
 from resfuse.kernels.conv_arguments import (
     Tensors,
     gemm_arguments,
@@ -161,11 +162,12 @@ def shipped() -> Iterator[tuple[str, Launch]]:
 
 def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
     """The launch of the kernel and configuration that suit the problem."""
-    sms = multiprocessors(tensors.x.device)
+    device = tensors.x.device
+    sms, barred = multiprocessors(device), known(device)
     if problem.c == problem.groups:
-        config = depthwise.choose(problem, sms)
+        config = depthwise.choose(problem, sms, barred)
         return depthwise.launch(problem, tensors, config, residual_last)
-    return launch(problem, tensors, choose(problem, sms), residual_last)
+    return launch(problem, tensors, choose(problem, sms, barred), residual_last)
 
 
 conv_bn_act_op = declare("conv_bn_act", conv_bn_act_ref, _launch_chosen)

@@ -5,6 +5,7 @@ Pure Python; no GPU is asked.
 
 from dataclasses import dataclass
 
+from resfuse.kernels.barred import NONE, Barred, allowed
 from resfuse.kernels.problem import MATH_MODES, ConvProblem
 
 Pair = tuple[int, int]
@@ -132,11 +133,19 @@ def candidates(problem: Conv1x1Problem) -> list[Config]:
 
 
 def choose(
-    problem: Conv1x1Problem, multiprocessors: int, capability: tuple[int, int] = (9, 0)
+    problem: Conv1x1Problem,
+    multiprocessors: int,
+    capability: tuple[int, int] = (9, 0),
+    barred: Barred = NONE,
 ) -> Config:
     """Descriptors where they can be, and the largest tile that gives every multiprocessor one;
-    where none does, the smallest. A heuristic: it has not been measured."""
-    fit = candidates(problem)
-    by_descriptors = [c for c in fit if c.descriptors and capability >= (9, 0)]
-    pool = by_descriptors or [c for c in fit if not c.descriptors]
+    where none does, the smallest. A heuristic: it has not been measured.
+
+    Raises:
+        ValueError: all candidates are barred.
+    """
+    usable = [c for c in candidates(problem) if not c.descriptors or capability >= (9, 0)]
+    fit = allowed("conv1x1", problem.math_mode, usable, barred)
+    by_descriptors = [c for c in fit if c.descriptors]
+    pool = by_descriptors or fit
     return next((c for c in pool if c.tiles(problem) >= multiprocessors), pool[-1])

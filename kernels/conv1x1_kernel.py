@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resfuse.kernels import epilogue
 from resfuse.kernels.activation import Slope
+from resfuse.kernels.barred import known
 from resfuse.kernels.conv1x1_config import (
     Config,
     Conv1x1Problem,
@@ -176,7 +177,7 @@ def launch(
     mode = math_mode or math_mode_of(x.dtype)
     problem = _problem(y, x, weight, residual, stride, shortcut, activation, mode)
     if config is None:
-        config = choose(problem, multiprocessors(x.device), capability(x.device))
+        config = choose(problem, multiprocessors(x.device), capability(x.device), known(x.device))
     config.check(problem)
     m = problem.n * problem.p * problem.q
     side = shortcut if shortcut is not None else Shortcut(x, weight)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from resfuse.kernels.barred import NONE, Barred, allowed
 from resfuse.kernels.problem import MATH_MODES, ConvProblem
 
 # The least of the GPUs we compile for: sm_80's 163 KB, with room for what the epilogue needs.
@@ -173,13 +174,13 @@ def _fits(config: Config, problem: ConvProblem) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: ConvProblem, multiprocessors: int) -> Config:
+def choose(problem: ConvProblem, multiprocessors: int, barred: Barred = NONE) -> Config:
     """The candidate with the least estimated time; the first of equals.
 
     Raises:
-        ValueError: none fits, for a reason given by Config.check.
+        ValueError: none fits, for a reason given by Config.check, or all that fit are barred.
     """
-    fitting = candidates(problem)
+    fitting = allowed("conv_bn_act", problem.math_mode, candidates(problem), barred)
     if not fitting:
         BY_MATH_MODE[problem.math_mode][-1].check(problem)
     return min(fitting, key=lambda config: cycles(problem, config, multiprocessors))

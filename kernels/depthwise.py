@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from resfuse.kernels.barred import NONE, Barred, allowed
 from resfuse.kernels.conv_arguments import Tensors, arguments, constants, stand_ins
 from resfuse.kernels.conv_config import require_countable
 from resfuse.kernels.implicit_gemm import store_output, windows
@@ -57,9 +58,13 @@ def candidates(problem: ConvProblem) -> list[Config]:
     return [config for config in CONFIGS if config.block_n < 2 * problem.k] or [CONFIGS[-1]]
 
 
-def choose(problem: ConvProblem, multiprocessors: int) -> Config:
-    """The widest candidate: the longest runs of memory."""
-    return candidates(problem)[0]
+def choose(problem: ConvProblem, multiprocessors: int, barred: Barred = NONE) -> Config:
+    """The widest candidate: the longest runs of memory.
+
+    Raises:
+        ValueError: all candidates are barred.
+    """
+    return allowed("conv_bn_act", problem.math_mode, candidates(problem), barred)[0]
 
 
 @triton.jit

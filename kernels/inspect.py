@@ -24,6 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from resfuse.kernels.launch import Launch, interpreting
+from resfuse.kernels.ptxas import is_sound
 from resfuse.kernels.registry import KERNELS
 from resfuse.kernels.targets import (
     DEFAULT_TARGETS,
@@ -33,8 +34,6 @@ from resfuse.kernels.targets import (
     resident_ctas,
 )
 
-# Older ones can corrupt WGMMA whose A operand sits in registers (triton #9433, #11781).
-SOUND_PTXAS = (13, 3)
 Job = tuple[str, int, str]  # kernel, number of its shipped launch, target
 
 
@@ -56,7 +55,7 @@ class Inspection:
     tensor_core_instructions: int = 0
     dots: int = 0  # of the source, those made for tensor cores: all but ieee fp32
     slow_dots: int = 0  # of those after lowering, the ones that miss them
-    register_operands: int = 0  # Hopper's dots that read A from registers: see SOUND_PTXAS
+    register_operands: int = 0  # Hopper's dots that read A from registers: see ptxas.py
     ctas: int = 0
     warps: int = 0
     assembler: str = ""
@@ -91,19 +90,8 @@ def problems(result: Inspection) -> list[str]:
 
 
 def has_risky_operands(result: Inspection) -> bool:
-    """True where a ptxas that may corrupt them assembled register operands (SOUND_PTXAS)."""
+    """True where a ptxas that may corrupt them assembled register operands (ptxas.py)."""
     return bool(result.register_operands) and not is_sound(result.assembler_version)
-
-
-def sound_ptxas() -> str | None:
-    """The ptxas Triton brings for newer GPUs, if it is free of that bug: it can do Hopper too."""
-    newer = get_ptxas(100)
-    return newer.path if is_sound(newer.version) else None
-
-
-def is_sound(version: str) -> bool:
-    """Whether a ptxas of that version is free of that bug."""
-    return tuple(int(part) for part in version.split(".")) >= SOUND_PTXAS
 
 
 def inspect(

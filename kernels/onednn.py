@@ -72,6 +72,7 @@ class PackedConv:
             weight.contiguous(memory_format=torch.channels_last),
             *window, geometry.groups, list(input_shape),
         )  # fmt: skip
+        self._bias = bias
         self._layer = (self.weight, bias, *window, geometry.groups)
         self._act, self._slope = ACTIVATIONS[activation], slope
         self._fused = activation != "prelu"  # oneDNN has no activation with a slope a channel
@@ -119,6 +120,12 @@ class PackedConv:
             return lambda x, residual: conv_add_(residual, x, *arguments)
         conv_add = self._conv_add
         return lambda x, residual: conv_add(x, residual, *arguments)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it keeps."""
+        slope = [self._slope] if isinstance(self._slope, Tensor) else []
+        return [self.weight, self._bias, *slope]
 
     def dense_weight(self) -> Tensor:
         """The weight as it was given."""

@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse.kernels import conv, conv_config
 from resfuse.kernels.activation import Slope
+from resfuse.kernels.barred import known
 from resfuse.kernels.conv import conv_bn_act_ref
 from resfuse.kernels.conv_arguments import (
     Tensors,
@@ -198,9 +200,17 @@ def shipped() -> Iterator[tuple[str, Launch]]:
 
 
 def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
-    """The launch of the configuration that suits the problem, in a workspace of its own."""
+    """The launch of the configuration that suits the problem, in a workspace of its own; where all
+    of them are barred, of the kernel that does not split."""
     device = tensors.x.device
-    config = choose(problem, multiprocessors(device))
+    sms, barred = multiprocessors(device), known(device)
+    try:
+        config = choose(problem, sms, barred)
+    except ValueError:
+        if not barred:
+            raise
+        whole = conv_config.choose(problem, sms, barred)
+        return conv.launch(problem, tensors, whole, residual_last)
     scratch = workspace(problem, config, device)
     return launch(problem, tensors, config, scratch, residual_last)
 

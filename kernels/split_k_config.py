@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from resfuse.kernels import conv_config
+from resfuse.kernels.barred import NONE, Barred, allowed
 from resfuse.kernels.conv_config import L2_BYTES_PER_CYCLE, tile_cycles
 from resfuse.kernels.problem import ConvProblem
 
@@ -93,13 +94,13 @@ def candidates(problem: ConvProblem) -> list[Config]:
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: ConvProblem, multiprocessors: int) -> Config:
+def choose(problem: ConvProblem, multiprocessors: int, barred: Barred = NONE) -> Config:
     """The candidate with the least estimated time; the first of equals.
 
     Raises:
-        ValueError: none fits, for a reason given by Config.check.
+        ValueError: none fits, for a reason given by Config.check, or all that fit are barred.
     """
-    fitting = candidates(problem)
+    fitting = allowed("conv_bn_act_split_k", problem.math_mode, candidates(problem), barred)
     if not fitting:
         Config(TILES[problem.math_mode][-1], 1, 1).check(problem)
     return min(fitting, key=lambda config: cycles(problem, config, multiprocessors))

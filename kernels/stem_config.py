@@ -5,6 +5,7 @@ Pure Python; no GPU is asked.
 
 from dataclasses import dataclass
 
+from resfuse.kernels.barred import NONE, Barred, allowed
 from resfuse.kernels.problem import MATH_MODES, ConvProblem
 
 
@@ -132,16 +133,20 @@ def candidates(problem: StemProblem) -> list[Config]:
 
 
 def choose(
-    problem: StemProblem, multiprocessors: int, capability: tuple[int, int] = (9, 0)
+    problem: StemProblem,
+    multiprocessors: int,
+    capability: tuple[int, int] = (9, 0),
+    barred: Barred = NONE,
 ) -> Config:
     """The longest strip in the largest tile that gives every multiprocessor a CTA; where none does,
     the shortest in the smallest. A heuristic: it has not been measured.
 
     Raises:
-        ValueError: no configuration can do the problem.
+        ValueError: no configuration can do the problem, or all that can are barred.
     """
     arch = 10 * capability[0] + capability[1]
     fit = [c for c in candidates(problem) if c.least_capability <= arch]
+    fit = allowed("stem", problem.math_mode, fit, barred)
     if not fit:
         Config(32, 32, 1, 8).check(problem)  # says why
         raise ValueError(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from resfuse.kernels import epilogue
 from resfuse.kernels.arguments import empty_channels_last
+from resfuse.kernels.barred import known
 from resfuse.kernels.launch import Launch, capability, interpreting, multiprocessors
 from resfuse.kernels.problem import MATH_MODES, math_mode_of
 from resfuse.kernels.stem_config import ROWS, Config, StemProblem, candidates, choose
@@ -176,7 +177,7 @@ def launch(
     n, c, h, w = x.shape
     problem = StemProblem(n, c, h, w, y.shape[1], mode)
     if config is None:
-        config = choose(problem, multiprocessors(x.device), capability(x.device))
+        config = choose(problem, multiprocessors(x.device), capability(x.device), known(x.device))
     config.check(problem)
     return Launch(
         kernel=stem_kernel,

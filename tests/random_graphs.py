@@ -7,6 +7,7 @@ from torch import Tensor
 from graphs import norm_named, norm_state
 from resfuse.kernels.engine.graph import (
     Affine,
+    AveragePool,
     Concat,
     Conv,
     Graph,
@@ -14,6 +15,7 @@ from resfuse.kernels.engine.graph import (
     Mean,
     Node,
     Operation,
+    Pick,
     Torch,
     Value,
 )
@@ -36,7 +38,7 @@ class Builder:
 
     def __init__(self, draw: st.DrawFn, *, elementary: bool, torch_nodes: bool) -> None:
         self._draw, self._elementary = draw, elementary
-        self._kinds = ["conv", "conv", "affine", "affine", "concat", "pool", "mean"]
+        self._kinds = ["conv", "conv", "affine", "affine", "concat", "pool", "mean", "gate", "pick"]
         self._kinds += ["torch"] * torch_nodes
         self._generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
         size = draw(st.sampled_from([4, 5, 7]))
@@ -58,7 +60,7 @@ class Builder:
         values = {name: Value(shape, torch.float32) for name, shape in self.shapes.items()}
         return Graph("x", tuple(outputs), tuple(self.nodes), values)
 
-    def _pick(self, names: list[str]) -> str:
+    def _latest(self, names: list[str]) -> str:
         """The latest ones more often, as in a network."""
         return self._draw(st.sampled_from([*names, *names[-2:], *names[-1:]]))
 
@@ -73,7 +75,7 @@ class Builder:
     def _residual(self, shape: Shape) -> str | None:
         """A value of that shape, or none; what was computed last most often."""
         alike = [name for name, other in self.shapes.items() if other == shape]
-        return self._pick(alike) if alike and self._draw(st.booleans()) else None
+        return self._latest(alike) if alike and self._draw(st.booleans()) else None
 
     def _activation(self, channels: int) -> tuple[str, str | float | None]:
         name = self._draw(st.sampled_from(FEW))
@@ -88,7 +90,7 @@ class Builder:
         return name
 
     def _conv(self) -> None:
-        x = self._pick(list(self.shapes))
+        x = self._latest(list(self.shapes))
         n, c, h, w = (*self.shapes[x], 1, 1)[:4]
         flat = len(self.shapes[x]) == 2
         r = 1 if flat else self._draw(st.sampled_from([1, 3]))
@@ -108,10 +110,10 @@ class Builder:
         norm = norm_named(self._norm(k)) if self._draw(st.booleans()) else None
         residual, last = self._residual(shape), self._draw(st.booleans())
         op = Conv(problem, weight, None, norm).ending(*self._activation(k))
-        self._with_residual(op, shape, x, residual, last)
+        self._with_residual(op, shape, (x,), residual, last)
 
     def _affine(self) -> None:
-        x = self._pick(list(self.shapes))
+        x = self._latest(list(self.shapes))
         shape = self.shapes[x]
         residual = self._residual(shape)
         kind = self._draw(st.sampled_from(["norm", "activation", "sum"]))
@@ -124,41 +126,72 @@ class Builder:
             self._append(Affine(None, *self._activation(shape[1])), shape, x)
         else:
             op = Affine(norm, *self._activation(shape[1]))
-            self._with_residual(op, shape, x, residual, self._draw(st.booleans()))
+            self._with_residual(op, shape, (x,), residual, self._draw(st.booleans()))
 
     def _with_residual(
-        self, op: Conv | Affine, shape: Shape, x: str, residual: str | None, last: bool
+        self,
+        op: Conv | Affine,
+        shape: Shape,
+        inputs: tuple[str, ...],
+        residual: str | None,
+        last: bool,
     ) -> None:
         if residual is None:
-            self._append(op, shape, x)
+            self._append(op, shape, *inputs)
             return
         plain = type(op).ending(op, "identity", None).adding()
         added = op.adding() if last else plain.ending(op.activation, op.slope)
-        self._append(added, shape, x, residual)
+        self._append(added, shape, *inputs, residual)
 
     def _concat(self) -> None:
-        first = self._pick(self._maps())
+        first = self._latest(self._maps())
         n, _, *size = self.shapes[first]
         alike = [name for name in self._maps() if self.shapes[name][2:] == tuple(size)]
-        parts = [first, *(self._pick(alike) for _ in range(self._draw(st.integers(0, 2))))]
+        parts = [first, *(self._latest(alike) for _ in range(self._draw(st.integers(0, 2))))]
         channels = sum(self.shapes[part][1] for part in parts)
         self._append(Concat(), (n, channels, *size), *parts)
 
     def _pool(self) -> None:
-        x = self._pick(self._maps())
+        x = self._latest(self._maps())
         n, c, h, w = self.shapes[x]
         stride = self._draw(st.sampled_from([1, 2]))
-        op = MaxPool((3, 3), (stride, stride), (1, 1), (1, 1))
+        op: MaxPool | AveragePool = MaxPool((3, 3), (stride, stride), (1, 1), (1, 1))
+        if self._draw(st.booleans()):
+            counted = self._draw(st.booleans())
+            op = AveragePool((3, 3), (stride, stride), (1, 1), False, counted)
         self._append(op, (n, c, -(-h // stride), -(-w // stride)), x)
 
+    def _pick(self) -> None:
+        x = self._latest(self._maps())
+        n, c, h, w = self.shapes[x]
+        size = self._draw(st.integers(1, 9))
+        rows, columns = (tuple(i * side // size for i in range(size)) for side in (h, w))
+        self._append(Pick(rows, columns), (n, c, size, size), x)
+
+    def _gate(self) -> None:
+        """Of a map by one of its own means, or by another's."""
+        x = self._latest(self._maps())
+        n, c, _, _ = self.shapes[x]
+        gates = [name for name, shape in self.shapes.items() if shape == (n, c, 1, 1)]
+        if not gates or self._draw(st.booleans()):
+            self._append(Mean(), (n, c, 1, 1), x)
+            gates = [f"v{len(self.nodes) - 1}"]
+        gate, op = self._latest(gates), Affine(gate=True)
+        if self._elementary:
+            self._append(op, self.shapes[x], x, gate)
+            return
+        residual, last = self._residual(self.shapes[x]), self._draw(st.booleans())
+        ended = op.ending(*self._activation(c))
+        self._with_residual(ended, self.shapes[x], (x, gate), residual, last)
+
     def _mean(self) -> None:
-        x = self._pick(self._maps())
+        x = self._latest(self._maps())
         n, c, _, _ = self.shapes[x]
         keep = self._draw(st.booleans())
         self._append(Mean(), (n, c, 1, 1) if keep else (n, c), x)
 
     def _torch(self) -> None:
-        x = self._pick(self._maps())
+        x = self._latest(self._maps())
         n, c, *size = self.shapes[x]
         op = self._draw(st.sampled_from([HALF, SAME, SIGMOID]))
         self._append(op, (n, min(c, 16), *size) if op is HALF else self.shapes[x], x)

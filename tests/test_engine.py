@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
 
 from graphs import error
 from resfuse.kernels import fuse
@@ -61,7 +63,7 @@ def made(factory: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     model = factory().eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | FrozenBatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
             nn.init.uniform_(module.running_var, 0.8, 1.25)  # type: ignore[arg-type]
     return model
@@ -91,32 +93,30 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     ),
     "vgg19_bn": (
         lambda: tv.vgg19_bn(weights=None),
-        {"Conv": 19, "MaxPool": 5, "aten.adaptive_avg_pool2d.default": 1},
+        {"Conv": 19, "MaxPool": 5, "aten.adaptive_avg_pool2d.default": 1},  # windows of two sizes
     ),
     # its last norm and activation, and those in front of each 1x1, follow a concatenation
     "densenet121": (
         lambda: tv.densenet121(weights=None),
         {
             "Conv": 121, "MaxPool": 1, "Mean": 1, "Concat": 62, "Affine": 62,
-            "aten.avg_pool2d.default": 3,
+            "AveragePool": 3,
         },
     ),
     "mobilenet_v2": (lambda: tv.mobilenet_v2(weights=None), {"Conv": 53, "Mean": 1}),
-    # its max-pools round up
     "googlenet": (
         lambda: tv.googlenet(weights=None, init_weights=False),
-        {"Conv": 58, "Mean": 1, "Concat": 9, "aten.max_pool2d.default": 13},
+        {"Conv": 58, "Mean": 1, "Concat": 9, "MaxPool": 13},
     ),
     "timm resnet50d": (
         lambda: timm.create_model("resnet50d"),
-        {"Conv": 56, "MaxPool": 1, "Mean": 1, "aten.avg_pool2d.default": 3},
+        {"Conv": 56, "MaxPool": 1, "Mean": 1, "AveragePool": 3},
     ),
-    # 16 gates: a mean, two 1x1, a sigmoid, a product; a sum follows each, or is a projection's
+    # 16 gates: a mean, two 1x1, a sigmoid, a product that takes in the sum; a projection adds first
     "timm seresnet50": (
         lambda: timm.create_model("seresnet50"),
         {
-            "Conv": 86, "MaxPool": 1, "Mean": 17, "Affine": 12,
-            "aten.sigmoid.default": 16, "aten.mul.Tensor": 16,
+            "Conv": 86, "MaxPool": 1, "Mean": 17, "Affine": 16, "aten.sigmoid.default": 16,
         },
     ),
     "timm resnet18, five outputs": (
@@ -125,7 +125,20 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     ),
     "Unet ResNet-18": (
         lambda: smp.Unet("resnet18", encoder_weights=None),
-        {"Conv": 31, "MaxPool": 1, "Concat": 4, "aten.upsample_nearest2d.vec": 5},
+        {"Conv": 31, "MaxPool": 1, "Concat": 4, "Pick": 5},
+    ),
+    "a detector's backbone": (
+        lambda: resnet_fpn_backbone(
+            backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d
+        ),
+        {"Conv": 61, "MaxPool": 2, "Pick": 3},
+    ),
+    "timm ecaresnet26t": (
+        lambda: timm.create_model("ecaresnet26t"),
+        {
+            "Conv": 32, "MaxPool": 1, "Mean": 9, "AveragePool": 3, "Affine": 8,
+            "aten.view.default": 16, "aten.conv1d.default": 8, "aten.sigmoid.default": 8,
+        },
     ),
     "FCN-R50, a dict": (
         lambda: tv.segmentation.fcn_resnet50(weights=None, weights_backbone=None),
@@ -186,6 +199,33 @@ def conv(c: int = 3, k: int = 16) -> nn.Conv2d:
 
 
 FORWARDS: dict[str, Callable[[], nn.Module]] = {
+    "pools that round up": lambda: nn.Sequential(
+        conv(), nn.MaxPool2d(2, 2, ceil_mode=True), nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+    ),
+    "average pools": lambda: nn.Sequential(
+        conv(), nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+        nn.AdaptiveAvgPool2d((3, 1)), nn.AvgPool2d((2, 1), 1, divisor_override=3),
+    ),
+    "adaptive pools of uneven windows": lambda: nn.Sequential(conv(), nn.AdaptiveAvgPool2d(4)),
+    "frozen norms with another eps": lambda: nn.Sequential(
+        conv(), FrozenBatchNorm2d(16, eps=0.1), nn.ReLU(), conv(16), FrozenBatchNorm2d(16, eps=0.0)
+    ),
+    "a frozen norm alone": lambda: FrozenBatchNorm2d(3),
+    "a gate and a sum": lambda: Scope(
+        lambda s, x: (s.c(x) * s.c(x).mean((2, 3), keepdim=True).sigmoid() + s.d(x)).relu(),
+        c=conv(), d=conv(),
+    ),
+    "a gate of one image for all": lambda: Scope(
+        lambda s, x: s.c(x) * s.c(x).mean((0, 2, 3), keepdim=True), c=conv()
+    ),
+    "a map times itself": lambda: Scope(lambda s, x: (lambda y: y * y)(s.c(x)), c=conv()),
+    "gates of gates": lambda: Scope(
+        lambda s, x: (lambda g: g * g.sigmoid())(s.c(x).mean((2, 3), keepdim=True)), c=conv()
+    ),
+    "nearest upsampling": lambda: nn.Sequential(
+        conv(), nn.Upsample(scale_factor=2), conv(16), nn.Upsample(size=(25, 11)),
+        nn.Upsample(scale_factor=(0.7, 1.3)),
+    ),
     "a constant": lambda: Scope(lambda s, x: s.c(x) + torch.arange(x.shape[3]).float(), c=conv()),
     "a check of the dtype": lambda: Scope(lambda s, x: s.c(x.to(torch.float32)), c=conv()),
     "bfloat16 inside": lambda: Scope(
@@ -222,6 +262,44 @@ FORWARDS: dict[str, Callable[[], nn.Module]] = {
     "a transposed convolution": lambda: nn.Sequential(conv(), nn.ConvTranspose2d(16, 8, 2, 2)),
     "padding that is no zeros": lambda: nn.Conv2d(3, 16, 3, padding=1, padding_mode="reflect"),
 }  # fmt: skip
+
+
+def test_a_frozen_norm_is_folded_with_its_own_eps() -> None:
+    """By torchvision's forward, and as detectron2 writes the same."""
+
+    def by_detectron2(s: Any, x: Tensor) -> Tensor:
+        x, n = s.c(x), s.n
+        scale = n.weight * (n.running_var + 1e-3).rsqrt()
+        bias = n.bias - n.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
+
+    forwards = (lambda s, x: s.n(s.c(x)), by_detectron2)
+    for forward, eps in zip(forwards, (0.1, 1e-3), strict=True):
+        graph, _ = capture(
+            made(lambda f=forward: Scope(f, c=conv(), n=FrozenBatchNorm2d(16, eps=0.1))),
+            images(2, 3, 9, 8),
+        )
+        (node,) = graph.nodes
+        assert isinstance(node.op, Conv) and node.op.norm is not None
+        assert node.op.norm.eps == eps
+        assert (node.op.norm.mean, node.op.norm.var) == ("n.running_mean", "n.running_var")
+        assert (node.op.norm.weight, node.op.norm.bias) == ("n.weight", "n.bias")
+
+
+def test_what_only_looks_like_a_norm_is_computed_as_it_is(timings: Path) -> None:
+    """The mean is scaled by something else."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        scale = (s.n.weight * (s.n.running_var + 1e-3).rsqrt()).view(1, -1, 1, 1)
+        other = s.n.weight.view(1, -1, 1, 1)
+        shift = s.n.bias.view(1, -1, 1, 1) - s.n.running_mean.view(1, -1, 1, 1) * other
+        return s.c(x) * scale + shift
+
+    model = made(lambda: Scope(forward, c=conv(), n=FrozenBatchNorm2d(16)))
+    graph, _ = capture(model, images(2, 3, 9, 8))
+    assert not any(isinstance(n.op, Conv) and n.op.norm for n in graph.nodes)
+    require_answers(build_engine(model, images(2, 3, 9, 8), timings=timings), model,
+                    images(2, 3, 9, 8))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -655,7 +733,10 @@ def test_what_cannot_be_built(what: str, timings: Path) -> None:
         build_engine(factory(), images(*SHAPE), timings=timings, **options)
 
 
-@pytest.mark.parametrize("example", [torch.ones(3), torch.ones(0, 3, 33, 29), "an image", None])
+@pytest.mark.parametrize(
+    "example",
+    [torch.ones(3), torch.ones(0, 3, 33, 29), torch.ones(SHAPE).to_sparse(), "an image", None],
+)
 @pytest.mark.parametrize("batch_sizes", [None, (2,)])
 def test_what_is_no_example(
     model: nn.Module, example: Any, batch_sizes: tuple[int, ...] | None, timings: Path
@@ -675,6 +756,8 @@ def test_what_is_no_example(
         (torch.ones(SHAPE, dtype=torch.uint8), "torch.uint8"),
         (torch.ones(SHAPE, device="meta"), "on meta; this engine is on cpu"),
         (images(0, 3, 33, 29), "a batch of 0"),
+        (images(*SHAPE).to_sparse(), "torch.sparse_coo; accepted: torch.strided"),
+        (images(*SHAPE).to_mkldnn(), "torch._mkldnn; accepted: torch.strided"),
         ([1.0], "list; accepted: a tensor"),
         (None, "NoneType; accepted: a tensor"),
     ],

@@ -22,9 +22,9 @@ from resfuse.kernels.inspect import (
     has_risky_operands,
     inspect_launch,
     problems,
-    sound_ptxas,
 )
 from resfuse.kernels.launch import Launch
+from resfuse.kernels.ptxas import sound_path
 
 # Those of our own kernels that plan all of ResNet-50: big batches in chains, small ones split.
 PLANS = {
@@ -64,7 +64,7 @@ def test_the_kernels_of_a_plan_compile_for_the_gpu_it_is_for() -> None:
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment.pop("TRITON_INTERPRET", None)
-    if sound := sound_ptxas():
+    if sound := sound_path():
         environment["TRITON_PTXAS_PATH"] = sound
     script = "import json, test_engine_gpu_compile as t; print(json.dumps(t.compile_plans()))"
     done = subprocess.run(

@@ -307,7 +307,7 @@ def test_weights_are_laid_out_once_for_all_batch_sizes() -> None:
     for n in (1, 2):
         graph, state = captured(model, (n, *shape[1:]), torch.float16)
         executor = Executor(graph, [next(iter(triton_conv1x1.segments(graph, 0)))], state, laid)
-        held.append(executor.held_bytes)
+        held.append(executor.held_bytes())
     assert held == [2 * (32 * 32 + 32)] * 2
 
 

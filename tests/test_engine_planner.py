@@ -1,5 +1,7 @@
 """The planner against trying every cover, and what the measurer lets it use."""
 
+import ast
+import json
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -9,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 
 from graphs import conv_graph, conv_state
 from resfuse.kernels.engine import measure
-from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.choice import Choice, key_of
 from resfuse.kernels.engine.graph import Affine, Graph, Node, State, Value
 from resfuse.kernels.engine.measure import Measurer
 from resfuse.kernels.engine.planner import Segment, plan
@@ -254,6 +258,95 @@ def test_a_wrong_tactic_is_barred_before_it_is_timed(
         warnings.simplefilter("error")  # it stays barred in the next build, and is not tried again
         again = Measurer(graph, state, CPU, tactics, TimingCache(CPU, tmp_path))
         assert again(Choice("wrong", 0, 1)) is None and again.measured == 0
+
+
+class Fails(Wrong):
+    """With an error of one kind."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def spoil(self, y: torch.Tensor) -> torch.Tensor:
+        raise self._error
+
+
+def measurer_of(module: Wrong, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Measurer:
+    plant(monkeypatch, module)
+    cache = TimingCache(CPU, folder)
+    return Measurer(conv_graph(PROBLEM), conv_state(PROBLEM), CPU, ["wrong"], cache)
+
+
+# What a compiler or a library says of a tactic that is not for this problem, or this device
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(300_000, 232_448, "shared memory"),
+        PTXASError("ptxas fatal: planted"),
+        CompilationError("x = 1", ast.parse("x = 1").body[0], "planted"),
+        InterpreterError("planted"),
+        RuntimeError("planted"),
+        ValueError("planted"),
+        NotImplementedError("planted"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_tactic_that_fails_is_barred_and_the_reason_kept(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurer = measurer_of(Fails(error), tmp_path, monkeypatch)
+    with pytest.warns(UserWarning, match=f"wrong fails, {type(error).__name__}: "):
+        assert measurer(Choice("wrong", 0, 1)) is None
+    row = json.loads(TimingCache(CPU, tmp_path).path.read_text().splitlines()[-1])
+    assert row["ms"] is None and row["choice"] == "wrong"
+    assert row["why"] == f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(), SystemExit(1), MemoryError(), AssertionError("ours"),
+        TypeError("ours"), AttributeError("ours"), KeyError("ours"), IndexError("ours"),
+        OSError(28, "No space left on device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_what_is_not_the_tactics_fault_surfaces(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurer = measurer_of(Fails(error), tmp_path, monkeypatch)
+    with pytest.raises(type(error)) as raised:
+        measurer(Choice("wrong", 0, 1))
+    assert raised.value is error
+    assert not TimingCache(CPU, tmp_path).path.exists()  # nothing is held against it
+
+
+def test_a_tactic_without_room_is_left_out_this_time_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurer = measurer_of(Fails(torch.OutOfMemoryError("planted")), tmp_path, monkeypatch)
+    with pytest.warns(UserWarning, match="wrong finds no room: planted"):
+        assert measurer(Choice("wrong", 0, 1)) is None
+    assert measurer(Choice("wrong", 0, 1)) is None and measurer.measured == 1
+    again = measurer_of(Untouched(), tmp_path, monkeypatch)
+    assert again(Choice("wrong", 0, 1)) is not None
+
+
+def test_a_tactic_that_breaks_the_gpu_is_barred_and_the_build_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a device that answers nothing any more in a GPU's place."""
+    measurer = measurer_of(Fails(RuntimeError("an illegal access")), tmp_path, monkeypatch)
+    measurer._expected(measurer._graph.part(0, 1), key_of(measurer._graph.part(0, 1)))
+    measurer._device = torch.device("cuda")
+
+    def gone(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    with pytest.raises(RuntimeError, match="wrong broke the GPU for this process"):
+        measurer(Choice("wrong", 0, 1))
+    row = json.loads(TimingCache(CPU, tmp_path).path.read_text().splitlines()[-1])
+    assert row["ms"] is None and row["why"] == "RuntimeError: an illegal access"
 
 
 def test_a_right_tactic_is_timed_once(

@@ -5,6 +5,7 @@ fp64, for this processor's vectors and for narrower ones; and what happens witho
 import ctypes
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,13 +26,25 @@ from graphs import (
     inputs_of,
     norm_named,
     norm_state,
+    one_node,
     pool_graph,
     require_right,
 )
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.engine import build_engine
 from resfuse.kernels.engine.executor import Executor
-from resfuse.kernels.engine.graph import Affine, Conv, Graph, MaxPool, Mean, Node, State, Value
+from resfuse.kernels.engine.graph import (
+    Affine,
+    AveragePool,
+    Conv,
+    Graph,
+    MaxPool,
+    Mean,
+    Node,
+    Pick,
+    State,
+    Value,
+)
 from resfuse.kernels.engine.tactics import eager, native
 from resfuse.kernels.native import step
 from resfuse.kernels.native.convolution import NativeConfig, candidates, choose, refusal
@@ -277,9 +290,55 @@ POOLS = {
     "GoogLeNet's": (MaxPool((3, 3), (1, 1), (1, 1), (1, 1)), (3, 48, 5, 5)),
     "of no whole vectors": (MaxPool((3, 2), (1, 3), (1, 0), (1, 1)), (1, 70, 5, 7)),
     "of an image": (MaxPool((3, 3), (2, 2), (1, 1), (1, 1)), (2, 3, 8, 7)),
+    "SqueezeNet's, rounding up": (MaxPool((3, 3), (2, 2), (0, 0), (1, 1), True), (2, 64, 14, 8)),
+    "padded and rounding up": (MaxPool((3, 3), (2, 2), (1, 1), (1, 1), True), (1, 32, 14, 9)),
     "dilated": (MaxPool((2, 3), (1, 2), (1, 1), (3, 2)), (1, 16, 9, 8)),
     "of one pixel": (MaxPool((3, 3), (2, 2), (1, 1), (1, 1)), (1, 16, 1, 1)),
 }
+
+
+AVERAGES = {
+    "DenseNet's": AveragePool((2, 2), (2, 2), (0, 0)),
+    "padded": AveragePool((3, 3), (2, 2), (1, 1)),
+    "padded, counting what is there": AveragePool((3, 3), (2, 2), (1, 1), count_padding=False),
+    "rounding up": AveragePool((2, 3), (2, 2), (1, 1), ceil=True),
+    "rounding up, counting what is there": AveragePool((3, 2), (3, 2), (0, 1), True, False),
+    "by a divisor": AveragePool((3, 2), (1, 3), (1, 0), divisor=7),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+@pytest.mark.parametrize("shape", [(2, 64, 13, 9), (1, 70, 6, 8)])
+def test_average_pools(name: str, shape: tuple[int, ...]) -> None:
+    op = AVERAGES[name]
+    y = torch.nn.functional.avg_pool2d(
+        torch.zeros(shape), op.kernel, op.stride, op.padding, op.ceil, op.count_padding
+    )
+    require_native(one_node(op, {"x": shape, "y": tuple(y.shape)}, ("x",)), {})
+
+
+@pytest.mark.parametrize("size", [(26, 18), (20, 11), (7, 5), (1, 1)])
+def test_nearest_upsampling_picks_the_very_values(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 70, 13, 9, generator=torch.Generator().manual_seed(0))
+    grid = torch.arange(13.0)[:, None].expand(1, 1, 13, 9), torch.arange(9.0).expand(1, 1, 13, 9)
+    rows, columns = (torch.nn.functional.interpolate(each, size)[0, 0].int() for each in grid)
+    op = Pick(tuple(rows[:, 0].tolist()), tuple(columns[0].tolist()))
+    graph = one_node(op, {"x": (2, 70, 13, 9), "y": (2, 70, *size)}, ("x",))
+    (choice,) = native.segments(graph, 0)
+    (y,) = Executor(graph, [choice], {})(x)
+    assert torch.equal(y, torch.nn.functional.interpolate(x, size))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", ["none", "before", "after"])
+def test_gates(activation: str, residual: str) -> None:
+    slope = {"prelu": "slope", "leaky_relu": 0.1}.get(activation)
+    op = Affine(None, activation, slope, residual != "none", residual == "after", gate=True)
+    shape = (3, 70, 5, 7)
+    names = ("x", "g", "r") if op.residual else ("x", "g")
+    graph = one_node(op, {"x": shape, "y": shape, "g": (3, 70, 1, 1)}, names)
+    state = {"slope": torch.randn(70, generator=torch.Generator().manual_seed(0))}
+    require_native(graph, state)
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -459,6 +518,54 @@ def test_with_a_failing_compiler_the_engine_goes_on(
 
 
 @pytest.mark.usefixtures("not_yet_loaded")
+def test_of_what_a_failing_compiler_said_the_error_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As clang without libomp's header says it."""
+    script = tmp_path / "c++"
+    lines = ["steps.cpp:2:10: fatal error: 'omp.h' file not found", "#include <omp.h>", "1 error."]
+    script.write_text(
+        "".join(["#!/bin/sh\n", *(f'echo "{line}" >&2\n' for line in lines), "exit 1"])
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("RESFUSE_CACHE_DIR", str(tmp_path / "cache"))
+    assert str(why_unavailable()).endswith("fatal error: 'omp.h' file not found")
+
+
+@pytest.fixture(params=["g++", "clang++"])
+def compiler(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, not_yet_loaded: None
+) -> str:
+    """The library is that compiler's, where there is one that knows OpenMP."""
+    if shutil.which(request.param) is None:
+        pytest.skip(f"there is no {request.param} here")
+    monkeypatch.setenv("CXX", request.param)
+    reason = why_unavailable()
+    if reason is not None and "omp" in reason:
+        pytest.skip(f"{request.param} has no OpenMP here: {reason}")
+    assert reason is None
+    return request.param
+
+
+@pytest.mark.parametrize("name", [*FORMS, "groups of 2", "groups of 8", "depthwise"])
+def test_every_compiler_makes_a_right_library(compiler: str, name: str) -> None:
+    """In all lanes: clang has no shuffle by lanes in a variable, and is given another."""
+    form, problem = FORMS.get(name) or ("grouped", PROBLEMS[name])
+    for activation in ACTIVATIONS:
+        require_conv(replace(problem, n=2, activation=activation), config_of(form, problem))
+
+
+def test_every_compiler_keeps_nan_in_pools(compiler: str) -> None:
+    x = torch.randn(1, 32, 7, 9, generator=torch.Generator().manual_seed(0))
+    x[0, 5, 3, 4] = float("nan")
+    graph = pool_graph(MaxPool((3, 3), (2, 2), (1, 1), (1, 1)), tuple(x.shape))
+    (choice,) = native.segments(graph, 0)
+    (y,) = Executor(graph, [choice], {})(x)
+    assert torch.equal(y.isnan(), torch.max_pool2d(x, 3, 2, 1).isnan()) and y.isnan().any()
+
+
+@pytest.mark.usefixtures("not_yet_loaded")
 def test_with_a_compiler_that_is_no_program_the_engine_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -483,19 +590,12 @@ def test_with_an_unwritable_cache_the_engine_goes_on(
 
 @pytest.mark.usefixtures("not_yet_loaded")
 def test_a_library_that_is_none_is_said_to_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    why_unavailable()  # so that there is one to be replaced
-    (made,) = (path for path in (own_cache / "native").iterdir() if lanes_in(path) == step.lanes())
-    library.cache_clear()
     monkeypatch.setenv("RESFUSE_CACHE_DIR", str(tmp_path))
     (tmp_path / "native").mkdir()
-    (tmp_path / "native" / made.name).write_bytes(b"no library")
+    (tmp_path / "native" / f"{fingerprint()}.so").write_bytes(b"no library")
     assert "cannot be loaded" in str(why_unavailable())
-
-
-def lanes_in(path: Path) -> int:
-    return ctypes.CDLL(str(path)).resfuse_lanes()
 
 
 def test_processes_that_compile_at_once_do_no_harm(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.console import Console
 from resfuse.bench import results, sweep, timing
 from resfuse.bench.case import PRECISIONS, Request
 from resfuse.bench.errors import UsageError
-from resfuse.bench.gpu_plan import notes, progress
+from resfuse.bench.gpu_plan import assembler, notes, progress
 from resfuse.bench.gpu_plan.execute import TINY_TOLD, Plan, parse
 from resfuse.bench.gpu_plan.steps import BUDGET_S, STEPS, Step
 from resfuse.bench.isolate import survey
@@ -40,6 +41,18 @@ def gpu_plan(args: argparse.Namespace) -> int:
             parse(line, args.dry_run)
     if args.dry_run:
         console.print(f"Dry run on the CPU: {TINY_TOLD}. Nothing here is a result.")
+    with assembler.chosen(partial(console.print, highlight=False, soft_wrap=True)):
+        return _go(args, steps, root, request, console, watch)
+
+
+def _go(
+    args: argparse.Namespace,
+    steps: Sequence[Step],
+    root: Path,
+    request: Request,
+    console: Console,
+    watch: timing.Watch,
+) -> int:
     with console.status("Looking at this machine: device, versions, ceilings"):
         found = _survey(request, args.budget)
     folder = root / found["folder"]

@@ -18,6 +18,8 @@ from resfuse.bench.kernels.trials import TRIALS, Place, Trial
 from resfuse.bench.measure import synchronize
 from resfuse.bench.row import Outcome
 from resfuse.bench.worker import die_with_parent
+from resfuse.kernels.barred import key_of
+from resfuse.kernels.engine.timing_cache import TimingCache
 from resfuse.kernels.problem import MATH_MODES
 from resfuse.kernels.tolerance import TOLERANCES
 
@@ -37,20 +39,30 @@ def key(kernel: str, trial: Trial) -> str:
 def run_trials(kernels: Sequence[str], device: str, skip: set[str], tell: Tell) -> None:
     """Tries every configuration but those to be skipped; leaves off where the device has failed.
 
+    What is wrong, or fails the device, is barred from now on (kernels/barred.py), what is right not
+    any more.
+
     Args:
         tell: called with `began` (a key) before each, and with `key`, `status`, `error` and
             `metrics` after it.
     """
+    cache = TimingCache(torch.device(device))
     compiled = _compile_ahead(kernels, device, skip)
     for kernel, trial in _trials(kernels, device, skip):
         next(compiled, None)
         tell(began=key(kernel, trial))
         outcome = _try(trial, device)
+        lost = outcome.status == "fail_to_run" and _is_lost(device)
+        configuration = key_of(kernel, trial.math_mode, trial.config)
+        if outcome.status == "fail_accuracy" or lost:
+            cache.put(configuration, None, outcome.error)
+        elif outcome.status == "pass":
+            cache.forget(configuration)
         tell(
             key=key(kernel, trial), status=outcome.status, error=outcome.error,
             metrics=dict(outcome.metrics),
         )  # fmt: skip
-        if outcome.status == "fail_to_run" and _is_lost(device):
+        if lost:
             os._exit(0)  # a CUDA context that has failed answers nothing any more
 
 

@@ -45,6 +45,7 @@ class Trial:
 
     label: str
     math_mode: str
+    config: Any  # of the kernel, a dataclass
     reduction: int  # products summed for one element
     launch: Launch
     outputs: tuple[Tensor, ...]
@@ -84,13 +85,14 @@ def _conv(place: Place) -> Iterator[Trial]:
     usable = {problem: candidates(problem) for problem in problems}
     for config in place.some(c for c in BY_MATH_MODE[place.math_mode] if _any(c, usable)):
         problem = next(problem for problem in problems if config in usable[problem])
-        yield _convolution(place, problem, config.label(), partial(conv.launch, config=config))
+        launch = partial(conv.launch, config=config)
+        yield _convolution(place, problem, config.label(), config, launch)
     size = 5 if place.small else 28
     deep = ConvProblem(1 if place.small else 32, 128, size, size, 128, 3, 3, (1, 1), (1, 1),
                        groups=128, math_mode=place.math_mode)  # fmt: skip
     for own in place.some(depthwise.candidates(deep)):
         label = f"depthwise {own.block_m}x{own.block_n}"
-        yield _convolution(place, deep, label, partial(depthwise.launch, config=own))
+        yield _convolution(place, deep, label, own, partial(depthwise.launch, config=own))
 
 
 def _split_k(place: Place) -> Iterator[Trial]:
@@ -104,17 +106,17 @@ def _split_k(place: Place) -> Iterator[Trial]:
             seen.add(config)
             scratch = split_k.workspace(problem, config, place.device)
             launch = partial(split_k.launch, config=config, scratch=scratch)
-            yield _convolution(place, problem, config.label(), launch)
+            yield _convolution(place, problem, config.label(), config, launch)
 
 
 def _convolution(
-    place: Place, problem: ConvProblem, label: str, launch: Callable[..., Launch]
+    place: Place, problem: ConvProblem, label: str, config: Any, launch: Callable[..., Launch]
 ) -> Trial:
     x, weight, bias = _operands(place, problem)
     y = place.blank(problem.n, problem.k, problem.p, problem.q)
     made = launch(problem, Tensors(x, weight, bias, None, None, y))
     named = f"{problem.label()} {label}"
-    return Trial(named, place.math_mode, weight[0].numel(), made, (y,),
+    return Trial(named, place.math_mode, config, weight[0].numel(), made, (y,),
                  partial(_exact_convolution, place, problem))  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def _conv1x1(place: Place) -> Iterator[Trial]:
                 math_mode=place.math_mode, config=config,
             )  # fmt: skip
             label = f"{problem.label()}{' + projection' if folded else ''} {config.label()}"
-            yield Trial(label, place.math_mode, 3 * c if folded else c, made, (y,), exact)
+            yield Trial(label, place.math_mode, config, 3 * c if folded else c, made, (y,), exact)
 
 
 def _stem(place: Place) -> Iterator[Trial]:
@@ -174,7 +176,7 @@ def _stem(place: Place) -> Iterator[Trial]:
             y, x, packed, bias, math_mode=place.math_mode, config=config
         )  # fmt: skip
         label = f"{n}x3x{hw}x{hw} k64 {config.label()} w{config.num_warps}"
-        yield Trial(label, place.math_mode, 147, made, (y,), exact)
+        yield Trial(label, place.math_mode, config, 147, made, (y,), exact)
 
 
 def _bn_act(place: Place) -> Iterator[Trial]:
@@ -188,7 +190,7 @@ def _bn_act(place: Place) -> Iterator[Trial]:
         y = place.blank(*shape)
         made = bn_act.launch(y, x, scale, shift, residual, activation="relu", config=config)
         label = f"{'x'.join(map(str, shape))} block {config.block}"
-        yield Trial(label, place.math_mode, 1, made, (y,), exact)
+        yield Trial(label, place.math_mode, config, 1, made, (y,), exact)
 
 
 def _block_tail(place: Place) -> Iterator[Trial]:
@@ -208,7 +210,7 @@ def _block_tail(place: Place) -> Iterator[Trial]:
             filled: dict[str, Any] = dict(zip(("y", "y_next"), outputs, strict=False))
             made = block_tail_kernel.launch(problem, config, **given, **filled)
             label = f"{problem.label()}: {config.label()}"
-            yield Trial(label, place.math_mode, 9 * c, made, outputs, exact)
+            yield Trial(label, place.math_mode, config, 9 * c, made, outputs, exact)
 
 
 def _tail_arguments(place: Place, problem: TailProblem) -> dict[str, Tensor]:

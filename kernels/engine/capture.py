@@ -1,5 +1,6 @@
 """Captures a model as a Graph, by torch.export."""
 
+import hashlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +9,11 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from resfuse.kernels.engine.graph import (
     Affine,
+    AveragePool,
     Concat,
     Conv,
     Graph,
@@ -19,10 +21,12 @@ from resfuse.kernels.engine.graph import (
     Mean,
     Node,
     Norm,
+    Pick,
     Torch,
     Value,
 )
 from resfuse.kernels.engine.merge import merge
+from resfuse.kernels.engine.spelled_norm import spelled_norm
 from resfuse.kernels.problem import MATH_MODES, ConvProblem, math_mode_of
 
 aten = torch.ops.aten
@@ -73,9 +77,8 @@ class _Reader:
     """Reads an exported program, a node of ATen each."""
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
-        self.state: dict[str, Tensor] = {
-            name: t.detach() for name, t in {**program.state_dict, **program.constants}.items()
-        }
+        self.state: dict[str, Tensor] = {name: t.detach() for name, t in program.state_dict.items()}
+        self._constants: list[str] = []
         self._program = program
         self._names: dict[fx.Node, str] = {}  # values, under the name that stands for them
         self._states: dict[fx.Node, str] = {}
@@ -91,7 +94,7 @@ class _Reader:
                 if spec.kind == InputKind.USER_INPUT:
                     self._add_value(node, node.name)
                 else:
-                    self._states[node] = str(spec.target)
+                    self._states[node] = self._name_of(spec)
             elif node.op == "call_function":
                 self._call(node)
         (output,) = (node for node in self._program.graph.nodes if node.op == "output")
@@ -105,7 +108,25 @@ class _Reader:
                 f"argument model: it returns a {out_spec.type.__name__}; accepted: tensors, and "
                 "lists, tuples and dicts of them"
             ) from error
-        return Graph(str(input_name), tuple(returned), tuple(self._nodes), self._values, spec)
+        return Graph(
+            str(input_name), tuple(returned), tuple(self._nodes), self._values, spec,
+            tuple(self._constants),
+        )  # fmt: skip
+
+    def _name_of(self, spec: InputSpec) -> str:
+        """In the state. A tensor that the forward makes of numbers may have others for other batch
+        sizes, though torch calls it the same: its content becomes part of its name.
+        """
+        name = str(spec.target)
+        if name in self._program.state_dict:
+            return name
+        constant = self._program.constants[name].detach()
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            content = constant.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            name = f"{name}:{hashlib.sha256(content).hexdigest()[:12]}"
+        self._constants.append(name)
+        self.state[name] = constant
+        return name
 
     def _returned(self, item: Any) -> str:
         if not isinstance(item, fx.Node) or item not in self._names:
@@ -258,6 +279,10 @@ class _Reader:
         return True
 
     def _sum(self, node: fx.Node) -> bool:
+        if (spelled := spelled_norm(node, self._state)) is not None and self._is_map(spelled[0]):
+            x, norm = spelled
+            self._add(node, Affine(norm), x)
+            return True
         a, b = _arguments(node)
         if not (self._is_map(a) and self._is_map(b)) or node.kwargs:
             return False
@@ -270,11 +295,48 @@ class _Reader:
         x, kernel, stride, padding, dilation, ceil = _with_defaults(
             node, (None, [0, 0], [1, 1], False)
         )
-        if ceil or not self._is_map(x):
+        if not self._is_map(x):
             return False
-        op = MaxPool(_pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation))
+        op = MaxPool(
+            _pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation), bool(ceil)
+        )
         self._add(node, op, x)
         return True
+
+    def _average_pool(self, node: fx.Node) -> bool:
+        x, kernel, stride, padding, ceil, count_padding, divisor = _with_defaults(
+            node, ([], [0, 0], False, True, None)
+        )
+        if not self._is_map(x) or len(x.meta["val"].shape) != 4:
+            return False
+        window = _pair(kernel), _pair(stride or kernel), _pair(padding)
+        self._add(node, AveragePool(*window, bool(ceil), bool(count_padding), divisor), x)
+        return True
+
+    def _nearest(self, node: fx.Node) -> bool:
+        """Which pixels are picked is found out by having torch pick numbers."""
+        x, *how = _arguments(node)
+        if not self._is_map(x) or len(x.meta["val"].shape) != 4 or node.kwargs:
+            return False
+        h, w = x.meta["val"].shape[2:]
+        rows = torch.arange(h).float()[:, None].expand(1, 1, h, w)
+        columns = torch.arange(w).float().expand(1, 1, h, w)
+        picked = node.target(rows, *how)[0, 0, :, 0], node.target(columns, *how)[0, 0, 0]  # type: ignore[operator]
+        self._add(node, Pick(*(tuple(map(int, each.tolist())) for each in picked)), x)
+        return True
+
+    def _product(self, node: fx.Node) -> bool:
+        """Maps times one number a channel, as of squeeze-and-excitation."""
+        for x, gate in (_arguments(node), _arguments(node)[::-1]):
+            gate = _unexpanded(gate)
+            if not (self._is_map(x) and self._is_map(gate)) or node.kwargs:
+                continue
+            of_x, of_gate = x.meta["val"], gate.meta["val"]
+            fits = of_x.dim() == 4 and of_gate.shape == (*of_x.shape[:2], 1, 1)
+            if fits and of_x.dtype == of_gate.dtype and x is not gate:
+                self._add(node, Affine(gate=True), x, gate)
+                return True
+        return False
 
     def _mean(self, node: fx.Node) -> bool:
         x, *rest = _arguments(node)
@@ -287,8 +349,17 @@ class _Reader:
             self._names[node] = self._names[x]
             return True
         elif _pair(rest[0]) != (1, 1):
-            return False
+            return self._adaptive_pool(node, x, _pair(rest[0]))
         self._add(node, Mean(), x)
+        return True
+
+    def _adaptive_pool(self, node: fx.Node, x: fx.Node, to: tuple[int, int]) -> bool:
+        """To as many windows, where they are all alike."""
+        h, w = x.meta["val"].shape[2:]
+        if h % to[0] or w % to[1]:
+            return False
+        window = h // to[0], w // to[1]
+        self._add(node, AveragePool(window, window, (0, 0)), x)
         return True
 
     def _concat(self, node: fx.Node) -> bool:
@@ -305,6 +376,10 @@ _READERS: dict[Any, Callable[[_Reader, fx.Node], bool]] = {
     aten._native_batch_norm_legit_no_training.default: _Reader._norm,
     aten.add.Tensor: _Reader._sum,
     aten.max_pool2d.default: _Reader._max_pool,
+    aten.avg_pool2d.default: _Reader._average_pool,
+    aten.upsample_nearest2d.vec: _Reader._nearest,
+    aten.upsample_nearest2d.default: _Reader._nearest,
+    aten.mul.Tensor: _Reader._product,
     aten.adaptive_avg_pool2d.default: _Reader._mean,
     aten.mean.dim: _Reader._mean,
     aten.cat.default: _Reader._concat,
@@ -332,6 +407,13 @@ def _pair(given: Any) -> tuple[int, int]:
 def _reshaped(arg: Any) -> Any:
     """What a view of it shows."""
     while isinstance(arg, fx.Node) and arg.target in (aten.view.default, aten.reshape.default):
+        arg = arg.args[0]
+    return arg
+
+
+def _unexpanded(arg: Any) -> Any:
+    """What is repeated in it."""
+    while isinstance(arg, fx.Node) and arg.target in (aten.expand.default, *_SAME_VALUES):
         arg = arg.args[0]
     return arg
 

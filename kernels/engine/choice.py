@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, Node, Torch
+from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, Node, Pick, Torch
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,10 @@ def _describe(node: Node) -> str:
         return f"conv {problem.label()} {rest}{' residual' * problem.residual}{last}"
     if isinstance(op, Affine):
         norm = "norm " * (op.norm is not None)
-        last = " residual_last" * op.residual_last
+        last = " residual_last" * op.residual_last + " gate" * op.gate
         return f"affine {norm}{op.activation}{' residual' * op.residual}{last}"
+    if isinstance(op, Pick):
+        return f"Pick {len(op.rows)}x{len(op.columns)}"
     if isinstance(op, Torch):
         return f"{op.target} {op.args} {dict(op.kwargs)}"
     settings = " ".join(f"{k} {v}" for k, v in asdict(op).items())

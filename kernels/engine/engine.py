@@ -8,7 +8,7 @@ place in one arena (homes.py, memory.py), and everything is bound to it (executo
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,15 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from resfuse.kernels.barred import known
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.ceilings import Ceilings
 from resfuse.kernels.engine.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.explain import table
+from resfuse.kernels.engine.fallback import tensors_of, with_weights
 from resfuse.kernels.engine.graph import Graph, state_names
+from resfuse.kernels.engine.held import storages
 from resfuse.kernels.engine.measure import Measurer
 from resfuse.kernels.engine.planner import Segment, plan
 from resfuse.kernels.engine.room import Laid
@@ -45,14 +48,17 @@ class Built:
 @dataclass(frozen=True)
 class Memory:
     """Bytes an engine holds: `arena` for values between layers, `least` what the largest sum of
-    values alive at one moment is, `weights` in the tactics' own layouts. On a GPU with CUDA graphs,
-    for all batch sizes together: `graph_pool` what the allocator has reserved for values between
-    layers, outputs and scratch, `graph_inputs` the buffers that inputs are copied into.
+    values alive at one moment is, `weights` in the tactics' own layouts, for all batch sizes, and
+    `originals` as they were given, kept for save, refresh and other batches; the model they are
+    from shares these. On a GPU with CUDA graphs, for all batch sizes together: `graph_pool` what
+    the allocator has reserved for values between layers, outputs and scratch, `graph_inputs` the
+    buffers that inputs are copied into.
     """
 
     arena: int
     least: int
     weights: int
+    originals: int
     graph_pool: int = 0
     graph_inputs: int = 0
 
@@ -78,7 +84,9 @@ class Engine:
         cuda_graph: bool = True,
     ) -> None:
         self._built = dict(sorted(built.items()))
-        self._device = next(iter(state.values())).device if state else torch.device("cpu")
+        self._constants = {name for b in built.values() for name in b.graph.constants}
+        weights = [*_without(state, self._constants).values(), *state.values()]
+        self._device = weights[0].device if weights else torch.device("cpu")
         self._state = dict(state) if keep_weights else None
         self.other_batches = other_batches
         self._model = model
@@ -116,9 +124,10 @@ class Engine:
         if self.other_batches == "eager" and self._model is not None:
             with torch.inference_mode():
                 return self._model(x)
+        without = ", and was loaded without its model" * (self.other_batches == "eager")
         raise ValueError(
             f"argument x: a batch of {count}; this engine was built for "
-            f"{', '.join(map(str, self._built))} and other_batches={self.other_batches!r}"
+            f"{', '.join(map(str, self._built))} and other_batches={self.other_batches!r}{without}"
         )
 
     def _record(self, built: Mapping[int, Built]) -> Recorded | None:
@@ -140,6 +149,8 @@ class Engine:
         shape, dtype = self._input.shape, self._input.dtype
         if not isinstance(x, Tensor):
             raise ValueError(f"argument x: {type(x).__name__}; accepted: a tensor")
+        if x.layout != torch.strided:
+            raise ValueError(f"argument x: {x.layout}; accepted: torch.strided")
         if x.dim() != len(shape) or tuple(x.shape[1:]) != shape[1:]:
             wanted = ", ".join(["N", *map(str, shape[1:])])
             raise ValueError(f"argument x: shape {tuple(x.shape)}; this engine takes [{wanted}]")
@@ -155,7 +166,9 @@ class Engine:
             (self._recorded.pool_bytes, self._recorded.input_bytes) if self._recorded else (0, 0)
         )
         room = executor.room
-        return Memory(room.size, room.least_size, executor.held_bytes, pool, inputs)
+        originals = self._originals()
+        weights, kept = executor.held_bytes(originals), sum(storages(originals).values())
+        return Memory(room.size, room.least_size, weights, kept, pool, inputs)
 
     def explain(self, batch_size: int | None = None) -> str:
         """A table of the segments: tactic, runner-up, time, floor, bytes."""
@@ -163,7 +176,11 @@ class Engine:
         return table(built.graph, built.segments, self._ceilings)
 
     def refresh(self, state_dict: Mapping[str, Tensor]) -> None:
-        """New weights, without planning anew.
+        """New weights, without planning anew; for other_batches="eager", too.
+
+        Args:
+            state_dict: of the model. Constants, which no state_dict has, stay as they are: numbers
+                written in a forward, and buffers that are not persistent unless they are given.
 
         Raises:
             ValueError: a tensor is missing, has another shape or is not finite; or the engine was
@@ -173,6 +190,8 @@ class Engine:
         fresh = dict(state)
         for name, old in state.items():
             new = state_dict.get(name)
+            if new is None and name in self._constants:
+                continue
             if new is None:
                 raise ValueError(f"argument state_dict: {name} is missing")
             if new.shape != old.shape:
@@ -181,7 +200,10 @@ class Engine:
                     f"this engine takes {tuple(old.shape)}"
                 )
             fresh[name] = new.detach().to(old.device, old.dtype)
-        require_finite(fresh, "state_dict")
+        require_finite(_without(fresh, self._constants), "state_dict")
+        model = self._model
+        if model is not None:
+            model = with_weights(model, {**state_dict, **fresh})
         laid = Laid()
         built = {
             size: Built(b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, laid))
@@ -190,6 +212,7 @@ class Engine:
         recorded = self._record(built)
         with self._lock:
             self._state, self._built, self._recorded = fresh, built, recorded
+            self._model = model
 
     def save(self, path: str | Path) -> None:
         """One file: the plan as JSON, and the weights (safetensors). See load_engine.
@@ -198,7 +221,10 @@ class Engine:
             OSError: it cannot be written; what was there before is as it was.
             ValueError: the engine was built with keep_weights=False.
         """
-        save(Path(path), self._built, self._weights(), self.other_batches, self.cuda_graph)
+        save(
+            Path(path), self._device, self._built, self._weights(), self.other_batches,
+            self.cuda_graph,
+        )  # fmt: skip
 
     def _built_for(self, batch_size: int | None) -> Built:
         if batch_size is not None and batch_size not in self._built:
@@ -207,6 +233,11 @@ class Engine:
                 f"argument batch_size: {batch_size}; this engine was built for {sizes}"
             )
         return self._built[batch_size or max(self._built)]
+
+    def _originals(self) -> list[Tensor]:
+        """Weights as they were given."""
+        beside = [t for _, t in tensors_of(self._model)] if self._model is not None else []
+        return [*(self._state or {}).values(), *beside]
 
     def _weights(self) -> dict[str, Tensor]:
         if self._state is None:
@@ -240,8 +271,9 @@ def build_engine(
         ValueError: a model in training mode, one that cannot be captured, a weight that is not
             finite, or a batch size below one; or one that no CUDA graph can record.
     """
-    if not isinstance(example, Tensor) or example.dim() < 2 or not example.shape[0]:
-        raise ValueError("argument example: accepted: one tensor [N, C, H, W], not empty")
+    usable = isinstance(example, Tensor) and example.layout == torch.strided
+    if not usable or example.dim() < 2 or not example.shape[0]:
+        raise ValueError("argument example: accepted: one dense tensor [N, C, H, W], not empty")
     if any(module.training for module in model.modules()):
         raise ValueError("argument model: it is in training mode; call model.eval() first")
     sizes = sorted(set(batch_sizes or [example.shape[0]]))
@@ -255,8 +287,8 @@ def build_engine(
     laid = Laid()
     for size in sizes:
         graph, captured = capture(model, _batch_of(example, size))
-        state = {name: captured[name] for name in sorted(state_names(graph))}
-        require_finite(state, "model")
+        state |= {name: captured[name] for name in sorted(state_names(graph))}
+        require_finite(_without(state, graph.constants), "model")
         built[size] = _build(graph, state, laid, example.device, cache)
     return Engine(
         built,
@@ -278,7 +310,7 @@ def _build(
 ) -> Built:
     dtype = graph.values[graph.input].dtype
     tactics = tactics_on(device, dtype)
-    measured = Measurer(graph, state, device, tactics, cache)
+    measured = Measurer(graph, state, device, tactics, cache, known(device))
     segments = plan(graph, tactics, measured, lambda c: tactics[c.tactic].scratch(graph, c))
     executor = Executor(graph, [s.choice for s in segments], state, laid)
     return Built(graph, tuple(segments), executor)
@@ -289,6 +321,11 @@ def require_finite(state: Mapping[str, Tensor], argument: str) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"argument {argument}: {name} holds values that are not finite")
+
+
+def _without(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """A constant may well be infinite: a mask, say."""
+    return {name: tensor for name, tensor in state.items() if name not in names}
 
 
 def _batch_of(example: Tensor, size: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Executor: a graph, every node lowered by the tactic chosen for it, ready to run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,10 +56,10 @@ class Executor:
             item(values)
         return [values[name] for name in self.graph.outputs]
 
-    @property
-    def held_bytes(self) -> int:
-        """Of weights laid out, by all that share them."""
-        return self._laid.size
+    def held_bytes(self, beside: Iterable[Tensor] = ()) -> int:
+        """Of weights as tactics keep them, for all that share them; without the tensors `beside`
+        them."""
+        return self._laid.size(beside)
 
     def repeat(self, *inputs: Tensor) -> Callable[[], list[Tensor]]:
         """Runs again what the last call ran, save copying the inputs: for timing a part."""

@@ -6,13 +6,31 @@ from collections.abc import Sequence
 
 from resfuse.kernels.engine.ceilings import Ceilings
 from resfuse.kernels.engine.cost import cost_of
-from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, MaxPool, Mean, Node, Torch
+from resfuse.kernels.engine.graph import (
+    Affine,
+    AveragePool,
+    Concat,
+    Conv,
+    Graph,
+    MaxPool,
+    Mean,
+    Node,
+    Pick,
+    Torch,
+)
 from resfuse.kernels.engine.memory import MB
 from resfuse.kernels.engine.planner import Segment
 
 _HEADINGS = ("segment", "tactic", "ms", "%", "floor, ms", "% of floor", "MB", "next best")
 
 
+_NAMES = {
+    MaxPool: "max-pool",
+    AveragePool: "average pool",
+    Pick: "upsample",
+    Mean: "mean",
+    Concat: "concat",
+}
 _MEASURED = "Times were measured on this device, each segment by itself."
 
 
@@ -67,11 +85,11 @@ def name_of(node: Node) -> str:
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Affine):
         words = [op.norm.mean.removesuffix(".running_mean")] if op.norm else []
-        words += ["+ residual"] * op.residual
+        words += ["gate"] * op.gate + ["+ residual"] * op.residual
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Torch):
         return op.target
-    return {MaxPool: "max-pool", Mean: "mean", Concat: "concat"}[type(op)]
+    return _NAMES[type(op)]
 
 
 def _row(

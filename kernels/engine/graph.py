@@ -64,13 +64,17 @@ class Conv:
 
 @dataclass(frozen=True)
 class Affine:
-    """y = act(norm(x) + residual): what follows no convolution that could take it in."""
+    """y = act(norm(x) + residual): what follows no convolution that could take it in.
+
+    With a gate, the second input [N, C, 1, 1], x is multiplied by it and there is no norm.
+    """
 
     norm: Norm | None = None
     activation: str = "identity"
     slope: str | float | None = None
     residual: bool = False
     residual_last: bool = False
+    gate: bool = False
 
     def ending(self, activation: str, slope: str | float | None) -> "Affine":
         """With an activation after it."""
@@ -89,6 +93,27 @@ class MaxPool:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    ceil: bool = False  # a last window that hangs over the far edge counts, too
+
+
+@dataclass(frozen=True)
+class AveragePool:
+    """The mean of each window. Zeros of the padding count as values if `count_padding`."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    ceil: bool = False
+    count_padding: bool = True
+    divisor: int | None = None  # instead of the number of values
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A map of pixels of another: y[p, q] = x[rows[p], columns[q]]. Nearest upsampling, say."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -114,7 +139,7 @@ class Torch:
     result: int | None = None  # of an operation with several results, the one that is used
 
 
-Operation = Conv | Affine | MaxPool | Mean | Concat | Torch
+Operation = Conv | Affine | MaxPool | AveragePool | Pick | Mean | Concat | Torch
 
 
 @dataclass(frozen=True)
@@ -142,6 +167,7 @@ class Graph:
     nodes: tuple[Node, ...]
     values: dict[str, Value]
     spec: str = ""  # how the outputs make up the model's result (torch.utils._pytree, as JSON)
+    constants: tuple[str, ...] = ()  # of the state, what the model's state_dict does not have
 
     @cached_property
     def readers(self) -> Counter[str]:

@@ -6,6 +6,7 @@ that hold none of its weights: in a network, a hundred megabytes pass between on
 
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from resfuse.kernels.barred import NONE, Barred
 from resfuse.kernels.engine.choice import Choice, key_of
 from resfuse.kernels.engine.cuda_graph import replayed
 from resfuse.kernels.engine.executor import Executor
@@ -39,11 +41,15 @@ class Measurer:
         device: torch.device,
         tactics: Iterable[str],
         cache: TimingCache,
+        barred: Barred = NONE,
     ) -> None:
         """
         Args:
             tactics: those that run on the device.
+            barred: configurations that were found wrong, beside those in the cache.
         """
+        self._barred = cache.barred | barred
+        self._told: set[str] = set()
         self._arena = any(TACTICS[name].in_arena for name in tactics)
         self._graph, self._state, self._device, self._cache = graph, state, device, cache
         self.measured = 0  # how many were not in the cache
@@ -52,29 +58,68 @@ class Measurer:
         self._reference: tuple[str, list[Tensor], list[Tensor], float] | None = None
 
     def __call__(self, choice: Choice) -> float | None:
-        """None where the choice fails, or computes something else."""
+        """None where the choice fails, or computes something else; or is barred for every part.
+
+        Raises:
+            RuntimeError: the choice has broken the device for this process; the next one knows.
+        """
+        if self._is_barred(choice):
+            return None
         part = self._graph.part(choice.start, choice.stop)
         key = key_of(part), choice.label() + ", copied" * self._is_copied(choice)
         if key not in self._cache:
             self.measured += 1
-            self._cache.put(key, self._measure(part, key[0], choice))
+            self._measure(part, key, choice)
         return self._cache.get(key)
 
-    def _measure(self, part: Graph, key: str, choice: Choice) -> float | None:
-        inputs, exact, allowed = self._expected(part, key)
+    def _is_barred(self, choice: Choice) -> bool:
+        configuration = getattr(TACTICS[choice.tactic].load(), "configuration", None)
+        if not self._barred or configuration is None:
+            return False
+        found = configuration(self._graph, choice) in self._barred
+        if found and choice.label() not in self._told:
+            self._told.add(choice.label())
+            warnings.warn(
+                f"{choice.label()} is left out: `resfuse check` found it wrong on this device",
+                stacklevel=4,
+            )
+        return found
+
+    def _measure(self, part: Graph, key: tuple[str, str], choice: Choice) -> None:
+        """Puts a time into the cache, or why there is none."""
+        inputs, exact, allowed = self._expected(part, key[0])
         try:
             executor = Executor(part, [choice.at_start()], self._state)
             error = _error(executor(*inputs), exact)
-        except (RuntimeError, ValueError) as failure:
-            warnings.warn(f"{choice.label()} fails on {key}: {failure}", stacklevel=4)
-            return None
-        if not error <= allowed:  # NaN is wrong, too
-            warnings.warn(
-                f"{choice.label()} is barred on {key}: its error is {error:.1e}, "
-                f"more than {allowed:.1e}",
-                stacklevel=4,
-            )
-            return None
+        except torch.OutOfMemoryError as failure:  # another day there may be room
+            self._cache.put_here(key, None)
+            _warn(choice, key[0], f"finds no room: {failure}")
+        except _failures() as failure:
+            why = f"{type(failure).__name__}: {failure}"
+            self._cache.put(key, None, why)
+            self._require_device(choice, failure)
+            _warn(choice, key[0], f"fails, {why}")
+        else:
+            if error <= allowed:
+                self._cache.put(key, self._time_of(executor, inputs, key[0], choice))
+            else:  # NaN is wrong, too
+                why = f"its error is {error:.1e}, more than {allowed:.1e}"
+                self._cache.put(key, None, why)
+                _warn(choice, key[0], f"is barred, {why}")
+
+    def _require_device(self, choice: Choice, failure: Exception) -> None:
+        """After an illegal access a GPU answers nothing, and every tactic would be barred."""
+        if self._device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as broken:
+            raise RuntimeError(
+                f"{choice.label()} broke the GPU for this process ({failure}). It is barred now: "
+                "build the engine again in a new process"
+            ) from broken
+
+    def _time_of(self, executor: Executor, inputs: list[Tensor], key: str, choice: Choice) -> float:
         run = executor.repeat(*inputs)
         if self._device.type == "cuda":  # kernels without the Python that launches them
             return self._time(replayed(run, self._device), key)
@@ -124,6 +169,20 @@ class Measurer:
         start_s = time.perf_counter()
         run()
         return (time.perf_counter() - start_s) * 1e3
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What counts as a tactic's own failure: it is unsupported, or cannot be compiled, or run.
+    Everything else is a mistake of ours, or the user's wish to stop.
+
+    Triton's errors are looked up among what is loaded: without it nobody raises one.
+    """
+    triton = sys.modules.get("triton.errors")
+    return (RuntimeError, ValueError, *([triton.TritonError] if triton else []))
+
+
+def _warn(choice: Choice, key: str, what: str) -> None:
+    warnings.warn(f"{choice.label()} {what} on {key}", stacklevel=6)
 
 
 def _copying(run: Callable[[], list[Tensor]]) -> Run:

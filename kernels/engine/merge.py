@@ -53,6 +53,8 @@ def _joined(first: Node, second: Node) -> Conv | Affine | None:
     """One operation for both, None where there is none."""
     op, then = first.op, second.op
     assert isinstance(then, Affine)
+    if then.gate:
+        return None
     things = (then.norm is not None) + then.residual + (then.activation != "identity")
     if things > 1 or not isinstance(op, Conv | Affine):  # several have their own order
         return None

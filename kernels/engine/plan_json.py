@@ -9,6 +9,7 @@ import torch
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import (
     Affine,
+    AveragePool,
     Concat,
     Conv,
     Graph,
@@ -17,13 +18,16 @@ from resfuse.kernels.engine.graph import (
     Node,
     Norm,
     Operation,
+    Pick,
     Torch,
     Value,
 )
 from resfuse.kernels.engine.planner import Segment
 from resfuse.kernels.problem import ConvProblem
 
-_OPERATIONS = {kind.__name__: kind for kind in (Conv, Affine, MaxPool, Mean, Concat, Torch)}
+_OPERATIONS = {
+    kind.__name__: kind for kind in (Conv, Affine, MaxPool, AveragePool, Pick, Mean, Concat, Torch)
+}
 
 
 def graph_to_json(graph: Graph) -> dict[str, Any]:
@@ -31,6 +35,7 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         "input": graph.input,
         "outputs": list(graph.outputs),
         "spec": graph.spec,
+        "constants": list(graph.constants),
         "values": {
             name: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")}
             for name, v in graph.values.items()
@@ -58,6 +63,7 @@ def graph_from_json(data: dict[str, Any]) -> Graph:
             for name, v in data["values"].items()
         },
         data["spec"],
+        tuple(data.get("constants", [])),
     )
 
 

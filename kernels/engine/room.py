@@ -1,11 +1,12 @@
 """Room: where the values of an executor are, for the tactics that write to fixed addresses."""
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from resfuse.kernels.engine.graph import Graph
+from resfuse.kernels.engine.held import storages
 from resfuse.kernels.engine.homes import find_homes
 from resfuse.kernels.engine.memory import ALIGNMENT, Buffer, arrange, least_size
 from resfuse.kernels.native.pages import Shelf, allocate
@@ -17,7 +18,7 @@ class Laid:
     def __init__(self) -> None:
         self._found: dict[Hashable, list[Tensor]] = {}
         self._shelf = Shelf()
-        self._kept = 0  # bytes outside of it
+        self._kept: list[Tensor] = []  # those outside of it
 
     def get(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `make` returns, made once."""
@@ -29,13 +30,17 @@ class Laid:
         """Likewise, as `make` returns them: on any device, of any dtype and layout."""
         if key not in self._found:
             self._found[key] = make()
-            self._kept += sum(tensor.nbytes for tensor in self._found[key])
+            self.hold(self._found[key])
         return self._found[key]
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self._shelf.size + self._kept
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Counts what a tactic keeps for itself."""
+        self._kept += tensors
+
+    def size(self, beside: Iterable[Tensor] = ()) -> int:
+        """Bytes, without those of the tensors `beside` it."""
+        kept, known = storages(self._kept), storages(beside)
+        return self._shelf.size + sum(size for key, size in kept.items() if key not in known)
 
 
 class Room:
@@ -95,6 +100,10 @@ class Room:
     def tensors(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `make` returns as it is, made once for all that share it."""
         return self._laid.keep(key, make)
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Counts what a tactic keeps for itself, of one batch size."""
+        self._laid.hold(tensors)
 
     def view(self, name: str) -> Tensor:
         """The value as a tensor in the arena, of the shape it has in the graph."""

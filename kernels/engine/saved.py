@@ -30,6 +30,7 @@ SCHEMA = 1
 
 def save(
     path: Path,
+    device: torch.device,
     built: Mapping[int, "Built"],
     state: Mapping[str, Tensor],
     other_batches: str,
@@ -43,7 +44,6 @@ def save(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    device = next(iter(state.values())).device if state else torch.device("cpu")
     told = {
         "schema": SCHEMA,
         "device_type": device.type,

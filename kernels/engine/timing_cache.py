@@ -10,9 +10,11 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from resfuse.kernels.barred import Barred, is_configuration
 from resfuse.kernels.engine.environment import environment
 from resfuse.kernels.native.library import cache_folder
 
@@ -20,7 +22,9 @@ SCHEMA = 1
 
 
 class TimingCache:
-    """Milliseconds by (part of a graph, choice), None for what gave a wrong answer."""
+    """Milliseconds by (part of a graph, choice), None for what may not be used; and, by keys of
+    barred.py, configurations that may not be used for any part.
+    """
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
         """
@@ -41,10 +45,31 @@ class TimingCache:
         """The time of a part and choice that is in the cache."""
         return self._times[key]
 
-    def put(self, key: tuple[str, str], ms: float | None) -> None:
-        """Keeps a time, here and in the file; an unwritable file is a warning."""
+    @property
+    def barred(self) -> Barred:
+        """The configurations that nothing may choose, whatever the part."""
+        return frozenset(k for k, ms in self._times.items() if ms is None and is_configuration(k))
+
+    def put(self, key: tuple[str, str], ms: float | None, why: str = "") -> None:
+        """Keeps a time, here and in the file; an unwritable file is a warning.
+
+        Args:
+            why: there is none, for those who read the file.
+        """
         self._times[key] = ms
-        line = json.dumps({"part": key[0], "choice": key[1], "ms": ms}) + "\n"
+        self._append({"part": key[0], "choice": key[1], "ms": ms} | ({"why": why} if why else {}))
+
+    def put_here(self, key: tuple[str, str], ms: float | None) -> None:
+        """Keeps a time for as long as this object lives."""
+        self._times[key] = ms
+
+    def forget(self, key: tuple[str, str]) -> None:
+        """As if it had never been put."""
+        if self._times.pop(key, "never") != "never":
+            self._append({"part": key[0], "choice": key[1], "forgotten": True})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             start = "\n" * self._torn if self.path.exists() else self._header()
@@ -52,7 +77,7 @@ class TimingCache:
                 file.write((start + line).encode())  # one write: lines of two processes stay whole
             self._torn = False
         except OSError as error:
-            warnings.warn(f"times are not kept in {self.path}: {error}", stacklevel=2)
+            warnings.warn(f"times are not kept in {self.path}: {error}", stacklevel=3)
 
     def _header(self) -> str:
         return json.dumps({"schema": SCHEMA, "environment": self._environment}) + "\n"
@@ -80,7 +105,14 @@ class TimingCache:
         times = [row for row in rows if _is_time(row)]
         if bad := len(lines) - len(times) - len(headers):
             warnings.warn(f"{bad} damaged lines of {self.path} are not used", stacklevel=3)
-        return {(row["part"], row["choice"]): row["ms"] for row in times}
+        known: dict[tuple[str, str], float | None] = {}
+        for row in times:
+            key = row["part"], row["choice"]
+            if "forgotten" in row:
+                known.pop(key, None)
+            else:
+                known[key] = row["ms"]
+        return known
 
 
 def _parsed(line: str) -> dict | None:
@@ -94,6 +126,7 @@ def _parsed(line: str) -> dict | None:
 def _is_time(row: dict) -> bool:
     ms = row.get("ms", "missing")
     sensible = ms is None or (type(ms) in (int, float) and 0 < ms < 1e6)  # True is no time
+    sensible = sensible or row.get("forgotten") is True
     return sensible and isinstance(row.get("part"), str) and isinstance(row.get("choice"), str)
 
 

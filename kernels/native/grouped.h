@@ -36,7 +36,7 @@ static void grouped_by(const Step& s, long from, long to) {
           const Floats weight = load(w);
           const Ints lanes = lanes_of_input<GROUP>(i);
           UNROLLED for (long m = 0; m < M; m++) {
-            sum[m] += (GROUP == 1 ? value[m] : __builtin_shuffle(value[m], lanes)) * weight;
+            sum[m] += (GROUP == 1 ? value[m] : shuffle(value[m], lanes)) * weight;
           }
         }
       }
@@ -70,7 +70,7 @@ static void grouped_row(const Step& s, long pixel) {
         UNROLLED for (long t = 0; t < 3; t++) weight[t] = load(w + (t * GROUP + i) * LANES);
         UNROLLED for (long j = 0; j < M + 2; j++) {
           const Floats all_of_group = load(x[r][j] + k);
-          const Floats v = GROUP == 1 ? all_of_group : __builtin_shuffle(all_of_group, lanes);
+          const Floats v = GROUP == 1 ? all_of_group : shuffle(all_of_group, lanes);
           UNROLLED for (long t = 0; t < 3; t++) {
             if (j - t >= 0 && j - t < M) sum[j - t] += v * weight[t];
           }

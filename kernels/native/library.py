@@ -126,8 +126,14 @@ def _compile(compiler: str, flags: tuple[str, ...], built: Path) -> None:
             command = [compiler, *flags, source, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                said = (done.stderr.strip() or "no message").splitlines()[-1]
+                said = _first_error(done.stderr)
                 raise NativeUnavailable(f"{compiler} cannot compile the native steps: {said}")
             made.replace(built)
     except OSError as error:
         raise NativeUnavailable(f"the native library cannot be made: {error}") from None
+
+
+def _first_error(said: str) -> str:
+    """Of what a compiler said: clang's last line only counts its errors."""
+    lines = said.strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error:" in line), lines[-1])

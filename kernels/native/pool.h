@@ -1,4 +1,4 @@
-// Max-pooling over windows and the mean over a map, NHWC.
+// Pooling over windows, the mean over a map, and pixels picked for a larger map, NHWC.
 #pragma once
 
 #include "step.h"
@@ -21,7 +21,7 @@ static void max_pool(const Step& s, long t, long threads) {
             const long w = left + tap * s.dilation_w;
             if (w < 0 || w >= s.W) continue;
             const Floats value = load(image + (h * s.W + w) * s.x_pitch + k);
-            most = (value > most) | (value != value) ? value : most;  // NaN stays NaN
+            most = ((value > most) | (value != value)) ? value : most;  // NaN stays NaN
           }
         }
         store(y + k, most);
@@ -39,5 +39,42 @@ static void mean(const Step& s, long t, long threads) {
     Floats sum[4] = {};
     for (long pixel = 0; pixel < pixels; pixel++) sum[pixel % 4] += load(x + pixel * s.x_pitch);
     store(s.y + image * s.y_pitch + k, (sum[0] + sum[1] + (sum[2] + sum[3])) / all(pixels));
+  }
+}
+
+// Sums of windows, divided by w[p] * slope[q]: what counts of a window over the edge is Python's
+// to say.
+static void average_pool(const Step& s, long t, long threads) {
+  const Part rows(s.N * s.P, 1, t, threads);
+  for (long row = rows.from; row < rows.to; row++) {
+    const long top = row % s.P * s.stride_h - s.pad_h;
+    const long first = top < 0 ? 0 : top, last = least(top + s.R, s.H);
+    const float* const image = s.x + row / s.P * s.H * s.W * s.x_pitch;
+    for (long q = 0; q < s.Q; q++) {
+      const long left = q * s.stride_w - s.pad_w;
+      const long from = left < 0 ? 0 : left, to = least(left + s.S, s.W);
+      const Floats count = all(s.w[row % s.P] * s.slope[q]);
+      float* const y = s.y + (row * s.Q + q) * s.y_pitch;
+      for (long k = 0; k < s.K; k += LANES) {
+        Floats sum = {};
+        for (long h = first; h < last; h++) {
+          for (long w = from; w < to; w++) sum += load(image + (h * s.W + w) * s.x_pitch + k);
+        }
+        store(y + k, sum / count);
+      }
+    }
+  }
+}
+
+// A pixel of y is the one of x in row w[p] and column slope[q].
+static void pick(const Step& s, long t, long threads) {
+  const Part rows(s.N * s.P, 1, t, threads);
+  for (long row = rows.from; row < rows.to; row++) {
+    const long h = row / s.P * s.H + static_cast<long>(s.w[row % s.P]);
+    for (long q = 0; q < s.Q; q++) {
+      const float* const x = s.x + (h * s.W + static_cast<long>(s.slope[q])) * s.x_pitch;
+      float* const y = s.y + (row * s.Q + q) * s.y_pitch;
+      for (long k = 0; k < s.K; k += LANES) store(y + k, load(x + k));
+    }
   }
 }

@@ -9,6 +9,8 @@ enum Kind : long {
   MAX_POOL = 3,
   MEAN = 4,
   AFFINE = 5,
+  AVERAGE_POOL = 6,
+  PICK = 7,
 };
 
 enum Activation : long { IDENTITY = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SLOPE = 4 };

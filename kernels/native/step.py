@@ -11,7 +11,7 @@ import torch
 
 from resfuse.kernels.native.library import NativeUnavailable, library
 
-KINDS = ("direct", "winograd", "grouped", "max_pool", "mean", "affine")
+KINDS = ("direct", "winograd", "grouped", "max_pool", "mean", "affine", "average_pool", "pick")
 ACTIVATIONS = {
     "identity": 0,
     "relu": 1,

@@ -18,6 +18,8 @@ static void run_part(const Step& step, long t, long threads) {
     case MAX_POOL: max_pool(step, t, threads); break;
     case MEAN: mean(step, t, threads); break;
     case AFFINE: affine(step, t, threads); break;
+    case AVERAGE_POOL: average_pool(step, t, threads); break;
+    case PICK: pick(step, t, threads); break;
   }
 }
 

@@ -44,6 +44,7 @@ struct Tile {
                           const Next& next) {
     const float* row[M];
     UNROLLED for (long m = 0; m < M; m++) row[m] = x[m];
+    Held<Tile> held = *this;
     for (long from = 0; from < depth; from += LINE) {
       if (next.x) {
         UNROLLED for (long m = 0; m < M; m++) __builtin_prefetch(row[m] + from + next.x, 0, 3);
@@ -59,10 +60,11 @@ struct Tile {
         Floats weight[N];
         UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
         UNROLLED for (long m = 0; m < M; m++) {
-          UNROLLED for (long n = 0; n < N; n++) sum[m][n] += row[m][c] * weight[n];
+          UNROLLED for (long n = 0; n < N; n++) held.sum[m][n] += row[m][c] * weight[n];
         }
       }
     }
+    *this = held;
     return w;
   }
 };

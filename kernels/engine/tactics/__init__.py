@@ -5,7 +5,8 @@ A tactic's module has
 - `segments(graph, at) -> Iterable[Choice]`: what it can do that starts with node `at`;
 - `scratch(graph, choice) -> int`: bytes it needs while it runs (tactics in the arena only);
 - `lower(graph, choice, state, room) -> Work`: the segment, ready to run;
-- `kernels(graph, choice) -> list[Graph]`, only where a segment takes several kernels: their parts.
+- `kernels(graph, choice) -> list[Graph]`, only where a segment takes several kernels: their parts;
+- `configuration(graph, choice) -> Key`, only where it is a kernel's: see resfuse/kernels/barred.py.
 
 Tactics on a GPU pass values on as torch's tensors, [N, C, H, W] in channels_last.
 """

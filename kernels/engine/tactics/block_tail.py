@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.arguments import empty_channels_last
+from resfuse.kernels.barred import Key, key_of
 from resfuse.kernels.block_tail_config import Config, TailProblem, candidates
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import Conv, Graph, Node, State
@@ -22,6 +23,7 @@ from resfuse.kernels.engine.tactics.projection import is_projection
 from resfuse.kernels.engine.tactics.triton_conv1x1 import is_gemm
 from resfuse.kernels.engine.work import Call, Values
 from resfuse.kernels.problem import ConvProblem
+from resfuse.kernels.ptxas import SOUND, is_sound, sound_path
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,12 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def refusal_of_ptxas(version: str) -> str | None:
     """Why a ptxas may not compile the kernel for Hopper; None where it may."""
-    from resfuse.kernels.inspect import SOUND_PTXAS, is_sound, sound_ptxas
-
     if is_sound(version):
         return None
-    least = ".".join(map(str, SOUND_PTXAS))
+    least = ".".join(map(str, SOUND))
     return (
         f"ptxas {version} may miscompile register operands of WGMMA, and this kernel has them: set "
-        f"TRITON_PTXAS_PATH to one from {least} on: {sound_ptxas() or 'nvidia-cuda-nvcc on PyPI'}"
+        f"TRITON_PTXAS_PATH to one from {least} on: {sound_path() or 'nvidia-cuda-nvcc on PyPI'}"
     )
 
 
@@ -68,6 +68,11 @@ def segments(graph: Graph, at: int) -> Iterable[Choice]:
         if tail is not None:
             for config in candidates(tail.problem):
                 yield Choice("block_tail", at, stop, tuple(asdict(config).items()))
+
+
+def configuration(graph: Graph, choice: Choice) -> Key:
+    mode = triton_kernels.math_mode(graph, choice)
+    return key_of("block_tail", mode, Config(**choice.settings))
 
 
 def scratch(graph: Graph, choice: Choice) -> int:

@@ -1,6 +1,6 @@
 """torch's own operations on folded weights: the reference, and what else no tactic computes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -12,21 +12,24 @@ from resfuse.kernels.activation import ACTIVATIONS
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import (
     Affine,
+    AveragePool,
     Concat,
     Conv,
     Graph,
     MaxPool,
     Mean,
     Node,
+    Pick,
     State,
     Torch,
     Value,
 )
 from resfuse.kernels.engine.room import Room
-from resfuse.kernels.engine.state import conv_weights, scale_and_shift, slope_of
+from resfuse.kernels.engine.state import conv_weights, scale_and_shift
 from resfuse.kernels.engine.work import Call, Values
 
 Function = Callable[..., Tensor]
+Keep = Callable[[Hashable, Callable[[], list[Tensor]]], list[Tensor]]  # as Room.tensors
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -43,7 +46,7 @@ def scratch(graph: Graph, choice: Choice) -> int:
 
 def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
     functions = [
-        (node, function_of(node, graph.values, state))
+        (node, function_of(node, graph.values, state, room=room))
         for node in graph.nodes[choice.start : choice.stop]
     ]
 
@@ -65,28 +68,57 @@ def exact(graph: Graph, state: State, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def function_of(
-    node: Node, values: dict[str, Value], state: State, dtype: torch.dtype | None = None
+    node: Node,
+    values: dict[str, Value],
+    state: State,
+    dtype: torch.dtype | None = None,
+    room: Room | None = None,
 ) -> Function:
-    """The node as a function of its inputs, in the graph's dtype or in another."""
+    """The node as a function of its inputs, in the graph's dtype or in another.
+
+    Args:
+        room: keeps the weights, for all that share them.
+    """
     op = node.op
+    keep = room.tensors if room is not None else _make
     if isinstance(op, Conv):
-        return _conv(op, values[node.name].shape, state, dtype)
+        return _conv(op, values[node.name].shape, state, dtype, keep)
     if isinstance(op, Affine):
-        return _affine(op, values[node.name].shape, state, dtype)
+        return _affine(op, values[node.name].shape, state, dtype, keep)
     if isinstance(op, MaxPool):
-        return lambda x: F.max_pool2d(x, op.kernel, op.stride, op.padding, op.dilation)
+        window = op.kernel, op.stride, op.padding, op.dilation, op.ceil
+        return lambda x: F.max_pool2d(x, *window)
+    if isinstance(op, AveragePool):
+        own = op.kernel, op.stride, op.padding, op.ceil, op.count_padding, op.divisor
+        return lambda x: F.avg_pool2d(x, *own)
+    if isinstance(op, Pick):
+        rows, columns = list(op.rows), list(op.columns)
+        return lambda x: x[:, :, rows][..., columns]
     if isinstance(op, Mean):
         shape = values[node.name].shape
         return lambda x: x.mean((2, 3)).view(shape)
     if isinstance(op, Concat):
         return lambda *parts: torch.cat(parts, 1)
-    return _torch(op, state, dtype)
+    return _torch(op, state, dtype, keep)
 
 
-def _conv(op: Conv, shape: tuple[int, ...], state: State, dtype: torch.dtype | None) -> Function:
+def _make(key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Keeps nothing."""
+    return make()
+
+
+def _conv(
+    op: Conv, shape: tuple[int, ...], state: State, dtype: torch.dtype | None, keep: Keep
+) -> Function:
     problem = op.problem
-    weight, bias = conv_weights(op, state, dtype)
-    weight = weight.contiguous(memory_format=torch.channels_last)
+
+    def lay_out() -> list[Tensor]:
+        weight, bias = conv_weights(op, state, dtype)
+        return [weight.contiguous(memory_format=torch.channels_last), bias]
+
+    # a weight may be shared, under other norms and on other shapes
+    folded = op.weight, op.bias, op.norm, problem.c, problem.r, problem.s, problem.groups
+    weight, bias = keep(("eager", problem.math_mode, *folded), lay_out)
     input_shape = (problem.n, problem.c, problem.h, problem.w)
 
     def run(x: Tensor, *residual: Tensor) -> Tensor:
@@ -96,25 +128,33 @@ def _conv(op: Conv, shape: tuple[int, ...], state: State, dtype: torch.dtype | N
         )  # fmt: skip
         return finish(y.reshape(shape), residual)
 
-    finish = _finish(op, state)
+    finish = _finish(op, state, keep)
     return run
 
 
 def _affine(
-    op: Affine, shape: tuple[int, ...], state: State, dtype: torch.dtype | None
+    op: Affine, shape: tuple[int, ...], state: State, dtype: torch.dtype | None, keep: Keep
 ) -> Function:
-    finish = _finish(op, state)
+    finish = _finish(op, state, keep)
+    if op.gate:
+        return lambda x, gate, *residual: finish(x * gate, residual)
     if op.norm is None:
         return lambda x, *residual: finish(x, residual)
     around = (1, -1) + (1,) * (len(shape) - 2)
-    both = scale_and_shift(op, shape[1], state, dtype or torch.float32)
+    both = keep(
+        ("eager", op.norm),
+        lambda: list(scale_and_shift(op, shape[1], state, dtype or torch.float32)),
+    )
     scale, shift = (t.view(around) for t in both)
     return lambda x, *residual: finish((x * scale + shift).to(x.dtype), residual)
 
 
-def _finish(op: Conv | Affine, state: State) -> Callable[[Tensor, tuple[Tensor, ...]], Tensor]:
+def _finish(
+    op: Conv | Affine, state: State, keep: Keep
+) -> Callable[[Tensor, tuple[Tensor, ...]], Tensor]:
     """Activation and residual, in the operation's order."""
-    forward, slope = ACTIVATIONS[op.activation].forward, slope_of(op, state)
+    forward = ACTIVATIONS[op.activation].forward
+    slope = _as_it_is(op.slope, state, keep) if isinstance(op.slope, str) else op.slope
 
     def finish(y: Tensor, residual: tuple[Tensor, ...]) -> Tensor:
         if op.residual_last:
@@ -124,9 +164,14 @@ def _finish(op: Conv | Affine, state: State) -> Callable[[Tensor, tuple[Tensor, 
     return finish
 
 
-def _torch(op: Torch, state: State, dtype: torch.dtype | None) -> Function:
+def _as_it_is(name: str, state: State, keep: Keep) -> Tensor:
+    (tensor,) = keep(("as it is", name), lambda: [state[name].detach()])
+    return tensor
+
+
+def _torch(op: Torch, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
     target: Any = reduce(getattr, op.target.removeprefix("aten.").split("."), torch.ops.aten)
-    fixed = {name: state[name].detach() for name in _states_in(op)}
+    fixed = {name: _as_it_is(name, state, keep) for name in _states_in(op)}
     if dtype is not None:
         fixed = {name: _widened(t) for name, t in fixed.items()}
 

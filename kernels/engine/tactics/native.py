@@ -9,10 +9,22 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.engine.choice import Choice
-from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, MaxPool, Mean, Node, State
+from resfuse.kernels.engine.graph import (
+    Affine,
+    AveragePool,
+    Concat,
+    Conv,
+    Graph,
+    MaxPool,
+    Mean,
+    Node,
+    Pick,
+    State,
+)
 from resfuse.kernels.engine.homes import channels_of, pixels_of
 from resfuse.kernels.engine.room import Room
 from resfuse.kernels.engine.state import conv_weights, scale_and_shift, slope_of
+from resfuse.kernels.engine.tactics import native_maps
 from resfuse.kernels.engine.work import Native
 from resfuse.kernels.native import convolution
 from resfuse.kernels.native.convolution import NativeConfig
@@ -56,8 +68,13 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Native:
         if convolution.scratch_floats(op.problem, config) > 0:
             step.scratch = room.scratch(choice.start)
         return Native([step])
+    if isinstance(op, Affine) and op.gate:
+        slopes_of_gate = _slopes(op, channels_of(graph, node.name), state)
+        return native_maps.gate(graph, node, op, room, slopes_of_gate)
     if isinstance(op, Affine):
         return _affine(graph, node, op, state, room)
+    if isinstance(op, AveragePool | Pick):
+        return native_maps.windows(graph, node, op, room)
     if isinstance(op, Concat):
         return _concat(graph, node, room)
     assert isinstance(op, MaxPool | Mean)
@@ -174,7 +191,7 @@ def _is_done(graph: Graph, node: Node) -> bool:
         return op.activation in ACTIVATIONS
     if isinstance(op, Concat):
         return _in_whole_vectors(graph, node)
-    return isinstance(op, MaxPool | Mean)
+    return isinstance(op, MaxPool | AveragePool | Pick | Mean)
 
 
 def _in_whole_vectors(graph: Graph, node: Node) -> bool:

@@ -13,7 +13,7 @@ from resfuse.kernels.conv1x1_config import Config, Conv1x1Problem
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import Conv, Graph, Node, State
 from resfuse.kernels.engine.room import Room
-from resfuse.kernels.engine.state import conv_weights, slope_of
+from resfuse.kernels.engine.state import conv_weights
 from resfuse.kernels.engine.tactics import triton_conv1x1, triton_kernels
 from resfuse.kernels.engine.work import Call, Values
 
@@ -32,6 +32,9 @@ def segments(graph: Graph, at: int) -> Iterable[Choice]:
     )
     for config in triton_conv1x1.configs(problem):
         yield Choice("projection", at, at + 2, tuple(asdict(config).items()))
+
+
+configuration = triton_conv1x1.configuration
 
 
 def scratch(graph: Graph, choice: Choice) -> int:
@@ -55,7 +58,7 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
 
     key = ("projection", *map(triton_kernels.key_of, (main, shortcut)))
     weight, side_weight, bias = room.tensors(key, lay_out)
-    slope = slope_of(main, state)
+    slope = triton_kernels.slope_in(main, state, room)
     config = Config(**choice.settings)
     inputs, side_inputs, outputs = (
         triton_kernels.input_shape(main.problem),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from resfuse.kernels import conv_config
+from resfuse.kernels.barred import Key, key_of
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import Conv, Graph, State
 from resfuse.kernels.engine.room import Room
@@ -48,11 +49,10 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
     op = graph.nodes[choice.start].op
     assert isinstance(op, Conv)
     problem, last = op.problem, op.residual_last
-    settings = choice.settings
-    splits = settings.pop("split_taps"), settings.pop("split_channels")
-    config = Config(conv_config.Config(**settings), *splits)
+    config = _config(choice)
     made = workspace(problem, config, state[op.weight].device)
     counters, partials = made.counters, made.partials.numel()  # counters end each run as zeros
+    room.hold([counters])
 
     def launch_of(t: "Tensors") -> "Launch":
         # The parts of the sum are needed while the launch runs: then others have their memory.
@@ -60,6 +60,17 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
         return launch(problem, t, config, Workspace(parts, counters), last)
 
     return triton_kernels.convolution(graph, choice, state, room, launch_of)
+
+
+def configuration(graph: Graph, choice: Choice) -> Key:
+    mode = triton_kernels.math_mode(graph, choice)
+    return key_of("conv_bn_act_split_k", mode, _config(choice))
+
+
+def _config(choice: Choice) -> Config:
+    settings = choice.settings
+    splits = settings.pop("split_taps"), settings.pop("split_channels")
+    return Config(conv_config.Config(**settings), *splits)
 
 
 def _configs(problem: ConvProblem, sms: int) -> list[Config]:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from torch import Tensor
 
 from resfuse.kernels.arguments import empty_channels_last
+from resfuse.kernels.barred import Key, key_of
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import Conv, Graph, MaxPool, State
 from resfuse.kernels.engine.room import Room
@@ -33,6 +34,10 @@ def segments(graph: Graph, at: int) -> Iterable[Choice]:
     for config in candidates(_problem(op.problem)):
         if config.least_capability <= 10 * major + minor:
             yield Choice("stem", at, at + 2, tuple(asdict(config).items()))
+
+
+def configuration(graph: Graph, choice: Choice) -> Key:
+    return key_of("stem", triton_kernels.math_mode(graph, choice), Config(**choice.settings))
 
 
 def scratch(graph: Graph, choice: Choice) -> int:

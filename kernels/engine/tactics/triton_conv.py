@@ -5,13 +5,18 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from resfuse.kernels.barred import Key, key_of
 from resfuse.kernels.conv_config import Config, candidates
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import Conv, Graph, State
 from resfuse.kernels.engine.room import Room
 from resfuse.kernels.engine.tactics import triton_conv1x1, triton_kernels
 from resfuse.kernels.engine.work import Call
+
+if TYPE_CHECKING:
+    from resfuse.kernels import depthwise
 
 refusal = triton_kernels.refusal
 
@@ -40,16 +45,26 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
     op = graph.nodes[choice.start].op
     assert isinstance(op, Conv)
     problem, last = op.problem, op.residual_last
-    settings = choice.settings
-    if settings.pop("form") == "depthwise":
-        narrow = depthwise.Config(**settings)
+    config = _config(choice)
+    if isinstance(config, Config):
         return triton_kernels.convolution(
-            graph, choice, state, room, lambda t: depthwise.launch(problem, t, narrow, last)
+            graph, choice, state, room, lambda t: conv.launch(problem, t, config, last)
         )
-    config = Config(**settings)
     return triton_kernels.convolution(
-        graph, choice, state, room, lambda t: conv.launch(problem, t, config, last)
+        graph, choice, state, room, lambda t: depthwise.launch(problem, t, config, last)
     )
+
+
+def configuration(graph: Graph, choice: Choice) -> Key:
+    return key_of("conv_bn_act", triton_kernels.math_mode(graph, choice), _config(choice))
+
+
+def _config(choice: Choice) -> "Config | depthwise.Config":
+    from resfuse.kernels import depthwise
+
+    settings = choice.settings
+    form = settings.pop("form")
+    return depthwise.Config(**settings) if form == "depthwise" else Config(**settings)
 
 
 def _choice(at: int, form: str, config: object) -> Choice:

@@ -5,6 +5,7 @@ where the GPU has them.
 from collections.abc import Iterable
 from dataclasses import asdict
 
+from resfuse.kernels.barred import Key, key_of
 from resfuse.kernels.conv1x1_config import Config, Conv1x1Problem, candidates
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import Conv, Graph, State
@@ -32,6 +33,11 @@ def segments(graph: Graph, at: int) -> Iterable[Choice]:
     if isinstance(op, Conv) and is_gemm(op.problem):
         for config in configs(Conv1x1Problem(**asdict(op.problem))):
             yield Choice("triton_conv1x1", at, at + 1, tuple(asdict(config).items()))
+
+
+def configuration(graph: Graph, choice: Choice) -> Key:
+    mode = triton_kernels.math_mode(graph, choice)
+    return key_of("conv1x1", mode, Config(**choice.settings))
 
 
 def scratch(graph: Graph, choice: Choice) -> int:

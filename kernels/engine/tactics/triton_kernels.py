@@ -67,10 +67,26 @@ def weights(op: Conv, state: State, room: Room) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
+def slope_in(op: Conv, state: State, room: Room) -> Slope:
+    """The slope of an activation that has one, laid out once."""
+    slope = slope_of(op, state)
+    if not isinstance(slope, Tensor):
+        return slope
+    (laid,) = room.tensors(("slope", op.slope), lambda: [slope.contiguous()])
+    return laid
+
+
 def key_of(op: Conv) -> tuple[Hashable, ...]:
     """What folded weights depend on: one may be shared, under other norms and on other shapes."""
     problem = op.problem
     return op.weight, op.bias, op.norm, problem.c, problem.r, problem.s, problem.groups
+
+
+def math_mode(graph: Graph, choice: Choice) -> str:
+    """Of the convolutions of a segment."""
+    op = graph.nodes[choice.start].op
+    assert isinstance(op, Conv)
+    return op.problem.math_mode
 
 
 def input_shape(problem: ConvProblem) -> tuple[int, ...]:
@@ -111,8 +127,7 @@ def convolution(
     inputs, outputs = input_shape(op.problem), output_shape(op.problem)
     shape = graph.values[node.name].shape
     weight, bias = weights(op, state, room)
-    slope: Slope = slope_of(op, state)
-    slope = slope.contiguous() if isinstance(slope, Tensor) else slope
+    slope = slope_in(op, state, room)
 
     def compute(values: Values) -> None:
         x = as_map(values[node.inputs[0]], inputs)

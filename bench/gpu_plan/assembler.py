@@ -1,0 +1,49 @@
+"""Which ptxas the plan's kernels are assembled by: chosen once, and told to every subprocess."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+from resfuse.bench.errors import UsageError
+from resfuse.kernels import ptxas
+
+
+@contextlib.contextmanager
+def chosen(tell: Callable[[str], None]) -> Iterator[None]:
+    """Subprocesses started within are told of the best ptxas there is (TRITON_PTXAS_PATH).
+
+    Args:
+        tell: gets a line on which it is.
+
+    Raises:
+        UsageError: the user's own TRITON_PTXAS_PATH names none that runs.
+    """
+    try:
+        best = ptxas.best(ptxas.find(), driver_major())
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if best is None:
+        tell("No ptxas is to be found: Triton's kernels cannot be assembled here")
+        yield
+        return
+    tell(f"Kernels are assembled by {best.told()}: {best.path}")
+    before = os.environ.get(ptxas.VARIABLE)
+    os.environ[ptxas.VARIABLE] = best.path
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ptxas.VARIABLE]
+        else:
+            os.environ[ptxas.VARIABLE] = before
+
+
+def driver_major() -> int | None:
+    """Of the newest CUDA that the driver knows; asked of NVML, which leaves the GPU alone."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlSystemGetCudaDriverVersion_v2()) // 1000
+    except Exception:  # no package, or no driver
+        return None
