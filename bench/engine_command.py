@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from resfuse.bench import network, timing
 from resfuse.bench.case import PRECISIONS, Case, Options
 from resfuse.bench.engine_facts import FORMAT, EngineFacts, Speed, build, facts
 from resfuse.bench.errors import Unavailable, UsageError
+from resfuse.bench.output_file import require_place
 from resfuse.bench.precision import set_math_mode
 from resfuse.bench.selection import pick
 from resfuse.bench.sweep import require_positive
@@ -25,7 +25,7 @@ def engine(args: argparse.Namespace) -> int:
     """Prints what an engine is like; returns 1 if it gives wrong answers."""
     case = case_of(args)
     for flag in ("save", "json"):
-        _require_place(f"--{flag}", getattr(args, flag))
+        require_place(f"--{flag}", getattr(args, flag))
     if args.timings is not None and args.timings.exists() and not args.timings.is_dir():
         raise UsageError(f"argument --timings: {args.timings} is not a folder")
     try:
@@ -157,15 +157,3 @@ def _one(argument: str, name: str, known: list[str]) -> str:
     if len(found) > 1:
         raise UsageError(f"argument {argument}: '{name}' stands for {len(found)} names; give one")
     return found[0]
-
-
-def _require_place(flag: str, file: Path | None) -> None:
-    """Found before the engine is built: a file that could not be written."""
-    if file is None:
-        return
-    if file.is_dir():
-        raise UsageError(f"argument {flag}: {file} is a folder")
-    if not file.parent.is_dir():
-        raise UsageError(f"argument {flag}: {file.parent} is no folder")
-    if not os.access(file.parent, os.W_OK):
-        raise UsageError(f"argument {flag}: no permission to write in {file.parent}")
