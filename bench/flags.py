@@ -258,5 +258,9 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threads", type=count, default=0, metavar="N", help="CPU threads (default: torch's choice)"
+        "--threads",
+        type=count,
+        default=0,
+        metavar="N",
+        help="CPU threads (default: torch's choice)",
     )

@@ -37,11 +37,14 @@ class Rates:
     device: Gpu
     predicted: bool
     told: str  # where the rates are from, a sentence
+    cached: bool = False  # by a cache that may hold what a kernel leaves to the next
 
     def balance(self, math_mode: str) -> str:
         """Rates in one math mode, and from which intensity on arithmetic is what takes the time."""
         tflops, tb = self.device.tflops[math_mode], self.device.tb_per_s
-        return f"{tflops:.4g} TFLOP/s in {math_mode} and {1e3 * tb:.4g} GB/s, " + (
+        rate = f"{tflops:.4g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.4g} GFLOP/s"
+        return (
+            f"{rate} in {math_mode} and {1e3 * tb:.4g} GB/s, "
             f"balanced at {tflops / tb:.0f} FLOP a byte"
         )
 
@@ -97,12 +100,11 @@ def _print(console: Console, rates: Rates, subjects: Sequence[Subject], layers: 
     console.print(table([line for one in subjects for line in lines(one, rates.device)]))
     for name, cut in CUTS.items():
         say(f"{name}: {cut.does}")
+    caches = " What a CPU's caches hold need not pass through memory." * rates.cached
     say(
         "arithmetic alone: FLOPs of direct convolution; Winograd's needs up to 4 times fewer in a "
-        "3x3 of stride 1."
-        + ("" if rates.predicted or "cpu" not in rates.told else " What a CPU's caches hold need "
-           "not pass through memory.")
-    )  # fmt: skip
+        f"3x3 of stride 1.{caches}"
+    )
     say("")
 
 
@@ -147,7 +149,7 @@ def _measured(
     kind = str(found["device"]).split(":")[0]
     precisions = precisions or ["float32" if kind == "cpu" else "float16"]
     ceilings = {key: float(value) for key, value in found["ceilings"].items()}
-    told = f"Seen on this {kind} just now: the fastest matrix product or convolution, and copy."
+    told = "Seen on this device just now: the fastest matrix product or convolution, and copy."
     recorded = _recorded(args.results / found["folder"], found["env_id"])
     if recorded:
         ceilings = {key: max(value, recorded.get(key, 0.0)) for key, value in ceilings.items()}
@@ -158,7 +160,7 @@ def _measured(
             raise UsageError(f"argument --precision: {name} is no arithmetic of this {kind}")
     rates = {mode: ceilings[CEILING.format(mode)] for mode in modes}
     device = Gpu(found["facts"]["device_name"], rates, ceilings["ceiling_copy_gb_s"] / 1e3)
-    return Rates(device, False, told), precisions
+    return Rates(device, False, told, kind == "cpu"), precisions
 
 
 def _recorded(folder: Path, env_id: str) -> dict[str, float]:

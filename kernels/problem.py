@@ -88,11 +88,19 @@ class ConvProblem:
     def least_bytes(self) -> int:
         """Each tensor moved once: x as far as it is read, w, bias, y, and the residual if there is
         one."""
+        return self.read_bytes + self._output_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """The same without y."""
         size = MATH_MODES[self.math_mode][1]
-        output = self.n * self.p * self.q * self.k
         weight = self.k * (self.c // self.groups) * self.r * self.s
-        moved = round(self.n * self.c * self.h * self.w * self.pixels_read) + weight + self.k
-        return size * (moved + output * (2 if self.residual else 1))
+        read = round(self.n * self.c * self.h * self.w * self.pixels_read) + weight + self.k
+        return size * read + self._output_bytes * self.residual
+
+    @property
+    def _output_bytes(self) -> int:
+        return MATH_MODES[self.math_mode][1] * self.n * self.p * self.q * self.k
 
     def label(self) -> str:
         """`8x64x56x56 k64 3x3`, then stride, dilation and groups where they are not one."""

@@ -49,7 +49,9 @@ def limit(graph: Graph, cut: str, device: Gpu, math_mode: str) -> Limit:
         for ms, cost in zip(times, costs, strict=True)
         if device.bound(math_mode, cost.flops, cost.moved) == "bytes"
     ]
-    flops, moved = (sum(column) for column in zip(*((c.flops, c.moved) for c in costs), strict=True))
+    flops, moved = (
+        sum(column) for column in zip(*((c.flops, c.moved) for c in costs), strict=True)
+    )
     return Limit(len(costs), flops, moved, sum(times), sum(waiting))
 
 
@@ -163,14 +165,13 @@ def _is_projection(graph: Graph, node: Node) -> bool:
 
 
 CUTS: dict[str, Cut] = {
-    "conv by conv": Cut(
-        _one_by_one, "every convolution with its batch norm, activation and sum"
-    ),
+    "conv by conv": Cut(_one_by_one, "every convolution with its batch norm, activation and sum"),
     "back to back": Cut(
-        lambda graph: _with_pixelwise(graph, 1), "a 3x3 and the 1x1 behind it in one kernel"
+        lambda graph: _with_pixelwise(graph, 1),
+        "a 3x3 and the 1x1 behind it in one kernel; projections and pooling in it, too",
     ),
     "chain": Cut(
-        lambda graph: _with_pixelwise(graph, 2), "and the 1x1 that begins the next block"
+        lambda graph: _with_pixelwise(graph, 2), "the same, and the 1x1 that begins the next block"
     ),
     "whole block": Cut(_blocks, "each residual block in one kernel"),
 }

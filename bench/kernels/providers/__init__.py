@@ -51,9 +51,14 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "fused": Provider(
         "resfuse.bench.kernels.providers.fused:build",
-        "our conv_bn_act kernel; on a CPU oneDNN's fused convolution, weight prepacked",
+        "our conv_bn_act kernel; on a CPU what `fuse` uses: a native step, oneDNN where none is",
         "channels_last",
         ("fused", "channels_last"),
+    ),
+    "onednn": Provider(
+        "resfuse.bench.kernels.providers.fused:build_onednn",
+        "oneDNN's fused convolution, weight prepacked; CPU",
+        "channels_last",
     ),
     "fused_conv1x1": Provider(
         "resfuse.bench.kernels.providers.fused:build_conv1x1",

@@ -1,5 +1,5 @@
-"""Our own kernels, one at a time. On a CPU `fused` is oneDNN's fused convolution, as `fuse` uses
-it."""
+"""Our own kernels, one at a time. On a CPU `fused` is a native step where there is one and oneDNN's
+fused convolution elsewhere, as `fuse` has it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.kernels.layer import ConvRelu
 from resfuse.kernels import onednn
+from resfuse.kernels.native import packed as native
 from resfuse.kernels.registry import KERNELS
 
 Run = Callable[[Tensor], Tensor]
@@ -18,7 +19,7 @@ Run = Callable[[Tensor], Tensor]
 def build(layer: ConvRelu, example: Tensor) -> Run:
     """Any convolution."""
     if not example.is_cuda:
-        return _onednn(layer, example)
+        return _native(layer) if native.supports(*_native_terms(layer)) else _onednn(layer, example)
     return _triton("conv_bn_act", layer, **_window(layer))
 
 
@@ -61,19 +62,46 @@ def _triton(kernel: str, layer: ConvRelu, **window: Any) -> Run:
     return run
 
 
+def build_onednn(layer: ConvRelu, example: Tensor) -> Run:
+    """Any convolution, on a CPU.
+
+    Raises:
+        Unavailable: a GPU, or a precision this CPU's oneDNN has no fused convolution in.
+    """
+    if example.is_cuda:
+        raise Unavailable("oneDNN computes on the CPU")
+    return _onednn(layer, example)
+
+
+def _native_terms(layer: ConvRelu) -> tuple[Tensor, onednn.Geometry, str]:
+    return layer.conv.weight, _geometry(layer), "relu"
+
+
+def _native(layer: ConvRelu) -> Run:
+    assert layer.conv.bias is not None
+    packed = native.NativeConv(layer.conv.weight, layer.conv.bias, _geometry(layer), "relu", None)
+    return torch.inference_mode()(packed)
+
+
 def _onednn(layer: ConvRelu, example: Tensor) -> Run:
     if not onednn.supports(example.dtype):
         raise Unavailable(f"oneDNN has no fused convolution in {example.dtype} on this CPU")
-    p, conv = layer.problem, layer.conv
+    conv = layer.conv
     assert conv.bias is not None
-    geometry = onednn.Geometry(p.stride, p.padding, p.dilation, p.groups)
-    packed = onednn.PackedConv(conv.weight, conv.bias, geometry, "relu", None, example.shape)
+    packed = onednn.PackedConv(
+        conv.weight, conv.bias, _geometry(layer), "relu", None, example.shape
+    )
 
     @torch.inference_mode()
     def run(x: Tensor) -> Tensor:
         return packed(x)
 
     return run
+
+
+def _geometry(layer: ConvRelu) -> onednn.Geometry:
+    p = layer.problem
+    return onednn.Geometry(p.stride, p.padding, p.dilation, p.groups)
 
 
 def _require_cuda(example: Tensor) -> None:
