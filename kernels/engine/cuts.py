@@ -171,7 +171,8 @@ CUTS: dict[str, Cut] = {
         "a 3x3 and the 1x1 behind it in one kernel; projections and pooling in it, too",
     ),
     "chain": Cut(
-        lambda graph: _with_pixelwise(graph, 2), "the same, and the 1x1 that begins the next block"
+        lambda graph: _with_pixelwise(graph, 2),
+        "the same, and the 1x1 that begins the next block",
     ),
     "whole block": Cut(_blocks, "each residual block in one kernel"),
 }

@@ -37,8 +37,8 @@ def _rates(half: float, tf32: float, fp32: float) -> dict[str, float]:
 
 
 # Dense rates: where a source counts zeros that are skipped (*), half of its number stands here.
-# H100 and H200: 1979*, 989*, 67. B200: 4500*, 2200*, 75. L4: 242*, 120*, 30.3. A100 (80 GB), H100, H200
-# and B200 are SXM modules. GeForce cards multiply fp16 twice as fast where they also add in
+# H100 and H200: 1979*, 989*, 67. B200: 4500*, 2200*, 75. L4: 242*, 120*, 30.3. A100 (80 GB), H100,
+# H200 and B200 are SXM modules. GeForce cards multiply fp16 twice as fast where they also add in
 # it; all that is measured here adds in fp32.
 _SITE = "https://www.nvidia.com/en-us/data-center"
 _AMD = "https://www.amd.com/content/dam/amd/en/documents/instinct-tech-docs/data-sheets"
