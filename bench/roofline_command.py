@@ -127,7 +127,7 @@ def _graph(model: str, pixels: int, precision: str) -> Graph:
     try:
         return capture(network, images.to(dtype))[0]
     except ValueError as error:
-        raise UsageError(f"{model} at {pixels} pixels: {error}") from None
+        raise UsageError(f"argument --img-size: {model} at {pixels} pixels: {error}") from None
 
 
 def _of_data_sheet(gpu: Gpu) -> Rates:

@@ -1,14 +1,16 @@
 """`resfuse doctor`: with all there is, and with packages, compiler or folders taken away."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from resfuse.bench.cli import main
-from resfuse.bench.doctor import page, processors
+from resfuse.bench.doctor import page, processors, software
 from resfuse.bench.doctor.finding import BROKEN, NOTE, Finding, Part, looked
 from resfuse.bench.doctor.noise import judged
 
@@ -65,6 +67,29 @@ def test_without_a_compiler_it_says_so_and_fails(tmp_path: Path) -> None:
     assert broken.startswith("x ") and "no C++ compiler" in broken
     assert "torch.compile finds no C++ compiler" in line(done.stdout, "compiled")
     assert "cannot do its work here: see native steps" in done.stdout.splitlines()[-1]
+
+
+def test_the_warning_for_hopper_and_a_ptxas_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvidia = pytest.importorskip("triton.backends.nvidia.compiler")
+    inspect = importlib.import_module("resfuse.kernels.inspect")
+    (found,) = software.ptxas()
+    assert found.state == "ok"  # no GPU at hand is miscompiled for
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    told = software.ptxas()
+    old = not inspect.is_sound(told[0].value.split(",")[0])
+    assert [one.state for one in told] == (["ok", NOTE] if old else ["ok"])
+    assert not old or "set TRITON_PTXAS_PATH to one from 13.3 on" in told[1].value
+    fake = tmp_path / "ptxas"
+    fake.write_text("#!/bin/sh\necho no compiler\n")
+    fake.chmod(0o755)
+    nvidia.get_ptxas.cache_clear()
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(fake))
+    (broken,) = software.ptxas()
+    nvidia.get_ptxas.cache_clear()
+    assert broken.state == BROKEN and broken.value.startswith("cannot be used: ")
 
 
 @pytest.mark.parametrize("package", ["torch", "rich", "pandas"])

@@ -40,7 +40,7 @@ def test_a_prediction_says_so_and_by_which_source(
 def test_measured_rates_and_the_highest_on_record(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The survey is real but for the ceilings' two seconds; a recorded one that is higher counts."""
+    """The survey is real, but for the ceilings; a recorded one that is higher counts."""
     real = isolate.survey
 
     def survey(request, threads, ceilings):  # type: ignore[no-untyped-def]
@@ -75,7 +75,7 @@ def test_measured_rates_and_the_highest_on_record(
         (["resnet18", "--gpu", "l4", "-b", "0"], "--batch-size: 0; accepted: whole numbers from 1"),
         (["resnet18", "--gpu", "l4", "--precision", "fp8"], "--precision: unknown name 'fp8'"),
         (["resnet18", "--gpu", "l4", "--img-size", "-3"], "--img-size: -3; accepted"),
-        (["resnet18", "--gpu", "l4", "--img-size", "1"], "resnet18 at 1 pixels: "),
+        (["vgg19", "--gpu", "l4", "--img-size", "8"], "argument --img-size: vgg19 at 8 pixels: "),
         (["resnet18", "--gpu", "l4", "--device", "cpu"], "--device: not with --gpu"),
         (["resnet18", "--gpu", "l4", "--csv", "/no/such/file.csv"], "--csv: /no/such is no folder"),
         (["resnet18", "--device", "gpu"], "--device: 'gpu' cannot be used"),

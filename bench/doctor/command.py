@@ -8,7 +8,7 @@ from resfuse.bench.doctor.finding import BROKEN, Finding, Part, looked
 from resfuse.bench.doctor.noise import noise
 from resfuse.bench.doctor.page import close, show
 from resfuse.bench.doctor.processors import arithmetic, device_part, rates
-from resfuse.bench.doctor.software import compilers, packages, providers
+from resfuse.bench.doctor.software import compilers, packages, providers, ptxas
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -25,7 +25,8 @@ def doctor(args: argparse.Namespace) -> int:
     from resfuse.bench.worker import resolve_device
 
     device = resolve_device(args.device)
-    software += looked(Part("", providers)) + looked(Part("", compilers))
+    for look in (providers, compilers, ptxas):
+        software += looked(Part("Software", look))
     parts = [
         Part("Device", partial(device_part, device)),
         Part("Software", lambda: software),

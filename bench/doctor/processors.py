@@ -12,9 +12,9 @@ GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 def device_part(device: str) -> list[Finding]:
     """What would be measured on, and its clocks."""
-    from resfuse.bench import machine, nvml
+    from resfuse.bench import nvml
 
-    facts = machine.facts(device, 0)
+    facts = facts_of_rows(device)
     found = [Finding("device", facts["device_name"])]
     if facts["device"] == "cuda":
         parts = (
@@ -69,15 +69,11 @@ def clocks(governor: Path = GOVERNOR) -> Finding:
     """How the system sets the CPU's clock."""
     name = _text(governor)
     if not name:
-        return Finding(
-            "CPU clock", "set by the host: a virtual machine or container does not see it"
-        )
+        return Finding("CPU clock", "set by the host of this virtual machine or container")
     if name in ("performance", "schedutil"):
         return Finding("CPU clock", f"governor {name}")
-    value = (
-        f"governor {name}: clocks follow the load; `cpupower frequency-set -g performance` holds"
-    )
-    return Finding("CPU clock", value, NOTE)
+    told = f"governor {name}: the clock wanders; `cpupower frequency-set -g performance` holds it"
+    return Finding("CPU clock", told, NOTE)
 
 
 def arithmetic(device: str) -> list[Finding]:
@@ -106,7 +102,7 @@ def rates(device: str, folder: Path) -> list[Finding]:
     from resfuse.bench import machine, results
     from resfuse.bench.errors import UsageError
 
-    facts = machine.facts(device, 0)
+    facts = facts_of_rows(device)
     own = folder / machine.folder_name(facts)
     try:
         writable = next(p for p in (own, *own.parents) if p.exists())
@@ -130,6 +126,14 @@ def rates(device: str, folder: Path) -> list[Finding]:
         for key, value in ceilings.items()
     ]  # fmt: skip
     return [where, Finding("ceilings", ", ".join(words))]
+
+
+def facts_of_rows(device: str) -> dict[str, str]:
+    """The environment that rows would have, whose processes get settings of the allocator."""
+    from resfuse.bench import allocator, machine
+
+    malloc = allocator.described(allocator.keeping(os.environ))
+    return {**machine.facts(device, 0), "malloc": malloc}
 
 
 def _limit(folder: Path) -> float | None:

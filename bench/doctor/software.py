@@ -3,6 +3,7 @@
 import importlib
 import os
 from importlib import metadata
+from pathlib import Path
 
 from resfuse.bench.doctor.finding import BROKEN, NOTE, Finding
 
@@ -64,23 +65,23 @@ def providers() -> list[Finding]:
 
 
 def compilers() -> list[Finding]:
-    """The C++ compiler of the native steps, what it has built, and ptxas."""
+    """The C++ compiler of the native steps, and what it has built."""
     from resfuse.kernels.native.library import cache_folder, why_unavailable
 
     reason = why_unavailable()
     folder = cache_folder()
     built = len(list((folder / "native").glob("*.so")))
     cache = Finding("cache folder", f"{folder}: native steps for {built} settings, engines' times")
-    if not os.access(_existing(folder), os.W_OK):
+    if not _writable(folder):
         cache = Finding("cache folder", f"{folder} cannot be written: set RESFUSE_CACHE_DIR", NOTE)
     if reason is None:
-        return [Finding("native steps", "compiled for this processor"), cache, *_ptxas()]
+        return [Finding("native steps", "compiled for this processor"), cache]
     how = "fused and engine use oneDNN, torch.compile may fail: apt-get install g++, or set CXX"
-    return [Finding("native steps", f"{reason}; {how}", BROKEN), cache, *_ptxas()]
+    return [Finding("native steps", f"{reason}; {how}", BROKEN), cache]
 
 
-def _ptxas() -> list[Finding]:
-    """Triton's for Hopper, with the warning where one is due."""
+def ptxas() -> list[Finding]:
+    """Triton's for Hopper, with the warning where one is due; nothing without triton."""
     if _import_error("triton"):
         return []
     import torch
@@ -88,24 +89,25 @@ def _ptxas() -> list[Finding]:
 
     from resfuse.kernels.engine.tactics.block_tail import refusal_of_ptxas
 
-    found = get_ptxas(90)
+    try:
+        found = get_ptxas(90)
+    except Exception as error:  # TRITON_PTXAS_PATH leads nowhere, or to something else
+        state = BROKEN if torch.cuda.is_available() else NOTE
+        return [Finding("ptxas", f"cannot be used: {str(error).splitlines()[0]}", state)]
     refused = refusal_of_ptxas(found.version)
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     told = f"{found.version}, {found.path}"
     if refused is None:
         return [Finding("ptxas", told)]
     if not hopper:
-        return [
-            Finding("ptxas", f"{told}; on a Hopper GPU (none is here) block_tail would refuse it")
-        ]
+        return [Finding("ptxas", f"{told}; on Hopper, block_tail would be left out with it")]
     return [Finding("ptxas", told), Finding("", f"block_tail is left out: {refused}", NOTE)]
 
 
-def _existing(folder: os.PathLike[str]) -> str:
-    path = os.path.abspath(folder)
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
+def _writable(folder: Path) -> bool:
+    """Whether the folder can be written, or made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 def _import_error(name: str) -> str | None:
