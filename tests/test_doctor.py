@@ -72,7 +72,7 @@ def test_without_a_compiler_it_says_so_and_fails(tmp_path: Path) -> None:
 def test_the_warning_for_hopper_and_a_ptxas_that_is_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    nvidia = pytest.importorskip("triton.backends.nvidia.compiler")
+    pytest.importorskip("triton")
     inspect = importlib.import_module("resfuse.kernels.inspect")
     (found,) = software.ptxas()
     assert found.state == "ok"  # no GPU at hand is miscompiled for
@@ -85,14 +85,12 @@ def test_the_warning_for_hopper_and_a_ptxas_that_is_none(
     fake = tmp_path / "ptxas"
     fake.write_text("#!/bin/sh\necho no compiler\n")
     fake.chmod(0o755)
-    nvidia.get_ptxas.cache_clear()
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(fake))
     (broken,) = software.ptxas()
-    nvidia.get_ptxas.cache_clear()
     assert broken.state == BROKEN and broken.value.startswith("cannot be used: ")
 
 
-@pytest.mark.parametrize("package", ["torch", "rich", "pandas"])
+@pytest.mark.parametrize("package", ["torch", "rich"])
 def test_needed_packages_that_are_missing_fail(package: str, tmp_path: Path) -> None:
     done = examined(tmp_path, package)
     assert done.returncode == 1, done.stdout + done.stderr

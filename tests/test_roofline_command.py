@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from resfuse.bench import isolate, results
+from resfuse.bench.case import Request
 from resfuse.bench.cli import main
 from resfuse.kernels.engine.gpus import GPUS
 
@@ -41,20 +42,15 @@ def test_measured_rates_and_the_highest_on_record(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The survey is real, but for the ceilings; a recorded one that is higher counts."""
-    real = isolate.survey
-
-    def survey(request, threads, ceilings):  # type: ignore[no-untyped-def]
-        found = real(request, threads, ceilings=False)
-        return {**found, "ceilings": {"ceiling_copy_gb_s": "10", "ceiling_ieee_tflops": "0.1"}}
-
-    monkeypatch.setattr(isolate, "survey", survey)
+    found = isolate.survey(_request(), 0, ceilings=False)
+    found["ceilings"] = {"ceiling_copy_gb_s": "10", "ceiling_ieee_tflops": "0.1"}
+    monkeypatch.setattr(isolate, "survey", lambda request, threads, ceilings: found)
     ask = [*ASK, "--device", "cpu", "--results", str(tmp_path)]
     assert main(ask) == 0
     said = capsys.readouterr().out
     assert "float32: measured rates. Seen on this device just now" in said
     assert "100 GFLOP/s in ieee and 10 GB/s" in said and "predicted" not in said
     assert list(tmp_path.iterdir()) == []
-    found = survey(_request(), 0, False)
     folder = tmp_path / found["folder"]
     recorded = {"ceiling_copy_gb_s": "9", "ceiling_ieee_tflops": "0.2"}
     results.record_environment(folder, found["env_id"], recorded)
@@ -87,9 +83,7 @@ def test_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixtur
     assert error.startswith("resfuse: error: ") and said in error
 
 
-def _request():  # type: ignore[no-untyped-def]
-    from resfuse.bench.case import Request
-
+def _request() -> Request:
     return Request(
         "quick", "cpu", ["resnet18"], ["eager"], [1], [], [], ["inference"], None, "eager",
         "contiguous", "seeded", "bundled",
