@@ -95,6 +95,24 @@ def _engine(args: argparse.Namespace) -> int:
     return engine(args)
 
 
+def _roofline(args: argparse.Namespace) -> int:
+    from resfuse.bench.roofline_command import roofline
+
+    return roofline(args)
+
+
+def _layers(args: argparse.Namespace) -> int:
+    from resfuse.bench.layers_command import layers
+
+    return layers(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from resfuse.bench.doctor.command import doctor
+
+    return doctor(args)
+
+
 def _gpu_plan(args: argparse.Namespace) -> int:
     from resfuse.bench.gpu_plan.command import gpu_plan
 
@@ -163,6 +181,19 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_engine(engine)
     engine.set_defaults(command=_engine)
+    roofline = commands.add_parser(
+        "roofline", help="the least time of networks, here or on GPUs that need not be here"
+    )
+    flags.add_roofline(roofline)
+    roofline.set_defaults(command=_roofline)
+    layers = commands.add_parser(
+        "layers", help="a network layer by layer, provider by provider, beside the whole network"
+    )
+    flags.add_layers(layers)
+    layers.set_defaults(command=_layers)
+    doctor = commands.add_parser("doctor", help="what this machine has for `resfuse`, on a page")
+    flags.add_doctor(doctor)
+    doctor.set_defaults(command=_doctor)
     plan = commands.add_parser(
         "gpu-plan", help="all there is to measure on a GPU, most valuable first, in one command"
     )

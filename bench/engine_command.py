@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,8 +12,9 @@ from resfuse.bench import network, timing
 from resfuse.bench.case import PRECISIONS, Case, Options
 from resfuse.bench.engine_facts import FORMAT, EngineFacts, Speed, build, facts
 from resfuse.bench.errors import Unavailable, UsageError
+from resfuse.bench.output_file import require_place
 from resfuse.bench.precision import set_math_mode
-from resfuse.bench.selection import pick
+from resfuse.bench.selection import pick_one
 from resfuse.bench.sweep import require_positive
 from resfuse.bench.worker import resolve_device
 from resfuse.kernels import Engine, load_engine
@@ -25,7 +25,7 @@ def engine(args: argparse.Namespace) -> int:
     """Prints what an engine is like; returns 1 if it gives wrong answers."""
     case = case_of(args)
     for flag in ("save", "json"):
-        _require_place(f"--{flag}", getattr(args, flag))
+        require_place(f"--{flag}", getattr(args, flag))
     if args.timings is not None and args.timings.exists() and not args.timings.is_dir():
         raise UsageError(f"argument --timings: {args.timings} is not a folder")
     try:
@@ -53,8 +53,8 @@ def case_of(args: argparse.Namespace) -> Case:
     Raises:
         UsageError: an unknown name, a size below 1, or a device that cannot be used.
     """
-    model = _one("MODEL", args.model, list(MODELS))
-    precision = _one("--precision", args.precision, list(PRECISIONS))
+    model = pick_one("MODEL", args.model, list(MODELS))
+    precision = pick_one("--precision", args.precision, list(PRECISIONS))
     require_positive("--batch-size", args.batch_size)
     size = input_size(model) if args.img_size is None else args.img_size
     require_positive("--img-size", [size])
@@ -150,22 +150,3 @@ def _speed(speed: Speed) -> str:
 
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2g}"
-
-
-def _one(argument: str, name: str, known: list[str]) -> str:
-    found = pick(argument, [name], known)
-    if len(found) > 1:
-        raise UsageError(f"argument {argument}: '{name}' stands for {len(found)} names; give one")
-    return found[0]
-
-
-def _require_place(flag: str, file: Path | None) -> None:
-    """Found before the engine is built: a file that could not be written."""
-    if file is None:
-        return
-    if file.is_dir():
-        raise UsageError(f"argument {flag}: {file} is a folder")
-    if not file.parent.is_dir():
-        raise UsageError(f"argument {flag}: {file.parent} is no folder")
-    if not os.access(file.parent, os.W_OK):
-        raise UsageError(f"argument {flag}: no permission to write in {file.parent}")

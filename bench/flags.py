@@ -1,5 +1,4 @@
-"""What stands behind a flag (names, numbers), and the flags of `check`, `engine`, `gpu-plan` and
-the studies."""
+"""What stands behind a flag (names, numbers), and the flags of the commands after `kernels`."""
 
 import argparse
 from pathlib import Path
@@ -200,6 +199,103 @@ def add_gpu_plan(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_roofline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", type=names, help="networks; wildcards allowed"
+    )
+    parser.add_argument(
+        "--gpu",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="cards by their data sheets, predicted: a100, h100, h200, b200, l4, l40s, rtx4090, "
+        "rtx5090, mi300x (default: this device, measured)",
+    )
+    parser.add_argument(
+        "-b", "--batch-size", type=numbers, default=[], metavar="N", help="default: 1,32,256"
+    )
+    parser.add_argument(
+        "--precision",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help=f"{', '.join(PRECISIONS)} (default: float16, on a CPU float32)",
+    )
+    _add_img_size(parser)
+    _add_device(parser)
+    _add_threads(parser)
+    parser.add_argument("--layers", action="store_true", help="show every distinct layer, too")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write all lines to this file")
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        type=Path,
+        default=Path("results"),
+        help="rates recorded here count where they are higher; nothing is written (default: "
+        "results)",
+    )
+
+
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a network; see `resfuse list models`")
+    parser.add_argument(
+        "-b",
+        "--batch-size",
+        type=whole,
+        metavar="N",
+        help="images (default: 8 on a CPU, 256 on a GPU)",
+    )
+    parser.add_argument("--precision", metavar="NAME", help=", ".join(PRECISIONS))
+    parser.add_argument(
+        "--providers",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="ways to compute a convolution; see `resfuse list providers` (default: all)",
+    )
+    _add_img_size(parser)
+    _add_device(parser)
+    parser.add_argument(
+        "--rounds",
+        type=rounds,
+        metavar="N",
+        help="timed runs of each provider (default: 20 on a CPU, 100 on a GPU)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=2.0,
+        metavar="S",
+        help="timed seconds of each whole network (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=300.0,
+        metavar="S",
+        help="limit of a convolution or network, set-up included (default: %(default)g)",
+    )
+    _add_threads(parser)
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        type=Path,
+        default=Path("results"),
+        help="a folder for this environment is made in it (default: results)",
+    )
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        type=Path,
+        default=Path("results"),
+        help="where `resfuse bench` would write (default: results)",
+    )
+
+
 def add_overhead(parser: argparse.ArgumentParser) -> None:
     _add_results(parser)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
@@ -342,3 +438,25 @@ def _add_resumable(parser: argparse.ArgumentParser, what: str) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help=f"show the {what} and stop")
     parser.add_argument("--no-report", action="store_true", help="append rows only")
+
+
+def _add_img_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--img-size", type=int, metavar="PIXELS", help="square images (default: the network's own)"
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
+    )
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads",
+        type=count,
+        default=0,
+        metavar="N",
+        help="CPU threads (default: torch's choice)",
+    )

@@ -76,7 +76,10 @@ def _measure(
     peak = memory.peak_of(candidate.step_once, device, before)
 
     baseline = _subject(case, case.baseline, case.baseline_memory_format, model, batches)
+    watch = timing.Watch()
     baseline.set_up()
+    synchronize(device)
+    baseline_setup_s = timing.seconds(watch.elapsed())
     if isinstance(candidate, Inference) and isinstance(baseline, Inference):
         expected = answers(model, batches, case.math_mode)
         candidate.expect(expected)
@@ -122,6 +125,7 @@ def _measure(
         accuracy=check.worst(checks),
         memory=peak,
         setup_s=setup_s,
+        baseline_setup_s=baseline_setup_s,
         floor_ms=floor.ms if floor else None,
         joules=energy.joules_of(candidate.step_once, device),
         sm_clock_mhz=clock,

@@ -45,6 +45,7 @@ class Measured:
     accuracy: Accuracy
     memory: Memory
     setup_s: float
+    baseline_setup_s: float
     floor_ms: float | None
     joules: float | None  # of one step
     sm_clock_mhz: int | None

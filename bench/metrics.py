@@ -38,8 +38,13 @@ def _megabytes(count: int | None) -> float | None:
 
 
 def _break_even_images(m: Measured) -> float | None:
+    """What set-up takes beyond the baseline's, over what an image saves; None where the interval of
+    the speed-up does not say that it saves anything."""
     saved_s = (median(m.baseline_ms) - median(m.times_ms)) / 1e3 / m.case.batch_size
-    return m.setup_s / saved_s if saved_s > 0 and not m.case.is_baseline else None
+    _, low, _ = paired_speedup(m.baseline_ms, m.times_ms)
+    if saved_s <= 0 or low <= 1 or m.case.is_baseline:
+        return None
+    return max(0.0, m.setup_s - m.baseline_setup_s) / saved_s
 
 
 def _speedup(index: int) -> Callable[[Measured], Value]:
@@ -102,7 +107,7 @@ METRICS: dict[str, Metric] = {
     ),
     "setup_s": Metric(lambda m: m.setup_s, "s", "export, compilation and first run"),
     "break_even_images": Metric(
-        _break_even_images, "images", "images until set-up is paid back against the baseline"
+        _break_even_images, "images", "images until set-up beyond the baseline's is paid back"
     ),
     "floor_ms": Metric(
         lambda m: m.floor_ms, "ms", "least time by the ceilings measured on this device"

@@ -29,7 +29,9 @@ THROTTLE_REASONS = {
     0x20: "software thermal",
     0x40: "hardware thermal",
     0x80: "power brake",
-}  # nvml.h, nvmlClocksEventReason...; idle (0x1) and sync boost (0x10) cost a loaded card nothing
+    0x100: "display clocks",
+}  # nvml.h, nvmlClocksEventReason...
+HARMLESS = 0x1 | 0x10  # idle and sync boost cost a loaded card nothing
 
 
 def throttle() -> str | None:
@@ -40,4 +42,6 @@ def throttle() -> str | None:
     if bits is None:
         return None
     reasons = [name for bit, name in THROTTLE_REASONS.items() if bits & bit]
+    unknown = bits & ~HARMLESS & ~sum(THROTTLE_REASONS)
+    reasons += [f"reason {unknown:#x}"] * bool(unknown)
     return " + ".join(reasons) or "none"

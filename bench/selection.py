@@ -22,3 +22,11 @@ def pick(argument: str, patterns: Sequence[str], known: Sequence[str]) -> list[s
                 f"argument {argument}: unknown name '{pattern}'; {hint}known: {', '.join(known)}"
             )
     return [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def pick_one(argument: str, name: str, known: Sequence[str]) -> str:
+    """The one known name that matches; raises UsageError for none, or several."""
+    found = pick(argument, [name], known)
+    if len(found) > 1:
+        raise UsageError(f"argument {argument}: '{name}' stands for {len(found)} names; give one")
+    return found[0]

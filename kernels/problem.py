@@ -76,13 +76,31 @@ class ConvProblem:
         return 2 * self.macs
 
     @property
+    def pixels_read(self) -> float:
+        """The share of x's pixels that some window looks at: a quarter for a 1x1 of stride 2."""
+        rows = _positions(self.h, self.p, self.r, self.stride[0], self.padding[0], self.dilation[0])
+        columns = _positions(
+            self.w, self.q, self.s, self.stride[1], self.padding[1], self.dilation[1]
+        )
+        return rows * columns / (self.h * self.w)
+
+    @property
     def least_bytes(self) -> int:
-        """Each tensor moved once: x, w, bias, y, and the residual if there is one."""
+        """Each tensor moved once: x as far as it is read, w, bias, y, and the residual if there is
+        one."""
+        return self.read_bytes + self._output_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """The same without y."""
         size = MATH_MODES[self.math_mode][1]
-        output = self.n * self.p * self.q * self.k
         weight = self.k * (self.c // self.groups) * self.r * self.s
-        moved = self.n * self.c * self.h * self.w + weight + self.k
-        return size * (moved + output * (2 if self.residual else 1))
+        read = round(self.n * self.c * self.h * self.w * self.pixels_read) + weight + self.k
+        return size * read + self._output_bytes * self.residual
+
+    @property
+    def _output_bytes(self) -> int:
+        return MATH_MODES[self.math_mode][1] * self.n * self.p * self.q * self.k
 
     def label(self) -> str:
         """`8x64x56x56 k64 3x3`, then stride, dilation and groups where they are not one."""
@@ -98,3 +116,12 @@ class ConvProblem:
 
 def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _positions(
+    size: int, windows: int, kernel: int, stride: int, padding: int, dilation: int
+) -> int:
+    """How many of `size` positions any of the windows covers."""
+    starts = range(-padding, windows * stride - padding, stride)
+    covered = {at + tap * dilation for at in starts for tap in range(kernel)}
+    return len(covered & set(range(size)))

@@ -435,10 +435,12 @@ def test_the_plan_for_an_h200_chains_the_first_three_stages(
         names = layers(made.graph, segment.choice)
         by_tactic.setdefault(segment.choice.tactic, []).extend(names)
     chained = {name.rsplit(".", 1)[0] for name in by_tactic["block_tail"] if "conv2" in name}
-    # Of a stage's first block the projection is folded in instead: that saves more.
-    assert chained == {f"layer{i}.{j}" for i, n in ((1, 3), (2, 4), (3, 6)) for j in range(1, n)}
+    # Of a stage's first block the projection is folded in instead, which saves more; not in the
+    # third, whose projection costs little by itself, for it reads a quarter of its input's pixels.
+    every = {f"layer{i}.{j}" for i, n in ((1, 3), (2, 4), (3, 6)) for j in range(1, n)}
+    assert chained == {*every, "layer3.0"}
     assert {name for name in by_tactic["projection"] if name.endswith("conv3")} == {
-        f"layer{i}.0.conv3" for i in (1, 2, 3, 4)
+        f"layer{i}.0.conv3" for i in (1, 2, 4)
     }
     assert by_tactic["stem"] == ["conv1"]
     for segment in made.segments:

@@ -82,7 +82,7 @@ def test_a_shape_tells_unusual_padding() -> None:
 def test_the_providers_are_right_and_timed(problem: ConvProblem) -> None:
     found = measured(*HERE, problem=problem)
     for name in HERE:
-        if name == "fused" and found[name].status == "unavailable":
+        if name in ("fused", "onednn") and found[name].status == "unavailable":
             pytest.skip(found[name].error)  # a CPU without bf16
         assert found[name].status == "pass", found[name].error
         metrics = found[name].metrics
@@ -189,6 +189,38 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory() -> None:
     assert least.ms == pytest.approx(4 * (12800 + 3456 + 24 + 19200) / 1e6)
     assert least.possible_ms == pytest.approx(PROBLEM.flops / 1e9 / 4)  # Winograd granted
     assert floor(PROBLEM, {}) is None
+
+
+def test_faster_than_reading_from_memory_fails_where_no_cache_helps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy rate a million times too low: impossible on a GPU, whose cache was emptied; on a CPU
+    the inputs may have stayed in one."""
+    low = {"ceiling_ieee_tflops": 1e6, "ceiling_copy_gb_s": 1e-6}
+    cold, warm = floor(PROBLEM, low, cold=True), floor(PROBLEM, low)
+    assert cold is not None and warm is not None
+    read = 4 * (12800 + 3456 + 24)
+    assert cold.possible_ms == pytest.approx(read / 1e-6 / 1e6 / 1.25)
+    assert warm.possible_ms < 1e-6 < cold.possible_ms < cold.ms == warm.ms
+    assert measure.measure(CONVOLUTION, ["fused"], OPTIONS, low, lambda event: None)[0][
+        "fused"
+    ].status == "pass"  # fmt: skip
+    monkeypatch.setattr(measure, "floor", lambda problem, ceilings, is_cold: cold)
+    found = measure.measure(CONVOLUTION, ["fused"], OPTIONS, low, lambda event: None)[0]
+    assert found["fused"].status == "fail_to_run"
+    assert "reading what no cache holds" in found["fused"].error
+
+
+def test_pixels_that_a_stride_leaves_out_need_not_be_read() -> None:
+    projection = ConvProblem(8, 256, 56, 56, 512, 1, 1, (2, 2))
+    assert projection.pixels_read == 1 / 4
+    odd = ConvProblem(1, 1, 7, 5, 1, 1, 1, (2, 3))
+    assert odd.pixels_read * 35 == 4 * 2
+    assert PROBLEM.pixels_read == replace(PROBLEM, stride=(2, 2)).pixels_read == 1
+    dilated = ConvProblem(1, 1, 5, 1, 1, 3, 1, dilation=(2, 1))
+    assert dilated.pixels_read * 5 == 3
+    moved = 8 * 28 * 28 * (256 + 512) + 256 * 512 + 512
+    assert projection.least_bytes == 2 * moved
 
 
 def test_a_torn_row_is_cut_and_the_rest_kept(tmp_path: Path) -> None:

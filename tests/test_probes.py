@@ -44,8 +44,9 @@ def test_gpu_memory_comes_from_the_allocator(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def fake_nvml(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """Stand-in for pynvml and the device torch asks it about."""
+    """Stand-in for pynvml and the device torch asks it about; `real` is the library."""
     fake = types.SimpleNamespace(
+        real=pytest.importorskip("pynvml"),
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-1234": "handle"}[uuid],
         nvmlDeviceGetClockInfo=lambda handle, kind: 1755 if kind == 1 else 0,
@@ -73,6 +74,23 @@ def test_without_nvml_the_columns_stay_empty(monkeypatch: pytest.MonkeyPatch) ->
     assert nvml.throttle() is None
 
 
+def test_every_reason_nvml_knows_is_told(fake_nvml: types.SimpleNamespace) -> None:
+    """By the names of the real library's constants; what it adds later shows as a number."""
+    told = {
+        "ApplicationsClocksSetting": "application clocks", "SwPowerCap": "power cap",
+        "HwSlowdown": "hardware slowdown", "SwThermalSlowdown": "software thermal",
+        "HwThermalSlowdown": "hardware thermal", "HwPowerBrakeSlowdown": "power brake",
+        "DisplayClockSetting": "display clocks", "GpuIdle": "none", "SyncBoost": "none",
+    }  # fmt: skip
+    for name, words in told.items():
+        names = (f"nvmlClocks{kind}Reason{name}" for kind in ("Event", "Throttle"))
+        bit = next(getattr(fake_nvml.real, n) for n in names if hasattr(fake_nvml.real, n))
+        fake_nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda handle, bit=bit: bit
+        assert nvml.throttle() == words
+    fake_nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda handle: 0x4 | 0x1000
+    assert nvml.throttle() == "power cap + reason 0x1000"
+
+
 def test_gpu_energy_is_the_counters_difference_over_the_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -80,29 +98,55 @@ def test_gpu_energy_is_the_counters_difference_over_the_steps(
     counter = [123_000]
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(nvml, "read", lambda function: counter[0])
-    monkeypatch.setattr(energy, "SECONDS", 0.02)
 
     def step() -> None:
         counter[0] += 500
 
-    assert energy.joules_of(step, "cuda") == pytest.approx(0.5)
+    assert energy.joules_of(step, "cuda", seconds_s=0.02) == pytest.approx(0.5)
 
 
-def test_cpu_energy_adds_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(energy, "RAPL", tmp_path)
-    monkeypatch.setattr(energy, "SECONDS", 0.02)
-    assert energy.joules_of(lambda: None, "cpu") is None  # no counters here
-    counters = [tmp_path / f"intel-rapl:{i}" / "energy_uj" for i in (0, 1)]
-    for counter in counters:
-        counter.parent.mkdir()
-        counter.write_text("1000000")
+@pytest.fixture
+def rapl(tmp_path: Path) -> Path:
+    """The kernel's folder on a machine of two packages, with zones that are parts or sums."""
+    names = {
+        "intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram",
+        "intel-rapl:1": "package-1", "intel-rapl:2": "psys",
+    }  # fmt: skip
+    for zone, name in names.items():
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "name").write_text(f"{name}\n")
+        (tmp_path / zone / "energy_uj").write_text("1000000\n")
+        (tmp_path / zone / "max_energy_range_uj").write_text("262143328850\n")
+    return tmp_path
 
-    def step() -> None:
-        for counter in counters:
-            counter.write_text(str(int(counter.read_text()) + 250_000))
 
-    assert energy.joules_of(step, "cpu") == pytest.approx(0.5)
-    assert energy.joules_of(lambda: counters[0].write_text("0"), "cpu") is None  # wrapped around
+def gain(folder: Path, microjoules: int, most: int = 262143328850) -> None:
+    """Every counter of the folder goes on, around the end of its range where it comes there."""
+    for counter in folder.glob("*/energy_uj"):
+        counter.write_text(f"{(int(counter.read_text()) + microjoules) % most}\n")
+
+
+def test_cpu_energy_adds_the_packages_and_nothing_twice(rapl: Path) -> None:
+    joules = energy.joules_of(lambda: gain(rapl, 250_000), "cpu", rapl, 0.02)
+    assert joules == pytest.approx(2 * 0.25)  # not the cores, memory or the board
+
+
+def test_a_counter_that_wraps_around_goes_on(rapl: Path) -> None:
+    (rapl / "intel-rapl:1" / "energy_uj").write_text("262143328849\n")
+    joules = energy.joules_of(lambda: gain(rapl, 250_000), "cpu", rapl, 0.02)
+    assert joules == pytest.approx(2 * 0.25)
+    counters = energy.Counters(rapl)
+    zone = str(rapl / "intel-rapl:0")
+    assert counters.gained({zone: 262143.0}, {zone: 1.0}) == pytest.approx(1.32885)
+
+
+def test_without_readable_counters_energy_is_empty(rapl: Path, tmp_path: Path) -> None:
+    assert energy.joules_of(lambda: None, "cpu", tmp_path / "none", 0.02) is None
+    (rapl / "intel-rapl:1" / "max_energy_range_uj").unlink()
+    (rapl / "intel-rapl:1" / "energy_uj").write_text("262143328849\n")
+    assert energy.joules_of(lambda: gain(rapl, 250_000), "cpu", rapl, 0.02) is None  # wrapped
+    (rapl / "intel-rapl:0" / "energy_uj").unlink()  # as for all but root
+    assert energy.joules_of(lambda: None, "cpu", rapl, 0.02) is None
 
 
 def test_a_busy_machine_is_noticed() -> None:

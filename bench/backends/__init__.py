@@ -16,6 +16,7 @@ from resfuse.bench.errors import Unavailable
 from resfuse.bench.selection import pick
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     Run = Callable[[Tensor], Tensor]
@@ -32,6 +33,8 @@ class Backend:
     does: str  # for `resfuse list`
     memory_formats: tuple[str, ...] = BOTH
     trainable: str | None = None  # "module:function"
+    require: str | None = None  # "module:function", of a device; raises where it cannot run
+    package: str = "resfuse[bench]"  # what pip is to install for it
 
 
 BACKENDS: dict[str, Backend] = {
@@ -46,38 +49,58 @@ BACKENDS: dict[str, Backend] = {
         "torch.compile, weights frozen for inference",
         BOTH,
         "resfuse.bench.backends.compiled:trainable",
+        require="resfuse.bench.backends.compiled:require",
     ),
     "compiled_max_autotune": Backend(
         "resfuse.bench.backends.compiled:build_max_autotune",
         "the same, mode max-autotune",
         BOTH,
         "resfuse.bench.backends.compiled:trainable_max_autotune",
+        require="resfuse.bench.backends.compiled:require",
     ),
     "fused": Backend(
         "resfuse.bench.backends.fused:build",
         "resfuse.kernels.fuse: our kernels on a GPU, native steps or oneDNN on a CPU",
         ("channels_last",),  # it computes in that, whatever it is given
+        require="resfuse.bench.backends.fused:require",
     ),
     "engine": Backend(
         "resfuse.bench.backends.engine:build",
         "resfuse.kernels.build_engine: the whole network planned, tactic by tactic",
         BOTH,
+        require="resfuse.bench.backends.fused:require",
     ),
     "cudnn_fused": Backend(
         "resfuse.bench.backends.cudnn_fused:build",
         "folded weights on torch's own cuDNN conv + ReLU (+ add) ops; CUDA",
+        require="resfuse.bench.backends.cudnn_fused:require",
     ),
     "onnxrt": Backend(
-        "resfuse.bench.backends.onnxrt:build", "ONNX Runtime, CPU or CUDA provider by device", NCHW
+        "resfuse.bench.backends.onnxrt:build",
+        "ONNX Runtime, CPU or CUDA provider by device",
+        NCHW,
+        require="resfuse.bench.backends.onnxrt:require",
     ),
     "onnxrt_tensorrt": Backend(
-        "resfuse.bench.backends.onnxrt:build_tensorrt", "ONNX Runtime, TensorRT provider", NCHW
+        "resfuse.bench.backends.onnxrt:build_tensorrt",
+        "ONNX Runtime, TensorRT provider",
+        NCHW,
+        require="resfuse.bench.backends.onnxrt:require_tensorrt",
+        package="tensorrt",
     ),
     "openvino": Backend(
-        "resfuse.bench.backends.openvino:build", "OpenVINO on the exported ONNX file; CPU", NCHW
+        "resfuse.bench.backends.openvino:build",
+        "OpenVINO on the exported ONNX file; CPU",
+        NCHW,
+        require="resfuse.bench.backends.openvino:require",
+        package="resfuse[openvino]",
     ),
     "tensorrt": Backend(
-        "resfuse.bench.backends.tensorrt:build", "torch_tensorrt ahead of time; CUDA", NCHW
+        "resfuse.bench.backends.tensorrt:build",
+        "torch_tensorrt ahead of time; CUDA",
+        NCHW,
+        require="resfuse.bench.backends.tensorrt:require",
+        package="resfuse[tensorrt]",
     ),
 }
 
@@ -93,6 +116,21 @@ def backend(name: str, argument: str = "--backend") -> Backend:
 
 def load_build(name: str) -> "Build":
     return load(backend(name).build)
+
+
+def why_unavailable(name: str, device: "torch.device") -> str | None:
+    """Why a backend cannot run on a device at all, in a sentence; None where it may. Whether it
+    computes in a precision, only `build` finds out."""
+    target = backend(name).require
+    if target is None:
+        return None
+    try:
+        load(target)(device)
+    except ModuleNotFoundError as error:
+        return f"the package {error.name} is not installed"
+    except Unavailable as reason:
+        return str(reason)
+    return None
 
 
 def load_trainable(name: str) -> "Trainable":

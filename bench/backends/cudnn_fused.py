@@ -55,14 +55,19 @@ class _Conv(nn.Module):
         return F.conv2d(x, self.weight, self.bias, *geometry)
 
 
+def require(device: torch.device) -> None:
+    """Raises Unavailable without a CUDA device."""
+    if device.type != "cuda":
+        raise Unavailable("torch's fused convolution ops are cuDNN's and need an NVIDIA GPU")
+
+
 def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     """Folds, rewrites and captures.
 
     Raises:
         Unavailable: no CUDA device.
     """
-    if not example.is_cuda:
-        raise Unavailable("torch's fused convolution ops are cuDNN's and need an NVIDIA GPU")
+    require(example.device)
     ops = FusedOps(torch.cudnn_convolution_relu, torch.cudnn_convolution_add_relu)
     return _graphed(rewrite(model, ops), example)
 

@@ -1,11 +1,18 @@
 """Our own fused modules: `fuse` on the model, nothing else."""
 
+import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from resfuse.kernels import fuse
+
+
+def require(device: torch.device) -> None:
+    """Raises ModuleNotFoundError where a GPU's kernels have no triton to compile them."""
+    if device.type == "cuda":
+        importlib.import_module("triton")
 
 
 def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,7 @@
 """The one ONNX file that every ONNX backend runs: exported by torch, the batch left dynamic."""
 
 import contextlib
+import importlib
 import io
 import logging
 import tempfile
@@ -12,6 +13,12 @@ import torch
 from torch import Tensor, nn
 
 INPUT, OUTPUT = "images", "logits"
+
+
+def require_exporter() -> None:
+    """Raises ModuleNotFoundError where a package torch's exporter needs is missing."""
+    for package in ("onnx", "onnxscript"):
+        importlib.import_module(package)
 
 
 def export(model: nn.Module, example: Tensor) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.backends.onnx_export import INPUT, OUTPUT, export
+from resfuse.bench.backends.onnx_export import INPUT, OUTPUT, export, require_exporter
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.precision import tf32_allowed
 
@@ -33,14 +33,25 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     return _build(model, example, CUDA if example.is_cuda else CPU)
 
 
+def require(device: torch.device) -> None:
+    """Raises Unavailable where ONNX Runtime or the exporter is missing, or the provider."""
+    _require(CUDA if device.type == "cuda" else CPU)
+
+
+def require_tensorrt(device: torch.device) -> None:
+    """Raises Unavailable without a CUDA device or TensorRT."""
+    if device.type != "cuda":
+        raise Unavailable("TensorRT needs an NVIDIA GPU")
+    _require(TENSORRT)
+
+
 def build_tensorrt(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     """The TensorRT provider.
 
     Raises:
         Unavailable: no CUDA device, or TensorRT's libraries are not there.
     """
-    if not example.is_cuda:
-        raise Unavailable("TensorRT needs an NVIDIA GPU")
+    require_tensorrt(example.device)
     return _build(model, example, TENSORRT)
 
 
@@ -66,12 +77,19 @@ def provider_options(
     }
 
 
-def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor], Tensor]:
+def _require(provider: str) -> None:
+    require_exporter()
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     if provider not in onnxruntime.get_available_providers():
         raise Unavailable(f"onnxruntime has no {provider}")
+
+
+def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor], Tensor]:
+    _require(provider)
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.log_severity_level = 3

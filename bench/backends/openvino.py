@@ -4,15 +4,24 @@ Left to itself OpenVINO would run fp32 networks in bfloat16 on processors with A
 hint forbids it.
 """
 
+import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.backends.onnx_export import INPUT, export
+from resfuse.bench.backends.onnx_export import INPUT, export, require_exporter
 from resfuse.bench.errors import Unavailable
 
 HINTS = {torch.float32: "f32", torch.float16: "f16"}
+
+
+def require(device: torch.device) -> None:
+    """Raises Unavailable on another device, ModuleNotFoundError without the packages."""
+    if device.type != "cpu":
+        raise Unavailable("openvino runs on the CPU here; there is no CUDA plugin")
+    require_exporter()
+    importlib.import_module("openvino")
 
 
 def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
@@ -21,8 +30,7 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     Raises:
         Unavailable: another device or precision, or openvino is not installed.
     """
-    if example.device.type != "cpu":
-        raise Unavailable("openvino runs on the CPU here; there is no CUDA plugin")
+    require(example.device)
     if example.dtype not in HINTS:
         raise Unavailable(f"openvino is driven through numpy here, which has no {example.dtype}")
     import openvino

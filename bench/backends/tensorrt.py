@@ -1,5 +1,6 @@
 """torch_tensorrt, ahead of time, for one shape; the `tensorrt` extra installs it."""
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -8,14 +9,20 @@ from torch import Tensor, nn
 from resfuse.bench.errors import Unavailable
 
 
+def require(device: torch.device) -> None:
+    """Raises Unavailable without a CUDA device, ModuleNotFoundError without torch_tensorrt."""
+    if device.type != "cuda":
+        raise Unavailable("TensorRT needs an NVIDIA GPU")
+    importlib.import_module("torch_tensorrt")
+
+
 def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     """Compiles for the example's shape and precision only: no silent fallback to fp16.
 
     Raises:
         Unavailable: no CUDA device, or torch_tensorrt is not installed.
     """
-    if not example.is_cuda:
-        raise Unavailable("TensorRT needs an NVIDIA GPU")
+    require(example.device)
     import torch_tensorrt
 
     from resfuse.bench.precision import tf32_allowed

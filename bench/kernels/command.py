@@ -60,7 +60,7 @@ def kernels(args: argparse.Namespace) -> int:
         f"{found['facts']['device_name']}: {len(convolutions)} distinct convolutions, "
         f"{len(providers)} providers"
     )
-    rows = _run(convolutions, providers, options, folder, found, console)
+    rows = run_convolutions(convolutions, providers, options, folder, found, console)
     if args.csv:
         sys.stdout.write(line(SHEET.columns))
         sys.stdout.writelines(line(map(neutral, row.values())) for row in rows)
@@ -71,7 +71,7 @@ def kernels(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(
+def run_convolutions(
     convolutions: list[Convolution],
     providers: list[str],
     options: Options,
@@ -79,6 +79,7 @@ def _run(
     found: dict[str, Any],
     console: Console,
 ) -> list[Row]:
+    """Measures convolutions with a progress bar and appends their rows, which are also returned."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),

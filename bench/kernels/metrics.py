@@ -19,6 +19,7 @@ class Timed:
     accuracy: Accuracy
     setup_s: float
     floor_ms: float | None
+    sm_clock_mhz: int | None
     throttle: str | None
 
 
@@ -64,5 +65,8 @@ KERNEL_METRICS: dict[str, KernelMetric] = {
         lambda t: t.accuracy.err_vs_eager, "", "relative L2 distance to eager, same precision"
     ),
     "setup_s": KernelMetric(lambda t: t.setup_s, "s", "compilation, prepacking and first run"),
+    "sm_clock_mhz": KernelMetric(
+        lambda t: t.sm_clock_mhz, "MHz", "GPU clock right after the timed rounds"
+    ),
     "throttle": KernelMetric(lambda t: t.throttle, "", "what slowed the device"),
 }

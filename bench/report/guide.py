@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Collection
 
 from resfuse.bench.metrics import METRICS
-from resfuse.bench.report import headline, markdown, training
+from resfuse.bench.report import break_even, headline, markdown, training
 from resfuse.bench.row import STATUSES
 
 STATUS_MEANING = {
@@ -46,7 +46,7 @@ def guide(modes: Collection[str], source: str) -> list[str]:
     """
     other_modes = [prefix for mode, prefix in PREFIXES.items() if mode not in modes]
     shown: dict[str, str] = {}
-    for column in (*headline.COLUMNS, *training.COLUMNS):
+    for column in (*headline.COLUMNS, *break_even.COLUMNS, *training.COLUMNS):
         for name in column.metrics:
             if not name.startswith(tuple(other_modes)):
                 shown.setdefault(name, column.title)

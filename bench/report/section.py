@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from resfuse.bench.report import markdown
+from resfuse.bench.report.break_even import break_even
 from resfuse.bench.report.depth import ceiling_sentence, depth_scaling
 from resfuse.bench.report.failures import failures
 from resfuse.bench.report.growth import growth_tables
@@ -59,6 +60,9 @@ def section(comparison: Comparison, images: Mapping[str, str]) -> list[str]:
     split = training_split(comparison)
     blocks = [f"## {title(comparison.setting)}", _introduction(comparison), noise(comparison)]
     blocks += [images.get("speedup", ""), *headline(comparison), images.get("throughput", "")]
+    paid = break_even(comparison)
+    if paid:
+        blocks += ["### When set-up is paid back", paid]
     if split:
         blocks += ["### Where a training step's time goes", split]
     blocks += ["### What could not run or failed", failures(comparison.results)]
