@@ -84,8 +84,8 @@ def in_use(environment: Mapping[str, str] = os.environ) -> Ptxas | None:
 
 
 def sound_path() -> str | None:
-    """Of the best one here, if it is sound."""
-    found = best(find())
+    """Of the best one here that TRITON_PTXAS_PATH does not name, if it is sound."""
+    found = best(find({name: v for name, v in os.environ.items() if name != VARIABLE}))
     return found.path if found is not None and found.sound else None
 
 
