@@ -5,7 +5,6 @@ one go on one machine; rows are appended as by those commands. What is printed i
 """
 
 import argparse
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from resfuse.bench.report.workload import Workload
 from resfuse.bench.selection import pick, pick_one
 from resfuse.resnet_ref import MODELS
 
+LEAST_COLUMNS = 200  # in fewer, rich leaves numbers out; a terminal wraps the lines instead
 # What a network is measured at where nothing else is said: (batch size, precision).
 DEFAULTS = {"cpu": (8, "float32"), "cuda": (256, "float16")}
 
@@ -60,7 +60,8 @@ def layers(args: argparse.Namespace) -> int:
     if cases:
         run_cases(cases, options, folder, found, console)
     reconciled = _reconciled(workload, folder, found["env_id"], case)
-    out = Console(width=None if sys.stdout.isatty() else 200)  # rich takes 80 for a pipe
+    out = Console()
+    out.width = max(out.width, LEAST_COLUMNS)
     title = f"{case.model}, {case.img_size} pixels, batch {case.batch_size}, {case.precision}"
     out.print(f"{found['facts']['device_name']}: {title}\n", highlight=False, soft_wrap=True)
     if workload.providers:

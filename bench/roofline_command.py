@@ -5,7 +5,6 @@ for cards that need not be here.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from resfuse.kernels.engine.gpus import GPUS, Gpu
 from resfuse.kernels.engine.graph import Graph
 from resfuse.resnet_ref import MODELS, create, input_size
 
-PIPED_COLUMNS = 160  # rich takes 80, and breaks the names
+LEAST_COLUMNS = 120  # in fewer, rich leaves numbers out; a terminal wraps the lines instead
 CEILING = "ceiling_{}_tflops"
 
 
@@ -71,7 +70,8 @@ def roofline(args: argparse.Namespace) -> int:
         devices = [measured]
     with status("Tracing"):
         subjects = list(_subjects(models, batch_sizes, precisions, args.img_size))
-    console = Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
+    console = Console()
+    console.width = max(console.width, LEAST_COLUMNS)
     for rates in devices:
         for precision in precisions:
             own = [one for one in subjects if one.precision == precision]
@@ -98,6 +98,11 @@ def _print(console: Console, rates: Rates, subjects: Sequence[Subject], layers: 
             console.print(table(layer_lines(one, rates.device)))
             say("")
     console.print(table([line for one in subjects for line in lines(one, rates.device)]))
+    say(
+        "GFLOP and the least MB (2^20 bytes) are of an image, weights shared by the batch"
+        + (" (of a call, layer by layer)" if layers else "")
+        + "; the share behind bound by is that of the time."
+    )
     for name, cut in CUTS.items():
         say(f"{name}: {cut.does}")
     caches = " What a CPU's caches hold need not pass through memory." * rates.cached

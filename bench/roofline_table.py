@@ -65,13 +65,11 @@ class LayerLine:
 
 Line = CutLine | LayerLine
 HEADINGS = {
-    "model": "model", "batch_size": "batch", "cut": "cut", "kernels": "kernels",
-    "gflop": "GFLOP", "least_mb": "least MB", "floor_ms": "floor, ms", "images_per_s": "images/s",
-    "bound": "bound by", "memory_pct": "waits for memory, %", "layer": "layer", "count": "count",
-    "flop_per_byte": "FLOP a byte", "share_pct": "share, %",
+    "model": "model", "batch_size": "batch", "cut": "cut", "kernels": "kernels", "gflop": "GFLOP",
+    "least_mb": "MB", "floor_ms": "floor, ms", "images_per_s": "images/s", "bound": "bound by",
+    "layer": "layer", "count": "count", "flop_per_byte": "FLOP/byte", "share_pct": "share, %",
 }  # fmt: skip
 WORDS = ("model", "cut", "layer", "bound")
-OF_AN_IMAGE = ("gflop", "least_mb")
 
 
 def lines(subject: Subject, device: Gpu) -> list[CutLine]:
@@ -122,16 +120,12 @@ def _kind(graph: Graph, node: Node) -> str:
 def table(lines: Sequence[Line]) -> Table:
     """Lines of one kind."""
     shown = Table(box=None, pad_edge=False)
-    names = [field.name for field in fields(lines[0])]
+    names = [field.name for field in fields(lines[0]) if field.name != "memory_pct"]
     for name in names:
-        each = " an image" if name in OF_AN_IMAGE and isinstance(lines[0], CutLine) else ""
-        shown.add_column(
-            HEADINGS[name] + each,
-            justify="left" if name in WORDS else "right",
-            no_wrap=name in WORDS,
-        )
+        words = name in WORDS
+        shown.add_column(HEADINGS[name], justify="left" if words else "right", no_wrap=True)
     for line in lines:
-        shown.add_row(*(_cell(getattr(line, name)) for name in names))
+        shown.add_row(*(_cell(line, name) for name in names))
     return shown
 
 
@@ -167,7 +161,11 @@ def write_csv(rows: Sequence[tuple[Gpu, bool, Subject]], file: Path, layers: boo
         raise UsageError(f"argument --csv: {file} cannot be written: {error.strerror}") from None
 
 
-def _cell(value: str | float | None) -> str:
+def _cell(line: Line, name: str) -> str:
+    value = getattr(line, name)
+    if name == "bound" and isinstance(line, CutLine):
+        share = line.memory_pct if value == "bytes" else 100 - line.memory_pct
+        return f"{value} {share:.0f} %"
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, int) else number(value)

@@ -89,19 +89,19 @@ def ptxas() -> list[Finding]:
 
     from resfuse.kernels.engine.tactics.block_tail import refusal_of_ptxas
 
-    try:
-        found = get_ptxas(90)
-    except Exception as error:  # TRITON_PTXAS_PATH leads nowhere, or to something else
-        state = BROKEN if torch.cuda.is_available() else NOTE
-        return [Finding("ptxas", f"cannot be used: {str(error).splitlines()[0]}", state)]
+    found = get_ptxas(90)
     refused = refusal_of_ptxas(found.version)
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     told = f"{found.version}, {found.path}"
-    if refused is None:
-        return [Finding("ptxas", told)]
-    if not hopper:
-        return [Finding("ptxas", f"{told}; on Hopper, block_tail would be left out with it")]
-    return [Finding("ptxas", told), Finding("", f"block_tail is left out: {refused}", NOTE)]
+    if refused is not None and not on_hopper:
+        told += "; on Hopper, block_tail would be left out with it"
+    lines = [Finding("ptxas", told)]
+    asked = os.environ.get("TRITON_PTXAS_PATH")
+    if asked and asked != found.path:  # Triton passes over one that tells no version
+        lines.append(Finding("", f"TRITON_PTXAS_PATH is {asked}, which is no ptxas", NOTE))
+    if refused is not None and on_hopper:
+        lines.append(Finding("", f"block_tail is left out: {refused}", NOTE))
+    return lines
 
 
 def _writable(folder: Path) -> bool:
