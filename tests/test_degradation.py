@@ -353,7 +353,9 @@ def test_a_failed_training_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
     assert "cifar_plain8, seed 0: timeout, not done after 3 s" in page
 
 
-def test_the_command_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_trains_and_resumes(
+    tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """For real, in subprocesses: as in this process, and only once."""
     arguments = ["study", "degradation", "--device", "cpu", "--depths", "8", "--epochs", "1",
                  "--seeds", "1", "--jobs", "1", "--results", str(tmp_path)]  # fmt: skip
