@@ -338,7 +338,7 @@ def test_a_folder_that_fails_ends_the_trainings_under_way(tmp_path: Path) -> Non
 
     with pytest.raises(UsageError, match="cannot be written"):
         command.train_all(runs, trainer, 2, folder, FOUND, QUIET)
-    assert ended == begun[1:]
+    assert set(ended) == set(begun) - {runs[0]}
     assert len(begun) < len(runs)
 
 
@@ -353,7 +353,9 @@ def test_a_failed_training_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
     assert "cifar_plain8, seed 0: timeout, not done after 3 s" in page
 
 
-def test_the_command_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_trains_and_resumes(
+    tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """For real, in subprocesses: as in this process, and only once."""
     arguments = ["study", "degradation", "--device", "cpu", "--depths", "8", "--epochs", "1",
                  "--seeds", "1", "--jobs", "1", "--results", str(tmp_path)]  # fmt: skip
@@ -362,7 +364,6 @@ def test_the_command_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureFi
     assert "0 trainings, 2 already settled" in capsys.readouterr().out
     (folder,) = tmp_path.iterdir()
     rows = results.read_rows(folder, row.SHEET).set_index("model")
-    torch.set_num_threads(1)
     (plain, _) = plan("digits", [8], ["A"], seeds=1, epochs=1)
     done = recipe.train(plain, data.load("digits"), "cpu")
     assert rows.train_loss["cifar_plain8"] == pytest.approx(done.train_loss, rel=1e-12)

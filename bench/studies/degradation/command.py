@@ -9,11 +9,12 @@ import argparse
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from rich.console import Console
@@ -156,14 +157,20 @@ def _outcomes(
         advance((1 - done) * one.depth * one.epochs)
         return outcome
 
+    # As they end, strictly: as_completed shuffles those that end together, and a failure among them
+    # could get ahead of a finished training, whose row would be lost.
+    ended: SimpleQueue[Future[Outcome]] = SimpleQueue()
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(one_training, one): one for one in runs}
         try:
-            for future in as_completed(futures):
+            for future in futures:
+                future.add_done_callback(ended.put)
+            for _ in runs:
+                future = ended.get()
                 yield futures[future], future.result()
         finally:
-            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
 
 
 def _line(one: Run, outcome: Outcome) -> str:
