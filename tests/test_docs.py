@@ -1,0 +1,102 @@
+"""Every command and every line of Python in docs/ is run; links lead somewhere; the commands of the
+README are understood.
+
+A page's blocks run in its order: `bash` ones as commands, `python` ones in one namespace. One that
+begins with `# bench/...` is a file, or a line of a registry, in a copy of the sources.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, insert_after
+from resfuse.bench.cli import parser
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_PLACE = re.compile(r"# (bench/[\w/]+\.py)(?:, in (\w+))?\n")
+_LINK = re.compile(r"\]\(([^)#:]+)\)")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return _BLOCK.findall(page.read_text())
+
+
+def in_bash(script: str, home: Path, sources: Path) -> subprocess.CompletedProcess[str]:
+    """With a `resfuse` on the path that runs the command of `sources`."""
+    command = home / "bin" / "resfuse"
+    command.parent.mkdir(exist_ok=True)
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m resfuse.bench "$@"\n')
+    command.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{command.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(sources),
+        "RESFUSE_CACHE_DIR": str(home / "cache"),
+    }
+    return subprocess.run(
+        ["bash", "-e", "-c", script],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def plant(block: str, sources: Path) -> bool:
+    """Writes a block into the sources, if that is what it is for."""
+    place = _PLACE.match(block)
+    if place is None:
+        return False
+    path, registry = sources / "resfuse" / place[1], place[2]
+    rest = block[place.end() :]
+    if registry is None:
+        path.write_text(rest)
+    else:
+        insert_after(path, registry, rest.rstrip("\n"))
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_runs(
+    page: Path,
+    tmp_path: Path,
+    checkout: Path,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": page.stem}
+    ran = 0
+    for language, block in blocks(page):
+        if language == "bash":
+            done = in_bash(block, tmp_path, checkout)
+            assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        elif language == "python" and not plant(block, checkout):
+            exec(compile(block, str(page), "exec"), names)
+        ran += bool(language)
+    assert ran, f"{page.name} shows nothing to run"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in _LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_commands_of_the_readme_are_understood() -> None:
+    lines = [line for _, block in blocks(ROOT / "README.md") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("resfuse ")]
+    assert len(commands) >= 4
+    for command in commands:
+        parser().parse_args(command[1:])
+
+
+def test_there_are_five_pages_at_most() -> None:
+    assert 1 <= len(PAGES) <= 5
