@@ -30,12 +30,19 @@ def test_sides_are_neighbours_in_time() -> None:
 
 
 def test_the_slowed_network_gives_the_same_answer() -> None:
-    model, images = create("cifar_resnet20").eval(), torch.randn(2, 3, 32, 32)
-    assert torch.equal(slowed.build(model, images)(images), eager.build(model, images)(images))
+    """It works on a tenth more images, and nobody sees them."""
+    model, images = create("cifar_resnet20").eval(), torch.randn(20, 3, 32, 32)
+    worked_on: list[int] = []
+    model.conv1.register_forward_hook(lambda layer, given, y: worked_on.append(len(y)))
+    answer = slowed.build(model, images)(images)
+    assert worked_on == [22]
+    torch.testing.assert_close(answer, eager.build(model, images)(images))
+    with pytest.raises(ValueError, match="a tenth of 4 images is no whole number"):
+        slowed.build(model, images[:4])
 
 
 def test_a_run_is_a_process_of_its_own_with_the_planted_backend() -> None:
-    case = Case("cifar_resnet20", "subject", "inference", "cpu", "float32", "contiguous", 1, 32)
+    case = Case("cifar_resnet20", "subject", "inference", "cpu", "float32", "contiguous", 10, 32)
     options = Options(seconds=0.2, timeout_s=200)
     outcome = run_case(case, options, {}, {"subject": gate.KINDS["slowed"]})
     assert outcome.status == "pass", outcome.error
