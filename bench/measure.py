@@ -7,16 +7,17 @@ afterwards on a batch nobody has seen. Memory, energy and set-up are taken in ru
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from resfuse.bench import check, energy, memory, network, nvml, roofline, timing
-from resfuse.bench.case import Case, Options
+from resfuse.bench.case import PRECISIONS, Case, Options
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.failure import blame, blamed, outcome_of
 from resfuse.bench.inference import Inference, answers
-from resfuse.bench.measured import Measured, Value
+from resfuse.bench.measured import Measured, Memory, Value
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.precision import set_math_mode
 from resfuse.bench.quiet import LIMIT_S, wait_for_quiet
@@ -60,6 +61,8 @@ def _measure(
     torch.manual_seed(options.seed)
     set_math_mode(case.math_mode, device)
     require_device(device)
+    if PRECISIONS[case.precision].autocast and case.mode != "train":
+        raise Unavailable(f"{case.precision} is a way to train; bfloat16 and float16 infer")
 
     model, batches = network.master(case, options.seed), network.batches(case)
     before = memory.held(device)
@@ -68,7 +71,7 @@ def _measure(
     candidate.set_up()
     synchronize(device)
     setup_s = timing.seconds(watch.elapsed())
-    peak = memory.peak_of(candidate.step_once, device, before)
+    peak = peak_of(candidate, device, before)
 
     baseline = _subject(case, case.baseline, case.baseline_memory_format, model, batches)
     baseline.set_up()
@@ -127,6 +130,12 @@ def _measure(
     return Outcome("pass", "", metrics), span_s
 
 
+def peak_of(subject: Subject, device: str, before: int | None) -> Memory:
+    """The peak of a step, and how much of it stays from one training step to the next."""
+    peak = memory.peak_of(subject.step_once, device, before)
+    return replace(peak, state=subject.state_bytes()) if isinstance(subject, Training) else peak
+
+
 def _phases(subject: Subject, laps: list[list[float]]) -> dict[str, tuple[float, ...]]:
     """The laps of all rounds by phase; empty where a step has no phases."""
     if not subject.phases:
@@ -139,7 +148,7 @@ def _subject(
 ) -> Subject:
     copy = deepcopy(model)
     if case.mode == "train":
-        return Training(backend, memory_format, copy, batches, case.math_mode)
+        return Training(backend, memory_format, copy, batches, case)
     return Inference(backend, memory_format, copy, batches)
 
 

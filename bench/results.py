@@ -18,6 +18,7 @@ import pandas as pd
 from resfuse.bench.case import Case
 from resfuse.bench.errors import UsageError
 from resfuse.bench.measured import Value
+from resfuse.bench.metrics import METRICS
 from resfuse.bench.row import columns
 
 ROWS = "rows.csv"
@@ -30,12 +31,17 @@ SETTLED = ("pass", "unavailable", "oom", "fail_accuracy")
 
 @dataclass(frozen=True)
 class Sheet:
-    """A CSV file of rows. `text`: the columns that stay text ("1e5" may be a commit)."""
+    """A CSV file of rows.
+
+    `text`: the columns that stay text ("1e5" may be a commit). `measured`: those that an older
+    version may not have known; they are read as empty where they are missing.
+    """
 
     file: str
     columns: tuple[str, ...]
     text: frozenset[str]
     command: str  # what makes one
+    measured: frozenset[str] = frozenset()
 
 
 CASES = Sheet(
@@ -45,10 +51,11 @@ CASES = Sheet(
         (
             "model", "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
             "weights", "images", "baseline", "throttle", "status", "error", "env_id", "commit",
-            "timestamp",
+            "timestamp", "parallel",
         )
     ),
     "resfuse bench",
+    frozenset((*METRICS, "parallel", "world_size")),
 )  # fmt: skip
 
 
@@ -57,12 +64,18 @@ def read_rows(folder: Path, sheet: Sheet = CASES) -> pd.DataFrame:
     "" where a cell is empty, the others numbers or NaN.
 
     Raises:
-        UsageError: there is no such file, it cannot be read, or it lacks columns of this version.
+        UsageError: there is no such file, it cannot be read, or it lacks columns that say what was
+            measured.
     """
-    table = _read_csv(folder / sheet.file, sheet.columns, sheet.command)
+    needed = tuple(name for name in sheet.columns if name not in sheet.measured)
+    table = _read_csv(folder / sheet.file, needed, sheet.command)
+    for name in sheet.measured.difference(table.columns):
+        table[name] = ""
     for name in table.columns:
         if name not in sheet.text:
             table[name] = pd.to_numeric(table[name].replace("", None), errors="coerce")
+    if "world_size" in table:  # older versions ran everything in one process
+        table["world_size"] = table["world_size"].fillna(1).astype(int)
     return table
 
 
@@ -151,7 +164,7 @@ def check_writable(folder: Path, sheet: Sheet = CASES) -> None:
 def _identity_columns(mode: str) -> list[str]:
     size = "infer_img_size" if mode == "inference" else "train_img_size"
     fixed = ("model", "backend", "mode", "precision", "memory_format", "requested_batch_size")
-    return [*fixed, size, "weights", "images", "baseline"]
+    return [*fixed, size, "weights", "images", "baseline", "parallel", "world_size"]
 
 
 def _plain(value: object) -> str:

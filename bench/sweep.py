@@ -55,7 +55,7 @@ def expand(request: Request) -> list[Case]:
         Case(
             model, backend, mode, request.device, precision, memory_format, batch_size,
             request.img_size or input_size(model), baseline, baseline_format, request.weights,
-            request.images,
+            request.images, request.parallel, request.world_size,
         )
         for mode, precision, model, batch_size in product(modes, precisions, models, batch_sizes)
         for backend in backends
