@@ -22,15 +22,19 @@ from rich.progress import (
 from resfuse.bench import results, sweep
 from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import UsageError
+from resfuse.bench.isolate import run_case, survey
 from resfuse.bench.kernels.row import SHEET as KERNEL_SHEET
 from resfuse.bench.listing import LISTS, cases_table
 from resfuse.bench.row import Outcome
 from resfuse.bench.selection import pick
 
 
-def bench(args: argparse.Namespace) -> int:
-    """`resfuse bench`: survey the machine, run the cases, write the report."""
-    from resfuse.bench.isolate import survey
+def bench(args: argparse.Namespace, measure: sweep.Measure = run_case) -> int:
+    """`resfuse bench`: survey the machine, run the cases, write the report.
+
+    Args:
+        measure: what measures a case.
+    """
 
     console = Console(stderr=True)
     request = request_of(args)
@@ -44,7 +48,7 @@ def bench(args: argparse.Namespace) -> int:
     folder = args.results / found["folder"]
     skipped = 0
     if args.resume:
-        remaining = unsettled(cases, folder, found)
+        remaining = sweep.unsettled(cases, folder, found)
         skipped, cases = len(cases) - len(remaining), remaining
     if args.dry_run:
         Console().print(cases_table(cases, skipped))
@@ -54,18 +58,12 @@ def bench(args: argparse.Namespace) -> int:
         f"{found['facts']['device_name']}: {len(cases)} cases"
         + (f", {skipped} already settled" if skipped else "")
     )
-    run_cases(cases, options_of(args, request), folder, found, console)
+    run_cases(cases, options_of(args, request), folder, found, console, measure=measure)
     if not args.no_report:
         from resfuse.bench.report import write_report
 
         console.print(f"Report: {write_report(folder)}")
     return 0
-
-
-def unsettled(cases: list[Case], folder: Path, found: dict[str, Any]) -> list[Case]:
-    """The cases that this environment and commit have not settled yet."""
-    settled = results.settled_cases(folder, found["env_id"], found["commit"])
-    return [case for case in cases if results.identity_key(case) not in settled]
 
 
 def report(args: argparse.Namespace) -> int:
@@ -128,7 +126,16 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def request_of(args: argparse.Namespace) -> sweep.Request:
-    """What the parsed flags of `resfuse bench` ask for."""
+    """What the parsed flags of `resfuse bench` ask for.
+
+    Raises:
+        UsageError: several processes were asked for, and there is one.
+    """
+    if args.parallel and not args.world_size:
+        raise UsageError(
+            f"argument --parallel: {args.parallel} needs processes started by torchrun: "
+            "torchrun --nproc-per-node N -m resfuse.bench bench --bench train ..."
+        )
     return sweep.Request(
         profile=args.profile,
         device=args.device,
@@ -143,6 +150,8 @@ def request_of(args: argparse.Namespace) -> sweep.Request:
         baseline_memory_format=args.baseline_memory_format,
         weights=args.weights,
         images=args.images,
+        parallel=args.parallel or "",
+        world_size=args.world_size or 1,
     )
 
 
@@ -162,6 +171,7 @@ def run_cases(
     found: dict[str, Any],
     console: Console,
     time_left: Callable[[], float] = lambda: inf,
+    measure: sweep.Measure = run_case,
 ) -> int:
     """Measures cases with a progress bar; returns how many `time_left` (sweep.run) left out."""
     columns = (
@@ -180,7 +190,7 @@ def run_cases(
             progress.console.print(_line(case, outcome), highlight=False, soft_wrap=True)
             progress.advance(task)
 
-        left_out = sweep.run(cases, options, folder, found, started, finished, time_left)
+        left_out = sweep.run(cases, options, folder, found, started, finished, time_left, measure)
     summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(
         f"{sum(counts.values())} rows in {folder / results.ROWS}: {summary}"

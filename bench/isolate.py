@@ -51,8 +51,13 @@ def survey(
     return result
 
 
-def run_case(case: Case, options: Options, ceilings: dict[str, float]) -> Outcome:
+def run_case(
+    case: Case, options: Options, ceilings: dict[str, float], together: str = ""
+) -> Outcome:
     """Measures a case in a subprocess of its own, within the time limit.
+
+    Args:
+        together: what the processes that share a case call it, see bench/distributed.
 
     Raises:
         UsageError: the subprocess found the user's input at fault.
@@ -63,6 +68,7 @@ def run_case(case: Case, options: Options, ceilings: dict[str, float]) -> Outcom
         "case": asdict(case),
         "options": asdict(options),
         "ceilings": ceilings,
+        "together": together,
     }
     result = _converse(job, options.timeout_s)
     if isinstance(result, Outcome):
@@ -190,7 +196,7 @@ def _converse(
         except TimeoutError:
             grace_s = 0.0
             return Outcome("timeout", f"not done after {timeout_s:g} s")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the latter: a cluster's job was preempted
             grace_s = 0.0
             raise
         finally:

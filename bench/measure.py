@@ -55,25 +55,17 @@ def measure(
 def _measure(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Tell
 ) -> tuple[Outcome, float]:
-    device = torch.device(case.device).type
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    set_math_mode(case.math_mode, device)
-    require_device(device)
-    if PRECISIONS[case.precision].autocast and case.mode != "train":
-        raise Unavailable(f"{case.precision} is a way to train; bfloat16 and float16 infer")
-
+    device = begin(case, options)
     model, batches = network.master(case, options.seed), network.batches(case)
     before = memory.held(device)
-    candidate = _subject(case, case.backend, case.memory_format, model, batches)
+    candidate = subject(case, case.backend, case.memory_format, model, batches)
     watch = timing.Watch()
     candidate.set_up()
     synchronize(device)
     setup_s = timing.seconds(watch.elapsed())
     peak = peak_of(candidate, device, before)
 
-    baseline = _subject(case, case.baseline, case.baseline_memory_format, model, batches)
+    baseline = subject(case, case.baseline, case.baseline_memory_format, model, batches)
     baseline.set_up()
     if isinstance(candidate, Inference) and isinstance(baseline, Inference):
         expected = answers(model, batches, case.math_mode)
@@ -111,7 +103,7 @@ def _measure(
         activations=cost.activations,
         times_ms=tuple(sum(lap) for lap in laps[0]),
         baseline_ms=tuple(sum(lap) for lap in laps[1]),
-        phases_ms=_phases(candidate, laps[0]),
+        phases_ms=phases(candidate, laps[0]),
         accuracy=check.worst(checks),
         memory=peak,
         setup_s=setup_s,
@@ -121,13 +113,39 @@ def _measure(
         throttle=throttle,
         step=candidate.step_once,
     )
+    return conclude(measured, floor), span_s
+
+
+def begin(case: Case, options: Options) -> str:
+    """Settles threads, seed and arithmetic of this process; returns the kind of device.
+
+    Raises:
+        Unavailable: the case cannot run here.
+    """
+    device = torch.device(case.device).type
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    set_math_mode(case.math_mode, device)
+    require_device(device)
+    if PRECISIONS[case.precision].autocast and case.mode != "train":
+        raise Unavailable(f"{case.precision} is a way to train; bfloat16 and float16 infer")
+    return device
+
+
+def conclude(measured: Measured, floor: roofline.Floor | None) -> Outcome:
+    """The outcome of a case that passed its checks.
+
+    Raises:
+        RuntimeError: it was faster than possible.
+    """
     metrics: dict[str, Value] = {name: metric.compute(measured) for name, metric in METRICS.items()}
     if floor and float(metrics["p50_ms"] or 0) < floor.possible_ms:
         raise RuntimeError(
             f"{metrics['p50_ms']:.3g} ms is faster than possible: the arithmetic alone takes "
             f"{floor.possible_ms:.3g} ms at the fastest rate seen on this device"
         )
-    return Outcome("pass", "", metrics), span_s
+    return Outcome("pass", "", metrics)
 
 
 def peak_of(subject: Subject, device: str, before: int | None) -> Memory:
@@ -136,19 +154,25 @@ def peak_of(subject: Subject, device: str, before: int | None) -> Memory:
     return replace(peak, state=subject.state_bytes()) if isinstance(subject, Training) else peak
 
 
-def _phases(subject: Subject, laps: list[list[float]]) -> dict[str, tuple[float, ...]]:
+def phases(subject: Subject, laps: list[list[float]]) -> dict[str, tuple[float, ...]]:
     """The laps of all rounds by phase; empty where a step has no phases."""
     if not subject.phases:
         return {}
     return dict(zip(subject.phases, zip(*laps, strict=True), strict=True))
 
 
-def _subject(
-    case: Case, backend: str, memory_format: str, model: nn.Module, batches: list[torch.Tensor]
+def subject(
+    case: Case,
+    backend: str,
+    memory_format: str,
+    model: nn.Module,
+    batches: list[torch.Tensor],
+    training: type[Training] = Training,
 ) -> Subject:
+    """A copy of the model as a backend runs it in the case's mode."""
     copy = deepcopy(model)
     if case.mode == "train":
-        return Training(backend, memory_format, copy, batches, case)
+        return training(backend, memory_format, copy, batches, case)
     return Inference(backend, memory_format, copy, batches)
 
 

@@ -79,6 +79,16 @@ def read_rows(folder: Path, sheet: Sheet = CASES) -> pd.DataFrame:
     return table
 
 
+def read_cells(folder: Path, sheet: Sheet = CASES) -> pd.DataFrame:
+    """The same as text, every cell as it stands in the file; "" where it is empty or missing.
+
+    Raises:
+        UsageError: as `read_rows`.
+    """
+    needed = tuple(name for name in sheet.columns if name not in sheet.measured)
+    return _read_csv(folder / sheet.file, needed, sheet.command).fillna("")
+
+
 def has_rows(folder: Path, sheet: Sheet = CASES) -> bool:
     """False for a file that was made and never written to, too: Ctrl-C can fall in between."""
     path = folder / sheet.file

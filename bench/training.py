@@ -1,4 +1,4 @@
-"""A network in training: forward, backward and optimizer on the clock, gradients and loss checked."""
+"""A network in training: forward, backward, optimizer on the clock; gradients and loss checked."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -91,7 +91,7 @@ class Training:
         """Parameters, as many gradients, and the optimizer's state."""
         held = [t for s in self._optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
         parameters = list(self._model.parameters())
-        return sum(t.nbytes for t in (*parameters, *parameters, *map(local, held)))
+        return sum(local(t).nbytes for t in (*parameters, *parameters, *held))
 
     def step_once(self) -> None:
         self._timed_run(lambda: None)

@@ -32,6 +32,8 @@ class Backend:
     does: str  # for `resfuse list`
     memory_formats: tuple[str, ...] = BOTH
     trainable: str | None = None  # "module:function"
+    # Its `trainable` takes a model that is spread over processes already, as torch.compile asks.
+    takes_parallel: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
@@ -46,12 +48,14 @@ BACKENDS: dict[str, Backend] = {
         "torch.compile, weights frozen for inference",
         BOTH,
         "resfuse.bench.backends.compiled:trainable",
+        takes_parallel=True,
     ),
     "compiled_max_autotune": Backend(
         "resfuse.bench.backends.compiled:build_max_autotune",
         "the same, mode max-autotune",
         BOTH,
         "resfuse.bench.backends.compiled:trainable_max_autotune",
+        takes_parallel=True,
     ),
     "fused": Backend(
         "resfuse.bench.backends.fused:build",
