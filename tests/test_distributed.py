@@ -73,10 +73,12 @@ def cut_off(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     one of torchrun's own processes is killed. Yields its exit code, what it said, its folder."""
     registry = checkout / "resfuse/bench/backends/__init__.py"
     (registry.parent / "planted_parallel.py").write_text(PLANTED)
-    for name in ("dies", "sleeps"):
-        target = f"resfuse.bench.backends.planted_parallel:{name}"
-        line = f'    "{name}": Backend("{target}", "planted", BOTH, "{target}"),'
-        insert_after(registry, "BACKENDS: dict", line)
+    entry = 'Backend("resfuse.bench.backends.planted_parallel:{0}", "planted", BOTH, '
+    entry += '"resfuse.bench.backends.planted_parallel:{0}")'
+    # Cases come in the order of the registry.
+    insert_after(registry, "BACKENDS: dict", f'    "dies": {entry.format("dies")},')
+    with registry.open("a") as file:
+        file.write(f'\nBACKENDS["sleeps"] = {entry.format("sleeps")}\n')
     out = tmp_path_factory.mktemp("together")
     process = subprocess.Popen(
         [*TORCHRUN, "-m", "resfuse.bench", "bench", "--bench", "train", "-m", "cifar_resnet20",

@@ -38,7 +38,8 @@ def spread(model: nn.Module, parallel: str) -> nn.Module:
             for block in stage:
                 if any(True for _ in block.parameters()):
                     fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 class ParallelTraining(Training):
