@@ -187,7 +187,9 @@ def run_cases(
 
         def finished(case: Case, outcome: Outcome) -> None:
             counts[outcome.status] += 1
-            progress.console.print(_line(case, outcome), highlight=False, soft_wrap=True)
+            # An error may hold [/brackets], which rich would take for markup of its own.
+            line = _line(case, outcome)
+            progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
             progress.advance(task)
 
         left_out = sweep.run(cases, options, folder, found, started, finished, time_left, measure)

@@ -57,6 +57,7 @@ class Training:
         for module in self._model.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
+        self._structure = deepcopy(self._model).to("meta")
         self._batches, self._math_mode = batches, case.math_mode
         self._images = batches[0].clone(memory_format=MEMORY_FORMATS[memory_format])
         self._labels = torch.arange(len(self._images), device=self._images.device) % 10
@@ -77,8 +78,11 @@ class Training:
         return self._make(self._model, self._images)
 
     def plain_copy(self) -> nn.Module:
-        """An ordinary module with the present weights, to compute references with."""
-        return deepcopy(self._model)
+        """The module as it was before any backend changed it, with the present weights."""
+        copy = deepcopy(self._structure).to_empty(device=self._images.device)
+        state = {name: whole(tensor) for name, tensor in self._model.state_dict().items()}
+        copy.load_state_dict(state)
+        return copy
 
     def mean(self, found: Gradients) -> Gradients:
         """What an optimizer sees of several processes' gradients; here there is one process."""

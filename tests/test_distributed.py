@@ -39,7 +39,7 @@ import os, time
 
 def dies(model, example):
     if os.environ["RANK"] == "1":
-        print("famous last words", flush=True)
+        print("famous [/last] words", flush=True)
         os.abort()
     return model
 
@@ -103,7 +103,7 @@ def cut_off(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_a_process_that_dies_costs_its_case(cut_off: tuple) -> None:
     row = pd.read_csv(cut_off[2] / results.ROWS).set_index("backend").loc["dies"]
     assert row.status == "fail_to_run"
-    assert "process 1: the subprocess was killed by SIGABRT: famous last words" in row.error
+    assert "process 1: the subprocess was killed by SIGABRT: famous [/last] words" in row.error
     assert pd.isna(row.p50_ms)
 
 

@@ -60,12 +60,13 @@ def sweep_on_cluster(args: argparse.Namespace) -> int:
     console.print(f"{len(cases)} cases in {len(jobs)} jobs; logs in {launch / LOGS}")
 
     def show(row: Cells) -> None:
-        console.print(_line(row), highlight=False, soft_wrap=True)
+        console.print(_line(row), highlight=False, markup=False, soft_wrap=True)
 
     failed = _run(jobs, executor, launcher, shared, show)
     _report(jobs, shared, args.no_report, console)
     for i, why in failed.items():
-        console.print(f"Job {i} of {len(jobs)} failed: {why}", highlight=False, soft_wrap=True)
+        line = f"Job {i} of {len(jobs)} failed: {why}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return int(bool(failed))
 
 
@@ -124,10 +125,10 @@ def _fate(job: Any) -> str:
     """
     if not job.paths.result_pickle.exists():
         return f"it ended without a result (log: {job.paths.stderr})"
-    kind, told = job.paths, job.exception()
+    told = job.exception()
     if told is not None:
         lines = [line.strip() for line in str(told).splitlines() if line.strip()]
-        return f"{lines[-1]} (log: {kind.stderr})"
+        return f"{lines[-1]} (log: {job.paths.stderr})"
     if complaint := job.result():
         raise UsageError(complaint)
     return ""

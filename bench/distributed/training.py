@@ -5,7 +5,6 @@ of a check is the mean over processes of each one's fp64 gradients, which is wha
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resfuse.bench.backends import backend
 from resfuse.bench.case import Case
 from resfuse.bench.timing import Step
-from resfuse.bench.training import Gradients, Run, Training, local, whole
+from resfuse.bench.training import Gradients, Run, Training, local
 
 
 def spread(model: nn.Module, parallel: str) -> nn.Module:
@@ -55,7 +54,6 @@ class ParallelTraining(Training):
     ) -> None:
         super().__init__(backend, memory_format, model, batches, case)
         self._backend, self._parallel = backend, case.parallel
-        self._structure = deepcopy(self._model).to("meta")
 
     def make_module(self) -> Run:
         if backend(self._backend).takes_parallel:
@@ -63,12 +61,6 @@ class ParallelTraining(Training):
         module = self._make(self._model, self._images)
         assert isinstance(module, nn.Module)
         return spread(module, self._parallel)
-
-    def plain_copy(self) -> nn.Module:
-        copy = deepcopy(self._structure).to_empty(device=self._images.device)
-        state = {name: whole(tensor) for name, tensor in self._model.state_dict().items()}
-        copy.load_state_dict(state)
-        return copy
 
     def mean(self, found: Gradients) -> Gradients:
         row = found.row.clone()
