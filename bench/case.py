@@ -13,10 +13,19 @@ MEMORY_FORMATS = ("contiguous", "channels_last")
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers are stored (`dtype`, a torch name) and multiplied (`math_mode`)."""
+    """How numbers are stored (`dtype`, a torch name) and multiplied (`math_mode`).
+
+    `autocast`: the torch name of what autocast multiplies in, where a training step runs under it.
+    """
 
     dtype: str
     math_mode: str
+    autocast: str | None = None
+
+    @property
+    def product(self) -> str:
+        """The type that matrix products and convolutions take."""
+        return self.autocast or self.dtype
 
 
 # timm's names on the command line. Rows of different math modes are never compared.
@@ -25,6 +34,9 @@ PRECISIONS = {
     "tf32": Precision("float32", "tf32"),
     "float16": Precision("float16", "fp16"),
     "bfloat16": Precision("bfloat16", "bf16"),
+    # Weights, gradients and optimizer in fp32; fp16's gradients are scaled (GradScaler).
+    "amp_bf16": Precision("float32", "amp_bf16", "bfloat16"),
+    "amp_fp16": Precision("float32", "amp_fp16", "float16"),
 }
 
 
@@ -49,6 +61,8 @@ class Case:
     baseline_memory_format: str = "contiguous"
     weights: str = "seeded"  # "seeded", "pretrained", or a file
     images: str = "bundled"  # "bundled", or a folder
+    parallel: str = ""  # "ddp", "fsdp": training on `world_size` processes, `batch_size` in each
+    world_size: int = 1
 
     @property
     def math_mode(self) -> str:
@@ -74,6 +88,8 @@ class Case:
             "weights": self.weights,
             "images": self.images,
             "baseline": f"{self.baseline} {self.baseline_memory_format}",
+            "parallel": self.parallel,
+            "world_size": self.world_size,
         }
 
     def label(self) -> str:
@@ -85,7 +101,11 @@ class Case:
             self.precision,
             f"batch {self.batch_size}",
         ]
-        return " ".join([*parts, self.mode] if self.mode != "inference" else parts)
+        if self.mode != "inference":
+            parts.append(self.mode)
+        if self.parallel:
+            parts.append(f"{self.parallel} x{self.world_size}")
+        return " ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -118,3 +138,5 @@ class Request:
     baseline_memory_format: str
     weights: str
     images: str
+    parallel: str = ""
+    world_size: int = 1

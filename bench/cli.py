@@ -4,6 +4,7 @@ Nothing heavy is imported until a command runs, so that `resfuse --help` answers
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,9 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    from resfuse.bench.distributed.world import launched
+
+    if launched(os.environ):
+        from resfuse.bench.distributed.command import bench as bench_together
+
+        return bench_together(args)
     from resfuse.bench.commands import bench
 
     return bench(args)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from resfuse.bench.cluster.command import sweep_on_cluster
+
+    return sweep_on_cluster(args)
 
 
 def _kernels(args: argparse.Namespace) -> int:
@@ -173,6 +186,10 @@ def parser() -> argparse.ArgumentParser:
         "--csv", metavar="FILE", type=Path, help="write every number to this file"
     )
     inspection.set_defaults(command=_inspect)
+    sweep = commands.add_parser("sweep", help="measure networks as jobs of a cluster")
+    _add_bench(sweep)
+    flags.add_sweep(sweep)
+    sweep.set_defaults(command=_sweep)
     check = commands.add_parser("check", help="try every configuration of our kernels against fp64")
     flags.add_check(check)
     check.set_defaults(command=_check)
@@ -274,6 +291,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
     )
+    flags.add_parallel(what)
     weights = what.add_mutually_exclusive_group()
     weights.add_argument(
         "--weights",

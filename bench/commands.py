@@ -23,6 +23,7 @@ from resfuse.bench import results, sweep
 from resfuse.bench.backends import backend
 from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import UsageError
+from resfuse.bench.isolate import run_case, survey
 from resfuse.bench.kernels.row import SHEET as KERNEL_SHEET
 from resfuse.bench.listing import LISTS, cases_table
 from resfuse.bench.row import Outcome
@@ -35,15 +36,22 @@ AB_CI = 0.02
 CI_SECONDS, CI_ROUNDS = 60.0, 2000
 
 
-def bench(args: argparse.Namespace) -> int:
-    """`resfuse bench`: survey the machine, run the cases, write the report."""
-    return measure_all(args, lambda device: [replace(request_of(args), device=device)])
+def bench(args: argparse.Namespace, measure: sweep.Measure = run_case) -> int:
+    """`resfuse bench`: survey the machine, run the cases, write the report.
+
+    Args:
+        measure: what measures a case.
+    """
+    return measure_all(
+        args, lambda device: [replace(request_of(args), device=device)], measure=measure
+    )
 
 
 def measure_all(
     args: argparse.Namespace,
     requests: Callable[[str], list[sweep.Request]],
     time_left: Callable[[], float] = lambda: inf,
+    measure: sweep.Measure = run_case,
 ) -> int:
     """Surveys the machine, runs the cases of some requests one after the other, writes the report.
 
@@ -52,8 +60,8 @@ def measure_all(
         requests: device -> what to measure on it; at least one, all in the same precisions and
             with the same weights and images.
         time_left: seconds it may still take; cases beyond them are left out.
+        measure: what measures a case.
     """
-    from resfuse.bench.isolate import survey
 
     console = Console(stderr=True)
     for request in requests("cpu"):  # finds misspelt names before anything runs
@@ -67,7 +75,7 @@ def measure_all(
     folder = args.results / found["folder"]
     skipped = 0
     if args.resume:
-        remaining = unsettled(cases, folder, found)
+        remaining = sweep.unsettled(cases, folder, found)
         skipped, cases = len(cases) - len(remaining), remaining
     if args.dry_run:
         Console().print(cases_table(cases, skipped))
@@ -78,7 +86,7 @@ def measure_all(
         + (f", {skipped} already settled" if skipped else "")
     )
     options = options_of(args, wanted[0])
-    left_out = run_cases(cases, options, folder, found, console, time_left)
+    left_out = run_cases(cases, options, folder, found, console, time_left, measure)
     if left_out:
         console.print(
             f"{left_out} {'case is' if left_out == 1 else 'cases are'} left out for want of time; "
@@ -90,12 +98,6 @@ def measure_all(
 
         console.print(f"Report: {write_report(folder)} and {HTML}")
     return 0
-
-
-def unsettled(cases: list[Case], folder: Path, found: dict[str, Any]) -> list[Case]:
-    """The cases that this environment and commit have not settled yet."""
-    settled = results.settled_cases(folder, found["env_id"], found["commit"])
-    return [case for case in cases if results.identity_key(case) not in settled]
 
 
 def report(args: argparse.Namespace) -> int:
@@ -151,7 +153,16 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def request_of(args: argparse.Namespace) -> sweep.Request:
-    """What the parsed flags of `resfuse bench` ask for."""
+    """What the parsed flags of `resfuse bench` ask for.
+
+    Raises:
+        UsageError: several processes were asked for, and there is one.
+    """
+    if args.parallel and not args.world_size:
+        raise UsageError(
+            f"argument --parallel: {args.parallel} needs processes started by torchrun: "
+            "torchrun --nproc-per-node N -m resfuse.bench bench --bench train ..."
+        )
     request = sweep.Request(
         profile=args.profile,
         device=args.device,
@@ -166,6 +177,8 @@ def request_of(args: argparse.Namespace) -> sweep.Request:
         baseline_memory_format=args.baseline_memory_format,
         weights=args.weights,
         images=args.images,
+        parallel=args.parallel or "",
+        world_size=args.world_size or 1,
     )
     return _against(request, *args.ab) if args.ab else request
 
@@ -214,6 +227,7 @@ def run_cases(
     found: dict[str, Any],
     console: Console,
     time_left: Callable[[], float] = lambda: inf,
+    measure: sweep.Measure = run_case,
 ) -> int:
     """Measures cases with a progress bar; returns how many `time_left` (sweep.run) left out."""
     columns = (
@@ -229,12 +243,12 @@ def run_cases(
 
         def finished(case: Case, outcome: Outcome) -> None:
             counts[outcome.status] += 1
-            progress.console.print(
-                _line(case, outcome, options.ci), highlight=False, soft_wrap=True
-            )
+            # An error may hold [/brackets], which rich would take for markup of its own.
+            line = _line(case, outcome, options.ci)
+            progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
             progress.advance(task)
 
-        left_out = sweep.run(cases, options, folder, found, started, finished, time_left)
+        left_out = sweep.run(cases, options, folder, found, started, finished, time_left, measure)
     summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(
         f"{sum(counts.values())} rows in {folder / results.ROWS}: {summary}"

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from resfuse.bench.case import PRECISIONS
+from resfuse.bench.distributed.world import PARALLEL
 
 DEVICE_HELP = "cpu, cuda, cuda:N (default: cuda where there is one)"
 
@@ -95,6 +96,41 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="a significant slowdown beyond this is a regression, exit code 1 (default: 5%%)",
     )
+
+
+def add_parallel(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--parallel",
+        choices=PARALLEL,
+        help="how processes that torchrun has started share a training step; the batch is each "
+        "one's (default: ddp)",
+    )
+    parser.set_defaults(world_size=0)
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    jobs = parser.add_argument_group("jobs")
+    jobs.add_argument(
+        "--launcher",
+        choices=("local", "slurm"),
+        required=True,
+        help="slurm: a cluster's jobs; local: the same jobs on this machine, one after the other",
+    )
+    jobs.add_argument(
+        "--shard", type=rounds, default=1, metavar="N", help="cases a job (default: %(default)s)"
+    )
+    jobs.add_argument("--partition", metavar="NAME", help="Slurm's (default: the cluster's)")
+    jobs.add_argument("--account", metavar="NAME", help="who pays (default: the cluster's)")
+    jobs.add_argument("--cpus", type=rounds, metavar="N", help="cores a job")
+    jobs.add_argument("--gpus", type=rounds, metavar="N", help="GPUs a job; without, the CPU")
+    jobs.add_argument(
+        "--minutes",
+        type=rounds,
+        default=60,
+        metavar="N",
+        help="a job's time limit; one that reaches it is queued again (default: %(default)s)",
+    )
+    jobs.add_argument("--exclusive", action="store_true", help="no other job on the same machine")
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:

@@ -56,11 +56,13 @@ def run_case(
     case: Case,
     options: Options,
     ceilings: dict[str, float],
+    together: str = "",
     backends: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Measures a case in a subprocess of its own, within the time limit.
 
     Args:
+        together: what the processes that share a case call it, see bench/distributed.
         backends: name -> "module:function" that the case may name beside BACKENDS; for studies.
 
     Raises:
@@ -73,6 +75,7 @@ def run_case(
         "options": asdict(options),
         "ceilings": ceilings,
         "backends": dict(backends or {}),
+        "together": together,
     }
     result = _converse(job, options.timeout_s)
     if isinstance(result, Outcome):
@@ -218,7 +221,7 @@ def _converse(
         except TimeoutError:
             grace_s = 0.0
             return Outcome("timeout", f"not done after {timeout_s:g} s")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the latter: a cluster's job was preempted
             grace_s = 0.0
             raise
         finally:

@@ -106,7 +106,7 @@ def ceilings(device: str, precisions: Iterable[str]) -> dict[str, str]:
         if precision.math_mode == "tf32" and kind != "cuda":
             continue
         set_math_mode(precision.math_mode, kind)
-        rate = _product_rate(device, kind, getattr(torch, precision.dtype))
+        rate = _product_rate(device, kind, getattr(torch, precision.product))
         found[f"ceiling_{precision.math_mode}_tflops"] = f"{rate:.4g}"
     return found
 

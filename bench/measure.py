@@ -7,16 +7,17 @@ afterwards on a batch nobody has seen. Memory, energy and set-up are taken in ru
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from resfuse.bench import check, energy, memory, network, nvml, roofline, timing
-from resfuse.bench.case import Case, Options
+from resfuse.bench.case import PRECISIONS, Case, Options
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.failure import blame, blamed, outcome_of
 from resfuse.bench.inference import Inference, answers
-from resfuse.bench.measured import Measured, Value
+from resfuse.bench.measured import Measured, Memory, Value
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.precision import set_math_mode
 from resfuse.bench.quiet import LIMIT_S, wait_for_quiet
@@ -59,23 +60,17 @@ def measure(
 def _measure(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Tell
 ) -> tuple[Outcome, float]:
-    device = torch.device(case.device).type
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    set_math_mode(case.math_mode, device)
-    require_device(device)
-
+    device = begin(case, options)
     model, batches = network.master(case, options.seed), network.batches(case)
     before = memory.held(device)
-    candidate = _subject(case, case.backend, case.memory_format, model, batches)
+    candidate = subject(case, case.backend, case.memory_format, model, batches)
     watch = timing.Watch()
     candidate.set_up()
     synchronize(device)
     setup_s = timing.seconds(watch.elapsed())
-    peak = memory.peak_of(candidate.step_once, device, before)
+    peak = peak_of(candidate, device, before)
 
-    baseline = _subject(case, case.baseline, case.baseline_memory_format, model, batches)
+    baseline = subject(case, case.baseline, case.baseline_memory_format, model, batches)
     watch = timing.Watch()
     baseline.set_up()
     synchronize(device)
@@ -121,7 +116,7 @@ def _measure(
         times_ms=tuple(sum(lap) for lap in laps[0]),
         baseline_ms=tuple(sum(lap) for lap in laps[1]),
         ended_by=_ended_by(narrow, len(laps[0]), options),
-        phases_ms=_phases(candidate, laps[0]),
+        phases_ms=phases(candidate, laps[0]),
         accuracy=check.worst(checks),
         memory=peak,
         setup_s=setup_s,
@@ -132,13 +127,39 @@ def _measure(
         throttle=throttle,
         step=candidate.step_once,
     )
+    return conclude(measured, floor), span_s
+
+
+def begin(case: Case, options: Options) -> str:
+    """Settles threads, seed and arithmetic of this process; returns the kind of device.
+
+    Raises:
+        Unavailable: the case cannot run here.
+    """
+    device = torch.device(case.device).type
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    set_math_mode(case.math_mode, device)
+    require_device(device)
+    if PRECISIONS[case.precision].autocast and case.mode != "train":
+        raise Unavailable(f"{case.precision} is a way to train; bfloat16 and float16 infer")
+    return device
+
+
+def conclude(measured: Measured, floor: roofline.Floor | None) -> Outcome:
+    """The outcome of a case that passed its checks.
+
+    Raises:
+        RuntimeError: it was faster than possible.
+    """
     metrics: dict[str, Value] = {name: metric.compute(measured) for name, metric in METRICS.items()}
     if floor and float(metrics["p50_ms"] or 0) < floor.possible_ms:
         raise RuntimeError(
             f"{metrics['p50_ms']:.3g} ms is faster than possible: the arithmetic alone takes "
             f"{floor.possible_ms:.3g} ms at the fastest rate seen on this device"
         )
-    return Outcome("pass", "", metrics), span_s
+    return Outcome("pass", "", metrics)
 
 
 def require_no_memory(candidate: Inference, device: str) -> None:
@@ -164,19 +185,31 @@ def _ended_by(narrow: Narrow, rounds: int, options: Options) -> str:
     return "rounds" if rounds >= options.max_rounds else "seconds"
 
 
-def _phases(subject: Subject, laps: list[list[float]]) -> dict[str, tuple[float, ...]]:
+def peak_of(subject: Subject, device: str, before: int | None) -> Memory:
+    """The peak of a step, and how much of it stays from one training step to the next."""
+    peak = memory.peak_of(subject.step_once, device, before)
+    return replace(peak, state=subject.state_bytes()) if isinstance(subject, Training) else peak
+
+
+def phases(subject: Subject, laps: list[list[float]]) -> dict[str, tuple[float, ...]]:
     """The laps of all rounds by phase; empty where a step has no phases."""
     if not subject.phases:
         return {}
     return dict(zip(subject.phases, zip(*laps, strict=True), strict=True))
 
 
-def _subject(
-    case: Case, backend: str, memory_format: str, model: nn.Module, batches: list[torch.Tensor]
+def subject(
+    case: Case,
+    backend: str,
+    memory_format: str,
+    model: nn.Module,
+    batches: list[torch.Tensor],
+    training: type[Training] = Training,
 ) -> Subject:
+    """A copy of the model as a backend runs it in the case's mode."""
     copy = deepcopy(model)
     if case.mode == "train":
-        return Training(backend, memory_format, copy, batches, case.math_mode)
+        return training(backend, memory_format, copy, batches, case)
     return Inference(backend, memory_format, copy, batches)
 
 

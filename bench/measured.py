@@ -16,6 +16,8 @@ class Memory:
         int | None
     )  # above what the process held before the model was made: weights + activations + workspace
     reserved: int | None  # everything the allocator (GPU) or the process (CPU) held at that moment
+    # Training only: parameters, as many gradients, and the optimizer's state.
+    state: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,7 @@ class Measured:
     sm_clock_mhz: int | None
     throttle: str | None
     step: Callable[[], None]  # one more run, for a metric that must watch one
+    # On several processes only: the same step by one process while the others rest, a time each;
+    alone_ms: tuple[float, ...] = ()
+    # and by every process for itself, in the same rounds as `times_ms`.
+    apart_ms: tuple[float, ...] = ()

@@ -26,7 +26,7 @@ def _of_mode(mode: str, value: Callable[[Measured], Value]) -> Callable[[Measure
 
 
 def _samples_per_sec(m: Measured) -> float:
-    return m.case.batch_size / median(m.times_ms) * 1e3
+    return m.case.world_size * m.case.batch_size / median(m.times_ms) * 1e3
 
 
 def _phase(name: str) -> Callable[[Measured], Value]:
@@ -37,10 +37,27 @@ def _megabytes(count: int | None) -> float | None:
     return None if count is None else count / 2**20
 
 
+def _activation_mem_mb(m: Measured) -> float | None:
+    if m.memory.peak is None or m.memory.state is None:
+        return None
+    return _megabytes(m.memory.peak - m.memory.state)
+
+
+def _scaling_pct(m: Measured) -> float | None:
+    return 100 * median(m.alone_ms) / median(m.times_ms) if m.alone_ms else None
+
+
+def _communication_ms(m: Measured) -> float | None:
+    if not m.apart_ms:
+        return None
+    return median(ms - apart for ms, apart in zip(m.times_ms, m.apart_ms, strict=True))
+
+
 def _break_even_images(m: Measured) -> float | None:
     """What set-up takes beyond the baseline's, over what an image saves; None where the interval of
     the speed-up does not say that it saves anything."""
-    saved_s = (median(m.baseline_ms) - median(m.times_ms)) / 1e3 / m.case.batch_size
+    images = m.case.world_size * m.case.batch_size
+    saved_s = (median(m.baseline_ms) - median(m.times_ms)) / 1e3 / images
     _, low, _ = paired_speedup(m.baseline_ms, m.times_ms)
     if saved_s <= 0 or low <= 1 or m.case.is_baseline:
         return None
@@ -85,11 +102,31 @@ METRICS: dict[str, Metric] = {
         _of_mode("train", lambda m: median(m.times_ms)), "ms", "time of a training step"
     ),
     "train_batch_size": Metric(
-        _of_mode("train", lambda m: m.case.batch_size), "images", "batch actually run"
+        _of_mode("train", lambda m: m.case.batch_size), "images", "batch of each process"
     ),
     "train_fwd_time": Metric(_phase("forward"), "ms", "forward pass and loss"),
     "train_bwd_time": Metric(_phase("backward"), "ms", "backward pass"),
     "train_opt_time": Metric(_phase("optimizer"), "ms", "optimizer step and clearing of gradients"),
+    "train_activation_mem_mb": Metric(
+        _activation_mem_mb,
+        "MB",
+        "what a step needs at its peak beside parameters, gradients and optimizer state: "
+        "activations and workspace",
+    ),
+    "train_alone_time": Metric(
+        lambda m: median(m.alone_ms) if m.alone_ms else None,
+        "ms",
+        "the step of one process with the same batch while the others rest",
+    ),
+    "train_scaling_pct": Metric(
+        _scaling_pct, "%", "weak scaling: train_alone_time / train_step_time"
+    ),
+    "train_comm_time": Metric(
+        _communication_ms,
+        "ms",
+        "communication that nothing hides: median difference to the same step by every process "
+        "for itself, in the same rounds",
+    ),
     "param_count": Metric(lambda m: m.param_count / 1e6, "M", "parameters"),
     # ours
     "p50_ms": Metric(lambda m: median(m.times_ms), "ms", "median time of a batch"),

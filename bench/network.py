@@ -17,6 +17,7 @@ from resfuse.resnet_ref import (
 
 CALIBRATION_IMAGES = 16
 CALIBRATION_SEED = 1000  # none of the measured batches
+RANK_SEEDS = 10_000  # from one process's batches to the next one's
 TIMED_BATCHES = 2  # the clock sees these; one more batch is kept back until it has stopped
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -46,10 +47,14 @@ def dtype(case: Case) -> torch.dtype:
     return found
 
 
-def batches(case: Case) -> list[torch.Tensor]:
-    """A case's batches [N, 3, H, W], on its device: the timed ones, and one for afterwards."""
+def batches(case: Case, rank: int = 0) -> list[torch.Tensor]:
+    """A case's batches [N, 3, H, W], on its device: the timed ones, and one for afterwards.
+
+    Args:
+        rank: of the process; each has images of its own.
+    """
     made = (
-        inputs.batch(case.images, case.batch_size, case.img_size, seed)
+        inputs.batch(case.images, case.batch_size, case.img_size, RANK_SEEDS * rank + seed)
         for seed in range(TIMED_BATCHES + 1)
     )
     return [images.to(case.device, dtype(case)) for images in made]

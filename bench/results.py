@@ -53,12 +53,12 @@ CASES = Sheet(
     frozenset(
         (
             "model", "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
-            "weights", "images", "baseline", "ended_by", "throttle", "status", "error", "env_id",
-            "commit", "timestamp",
+            "weights", "images", "baseline", "parallel", "ended_by", "throttle", "status", "error",
+            "env_id", "commit", "timestamp",
         )
     ),
     "resfuse bench",
-    frozenset(METRICS),
+    frozenset((*METRICS, "parallel", "world_size")),
 )  # fmt: skip
 
 
@@ -90,7 +90,19 @@ def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> p
             f"results file {path} was written by a newer resfuse (schema_version {newest:g}); "
             f"this one reads versions up to {sheet.schema}"
         )
+    if "world_size" in table:  # older versions ran everything in one process
+        table["world_size"] = table["world_size"].fillna(1).astype(int)
     return table
+
+
+def read_cells(folder: Path, sheet: Sheet = CASES) -> pd.DataFrame:
+    """The same as text, every cell as it stands in the file; "" where it is empty or missing.
+
+    Raises:
+        UsageError: as `read_rows`.
+    """
+    needed = tuple(name for name in sheet.columns if name not in sheet.measured)
+    return _read_csv(folder / sheet.file, needed, sheet.command).fillna("")
 
 
 def has_rows(folder: Path, sheet: Sheet = CASES) -> bool:
@@ -178,7 +190,7 @@ def check_writable(folder: Path, sheet: Sheet = CASES) -> None:
 def _identity_columns(mode: str) -> list[str]:
     size = "infer_img_size" if mode == "inference" else "train_img_size"
     fixed = ("model", "backend", "mode", "precision", "memory_format", "requested_batch_size")
-    return [*fixed, size, "weights", "images", "baseline"]
+    return [*fixed, size, "weights", "images", "baseline", "parallel", "world_size"]
 
 
 def _plain(value: object) -> str:

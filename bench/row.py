@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1
 STATUSES = ("pass", "fail_accuracy", "fail_to_run", "oom", "timeout", "unavailable")
 ASKED = (
     "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
-    "requested_batch_size", "weights", "images", "baseline",
+    "requested_batch_size", "weights", "images", "baseline", "parallel", "world_size",
 )  # fmt: skip
 ENDED = ("status", "error", "env_id", "commit", "timestamp", "schema_version")
 

@@ -17,6 +17,7 @@ from resfuse.bench.profiles import PROFILES, Profile
 from resfuse.bench.row import Outcome, Stamp, record
 from resfuse.bench.selection import pick
 
+Measure = Callable[[Case, Options, dict[str, float]], Outcome]
 LEAST_S = 5.0  # about what the subprocess of a case needs to import torch
 
 
@@ -55,7 +56,7 @@ def expand(request: Request) -> list[Case]:
         Case(
             model, backend, mode, request.device, precision, memory_format, batch_size,
             request.img_size or input_size(model), baseline, baseline_format, request.weights,
-            request.images,
+            request.images, request.parallel, request.world_size,
         )
         for mode, precision, model, batch_size in product(modes, precisions, models, batch_sizes)
         for backend in backends
@@ -71,6 +72,7 @@ def run(
     started: Callable[[Case], None],
     finished: Callable[[Case, Outcome], None],
     time_left: Callable[[], float] = lambda: inf,
+    measure: Measure = run_case,
 ) -> int:
     """Measures the cases one by one and appends each row as soon as it exists.
 
@@ -79,6 +81,7 @@ def run(
         started, finished: called around each case, for progress.
         time_left: seconds the cases may still take. None is started with less than LEAST_S; one
             that is cut off by it leaves no row, since it may well pass with more time.
+        measure: what measures a case.
 
     Returns:
         how many cases were left out for want of time.
@@ -89,7 +92,7 @@ def run(
     """
     ceilings = {key: float(value) for key, value in found["ceilings"].items()}
     done = 0
-    for case, outcome in _outcomes(cases, options, ceilings, started, time_left):
+    for case, outcome in _outcomes(cases, options, ceilings, started, time_left, measure):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         stamp = Stamp(found["facts"]["device_name"], found["env_id"], found["commit"], now)
         results.append_row(folder, record(case, outcome, stamp))
@@ -104,6 +107,7 @@ def _outcomes(
     ceilings: dict[str, float],
     started: Callable[[Case], None],
     time_left: Callable[[], float],
+    measure: Measure,
 ) -> Iterator[tuple[Case, Outcome]]:
     # Unavailable means backend, machine and precision, whatever the network: one process finds it
     # out for all.
@@ -115,12 +119,18 @@ def _outcomes(
         started(case)
         key = (case.backend, case.mode, case.device, case.precision, case.memory_format)
         limited = replace(options, timeout_s=min(options.timeout_s, left))
-        outcome = unavailable.get(key) or _unsupported(case) or run_case(case, limited, ceilings)
+        outcome = unavailable.get(key) or _unsupported(case) or measure(case, limited, ceilings)
         if outcome.status == "timeout" and left < options.timeout_s:
             return
         if outcome.status == "unavailable":
             unavailable[key] = outcome
         yield case, outcome
+
+
+def unsettled(cases: list[Case], folder: Path, found: dict[str, Any]) -> list[Case]:
+    """The cases that this environment and commit have not settled yet."""
+    settled = results.settled_cases(folder, found["env_id"], found["commit"])
+    return [case for case in cases if results.identity_key(case) not in settled]
 
 
 def _formats_of(backend: str, asked: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ PR_SET_PDEATHSIG = 1
 def main() -> None:
     descriptor = int(sys.argv[1])
     die_with_parent()
+    ignore_notices()
     job = json.load(sys.stdin)
 
     def tell(event: str, **content: Any) -> None:
@@ -44,12 +45,16 @@ def _survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     import torch
 
     from resfuse.bench import inputs, machine, sweep
+    from resfuse.bench.distributed.world import require_devices, world_of
 
     request = Request(**job["request"])
     request = replace(request, device=resolve_device(request.device))
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     cases = sweep.expand(request)
+    if request.parallel:
+        world = world_of(os.environ)
+        require_devices(request.device, world.local_size)
     inputs.batch(request.images, 1, 32, 0)
     _try_weights(request.weights, {case.model for case in cases})
     facts = machine.facts(request.device, job["threads"])
@@ -83,11 +88,18 @@ def _try_weights(weights: str, models: set[str]) -> None:
 
 def _measure(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     from resfuse.bench.backends import BACKENDS, Backend
-    from resfuse.bench.measure import measure
 
     for name, build in job["backends"].items():
         BACKENDS[name] = Backend(build, "a study's own")
-    outcome, span_s = measure(Case(**job["case"]), Options(**job["options"]), job["ceilings"], tell)
+    case, options = Case(**job["case"]), Options(**job["options"])
+    if job["together"]:
+        from resfuse.bench.distributed.measure import measure_together
+
+        outcome, span_s = measure_together(case, options, job["ceilings"], tell, job["together"])
+    else:
+        from resfuse.bench.measure import measure
+
+        outcome, span_s = measure(case, options, job["ceilings"], tell)
     return {"outcome": asdict(outcome), "span_s": span_s}
 
 
@@ -162,6 +174,13 @@ def resolve_device(asked: str) -> str:
     if torch.device(asked).type not in ("cpu", "cuda"):
         raise UsageError(f"argument --device: '{asked}'; accepted: cpu, cuda, cuda:N")
     return asked
+
+
+def ignore_notices() -> None:
+    """A cluster tells all processes of a job that its time is up; what follows is the parent's
+    business, and a worker that died of it would leave a row that says so."""
+    for notice in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(notice, signal.SIG_IGN)
 
 
 def die_with_parent() -> None:

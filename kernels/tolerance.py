@@ -23,4 +23,6 @@ TOLERANCES = {
     "tf32": Tolerance(1e-3, 1e-3),
     "fp16": Tolerance(1e-3, 1e-3),
     "bf16": Tolerance(8e-3, 8e-3),
+    "amp_fp16": Tolerance(1e-3, 1e-3),
+    "amp_bf16": Tolerance(8e-3, 8e-3),
 }

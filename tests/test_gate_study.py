@@ -44,7 +44,7 @@ def test_the_slowed_network_gives_the_same_answer() -> None:
 def test_a_run_is_a_process_of_its_own_with_the_planted_backend() -> None:
     case = Case("cifar_resnet20", "subject", "inference", "cpu", "float32", "contiguous", 10, 32)
     options = Options(seconds=0.2, timeout_s=200)
-    outcome = run_case(case, options, {}, {"subject": gate.KINDS["slowed"]})
+    outcome = run_case(case, options, {}, backends={"subject": gate.KINDS["slowed"]})
     assert outcome.status == "pass", outcome.error
     assert "subject" not in BACKENDS  # here nothing was planted
 

@@ -10,6 +10,7 @@ from resfuse.bench.row import Outcome
 
 # Some 30 ms a step: long enough for clocks to be compared, short enough for a suite.
 CASE = Case("resnet18", "eager", "inference", "cpu", "float32", "contiguous", 4, 64)
+SMALL = Case("cifar_resnet20", "eager", "train", "cpu", "float32", "contiguous", 4, 32)
 OPTIONS = Options(seconds=0.3, min_rounds=6, max_rounds=12)
 
 
@@ -155,3 +156,31 @@ def test_honest_training_passes_and_splits_its_time(backend: str) -> None:
     phases = [outcome.metrics[f"train_{phase}_time"] for phase in ("fwd", "bwd", "opt")]
     assert all(phase > 0 for phase in phases)
     assert outcome.metrics["infer_samples_per_sec"] is None
+
+
+def test_the_loss_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = Backend("cheats:zeros", "planted", trainable="cheats:wrong_loss")
+    monkeypatch.setitem(BACKENDS, "planted", planted)
+    case = Case(**{**vars(SMALL), "backend": "planted"})
+    outcome = measure.measure(case, OPTIONS, {}, lambda event: None)[0]
+    assert (outcome.status, "of the loss" in outcome.error) == ("fail_accuracy", True), outcome
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "amp_fp16"])
+def test_training_under_autocast(precision: str) -> None:
+    """fp32 weights are multiplied in fewer bits, which the error against fp64 must show."""
+    case = Case(**{**vars(SMALL), "precision": precision})
+    outcome = measure.measure(case, OPTIONS, {}, lambda event: None)[0]
+    assert outcome.status == "pass", outcome.error
+    assert outcome.metrics["rel_l2_err"] > 1e-3
+    peak, above = (outcome.metrics[f"{name}_mb"] for name in ("peak_mem", "train_activation_mem"))
+    parameters = outcome.metrics["param_count"] * 1e6 * 4 / 2**20
+    # Weights, gradients and momentum, all in fp32, are what the activations are without.
+    assert peak - above == pytest.approx(3 * parameters, rel=1e-3)
+
+
+def test_autocast_is_for_training() -> None:
+    case = Case(**{**vars(SMALL), "mode": "inference", "precision": "amp_bf16"})
+    outcome = measure.measure(case, OPTIONS, {}, lambda event: None)[0]
+    assert outcome.status == "unavailable"
+    assert "amp_bf16 is a way to train" in outcome.error

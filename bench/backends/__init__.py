@@ -35,6 +35,8 @@ class Backend:
     trainable: str | None = None  # "module:function"
     require: str | None = None  # "module:function", of a device; raises where it cannot run
     package: str = "resfuse[bench]"  # what pip is to install for it
+    # Its `trainable` takes a model that is spread over processes already, as torch.compile asks.
+    takes_parallel: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
@@ -50,6 +52,7 @@ BACKENDS: dict[str, Backend] = {
         BOTH,
         "resfuse.bench.backends.compiled:trainable",
         require="resfuse.bench.backends.compiled:require",
+        takes_parallel=True,
     ),
     "compiled_max_autotune": Backend(
         "resfuse.bench.backends.compiled:build_max_autotune",
@@ -57,6 +60,7 @@ BACKENDS: dict[str, Backend] = {
         BOTH,
         "resfuse.bench.backends.compiled:trainable_max_autotune",
         require="resfuse.bench.backends.compiled:require",
+        takes_parallel=True,
     ),
     "fused": Backend(
         "resfuse.bench.backends.fused:build",

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from resfuse.bench import cli, isolate, sweep
-from resfuse.bench.commands import options_of, request_of, run_cases, unsettled
+from resfuse.bench.commands import options_of, request_of, run_cases
 from resfuse.bench.gpu_plan.progress import LEAST_S
 from resfuse.bench.gpu_plan.steps import Step
 from resfuse.bench.kernels.check_command import check_configs, kernels_of
@@ -72,7 +72,7 @@ class Plan:
         request = replace(request_of(args), device=self.found["device"])
         cases = sweep.expand(request)
         if again:
-            cases = unsettled(cases, self.folder, self.found)
+            cases = sweep.unsettled(cases, self.folder, self.found)
         options = options_of(args, request)
         return not run_cases(cases, options, self.folder, self.found, self.console, time_left)
 

@@ -59,6 +59,8 @@ class Setting:
     weights: str
     images: str
     baseline: str
+    parallel: str = ""  # "ddp", "fsdp"
+    world_size: str = "1"
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,12 @@ def section(comparison: Comparison, images: Mapping[str, str]) -> list[str]:
 def title(setting: Setting) -> str:
     """`Inference, float32`, with the math mode where it adds something."""
     mode = MODE_TITLES[setting.mode]
-    return f"{mode}, {escape(setting.precision)} ({escape(setting.math_mode)} arithmetic)"
+    together = (
+        f" on {setting.world_size} processes ({escape(setting.parallel)})"
+        if setting.parallel
+        else ""
+    )
+    return f"{mode}{together}, {escape(setting.precision)} ({escape(setting.math_mode)} arithmetic)"
 
 
 def _introduction(comparison: Comparison) -> str:

@@ -25,6 +25,7 @@ from resfuse.bench.row import STATUSES
 IDENTITY = (
     "env_id", "device_name", "model", "backend", "mode", "precision", "math_mode", "memory_format",
     "requested_batch_size", "infer_img_size", "train_img_size", "weights", "images", "baseline",
+    "parallel", "world_size",
 )  # fmt: skip
 # What a row that did not pass may still say; a speed without a right answer is none.
 KEPT_WITHOUT_PASS = (
@@ -143,4 +144,5 @@ def _setting_order(setting: Setting) -> tuple[str | int, ...]:
     return (
         setting.device_name, MODES.index(setting.mode), precisions.index(setting.precision),
         setting.precision, setting.math_mode, setting.weights, setting.images, setting.baseline,
+        setting.parallel, int(setting.world_size),
     )  # fmt: skip

@@ -24,6 +24,10 @@ COLUMNS = (
     of_metric("backward, ms", "train_bwd_time"),
     of_metric("optimizer, ms", "train_opt_time"),
     Column("backward share, %", _backward_share),
+    of_metric("activations, MB", "train_activation_mem_mb", optional=True),
+    of_metric("one process alone, ms", "train_alone_time", optional=True),
+    of_metric("scaling, %", "train_scaling_pct", optional=True),
+    of_metric("communication, ms", "train_comm_time", optional=True),
 )
 
 

@@ -87,7 +87,7 @@ def measure(device: str, cycles: int) -> tuple[pd.DataFrame, Runs]:
         for kind in track(plan, "Measuring equal and slowed runs", console=Console(stderr=True)):
             if seconds(watch.elapsed()) > BUDGET_S:
                 break
-            outcome = run_case(case, OPTIONS, {}, {"subject": KINDS[kind]})
+            outcome = run_case(case, OPTIONS, {}, backends={"subject": KINDS[kind]})
             if outcome.status == "pass":
                 runs[kind].append(sum(map(len, runs.values())))
                 now = datetime.now(UTC).isoformat()

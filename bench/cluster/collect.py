@@ -1,0 +1,49 @@
+"""From the folders of the jobs into the one folder of the sweep; doing it twice adds nothing."""
+
+from pathlib import Path
+
+from resfuse.bench import results
+from resfuse.bench.row import ENDED
+
+Cells = dict[str, str]
+
+
+def collect(job: Path, shared: Path) -> list[Cells]:
+    """Copies the rows that the shared results do not have yet, and the environments behind them.
+
+    Args:
+        job: a job's results: a folder for each environment it ran in.
+        shared: the sweep's.
+
+    Returns:
+        the rows that were new.
+
+    Raises:
+        UsageError: a file cannot be read, or the shared folder cannot be written.
+    """
+    new = []
+    for folder in sorted(path.parent for path in job.glob(f"*/{results.ROWS}")):
+        if not results.has_rows(folder):
+            continue
+        target = shared / folder.name
+        for env_id, facts in results.read_environments(folder).items():
+            results.record_environment(target, env_id, facts)
+        known = {_content(row) for row in _rows(target)}
+        for row in _rows(folder):
+            if _content(row) not in known:
+                results.append_row(target, row)
+                new.append(row)
+    return new
+
+
+def _rows(folder: Path) -> list[Cells]:
+    """The whole rows of a folder as they stand in the file; a job may just be writing one more."""
+    if not results.has_rows(folder):
+        return []
+    rows = results.read_cells(folder).to_dict("records")
+    return [row for row in ({str(k): v for k, v in row.items()} for row in rows) if row[ENDED[-1]]]
+
+
+def _content(row: Cells) -> frozenset[tuple[str, str]]:
+    """What a row says, whichever columns its file has."""
+    return frozenset((name, cell) for name, cell in row.items() if cell)
