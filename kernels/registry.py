@@ -79,4 +79,16 @@ KERNELS: dict[str, KernelSpec] = {
         "resfuse.kernels.block_tail_kernel:shipped",
         "3x3, 1x1 + residual + ReLU, and the next block's 1x1",
     ),
+    "batch_statistics": KernelSpec(
+        "resfuse.kernels.training.statistics:batch_statistics",
+        "resfuse.kernels.training.statistics:batch_statistics_ref",
+        "resfuse.kernels.training.statistics:shipped",
+        "training: mean and variance of each channel, running statistics",
+    ),
+    "bn_add_relu": KernelSpec(
+        "resfuse.kernels.training.bn_add_relu:bn_add_relu",
+        "resfuse.kernels.training.bn_add_relu:bn_add_relu_ref",
+        "resfuse.kernels.training.bn_add_relu_kernel:shipped",
+        "training: batch norm, residual or projection's norm, ReLU; all gradients",
+    ),
 }
