@@ -49,7 +49,7 @@ class Plan:
         self._root = self
         self._sources = [source for layer in self.layers for source in layer.sources]
         self._stamp: Stamp = ([], [])
-        self._watched = [_watch(scope, name) for name in watched]
+        self._watched = [watch(scope, name) for name in watched]
         self._modal = [m for *_, m in self._watched if differs_in_training(m)]
         self._hooks = [hooks for *_, m in self._watched for hooks in hooks_of(m)]
         self._parameters = [
@@ -120,7 +120,7 @@ class Plan:
             return None if torch.compiler.is_dynamo_compiling() else call
         if torch.compiler.is_compiling():  # on a CPU inductor fuses and packs the layers itself
             return call if _on_cuda(args) else None
-        if _is_watched():
+        if is_watched():
             return None
         if any(self._hooks):
             return None
@@ -187,7 +187,7 @@ def plan_of(module: nn.Module) -> Plan | None:
     return vars(module).get(PLAN)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """True where a tool wants to see the layers: FlopCounterMode, vmap, torch.jit.trace, ..."""
     return bool(
         _len_torch_dispatch_stack() > 0
@@ -196,7 +196,8 @@ def _is_watched() -> bool:
     )
 
 
-def _watch(scope: nn.Module, name: str) -> Watched:
+def watch(scope: nn.Module, name: str) -> Watched:
+    """Where a layer of a scope is found, and which it is now."""
     parent, _, last = name.rpartition(".")
     holder = scope.get_submodule(parent)._modules
     layer = holder[last]

@@ -195,13 +195,15 @@ def shipped() -> Iterator[tuple[str, Launch]]:
         x = empty_channels_last((256, 256, 56, 56), like)
         for config in DISTINCT:
             values = torch.empty(2, config.grid(problem_of(x))[0], 256, device="meta")
-            yield f"{mode} partials 256x256x56x56 {config.label()}", launch_partials(
-                x, values, config
+            yield (
+                f"{mode} partials 256x256x56x56 {config.label()}",
+                launch_partials(x, values, config),
             )
     mean = torch.empty(256, device="meta")
     partials = Partials(values, config.rows)
-    yield "merge 256 channels", launch_merge(
-        partials, 256 * 56 * 56, mean, mean, mean, mean, 0.1, 1e-5
+    yield (
+        "merge 256 channels",
+        launch_merge(partials, 256 * 56 * 56, mean, mean, mean, mean, 0.1, 1e-5),
     )
 
 

@@ -1,0 +1,181 @@
+"""Drafts training plans: each scope's forward, traced as it runs in training mode, with a step in
+place of every chain that has a batch norm.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from resfuse.kernels.draft import called_twice, has_layers, left_alone_in, or_called_twice
+from resfuse.kernels.draft import sequences_in as containers_in
+from resfuse.kernels.layers import is_norm, why_not_norm_in_training
+from resfuse.kernels.match import Chain, LeftAlone, drop_idle, find_chains
+from resfuse.kernels.rewrite import attribute_of, compile_forward, loosen_views, replace_chain
+from resfuse.kernels.scope import (
+    Call,
+    NotTraceable,
+    calls,
+    has_hooks,
+    is_atom,
+    is_plain_sequence,
+    original_class,
+    trace,
+)
+from resfuse.kernels.training.plan import TRAINING_STEPS, TrainingPlan
+from resfuse.kernels.training.steps import JoinStep, Step, TrainingStep
+
+
+def training_scopes(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainingPlan]]:
+    """Every module that calls batch norms in its forward: its name, itself, and its plan, which
+    may have no forward. Nothing is changed."""
+    left_alone = left_alone_in(model)
+    taken: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in taken or is_atom(module) or not has_layers(module):
+            continue
+        plan = make_training_plan(module, left_alone)
+        taken.update(_inlined(module, plan))
+        if plan.steps or plan.left:
+            yield name, module, plan
+
+
+def make_training_plan(scope: nn.Module, left_alone: LeftAlone) -> TrainingPlan:
+    """The plan of one scope, without forwards where nothing can be fused.
+
+    Args:
+        left_alone: the reason to leave a layer for something outside of the scope, or None.
+    """
+    steps: dict[str, Step] = {}
+    forwards: dict[Call, fx.Graph] = {}
+    watched: set[str] = set()
+    left: dict[str, str] = {}
+    try:
+        graphs = _graphs(scope)
+    except NotTraceable as reason:
+        own = [name for name, child in scope.named_children() if is_norm(child)]
+        kind = original_class(scope).__name__
+        return TrainingPlan(scope, {}, {}, [], dict.fromkeys(own, f"{kind}.forward: {reason}"))
+    for call, graph in graphs.items():
+        containers = containers_in(graph)
+        norms = _norms_in(graph, scope)
+        watched.update(drop_idle(graph, scope, _is_identity))
+        twice = or_called_twice(left_alone, called_twice(graph, scope))
+        found, _ = find_chains(graph, scope, twice, why_not_norm_in_training)
+        chains = [chain for chain in found if chain.norm is not None]
+        made = _rewrite(graph, chains, f"with_{call.arguments}_")
+        fused = {name for chain in chains for name in chain.modules}
+        for name, norm in norms.items():
+            if name not in fused:
+                left[name] = twice(norm) or why_not_norm_in_training(norm) or "nothing fits it"
+        if made:
+            steps |= made
+            watched.update(fused | containers)
+            forwards[call] = graph
+    compiled = {
+        call: compile_forward(graph, f"{original_class(scope).__name__} in training")
+        for call, graph in forwards.items()
+    }
+    return TrainingPlan(scope, compiled, steps, sorted(watched), left)
+
+
+def _graphs(scope: nn.Module) -> dict[Call, fx.Graph]:
+    """The scope's forward in training mode, for every way to call it with tensors."""
+    mode, scope.training = scope.training, True
+    try:
+        plain, *with_more = calls(scope)
+        graphs = {plain: _traced(scope, plain)}
+        for call in with_more:
+            with suppress(NotTraceable):
+                graphs[call] = _traced(scope, call)
+        return graphs
+    finally:
+        scope.training = mode
+
+
+def _traced(scope: nn.Module, call: Call) -> fx.Graph:
+    with _no_dice():
+        traced = trace(scope, call)
+    if traced.asks_types:
+        raise NotTraceable("forward asks for the type of its argument")
+    return traced.graph
+
+
+@contextmanager
+def _no_dice() -> Iterator[None]:
+    """Refuses a forward that draws numbers while it is traced: the graph would draw them once and
+    for all. (What draws on tensors, like dropout, is recorded and draws anew in every run.)
+
+    Raises:
+        NotTraceable: it does.
+    """
+    before, drawn = random.getstate(), torch.get_rng_state()
+    try:
+        yield
+        changed = random.getstate() != before or not torch.equal(torch.get_rng_state(), drawn)
+    finally:
+        random.setstate(before)
+        torch.set_rng_state(drawn)
+    if changed:
+        raise NotTraceable("forward draws random numbers in training mode")
+
+
+def _rewrite(graph: fx.Graph, chains: list[Chain], prefix: str) -> dict[str, Step]:
+    nodes: dict[fx.Node, Step] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
+    for chain in chains:
+        target = f"{TRAINING_STEPS}.{prefix}{chain.name.replace('.', '_')}"
+        nodes[replace_chain(graph, chain, target, replaced)] = TrainingStep(chain)
+    for node, step in list(nodes.items()):
+        projection = nodes.get(node.args[1]) if len(node.args) == 2 else None  # type: ignore[arg-type]
+        if isinstance(step, TrainingStep) and _is_projection(node, step, projection):
+            assert isinstance(projection, TrainingStep) and isinstance(node.args[1], fx.Node)
+            added = node.args[1]
+            node.args = (node.args[0], added.args[0])
+            graph.erase_node(added)
+            del nodes[added]
+            nodes[node] = JoinStep(step, projection)
+    loosen_views(graph)
+    return {attribute_of(node): step for node, step in nodes.items()}
+
+
+def _is_projection(node: fx.Node, step: TrainingStep, projection: Step | None) -> bool:
+    """Whether what a step adds is a norm nobody else reads, so that both can be applied at once."""
+    return (
+        isinstance(projection, TrainingStep)
+        and step.residual == "before"
+        and step.activation in ("relu", "identity")
+        and not step.norm_activates
+        and projection.activation == "identity"
+        and projection.residual == "none"
+        and len(node.args[1].users) == 1  # type: ignore[union-attr]
+    )
+
+
+def _norms_in(graph: fx.Graph, scope: nn.Module) -> dict[str, nn.Module]:
+    called = {
+        str(node.target): scope.get_submodule(str(node.target))
+        for node in graph.nodes
+        if node.op == "call_module"
+    }
+    return {name: module for name, module in called.items() if is_norm(module)}
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and not has_hooks(module)
+
+
+def _inlined(scope: nn.Module, plan: TrainingPlan) -> list[nn.Module]:
+    """Sequences whose layers are in the scope's own plan."""
+    names = {name.rpartition(".")[0] for step in plan.steps.values() for name in _layers(step)}
+    modules = [scope.get_submodule(name) for name in names if name]
+    return [module for module in modules if is_plain_sequence(module)]
+
+
+def _layers(step: Step) -> list[str]:
+    if isinstance(step, JoinStep):
+        return [step.main.name, step.projection.name]
+    return [step.name]
