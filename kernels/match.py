@@ -76,7 +76,7 @@ class Chain:
 def drop_idle(
     graph: fx.Graph, module: nn.Module, is_idle: Callable[[nn.Module], bool] = skips_in_eval
 ) -> list[str]:
-    """Takes out what does nothing (dropout and identity in eval mode); returns the modules' names."""
+    """Takes out what does nothing, by default in eval mode; returns the modules' names."""
     idle = [
         node
         for node in graph.nodes

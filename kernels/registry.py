@@ -91,4 +91,10 @@ KERNELS: dict[str, KernelSpec] = {
         "resfuse.kernels.training.bn_add_relu_kernel:shipped",
         "training: batch norm, residual or projection's norm, ReLU; all gradients",
     ),
+    "conv_statistics": KernelSpec(
+        "resfuse.kernels.training.conv_statistics:conv_statistics",
+        "resfuse.kernels.training.conv_statistics:conv_statistics_ref",
+        "resfuse.kernels.training.conv_statistics:shipped",
+        "training: any convolution and the statistics of its output",
+    ),
 }

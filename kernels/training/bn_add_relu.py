@@ -153,8 +153,8 @@ def _normed(
 
 def _apply(normed: Normed) -> Tensor:
     """bn(x) in plain torch, in the statistics' dtype."""
-    x, mean, rstd, weight, bias, _ = normed
-    z = (x.to(mean.dtype) - mean[:, None, None]) * _scale(normed)[:, None, None]
+    mean, bias = normed.mean, normed.bias
+    z = (normed.x.to(mean.dtype) - mean[:, None, None]) * _scale(normed)[:, None, None]
     return z if bias is None else z + bias[:, None, None]
 
 

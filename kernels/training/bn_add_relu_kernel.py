@@ -106,7 +106,7 @@ def reduce_kernel(
     M, C, plane, steps,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g, g (x - mean) and g (x2 - mean2) over `steps` tiles, into sums [2 or 3, parts, C]."""
+    """Sums of g, g (x - mean), g (x2 - mean2) over `steps` tiles, into sums [2 or 3, parts, C]."""
     first = tl.program_id(0) * (steps * BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_m = tl.arange(0, BLOCK_M)

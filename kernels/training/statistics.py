@@ -4,7 +4,7 @@ x [N, C, H, W], NHWC in memory -> mean, rstd [C] in fp32; the running mean and t
 running variance move towards the batch's by `momentum`. x is read once, 4 FLOPs an element.
 
 Two kernels. In the first each CTA finds mean and squared deviations of its rows, by Welford's
-recurrence in every thread (Technometrics 4.3, 1962) and Chan's formula between them (COMPSTAT 1982):
+recurrence in every thread (Technometrics 4.3, 1962), Chan's formula between them (COMPSTAT 1982):
 sums of squares would cancel where the mean is large. A convolution's epilogue does the same for its
 tiles (conv_statistics.py). The second merges these partials, always in the same order, so that a
 step run twice gives the same bits.
@@ -29,7 +29,7 @@ from resfuse.kernels.problem import MATH_MODES, math_mode_of
 from resfuse.kernels.training.config import DISTINCT, Config, NormProblem, choose
 from resfuse.kernels.training.exact import computes, wide
 
-# Partials a merging CTA takes at a time, and channels: 32 bytes of each row of partials. ResNet-50's
+# Partials a merging CTA takes at a time, and channels: 32 bytes of a row of partials. ResNet-50's
 # first stage has 6,272 partials of 64 channels at batch 256.
 BLOCK_T, MERGED_CHANNELS = 128, 8
 
