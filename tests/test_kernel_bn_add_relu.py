@@ -1,4 +1,4 @@
-"""Batch norm in training mode with residual, projection and ReLU: against torch's layers in fp64."""
+"""Batch norm in training mode, with residual or projection and ReLU: against torch in fp64."""
 
 from dataclasses import replace
 from typing import Any
@@ -30,18 +30,17 @@ from resfuse.kernels.training.bn_add_relu_kernel import (
 from resfuse.kernels.training.config import CONFIGS, DISTINCT, Config, NormProblem, candidates
 from resfuse.kernels.training.config import choose as choose_config
 from resfuse.kernels.training.statistics import (
-    Partials,
     batch_statistics,
     batch_statistics_ref,
     bn_merge_op,
     bn_partials_op,
+    empty_partials,
     launch_partials,
-    partials_of,
 )
 
 pytestmark = pytest.mark.usefixtures("seeded")
-# n, c, h, w: a ResNet shape cut small, primes, two pixels, channels past a block
-SHAPES = [(2, 64, 4, 6), (3, 13, 5, 7), (3, 8, 1, 1), (2, 67, 2, 1)]
+# n, c, h, w: a ResNet shape cut small, primes, single pixels, channels past a block
+SHAPES = [(2, 64, 4, 6), (3, 13, 5, 7), (9, 8, 1, 1), (3, 67, 2, 1)]
 ADDED = ("nothing", "residual", "shortcut")
 # A gradient adds up a whole batch, twice: granted are the roundings of so long a sum.
 LONG = 400
@@ -183,9 +182,11 @@ def test_every_configuration_fills_its_outputs_and_no_more(config: Config) -> No
 def test_partials_of_every_configuration_add_up(config: Config) -> None:
     x = 2 * image(2, 21, 13, 17) + 5
     rows = 2 * 13 * 17
-    values = torch.full((2, -(-rows // config.rows), 21), float("nan"), device=DEVICE)
-    launch_partials(x, values, config).run()
-    mean, rstd = batch_statistics(x, partials=Partials(values, config.rows))
+    partials = empty_partials(x, -(-rows // config.rows))
+    for tensor in partials:
+        tensor.fill_(float("nan"))
+    launch_partials(x, partials, config).run()
+    mean, rstd = batch_statistics(x, partials=partials)
     want_mean, want_rstd = batch_statistics_ref(x.double(), 1e-5)
     require_close(mean, want_mean, "ieee", rows)
     require_close(rstd, want_rstd, "ieee", rows)
@@ -197,7 +198,8 @@ def test_statistics_do_not_cancel() -> None:
     mean, rstd = batch_statistics(x)
     want_mean, want_rstd = batch_statistics_ref(x.double(), 1e-5)
     torch.testing.assert_close(mean.double(), want_mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(rstd.double(), want_rstd, rtol=1e-5, atol=0)
+    # the means of two parts, 0.1 apart, are themselves rounded to 0.001
+    torch.testing.assert_close(rstd.double(), want_rstd, rtol=1e-4, atol=0)
     naive = (x.square().mean((0, 2, 3)) - x.mean((0, 2, 3)).square() + 1e-5).abs().rsqrt()
     assert float((naive / want_rstd - 1).abs().max()) > 0.1
 
@@ -273,11 +275,9 @@ def test_are_well_behaved_operators() -> None:
         (x.detach(), x2.detach(), x.detach(), *still[:3], None, None, None, None, True, False,
          True, True, True),
     )  # fmt: skip
-    partials = partials_of(x)
-    torch.library.opcheck(bn_partials_op, (x.detach(), partials.values.shape[1]))
-    torch.library.opcheck(
-        bn_merge_op, (partials.values, partials.rows, 18, still[0], still[1], 0.1, 1e-5)
-    )
+    torch.library.opcheck(bn_partials_op, (x.detach(),))
+    partials = bn_partials_op(x.detach())
+    torch.library.opcheck(bn_merge_op, (*partials, still[0], still[1], 0.1, 1e-5))
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -16,7 +16,7 @@ from resfuse.kernels.training import bn_add_relu_kernel as bn
 from resfuse.kernels.training import conv_statistics as conv
 from resfuse.kernels.training.bn_add_relu_kernel import Normed
 from resfuse.kernels.training.config import DISTINCT
-from resfuse.kernels.training.statistics import launch_partials, problem_of
+from resfuse.kernels.training.statistics import Partials, launch_partials, problem_of
 
 
 def _shape(place: Place) -> tuple[int, int, int, int]:
@@ -29,25 +29,30 @@ def statistics(place: Place) -> Iterator[Trial]:
         return
     x = place.draw(*_shape(place))
     for config in place.some(DISTINCT):
-        values = _vectors(place, 2, config.grid(problem_of(x))[0], x.shape[1])
-        made = launch_partials(x, values, config)
+        partials = _partials(place, config.grid(problem_of(x))[0], x.shape[1])
+        made = launch_partials(x, partials, config)
 
         @cache
         def exact(rows: int = config.rows) -> tuple[Tensor, ...]:
-            return (_parts(x, rows),)
+            return _parts(x, rows)
 
         label = f"{'x'.join(map(str, x.shape))} {config.label()}"
-        yield Trial(label, place.math_mode, config.rows, made, (values,), exact)
+        yield Trial(label, place.math_mode, config.rows, made, partials, exact)
 
 
-def _parts(x: Tensor, rows: int) -> Tensor:
-    """[2, parts, C] of x, by parts of so many pixels, in fp64."""
-    pixels = x.double().permute(0, 2, 3, 1).flatten(0, 2)
+def _parts(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The Partials of x by parts of so many pixels, in fp64."""
+    parts = x.double().permute(0, 2, 3, 1).flatten(0, 2).split(rows)
     found = []
-    for part in pixels.split(rows):
+    for part in parts:
         var, mean = torch.var_mean(part, 0, correction=0)
         found.append(torch.stack([mean, var * len(part)]))
-    return torch.stack(found, 1)
+    counts = torch.tensor([len(part) for part in parts], dtype=torch.float64, device=x.device)
+    return torch.stack(found, 1), counts
+
+
+def _partials(place: Place, parts: int, channels: int) -> Partials:
+    return Partials(_vectors(place, 2, parts, channels), _vectors(place, parts))
 
 
 def bn_add_relu(place: Place) -> Iterator[Trial]:
@@ -127,8 +132,8 @@ def conv_statistics(place: Place) -> Iterator[Trial]:
         x = place.draw(problem.n, problem.c, problem.h, problem.w)
         weight = place.draw(problem.k, c, problem.r, problem.s, fan_in=fan_in)
         y = place.blank(problem.n, problem.k, problem.p, problem.q)
-        values = _vectors(place, 2, config.tiles(problem)[0], problem.k)
-        made = conv.launch(problem, Tensors(x, weight, None, None, None, y), values, config)
+        partials = _partials(place, config.tiles(problem)[0], problem.k)
+        made = conv.launch(problem, Tensors(x, weight, None, None, None, y), partials, config)
 
         @cache
         def exact(
@@ -139,10 +144,10 @@ def conv_statistics(place: Place) -> Iterator[Trial]:
             y = F.conv2d(
                 *wide, None, problem.stride, problem.padding, problem.dilation, problem.groups
             )
-            return y, _parts(y, rows)
+            return y, *_parts(y, rows)
 
         label = f"{problem.label()} {config.label()}"
-        yield Trial(label, place.math_mode, fan_in, made, (y, values), exact)
+        yield Trial(label, place.math_mode, fan_in, made, (y, *partials), exact)
 
 
 def _vectors(place: Place, *shape: int) -> Tensor:

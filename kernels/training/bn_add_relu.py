@@ -30,14 +30,18 @@ from resfuse.kernels.problem import math_mode_of
 from resfuse.kernels.training.bn_add_relu_kernel import (
     Normed,
     added_kind,
-    config_of,
     launch_backward,
     launch_forward,
     launch_reduce,
     launch_total,
 )
 from resfuse.kernels.training.exact import computes, wide
-from resfuse.kernels.training.statistics import Partials, batch_statistics, problem_of
+from resfuse.kernels.training.statistics import (
+    Partials,
+    batch_statistics,
+    config_of,
+    problem_of,
+)
 
 ACTIVATIONS = ("identity", "relu")  # those whose derivative follows from their result
 

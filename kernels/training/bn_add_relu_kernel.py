@@ -24,10 +24,15 @@ from torch import Tensor
 
 from resfuse.kernels import epilogue
 from resfuse.kernels.arguments import empty_channels_last
-from resfuse.kernels.launch import Launch, multiprocessors
+from resfuse.kernels.launch import Launch
 from resfuse.kernels.problem import MATH_MODES
-from resfuse.kernels.training.config import DISTINCT, Config, choose
-from resfuse.kernels.training.statistics import BLOCK_T, MERGED_CHANNELS, problem_of
+from resfuse.kernels.training.config import DISTINCT, Config
+from resfuse.kernels.training.statistics import (
+    BLOCK_T,
+    MERGED_CHANNELS,
+    config_of,
+    problem_of,
+)
 
 
 class Normed(NamedTuple):
@@ -296,10 +301,6 @@ def launch_backward(
         {"BATCH": main.batch, "BATCH2": shortcut is not None and shortcut.batch},
         config or config_of(main.x, added_kind(grad_added, shortcut)),
     )  # fmt: skip
-
-
-def config_of(x: Tensor, added: str = "nothing") -> Config:
-    return choose(problem_of(x, added), multiprocessors(x.device))
 
 
 def added_kind(residual: Tensor | None, shortcut: Normed | None) -> str:

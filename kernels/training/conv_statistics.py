@@ -42,8 +42,13 @@ from resfuse.kernels.conv_config import (
 from resfuse.kernels.implicit_gemm import output_channels, sum_of_tile, swizzle
 from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem
-from resfuse.kernels.training.exact import computes, wide
-from resfuse.kernels.training.statistics import Partials, store_partials
+from resfuse.kernels.training.exact import computes
+from resfuse.kernels.training.statistics import (
+    Partials,
+    empty_partials,
+    store_partials,
+    whole,
+)
 
 Pair = tuple[int, int]
 
@@ -57,20 +62,18 @@ def conv_statistics_ref(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """The specification in plain torch: y, and [2, 1, K], mean and squared deviations of all."""
+) -> tuple[Tensor, Partials]:
+    """The specification in plain torch: y, and its statistics as one part."""
     y = F.conv2d(
         x, weight, None if bias is None else bias.to(x.dtype), list(stride), list(padding),
         list(dilation), groups,
     )  # fmt: skip
-    y = channels_last(y)
-    var, mean = torch.var_mean(wide(y.detach()), (0, 2, 3), correction=0)
-    return y, torch.stack([mean, var * (y.numel() // y.shape[1])])[:, None]
+    return channels_last(y), whole(y.detach())
 
 
 @triton.jit
 def conv_statistics_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, values_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, values_ptr, counts_ptr,
     M, H, W, P, Q, tiles_m, tiles_n, taps, channels, plane,
     GROUPS: tl.constexpr, C_GROUP: tl.constexpr, K_GROUP: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr,
@@ -105,11 +108,11 @@ def conv_statistics_kernel(
     mean = tl.sum(z, 0) / count
     away = tl.where(there, z - mean[None, :], 0.0)
     m2 = tl.sum(away * away, 0)
-    store_partials(values_ptr, pid_m, plane, K, offs_k, mask_n, mean, m2)
+    store_partials(values_ptr, counts_ptr, pid_m, pid_n, plane, K, offs_k, mask_n, count, mean, m2)
 
 
-def launch(problem: ConvProblem, tensors: Tensors, values: Tensor, config: Config) -> Launch:
-    """The launch that fills y and values [2, tiles of pixels, K].
+def launch(problem: ConvProblem, tensors: Tensors, partials: Partials, config: Config) -> Launch:
+    """The launch that fills y, and partials of as many parts as there are tiles of pixels.
 
     Raises:
         ValueError: the configuration is not valid for the problem, or a tensor not laid out so.
@@ -117,7 +120,8 @@ def launch(problem: ConvProblem, tensors: Tensors, values: Tensor, config: Confi
     config.check(problem)
     pixels, channels = config.tiles(problem)
     args = gemm_arguments(problem, tensors, config) | {
-        "values_ptr": values, "plane": values[0].numel()
+        "values_ptr": partials.values, "counts_ptr": partials.counts,
+        "plane": partials.values[0].numel(),
     }  # fmt: skip
     constants = gemm_constants(problem, config, False) | {"PACK": config.pack(problem)}
     names = conv_statistics_kernel.arg_names
@@ -143,9 +147,10 @@ def shipped() -> Iterator[tuple[str, Launch]]:
                 (problem for problem in problems if config in candidates(problem)),
                 key=lambda problem: cycles(problem, config, sms) / least[problem],
             )
-            values = torch.empty(2, config.tiles(problem)[0], problem.k, device="meta")
+            tensors = stand_ins(problem)
+            partials = empty_partials(tensors.y, config.tiles(problem)[0])
             label = f"{problem.label()} {math_mode} {config.label()}"
-            yield label, launch(problem, stand_ins(problem), values, config)
+            yield label, launch(problem, tensors, partials, config)
 
 
 @torch.library.custom_op("resfuse::conv_statistics", mutates_args=())
@@ -157,43 +162,42 @@ def conv_statistics_op(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    parts: int,
-) -> tuple[Tensor, Tensor]:
-    """y and its [2, parts, K]; as many parts as `_parts` says."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the values and counts of its `Partials`."""
+    window = stride, padding, dilation, groups
     if not computes(x):
-        return conv_statistics_ref(
+        y, partials = conv_statistics_ref(
             x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
-    y, values = _empty_outputs(x, weight, stride, padding, dilation, parts)
+        return y, *partials
+    y, partials = _empty_outputs(x, weight, *window)
     if y.numel():
-        problem = problem_of(x, weight, None, stride, padding, dilation, groups, "identity")
+        problem = problem_of(x, weight, None, *window, "identity")
         tensors = Tensors(
             channels_last(x), channels_last(weight), None if bias is None else bias.contiguous(),
             None, None, y,
         )  # fmt: skip
-        config = choose(problem, multiprocessors(x.device))
-        launch(problem, tensors, values, config).run()
-    return y, values
+        launch(problem, tensors, partials, choose(problem, multiprocessors(x.device))).run()
+    return y, *partials
 
 
-def _empty_outputs(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], parts: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return (
-        empty_channels_last(shape, x),
-        torch.empty(2, parts, shape[1], dtype=dtype, device=x.device),
-    )
+def _empty_outputs(x: Tensor, weight: Tensor, *window: Any) -> tuple[Tensor, Partials]:
+    y = empty_channels_last(output_shape(x.shape, weight.shape, *window[:3]), x)
+    parts = 1
+    if computes(x):  # whose tiles depend on the size: a graph of symbolic sizes is bound to it here
+        shapes = [[int(size) for size in t.shape] for t in (x, weight)]
+        meta = [torch.empty(shape, dtype=x.dtype, device="meta") for shape in shapes]
+        problem = problem_of(*meta, None, *window, "identity")
+        parts = choose(problem, multiprocessors(x.device)).tiles(problem)[0]
+    return y, empty_partials(y, parts)
 
 
 @conv_statistics_op.register_fake
 def _fake(
-    x: Tensor, weight: Tensor, bias: Any, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, parts: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _empty_outputs(x, weight, stride, padding, dilation, parts)
+    x: Tensor, weight: Tensor, bias: Any, *window: Any
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y, partials = _empty_outputs(x, weight, *window)
+    return y, *partials
 
 
 @register_flop_formula(torch.ops.resfuse.conv_statistics)
@@ -201,24 +205,23 @@ def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> in
     return conv_flop_count(x, weight, out_shape[0])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, *ctx.window, _ = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, *ctx.window = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.window
-    wanted = list(ctx.needs_input_grad[:3])
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups,
-        wanted,
+        list(ctx.needs_input_grad[:3]),
     )  # fmt: skip
     if grad_bias is not None and ctx.bias is not None:
         grad_bias = grad_bias.to(ctx.bias)
-    return grad_x, grad_weight, grad_bias, None, None, None, None, None
+    return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 conv_statistics_op.register_autograd(_backward, setup_context=_setup_context)
@@ -250,13 +253,5 @@ def conv_statistics(
     exact = x.dtype == torch.float64  # whose dtype no kernel computes in; the rest is checked
     like = [t.float() if exact and t is not None else t for t in (x, weight, bias)]
     require_arguments(*like, None, stride, padding, dilation, groups, "identity", None)  # type: ignore[arg-type]
-    n, _, p, q = output_shape(x.shape, weight.shape, stride, padding, dilation)
-    rows = n * p * q
-    each = max(rows, 1)
-    if computes(x):
-        problem = problem_of(x, weight, None, stride, padding, dilation, groups, "identity")
-        each = choose(problem, multiprocessors(x.device)).block_m
-    y, values = conv_statistics_op(
-        x, weight, bias, stride, padding, dilation, groups, max(1, -(-rows // each))
-    )
-    return y, Partials(values, each)
+    y, values, counts = conv_statistics_op(x, weight, bias, stride, padding, dilation, groups)
+    return y, Partials(values, counts)

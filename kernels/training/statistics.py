@@ -38,11 +38,11 @@ class Partials(NamedTuple):
     """Statistics of parts of a batch.
 
     values: [2, parts, C] in fp32: means, and sums of squared deviations from them.
-    rows: pixels in each part; the last has what remains.
+    counts: [parts] in fp32: pixels in each part.
     """
 
     values: Tensor
-    rows: int
+    counts: Tensor
 
 
 def batch_statistics_ref(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -62,16 +62,21 @@ def pool(count, mean, m2):
 
 
 @triton.jit
-def store_partials(values_ptr, part, plane, C, offs_c, mask_c, mean, m2):
-    """Mean and squared deviations [channels] of one part into [2, parts, C]; plane = parts * C."""
+def store_partials(
+    values_ptr, counts_ptr, part, column, plane, C, offs_c, mask_c, count, mean, m2
+):  # fmt: skip
+    """Mean and squared deviations [channels] of one part into [2, parts, C], where plane is
+    parts * C; of the CTAs that share its pixels, the first column's notes how many they are."""
     at = values_ptr + part.to(tl.int64) * C + offs_c
     tl.store(at, mean, mask=mask_c)
     tl.store(at + plane, m2, mask=mask_c)
+    if column == 0:
+        tl.store(counts_ptr + part, count)
 
 
 @triton.jit
 def partials_kernel(
-    x_ptr, values_ptr,
+    x_ptr, values_ptr, counts_ptr,
     M, C, plane, steps,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -82,6 +87,9 @@ def partials_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     mask_c = offs_c < C
     offs = offs_m[:, None] * C + offs_c[None, :]
+    # Counted from the first row: the recurrence loses as many digits as the mean is larger than
+    # the deviations (of 10,000 + normal, 1 / deviation was off by 1e-4; so it is by 2e-7).
+    pivot = tl.load(x_ptr + first.to(tl.int64) * C + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     count = tl.zeros((BLOCK_M,), tl.float32)
     mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -90,18 +98,22 @@ def partials_kernel(
         there = offs_m < M - start
         tile = x_ptr + start.to(tl.int64) * C
         x = tl.load(tile + offs, mask=there[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
+        x -= pivot[None, :]
         away = tl.where(there[:, None], x - mean, 0.0)
         mean += away * (1.0 / (step + 1))
         m2 += away * (x - mean)
         count += there.to(tl.float32)
     _, mean, m2 = pool(count[:, None] + tl.zeros_like(mean), mean, m2)
-    store_partials(values_ptr, tl.program_id(0), plane, C, offs_c, mask_c, mean, m2)
+    store_partials(
+        values_ptr, counts_ptr, tl.program_id(0), tl.program_id(1), plane, C, offs_c, mask_c,
+        tl.sum(count, 0), pivot + mean, m2,
+    )  # fmt: skip
 
 
 @triton.jit
 def merge_kernel(
-    values_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr,
-    M, C, parts, rows, plane,
+    values_ptr, counts_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr,
+    C, parts, plane,
     eps, momentum,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -118,16 +130,16 @@ def merge_kernel(
         mask = (of_t < parts)[:, None] & mask_c[None, :]
         other_mean = tl.load(at, mask=mask, other=0.0)
         other_m2 = tl.load(at + plane, mask=mask, other=0.0)
-        others = tl.minimum(tl.maximum(M - of_t * rows, 0), rows).to(tl.float32)[:, None]
+        others = tl.load(counts_ptr + of_t, mask=of_t < parts, other=0.0)[:, None]
         both = count + others
         share = others / tl.maximum(both, 1.0)
         away = other_mean - mean
         mean += away * share
         m2 += other_m2 + away * away * count * share
         count = both
-    _, mean, m2 = pool(count, mean, m2)
+    total, mean, m2 = pool(count, mean, m2)
     tl.store(mean_ptr + offs_c, mean, mask=mask_c)
-    tl.store(rstd_ptr + offs_c, 1.0 / tl.sqrt(m2 / M + eps), mask=mask_c)
+    tl.store(rstd_ptr + offs_c, 1.0 / tl.sqrt(m2 / total + eps), mask=mask_c)
     if running_mean_ptr is not None:
         before = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         after = before + momentum * (mean - before)
@@ -136,20 +148,20 @@ def merge_kernel(
         )
     if running_var_ptr is not None:
         before = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        after = before + momentum * (m2 / (M - 1) - before)
+        after = before + momentum * (m2 / (total - 1.0) - before)
         tl.store(running_var_ptr + offs_c, after.to(running_var_ptr.dtype.element_ty), mask=mask_c)
 
 
-def launch_partials(x: Tensor, values: Tensor, config: Config) -> Launch:
-    """The launch that fills values [2, parts, C] from x in channels_last memory."""
+def launch_partials(x: Tensor, partials: Partials, config: Config) -> Launch:
+    """The launch that fills partials from x in channels_last memory."""
     problem = problem_of(x)
     config.check(problem)
     return Launch(
         kernel=partials_kernel,
         grid=config.grid(problem),
         args={
-            "x_ptr": x, "values_ptr": values,
-            "M": problem.rows, "C": problem.channels, "plane": values[0].numel(),
+            "x_ptr": x, "values_ptr": partials.values, "counts_ptr": partials.counts,
+            "M": problem.rows, "C": problem.channels, "plane": partials.values[0].numel(),
             "steps": config.steps,
         },
         constants={"BLOCK_M": config.block_m, "BLOCK_C": config.block_c},
@@ -160,7 +172,6 @@ def launch_partials(x: Tensor, values: Tensor, config: Config) -> Launch:
 
 def launch_merge(
     partials: Partials,
-    count: int,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     mean: Tensor,
@@ -174,11 +185,10 @@ def launch_merge(
         kernel=merge_kernel,
         grid=(-(-channels // MERGED_CHANNELS),),
         args={
-            "values_ptr": partials.values,
+            "values_ptr": partials.values, "counts_ptr": partials.counts,
             "running_mean_ptr": running_mean, "running_var_ptr": running_var,
             "mean_ptr": mean, "rstd_ptr": rstd,
-            "M": count, "C": channels, "parts": parts, "rows": partials.rows,
-            "plane": parts * channels,
+            "C": channels, "parts": parts, "plane": parts * channels,
             "eps": eps, "momentum": momentum,
         },
         constants={"BLOCK_T": BLOCK_T, "BLOCK_C": MERGED_CHANNELS},
@@ -212,65 +222,67 @@ def problem_of(x: Tensor, added: str = "nothing") -> NormProblem:
     return NormProblem(n * h * w, c, math_mode_of(x.dtype), added)
 
 
-def partials_config(x: Tensor) -> Config:
-    return choose(problem_of(x), multiprocessors(x.device))
+def config_of(x: Tensor, added: str = "nothing") -> Config:
+    return choose(problem_of(x, added), multiprocessors(x.device))
+
+
+def empty_partials(x: Tensor, parts: int, channels: int | None = None) -> Partials:
+    """Of so many parts and channels, by default x's."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    c = x.shape[1] if channels is None else channels
+    return Partials(
+        torch.empty(2, parts, c, dtype=dtype, device=x.device),
+        torch.empty(parts, dtype=dtype, device=x.device),
+    )
+
+
+def whole(x: Tensor) -> Partials:
+    """Statistics of x as one part, in plain torch."""
+    count = x.numel() // max(1, x.shape[1])
+    var, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
+    return Partials(torch.stack([mean, var * count])[:, None], mean.new_full((1,), count))
 
 
 @torch.library.custom_op("resfuse::bn_partials", mutates_args=())
-def bn_partials_op(x: Tensor, parts: int) -> Tensor:
-    """[2, parts, C]; as many parts as `partials_of` says."""
-    values = _empty_partials(x, parts)
+def bn_partials_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The values and counts of `Partials`."""
     if not computes(x):
-        var, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
-        values[0, 0], values[1, 0] = mean, var * (x.numel() // x.shape[1])
-    elif x.numel():
-        launch_partials(channels_last(x), values, partials_config(x)).run()
-    return values
+        return whole(x)
+    x = channels_last(x)
+    config = config_of(x)
+    partials = empty_partials(x, config.grid(problem_of(x))[0])
+    launch_partials(x, partials, config).run()
+    return partials
 
 
 @bn_partials_op.register_fake
-def _fake_partials(x: Tensor, parts: int) -> Tensor:
-    return _empty_partials(x, parts)
-
-
-def _empty_partials(x: Tensor, parts: int) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty(2, parts, x.shape[1], dtype=dtype, device=x.device)
-
-
-def partials_of(x: Tensor) -> Partials:
-    """Statistics of parts of x [N, C, H, W], by a pass over it; they carry no gradient."""
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    each = partials_config(x).rows if computes(x) else rows
-    return Partials(bn_partials_op(x.detach(), -(-rows // each)), each)
+def _fake_partials(x: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_partials(x, config_of(x).grid(problem_of(x))[0] if computes(x) else 1)
 
 
 @torch.library.custom_op("resfuse::bn_merge", mutates_args=("running_mean", "running_var"))
 def bn_merge_op(
     values: Tensor,
-    rows: int,
-    count: int,
+    counts: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """mean and rstd [C] of `count` pixels, from parts of `rows` each."""
-    mean, rstd = values.new_empty(values.shape[2]), values.new_empty(values.shape[2])
+    """mean and rstd [C] of all parts."""
+    mean, rstd = _fake_merge(values)
     if computes(values):
-        launch_merge(
-            Partials(values, rows), count, running_mean, running_var, mean, rstd, momentum, eps
-        ).run()
+        partials = Partials(values, counts)
+        launch_merge(partials, running_mean, running_var, mean, rstd, momentum, eps).run()
         return mean, rstd
-    parts = torch.arange(values.shape[1], device=values.device)
-    counts = (count - parts * rows).clamp(0, rows).to(values.dtype)[:, None]
-    torch.sum(counts * values[0] / count, 0, out=mean)
-    m2 = (values[1] + counts * (values[0] - mean).square()).sum(0)
+    total, each = counts.sum(), counts[:, None]
+    torch.sum(each * values[0] / total, 0, out=mean)
+    m2 = (values[1] + each * (values[0] - mean).square()).sum(0)
     if running_mean is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     if running_var is not None:
-        running_var.lerp_((m2 / (count - 1)).to(running_var.dtype), momentum)
-    return mean, torch.rsqrt(m2 / count + eps, out=rstd)
+        running_var.lerp_((m2 / (total - 1)).to(running_var.dtype), momentum)
+    return mean, torch.rsqrt(m2 / total + eps, out=rstd)
 
 
 @bn_merge_op.register_fake
@@ -317,7 +329,5 @@ def batch_statistics(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
     with torch.no_grad():
-        found = partials_of(x) if partials is None else partials
-        return bn_merge_op(
-            found.values, found.rows, count, running_mean, running_var, momentum, eps
-        )
+        values, counts = bn_partials_op(x.detach()) if partials is None else partials
+        return bn_merge_op(values, counts, running_mean, running_var, momentum, eps)
