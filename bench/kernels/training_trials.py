@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resfuse.bench.kernels.trial import Place, Trial
 from resfuse.kernels.conv_arguments import Tensors
-from resfuse.kernels.conv_config import BY_MATH_MODE, candidates, resnet_problems
+from resfuse.kernels.conv_config import BY_MATH_MODE, resnet_problems
 from resfuse.kernels.problem import ConvProblem
 from resfuse.kernels.training import bn_add_relu_kernel as bn
 from resfuse.kernels.training import conv_statistics as conv
@@ -124,7 +124,7 @@ def conv_statistics(place: Place) -> Iterator[Trial]:
         problems = [ConvProblem(1, 16, 5, 7, 24, 3, 3, (1, 1), (1, 1), math_mode=place.math_mode)]
     problems = [replace(problem, activation="identity") for problem in problems]
     for config in place.some(c for c in BY_MATH_MODE[place.math_mode]):
-        problem = next((p for p in problems if config in candidates(p)), None)
+        problem = next((p for p in problems if config in conv.candidates(p)), None)
         if problem is None:
             continue
         c = problem.c // problem.groups

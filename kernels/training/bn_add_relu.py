@@ -176,12 +176,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     batch, batch2, relu = ctx.flags
     wanted = list(ctx.needs_input_grad)
-    is_shortcut = ctx.saved_tensors[5] is not None
+    saved = ctx.saved_tensors  # asked for once: checkpointing computes them anew at every look
+    is_shortcut = saved[5] is not None
     # g is grad itself without a ReLU: then a residual's gradient need not be written
     writes = wanted[6] or (wanted[5] and relu)
     of_norms = [wanted[i] for i in (3, 4, 9, 10)]
     grad_x, grad_added, grads = bn_add_relu_backward_op(
-        grad, *ctx.saved_tensors, batch, batch2, wanted[0], writes, any(of_norms)
+        grad, *saved, batch, batch2, wanted[0], writes, any(of_norms)
     )
     made: list[Tensor | None] = [None] * len(wanted)
     made[0] = grad_x if wanted[0] else None
@@ -190,7 +191,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         made[5] = grad
     for index, row in ((3, 1), (4, 0), (9, 2), (10, 0)):
         if wanted[index]:
-            made[index] = grads[row].to(ctx.dtypes[index])
+            # copied: both biases have one gradient, and autograd adds to what it is given in place
+            made[index] = grads[row].to(ctx.dtypes[index], copy=True)
     return tuple(made)
 
 

@@ -2,11 +2,9 @@
 place of every chain that has a batch norm.
 """
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
-import torch
 import torch.fx as fx
 from torch import nn
 
@@ -23,10 +21,10 @@ from resfuse.kernels.scope import (
     is_atom,
     is_plain_sequence,
     original_class,
-    trace,
 )
 from resfuse.kernels.training.plan import TRAINING_STEPS, TrainingPlan
 from resfuse.kernels.training.steps import JoinStep, Step, TrainingStep
+from resfuse.kernels.training.tracer import trace_for_training
 
 
 def training_scopes(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainingPlan]]:
@@ -84,43 +82,12 @@ def make_training_plan(scope: nn.Module, left_alone: LeftAlone) -> TrainingPlan:
 
 def _graphs(scope: nn.Module) -> dict[Call, fx.Graph]:
     """The scope's forward in training mode, for every way to call it with tensors."""
-    mode, scope.training = scope.training, True
-    try:
-        plain, *with_more = calls(scope)
-        graphs = {plain: _traced(scope, plain)}
-        for call in with_more:
-            with suppress(NotTraceable):
-                graphs[call] = _traced(scope, call)
-        return graphs
-    finally:
-        scope.training = mode
-
-
-def _traced(scope: nn.Module, call: Call) -> fx.Graph:
-    with _no_dice():
-        traced = trace(scope, call)
-    if traced.asks_types:
-        raise NotTraceable("forward asks for the type of its argument")
-    return traced.graph
-
-
-@contextmanager
-def _no_dice() -> Iterator[None]:
-    """Refuses a forward that draws numbers while it is traced: the graph would draw them once and
-    for all. (What draws on tensors, like dropout, is recorded and draws anew in every run.)
-
-    Raises:
-        NotTraceable: it does.
-    """
-    before, drawn = random.getstate(), torch.get_rng_state()
-    try:
-        yield
-        changed = random.getstate() != before or not torch.equal(torch.get_rng_state(), drawn)
-    finally:
-        random.setstate(before)
-        torch.set_rng_state(drawn)
-    if changed:
-        raise NotTraceable("forward draws random numbers in training mode")
+    plain, *with_more = calls(scope)
+    graphs = {plain: trace_for_training(scope, plain)}
+    for call in with_more:
+        with suppress(NotTraceable):
+            graphs[call] = trace_for_training(scope, call)
+    return graphs
 
 
 def _rewrite(graph: fx.Graph, chains: list[Chain], prefix: str) -> dict[str, Step]:
