@@ -59,16 +59,18 @@ def fuse(
     if training and discard_weights:
         raise ValueError("argument discard_weights: True with training=True; accepted: False")
     fused_model = model if inplace else deepcopy(model)
+    drafts = training_scopes(fused_model) if training else ()
+    in_training = {scope: plan for _, scope, plan in drafts if plan.steps}
     for _, scope, drafted in scopes(fused_model):
         if drafted.plan is not None and plan_of(scope) is None:
-            attach(scope, drafted.plan)
+            attach(scope, drafted.plan, in_training.get(scope))
     for module in fused_model.modules():
         plan = sequence_plan(module) if plan_of(module) is None else None
         if plan is not None:
             attach(module, plan)
-    for _, scope, drafted_training in training_scopes(fused_model) if training else ():
-        if drafted_training.steps and training_plan_of(scope) is None:
-            attach(scope, plan_of(scope) or empty_plan(scope), drafted_training)
+    for scope, training_plan in in_training.items():
+        if training_plan_of(scope) is None:
+            attach(scope, plan_of(scope) or empty_plan(scope), training_plan)
     for module in reversed(list(fused_model.modules())):  # the outermost plan comes last, and wins
         if (plan := plan_of(module)) is not None:
             plan.adopt(module)

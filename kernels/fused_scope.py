@@ -37,12 +37,19 @@ class FusedScope(nn.Module):
         super().train(mode)
         if not mode:
             vars(self)[PLAN].fold_ahead()
+        elif TRAINING_PLAN in vars(self):
+            vars(self)[PLAN].forget_folded()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        vars(self)[PLAN].fold_ahead()
+        self._resfuse_fold_ahead()
         return self
+
+    def _resfuse_fold_ahead(self) -> None:
+        """Folds, unless the weights are about to be trained: a copy of them would be no use."""
+        if not (self.training and TRAINING_PLAN in vars(self)):
+            vars(self)[PLAN].fold_ahead()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles hold the layers; a plan is made again from them."""
@@ -79,7 +86,7 @@ def attach(scope: nn.Module, plan: Plan, training: TrainingPlan | None = None) -
         vars(scope)[TRAINING_STEPS] = Steps(training.steps)
     if original_class(scope) is type(scope):
         scope.__class__ = _fused_class(type(scope))
-    plan.fold_ahead()
+    scope._resfuse_fold_ahead()  # type: ignore[operator]
 
 
 def detach(scope: nn.Module) -> None:

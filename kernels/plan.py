@@ -160,6 +160,13 @@ class Plan:
             if weight is not None:
                 layer.folded(weight.dtype)
 
+    def forget_folded(self) -> None:
+        """Frees what was folded: weights about to be trained would make it stale."""
+        for layer in self._every:
+            layer.forget()
+        self._passed.clear()
+        self._stamp = ([], [])
+
     def _needs_gradients(self, args: tuple[Any, ...]) -> bool:
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return True

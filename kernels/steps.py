@@ -101,6 +101,11 @@ class ConvStep:
         if stamp_of(tensors_of(self.sources)) != made.stamp:
             self.fold.made = None
 
+    def forget(self) -> None:
+        """Forgets what was folded, and how it was run."""
+        if not self.fold.discarded:
+            self.fold.made = self._bound = self.straight = None
+
     def _discard_weight(self) -> None:
         """Leaves the shape of the layer's weight, and frees its memory."""
         assert self.fold.made is not None

@@ -15,6 +15,7 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from resfuse.kernels import FusedBottleneck, explain, fuse, unfuse
+from resfuse.kernels.plan import plan_of
 from resfuse.kernels.training import steps
 from resfuse.kernels.training.plan import training_plan_of
 
@@ -159,6 +160,25 @@ def test_evaluation_after_training_uses_the_new_statistics(training: bool) -> No
             one.eval()
         assert not torch.allclose(fused(x), before, atol=1e-3)
         assert torch.allclose(fused(x), model(x), atol=1e-4)
+
+
+def test_no_folded_weights_are_kept_while_training() -> None:
+    """They would be a second copy of the weights."""
+    fused = fuse(network(), training=True)
+
+    def kept() -> int:
+        plans = [plan for m in fused.modules() if (plan := plan_of(m)) is not None]
+        return sum(layer.fold.made is not None for plan in plans for layer in plan.layers)
+
+    assert kept() == 0
+    x = images()
+    with torch.no_grad():
+        fused.eval()(x)
+        assert kept() > 0
+        fused.train()(x)
+        assert kept() == 0
+        want = unfuse(copy.deepcopy(fused)).eval()(x)
+        assert torch.allclose(fused.eval()(x), want, atol=1e-4)
 
 
 def test_unfuse_takes_it_back() -> None:

@@ -13,7 +13,7 @@ from resfuse.kernels import fuse, unfuse
 from resfuse.kernels.training import steps
 from resfuse.resnet_ref import create
 
-EPOCHS, BATCH = 2, 128
+EPOCHS = 3
 
 
 @cache
@@ -24,21 +24,29 @@ def digits() -> tuple[Tensor, Tensor]:
     return images.expand(-1, 3, -1, -1).contiguous(), torch.tensor(data.target)
 
 
-def train(model: nn.Module, seed: int, steps_at_most: int | None = None) -> tuple[Tensor, float]:
-    """Loss of every step, and the accuracy on the last 297 images, which it has not seen."""
+def train(
+    model: nn.Module, seed: int, batch_size: int = 64, most: int = 1000
+) -> tuple[Tensor, float]:
+    """Loss of every step, and the accuracy on the last 297 images, which it has not seen.
+
+    Args:
+        most: steps, after which there is no accuracy.
+    """
     images, labels = digits()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    falling = torch.optim.lr_scheduler.PolynomialLR(optimizer, EPOCHS * -(-1500 // batch_size))
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     model.train()
     for _ in range(EPOCHS):
-        for batch in torch.randperm(1500, generator=generator).split(BATCH):
+        for batch in torch.randperm(1500, generator=generator).split(batch_size):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            falling.step()
             losses.append(float(loss.detach()))
-            if len(losses) == steps_at_most:
+            if len(losses) == most:
                 return torch.tensor(losses), 0.0
     model.eval()
     with torch.no_grad():
@@ -48,7 +56,7 @@ def train(model: nn.Module, seed: int, steps_at_most: int | None = None) -> tupl
 
 def resnet20(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return create("resnet20")
+    return create("cifar_resnet20")
 
 
 def test_fused_training_follows_the_same_curve() -> None:
@@ -81,7 +89,7 @@ def test_kernels_follow_the_same_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     another = copy.deepcopy(narrow)
     nn.init.kaiming_normal_(another[0].weight)
-    curves = [train(model, 0, 6)[0] for model in (narrow, fused, another)]
+    curves = [train(model, 0, 16, 5)[0] for model in (narrow, fused, another)]
     assert curves[0][-1] < curves[0][0]
     assert (curves[0] - curves[1]).abs().max() < 1e-4
     assert (curves[0] - curves[2]).abs().max() > 1e-2
