@@ -97,4 +97,10 @@ KERNELS: dict[str, KernelSpec] = {
         "resfuse.kernels.training.conv_statistics:shipped",
         "training: any convolution and the statistics of its output",
     ),
+    "bn_conv1x1": KernelSpec(
+        "resfuse.kernels.training.bn_conv1x1:bn_conv1x1",
+        "resfuse.kernels.training.bn_conv1x1:bn_conv1x1_ref",
+        "resfuse.kernels.training.bn_conv1x1:shipped",
+        "training: 1x1 convolution of what it normalises while loading, with statistics",
+    ),
 }

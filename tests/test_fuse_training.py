@@ -394,6 +394,8 @@ def test_kernels_train_as_fp64_does(block: Any, frozen: bool, on_kernels: None) 
     exact = copy.deepcopy(model).double()
     fused = fuse(model, training=True)
     assert any("projection's norm inside" in chain for chain in steps_in(fused))
+    takes_in = any(" -> conv + bn + add + relu" in chain for chain in steps_in(fused))
+    assert takes_in == (block is resnet.Bottleneck)  # whose last convolution is 1x1
     x = images(size=11)
     for _ in range(2):
         y, want, eager = (train_step(m, x.to(next(m.parameters()).dtype)) for m in
@@ -402,7 +404,8 @@ def test_kernels_train_as_fp64_does(block: Any, frozen: bool, on_kernels: None) 
     for (name, p), q, r in zip(
         fused.named_parameters(), exact.parameters(), model.parameters(), strict=True
     ):
-        assert relative(p.grad, q.grad) < 2 * relative(r.grad, q.grad) + 1e-6, name  # type: ignore[arg-type]
+        # a bias's gradient is a sum of which most cancels: 2e-6 of it are left to its order
+        assert relative(p.grad, q.grad) < 2 * relative(r.grad, q.grad) + 1e-5, name  # type: ignore[arg-type]
     for (name, p), q in zip(fused.named_buffers(), exact.buffers(), strict=True):
         assert torch.allclose(p.double(), q.double(), rtol=1e-5, atol=1e-6), name
 

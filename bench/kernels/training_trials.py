@@ -13,6 +13,7 @@ from resfuse.kernels.conv_arguments import Tensors
 from resfuse.kernels.conv_config import BY_MATH_MODE, resnet_problems
 from resfuse.kernels.problem import ConvProblem
 from resfuse.kernels.training import bn_add_relu_kernel as bn
+from resfuse.kernels.training import bn_conv1x1 as prologue
 from resfuse.kernels.training import conv_statistics as conv
 from resfuse.kernels.training.bn_add_relu_kernel import Normed
 from resfuse.kernels.training.config import DISTINCT
@@ -148,6 +149,30 @@ def conv_statistics(place: Place) -> Iterator[Trial]:
 
         label = f"{problem.label()} {config.label()}"
         yield Trial(label, place.math_mode, fan_in, made, (y, *partials), exact)
+
+
+def bn_conv1x1(place: Place) -> Iterator[Trial]:
+    """A 1x1 convolution of an image normalised on the way, and the statistics of its output."""
+    n, c, hw, k = (1, 16, 5, 24) if place.small else (32, 64, 28, 256)
+    x, filters = place.draw(n, c, hw, hw), place.draw(k, c, 1, 1, fan_in=c)
+    mean, scale, weight, bias = (place.draw(c, seed=seed).float() for seed in range(4))
+    rstd = scale.abs() + 0.5
+    main = Normed(x, mean, rstd, weight, bias, batch=True)
+    problem = prologue.problem_of(x, filters, place.math_mode)
+    for config in place.some(prologue.candidates(problem)):
+        y, partials = place.blank(n, k, hw, hw), _partials(place, config.tiles(problem)[0], k)
+        made = prologue.launch(
+            y, partials, x, (mean, rstd, weight, bias), filters, config, math_mode=place.math_mode
+        )
+
+        @cache
+        def exact(rows: int = config.block_m) -> tuple[Tensor, ...]:
+            h = (_hat(main) * _wide(weight) + _wide(bias)).relu()
+            y = F.conv2d(h, filters.double())
+            return y, *_parts(y, rows)
+
+        label = f"{problem.label()} {config.label()}"
+        yield Trial(label, place.math_mode, 4 * c, made, (y, *partials), exact)
 
 
 def _vectors(place: Place, *shape: int) -> Tensor:

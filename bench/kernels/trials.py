@@ -11,7 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from resfuse.bench.kernels.training_trials import bn_add_relu, conv_statistics, statistics
+from resfuse.bench.kernels.training_trials import (
+    bn_add_relu,
+    bn_conv1x1,
+    conv_statistics,
+    statistics,
+)
 from resfuse.bench.kernels.trial import Place, Trial
 from resfuse.kernels import (
     block_tail_config,
@@ -206,4 +211,5 @@ TRIALS: dict[str, Callable[[Place], Iterator[Trial]]] = {
     "batch_statistics": statistics,
     "bn_add_relu": bn_add_relu,
     "conv_statistics": conv_statistics,
+    "bn_conv1x1": bn_conv1x1,
 }

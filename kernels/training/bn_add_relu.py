@@ -62,6 +62,23 @@ class Norm:
     momentum: float = 0.1
     eps: float = 1e-5
 
+    def require_for(self, x: Tensor, name: str = "norm") -> None:
+        """Raises ValueError unless x [N, C, H, W] can be normalised by it."""
+        if x.dtype != torch.float64:
+            math_mode_of(x.dtype)
+        for part in ("weight", "bias"):
+            require_like(f"{name}.{part}", getattr(self, part), x.shape[1:2], x, or_fp32=True)
+        for part in ("running_mean", "running_var"):
+            buffer = getattr(self, part)
+            if buffer is not None:
+                like = x.new_empty(0, dtype=buffer.dtype)
+                require_like(f"{name}.{part}", buffer, x.shape[1:2], like)
+            elif not self.training:
+                raise ValueError(
+                    f"argument {name}.{part}: None; accepted: a tensor [{x.shape[1]}], or "
+                    "training=True"
+                )
+
     def statistics(self, x: Tensor, partials: Partials | None = None) -> tuple[Tensor, Tensor]:
         """mean and rstd [C] for x, which carry no gradient; moves the running statistics."""
         if self.training:
@@ -330,16 +347,14 @@ def bn_add_relu(
     if residual is not None and shortcut is not None:
         raise ValueError("argument shortcut: beside a residual; accepted: one of them")
     require_4d("x", x)
-    if x.dtype != torch.float64:
-        math_mode_of(x.dtype)
+    norm.require_for(x)
     require_like("residual", residual, x.shape, x)
-    _require_norm("norm", norm, x)
     mean2, rstd2, weight2, bias2 = None, None, None, None
     x2, norm2 = shortcut if shortcut is not None else (None, None)
     x = channels_last(x)
     if x2 is not None and norm2 is not None:
         require_like("shortcut", x2, x.shape, x)
-        _require_norm("shortcut", norm2, x2)
+        norm2.require_for(x2, "shortcut")
         x2 = channels_last(x2)
     mean, rstd = norm.statistics(x, partials)
     if x2 is not None and norm2 is not None:
@@ -349,16 +364,3 @@ def bn_add_relu(
         x, mean, rstd, norm.weight, norm.bias, residual, x2, mean2, rstd2, weight2, bias2,
         norm.training, norm2 is not None and norm2.training, activation == "relu",
     )  # fmt: skip
-
-
-def _require_norm(name: str, norm: Norm, x: Tensor) -> None:
-    for part in ("weight", "bias"):
-        require_like(f"{name}.{part}", getattr(norm, part), x.shape[1:2], x, or_fp32=True)
-    for part in ("running_mean", "running_var"):
-        buffer = getattr(norm, part)
-        if buffer is not None:
-            require_like(f"{name}.{part}", buffer, x.shape[1:2], x.new_empty(0, dtype=buffer.dtype))
-        elif not norm.training:
-            raise ValueError(
-                f"argument {name}.{part}: None; accepted: a tensor [{x.shape[1]}], or training=True"
-            )

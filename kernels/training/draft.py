@@ -23,7 +23,7 @@ from resfuse.kernels.scope import (
     original_class,
 )
 from resfuse.kernels.training.plan import TRAINING_STEPS, TrainingPlan
-from resfuse.kernels.training.steps import JoinStep, Step, TrainingStep
+from resfuse.kernels.training.steps import JoinStep, Step, TrainingStep, steps_of
 from resfuse.kernels.training.tracer import trace_for_training
 
 
@@ -96,6 +96,7 @@ def _rewrite(graph: fx.Graph, chains: list[Chain], prefix: str) -> dict[str, Ste
     for chain in chains:
         target = f"{TRAINING_STEPS}.{prefix}{chain.name.replace('.', '_')}"
         nodes[replace_chain(graph, chain, target, replaced)] = TrainingStep(chain)
+    _take_in(graph, nodes)
     for node, step in list(nodes.items()):
         projection = nodes.get(node.args[1]) if len(node.args) == 2 else None  # type: ignore[arg-type]
         if isinstance(step, TrainingStep) and _is_projection(node, step, projection):
@@ -107,6 +108,21 @@ def _rewrite(graph: fx.Graph, chains: list[Chain], prefix: str) -> dict[str, Ste
             nodes[node] = JoinStep(step, projection)
     loosen_views(graph)
     return {attribute_of(node): step for node, step in nodes.items()}
+
+
+def _take_in(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
+    """Lets 1x1 convolutions compute the norm before them, where they alone read it."""
+    for node, step in list(nodes.items()):
+        before = node.args[0]
+        if not isinstance(before, fx.Node) or len(before.users) != 1 or before in node.args[1:]:
+            continue
+        first = nodes.get(before)
+        assert isinstance(step, TrainingStep)
+        if isinstance(first, TrainingStep) and step.takes_in(first):
+            step.take_in(first)
+            node.args = (before.args[0], *node.args[1:])
+            graph.erase_node(before)
+            del nodes[before]
 
 
 def _is_projection(node: fx.Node, step: TrainingStep, projection: Step | None) -> bool:
@@ -137,12 +153,6 @@ def _is_identity(module: nn.Module) -> bool:
 
 def _inlined(scope: nn.Module, plan: TrainingPlan) -> list[nn.Module]:
     """Sequences whose layers are in the scope's own plan."""
-    names = {name.rpartition(".")[0] for step in plan.steps.values() for name in _layers(step)}
+    names = {own.name.rpartition(".")[0] for s in plan.steps.values() for own in steps_of(s)}
     modules = [scope.get_submodule(name) for name in names if name]
     return [module for module in modules if is_plain_sequence(module)]
-
-
-def _layers(step: Step) -> list[str]:
-    if isinstance(step, JoinStep):
-        return [step.main.name, step.projection.name]
-    return [step.name]

@@ -31,6 +31,7 @@ class TrainingStep:
         self.conv, self.norm, self.act = chain.conv, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
         self.keeps_dtype = chain.keeps_dtype
+        self.before: TrainingStep | None = None  # computed by this one, too
         self.geometry = None if chain.conv is None else geometry_of(chain.conv)
         inner = activation_in_norm(chain.norm)
         self.norm_activates = inner is not None and not isinstance(inner, nn.Identity)
@@ -38,7 +39,84 @@ class TrainingStep:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not on_kernels(x) or not self.takes(x):
             return self.by_layers(x, residual)
-        x, partials = self.convolved(x)
+        return self._after_convolution(*self.convolved(x), residual)
+
+    def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """As the layers themselves compute it; nobody else has what lies between them."""
+        if self.before is not None:
+            x = self.before(x)
+        return self._finish(self.norm(x if self.conv is None else self.conv(x)), residual)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the layers' own checks would pass: where not, they raise their own errors."""
+        if self.before is not None and not self.before.takes(x):
+            return False
+        first = self.before is None
+        channels = channels_of(self.norm) if self.conv is None else self.conv.in_channels
+        weight = None if self.conv is None else self.conv.weight
+        return (
+            x.dim() == 4
+            and (not first or x.size(1) == channels)
+            and x.numel() > 0
+            and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and (
+                weight is None
+                or (weight.device == x.device and autocast(weight).dtype == autocast(x).dtype)
+            )
+        )
+
+    def take_in(self, before: "TrainingStep") -> None:
+        """From now on also computes the step before it, whose result nobody else reads."""
+        self.before = before
+        self.chain = f"{before.chain} -> {self.chain}"
+
+    def takes_in(self, before: "TrainingStep") -> bool:
+        """Whether one kernel can normalise for, and compute, this step's convolution."""
+        conv, window = self.conv, self.geometry
+        return (
+            conv is not None
+            and window is not None
+            and conv.kernel_size == window.stride == (1, 1)
+            and (window.padding, window.groups, conv.bias) == ((0, 0), 1, None)
+            and before.activation in ("relu", "identity")
+            and before.residual == "none"
+        )
+
+    def convolved(self, x: Tensor) -> tuple[Tensor, Any]:
+        """conv(x), and its statistics where one kernel made both."""
+        if self.before is None:
+            return self._convolved(x)
+        before = self.before
+        x, partials = before.convolved(x)
+        assert self.conv is not None
+        filters = autocast(self.conv.weight)
+        if x.dtype != filters.dtype or not _has_tensor_cores(x):
+            return self._convolved(before._after_convolution(x, partials, None))
+        from resfuse.kernels.training.bn_conv1x1 import bn_conv1x1
+
+        norm = norm_of(before.norm)
+        return bn_conv1x1(x, norm, filters, activation=before.activation, partials=partials)
+
+    def _convolved(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Without tensor cores, with one channel a group, or where no statistics are needed,
+        cuDNN's convolution does its part, and the norm reads its output once more."""
+        if self.conv is None:
+            return x, None
+        depthwise = self.conv.groups == self.conv.in_channels > 1
+        if depthwise or not uses_batch(self.norm) or not _has_tensor_cores(autocast(x)):
+            return self.conv(x), None
+        from resfuse.kernels.training.conv_statistics import conv_statistics
+
+        assert self.geometry is not None
+        bias = None if self.conv.bias is None else autocast(self.conv.bias)
+        window = self.geometry
+        return conv_statistics(
+            autocast(x), autocast(self.conv.weight), bias, stride=window.stride,
+            padding=window.padding, dilation=window.dilation, groups=window.groups,
+        )  # fmt: skip
+
+    def _after_convolution(self, x: Tensor, partials: Any, residual: Tensor | None) -> Tensor:
+        """Norm, residual and activation of what the convolution made."""
         adds = residual is not None and self.residual == "before"
         if adds and not _joins(residual, x):
             return self._finish(self._normed(x, partials), residual)
@@ -52,51 +130,6 @@ class TrainingStep:
         if not relu:
             y = self._activate(y)
         return y + residual if residual is not None and self.residual == "after" else y
-
-    def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """As the layers themselves compute it; nobody else has what lies between them."""
-        return self._finish(self.norm(x if self.conv is None else self.conv(x)), residual)
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether the layers' own checks would pass: where not, they raise their own errors."""
-        channels = channels_of(self.norm) if self.conv is None else self.conv.in_channels
-        weight = None if self.conv is None else self.conv.weight
-        return (
-            x.dim() == 4
-            and x.size(1) == channels
-            and x.numel() > 0
-            and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-            and (
-                weight is None
-                or (weight.device == x.device and autocast(weight).dtype == autocast(x).dtype)
-            )
-        )
-
-    def convolved(self, x: Tensor) -> tuple[Tensor, Any]:
-        """conv(x), and its statistics where one kernel made both."""
-        if self.conv is None:
-            return x, None
-        if not self._makes_statistics(x):
-            return self.conv(x), None
-        from resfuse.kernels.training.conv_statistics import conv_statistics
-
-        assert self.geometry is not None
-        bias = None if self.conv.bias is None else autocast(self.conv.bias)
-        window = self.geometry
-        return conv_statistics(
-            autocast(x), autocast(self.conv.weight), bias, stride=window.stride,
-            padding=window.padding, dilation=window.dilation, groups=window.groups,
-        )  # fmt: skip
-
-    def _makes_statistics(self, x: Tensor) -> bool:
-        """Without tensor cores, and with one channel a group, cuDNN's convolution is left to do its
-        part and the norm reads its output once more."""
-        from resfuse.kernels.problem import math_mode_of
-
-        assert self.conv is not None
-        depthwise = self.conv.groups == self.conv.in_channels > 1
-        fast = math_mode_of(autocast(x).dtype) != "ieee" or not x.is_cuda
-        return fast and not depthwise and uses_batch(self.norm)
 
     def _normed(self, x: Tensor, partials: Any) -> Tensor:
         from resfuse.kernels.training.bn_add_relu import bn_add_relu
@@ -151,12 +184,22 @@ Step = TrainingStep | JoinStep
 
 
 def steps_of(step: Step) -> list[TrainingStep]:
-    return [step] if isinstance(step, TrainingStep) else [step.main, step.projection]
+    """One for every batch norm a step computes."""
+    if isinstance(step, JoinStep):
+        return [*steps_of(step.main), *steps_of(step.projection)]
+    return [step] if step.before is None else [*steps_of(step.before), step]
 
 
 def on_kernels(x: Tensor) -> bool:
     """Whether our kernels compute on `x`. Tests say yes for the interpreter's, too."""
     return x.is_cuda
+
+
+def _has_tensor_cores(x: Tensor) -> bool:
+    """Whether our matrix products are fast; the interpreter's are not meant to be."""
+    from resfuse.kernels.problem import math_mode_of
+
+    return not x.is_cuda or math_mode_of(x.dtype) != "ieee"
 
 
 def add(y: Tensor, residual: Tensor, keeps_dtype: bool = False) -> Tensor:
