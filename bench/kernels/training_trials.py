@@ -141,9 +141,9 @@ def conv_statistics(place: Place) -> Iterator[Trial]:
             problem: ConvProblem = problem, operands: tuple[Tensor, Tensor] = (x, weight),
             rows: int = config.block_m,
         ) -> tuple[Tensor, ...]:  # fmt: skip
-            wide = (t.double() for t in operands)
+            x, weight = (t.double() for t in operands)
             y = F.conv2d(
-                *wide, None, problem.stride, problem.padding, problem.dilation, problem.groups
+                x, weight, None, problem.stride, problem.padding, problem.dilation, problem.groups
             )
             return y, *_parts(y, rows)
 

@@ -209,11 +209,13 @@ def _empty_outputs(x: Tensor, weight: Tensor, *window: Any) -> tuple[Tensor, Par
     y = empty_channels_last(output_shape(x.shape, weight.shape, *window[:3]), x)
     parts = 1
     if computes(x):  # whose tiles depend on the size: a graph of symbolic sizes is bound to it here
-        shapes = [[int(size) for size in t.shape] for t in (x, weight)]
-        meta = [torch.empty(shape, dtype=x.dtype, device="meta") for shape in shapes]
-        problem = problem_of(*meta, None, *window, "identity")
+        problem = problem_of(_sized(x), _sized(weight), None, *window, "identity")
         parts = choose(problem, multiprocessors(x.device)).tiles(problem)[0]
     return y, empty_partials(y, parts)
+
+
+def _sized(x: Tensor) -> Tensor:
+    return torch.empty([int(size) for size in x.shape], dtype=x.dtype, device="meta")
 
 
 @conv_statistics_op.register_fake
@@ -274,8 +276,9 @@ def conv_statistics(
     Raises:
         ValueError: an argument's shape, dtype, device or value is none of these.
     """
-    exact = x.dtype == torch.float64  # whose dtype no kernel computes in; the rest is checked
-    like = [t.float() if exact and t is not None else t for t in (x, weight, bias)]
-    require_arguments(*like, None, stride, padding, dilation, groups, "identity", None)  # type: ignore[arg-type]
+    if x.dtype != torch.float64:  # whose errors are torch's own
+        require_arguments(
+            x, weight, bias, None, stride, padding, dilation, groups, "identity", None
+        )
     y, values, counts = conv_statistics_op(x, weight, bias, stride, padding, dilation, groups)
     return y, Partials(values, counts)

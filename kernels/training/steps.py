@@ -222,16 +222,17 @@ def norm_of(norm: nn.Module) -> Any:
     (torch.nn.modules.batchnorm._BatchNorm.forward)."""
     from resfuse.kernels.training.bn_add_relu import Norm
 
+    layer: Any = norm
     frozen = type(norm).__name__ in FROZEN_NORMS
-    momentum = 0.0 if frozen or norm.momentum is None else float(norm.momentum)  # type: ignore[arg-type]
-    tracks = not frozen and norm.training and norm.track_running_stats
-    if tracks and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)  # type: ignore[operator,union-attr]
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)  # type: ignore[arg-type]
+    momentum = 0.0 if frozen or layer.momentum is None else float(layer.momentum)
+    tracks = not frozen and layer.training and layer.track_running_stats
+    if tracks and layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+        if layer.momentum is None:
+            momentum = 1.0 / float(layer.num_batches_tracked)
     batch = uses_batch(norm)
-    running = (norm.running_mean, norm.running_var) if tracks or not batch else (None, None)
-    return Norm(norm.weight, norm.bias, *running, batch, momentum, float(norm.eps))  # type: ignore[arg-type]
+    mean, var = (layer.running_mean, layer.running_var) if tracks or not batch else (None, None)
+    return Norm(layer.weight, layer.bias, mean, var, batch, momentum, float(layer.eps))
 
 
 def _joins(residual: Tensor | None, y: Tensor) -> bool:
