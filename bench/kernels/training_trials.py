@@ -124,10 +124,10 @@ def conv_statistics(place: Place) -> Iterator[Trial]:
     if place.small:
         problems = [ConvProblem(1, 16, 5, 7, 24, 3, 3, (1, 1), (1, 1), math_mode=place.math_mode)]
     problems = [replace(problem, activation="identity") for problem in problems]
-    for config in place.some(c for c in BY_MATH_MODE[place.math_mode]):
-        problem = next((p for p in problems if config in conv.candidates(p)), None)
-        if problem is None:
-            continue
+    usable = {problem: conv.candidates(problem) for problem in problems}
+    configs = (c for c in BY_MATH_MODE[place.math_mode] if any(c in u for u in usable.values()))
+    for config in place.some(configs):
+        problem = next(problem for problem in problems if config in usable[problem])
         c = problem.c // problem.groups
         fan_in = c * problem.r * problem.s
         x = place.draw(problem.n, problem.c, problem.h, problem.w)

@@ -209,7 +209,10 @@ def _empty_outputs(x: Tensor, weight: Tensor, *window: Any) -> tuple[Tensor, Par
     y = empty_channels_last(output_shape(x.shape, weight.shape, *window[:3]), x)
     parts = 1
     if computes(x):  # whose tiles depend on the size: a graph of symbolic sizes is bound to it here
-        problem = problem_of(_sized(x), _sized(weight), None, *window, "identity")
+        stride, padding, dilation, groups = window
+        problem = problem_of(
+            _sized(x), _sized(weight), None, stride, padding, dilation, groups, "identity"
+        )
         parts = choose(problem, multiprocessors(x.device)).tiles(problem)[0]
     return y, empty_partials(y, parts)
 
