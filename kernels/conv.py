@@ -41,7 +41,7 @@ from resfuse.kernels.conv_config import (
     resnet_problems,
 )
 from resfuse.kernels.conv_registration import declare
-from resfuse.kernels.implicit_gemm import multiply, output_channels, store_output, swizzle
+from resfuse.kernels.implicit_gemm import output_channels, store_output, sum_of_tile, swizzle
 from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem
 
@@ -97,25 +97,12 @@ def conv_kernel(
     them: 236 registers rather than 135 for packed groups on sm_90, and spills on sm_80.
     """
     pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    acc = multiply(
-        x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, 0, taps, 0, channels, 0,
+    acc = sum_of_tile(
+        x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, taps, channels,
         GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
-        DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, False,
-        PACK, BLOCK_M, BLOCK_N, BLOCK_K,
+        DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, PACK, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     first_group, offs_n, mask_n = output_channels(pid_n, GROUPS, K_GROUP, PACK, BLOCK_N)
-    if PACK > 1:  # noqa: SIM102 - the outer is for the compiler
-        # An Inf or NaN of one group times the zero weight of another is NaN in that other group,
-        # always: where there is none, nothing leaked. Else each group is computed by itself.
-        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
-            for group in range(PACK):
-                alone = multiply(
-                    x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, 0, taps, 0, channels, group,
-                    GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
-                    DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, True,
-                    PACK, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-                acc = tl.where((offs_n // K_GROUP == group)[None, :], alone, acc)
     store_output(
         acc, pid_m * BLOCK_M, M, first_group * K_GROUP + offs_n, mask_n,
         bias_ptr, residual_ptr, slope_ptr, y_ptr, negative_slope,

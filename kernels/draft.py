@@ -1,7 +1,6 @@
 """Drafts: what fusing each module of a model comes to, before anything is changed."""
 
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import torch.fx as fx
 from torch import nn
 
 from resfuse.kernels.layers import is_norm
-from resfuse.kernels.match import drop_idle, find_chains
+from resfuse.kernels.match import LeftAlone, drop_idle, find_chains
 from resfuse.kernels.plan import Forward, Plan
 from resfuse.kernels.rewrite import (
     Folds,
@@ -29,8 +28,6 @@ from resfuse.kernels.scope import (
     trace,
 )
 from resfuse.kernels.steps import Step
-
-LeftAlone = Callable[[nn.Module], str | None]
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,11 @@ def scopes(model: nn.Module) -> list[tuple[str, nn.Module, Drafted]]:
     Parents come first, and may have taken plain sequences of layers into their own graph. A model
     that has nothing but single convolutions (a vision transformer's patches) is left as it is.
     """
-    left_alone = _left_alone_in(model)
+    left_alone = left_alone_in(model)
     taken: set[nn.Module] = set()
     found: list[tuple[str, nn.Module, Drafted]] = []
     for name, module in model.named_modules():
-        if module not in taken and not is_atom(module) and _has_layers(module):
+        if module not in taken and not is_atom(module) and has_layers(module):
             drafted = make_plan(module, left_alone)
             taken.update(drafted.inlined)
             found.append((name, module, drafted))
@@ -98,10 +95,10 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
     folds: Folds = {}
     fresh = False
     for call, graph in _graphs(scope).items():
-        twice = _called_twice(graph, scope)
-        containers.update(_containers(graph))
+        twice = called_twice(graph, scope)
+        containers.update(sequences_in(graph))
         watched.update(drop_idle(graph, scope))
-        chains, unmatched = find_chains(graph, scope, _or_called_twice(left_alone, twice))
+        chains, unmatched = find_chains(graph, scope, or_called_twice(left_alone, twice))
         left |= unmatched
         prefix = f"with_{call.arguments}{'_list' * call.takes_list}{'_owned' * call.owns}_"
         made = rewrite(graph, scope, chains, prefix, folds)
@@ -142,7 +139,7 @@ def _graphs(scope: nn.Module) -> dict[Call, fx.Graph]:
     return graphs
 
 
-def _left_alone_in(model: nn.Module) -> LeftAlone:
+def left_alone_in(model: nn.Module) -> LeftAlone:
     """Sees layers that stand in the model twice, and parameters that belong to two layers."""
     named = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(
@@ -162,25 +159,25 @@ def _left_alone_in(model: nn.Module) -> LeftAlone:
     return reason
 
 
-def _has_layers(module: nn.Module) -> bool:
+def has_layers(module: nn.Module) -> bool:
     return any(isinstance(child, nn.Conv2d) or is_norm(child) for child in module.modules())
 
 
-def _or_called_twice(left_alone: LeftAlone, twice: set[nn.Module]) -> LeftAlone:
+def or_called_twice(left_alone: LeftAlone, twice: set[nn.Module]) -> LeftAlone:
     def reason(layer: nn.Module) -> str | None:
         return left_alone(layer) or ("it is called more than once" if layer in twice else None)
 
     return reason
 
 
-def _called_twice(graph: fx.Graph, scope: nn.Module) -> set[nn.Module]:
+def called_twice(graph: fx.Graph, scope: nn.Module) -> set[nn.Module]:
     called = Counter(
         scope.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"
     )
     return {layer for layer, times in called.items() if times > 1}
 
 
-def _containers(graph: fx.Graph) -> set[str]:
+def sequences_in(graph: fx.Graph) -> set[str]:
     """Names of the sequences that were traced through."""
     targets = [str(node.target).split(".") for node in graph.nodes if node.op == "call_module"]
     return {".".join(path[:depth]) for path in targets for depth in range(1, len(path))}

@@ -11,6 +11,9 @@ from resfuse.kernels.draft import scopes
 from resfuse.kernels.fuse import unfused
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.steps import Step, convolutions
+from resfuse.kernels.training.draft import training_scopes
+from resfuse.kernels.training.plan import training_plan_of
+from resfuse.kernels.training.steps import steps_of
 
 EXAMPLE_SIZE = 224  # pixels, where no example is given
 
@@ -33,6 +36,8 @@ class Explanation:
     lines: tuple[Line, ...]
     norms: tuple[str, ...]  # batch norms that run with their activation, without a convolution
     note: str = ""
+    fused_in_training: tuple[str, ...] | None = None  # chains' names; None: it was not asked for
+    left_in_training: tuple[tuple[str, str], ...] = ()  # a batch norm's name, and why it was left
 
     @property
     def share(self) -> float | None:
@@ -47,7 +52,8 @@ class Explanation:
         return tuple(line for line in self.lines if not line.fused)
 
     def __str__(self) -> str:
-        return "\n".join([*_table(self.lines), self.summary()])
+        left = (f"left in training mode: {name}: {why}" for name, why in self.left_in_training)
+        return "\n".join([*_table(self.lines), *left, self.summary()])
 
     def summary(self) -> str:
         if not self.lines:
@@ -58,6 +64,10 @@ class Explanation:
             words += f", {100 * self.share:.1f} % of their MACs"
         if self.norms:
             words += f"; {len(self.norms)} batch norms fused with what follows them"
+        if self.fused_in_training is not None:
+            fused = len(self.fused_in_training)
+            words += f"; in training mode {fused} of {fused + len(self.left_in_training)} batch"
+            words += " norms fused"
         return f"{words}{self.note}"
 
 
@@ -82,7 +92,7 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
     is_fused = any(plan_of(module) is not None for module in model.modules())
     if lines and not is_fused:
         note += "; this is what fuse would do: the model is not fused"
-    return Explanation(lines, tuple(found.norms), note)
+    return Explanation(lines, tuple(found.norms), note, *_in_training(model))
 
 
 class _Found:
@@ -109,6 +119,23 @@ def _what_is_done(model: nn.Module) -> _Found:
         for layer, reason in drafted.left.items():
             found.left[prefix + layer] = reason
     return found
+
+
+def _in_training(
+    model: nn.Module,
+) -> tuple[tuple[str, ...] | None, tuple[tuple[str, str], ...]]:
+    """Names of what is fused in training mode, if that was asked for, and what is not."""
+    if all(training_plan_of(module) is None for module in model.modules()):
+        return None, ()
+    fused: dict[str, None] = {}
+    left: dict[str, str] = {}
+    with unfused(model):
+        drafts = list(training_scopes(model))
+    for name, _, plan in drafts:
+        prefix = f"{name}." if name else ""
+        fused |= {prefix + own.name: None for step in plan.steps.values() for own in steps_of(step)}
+        left |= {prefix + norm: reason for norm, reason in plan.left.items()}
+    return tuple(fused), tuple(left.items())
 
 
 def _add(found: _Found, prefix: str, step: Step) -> None:

@@ -83,8 +83,11 @@ def fold_layers(
 
 
 def sources_of(layer: nn.Module) -> list[Source]:
+    """Where the tensors are that tell whether a layer has changed. torch's batch norm moves its
+    running statistics without counting their versions, but counts the batch."""
     named: list[Source] = [(layer._parameters, name) for name in layer._parameters]
-    return named + [(layer._buffers, name) for name in layer._buffers if name.startswith("running")]
+    telling = ("running_mean", "running_var", "num_batches_tracked")
+    return named + [(layer._buffers, name) for name in layer._buffers if name in telling]
 
 
 def tensors_of(sources: list[Source]) -> list[Tensor]:

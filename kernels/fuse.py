@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from resfuse.kernels.draft import scopes
 from resfuse.kernels.folded import require_weights
-from resfuse.kernels.fused_scope import attach, detach
+from resfuse.kernels.fused_scope import attach, detach, empty_plan
 from resfuse.kernels.layers import DTYPES
 from resfuse.kernels.parity import require_parity
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.sequence import sequence_plan
+from resfuse.kernels.training.draft import training_scopes
+from resfuse.kernels.training.plan import training_plan_of
 
 
 def fuse(
@@ -27,12 +29,13 @@ def fuse(
     *,
     inplace: bool = False,
     discard_weights: bool = False,
+    training: bool = False,
 ) -> nn.Module:
     """Fuses every conv-BN(-activation)(-add) it understands; `explain` says which.
 
     The result has the parameters, buffers, names and hooks of `model`. In eval mode and without
     gradients it computes with folded weights, which follow the parameters when those change; in
-    training mode it does what `model` does.
+    training mode it does what `model` does, and with `training` does that fused, too.
 
     Args:
         model: any module, on one device, of floating-point weights.
@@ -42,20 +45,32 @@ def fuse(
         discard_weights: free each convolution's own weight when its folded one has been laid out
             (at the first run), so that a model takes no more memory than before. It then cannot be
             trained, copied, unfused, or given other weights.
+        training: fuse batch norm with what precedes and follows it in training mode, as well. On a
+            GPU our kernels compute that, statistics in float32 always, but have no second
+            derivatives; on a CPU torch's do, in place where nobody can tell. Compiled models train
+            on their layers.
 
     Raises:
         ValueError: `model` is no module, is on the meta device or on several, or has weights of a
-            dtype that no kernel computes in; `example` does not fit it; or the answers differ.
+            dtype that no kernel computes in; `example` does not fit it; the answers differ; or
+            weights are to be discarded and trained.
     """
     _require_fusible(model)
+    if training and discard_weights:
+        raise ValueError("argument discard_weights: True with training=True; accepted: False")
     fused_model = model if inplace else deepcopy(model)
+    drafts = training_scopes(fused_model) if training else ()
+    in_training = {scope: plan for _, scope, plan in drafts if plan.steps}
     for _, scope, drafted in scopes(fused_model):
         if drafted.plan is not None and plan_of(scope) is None:
-            attach(scope, drafted.plan)
+            attach(scope, drafted.plan, in_training.get(scope))
     for module in fused_model.modules():
         plan = sequence_plan(module) if plan_of(module) is None else None
         if plan is not None:
             attach(module, plan)
+    for scope, training_plan in in_training.items():
+        if training_plan_of(scope) is None:
+            attach(scope, plan_of(scope) or empty_plan(scope), training_plan)
     for module in reversed(list(fused_model.modules())):  # the outermost plan comes last, and wins
         if (plan := plan_of(module)) is not None:
             plan.adopt(module)
@@ -98,14 +113,18 @@ def fused(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[nn.Module]:
     """The other way round, for a comparison; plans and what they have folded are kept."""
-    plans = [(module, plan) for module in model.modules() if (plan := plan_of(module)) is not None]
-    for module, _ in plans:
+    plans = [
+        (module, plan, training_plan_of(module))
+        for module in model.modules()
+        if (plan := plan_of(module)) is not None
+    ]
+    for module, *_ in plans:
         detach(module)
     try:
         yield model
     finally:
-        for module, plan in plans:
-            attach(module, plan)
+        for module, plan, training in plans:
+            attach(module, plan, training)
 
 
 def _require_fusible(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ buffers, submodules, hooks and isinstance stay as they were, and taking the clas
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,8 @@ from resfuse.kernels.plan import NOT_RUN, PLAN, Forward, Plan
 from resfuse.kernels.rewrite import STEPS
 from resfuse.kernels.scope import ORIGINAL, original_class
 from resfuse.kernels.sequence import sequence_plan
-from resfuse.kernels.steps import Step
+from resfuse.kernels.training.draft import make_training_plan
+from resfuse.kernels.training.plan import TRAINING_PLAN, TRAINING_STEPS, TrainingPlan
 
 _LEFT = "_resfuse_left"
 
@@ -24,7 +26,7 @@ _LEFT = "_resfuse_left"
 class Steps:
     """A scope's steps as attributes: the generated forward calls `self._resfuse_steps.conv1(x)`."""
 
-    def __init__(self, steps: dict[str, Step]) -> None:
+    def __init__(self, steps: Mapping[str, Any]) -> None:
         vars(self).update(steps)
 
 
@@ -35,40 +37,70 @@ class FusedScope(nn.Module):
         super().train(mode)
         if not mode:
             vars(self)[PLAN].fold_ahead()
+        elif TRAINING_PLAN in vars(self):
+            vars(self)[PLAN].forget_folded()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        vars(self)[PLAN].fold_ahead()
+        self._resfuse_fold_ahead()
         return self
+
+    def _resfuse_fold_ahead(self) -> None:
+        """Folds, unless the weights are about to be trained: a copy of them would be no use."""
+        if not (self.training and TRAINING_PLAN in vars(self)):
+            vars(self)[PLAN].fold_ahead()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles hold the layers; a plan is made again from them."""
         require_weights(vars(self)[PLAN].has_discarded())
-        state = {k: v for k, v in vars(self).items() if k not in (PLAN, STEPS)}
-        return _empty, (original_class(self), vars(self)[PLAN].left), state
+        state = {k: v for k, v in vars(self).items() if k not in _OURS}
+        training = vars(self).get(TRAINING_PLAN)
+        left = vars(self)[PLAN].left, None if training is None else training.left
+        return _empty, (original_class(self), left), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        left = vars(self).pop(_LEFT)
+        left, left_in_training = vars(self).pop(_LEFT)
         super().__setstate__(state)
         self.__class__ = original_class(self)  # type: ignore[assignment]
-        layers = {self.get_submodule(name): reason for name, reason in left.items()}
-        plan = make_plan(self, layers.get).plan or sequence_plan(self)
-        if plan is not None:
+        plan = make_plan(self, _reasons(self, left).get).plan or sequence_plan(self)
+        if left_in_training is not None:
+            training = make_training_plan(self, _reasons(self, left_in_training).get)
+            attach(self, plan or empty_plan(self), training)
+        elif plan is not None:
             attach(self, plan)
+        if plan is not None:
             plan.adopt(self)
 
 
-def attach(scope: nn.Module, plan: Plan) -> None:
+def _reasons(scope: nn.Module, left: dict[str, str]) -> dict[nn.Module, str]:
+    return {scope.get_submodule(name): reason for name, reason in left.items()}
+
+
+def attach(scope: nn.Module, plan: Plan, training: TrainingPlan | None = None) -> None:
+    """Gives a scope a plan, and one for training mode."""
     vars(scope)[PLAN] = plan
     vars(scope)[STEPS] = Steps(plan.steps)
-    scope.__class__ = _fused_class(type(scope))
-    plan.fold_ahead()
+    if training is not None:
+        vars(scope)[TRAINING_PLAN] = training
+        vars(scope)[TRAINING_STEPS] = Steps(training.steps)
+    if original_class(scope) is type(scope):
+        scope.__class__ = _fused_class(type(scope))
+    scope._resfuse_fold_ahead()  # type: ignore[operator]
 
 
 def detach(scope: nn.Module) -> None:
     scope.__class__ = original_class(scope)
-    del vars(scope)[PLAN], vars(scope)[STEPS]
+    for name in _OURS:
+        vars(scope).pop(name, None)
+
+
+def empty_plan(scope: nn.Module) -> Plan:
+    """The plan of a scope that is fused in training mode only."""
+    return Plan(scope, {}, {}, [], {})
+
+
+_OURS = (PLAN, STEPS, TRAINING_PLAN, TRAINING_STEPS)
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -90,6 +122,10 @@ def _forward_in(kind: type[nn.Module]) -> Forward:
             result = vars(self)[PLAN].run(self, args, kwargs)
             if result is not NOT_RUN:
                 return result
+        elif (training := vars(self).get(TRAINING_PLAN)) is not None:
+            result = training.run(self, args, kwargs)
+            if result is not NOT_RUN:
+                return result
         require_weights(vars(self)[PLAN].has_discarded())
         return original(self, *args, **kwargs)
 
@@ -98,7 +134,7 @@ def _forward_in(kind: type[nn.Module]) -> Forward:
     return forward
 
 
-def _empty(kind: type[nn.Module], left: dict[str, str]) -> nn.Module:
+def _empty(kind: type[nn.Module], left: tuple[dict[str, str], dict[str, str] | None]) -> nn.Module:
     fused = _fused_class(kind)
     scope = fused.__new__(fused)
     vars(scope)[_LEFT] = left

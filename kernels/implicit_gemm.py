@@ -117,6 +117,41 @@ def multiply(
 
 
 @triton.jit
+def sum_of_tile(
+    x_ptr, w_ptr,
+    M, H, W, P, Q, pid_m, pid_n, taps, channels,
+    GROUPS: tl.constexpr, C_GROUP: tl.constexpr, K_GROUP: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr, TAPS_INNER: tl.constexpr,
+    PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`multiply` over all taps and channels, right where x has an Inf or NaN in a packed group."""
+    acc = multiply(
+        x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, 0, taps, 0, channels, 0,
+        GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
+        DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, False,
+        PACK, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if PACK > 1:  # noqa: SIM102 - the outer is for the compiler
+        # An Inf or NaN of one group times the zero weight of another is NaN in that other group,
+        # always: where there is none, nothing leaked. Else each group is computed by itself.
+        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+            _, offs_n, _ = output_channels(pid_n, GROUPS, K_GROUP, PACK, BLOCK_N)
+            for group in range(PACK):
+                alone = multiply(
+                    x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, 0, taps, 0, channels, group,
+                    GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
+                    DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, True,
+                    PACK, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                acc = tl.where((offs_n // K_GROUP == group)[None, :], alone, acc)
+    return acc
+
+
+@triton.jit
 def _step(
     acc, x_ptr, x_offs, top, left, w_ptr, w_offs, channel, offs_n, mask_n,
     first_group, tap, c, H, W, only_group,

@@ -44,6 +44,25 @@ def why_not_norm(norm: nn.Module) -> str | None:
     return None
 
 
+def why_not_norm_in_training(norm: nn.Module) -> str | None:
+    """The reason to leave a batch norm alone in training mode."""
+    if has_hooks(norm):
+        return "it has hooks"
+    if isinstance(norm, nn.SyncBatchNorm):
+        return "it averages over processes"
+    if hasattr(norm, "parametrizations"):
+        return "it is parametrized"
+    if not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):  # timm's BatchNormAct2d
+        return "it drops something between norm and activation"
+    return None
+
+
+def channels_of(norm: nn.Module) -> int:
+    """How many channels a batch norm normalises."""
+    mean = getattr(norm, "running_mean", None)
+    return norm.num_features if mean is None else mean.numel()  # type: ignore[return-value]
+
+
 def geometry_of(conv: nn.Conv2d) -> Geometry:
     """How the window of a convolution moves that there is no reason to leave alone."""
     padding = padding_of(conv)

@@ -19,6 +19,7 @@ from torch import nn
 from resfuse.kernels.layers import (
     activation_in_norm,
     activation_of,
+    channels_of,
     is_norm,
     skips_in_eval,
     why_not_conv,
@@ -72,14 +73,16 @@ class Chain:
         return " + ".join(words + (act + add if self.residual == "after" else add + act))
 
 
-def drop_idle(graph: fx.Graph, module: nn.Module) -> list[str]:
-    """Takes out what does nothing in eval mode (dropout, identity); returns the modules' names."""
+def drop_idle(
+    graph: fx.Graph, module: nn.Module, is_idle: Callable[[nn.Module], bool] = skips_in_eval
+) -> list[str]:
+    """Takes out what does nothing, by default in eval mode; returns the modules' names."""
     idle = [
         node
         for node in graph.nodes
         if node.op == "call_module"
         and len(node.args) == 1
-        and skips_in_eval(module.get_submodule(str(node.target)))
+        and is_idle(module.get_submodule(str(node.target)))
     ]
     for node in idle:
         node.replace_all_uses_with(node.args[0])
@@ -87,8 +90,14 @@ def drop_idle(graph: fx.Graph, module: nn.Module) -> list[str]:
     return [str(node.target) for node in idle]
 
 
+LeftAlone = Callable[[nn.Module], str | None]
+
+
 def find_chains(
-    graph: fx.Graph, module: nn.Module, left_alone: Callable[[nn.Module], str | None]
+    graph: fx.Graph,
+    module: nn.Module,
+    left_alone: LeftAlone,
+    norm_left_alone: LeftAlone = why_not_norm,
 ) -> tuple[list[Chain], dict[str, str]]:
     """All chains of a graph, and why the other convolutions are left.
 
@@ -96,11 +105,12 @@ def find_chains(
         graph: of the scope; not changed.
         module: the scope.
         left_alone: a reason from outside the scope (a shared module, a tied weight), or None.
+        norm_left_alone: the reason to leave a batch norm for what it is.
 
     Returns:
         The chains in order, and name of a convolution -> reason.
     """
-    matcher = _Matcher(graph, module, left_alone)
+    matcher = _Matcher(graph, module, left_alone, norm_left_alone)
     for node in graph.nodes:
         matcher.conv_chain(node)
     for node in graph.nodes:
@@ -110,12 +120,13 @@ def find_chains(
 
 class _Matcher:
     def __init__(
-        self, graph: fx.Graph, module: nn.Module, left_alone: Callable[[nn.Module], str | None]
+        self, graph: fx.Graph, module: nn.Module, left_alone: LeftAlone, norm_left_alone: LeftAlone
     ) -> None:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.writers = [node for node in graph.nodes if _writes_in_place(node, module)]
         self.module = module
         self.left_alone = left_alone
+        self.norm_left_alone = norm_left_alone
         self.taken: set[fx.Node] = set()
         self.chains: list[Chain] = []
         self.left: dict[str, str] = {}
@@ -136,8 +147,8 @@ class _Matcher:
         norm_node = self._next(chain)
         norm = self._called(norm_node)
         if norm_node is not None and norm is not None and is_norm(norm):
-            reason = self.left_alone(norm) or why_not_norm(norm)
-            if reason is None and norm.running_mean.numel() == conv.out_channels:  # type: ignore[operator]
+            reason = self.left_alone(norm) or self.norm_left_alone(norm)
+            if reason is None and channels_of(norm) == conv.out_channels:
                 chain.norm = norm
                 self._take(chain, norm_node)
                 if self._activation_inside(chain, norm):
@@ -150,7 +161,9 @@ class _Matcher:
         norm = self._called(node)
         if norm is None or node in self.taken or not is_norm(norm):
             return
-        if not _one_node(node.args, node.kwargs) or why_not_norm(norm) or self.left_alone(norm):
+        if not _one_node(node.args, node.kwargs):
+            return
+        if self.norm_left_alone(norm) or self.left_alone(norm):
             return
         chain = Chain(str(node.target), node.args[0], norm=norm)  # type: ignore[arg-type]
         self._take(chain, node)

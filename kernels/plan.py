@@ -49,7 +49,7 @@ class Plan:
         self._root = self
         self._sources = [source for layer in self.layers for source in layer.sources]
         self._stamp: Stamp = ([], [])
-        self._watched = [_watch(scope, name) for name in watched]
+        self._watched = [watch(scope, name) for name in watched]
         self._modal = [m for *_, m in self._watched if differs_in_training(m)]
         self._hooks = [hooks for *_, m in self._watched for hooks in hooks_of(m)]
         self._parameters = [
@@ -120,7 +120,7 @@ class Plan:
             return None if torch.compiler.is_dynamo_compiling() else call
         if torch.compiler.is_compiling():  # on a CPU inductor fuses and packs the layers itself
             return call if _on_cuda(args) else None
-        if _is_watched():
+        if is_watched():
             return None
         if any(self._hooks):
             return None
@@ -160,6 +160,13 @@ class Plan:
             if weight is not None:
                 layer.folded(weight.dtype)
 
+    def forget_folded(self) -> None:
+        """Frees what was folded: weights about to be trained would make it stale."""
+        for layer in self._every:
+            layer.forget()
+        self._passed.clear()
+        self._stamp = ([], [])
+
     def _needs_gradients(self, args: tuple[Any, ...]) -> bool:
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return True
@@ -187,7 +194,7 @@ def plan_of(module: nn.Module) -> Plan | None:
     return vars(module).get(PLAN)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """True where a tool wants to see the layers: FlopCounterMode, vmap, torch.jit.trace, ..."""
     return bool(
         _len_torch_dispatch_stack() > 0
@@ -196,7 +203,8 @@ def _is_watched() -> bool:
     )
 
 
-def _watch(scope: nn.Module, name: str) -> Watched:
+def watch(scope: nn.Module, name: str) -> Watched:
+    """Where a layer of a scope is found, and which it is now."""
     parent, _, last = name.rpartition(".")
     holder = scope.get_submodule(parent)._modules
     layer = holder[last]

@@ -79,4 +79,28 @@ KERNELS: dict[str, KernelSpec] = {
         "resfuse.kernels.block_tail_kernel:shipped",
         "3x3, 1x1 + residual + ReLU, and the next block's 1x1",
     ),
+    "batch_statistics": KernelSpec(
+        "resfuse.kernels.training.statistics:batch_statistics",
+        "resfuse.kernels.training.statistics:batch_statistics_ref",
+        "resfuse.kernels.training.statistics:shipped",
+        "training: mean and variance of each channel, running statistics",
+    ),
+    "bn_add_relu": KernelSpec(
+        "resfuse.kernels.training.bn_add_relu:bn_add_relu",
+        "resfuse.kernels.training.bn_add_relu:bn_add_relu_ref",
+        "resfuse.kernels.training.bn_add_relu_kernel:shipped",
+        "training: batch norm, residual or projection's norm, ReLU; all gradients",
+    ),
+    "conv_statistics": KernelSpec(
+        "resfuse.kernels.training.conv_statistics:conv_statistics",
+        "resfuse.kernels.training.conv_statistics:conv_statistics_ref",
+        "resfuse.kernels.training.conv_statistics:shipped",
+        "training: any convolution and the statistics of its output",
+    ),
+    "bn_conv1x1": KernelSpec(
+        "resfuse.kernels.training.bn_conv1x1:bn_conv1x1",
+        "resfuse.kernels.training.bn_conv1x1:bn_conv1x1_ref",
+        "resfuse.kernels.training.bn_conv1x1:shipped",
+        "training: 1x1 convolution of what it normalises while loading, with statistics",
+    ),
 }

@@ -31,7 +31,8 @@ def rewrite(
     nodes: dict[fx.Node, Step] = {}
     replaced: dict[fx.Node, fx.Node] = {}
     for chain in chains:
-        node = _replace(graph, chain, prefix, replaced)
+        target = f"{STEPS}.{prefix}{chain.name.replace('.', '_')}"
+        node = replace_chain(graph, chain, target, replaced)
         if chain.conv is None:
             nodes[node] = NormStep(chain)
         else:
@@ -39,16 +40,20 @@ def rewrite(
             nodes[node] = ConvStep(chain, fold)
     _merge_projections(graph, nodes)
     _merge_stem(graph, scope, nodes)
-    _loosen_views(graph)
-    return {_attribute(node): step for node, step in nodes.items()}
+    loosen_views(graph)
+    return {attribute_of(node): step for node, step in nodes.items()}
 
 
-def _replace(
-    graph: fx.Graph, chain: Chain, prefix: str, replaced: dict[fx.Node, fx.Node]
+def replace_chain(
+    graph: fx.Graph, chain: Chain, target: str, replaced: dict[fx.Node, fx.Node]
 ) -> fx.Node:
+    """Puts one call of `target` where a chain was.
+
+    Args:
+        replaced: ends of chains replaced before -> what stands there now; added to.
+    """
     read = [chain.source] if chain.added is None else [chain.source, chain.added]
     inputs = [replaced.get(node, node) for node in read]  # the end of a chain done before
-    target = f"{STEPS}.{prefix}{chain.name.replace('.', '_')}"
     with graph.inserting_after(chain.end):
         node = graph.create_node("call_module", target, tuple(inputs))
     chain.end.replace_all_uses_with(node)
@@ -100,7 +105,7 @@ def returns_a_step(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     (output,) = (node for node in graph.nodes if node.op == "output")
     made = output.args[0]
     return isinstance(made, fx.Node) and isinstance(
-        steps.get(_attribute(made)), ConvStep | ProjectionStep
+        steps.get(attribute_of(made)), ConvStep | ProjectionStep
     )
 
 
@@ -114,7 +119,7 @@ def overwrite_input(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     last = max(x.users, key=list(graph.nodes).index, default=None)
     if last is None or len(last.args) != 2 or last.args[1] is not x or last.args[0] is x:
         return False
-    step = steps.get(_attribute(last))
+    step = steps.get(attribute_of(last))
     if not isinstance(step, ConvStep) or step.residual != "before":
         return False
     step.overwrite = True
@@ -130,9 +135,9 @@ def straighten(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     Returns:
         Whether that is so; if not, the graph is as it was.
     """
-    called = [node for node in graph.nodes if _attribute(node) in steps]
+    called = [node for node in graph.nodes if attribute_of(node) in steps]
     for node in called:
-        if isinstance(steps[_attribute(node)], NormStep):
+        if isinstance(steps[attribute_of(node)], NormStep):
             return False
         read = [arg for arg in node.args if isinstance(arg, fx.Node)]
         if any(arg.op != "placeholder" and arg not in called for arg in read):
@@ -152,7 +157,7 @@ def compile_forward(graph: fx.Graph, name: str) -> Forward:
     return space["forward"]
 
 
-def _loosen_views(graph: fx.Graph) -> None:
+def loosen_views(graph: fx.Graph) -> None:
     """x.view(...) of a channels_last tensor may not exist where x.reshape(...) does."""
     for node in graph.nodes:
         if node.op == "call_method" and node.target == "view":
@@ -189,5 +194,6 @@ def _is_stem_pool(pool: nn.MaxPool2d) -> bool:
     )
 
 
-def _attribute(node: fx.Node) -> str:
+def attribute_of(node: fx.Node) -> str:
+    """The name a step has among its scope's steps, of the node that calls it."""
     return str(node.target).rpartition(".")[2]

@@ -98,18 +98,21 @@ def calls(module: nn.Module) -> list[Call]:
     return found
 
 
-def trace(module: nn.Module, call: Call) -> Trace:
-    """Traces `module.forward`, called that way, as it runs in eval mode (the caller has set that).
+def trace(module: nn.Module, call: Call, tracer: "ScopeTracer | None" = None) -> Trace:
+    """Traces `module.forward`, called that way, in the mode it is in (the caller has set that).
 
     DenseNet's layers take a tensor or a list of them, ask isinstance which, and are called with a
     list: hence `call.takes_list`, which is what isinstance then answers.
+
+    Args:
+        tracer: one that looks closer.
 
     Raises:
         NotTraceable: with the reason.
     """
     forward = original_class(module).forward
     defaults = {p.name: p.default for p in _parameters(module)[call.arguments :]}
-    tracer = _Tracer()
+    tracer = ScopeTracer() if tracer is None else tracer
     attributes = dict(vars(module))
     fused_class, module.__class__ = module.__class__, original_class(module)
     with _isinstance_answers(forward, not call.takes_list) as questions:
@@ -160,7 +163,9 @@ class _Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
 
-class _Tracer(fx.Tracer):
+class ScopeTracer(fx.Tracer):
+    """Traces through plain sequences, and nothing else."""
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 

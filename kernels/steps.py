@@ -55,7 +55,7 @@ class ConvStep:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if torch.compiler.is_exporting():
             return self._exported(x, residual)
-        x = _autocast(x)
+        x = autocast(x)
         if not self.takes(x, residual):
             self.detours += 1
             return self.by_layers(x, residual)
@@ -100,6 +100,11 @@ class ConvStep:
             return
         if stamp_of(tensors_of(self.sources)) != made.stamp:
             self.fold.made = None
+
+    def forget(self) -> None:
+        """Forgets what was folded, and how it was run."""
+        if not self.fold.discarded:
+            self.fold.made = self._bound = self.straight = None
 
     def _discard_weight(self) -> None:
         """Leaves the shape of the layer's weight, and frees its memory."""
@@ -221,11 +226,11 @@ class StemStep:
         return self.pool(self.conv.straight(x))
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not x.is_cuda or not self.conv.takes(_autocast(x)):
+        if not x.is_cuda or not self.conv.takes(autocast(x)):
             return self.pool(self.conv(x))
         from resfuse.kernels.stem import stem
 
-        x = _autocast(x)
+        x = autocast(x)
         folded = self.conv.folded(x.dtype)
         return stem(x, folded.dense(), folded.bias)
 
@@ -244,12 +249,12 @@ class ProjectionStep:
         return self.conv.straight(x, self.projection.straight(shortcut))
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        both = self.conv.takes(_autocast(x)) and self.projection.takes(_autocast(shortcut))
+        both = self.conv.takes(autocast(x)) and self.projection.takes(autocast(shortcut))
         if not x.is_cuda or not both:
             return self.conv(x, self.projection(shortcut))
         from resfuse.kernels.conv1x1 import Shortcut, conv1x1
 
-        x, shortcut = _autocast(x), _autocast(shortcut)
+        x, shortcut = autocast(x), autocast(shortcut)
         main, side = self.conv.folded(x.dtype), self.projection.folded(shortcut.dtype)
         return conv1x1(
             x, main.dense(), main.bias + side.bias,
@@ -270,8 +275,8 @@ def convolutions(step: Step) -> list[ConvStep]:
     return [step.conv] if isinstance(step, StemStep) else []
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """As autocast would hand `x` to a convolution."""
+def autocast(x: Tensor) -> Tensor:
+    """As autocast would hand `x` to a convolution; differentiable."""
     if not torch._C._is_any_autocast_enabled():
         return x
     kind = x.device.type

@@ -4,15 +4,20 @@ Problems are those `shipped` compiles, at a smaller batch; `small` ones, for Tri
 are tiny, and one configuration stands for all of its math mode.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from resfuse.bench.kernels.training_trials import (
+    bn_add_relu,
+    bn_conv1x1,
+    conv_statistics,
+    statistics,
+)
+from resfuse.bench.kernels.trial import Place, Trial
 from resfuse.kernels import (
     block_tail_config,
     block_tail_kernel,
@@ -27,55 +32,15 @@ from resfuse.kernels import (
     stem_config,
     stem_kernel,
 )
-from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.block_tail import block_tail_ref
 from resfuse.kernels.block_tail_config import TailProblem
 from resfuse.kernels.conv1x1 import Shortcut, conv1x1_ref
 from resfuse.kernels.conv_arguments import Tensors
 from resfuse.kernels.conv_config import BY_MATH_MODE, candidates, resnet_problems
 from resfuse.kernels.launch import Launch
-from resfuse.kernels.problem import MATH_MODES, ConvProblem
+from resfuse.kernels.problem import ConvProblem
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One configuration: what to launch, what it fills (NaN so far), and what must stand there."""
-
-    label: str
-    math_mode: str
-    config: Any  # of the kernel, a dataclass
-    reduction: int  # products summed for one element
-    launch: Launch
-    outputs: tuple[Tensor, ...]
-    expected: Callable[[], tuple[Tensor, ...]]  # fp64
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where trials run, in which math mode, and how large they are."""
-
-    device: str  # "meta" to compile only
-    math_mode: str
-    small: bool
-
-    def draw(self, *shape: int, fan_in: int = 1, seed: int = 0) -> Tensor:
-        """Random numbers of variance 1 / fan_in, the same for the same shape and seed."""
-        dtype = MATH_MODES[self.math_mode][0]
-        if self.device == "meta":
-            drawn = torch.empty(shape, dtype=dtype, device="meta")
-        else:
-            generator = torch.Generator(self.device).manual_seed(seed + sum(shape))
-            drawn = torch.randn(shape, generator=generator, device=self.device) / fan_in**0.5
-            drawn = drawn.to(dtype)
-        return channels_last(drawn) if drawn.dim() == 4 else drawn
-
-    def blank(self, *shape: int) -> Tensor:
-        return torch.full_like(self.draw(*shape), float("nan"))
-
-    def some(self, configs: Iterable[T]) -> Iterator[T]:
-        return islice(configs, 1) if self.small else iter(configs)
+__all__ = ["TRIALS", "Place", "Trial"]
 
 
 def _conv(place: Place) -> Iterator[Trial]:
@@ -244,4 +209,8 @@ TRIALS: dict[str, Callable[[Place], Iterator[Trial]]] = {
     "stem": _stem,
     "bn_act": _bn_act,
     "block_tail": _block_tail,
+    "batch_statistics": statistics,
+    "bn_add_relu": bn_add_relu,
+    "conv_statistics": conv_statistics,
+    "bn_conv1x1": bn_conv1x1,
 }

@@ -1,0 +1,1 @@
+"""Batch norm in training mode, fused with what stands before and after it, and its gradients."""

@@ -1,0 +1,48 @@
+"""A scope's forward for training mode, and when it may run in the original's place."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from resfuse.kernels.plan import NOT_RUN, Forward, is_watched, watch
+from resfuse.kernels.scope import Call, hooks_of
+from resfuse.kernels.training.steps import Step
+
+TRAINING_PLAN = "_resfuse_training_plan"  # the attribute of a scope that holds its plan
+TRAINING_STEPS = "_resfuse_training_steps"
+
+
+class TrainingPlan:
+    """How a scope's forward runs in training mode, by the number of its arguments."""
+
+    def __init__(
+        self,
+        scope: nn.Module,
+        forwards: dict[Call, Forward],
+        steps: dict[str, Step],
+        watched: list[str],
+        left: dict[str, str],
+    ) -> None:
+        self.forwards, self.steps, self.left = forwards, steps, left
+        self._watched = [watch(scope, name) for name in watched]
+        self._hooks = [hooks for *_, module in self._watched for hooks in hooks_of(module)]
+
+    def run(self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
+
+        Compilers and exporters are shown the layers, which inductor fuses itself.
+        """
+        call = Call(len(args))
+        if kwargs or call not in self.forwards or any(a is None for a in args):
+            return NOT_RUN
+        if torch.compiler.is_compiling() or is_watched() or any(self._hooks):
+            return NOT_RUN
+        for holder, name, layer in self._watched:
+            if holder.get(name) is not layer or "forward" in vars(layer):
+                return NOT_RUN
+        return self.forwards[call](scope, *args)
+
+
+def training_plan_of(module: nn.Module) -> TrainingPlan | None:
+    return vars(module).get(TRAINING_PLAN)
