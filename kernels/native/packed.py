@@ -19,8 +19,8 @@ from resfuse.kernels.native.weights import direct_from, per_channel, slopes, win
 from resfuse.kernels.onednn import Geometry
 from resfuse.kernels.problem import ConvProblem
 
-# Winograd's weights are 16/9 as large: up to here that makes 11 MB of ResNet-50's hundred. Up to half
-# the channels it would make 2, and lose to torch.compile at batch 8 (0.97x).
+# Winograd's weights are 16/9 as large: up to here that makes 11 MB of ResNet-50's hundred. Half the
+# channels would make it 2, and lose to torch.compile at batch 8 (0.97x).
 _MOST_WINOGRAD = 256 * 256
 
 
