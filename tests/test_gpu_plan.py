@@ -288,6 +288,7 @@ def test_a_dry_run_that_is_cut_off_keeps_its_rows_and_resumes(
     assert done.returncode == 0, done.stderr
     assert "kernels:" not in done.stderr  # it is done
     assert "headline: done" in done.stderr
+    assert "Kernels are assembled by ptxas " in done.stderr
     rows = results.read_rows(folder)
     assert list(rows.timestamp)[: len(before)] == list(before.timestamp)
     assert list(rows.backend) == ["eager", "fused", "engine", "cudnn_fused", "onnxrt"]

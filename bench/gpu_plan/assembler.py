@@ -2,18 +2,18 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from resfuse.bench.errors import UsageError
 from resfuse.kernels import ptxas
 
 
 @contextlib.contextmanager
-def chosen(tell: Callable[[str], None]) -> Iterator[None]:
+def chosen() -> Iterator[str]:
     """Subprocesses started within are told of the best ptxas there is (TRITON_PTXAS_PATH).
 
-    Args:
-        tell: gets a line on which it is.
+    Yields:
+        a line on which it is.
 
     Raises:
         UsageError: the user's own TRITON_PTXAS_PATH names none that runs.
@@ -23,14 +23,12 @@ def chosen(tell: Callable[[str], None]) -> Iterator[None]:
     except ValueError as error:
         raise UsageError(str(error)) from None
     if best is None:
-        tell("No ptxas is to be found: Triton's kernels cannot be assembled here")
-        yield
+        yield "No ptxas is to be found: Triton's kernels cannot be assembled here"
         return
-    tell(f"Kernels are assembled by {best.told()}: {best.path}")
     before = os.environ.get(ptxas.VARIABLE)
     os.environ[ptxas.VARIABLE] = best.path
     try:
-        yield
+        yield f"Kernels are assembled by {best.told()}: {best.path}"
     finally:
         if before is None:
             del os.environ[ptxas.VARIABLE]

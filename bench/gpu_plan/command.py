@@ -8,7 +8,6 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -41,8 +40,8 @@ def gpu_plan(args: argparse.Namespace) -> int:
             parse(line, args.dry_run)
     if args.dry_run:
         console.print(f"Dry run on the CPU: {TINY_TOLD}. Nothing here is a result.")
-    with assembler.chosen(partial(console.print, highlight=False, soft_wrap=True)):
-        return _go(args, steps, root, request, console, watch)
+    with assembler.chosen() as assembled_by:
+        return _go(args, steps, root, request, console, watch, assembled_by)
 
 
 def _go(
@@ -52,9 +51,12 @@ def _go(
     request: Request,
     console: Console,
     watch: timing.Watch,
+    assembled_by: str,
 ) -> int:
+    """The plan itself, with every subprocess told of the assembler."""
     with console.status("Looking at this machine: device, versions, ceilings"):
         found = _survey(request, args.budget)
+    console.print(assembled_by, highlight=False, soft_wrap=True)
     folder = root / found["folder"]
     results.check_writable(folder)
     results.check_writable(folder, CONFIGS)
