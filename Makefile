@@ -13,7 +13,7 @@ setup: $(STAMP)  ## the virtual environment with the tested versions (about 5.5 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("resfuse: error: Python 3.11 or newer is needed; run make PYTHON=/path/to/it" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,openvino,test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,cluster,openvino,test,dev]'
 	@touch $@
 
 bench: $(STAMP)  ## measure networks here and write results/<device>/REPORT.md; ARGS="-m resnet50 -b 32"

@@ -92,6 +92,7 @@ def running(folder: Path) -> Iterator[None]:
         daemons.append(_start(["slurmd", "-D", "-c"], folder))
         _wait_until(lambda: "idle" in said("sinfo", "--noheader", "--format=%t"), folder)
         yield
+        said("scancel", "--user=root")  # what a test that failed has left
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()

@@ -98,10 +98,15 @@ def _slurm_ended(job: Any) -> bool:
     """Not by sacct, which submitit asks: it needs a database that smaller clusters do not have."""
     if job.paths.result_pickle.exists():
         return True
-    asked = subprocess.run(
-        ["squeue", "--noheader", "--format=%T", "--states=all", f"--jobs={job.job_id}"],
-        capture_output=True, text=True, timeout=QUERY_S, check=False,
-    )  # fmt: skip
+    command = [
+        "squeue", "--noheader", "--format=%T", "--states=all", f"--jobs={job.job_id}"
+    ]  # fmt: skip
+    try:
+        asked = subprocess.run(
+            command, capture_output=True, text=True, timeout=QUERY_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
     if asked.returncode != 0 and "Invalid job id" not in asked.stderr:
         return False  # the controller is away for a moment
     return not set(asked.stdout.split()) & ALIVE
