@@ -72,7 +72,7 @@ def run(
     started: Callable[[Case], None],
     finished: Callable[[Case, Outcome], None],
     time_left: Callable[[], float] = lambda: inf,
-    measure: Measure = run_case,
+    measure: Measure | None = None,
 ) -> int:
     """Measures the cases one by one and appends each row as soon as it exists.
 
@@ -81,7 +81,7 @@ def run(
         started, finished: called around each case, for progress.
         time_left: seconds the cases may still take. None is started with less than LEAST_S; one
             that is cut off by it leaves no row, since it may well pass with more time.
-        measure: what measures a case.
+        measure: what measures a case (default: run_case).
 
     Returns:
         how many cases were left out for want of time.
@@ -92,7 +92,8 @@ def run(
     """
     ceilings = {key: float(value) for key, value in found["ceilings"].items()}
     done = 0
-    for case, outcome in _outcomes(cases, options, ceilings, started, time_left, measure):
+    measured = _outcomes(cases, options, ceilings, started, time_left, measure or run_case)
+    for case, outcome in measured:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         stamp = Stamp(found["facts"]["device_name"], found["env_id"], found["commit"], now)
         results.append_row(folder, record(case, outcome, stamp))

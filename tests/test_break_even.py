@@ -15,7 +15,7 @@ FAST = replace(CASE, backend="compiled")
 def images_until(setup_s: float, times_ms: tuple[float, ...], case=FAST) -> float | None:
     measured = Measured(
         case=case, param_count=1, macs=1, activations=1, times_ms=times_ms,
-        baseline_ms=(100.0, 101.0, 99.0, 100.0), phases_ms={},
+        baseline_ms=(100.0, 101.0, 99.0, 100.0), ended_by="rounds", phases_ms={},
         accuracy=Accuracy(0.0, 0.0, 0.0, 1.0), memory=Memory(None, None), setup_s=setup_s,
         baseline_setup_s=0.5, floor_ms=None, joules=None, sm_clock_mhz=None, throttle=None,
         step=lambda: None,

@@ -21,9 +21,9 @@ import pytest
 
 from resfuse.bench import results, sweep
 from resfuse.bench.case import Case, Options
-from resfuse.bench.commands import unsettled
 from resfuse.bench.errors import UsageError
 from resfuse.bench.row import Outcome, Stamp, record
+from resfuse.bench.sweep import unsettled
 
 CASE = Case("resnet18", "eager", "inference", "cpu", "float32", "contiguous", 1, 224)
 CASES = [replace(CASE, batch_size=batch) for batch in range(1, 601)]

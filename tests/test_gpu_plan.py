@@ -204,7 +204,7 @@ FOUND = {
 }
 
 
-def test_a_sweep_keeps_to_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_keeps_to_its_time(tmp_path: Path) -> None:
     """The first case is measured, the second cut off without a row, the third not begun."""
     clock, limits = FakeClock(), list[float]()
 
@@ -213,11 +213,10 @@ def test_a_sweep_keeps_to_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         clock.now += 30
         return Outcome("pass") if len(limits) == 1 else Outcome("timeout", "cut off")
 
-    monkeypatch.setattr(sweep, "run_case", fake)
     cases = [replace(CASE, batch_size=n) for n in (1, 2, 3)]
     left_out = sweep.run(
         cases, Options(timeout_s=50), tmp_path, FOUND, lambda case: None, lambda *_: None,
-        lambda: 59 - clock.now,
+        lambda: 59 - clock.now, fake,
     )  # fmt: skip
     assert limits == [50, 29]
     assert left_out == 2
