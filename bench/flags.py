@@ -6,8 +6,6 @@ from pathlib import Path
 from resfuse.bench.case import PRECISIONS
 from resfuse.bench.distributed.world import PARALLEL
 
-DEVICE_HELP = "cpu, cuda, cuda:N (default: cuda where there is one)"
-
 
 def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -147,13 +145,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         help="cuda, cuda:N, or cpu: tiny problems in Triton's interpreter (default: cuda where "
         "there is one)",
     )
-    parser.add_argument(
-        "--results",
-        metavar="DIR",
-        type=Path,
-        default=Path("results"),
-        help="a folder for this environment is made in it (default: results)",
-    )
+    _add_results(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -175,12 +167,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--precision", default="float32", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: "
         "float32)"
     )  # fmt: skip
-    parser.add_argument(
-        "--img-size", type=int, metavar="PIXELS", help="square images (default: the network's own)"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
-    )
+    _add_img_size(parser)
+    _add_device(parser)
     parser.add_argument("--save", metavar="FILE", type=Path, help="write the engine to this file")
     parser.add_argument(
         "--load", metavar="FILE", type=Path, help="take the engine from this file instead"
@@ -312,13 +300,7 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
         help="limit of a convolution or network, set-up included (default: %(default)g)",
     )
     _add_threads(parser)
-    parser.add_argument(
-        "--results",
-        metavar="DIR",
-        type=Path,
-        default=Path("results"),
-        help="a folder for this environment is made in it (default: results)",
-    )
+    _add_results(parser)
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -334,7 +316,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def add_overhead(parser: argparse.ArgumentParser) -> None:
     _add_results(parser)
-    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    _add_device(parser)
 
 
 def add_gate(parser: argparse.ArgumentParser) -> None:
@@ -369,7 +351,7 @@ def add_depth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", type=names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
     )
-    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    _add_device(parser)
     parser.add_argument(
         "--seconds",
         type=positive,
@@ -391,13 +373,7 @@ def add_depth(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds for all of it; --resume goes on where they ended (default: %(default)g)",
     )
-    parser.add_argument(
-        "--threads",
-        type=count,
-        default=0,
-        metavar="N",
-        help="CPU threads (default: torch's choice)",
-    )
+    _add_threads(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the seeded weights (default: 0)")
     parser.set_defaults(ab=None, ci=None)  # of `resfuse bench`, whose options these are, too
     _add_results(parser)
@@ -444,7 +420,7 @@ def add_degradation(parser: argparse.ArgumentParser) -> None:
         help="networks trained at once, each on one thread (default: one a CPU core, or 1 on a "
         "GPU)",
     )
-    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    _add_device(parser)
     parser.add_argument(
         "--timeout",
         type=positive,
