@@ -285,12 +285,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="MODES",
         help=f"{', '.join(MODES)} (default: inference)",
     )
-    what.add_argument(
-        "--img-size", type=int, metavar="PIXELS", help="square images (default: the network's own)"
-    )
-    what.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
-    )
+    flags.add_img_size(what)
+    flags.add_device(what)
     flags.add_parallel(what)
     weights = what.add_mutually_exclusive_group()
     weights.add_argument(
@@ -336,22 +332,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="limit of a case, set-up included (default: %(default)g)",
     )
-    how.add_argument(
-        "--threads",
-        type=flags.count,
-        default=0,
-        metavar="N",
-        help="CPU threads (default: torch's choice)",
-    )
+    flags.add_threads(how)
     how.add_argument("--seed", type=int, default=0, help="of the seeded weights (default: 0)")
     out = parser.add_argument_group("results")
-    out.add_argument(
-        "--results",
-        metavar="DIR",
-        type=Path,
-        default=Path("results"),
-        help="a folder for this environment is made in it (default: results)",
-    )
+    flags.add_results(out)
     out.add_argument(
         "--resume",
         action="store_true",
@@ -390,12 +374,8 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--precision", type=flags.names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
     )
-    what.add_argument(
-        "--img-size", type=int, metavar="PIXELS", help="square images (default: the network's own)"
-    )
-    what.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
-    )
+    flags.add_img_size(what)
+    flags.add_device(what)
     how = parser.add_argument_group("how")
     how.add_argument(
         "--rounds",
@@ -410,21 +390,9 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="limit of a convolution, set-up included (default: %(default)g)",
     )
-    how.add_argument(
-        "--threads",
-        type=flags.count,
-        default=0,
-        metavar="N",
-        help="CPU threads (default: torch's choice)",
-    )
+    flags.add_threads(how)
     out = parser.add_argument_group("results")
-    out.add_argument(
-        "--results",
-        metavar="DIR",
-        type=Path,
-        default=Path("results"),
-        help="a folder for this environment is made in it (default: results)",
-    )
+    flags.add_results(out)
     out.add_argument("--csv", action="store_true", help="print the rows as CSV, too")
     out.add_argument("--dry-run", action="store_true", help="show the convolutions and stop")
     out.add_argument("--no-report", action="store_true", help="append rows only")

@@ -145,7 +145,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         help="cuda, cuda:N, or cpu: tiny problems in Triton's interpreter (default: cuda where "
         "there is one)",
     )
-    _add_results(parser)
+    add_results(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -167,8 +167,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--precision", default="float32", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: "
         "float32)"
     )  # fmt: skip
-    _add_img_size(parser)
-    _add_device(parser)
+    add_img_size(parser)
+    add_device(parser)
     parser.add_argument("--save", metavar="FILE", type=Path, help="write the engine to this file")
     parser.add_argument(
         "--load", metavar="FILE", type=Path, help="take the engine from this file instead"
@@ -245,9 +245,9 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help=f"{', '.join(PRECISIONS)} (default: float16, on a CPU float32)",
     )
-    _add_img_size(parser)
-    _add_device(parser)
-    _add_threads(parser)
+    add_img_size(parser)
+    add_device(parser)
+    add_threads(parser)
     parser.add_argument("--layers", action="store_true", help="show every distinct layer, too")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write all lines to this file")
     parser.add_argument(
@@ -277,8 +277,8 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="ways to compute a convolution; see `resfuse list providers` (default: all)",
     )
-    _add_img_size(parser)
-    _add_device(parser)
+    add_img_size(parser)
+    add_device(parser)
     parser.add_argument(
         "--rounds",
         type=rounds,
@@ -299,12 +299,12 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="limit of a convolution or network, set-up included (default: %(default)g)",
     )
-    _add_threads(parser)
-    _add_results(parser)
+    add_threads(parser)
+    add_results(parser)
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
-    _add_device(parser)
+    add_device(parser)
     parser.add_argument(
         "--results",
         metavar="DIR",
@@ -315,8 +315,8 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def add_overhead(parser: argparse.ArgumentParser) -> None:
-    _add_results(parser)
-    _add_device(parser)
+    add_results(parser)
+    add_device(parser)
 
 
 def add_gate(parser: argparse.ArgumentParser) -> None:
@@ -351,7 +351,7 @@ def add_depth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", type=names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
     )
-    _add_device(parser)
+    add_device(parser)
     parser.add_argument(
         "--seconds",
         type=positive,
@@ -373,10 +373,10 @@ def add_depth(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds for all of it; --resume goes on where they ended (default: %(default)g)",
     )
-    _add_threads(parser)
+    add_threads(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the seeded weights (default: 0)")
     parser.set_defaults(ab=None, ci=None)  # of `resfuse bench`, whose options these are, too
-    _add_results(parser)
+    add_results(parser)
     _add_resumable(parser, "cases")
 
 
@@ -420,7 +420,7 @@ def add_degradation(parser: argparse.ArgumentParser) -> None:
         help="networks trained at once, each on one thread (default: one a CPU core, or 1 on a "
         "GPU)",
     )
-    _add_device(parser)
+    add_device(parser)
     parser.add_argument(
         "--timeout",
         type=positive,
@@ -428,11 +428,11 @@ def add_degradation(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="limit of one training (default: a day)",
     )
-    _add_results(parser)
+    add_results(parser)
     _add_resumable(parser, "trainings")
 
 
-def _add_results(parser: argparse.ArgumentParser) -> None:
+def add_results(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--results",
         metavar="DIR",
@@ -452,19 +452,19 @@ def _add_resumable(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--no-report", action="store_true", help="append rows only")
 
 
-def _add_img_size(parser: argparse.ArgumentParser) -> None:
+def add_img_size(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--img-size", type=int, metavar="PIXELS", help="square images (default: the network's own)"
     )
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
     )
 
 
-def _add_threads(parser: argparse.ArgumentParser) -> None:
+def add_threads(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--threads",
         type=count,
