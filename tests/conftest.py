@@ -20,6 +20,24 @@ ROOT = Path(__file__).resolve().parent.parent
 Resfuse = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a file draws from torch's own generator while it is imported is always the same."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """And what fixtures draw, whichever test is the first to need them."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """And what a test draws, whichever fixtures were made for it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_networks_left() -> Iterator[None]:
     """Networks in reference cycles (torch.fx makes some) are freed: Python counts objects, and not
@@ -27,12 +45,6 @@ def _no_networks_left() -> Iterator[None]:
     """
     yield
     gc.collect()
-
-
-@pytest.fixture
-def seeded() -> None:
-    """What a test draws from torch's own generator is the same in every run."""
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

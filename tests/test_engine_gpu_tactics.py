@@ -49,7 +49,7 @@ HALVES = (torch.float32, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def _no_tf32(monkeypatch: pytest.MonkeyPatch, seeded: None) -> None:
+def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 means ieee here, on a GPU too."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 

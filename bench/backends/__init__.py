@@ -66,6 +66,7 @@ BACKENDS: dict[str, Backend] = {
         "resfuse.bench.backends.fused:build",
         "resfuse.kernels.fuse: our kernels on a GPU, native steps or oneDNN on a CPU",
         ("channels_last",),  # it computes in that, whatever it is given
+        "resfuse.bench.backends.fused:trainable",
         require="resfuse.bench.backends.fused:require",
     ),
     "engine": Backend(

@@ -24,3 +24,8 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
         return fused(images)
 
     return run
+
+
+def trainable(model: nn.Module, example: Tensor) -> nn.Module:
+    """Fuses the model in place, batch norms of training mode included; its parameters stay."""
+    return fuse(model, inplace=True, training=True)
