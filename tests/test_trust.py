@@ -148,7 +148,7 @@ def test_training_gradients_are_checked(monkeypatch: pytest.MonkeyPatch) -> None
     assert "of the gradients" in outcome.error
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["eager", "compiled", "fused"])
 def test_honest_training_passes_and_splits_its_time(backend: str) -> None:
     case = Case(**{**vars(CASE), "mode": "train", "backend": backend})
     outcome, _ = measure.measure(case, OPTIONS, {}, lambda event: None)

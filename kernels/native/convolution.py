@@ -10,10 +10,10 @@ from typing import Literal
 from torch import Tensor
 
 from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, panel, pixels
-from resfuse.kernels.native.weights import direct_weights, grouped_weights
+from resfuse.kernels.native.weights import direct_weights, grouped_weights, winograd_weights
 from resfuse.kernels.problem import ConvProblem
 
-Form = Literal["direct", "winograd", "grouped"]
+Form = Literal["direct", "winograd", "winograd_inline", "grouped"]
 _LINE, _DEPTH = 16, 128  # as tile.h has them
 _SLICE, _APART = 64, 3 * _LINE  # as winograd.h has them
 LONGEST_ROW, _MOST_TAPS = 1 << 14, 128  # as direct.h and grouped.h have them
@@ -22,7 +22,7 @@ LONGEST_ROW, _MOST_TAPS = 1 << 14, 128  # as direct.h and grouped.h have them
 # time: from half of a first-level cache that is large to twice a second-level one.
 _DIRECT_BLOCKS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
 _WINOGRAD_BLOCKS = (1 << 18, 1 << 20, 4 << 20)
-_TRANSFORM = 12  # tiles whose products take as long as the transform of the weights they need
+_TRANSFORM = 12  # tiles whose products take as long as the inline transform of their weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class NativeConfig:
 
     form: Form
     by_channel: bool  # threads part the output channels, not the pixels
-    block: int  # pixels (winograd: 2x2 tiles) taken through all output channels at a time
+    block: int  # pixels (Winograd: 2x2 tiles) taken through all output channels at a time
 
 
 def refusal(problem: ConvProblem) -> str | None:
@@ -50,50 +50,68 @@ def refusal(problem: ConvProblem) -> str | None:
 
 def candidates(problem: ConvProblem) -> Iterator[NativeConfig]:
     """Every way to compute `problem` that may be the fastest."""
+    for form in forms(problem):
+        if form != "winograd_inline":  # which saves memory
+            yield from configs(form, problem)
+
+
+def forms(problem: ConvProblem) -> Iterator[Form]:
+    """Those that compute `problem`."""
     if _is_grouped(problem):
-        yield NativeConfig("grouped", False, 0)
+        yield "grouped"
     if problem.groups == 1 or _fills_vectors(problem):
-        yield from _parted("direct", problem, pixels_of(problem), _direct_bytes(problem))
+        yield "direct"
     if _is_winograd(problem):
-        # the transformed input of a tile: 16 values a channel
-        yield from _parted("winograd", problem, tiles_of(problem), 16 * 4 * problem.c)
+        yield "winograd"
+        yield "winograd_inline"
 
 
-def choose(problem: ConvProblem, form: Form | None = None) -> NativeConfig:
-    """What is expected to be fastest (of a form), without measuring.
+def configs(form: Form, problem: ConvProblem) -> Iterator[NativeConfig]:
+    """Of one form, in blocks of several sizes."""
+    if form == "grouped":
+        yield NativeConfig("grouped", False, 0)
+    elif form == "direct":
+        yield from _parted(form, problem, pixels_of(problem), _direct_bytes(problem))
+    else:  # the transformed input of a tile: 16 values a channel
+        yield from _parted(form, problem, tiles_of(problem), 16 * 4 * problem.c)
 
-    Winograd where its 16 products a tile and the transform are fewer than 9 a pixel, in blocks that
-    make little of the transform. Channels are parted where a thread would have few pixels.
+
+def choose(problem: ConvProblem) -> NativeConfig:
+    """What is expected to be fastest, without measuring, of forms that share a layout of weights.
+
+    Winograd where its 16 products a tile and the transform are fewer than 9 a pixel.
     """
-    configs = list(candidates(problem))
-    forms = {config.form for config in configs}
-    if form is None:
-        saves = 16 * (tiles_of(problem) + _TRANSFORM) < 9 * pixels_of(problem)
-        form = "winograd" if "winograd" in forms and saves else configs[0].form
-    configs = [config for config in configs if config.form == form]
+    saves = 16 * (tiles_of(problem) + _TRANSFORM) < 9 * pixels_of(problem)
+    first = next(forms(problem))
+    return choose_blocks("winograd_inline" if saves and _is_winograd(problem) else first, problem)
+
+
+def choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:
+    """The blocks of a form that are expected to be fastest: those that make little of a transform.
+
+    Channels are parted where a thread would have few pixels.
+    """
+    every = list(configs(form, problem))
     by_channel = pixels_of(problem) < 512 and problem.k >= 4 * panel()
-    preferred = [c for c in configs if c.by_channel == by_channel] or configs
-    if form == "winograd":
-        many = (c for c in preferred if c.block >= 8 * _TRANSFORM)
-        return next(many, preferred[-1])
+    preferred = [c for c in every if c.by_channel == by_channel] or every
+    if form == "winograd_inline":
+        return next((c for c in preferred if c.block >= 8 * _TRANSFORM), preferred[-1])
     return preferred[len(preferred) // 2]
-
-
-def layout_of(form: Form) -> Form:
-    """The form whose layout of the weights this one reads."""
-    return "direct" if form == "winograd" else form
 
 
 def layout_weight(form: Form, weight: Tensor, groups: int) -> Tensor:
     """[K, C / groups, R, S] as the form reads it."""
+    if form == "winograd":
+        return winograd_weights(weight)
     return grouped_weights(weight) if form == "grouped" else direct_weights(weight, groups)
 
 
 def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
     """Scratch memory a thread needs, in floats."""
-    if config.form == "winograd":
-        weights, block = min(problem.c, _SLICE) * panel(), config.block
-        return 16 * (weights + block * problem.c + block * panel() + 3 * _APART)
+    if config.form in ("winograd", "winograd_inline"):
+        kept = config.block * (problem.c + panel()) + 2 * _APART
+        weights = _SLICE * panel() + _APART if config.form == "winograd_inline" else 0
+        return 16 * (kept + weights)
     return config.block * panel() if config.form == "direct" and _is_sliced(problem) else 0
 
 
@@ -167,7 +185,7 @@ def _direct_bytes(problem: ConvProblem) -> int:
 def _parted(
     form: Form, problem: ConvProblem, rows: int, bytes_of_each: int
 ) -> Iterator[NativeConfig]:
-    budgets = _WINOGRAD_BLOCKS if form == "winograd" else _DIRECT_BLOCKS
+    budgets = _DIRECT_BLOCKS if form == "direct" else _WINOGRAD_BLOCKS
     whole = -(-rows // pixels()) * pixels()
     blocks = {
         max(pixels(), min(whole, budget // bytes_of_each // pixels() * pixels()))

@@ -62,7 +62,7 @@ class NativeConv:
     ) -> None:
         self._shape = weight.shape
         self._geometry, self._activation = geometry, activation
-        self._weight = direct_weights(weight)  # Winograd's form reads them, too
+        self._weight = direct_weights(weight)  # the inline Winograd reads them, too
         self._bias = per_channel(bias)
         self._slope = None if slope is None else slopes(slope, weight.shape[0])
         self._run = runner()

@@ -11,6 +11,7 @@ enum Kind : long {
   AFFINE = 5,
   AVERAGE_POOL = 6,
   PICK = 7,
+  WINOGRAD_INLINE = 8,
 };
 
 enum Activation : long { IDENTITY = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SLOPE = 4 };

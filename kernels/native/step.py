@@ -11,7 +11,10 @@ import torch
 
 from resfuse.kernels.native.library import NativeUnavailable, library
 
-KINDS = ("direct", "winograd", "grouped", "max_pool", "mean", "affine", "average_pool", "pick")
+KINDS = (
+    "direct", "winograd", "grouped", "max_pool", "mean", "affine", "average_pool", "pick",
+    "winograd_inline",
+)  # fmt: skip
 ACTIVATIONS = {
     "identity": 0,
     "relu": 1,

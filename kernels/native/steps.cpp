@@ -13,7 +13,8 @@ static void run_part(const Step& step, long t, long threads) {
   if (step.joined) return chain(&step, t, threads);
   switch (step.kind) {
     case DIRECT: direct(step, t, threads); break;
-    case WINOGRAD: winograd(step, t, threads); break;
+    case WINOGRAD:
+    case WINOGRAD_INLINE: winograd(step, t, threads); break;
     case GROUPED: grouped(step, t, threads); break;
     case MAX_POOL: max_pool(step, t, threads); break;
     case MEAN: mean(step, t, threads); break;

@@ -1,10 +1,13 @@
-"""Weights laid out as the native steps read them (direct.h and grouped.h say how)."""
+"""Weights laid out as the native steps read them (direct.h, winograd.h and grouped.h say how)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.kernels.native.step import lanes, panel
+
+# Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015: F(2, 3)
+_G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 
 
 def direct_weights(w: Tensor, groups: int = 1) -> Tensor:
@@ -24,6 +27,12 @@ def direct_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
     sizes = [c * r * s * min(panel(), k - first) for first in range(0, k, panel())]
     parts = [part.view(r, s, c, -1) for part in laid_out.split(sizes)]
     return torch.cat(parts, -1).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def winograd_weights(w: Tensor) -> Tensor:
+    """[K, C, 3, 3] -> for each panel of channels [16, C, panel] of G w G^T, computed in fp64."""
+    u = torch.einsum("ir,kcrs,js->ijck", _G, w.double(), _G).float().flatten(0, 1)
+    return torch.cat([part.reshape(-1) for part in _to_lanes(u, -1).split(panel(), -1)])
 
 
 def grouped_weights(w: Tensor) -> Tensor:

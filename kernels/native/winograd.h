@@ -5,11 +5,11 @@
 // A 4x4 patch d of the input becomes B^T d B, 16 matrix products over channels follow (one for each
 // of its elements), and A^T m A is a 2x2 patch of the output.
 //
-// Weights: as direct.h has them. G w G^T is computed here, a slice of channels at a time and again
-// for every block: the transformed weights are 16/9 as large, and reading those from memory took
-// longer than making them in a second-level cache.
-// Scratch, for each thread: transformed weights [16, depth, PANEL] of a slice, the transformed input
-// [16, block, C], products [16, block, PANEL].
+// Weights: WINOGRAD reads, for each panel of up to PANEL output channels, [16, C, panel] of G w G^T.
+// These are 16/9 as large as w, so WINOGRAD_INLINE reads what direct.h does and computes G w G^T
+// itself, a slice of channels at a time and again for every block.
+// Scratch, for each thread: the transformed input [16, block, C], products [16, block, PANEL], and
+// the slice of transformed weights [16, SLICE, PANEL].
 #pragma once
 
 #include "epilogue.h"
@@ -96,60 +96,108 @@ static void scatter(const Step& s, const Patch& at, const float* from, long plan
   }
 }
 
-// Channels whose transformed weights, times PANEL, leave room in a second-level cache.
+// Channels of a slice whose transformed weights are computed together: with all products' inputs
+// they fit into a second-level cache.
 constexpr long SLICE = 64;
 
 // Planes of 16 elements would lie a power of two apart, all in one set of the caches.
 constexpr long APART = 3 * LINE;
 
-// Where one panel's weights lie, [3, 3, C, panel], and a slice of its channels.
+// A panel's output channels, and some of the input channels.
 struct Slice {
-  const float* w;
-  long panel, c, depth, plane;
+  long k, panel, c, depth;
 
-  Slice(const Step& s, long p, long part, long parts) {
-    const long k = p * PANEL;
-    panel = least(PANEL, s.K - k);
-    c = s.C * part / parts;
-    depth = s.C * (part + 1) / parts - c;
-    w = s.w + k * 9 * s.C + c * panel;
-    plane = depth * panel + APART;
+  Slice(const Step& s, long p, long part, long parts)
+      : k(p * PANEL),
+        panel(least(PANEL, s.K - k)),
+        c(s.C * part / parts),
+        depth(s.C * (part + 1) / parts - c) {}
+
+  long floats() const { return depth * panel; }
+
+  // Its weights in plane `i` of `planes`: taps, or transformed elements.
+  const float* weights(const Step& s, long planes, long i) const {
+    return s.w + (k * planes + i * panel) * s.C + c * panel;
   }
 };
 
-// The slice's G w G^T to [16, plane] of [depth, panel].
-static void transform_weights(const Step& s, const Slice& slice, float* to) {
-  const long tap = s.C * slice.panel, plane = slice.plane;
-  for (long i = 0; i < slice.depth * slice.panel; i += LANES) {
+// Where a thread keeps what it computes: 16 planes of each.
+struct Kept {
+  float *input, *product, *weights;
+  long input_plane, product_plane;
+  static constexpr long weights_plane = SLICE * PANEL + APART;
+
+  Kept(const Step& s, float* scratch)
+      : input_plane(s.block * s.C + APART), product_plane(s.block * PANEL + APART) {
+    input = scratch;
+    product = input + 16 * input_plane;
+    weights = product + 16 * product_plane;
+  }
+};
+
+// The slice's G w G^T, [16, depth, panel].
+static void transform_weights(const Step& s, const Slice& slice, const Kept& kept) {
+  const float* const from = slice.weights(s, 9, 0);
+  const long tap = s.C * slice.panel;
+  for (long i = 0; i < slice.floats(); i += LANES) {
     Floats t[4][3], u[4];
     UNROLLED for (long j = 0; j < 3; j++) {
-      const float* const w = slice.w + j * tap + i;
+      const float* const w = from + j * tap + i;
       transform_filter(load(w), load(w + 3 * tap), load(w + 6 * tap), u);
       UNROLLED for (long r = 0; r < 4; r++) t[r][j] = u[r];
     }
     UNROLLED for (long r = 0; r < 4; r++) {
       transform_filter(t[r][0], t[r][1], t[r][2], u);
-      UNROLLED for (long j = 0; j < 4; j++) store(to + (4 * r + j) * plane + i, u[j]);
+      UNROLLED for (long j = 0; j < 4; j++) {
+        store(kept.weights + (4 * r + j) * kept.weights_plane + i, u[j]);
+      }
     }
   }
 }
 
-// product[row][0..panel) (+)= input[row][0..depth) @ w for `count` rows; `ahead` is fetched.
-static void multiply(const Step& s, const Slice& slice, const float* input, const float* w,
-                     float* product, long count, Ahead ahead) {
+// Element e's product[row][0..panel) (+)= input[row][0..depth) @ w for `count` rows.
+static void multiply(const Step& s, const Slice& slice, long e, const float* w, const Kept& kept,
+                     long count, Ahead ahead) {
+  const float* const input = kept.input + e * kept.input_plane + slice.c;
   each_tile_of(slice.panel, 0, count, [&]<long M, long N>(long row) {
-    float* const kept = product + row * PANEL;
+    float* const product = kept.product + e * kept.product_plane + row * PANEL;
     Tile<M, N> tile;
     if (slice.c == 0) {
       tile.start(nullptr);
     } else {
-      tile.resume(kept);
+      tile.resume(product);
     }
     const float* x[M];
-    for (long m = 0; m < M; m++) x[m] = input + (row + m) * s.C + slice.c;
+    for (long m = 0; m < M; m++) x[m] = input + (row + m) * s.C;
     tile.add(x, w, slice.depth, ahead.take(slice.depth), Next{M * s.C, nullptr, 0});
-    tile.put_away(kept);
+    tile.put_away(product);
   });
+}
+
+// The products of panel p, from transformed weights; the next ones in memory are fetched meanwhile.
+static void products(const Step& s, long p, const Kept& kept, long count) {
+  const long parts = (s.C + DEPTH - 1) / DEPTH;
+  for (long e = 0; e < 16; e++) {
+    for (long part = 0; part < parts; part++) {
+      const Slice slice(s, p, part, parts);
+      const float* const w = slice.weights(s, 16, e);
+      multiply(s, slice, e, w, kept, count, Ahead(w + slice.floats(), slice.floats()));
+    }
+  }
+}
+
+// The same from the direct form's weights; the next slice's taps are fetched, then panel `next`'s.
+static void products_inline(const Step& s, long p, long next, const Kept& kept, long count) {
+  const long parts = (s.C + SLICE - 1) / SLICE;
+  for (long part = 0; part < parts; part++) {
+    const Slice slice(s, p, part, parts);
+    const Slice after = part + 1 < parts ? Slice(s, p, part + 1, parts) : Slice(s, next, 0, parts);
+    transform_weights(s, slice, kept);
+    for (long e = 0; e < 16; e++) {
+      const Ahead ahead(after.weights(s, 9, e % 9), after.floats());
+      multiply(s, slice, e, kept.weights + e * kept.weights_plane, kept, count, ahead);
+    }
+  }
 }
 
 static inline long winograd_tiles(const Step& s) {
@@ -158,43 +206,30 @@ static inline long winograd_tiles(const Step& s) {
 
 static inline long winograd_panels(const Step& s) { return (s.K + PANEL - 1) / PANEL; }
 
-// The size of so many blocks as `block` would make, the last one not a small rest: each transforms
-// all weights.
+// The size of as many blocks as `block` makes, none a small rest: each reads all weights.
 static inline long evenly(long tiles, long block) {
   if (tiles <= block) return block;
   const long blocks = (tiles + block - 1) / block, each = (tiles + blocks - 1) / blocks;
   return least(block, (each + PIXELS - 1) / PIXELS * PIXELS);
 }
 
-static void winograd_in(const Step& s, const Part& all_tiles, const Part& all_panels,
-                        float* scratch) {
-  const long plane = s.block * s.C + APART, product_plane = s.block * PANEL + APART;
-  const long parts = (s.C + SLICE - 1) / SLICE;
-  float* const weights = scratch;
-  float* const input = weights + 16 * (least(s.C, SLICE) * PANEL + APART);
-  float* const product = input + 16 * plane;
-  const long tiles = all_tiles.to - all_tiles.from;
-  const long block = evenly(tiles, s.block);
-  for (long from = all_tiles.from; from < all_tiles.to; from += block) {
-    const long count = least(block, all_tiles.to - from);
-    for (long i = 0; i < count; i++) gather(s, Patch(s, from + i), plane, input + i * s.C);
-    for (long p = all_panels.from; p < all_panels.to; p++) {
-      for (long part = 0; part < parts; part++) {
-        const Slice slice(s, p, part, parts);
-        const bool last = part + 1 == parts;
-        const Slice next(s, last ? (p + 1 < all_panels.to ? p + 1 : all_panels.from) : p,
-                         last ? 0 : part + 1, parts);
-        transform_weights(s, slice, weights);
-        for (long e = 0; e < 16; e++) {
-          // the next slice of nine taps, while 16 products are computed
-          const Ahead ahead(next.w + e % 9 * s.C * next.panel, next.depth * next.panel);
-          multiply(s, slice, input + e * plane, weights + e * slice.plane,
-                   product + e * product_plane, count, ahead);
-        }
+static void winograd_in(const Step& s, const Part& tiles, const Part& panels, float* scratch) {
+  const Kept kept(s, scratch);
+  const long block = evenly(tiles.to - tiles.from, s.block);
+  for (long from = tiles.from; from < tiles.to; from += block) {
+    const long count = least(block, tiles.to - from);
+    for (long i = 0; i < count; i++) {
+      gather(s, Patch(s, from + i), kept.input_plane, kept.input + i * s.C);
+    }
+    for (long p = panels.from; p < panels.to; p++) {
+      if (s.kind == WINOGRAD) {
+        products(s, p, kept, count);
+      } else {
+        products_inline(s, p, p + 1 < panels.to ? p + 1 : panels.from, kept, count);
       }
-      const long k = p * PANEL;
+      const long k = p * PANEL, panel = least(PANEL, s.K - k);
       for (long i = 0; i < count; i++) {
-        scatter(s, Patch(s, from + i), product + i * PANEL, product_plane, k, least(PANEL, s.K - k));
+        scatter(s, Patch(s, from + i), kept.product + i * PANEL, kept.product_plane, k, panel);
       }
     }
   }
