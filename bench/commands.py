@@ -1,6 +1,7 @@
 """What the subcommands do, once their arguments are parsed."""
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from rich.progress import (
 from resfuse.bench import results, sweep
 from resfuse.bench.backends import backend
 from resfuse.bench.case import Case, Options
+from resfuse.bench.distributed.world import launched
 from resfuse.bench.errors import UsageError
 from resfuse.bench.isolate import run_case, survey
 from resfuse.bench.kernels.row import SHEET as KERNEL_SHEET
@@ -36,8 +38,17 @@ AB_CI = 0.02
 CI_SECONDS, CI_ROUNDS = 60.0, 2000
 
 
-def bench(args: argparse.Namespace, measure: sweep.Measure = run_case) -> int:
-    """`resfuse bench`: survey the machine, run the cases, write the report.
+def bench(args: argparse.Namespace) -> int:
+    """`resfuse bench`, by itself or as one of the processes that torchrun has started."""
+    if launched(os.environ):
+        from resfuse.bench.distributed.command import bench as bench_together
+
+        return bench_together(args)
+    return bench_request(args)
+
+
+def bench_request(args: argparse.Namespace, measure: sweep.Measure = run_case) -> int:
+    """Surveys the machine, runs the cases that the flags ask for, writes the report.
 
     Args:
         measure: what measures a case.
