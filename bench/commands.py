@@ -23,6 +23,7 @@ from rich.progress import (
 from resfuse.bench import results, sweep
 from resfuse.bench.backends import backend
 from resfuse.bench.case import Case, Options
+from resfuse.bench.console import stderr, stdout
 from resfuse.bench.distributed.world import launched
 from resfuse.bench.errors import UsageError
 from resfuse.bench.isolate import run_case, survey
@@ -74,7 +75,7 @@ def measure_all(
         measure: what measures a case.
     """
 
-    console = Console(stderr=True)
+    console = stderr()
     for request in requests("cpu"):  # finds misspelt names before anything runs
         sweep.expand(request)
     if not args.dry_run:
@@ -89,7 +90,7 @@ def measure_all(
         remaining = sweep.unsettled(cases, folder, found)
         skipped, cases = len(cases) - len(remaining), remaining
     if args.dry_run:
-        Console().print(cases_table(cases, skipped))
+        stdout().print(cases_table(cases, skipped))
         return 0
     results.record_environment(folder, found["env_id"], {**found["facts"], **found["ceilings"]})
     console.print(
@@ -127,7 +128,7 @@ def report(args: argparse.Namespace) -> int:
 
 def list_registry(args: argparse.Namespace) -> int:
     """`resfuse list [what]`: the registries as tables."""
-    console = Console()
+    console = stdout()
     for what in [args.what] if args.what else LISTS:
         console.print(LISTS[what]())
     return 0
@@ -150,14 +151,14 @@ def inspect(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise UsageError(str(error)) from None
     found = []
-    with Console(stderr=True).status("Compiling") as status:
+    with stderr().status("Compiling") as status:
         for result in compile_all(kernels, targets):
             found.append(result)
             status.update(f"Compiling: {len(found)} done, {result.kernel} {result.target}")
     piped = None if sys.stdout.isatty() else 160  # columns: rich takes 80, and breaks the labels
-    Console(width=piped).print(table(found))
+    stdout(piped).print(table(found))
     for line in summary(found):
-        Console().print(line, highlight=False, soft_wrap=True)
+        stdout().print(line, highlight=False, soft_wrap=True)
     if args.csv is not None:
         write_csv(found, args.csv)
     return int(any(problems(result) for result in found))
@@ -254,9 +255,8 @@ def run_cases(
 
         def finished(case: Case, outcome: Outcome) -> None:
             counts[outcome.status] += 1
-            # An error may hold [/brackets], which rich would take for markup of its own.
             line = _line(case, outcome, options.ci)
-            progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            progress.console.print(line, highlight=False, soft_wrap=True)
             progress.advance(task)
 
         left_out = sweep.run(cases, options, folder, found, started, finished, time_left, measure)
