@@ -43,7 +43,7 @@ KINDS = {
 CYCLE = ("equal", "slowed", "equal")
 CYCLES = 28  # 56 equal runs are 51 comparisons
 SIDE = 3  # runs
-BUDGET_S = 480.0  # none is started later: some five seconds each, most of them set-up
+BUDGET_S = 660.0  # none is started later: some five seconds each, most of them set-up
 FAIL_ABOVE = 0.05
 OPTIONS = Options(seconds=1.0, min_rounds=20, timeout_s=120.0)
 

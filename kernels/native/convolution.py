@@ -10,17 +10,19 @@ from typing import Literal
 from torch import Tensor
 
 from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, panel, pixels
-from resfuse.kernels.native.weights import direct_weights, grouped_weights, winograd_weights
+from resfuse.kernels.native.weights import direct_weights, grouped_weights
 from resfuse.kernels.problem import ConvProblem
 
 Form = Literal["direct", "winograd", "grouped"]
 _LINE, _DEPTH = 16, 128  # as tile.h has them
+_SLICE, _APART = 64, 3 * _LINE  # as winograd.h has them
 LONGEST_ROW, _MOST_TAPS = 1 << 14, 128  # as direct.h and grouped.h have them
 
 # Bytes of input, or of transformed input, that a thread takes through all output channels at a
 # time: from half of a first-level cache that is large to twice a second-level one.
 _DIRECT_BLOCKS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
-_WINOGRAD_BLOCKS = (1 << 18, 1 << 20, 3 << 20)
+_WINOGRAD_BLOCKS = (1 << 18, 1 << 20, 4 << 20)
+_TRANSFORM = 12  # tiles whose products take as long as the transform of the weights they need
 
 
 @dataclass(frozen=True)
@@ -60,31 +62,38 @@ def candidates(problem: ConvProblem) -> Iterator[NativeConfig]:
 def choose(problem: ConvProblem, form: Form | None = None) -> NativeConfig:
     """What is expected to be fastest (of a form), without measuring.
 
-    Winograd where there are more output pixels than half the channels: with fewer, reading 16/9 of
-    the weights takes what it saves. Channels are parted where a thread would have few pixels.
+    Winograd where its 16 products a tile and the transform are fewer than 9 a pixel, in blocks that
+    make little of the transform. Channels are parted where a thread would have few pixels.
     """
     configs = list(candidates(problem))
     forms = {config.form for config in configs}
     if form is None:
-        few = 2 * pixels_of(problem) <= problem.c
-        form = "winograd" if "winograd" in forms and not few else configs[0].form
+        saves = 16 * (tiles_of(problem) + _TRANSFORM) < 9 * pixels_of(problem)
+        form = "winograd" if "winograd" in forms and saves else configs[0].form
     configs = [config for config in configs if config.form == form]
     by_channel = pixels_of(problem) < 512 and problem.k >= 4 * panel()
     preferred = [c for c in configs if c.by_channel == by_channel] or configs
+    if form == "winograd":
+        many = (c for c in preferred if c.block >= 8 * _TRANSFORM)
+        return next(many, preferred[-1])
     return preferred[len(preferred) // 2]
+
+
+def layout_of(form: Form) -> Form:
+    """The form whose layout of the weights this one reads."""
+    return "direct" if form == "winograd" else form
 
 
 def layout_weight(form: Form, weight: Tensor, groups: int) -> Tensor:
     """[K, C / groups, R, S] as the form reads it."""
-    if form == "winograd":
-        return winograd_weights(weight)
     return grouped_weights(weight) if form == "grouped" else direct_weights(weight, groups)
 
 
 def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
     """Scratch memory a thread needs, in floats."""
     if config.form == "winograd":
-        return 16 * config.block * (problem.c + panel())
+        weights, block = min(problem.c, _SLICE) * panel(), config.block
+        return 16 * (weights + block * problem.c + block * panel() + 3 * _APART)
     return config.block * panel() if config.form == "direct" and _is_sliced(problem) else 0
 
 

@@ -12,16 +12,11 @@ from torch import Tensor
 
 from resfuse.kernels.activation import Slope
 from resfuse.kernels.native import convolution
-from resfuse.kernels.native.convolution import Form
 from resfuse.kernels.native.library import why_unavailable
 from resfuse.kernels.native.step import ACTIVATIONS, Step, lanes, runner, threads
-from resfuse.kernels.native.weights import direct_from, per_channel, slopes, winograd_from
+from resfuse.kernels.native.weights import direct_from, direct_weights, per_channel, slopes
 from resfuse.kernels.onednn import Geometry
 from resfuse.kernels.problem import ConvProblem
-
-# Winograd's weights are 16/9 as large: up to here that makes 11 MB of ResNet-50's hundred. Half the
-# channels would make it 2, and lose to torch.compile at batch 8 (0.97x).
-_MOST_WINOGRAD = 256 * 256
 
 
 def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
@@ -67,8 +62,7 @@ class NativeConv:
     ) -> None:
         self._shape = weight.shape
         self._geometry, self._activation = geometry, activation
-        self._form = self._choose_form()
-        self._weight = convolution.layout_weight(self._form, weight, 1)
+        self._weight = direct_weights(weight)  # Winograd's form reads them, too
         self._bias = per_channel(bias)
         self._slope = None if slope is None else slopes(slope, weight.shape[0])
         self._run = runner()
@@ -101,12 +95,6 @@ class NativeConv:
         """`self.add(x, residual, overwrite)`."""
         return lambda x, residual: self.add(x, residual, overwrite)
 
-    def _choose_form(self) -> Form:
-        k, c, r, s = self._shape
-        g = self._geometry
-        plain = (r, s) == (3, 3) and g.stride == g.dilation == (1, 1) and c % lanes() == 0
-        return "winograd" if plain and k * c <= _MOST_WINOGRAD else "direct"
-
     def _step(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:
         """This thread's step for inputs like `x`, and the shape of its output."""
         kept = self._here.__dict__.setdefault("steps", {})
@@ -125,7 +113,7 @@ class NativeConv:
             n, c, h, w, k, r, s, g.stride, g.padding, g.dilation,
             math_mode="ieee", activation=self._activation, residual=residual,
         )  # fmt: skip
-        config = convolution.choose(problem, self._form)
+        config = convolution.choose(problem)
         step = convolution.conv_step(
             problem, config, residual_last=False,
             w=self._weight.data_ptr(), bias=self._bias.data_ptr(),
@@ -135,9 +123,8 @@ class NativeConv:
         return step, (n, k, problem.p, problem.q)
 
     def dense_weight(self) -> Tensor:
-        """The weight as it was given; from Winograd's form, but for rounding."""
-        back = winograd_from if self._form == "winograd" else direct_from
-        return back(self._weight, self._shape)
+        """The weight as it was given."""
+        return direct_from(self._weight, self._shape)
 
 
 def _nhwc(x: Tensor) -> Tensor:

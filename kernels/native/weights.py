@@ -1,13 +1,10 @@
-"""Weights laid out as the native steps read them (direct.h, winograd.h and grouped.h say how)."""
+"""Weights laid out as the native steps read them (direct.h and grouped.h say how)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.kernels.native.step import lanes, panel
-
-# Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015: F(2, 3)
-_G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 
 
 def direct_weights(w: Tensor, groups: int = 1) -> Tensor:
@@ -27,24 +24,6 @@ def direct_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
     sizes = [c * r * s * min(panel(), k - first) for first in range(0, k, panel())]
     parts = [part.view(r, s, c, -1) for part in laid_out.split(sizes)]
     return torch.cat(parts, -1).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
-
-
-def winograd_weights(w: Tensor) -> Tensor:
-    """[K, C, 3, 3] -> for each panel of channels [16, C, panel] of G w G^T, computed in fp64."""
-    u = torch.einsum("ir,kcrs,js->ijck", _G, w.double(), _G).float().flatten(0, 1)
-    return torch.cat([part.reshape(-1) for part in _to_lanes(u, -1).split(panel(), -1)])
-
-
-def winograd_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
-    """The weight [K, C, 3, 3] that winograd_weights laid out, for K of whole vectors, but for
-    rounding: least squares, in fp64.
-    """
-    k, c, _, _ = shape
-    sizes = [16 * c * min(panel(), k - first) for first in range(0, k, panel())]
-    u = torch.cat([part.view(4, 4, c, -1) for part in laid_out.split(sizes)], -1).double()
-    back = torch.linalg.pinv(_G)
-    w = torch.einsum("ri,ijck,sj->kcrs", back, u, back).float()
-    return w.contiguous(memory_format=torch.channels_last)
 
 
 def grouped_weights(w: Tensor) -> Tensor:

@@ -5,8 +5,11 @@
 // A 4x4 patch d of the input becomes B^T d B, 16 matrix products over channels follow (one for each
 // of its elements), and A^T m A is a 2x2 patch of the output.
 //
-// Weights: for each panel of up to PANEL output channels, [16, C, panel] of G w G^T.
-// Scratch, for each thread: the transformed input [16, block, C], then products [16, block, PANEL].
+// Weights: as direct.h has them. G w G^T is computed here, a slice of channels at a time and again
+// for every block: the transformed weights are 16/9 as large, and reading those from memory took
+// longer than making them in a second-level cache.
+// Scratch, for each thread: transformed weights [16, depth, PANEL] of a slice, the transformed input
+// [16, block, C], products [16, block, PANEL].
 #pragma once
 
 #include "epilogue.h"
@@ -27,6 +30,15 @@ static inline void transform_input(const Floats d[4][4], Floats v[4][4]) {
     v[i][2] = u[i][2] - u[i][1];
     v[i][3] = u[i][1] - u[i][3];
   }
+}
+
+// A column of G w
+static inline void transform_filter(Floats w0, Floats w1, Floats w2, Floats u[4]) {
+  const Floats outer = (w0 + w2) * 0.5f, inner = w1 * 0.5f;
+  u[0] = w0;
+  u[1] = outer + inner;
+  u[2] = outer - inner;
+  u[3] = w2;
 }
 
 static inline void transform_output(const Floats m[4][4], Floats y[2][2]) {
@@ -84,28 +96,60 @@ static void scatter(const Step& s, const Patch& at, const float* from, long plan
   }
 }
 
-// product[row][0..panel) = input[row][0..C) @ w for `count` rows, slice by slice as direct_slices.
-static void multiply(const Step& s, const float* input, const float* w, float* product, long count,
-                     long panel) {
-  const long parts = (s.C + DEPTH - 1) / DEPTH;
-  for (long part = 0; part < parts; part++) {
-    const long c = s.C * part / parts, depth = s.C * (part + 1) / parts - c;
-    Ahead ahead(w + depth * panel, depth * panel);
-    each_tile_of(panel, 0, count, [&]<long M, long N>(long row) {
-      float* const kept = product + row * PANEL;
-      Tile<M, N> tile;
-      if (part == 0) {
-        tile.start(nullptr);
-      } else {
-        tile.resume(kept);
-      }
-      const float* x[M];
-      for (long m = 0; m < M; m++) x[m] = input + (row + m) * s.C + c;
-      tile.add(x, w, depth, ahead.take(depth), Next{M * s.C, nullptr, 0});
-      tile.put_away(kept);
-    });
-    w += depth * panel;
+// Channels whose transformed weights, times PANEL, leave room in a second-level cache.
+constexpr long SLICE = 64;
+
+// Planes of 16 elements would lie a power of two apart, all in one set of the caches.
+constexpr long APART = 3 * LINE;
+
+// Where one panel's weights lie, [3, 3, C, panel], and a slice of its channels.
+struct Slice {
+  const float* w;
+  long panel, c, depth, plane;
+
+  Slice(const Step& s, long p, long part, long parts) {
+    const long k = p * PANEL;
+    panel = least(PANEL, s.K - k);
+    c = s.C * part / parts;
+    depth = s.C * (part + 1) / parts - c;
+    w = s.w + k * 9 * s.C + c * panel;
+    plane = depth * panel + APART;
   }
+};
+
+// The slice's G w G^T to [16, plane] of [depth, panel].
+static void transform_weights(const Step& s, const Slice& slice, float* to) {
+  const long tap = s.C * slice.panel, plane = slice.plane;
+  for (long i = 0; i < slice.depth * slice.panel; i += LANES) {
+    Floats t[4][3], u[4];
+    UNROLLED for (long j = 0; j < 3; j++) {
+      const float* const w = slice.w + j * tap + i;
+      transform_filter(load(w), load(w + 3 * tap), load(w + 6 * tap), u);
+      UNROLLED for (long r = 0; r < 4; r++) t[r][j] = u[r];
+    }
+    UNROLLED for (long r = 0; r < 4; r++) {
+      transform_filter(t[r][0], t[r][1], t[r][2], u);
+      UNROLLED for (long j = 0; j < 4; j++) store(to + (4 * r + j) * plane + i, u[j]);
+    }
+  }
+}
+
+// product[row][0..panel) (+)= input[row][0..depth) @ w for `count` rows; `ahead` is fetched.
+static void multiply(const Step& s, const Slice& slice, const float* input, const float* w,
+                     float* product, long count, Ahead ahead) {
+  each_tile_of(slice.panel, 0, count, [&]<long M, long N>(long row) {
+    float* const kept = product + row * PANEL;
+    Tile<M, N> tile;
+    if (slice.c == 0) {
+      tile.start(nullptr);
+    } else {
+      tile.resume(kept);
+    }
+    const float* x[M];
+    for (long m = 0; m < M; m++) x[m] = input + (row + m) * s.C + slice.c;
+    tile.add(x, w, slice.depth, ahead.take(slice.depth), Next{M * s.C, nullptr, 0});
+    tile.put_away(kept);
+  });
 }
 
 static inline long winograd_tiles(const Step& s) {
@@ -114,21 +158,43 @@ static inline long winograd_tiles(const Step& s) {
 
 static inline long winograd_panels(const Step& s) { return (s.K + PANEL - 1) / PANEL; }
 
+// The size of so many blocks as `block` would make, the last one not a small rest: each transforms
+// all weights.
+static inline long evenly(long tiles, long block) {
+  if (tiles <= block) return block;
+  const long blocks = (tiles + block - 1) / block, each = (tiles + blocks - 1) / blocks;
+  return least(block, (each + PIXELS - 1) / PIXELS * PIXELS);
+}
+
 static void winograd_in(const Step& s, const Part& all_tiles, const Part& all_panels,
-                        float* input) {
-  const long plane = s.block * s.C, product_plane = s.block * PANEL;
+                        float* scratch) {
+  const long plane = s.block * s.C + APART, product_plane = s.block * PANEL + APART;
+  const long parts = (s.C + SLICE - 1) / SLICE;
+  float* const weights = scratch;
+  float* const input = weights + 16 * (least(s.C, SLICE) * PANEL + APART);
   float* const product = input + 16 * plane;
-  for (long from = all_tiles.from; from < all_tiles.to; from += s.block) {
-    const long count = least(s.block, all_tiles.to - from);
+  const long tiles = all_tiles.to - all_tiles.from;
+  const long block = evenly(tiles, s.block);
+  for (long from = all_tiles.from; from < all_tiles.to; from += block) {
+    const long count = least(block, all_tiles.to - from);
     for (long i = 0; i < count; i++) gather(s, Patch(s, from + i), plane, input + i * s.C);
     for (long p = all_panels.from; p < all_panels.to; p++) {
-      const long k = p * PANEL, panel = least(PANEL, s.K - k);
-      for (long e = 0; e < 16; e++) {
-        const float* const w = s.w + (k * 16 + e * panel) * s.C;
-        multiply(s, input + e * plane, w, product + e * product_plane, count, panel);
+      for (long part = 0; part < parts; part++) {
+        const Slice slice(s, p, part, parts);
+        const bool last = part + 1 == parts;
+        const Slice next(s, last ? (p + 1 < all_panels.to ? p + 1 : all_panels.from) : p,
+                         last ? 0 : part + 1, parts);
+        transform_weights(s, slice, weights);
+        for (long e = 0; e < 16; e++) {
+          // the next slice of nine taps, while 16 products are computed
+          const Ahead ahead(next.w + e % 9 * s.C * next.panel, next.depth * next.panel);
+          multiply(s, slice, input + e * plane, weights + e * slice.plane,
+                   product + e * product_plane, count, ahead);
+        }
       }
+      const long k = p * PANEL;
       for (long i = 0; i < count; i++) {
-        scatter(s, Patch(s, from + i), product + i * PANEL, product_plane, k, panel);
+        scatter(s, Patch(s, from + i), product + i * PANEL, product_plane, k, least(PANEL, s.K - k));
       }
     }
   }

@@ -96,7 +96,8 @@ def conv_step(
         return [laid_out, per_channel(bias), *_slopes(op, op.problem.k, state)]
 
     # a weight may be shared, under other norms and activations
-    key = (op.weight, op.bias, op.norm, op.slope, op.problem.groups, config.form)
+    layout = convolution.layout_of(config.form)
+    key = (op.weight, op.bias, op.norm, op.slope, op.problem.groups, layout)
     weight, bias, *slope = room.weights(key, lay_out)
     return convolution.conv_step(
         op.problem,
