@@ -1,6 +1,7 @@
 """What the subcommands do, once their arguments are parsed."""
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from rich.progress import (
 from resfuse.bench import results, sweep
 from resfuse.bench.backends import backend
 from resfuse.bench.case import Case, Options
+from resfuse.bench.console import stderr, stdout
+from resfuse.bench.distributed.world import launched
 from resfuse.bench.errors import UsageError
 from resfuse.bench.isolate import run_case, survey
 from resfuse.bench.kernels.row import SHEET as KERNEL_SHEET
@@ -36,8 +39,17 @@ AB_CI = 0.02
 CI_SECONDS, CI_ROUNDS = 60.0, 2000
 
 
-def bench(args: argparse.Namespace, measure: sweep.Measure = run_case) -> int:
-    """`resfuse bench`: survey the machine, run the cases, write the report.
+def bench(args: argparse.Namespace) -> int:
+    """`resfuse bench`, by itself or as one of the processes that torchrun has started."""
+    if launched(os.environ):
+        from resfuse.bench.distributed.command import bench as bench_together
+
+        return bench_together(args)
+    return bench_request(args)
+
+
+def bench_request(args: argparse.Namespace, measure: sweep.Measure = run_case) -> int:
+    """Surveys the machine, runs the cases that the flags ask for, writes the report.
 
     Args:
         measure: what measures a case.
@@ -63,7 +75,7 @@ def measure_all(
         measure: what measures a case.
     """
 
-    console = Console(stderr=True)
+    console = stderr()
     for request in requests("cpu"):  # finds misspelt names before anything runs
         sweep.expand(request)
     if not args.dry_run:
@@ -78,7 +90,7 @@ def measure_all(
         remaining = sweep.unsettled(cases, folder, found)
         skipped, cases = len(cases) - len(remaining), remaining
     if args.dry_run:
-        Console().print(cases_table(cases, skipped))
+        stdout().print(cases_table(cases, skipped))
         return 0
     results.record_environment(folder, found["env_id"], {**found["facts"], **found["ceilings"]})
     console.print(
@@ -116,7 +128,7 @@ def report(args: argparse.Namespace) -> int:
 
 def list_registry(args: argparse.Namespace) -> int:
     """`resfuse list [what]`: the registries as tables."""
-    console = Console()
+    console = stdout()
     for what in [args.what] if args.what else LISTS:
         console.print(LISTS[what]())
     return 0
@@ -139,14 +151,14 @@ def inspect(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise UsageError(str(error)) from None
     found = []
-    with Console(stderr=True).status("Compiling") as status:
+    with stderr().status("Compiling") as status:
         for result in compile_all(kernels, targets):
             found.append(result)
             status.update(f"Compiling: {len(found)} done, {result.kernel} {result.target}")
     piped = None if sys.stdout.isatty() else 160  # columns: rich takes 80, and breaks the labels
-    Console(width=piped).print(table(found))
+    stdout(piped).print(table(found))
     for line in summary(found):
-        Console().print(line, highlight=False, soft_wrap=True)
+        stdout().print(line, highlight=False, soft_wrap=True)
     if args.csv is not None:
         write_csv(found, args.csv)
     return int(any(problems(result) for result in found))
@@ -243,9 +255,8 @@ def run_cases(
 
         def finished(case: Case, outcome: Outcome) -> None:
             counts[outcome.status] += 1
-            # An error may hold [/brackets], which rich would take for markup of its own.
             line = _line(case, outcome, options.ci)
-            progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            progress.console.print(line, highlight=False, soft_wrap=True)
             progress.advance(task)
 
         left_out = sweep.run(cases, options, folder, found, started, finished, time_left, measure)

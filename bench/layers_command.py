@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from resfuse.bench import results, sweep
 from resfuse.bench.case import PRECISIONS, Case, Options, Request
 from resfuse.bench.commands import run_cases
+from resfuse.bench.console import stderr, stdout
 from resfuse.bench.isolate import survey
 from resfuse.bench.kernels.command import ROUNDS, run_convolutions
 from resfuse.bench.kernels.convolutions import every
@@ -34,7 +33,7 @@ DEFAULTS = {"cpu": (8, "float32"), "cuda": (256, "float16")}
 
 def layers(args: argparse.Namespace) -> int:
     """Measures, appends the rows and prints the table."""
-    console = Console(stderr=True)
+    console = stderr()
     providers = pick("--providers", args.providers or ["*"], list(PROVIDERS))
     asked = _request(args)
     sweep.expand(replace(asked, device="cpu"))  # finds misspelt names before anything runs
@@ -60,7 +59,7 @@ def layers(args: argparse.Namespace) -> int:
     if cases:
         run_cases(cases, options, folder, found, console)
     reconciled = _reconciled(workload, folder, found["env_id"], case)
-    out = Console()
+    out = stdout()
     out.width = max(out.width, LEAST_COLUMNS)
     title = f"{case.model}, {case.img_size} pixels, batch {case.batch_size}, {case.precision}"
     out.print(f"{found['facts']['device_name']}: {title}\n", highlight=False, soft_wrap=True)

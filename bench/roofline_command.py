@@ -14,6 +14,7 @@ from rich.console import Console
 
 from resfuse.bench import isolate, results
 from resfuse.bench.case import PRECISIONS, Request
+from resfuse.bench.console import stderr, stdout
 from resfuse.bench.errors import UsageError
 from resfuse.bench.output_file import require_place
 from resfuse.bench.roofline_table import Subject, layer_lines, lines, table, write_csv
@@ -60,7 +61,7 @@ def roofline(args: argparse.Namespace) -> int:
     if gpus and args.device != "auto":
         raise UsageError("argument --device: not with --gpu, which is about cards elsewhere")
     require_place("--csv", args.csv)
-    status = Console(stderr=True).status
+    status = stderr().status
     if gpus:
         precisions = precisions or ["float16"]
         devices = [_of_data_sheet(GPUS[name]) for name in gpus]
@@ -70,7 +71,7 @@ def roofline(args: argparse.Namespace) -> int:
         devices = [measured]
     with status("Tracing"):
         subjects = list(_subjects(models, batch_sizes, precisions, args.img_size))
-    console = Console()
+    console = stdout()
     console.width = max(console.width, LEAST_COLUMNS)
     for rates in devices:
         for precision in precisions:

@@ -37,7 +37,7 @@ from resfuse.kernels.conv_config import (
     Config,
     candidates,
     choose,
-    cycles,
+    closest_to_chosen,
     resnet_problems,
 )
 from resfuse.kernels.conv_registration import declare
@@ -133,15 +133,9 @@ def launch(
 def shipped() -> Iterator[tuple[str, Launch]]:
     """Every configuration in every math mode it is for, on the convolution for which it comes
     closest to being chosen; then the depthwise ones."""
-    sms = 132
     for math_mode, configs in BY_MATH_MODE.items():
         problems = list(resnet_problems(math_mode))
-        least = {problem: cycles(problem, choose(problem, sms), sms) for problem in problems}
-        for config in configs:
-            problem = min(
-                (problem for problem in problems if config in candidates(problem)),
-                key=lambda problem: cycles(problem, config, sms) / least[problem],
-            )
+        for config, problem in closest_to_chosen(configs, problems, candidates):
             label = f"{problem.label()} {math_mode} {config.label()}"
             yield label, launch(problem, stand_ins(problem), config)
     yield from depthwise.shipped()

@@ -3,7 +3,7 @@
 Pure Python; no GPU is asked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -218,3 +218,26 @@ def resnet_problems(math_mode: str) -> Iterator[ConvProblem]:
         for hw, c in stages:
             c *= 2
             yield ConvProblem(n, c, hw, hw, c, 3, 3, padding=(1, 1), groups=32, math_mode=math_mode)
+
+
+def closest_to_chosen(
+    configs: Iterable[Config],
+    problems: Sequence[ConvProblem],
+    candidates: Callable[[ConvProblem], list[Config]],
+) -> Iterator[tuple[Config, ConvProblem]]:
+    """Each configuration with the convolution for which it comes closest to being chosen.
+
+    Args:
+        candidates: what is chosen from for a problem; every configuration is one of some problem's.
+    """
+    sms = 132  # an H200's
+    offered = {problem: candidates(problem) for problem in problems}
+    least = {p: min(cycles(p, config, sms) for config in offered[p]) for p in problems}
+    for config in configs:
+        yield (
+            config,
+            min(
+                (problem for problem in problems if config in offered[problem]),
+                key=lambda problem: cycles(problem, config, sms) / least[problem],
+            ),
+        )

@@ -56,6 +56,27 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="module")
+def timings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of the engine's times for all tests of a file."""
+    return tmp_path_factory.mktemp("timings")
+
+
+@pytest.fixture(params=["native", "onednn"])
+def conv_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """What computes convolutions on this CPU: native steps, or oneDNN where there are none."""
+    from resfuse.kernels.native import packed
+    from resfuse.kernels.native.library import why_unavailable
+    from resfuse.kernels.onednn import PackedConv
+
+    if request.param == "onednn":
+        monkeypatch.setattr(packed, "supports", lambda *layer: False)
+        return PackedConv
+    if (reason := why_unavailable()) is not None:
+        pytest.skip(reason)
+    return packed.NativeConv
+
+
 def insert_after(file: Path, line: str, added: str) -> None:
     """Adds one line behind the one that starts with `line`, as a contributor would."""
     lines = file.read_text().splitlines(keepends=True)

@@ -99,8 +99,9 @@ def error(got: Tensor, want: Tensor, scale: float = 0.0) -> float:
     Args:
         scale: of the values rounded on the way to an element, where the result may be smaller.
     """
-    difference = (got.double() - want.double()).norm()
-    norm = want.double().norm().clamp_min(scale * want.numel() ** 0.5)
+    got, want = got.detach().double(), want.detach().double()
+    difference = (got - want).norm()
+    norm = want.norm().clamp_min(scale * want.numel() ** 0.5)
     return float(difference / (norm or torch.tensor(1.0)))
 
 

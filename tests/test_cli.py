@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from resfuse.bench.cli import main
+from resfuse.bench.cli import COMMANDS, main
 from resfuse.bench.profiles import PROFILES
+from resfuse.bench.studies import STUDIES
+from resfuse.bench.subcommand import Subcommand
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -147,6 +149,12 @@ def test_list_shows_the_registries(what: str, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().out
     first_words = {line.split()[0] for line in said.splitlines() if line.strip()}
     assert set(registries[what]) <= first_words
+
+
+@pytest.mark.parametrize("table", [COMMANDS, STUDIES], ids=["COMMANDS", "STUDIES"])
+def test_what_runs_a_command_is_where_its_table_says(table: dict[str, Subcommand]) -> None:
+    for name, command in table.items():
+        assert callable(command.load()), name
 
 
 def test_help_and_the_import_behind_it_load_nothing_heavy() -> None:

@@ -48,12 +48,6 @@ def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def timings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder of times, so that all engines here are of one plan."""
-    return tmp_path_factory.mktemp("timings")
-
-
-@pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
     return Small().eval().to(DEVICE, torch.float16 if DEVICE == "cuda" else torch.float32)

@@ -65,11 +65,6 @@ def wanted(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-@pytest.fixture(scope="module")
-def timings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("timings")
-
-
 @pytest.fixture
 def preferring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Plans take this tactic wherever it computes a segment."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphs import error
 from resfuse.kernels import FusedBottleneck, fuse
 from resfuse.resnet_ref import create
 from resfuse.resnet_ref.blocks import PreActBottleneck
@@ -33,10 +34,6 @@ def preact() -> nn.Module:
         nn.Conv2d(3, 16, 3, 2, 1), PreActBottleneck(16, 8, 2), PreActBottleneck(32, 8),
         nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
     )  # fmt: skip
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def images(n: int = 2) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import zoo
+from graphs import error
 from resfuse.kernels import explain, fuse
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
 from resfuse.resnet_ref import MODELS, create
@@ -122,10 +123,6 @@ def made(factory: Factory) -> nn.Module:
 def answers(model: nn.Module, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
         return [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def require_same(model: nn.Module, fused: nn.Module, x: Tensor, mode: str) -> None:

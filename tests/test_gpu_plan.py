@@ -32,8 +32,8 @@ LINES = [line for step in STEPS for line in step.commands]
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_every_command_line_is_one_of_resfuse(line: str, dry_run: bool) -> None:
     args = parse(line, dry_run)
-    assert args.name in COMMANDS
-    if args.name == "bench":
+    assert args.command in COMMANDS
+    if args.command == "bench":
         request = replace(request_of(args), device="cpu" if dry_run else "cuda")
         cases = sweep.expand(request)
         assert all(sweep._unsupported(case) is None for case in cases)
@@ -42,7 +42,7 @@ def test_every_command_line_is_one_of_resfuse(line: str, dry_run: bool) -> None:
             assert {(c.model, c.img_size, c.precision, c.batch_size) for c in cases} == {
                 ("resnet18", 32, "float32", 2)
             }
-    elif args.name == "engine":
+    elif args.command == "engine":
         args.device = "cpu"
         assert case_of(args).model == ("resnet18" if dry_run else "resnet50")
     else:

@@ -16,6 +16,7 @@ from resfuse.bench.cluster.collect import Cells, collect
 from resfuse.bench.cluster.launchers import LAUNCHERS, Launcher, Resources, require_submitit
 from resfuse.bench.cluster.shard import Shard
 from resfuse.bench.commands import options_of, request_of
+from resfuse.bench.console import stderr, stdout
 from resfuse.bench.errors import UsageError
 from resfuse.bench.listing import cases_table
 from resfuse.bench.worker import resolve_device
@@ -37,9 +38,9 @@ def sweep_on_cluster(args: argparse.Namespace) -> int:
     request = replace(request_of(args), device=_device(args))
     cases = sweep.expand(request)
     shards = [cases[i : i + args.shard] for i in range(0, len(cases), args.shard)]
-    console = Console(stderr=True)
+    console = stderr()
     if args.dry_run:
-        Console().print(cases_table(cases, 0))
+        stdout().print(cases_table(cases, 0))
         print(f"{len(shards)} jobs")
         return 0
     shared = args.results.absolute()
@@ -60,13 +61,13 @@ def sweep_on_cluster(args: argparse.Namespace) -> int:
     console.print(f"{len(cases)} cases in {len(jobs)} jobs; logs in {launch / LOGS}")
 
     def show(row: Cells) -> None:
-        console.print(_line(row), highlight=False, markup=False, soft_wrap=True)
+        console.print(_line(row), highlight=False, soft_wrap=True)
 
     failed = _run(jobs, executor, launcher, shared, show)
     _report(jobs, shared, args.no_report, console)
     for i, why in failed.items():
         line = f"Job {i} of {len(jobs)} failed: {why}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     return int(bool(failed))
 
 

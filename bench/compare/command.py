@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from resfuse.bench.compare import side
 from resfuse.bench.compare.pairs import Pairs, comparable, pair
 from resfuse.bench.compare.side import Side
 from resfuse.bench.compare.verdict import Change, Judged, Verdict, judge, noise
+from resfuse.bench.console import stdout
 from resfuse.bench.errors import UsageError
 
 
@@ -20,7 +20,7 @@ def compare(args: argparse.Namespace) -> int:
         UsageError: a file cannot be read, no case stands in both, or nothing tells the noise.
     """
     verdict, pairs, notes = examine(args.a, args.b, args.fail_above)
-    console = Console(width=None if Console().is_terminal else 160)
+    console = stdout(None if stdout().is_terminal else 160)
     console.print(_table(verdict), highlight=False)
     for line in [
         *_failures(verdict),
@@ -28,7 +28,7 @@ def compare(args: argparse.Namespace) -> int:
         *_unpaired(pairs),
         *sentences(verdict, args.fail_above),
     ]:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, highlight=False, soft_wrap=True)
     return int(verdict.regression)
 
 

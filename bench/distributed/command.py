@@ -39,7 +39,7 @@ def bench(args: argparse.Namespace) -> int:
         _complete(args, world)
         from resfuse.bench import commands
 
-        code = commands.bench(args, leader.measure)
+        code = commands.bench_request(args, leader.measure)
         return code
     finally:
         if leader is not None:

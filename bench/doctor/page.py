@@ -56,8 +56,8 @@ def _print(text: str, style: str) -> None:
         print(text)
         return
     try:
-        from rich.console import Console
+        from resfuse.bench.console import stdout
     except ImportError:
         print(text)
         return
-    Console().print(text, style=style or None, highlight=False, markup=False, soft_wrap=True)
+    stdout().print(text, style=style or None, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from resfuse.bench import results, sweep, timing
 from resfuse.bench.case import PRECISIONS, Request
+from resfuse.bench.console import stderr
 from resfuse.bench.errors import UsageError
 from resfuse.bench.gpu_plan import assembler, notes, progress
 from resfuse.bench.gpu_plan.execute import TINY_TOLD, Plan, parse
@@ -30,7 +31,7 @@ def gpu_plan(args: argparse.Namespace) -> int:
     if args.list:
         print(listing(steps, args.budget))
         return 0
-    console = Console(stderr=True)
+    console = stderr()
     watch = timing.Watch()
     root = args.results or _default_results(args.dry_run)
     results.check_writable(root)

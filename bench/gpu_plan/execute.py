@@ -27,9 +27,7 @@ TINY_TOLD = f"{TINY_MODEL} in {TINY_PRECISION} at 32 pixels, two images, stands 
 
 def parse(line: str, dry_run: bool) -> argparse.Namespace:
     """A command line as the command sees it, made tiny for a dry run."""
-    words = shlex.split(line)
-    args = cli.parser().parse_args(words)
-    args.name = words[0]
+    args = cli.parser().parse_args(shlex.split(line))
     if dry_run:
         given = vars(args)
         given.update({name: value for name, value in TINY.items() if name in given})
@@ -65,7 +63,7 @@ class Plan:
             args = parse(line, self.dry_run)
             if args not in commands:  # a dry run makes some of them the same
                 commands.append(args)
-        finished = [COMMANDS[args.name](self, args, again, time_left) for args in commands]
+        finished = [COMMANDS[args.command](self, args, again, time_left) for args in commands]
         return all(finished)
 
     def bench(self, args: argparse.Namespace, again: bool, time_left: TimeLeft) -> bool:

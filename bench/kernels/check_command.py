@@ -17,6 +17,7 @@ from rich.console import Console
 
 from resfuse.bench import isolate, results
 from resfuse.bench.case import Request
+from resfuse.bench.console import stderr
 from resfuse.bench.results import SETTLED, Sheet
 from resfuse.bench.selection import pick
 
@@ -33,7 +34,7 @@ LEAST_S = 5.0  # about what the subprocess needs to import torch
 
 def check(args: argparse.Namespace) -> int:
     """Tries them all and says which are wrong; returns 1 if any is."""
-    console = Console(stderr=True)
+    console = stderr()
     kernels = kernels_of(args)
     results.check_writable(args.results, SHEET)
     with console.status("Looking at this machine: device, versions"):

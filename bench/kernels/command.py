@@ -20,6 +20,7 @@ from rich.table import Table
 
 from resfuse.bench import results
 from resfuse.bench.case import Options, Request
+from resfuse.bench.console import stderr, stdout
 from resfuse.bench.csv_text import line, neutral
 from resfuse.bench.kernels import sweep
 from resfuse.bench.kernels.convolutions import Convolution
@@ -35,7 +36,7 @@ def kernels(args: argparse.Namespace) -> int:
     """Measures every distinct convolution of the models; returns the exit code."""
     from resfuse.bench.isolate import survey
 
-    console = Console(stderr=True)
+    console = stderr()
     request = _request(args)
     providers = pick("--providers", args.providers or ["*"], list(PROVIDERS))
     sweep.expand(replace(request, device="cpu"))  # finds misspelt names before anything runs
@@ -46,7 +47,7 @@ def kernels(args: argparse.Namespace) -> int:
     request = replace(request, device=found["device"])
     convolutions = sweep.expand(request)
     if args.dry_run:
-        Console().print(_table(convolutions))
+        stdout().print(_table(convolutions))
         return 0
     folder = args.results / found["folder"]
     results.check_writable(folder, SHEET)

@@ -1,49 +1,45 @@
 """STUDIES: questions answered by measurement, `resfuse study NAME`.
 
-A study is an entry here, its flags in bench/flags.py, and a file or a package of its name.
+A study is an entry here, its flags in bench/flags/studies.py, and a file or a package of its name.
 """
 
 import argparse
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 
-from resfuse.bench import flags
+from resfuse.bench.flags.studies import add_degradation, add_depth, add_gate, add_overhead
+from resfuse.bench.subcommand import Subcommand
 
-
-@dataclass(frozen=True)
-class Study:
-    run: str  # "module:function", imported when used: takes the parsed flags, returns the exit code
-    add_flags: Callable[[argparse.ArgumentParser], None]
-    does: str  # for `resfuse study --help`
-
-
-STUDIES: dict[str, Study] = {
-    "overhead": Study(
+STUDIES: dict[str, Subcommand] = {
+    "overhead": Subcommand(
         "resfuse.bench.studies.overhead:run",
-        flags.add_overhead,
+        add_overhead,
         "does the harness slow down what it measures?",
     ),
-    "gate": Study(
+    "gate": Subcommand(
         "resfuse.bench.studies.gate:run",
-        flags.add_gate,
+        add_gate,
         "how often does `resfuse compare` cry wolf, and what does it miss?",
     ),
-    "depth": Study(
+    "depth": Subcommand(
         "resfuse.bench.studies.depth:run",
-        flags.add_depth,
+        add_depth,
         "time, memory and error from 18 to 1202 layers, by backend",
     ),
-    "degradation": Study(
+    "degradation": Subcommand(
         "resfuse.bench.studies.degradation.command:run",
-        flags.add_degradation,
+        add_degradation,
         "plain against residual networks of growing depth, trained on real data",
     ),
 }
 
 
-def load_study(name: str) -> Callable[[argparse.Namespace], int]:
-    """The function behind a name in STUDIES."""
-    module, function = STUDIES[name].run.split(":")
-    study: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), function)
-    return study
+def add_studies(parser: argparse.ArgumentParser) -> None:
+    """A command for each study; `study` of what they parse is its name."""
+    names = parser.add_subparsers(required=True, metavar="NAME")
+    for name, study in STUDIES.items():
+        own = names.add_parser(name, help=study.does, description=study.does)
+        study.add_flags(own)
+        own.set_defaults(study=name)
+
+
+def run(args: argparse.Namespace) -> int:
+    return STUDIES[args.study].load()(args)

@@ -16,7 +16,6 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import pandas as pd
-from rich.console import Console
 from rich.progress import track
 
 from resfuse.bench import machine, results, worker
@@ -24,6 +23,7 @@ from resfuse.bench.case import Case, Options
 from resfuse.bench.compare.command import decide
 from resfuse.bench.compare.side import side
 from resfuse.bench.compare.verdict import Verdict
+from resfuse.bench.console import stderr
 from resfuse.bench.errors import UsageError
 from resfuse.bench.isolate import run_case
 from resfuse.bench.measured import Value
@@ -84,7 +84,7 @@ def measure(device: str, cycles: int) -> tuple[pd.DataFrame, Runs]:
     with TemporaryDirectory() as place:
         folder = Path(place)
         plan = list(CYCLE) * cycles
-        for kind in track(plan, "Measuring equal and slowed runs", console=Console(stderr=True)):
+        for kind in track(plan, "Measuring equal and slowed runs", console=stderr()):
             if seconds(watch.elapsed()) > BUDGET_S:
                 break
             outcome = run_case(case, OPTIONS, {}, backends={"subject": KINDS[kind]})

@@ -51,6 +51,15 @@ class Normed(NamedTuple):
 
 
 @triton.jit
+def column_of_tiles(C, steps, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This CTA's first row; the rows and channels of a tile, and its elements from that row on."""
+    first = tl.program_id(0) * (steps * BLOCK_M)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_m = tl.arange(0, BLOCK_M)
+    return first, offs_m, offs_c, offs_c < C, offs_m[:, None] * C + offs_c[None, :]
+
+
+@triton.jit
 def vector(ptr, offs_c, mask_c, default):
     """ptr[offs_c] in fp32; `default` where there is no such vector."""
     if ptr is None:
@@ -77,11 +86,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = relu(norm(x) + residual), or relu(norm(x) + norm2(residual)) where there is a mean2."""
-    first = tl.program_id(0) * (steps * BLOCK_M)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_c = offs_c < C
-    offs = offs_m[:, None] * C + offs_c[None, :]
+    first, offs_m, offs_c, mask_c, offs = column_of_tiles(C, steps, BLOCK_M, BLOCK_C)
     mean = vector(mean_ptr, offs_c, mask_c, 0.0)[None, :]
     scale = vector(rstd_ptr, offs_c, mask_c, 1.0) * vector(weight_ptr, offs_c, mask_c, 1.0)
     shift = vector(bias_ptr, offs_c, mask_c, 0.0)
@@ -112,11 +117,7 @@ def reduce_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of g, g (x - mean), g (x2 - mean2) over `steps` tiles, into sums [2 or 3, parts, C]."""
-    first = tl.program_id(0) * (steps * BLOCK_M)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_c = offs_c < C
-    offs = offs_m[:, None] * C + offs_c[None, :]
+    first, offs_m, offs_c, mask_c, offs = column_of_tiles(C, steps, BLOCK_M, BLOCK_C)
     mean = vector(mean_ptr, offs_c, mask_c, 0.0)[None, :]
     of_g = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     of_gx = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -175,11 +176,7 @@ def backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """grad_x, and the gradient of what was added: g itself, or that of x2 through its own norm."""
-    first = tl.program_id(0) * (steps * BLOCK_M)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_c = offs_c < C
-    offs = offs_m[:, None] * C + offs_c[None, :]
+    first, offs_m, offs_c, mask_c, offs = column_of_tiles(C, steps, BLOCK_M, BLOCK_C)
     rstd = vector(rstd_ptr, offs_c, mask_c, 1.0)
     scale = (rstd * vector(weight_ptr, offs_c, mask_c, 1.0))[None, :]
     if BATCH or BATCH2:

@@ -32,7 +32,13 @@ from resfuse.kernels.conv_arguments import (
     require_arguments,
     stand_ins,
 )
-from resfuse.kernels.conv_config import BY_MATH_MODE, Config, cycles, resnet_problems
+from resfuse.kernels.conv_config import (
+    BY_MATH_MODE,
+    Config,
+    closest_to_chosen,
+    cycles,
+    resnet_problems,
+)
 from resfuse.kernels.conv_config import candidates as convolution_candidates
 from resfuse.kernels.conv_config import choose as choose_for_convolution
 from resfuse.kernels.implicit_gemm import output_channels, sum_of_tile, swizzle
@@ -162,15 +168,10 @@ def launch(problem: ConvProblem, tensors: Tensors, partials: Partials, config: C
 def shipped() -> Iterator[tuple[str, Launch]]:
     """Every configuration in every math mode it is for, on the convolution for which it comes
     closest to being chosen."""
-    sms = 132
     for math_mode, configs in BY_MATH_MODE.items():
         problems = [replace(p, activation="identity") for p in resnet_problems(math_mode)]
-        least = {problem: cycles(problem, choose(problem, sms), sms) for problem in problems}
-        for config in filter(_has_room, configs):
-            problem = min(
-                (problem for problem in problems if config in candidates(problem)),
-                key=lambda problem: cycles(problem, config, sms) / least[problem],
-            )
+        roomy = filter(_has_room, configs)
+        for config, problem in closest_to_chosen(roomy, problems, candidates):
             tensors = stand_ins(problem)
             partials = empty_partials(tensors.y, config.tiles(problem)[0])
             label = f"{problem.label()} {math_mode} {config.label()}"

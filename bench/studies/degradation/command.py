@@ -30,6 +30,7 @@ from rich.table import Table
 
 from resfuse.bench import isolate, results
 from resfuse.bench.case import Request
+from resfuse.bench.console import stderr, stdout
 from resfuse.bench.row import Outcome, Stamp
 from resfuse.bench.studies.degradation import data
 from resfuse.bench.studies.degradation.row import SHEET, key, record, settled
@@ -41,7 +42,7 @@ Trainer = Callable[[Run, Callable[[dict[str, Any]], None]], Outcome]
 
 def run(args: argparse.Namespace) -> int:
     """Trains what has not been trained yet; returns 1 if a training failed."""
-    console = Console(stderr=True)
+    console = stderr()
     kind = data.DIGITS if args.data == data.DIGITS else data.CIFAR
     runs = plan(kind, args.depths, args.shortcuts, args.seeds, args.epochs)
     source = args.data
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         remaining = unsettled(runs, folder, found)
         skipped, runs = len(runs) - len(remaining), remaining
     if args.dry_run:
-        Console().print(_table(runs, skipped))
+        stdout().print(_table(runs, skipped))
         return 0
     results.check_writable(folder, SHEET)
     results.record_environment(folder, found["env_id"], found["facts"])
