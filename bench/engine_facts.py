@@ -18,7 +18,7 @@ from resfuse.bench.case import Case, Options
 from resfuse.bench.inference import Answers, Checked, Inference, answers
 from resfuse.bench.measure import synchronize
 from resfuse.bench.measured import Accuracy
-from resfuse.bench.quiet import LIMIT_S, wait_for_quiet
+from resfuse.bench.quiet import limit_s, wait_for_quiet
 from resfuse.bench.statistics import paired_speedup
 from resfuse.kernels import Engine, build_engine
 
@@ -124,7 +124,7 @@ def _speed(
     for batch in range(network.TIMED_BATCHES):
         saw(candidate.check(batch, "before timing"))
     kind = torch.device(case.device).type
-    quiet = wait_for_quiet(LIMIT_S[kind])
+    quiet = wait_for_quiet(limit_s(kind))
     laps, _ = timing.interleave(
         [candidate.timed(), eager.timed()],
         kind,

@@ -20,7 +20,7 @@ from resfuse.bench.inference import Inference, answers
 from resfuse.bench.measured import Measured, Memory, Value
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.precision import set_math_mode
-from resfuse.bench.quiet import LIMIT_S, wait_for_quiet
+from resfuse.bench.quiet import limit_s, wait_for_quiet
 from resfuse.bench.row import Outcome
 from resfuse.bench.stopping import Narrow
 from resfuse.bench.training import Training
@@ -83,7 +83,7 @@ def _measure(
     with blame(case.baseline):
         baseline.check(0, "before timing")
 
-    quiet = wait_for_quiet(LIMIT_S[device])
+    quiet = wait_for_quiet(limit_s(device))
     narrow = Narrow(options.ci or 0.0)
     tell("timing")
     laps, span = timing.interleave(

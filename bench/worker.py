@@ -40,11 +40,12 @@ def main() -> None:
 def _survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     """What a sweep must know before it starts.
 
-    Also reads the user's weights and images once: a bad file is found now, not in the middle.
+    Also reads the user's weights, images and environment once: what is bad is found now, not in
+    the middle.
     """
     import torch
 
-    from resfuse.bench import inputs, machine, sweep
+    from resfuse.bench import inputs, machine, quiet, sweep
     from resfuse.bench.distributed.world import require_devices, world_of
 
     request = Request(**job["request"])
@@ -56,6 +57,7 @@ def _survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
         world = world_of(os.environ)
         require_devices(request.device, world.local_size)
     inputs.batch(request.images, 1, 32, 0)
+    quiet.limit_s("cpu")
     _try_weights(request.weights, {case.model for case in cases})
     facts = machine.facts(request.device, job["threads"])
     precisions = {case.precision for case in cases}

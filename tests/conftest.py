@@ -16,6 +16,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Tests of the harness run beside others, so that the machine it would wait for never rests.
+os.environ.setdefault("RESFUSE_QUIET_S", "0")
+
 ROOT = Path(__file__).resolve().parent.parent
 Resfuse = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -9,7 +9,7 @@ from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.graph import Graph, MaxPool, State
 from resfuse.kernels.engine.tactics import native
-from resfuse.kernels.native.convolution import NativeConfig, candidates
+from resfuse.kernels.native.convolution import Form, NativeConfig, configs, forms
 from resfuse.kernels.problem import ConvProblem
 
 
@@ -63,6 +63,7 @@ FORMS = {  # one problem that each loop of the library computes
     "direct, all weights at once": ("direct", PROBLEMS["CIFAR's stem"]),
     "direct, slices of weights": ("direct", PROBLEMS["no whole vectors"]),
     "winograd": ("winograd", PROBLEMS["a 3x3 without padding"]),
+    "winograd, weights transformed inline": ("winograd_inline", PROBLEMS["a 3x3 without padding"]),
     "grouped": ("grouped", PROBLEMS["groups of 4"]),
 }
 
@@ -103,5 +104,9 @@ def require_native(graph: Graph, state: State, *inputs: Tensor) -> None:
     require_right(graph, Executor(graph, [choice], state), state, inputs or inputs_of(graph))
 
 
-def config_of(form: str, problem: ConvProblem) -> NativeConfig:
-    return next(config for config in candidates(problem) if config.form == form)
+def every_config(problem: ConvProblem) -> list[NativeConfig]:
+    return [config for form in forms(problem) for config in configs(form, problem)]
+
+
+def config_of(form: Form, problem: ConvProblem) -> NativeConfig:
+    return next(configs(form, problem))

@@ -13,6 +13,7 @@ from functools import cache, partial
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import nn
 
 from resfuse.bench import measure, memory, network
 from resfuse.bench.case import Case
@@ -32,6 +33,7 @@ MODELS = ("resnet18", "resnet50")
 WAYS = (
     ("eager", "contiguous"), ("eager", "channels_last"), ("compiled", "channels_last"),
     ("cudnn_fused", "channels_last"), ("onnxrt", "contiguous"), ("openvino", "contiguous"),
+    ("fused", "channels_last"), ("engine", "contiguous"),
 )  # fmt: skip
 
 
@@ -45,7 +47,7 @@ def test_inference(
     benchmark.group = f"{model} batch {batch}"
     benchmark.extra_info |= {"images": batch, "precision": PRECISION, "status": "fail_to_run"}
     set_math_mode(case.math_mode, DEVICE)
-    weights, batches = network.master(case, seed=0), network.batches(case)
+    weights, batches, expected = _reference(model, batch)
     before = memory.held(DEVICE)
     try:
         subject = Inference(backend, memory_format, deepcopy(weights), batches)
@@ -53,7 +55,7 @@ def test_inference(
     except Unavailable as reason:
         pytest.skip(str(reason))
     peak = memory.peak_of(subject.step_once, DEVICE, before)
-    subject.expect(answers(weights, batches, case.math_mode))
+    subject.expect(expected)
     benchmark.extra_info["status"] = "fail_accuracy"
     error = max(subject.check(i, "before timing").rel_l2 for i in range(network.TIMED_BATCHES))
 
@@ -72,6 +74,14 @@ def test_inference(
     }
     if benchmark.stats is not None:  # absent under --benchmark-disable
         benchmark.extra_info["images_per_s"] = batch / benchmark.stats.stats.median
+
+
+@cache
+def _reference(model: str, batch: int) -> tuple[nn.Module, list[torch.Tensor], Answers]:
+    """The network, images, and what fp64 answers, which takes longer than most that is checked."""
+    case = Case(model, "eager", "inference", DEVICE, PRECISION, "contiguous", batch, 224)
+    weights, batches = network.master(case, seed=0), network.batches(case)
+    return weights, batches, answers(weights, batches, case.math_mode)
 
 
 def _distinct() -> dict[str, Convolution]:

@@ -33,12 +33,6 @@ HERE = ("eager", "eager_channels_last", "fused", "onednn")
 STAMP = Stamp("some CPU", "0123456789", "1e5", "2026-01-02T03:04:05+00:00")
 
 
-@pytest.fixture(autouse=True)
-def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No number is looked at here, so none needs a quiet machine."""
-    monkeypatch.setattr(measure, "wait_for_quiet", lambda limit_s: True)
-
-
 def measured(*providers: str, problem: ConvProblem = PROBLEM) -> dict[str, Outcome]:
     convolution = replace(CONVOLUTION, problem=problem)
     return measure.measure(convolution, providers, OPTIONS, {}, lambda event: None)[0]

@@ -77,8 +77,6 @@ def test_measures_appends_and_shows(
     def network(case, options, ceilings):  # type: ignore[no-untyped-def]
         return whole.measure(case, options, ceilings, lambda event: None)[0]
 
-    for module in (measure, whole):
-        monkeypatch.setattr(module, "wait_for_quiet", lambda limit_s: True)
     monkeypatch.setattr(sweep, "run_convolution", one)
     monkeypatch.setattr(whole_sweep, "run_case", network)
     ask = ["--providers", "eager,fused,cudnn", "--rounds", "2", "--seconds", "0.05"]

@@ -23,6 +23,7 @@ from native_problems import (
     POOLS,
     PROBLEMS,
     config_of,
+    every_config,
     problem_of,
     require_conv,
     require_native,
@@ -32,7 +33,7 @@ from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.graph import Affine, Conv, Graph, Mean, Node, Value
 from resfuse.kernels.engine.tactics import native
 from resfuse.kernels.native import step
-from resfuse.kernels.native.convolution import NativeConfig, candidates, choose, refusal
+from resfuse.kernels.native.convolution import NativeConfig, choose, refusal
 from resfuse.kernels.native.library import library, processor
 from resfuse.kernels.native.step import ACTIVATIONS
 from resfuse.kernels.problem import ConvProblem
@@ -69,7 +70,7 @@ def narrower(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_way_to_compute_a_convolution_is_right(name: str, batch: int) -> None:
     problem = replace(PROBLEMS[name], n=batch)
-    tried = list(candidates(problem))
+    tried = every_config(problem)
     assert tried, "nothing was tried"
     for config in tried:
         require_conv(problem, config)
@@ -109,7 +110,7 @@ def test_a_residual_is_overwritten_in_place(name: str) -> None:
 # 5 x 7 pixels are 6 blocks of six, the last one of five; 3 x 4 tiles two blocks of them
 @pytest.mark.parametrize("block", [6, 12, 30])
 @pytest.mark.parametrize("by_channel", [False, True])
-@pytest.mark.parametrize("form", ["direct", "winograd"])
+@pytest.mark.parametrize("form", ["direct", "winograd", "winograd_inline"])
 def test_blocks_smaller_than_the_map(form: str, by_channel: bool, block: int) -> None:
     problem = problem_of(2, 144, 5, 7, 144, 3, 3, padding=(1, 1), residual=True)
     require_conv(problem, NativeConfig(form, by_channel, block))  # type: ignore[arg-type]
@@ -120,7 +121,7 @@ def test_blocks_smaller_than_the_map(form: str, by_channel: bool, block: int) ->
 @pytest.mark.parametrize("name", ["a block's 3x3", "two uneven slices", "groups of 4", "a 1x1"])
 def test_any_number_of_threads(name: str, size: int, several_threads: int) -> None:
     problem = replace(PROBLEMS[name], h=size, w=size, residual=True)
-    for config in candidates(problem):
+    for config in every_config(problem):
         require_conv(problem, config)
 
 
@@ -162,8 +163,8 @@ def test_any_convolution_is_right_or_refused(
     offered = list(native.segments(conv_graph(problem), 0))
     assert bool(offered) == (refusal(problem) is None)
     if offered:
-        assert choose(problem) in candidates(problem)
-        config = data.draw(st.sampled_from(list(candidates(problem))))
+        assert choose(problem) in every_config(problem)
+        config = data.draw(st.sampled_from(every_config(problem)))
         require_conv(problem, config, residual_last=last and problem.residual)
 
 
@@ -188,7 +189,7 @@ def test_narrower_vectors_are_as_right(narrower: int) -> None:
     assert step.lanes() == narrower
     for problem in PROBLEMS.values():
         if refusal(problem) is None:
-            for config in candidates(problem):
+            for config in every_config(problem):
                 require_conv(replace(problem, residual=True), config)
     for op, shape in POOLS.values():
         require_native(pool_graph(op, shape), {})

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from resfuse.bench import energy, machine, memory, nvml, processor, quiet
+from resfuse.bench.errors import UsageError
 
 MEGABYTE = 2**20
 
@@ -156,6 +157,17 @@ def test_a_busy_machine_is_noticed() -> None:
     finally:
         busy.kill()
         busy.wait()
+
+
+def test_how_long_to_wait_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RESFUSE_QUIET_S")
+    assert quiet.limit_s("cuda") < quiet.limit_s("cpu")
+    monkeypatch.setenv("RESFUSE_QUIET_S", "1.5")
+    assert quiet.limit_s("cpu") == 1.5
+    for wrong in ("soon", "-1", "nan", "inf", ""):
+        monkeypatch.setenv("RESFUSE_QUIET_S", wrong)
+        with pytest.raises(UsageError, match=f"RESFUSE_QUIET_S: '{wrong}'; accepted: seconds"):
+            quiet.limit_s("cpu")
 
 
 def test_an_environment_is_the_same_until_something_changes() -> None:

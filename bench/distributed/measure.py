@@ -27,7 +27,7 @@ from resfuse.bench.distributed.training import ParallelTraining, started_togethe
 from resfuse.bench.distributed.world import World, world_of
 from resfuse.bench.failure import blame, blamed, outcome_of
 from resfuse.bench.measured import Measured
-from resfuse.bench.quiet import LIMIT_S, wait_for_quiet
+from resfuse.bench.quiet import limit_s, wait_for_quiet
 from resfuse.bench.row import Outcome
 from resfuse.bench.training import Training
 
@@ -168,7 +168,7 @@ def _alone(
     told: list[Any] = [None]
     if world.leads:
         training.set_up()
-        quiet = wait_for_quiet(LIMIT_S[device])
+        quiet = wait_for_quiet(limit_s(device))
         share_s = options.seconds / (STEPS_A_ROUND + 1)
         laps, _ = timing.interleave(
             [training.timed()], device, share_s, options.min_rounds, options.max_rounds

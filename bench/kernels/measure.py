@@ -23,7 +23,7 @@ from resfuse.bench.kernels.providers import BASELINE, PROVIDERS, load_provider
 from resfuse.bench.measure import Tell, require_device, synchronize
 from resfuse.bench.measured import Accuracy
 from resfuse.bench.precision import set_math_mode
-from resfuse.bench.quiet import LIMIT_S, wait_for_quiet
+from resfuse.bench.quiet import limit_s, wait_for_quiet
 from resfuse.bench.row import Outcome
 
 L2_BYTES = 256 * 2**20  # more than any GPU's
@@ -145,7 +145,7 @@ def _time(
     if kind == "cuda":
         ahead = _head_start(convolution.device)
         steps = [replace(step, ahead=ahead) for step in steps]
-    quiet = wait_for_quiet(LIMIT_S[kind])
+    quiet = wait_for_quiet(limit_s(kind))
     tell("timing")
     laps, span = timing.interleave(
         steps, kind, options.seconds, options.min_rounds, options.max_rounds
