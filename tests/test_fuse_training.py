@@ -19,8 +19,6 @@ from resfuse.kernels.plan import plan_of
 from resfuse.kernels.training import steps
 from resfuse.kernels.training.plan import training_plan_of
 
-pytestmark = pytest.mark.usefixtures("seeded")
-
 
 def network(block: Any = resnet.BasicBlock, **options: Any) -> nn.Module:
     return resnet.ResNet(block, [2, 1, 1, 1], num_classes=10, **options).train()

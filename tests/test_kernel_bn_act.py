@@ -19,7 +19,6 @@ from resfuse.kernels.bn_act_config import CONFIGS, BnActProblem, Config, candida
 from resfuse.kernels.folding import bn_scale_shift
 from resfuse.kernels.problem import math_mode_of
 
-pytestmark = pytest.mark.usefixtures("seeded")
 # n, c, h, w: a ResNet shape cut small, primes, one pixel, one element, channels past a block
 SHAPES = [(2, 64, 4, 6), (3, 13, 5, 7), (1, 8, 1, 1), (1, 1, 1, 1), (1, 2050, 1, 2)]
 reference = partial(exact, bn_act_ref)

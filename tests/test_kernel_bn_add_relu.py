@@ -38,7 +38,6 @@ from resfuse.kernels.training.statistics import (
     launch_partials,
 )
 
-pytestmark = pytest.mark.usefixtures("seeded")
 # n, c, h, w: a ResNet shape cut small, primes, single pixels, channels past a block
 SHAPES = [(2, 64, 4, 6), (3, 13, 5, 7), (9, 8, 1, 1), (3, 67, 2, 1)]
 ADDED = ("nothing", "residual", "shortcut")

@@ -29,7 +29,6 @@ from resfuse.kernels.training.statistics import (
     empty_partials,
 )
 
-pytestmark = pytest.mark.usefixtures("seeded")
 # n, c, h, w, k: a ResNet shape cut small, primes, one pixel an image, channels past two steps
 SHAPES = [(2, 64, 4, 6, 96), (3, 13, 5, 7, 17), (9, 8, 1, 1, 16), (2, 70, 3, 3, 5)]
 

@@ -19,7 +19,6 @@ from resfuse.kernels.conv1x1_config import CONFIGS, Config, Conv1x1Problem, cand
 from resfuse.kernels.conv1x1_kernel import launch, shipped
 from resfuse.kernels.problem import MATH_MODES, math_mode_of
 
-pytestmark = pytest.mark.usefixtures("seeded")
 # n, c, h, w, k, stride: a ResNet shape cut small, primes, one pixel, stride 2 at an odd batch
 CASES = {
     "resnet": (2, 16, 4, 6, 32, (1, 1)),

@@ -27,7 +27,6 @@ from resfuse.kernels.training.statistics import (
     empty_partials,
 )
 
-pytestmark = pytest.mark.usefixtures("seeded")
 # x, k, filter, stride, padding, groups: 3x3s of a ResNet cut small, a strided projection, primes,
 # packed groups, groups wider than a tile, one pixel of output an image
 CASES: list[tuple[tuple[int, ...], int, tuple[int, int], int, int, int]] = [

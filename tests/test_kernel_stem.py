@@ -17,7 +17,6 @@ from resfuse.kernels.stem import stem, stem_op, stem_ref
 from resfuse.kernels.stem_config import CONFIGS, Config, StemProblem, candidates, choose
 from resfuse.kernels.stem_kernel import launch, pack_weight, shipped, window_width
 
-pytestmark = pytest.mark.usefixtures("seeded")
 # n, c, h, w, k: an ImageNet shape cut small, primes, one pixel, and every C
 CASES = {
     "imagenet": (2, 3, 16, 16, 16),
