@@ -36,12 +36,8 @@ from resfuse.kernels.training.bn_add_relu_kernel import (
     launch_total,
 )
 from resfuse.kernels.training.exact import computes, wide
-from resfuse.kernels.training.statistics import (
-    Partials,
-    batch_statistics,
-    config_of,
-    problem_of,
-)
+from resfuse.kernels.training.statistics import batch_statistics
+from resfuse.kernels.training.statistics_kernel import Partials, config_of, problem_of
 
 ACTIVATIONS = ("identity", "relu")  # those whose derivative follows from their result
 

@@ -37,12 +37,8 @@ from resfuse.kernels.problem import MATH_MODES, ConvProblem, math_mode_of
 from resfuse.kernels.training.bn_add_relu import Norm, bn_add_relu_backward_op, bn_add_relu_op
 from resfuse.kernels.training.bn_add_relu_kernel import vector
 from resfuse.kernels.training.exact import computes
-from resfuse.kernels.training.statistics import (
-    Partials,
-    empty_partials,
-    store_partials,
-    whole,
-)
+from resfuse.kernels.training.statistics import whole
+from resfuse.kernels.training.statistics_kernel import Partials, empty_partials, store_partials
 
 
 @dataclass(frozen=True)
