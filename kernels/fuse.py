@@ -8,14 +8,13 @@ print(explain(model, images))
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 from torch import Tensor, nn
 
 from resfuse.kernels.draft import scopes
 from resfuse.kernels.folded import require_weights
 from resfuse.kernels.fused_scope import attach, detach, empty_plan
-from resfuse.kernels.layers import DTYPES
+from resfuse.kernels.layers import DTYPES, copied
 from resfuse.kernels.parity import require_parity
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.sequence import sequence_plan
@@ -58,7 +57,7 @@ def fuse(
     _require_fusible(model)
     if training and discard_weights:
         raise ValueError("argument discard_weights: True with training=True; accepted: False")
-    fused_model = model if inplace else deepcopy(model)
+    fused_model = model if inplace else copied(model)
     drafts = training_scopes(fused_model) if training else ()
     in_training = {scope: plan for _, scope, plan in drafts if plan.steps}
     for _, scope, drafted in scopes(fused_model):

@@ -20,8 +20,10 @@ from resfuse.kernels.training.statistics_kernel import (
     empty_partials,
     launch_merge,
     launch_partials,
+    merged_ref,
     problem_of,
 )
+from resfuse.kernels.training.sync_batch_norm import gather_statistics
 
 
 def batch_statistics_ref(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -31,8 +33,10 @@ def batch_statistics_ref(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def whole(x: Tensor) -> Partials:
-    """Statistics of x as one part, in plain torch."""
+    """Statistics of x as one part, in plain torch; an empty x has none."""
     count = x.numel() // max(1, x.shape[1])
+    if not count:
+        return empty_partials(x, 0)
     var, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
     return Partials(torch.stack([mean, var * count])[:, None], mean.new_full((1,), count))
 
@@ -64,19 +68,17 @@ def bn_merge_op(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """mean and rstd [C] of all parts."""
-    mean, rstd = _fake_merge(values)
+    partials = Partials(values, counts)
     if computes(values):
-        partials = Partials(values, counts)
+        mean, rstd = _fake_merge(values)
         launch_merge(partials, running_mean, running_var, mean, rstd, momentum, eps).run()
         return mean, rstd
-    total, each = counts.sum(), counts[:, None]
-    torch.sum(each * values[0] / total, 0, out=mean)
-    m2 = (values[1] + each * (values[0] - mean).square()).sum(0)
+    total, mean, m2 = merged_ref(partials)
     if running_mean is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     if running_var is not None:
         running_var.lerp_((m2 / (total - 1)).to(running_var.dtype), momentum)
-    return mean, torch.rsqrt(m2 / total + eps, out=rstd)
+    return mean, torch.rsqrt(m2 / total + eps)
 
 
 @bn_merge_op.register_fake
@@ -92,6 +94,7 @@ def batch_statistics(
     momentum: float = 0.1,
     eps: float = 1e-5,
     partials: Partials | None = None,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(biased variance + eps) of each channel. They carry no gradient:
     `bn_add_relu` accounts for how they depend on x.
@@ -102,13 +105,15 @@ def batch_statistics(
             (1 - momentum) * running + momentum * batch, the variance's estimate unbiased.
         eps: added to the variance.
         partials: of x, where they are known: from `conv_statistics`.
+        group: name of the process group whose x are one batch, each process's a part of it; every
+            process of it must call this, even of an empty x.
 
     Returns:
         mean and rstd [C], in fp32 (float64 of a float64 x).
 
     Raises:
         ValueError: an argument's shape, dtype or device is not one of these, or a channel has fewer
-            than two values.
+            than two values and no group adds to them.
     """
     require_4d("x", x)
     if x.dtype != torch.float64:
@@ -117,11 +122,13 @@ def batch_statistics(
         if buffer is not None:
             require_like(name, buffer, x.shape[1:2], x.new_empty(0, dtype=buffer.dtype))
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    if count < 2:
+    if count < 2 and group is None:
         # torch's own words (torch.nn.functional._verify_batch_size)
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
     with torch.no_grad():
-        values, counts = bn_partials_op(x.detach()) if partials is None else partials
-        return bn_merge_op(values, counts, running_mean, running_var, momentum, eps)
+        partials = Partials(*(bn_partials_op(x.detach()) if partials is None else partials))
+        if group is not None:
+            partials = gather_statistics(partials, group)
+        return bn_merge_op(*partials, running_mean, running_var, momentum, eps)

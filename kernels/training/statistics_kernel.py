@@ -4,7 +4,8 @@ In the first each CTA finds mean and squared deviations of its rows, by Welford'
 every thread (Technometrics 4.3, 1962), Chan's formula between them (COMPSTAT 1982): sums of squares
 would cancel where the mean is large. A convolution's epilogue does the same for its tiles
 (conv_statistics.py). The second merges these partials, always in the same order, so that a step run
-twice gives the same bits.
+twice gives the same bits. Where the batch is that of several processes, a third makes one part of a
+process's own, and the second merges those of all (sync_batch_norm.py).
 """
 
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ class Partials(NamedTuple):
 
     values: [2, parts, C] in fp32: means, and sums of squared deviations from them.
     counts: [parts] in fp32: pixels in each part.
+
+    Either may have any strides, but for the one between channels, which is 1.
     """
 
     values: Tensor
@@ -96,33 +99,47 @@ def partials_kernel(
 
 
 @triton.jit
-def merge_kernel(
-    values_ptr, counts_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr,
-    C, parts, plane,
-    eps, momentum,
+def merged(
+    values_ptr, counts_ptr, offs_c, mask_c,
+    parts, stride_plane, stride_part, stride_count,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """All parts of BLOCK_C channels, BLOCK_T at a time, into mean, rstd and running statistics."""
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Count, mean and squared deviations of all parts of BLOCK_C channels, BLOCK_T at a time; each
+    [channels], zeros where there are no parts."""
     offs_t = tl.arange(0, BLOCK_T)
-    mask_c = offs_c < C
     count = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     mean = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for part in range(0, parts, BLOCK_T):
         of_t = (part + offs_t).to(tl.int64)
-        at = values_ptr + of_t[:, None] * C + offs_c[None, :]
+        at = values_ptr + of_t[:, None] * stride_part + offs_c[None, :]
         mask = (of_t < parts)[:, None] & mask_c[None, :]
         other_mean = tl.load(at, mask=mask, other=0.0)
-        other_m2 = tl.load(at + plane, mask=mask, other=0.0)
-        others = tl.load(counts_ptr + of_t, mask=of_t < parts, other=0.0)[:, None]
+        other_m2 = tl.load(at + stride_plane, mask=mask, other=0.0)
+        others = tl.load(counts_ptr + of_t * stride_count, mask=of_t < parts, other=0.0)[:, None]
         both = count + others
         share = others / tl.maximum(both, 1.0)
         away = other_mean - mean
         mean += away * share
         m2 += other_m2 + away * away * count * share
         count = both
-    total, mean, m2 = pool(count, mean, m2)
+    return pool(count, mean, m2)
+
+
+@triton.jit
+def merge_kernel(
+    values_ptr, counts_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr,
+    C, parts, stride_plane, stride_part, stride_count,
+    eps, momentum,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """All parts of BLOCK_C channels into mean, rstd and running statistics."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    total, mean, m2 = merged(
+        values_ptr, counts_ptr, offs_c, mask_c, parts, stride_plane, stride_part, stride_count,
+        BLOCK_T, BLOCK_C,
+    )  # fmt: skip
     tl.store(mean_ptr + offs_c, mean, mask=mask_c)
     tl.store(rstd_ptr + offs_c, 1.0 / tl.sqrt(m2 / total + eps), mask=mask_c)
     if running_mean_ptr is not None:
@@ -135,6 +152,25 @@ def merge_kernel(
         before = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         after = before + momentum * (m2 / (total - 1.0) - before)
         tl.store(running_var_ptr + offs_c, after.to(running_var_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def pack_kernel(
+    values_ptr, counts_ptr, packed_ptr,
+    C, parts, stride_plane, stride_part, stride_count,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """All parts of BLOCK_C channels as one, into packed [2C + 1]: means, squared deviations, and
+    their count, which is any channel's."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    total, mean, m2 = merged(
+        values_ptr, counts_ptr, offs_c, mask_c, parts, stride_plane, stride_part, stride_count,
+        BLOCK_T, BLOCK_C,
+    )  # fmt: skip
+    tl.store(packed_ptr + offs_c, mean, mask=mask_c)
+    tl.store(packed_ptr + C + offs_c, m2, mask=mask_c)
+    tl.store(packed_ptr + 2 * C + offs_c, total, mask=offs_c == 0)
 
 
 def launch_partials(x: Tensor, partials: Partials, config: Config) -> Launch:
@@ -165,16 +201,31 @@ def launch_merge(
     eps: float,
 ) -> Launch:
     """The launch that fills mean and rstd [C], and moves the running statistics."""
-    _, parts, channels = partials.values.shape
+    return _merging(
+        merge_kernel,
+        partials,
+        {
+            "running_mean_ptr": running_mean, "running_var_ptr": running_var,
+            "mean_ptr": mean, "rstd_ptr": rstd, "eps": eps, "momentum": momentum,
+        },
+    )  # fmt: skip
+
+
+def launch_pack(partials: Partials, packed: Tensor) -> Launch:
+    """The launch that fills packed [2C + 1], in the partials' dtype."""
+    return _merging(pack_kernel, partials, {"packed_ptr": packed})
+
+
+def _merging(kernel: object, partials: Partials, args: dict) -> Launch:
+    values, counts = partials
+    _, parts, channels = values.shape
     return Launch(
-        kernel=merge_kernel,
+        kernel=kernel,
         grid=(-(-channels // MERGED_CHANNELS),),
         args={
-            "values_ptr": partials.values, "counts_ptr": partials.counts,
-            "running_mean_ptr": running_mean, "running_var_ptr": running_var,
-            "mean_ptr": mean, "rstd_ptr": rstd,
-            "C": channels, "parts": parts, "plane": parts * channels,
-            "eps": eps, "momentum": momentum,
+            "values_ptr": values, "counts_ptr": counts, **args, "C": channels, "parts": parts,
+            "stride_plane": values.stride(0), "stride_part": values.stride(1),
+            "stride_count": counts.stride(0),
         },
         constants={"BLOCK_T": BLOCK_T, "BLOCK_C": MERGED_CHANNELS},
         num_warps=4,
@@ -184,7 +235,7 @@ def launch_merge(
 
 def shipped() -> Iterator[tuple[str, Launch]]:
     """Every configuration in each storage dtype on the output of ResNet-50's first block at batch
-    256, and the merge."""
+    256; the merge, of it and of what eight processes gathered."""
     for mode in ("ieee", "fp16", "bf16"):
         like = torch.empty(0, dtype=MATH_MODES[mode][0], device="meta")
         x = empty_channels_last((256, 256, 56, 56), like)
@@ -194,6 +245,24 @@ def shipped() -> Iterator[tuple[str, Launch]]:
             yield f"{mode} partials 256x256x56x56 {config.label()}", made
     mean = torch.empty(256, device="meta")
     yield "merge 256 channels", launch_merge(partials, mean, mean, mean, mean, 0.1, 1e-5)
+    packed = torch.empty(8, 513, device="meta")
+    yield "pack 256 channels", launch_pack(partials, packed[0])
+    gathered = unpacked(packed)
+    merge = launch_merge(gathered, mean, mean, mean, mean, 0.1, 1e-5)
+    yield "merge 256 channels of 8 processes", merge
+
+
+def merged_ref(partials: Partials) -> tuple[Tensor, Tensor, Tensor]:
+    """`merged` in plain torch, of all channels; the count is one number."""
+    values, counts = partials
+    total, each = counts.sum(), counts[:, None]
+    mean = (each * values[0]).sum(0) / total.clamp(min=1)
+    return total, mean, (values[1] + each * (values[0] - mean).square()).sum(0)
+
+
+def unpacked(packed: Tensor) -> Partials:
+    """[parts, 2C + 1], each as `launch_pack` packs one, as Partials of the same memory."""
+    return Partials(packed[:, :-1].unflatten(1, (2, -1)).transpose(0, 1), packed[:, -1])
 
 
 def problem_of(x: Tensor, added: str = "nothing") -> NormProblem:
