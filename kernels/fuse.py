@@ -44,8 +44,8 @@ def fuse(
         discard_weights: free each convolution's own weight when its folded one has been laid out
             (at the first run), so that a model takes no more memory than before. It then cannot be
             trained, copied, unfused, or given other weights.
-        training: fuse batch norm with what precedes and follows it in training mode, as well. On a
-            GPU our kernels compute that, statistics in float32 always, but have no second
+        training: fuse batch norm (SyncBatchNorm too, over the processes of its group) with what
+            precedes and follows it in training mode, as well. On a GPU our kernels compute that, statistics in float32 always, but have no second
             derivatives; on a CPU torch's do, in place where nobody can tell. Compiled models train
             on their layers.
 
