@@ -8,14 +8,13 @@ print(explain(model, images))
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 from torch import Tensor, nn
 
 from resfuse.kernels.draft import scopes
 from resfuse.kernels.folded import require_weights
 from resfuse.kernels.fused_scope import attach, detach, empty_plan
-from resfuse.kernels.layers import DTYPES
+from resfuse.kernels.layers import DTYPES, copied
 from resfuse.kernels.parity import require_parity
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.sequence import sequence_plan
@@ -45,8 +44,8 @@ def fuse(
         discard_weights: free each convolution's own weight when its folded one has been laid out
             (at the first run), so that a model takes no more memory than before. It then cannot be
             trained, copied, unfused, or given other weights.
-        training: fuse batch norm with what precedes and follows it in training mode, as well. On a
-            GPU our kernels compute that, statistics in float32 always, but have no second
+        training: fuse batch norm (SyncBatchNorm too, over the processes of its group) with what
+            precedes and follows it in training mode, as well. On a GPU our kernels compute that, statistics in float32 always, but have no second
             derivatives; on a CPU torch's do, in place where nobody can tell. Compiled models train
             on their layers.
 
@@ -58,7 +57,7 @@ def fuse(
     _require_fusible(model)
     if training and discard_weights:
         raise ValueError("argument discard_weights: True with training=True; accepted: False")
-    fused_model = model if inplace else deepcopy(model)
+    fused_model = model if inplace else copied(model)
     drafts = training_scopes(fused_model) if training else ()
     in_training = {scope: plan for _, scope, plan in drafts if plan.steps}
     for _, scope, drafted in scopes(fused_model):

@@ -1,5 +1,7 @@
 """What fuse() takes a module for: a convolution, a batch norm, an activation, and why not."""
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,13 @@ from resfuse.kernels.scope import has_hooks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FROZEN_NORMS = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision, detectron2; timm
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, but for what cannot be copied: the process groups of its SyncBatchNorms."""
+    norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    groups = [norm.process_group for norm in norms if norm.process_group is not None]
+    return deepcopy(model, {id(group): group for group in groups})
 
 
 def why_not_conv(conv: nn.Conv2d) -> str | None:
@@ -48,8 +57,6 @@ def why_not_norm_in_training(norm: nn.Module) -> str | None:
     """The reason to leave a batch norm alone in training mode."""
     if has_hooks(norm):
         return "it has hooks"
-    if isinstance(norm, nn.SyncBatchNorm):
-        return "it averages over processes"
     if hasattr(norm, "parametrizations"):
         return "it is parametrized"
     if not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):  # timm's BatchNormAct2d

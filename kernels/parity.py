@@ -1,12 +1,12 @@
 """Does a fused model still answer what the model did? Asked once, at fuse time, of an example."""
 
 from contextlib import AbstractContextManager
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from resfuse.kernels.layers import copied
 from resfuse.kernels.problem import math_mode_of
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
 
@@ -34,7 +34,7 @@ def require_parity(
                 eager = _answer(model, example)
                 # Fused layers compute in channels_last, where torch sums in another order: a U-Net
                 # in fp32 is off by 1.9e-6 in NCHW and by 3.9e-6 in NHWC.
-                nhwc = deepcopy(model).to(memory_format=torch.channels_last)
+                nhwc = copied(model).to(memory_format=torch.channels_last)
                 eager_nhwc = _answer(nhwc, example.to(memory_format=torch.channels_last))
                 twin = nhwc.double()
             reference = _answer(twin, example.double())

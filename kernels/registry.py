@@ -82,7 +82,7 @@ KERNELS: dict[str, KernelSpec] = {
     "batch_statistics": KernelSpec(
         "resfuse.kernels.training.statistics:batch_statistics",
         "resfuse.kernels.training.statistics:batch_statistics_ref",
-        "resfuse.kernels.training.statistics:shipped",
+        "resfuse.kernels.training.statistics_kernel:shipped",
         "training: mean and variance of each channel, running statistics",
     ),
     "bn_add_relu": KernelSpec(

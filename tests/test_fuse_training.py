@@ -339,12 +339,13 @@ def test_forwards_whose_gradients_a_graph_would_change_are_left(forward: Any) ->
 
 def test_what_is_left_and_why() -> None:
     model = nn.Sequential(
-        Pair(nn.SyncBatchNorm(4)), Pair(nn.BatchNorm2d(4)), Pair(nn.BatchNorm2d(4))
+        Pair(nn.BatchNorm2d(4)), Pair(nn.BatchNorm2d(4)), Pair(nn.SyncBatchNorm(4))
     )
+    nn.utils.parametrize.register_parametrization(model[0].norm, "weight", nn.Identity())
     model[1].norm.register_forward_hook(lambda *_: None)
     found = explain(fuse(model, training=True))
     assert dict(found.left_in_training) == {
-        "0.norm": "it averages over processes",
+        "0.norm": "it is parametrized",
         "1.norm": "it has hooks",
     }
     assert found.fused_in_training == ("2.conv",)

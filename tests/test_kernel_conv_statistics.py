@@ -20,12 +20,8 @@ from resfuse.kernels.training.conv_statistics import (
     conv_statistics_ref,
     launch,
 )
-from resfuse.kernels.training.statistics import (
-    Partials,
-    batch_statistics,
-    batch_statistics_ref,
-    empty_partials,
-)
+from resfuse.kernels.training.statistics import batch_statistics, batch_statistics_ref
+from resfuse.kernels.training.statistics_kernel import Partials, empty_partials
 
 # x, k, filter, stride, padding, groups: 3x3s of a ResNet cut small, a strided projection, primes,
 # packed groups, groups wider than a tile, one pixel of output an image

@@ -17,7 +17,7 @@ from resfuse.kernels.training import bn_conv1x1 as prologue
 from resfuse.kernels.training import conv_statistics as conv
 from resfuse.kernels.training.bn_add_relu_kernel import Normed
 from resfuse.kernels.training.config import DISTINCT
-from resfuse.kernels.training.statistics import Partials, launch_partials, problem_of
+from resfuse.kernels.training.statistics_kernel import Partials, launch_partials, problem_of
 
 
 def _shape(place: Place) -> tuple[int, int, int, int]:

@@ -36,12 +36,9 @@ from resfuse.kernels.training.bn_add_relu_kernel import (
     launch_total,
 )
 from resfuse.kernels.training.exact import computes, wide
-from resfuse.kernels.training.statistics import (
-    Partials,
-    batch_statistics,
-    config_of,
-    problem_of,
-)
+from resfuse.kernels.training.statistics import batch_statistics
+from resfuse.kernels.training.statistics_kernel import Partials, config_of, problem_of
+from resfuse.kernels.training.sync_batch_norm import sum_gradients
 
 ACTIVATIONS = ("identity", "relu")  # those whose derivative follows from their result
 
@@ -52,6 +49,8 @@ class Norm:
 
     training: normalise by the batch's own statistics, and move the running ones if they are given;
         else by the running ones, which are then constants.
+    group: in training, the batch is that of all processes of the process group of this name, as
+        torch.nn.SyncBatchNorm has it; all of them must take the same steps, forward and backward.
     """
 
     weight: Tensor | None
@@ -61,6 +60,7 @@ class Norm:
     training: bool = True
     momentum: float = 0.1
     eps: float = 1e-5
+    group: str | None = None
 
     def require_for(self, x: Tensor, name: str = "norm") -> None:
         """Raises ValueError unless x [N, C, H, W] can be normalised by it."""
@@ -84,7 +84,7 @@ class Norm:
         if self.training:
             return batch_statistics(
                 x, self.running_mean, self.running_var, momentum=self.momentum, eps=self.eps,
-                partials=partials,
+                partials=partials, group=self.group,
             )  # fmt: skip
         assert self.running_mean is not None and self.running_var is not None
         with torch.no_grad():
@@ -131,8 +131,10 @@ def bn_add_relu_op(
     batch: bool,
     batch2: bool,
     relu: bool,
+    group: str | None = None,
 ) -> Tensor:
-    """`bn_add_relu` of known statistics; `batch`: they are x's own."""
+    """`bn_add_relu` of known statistics; `batch`: they are x's own, or those of all x in `group`,
+    which the backward pass asks for its sums."""
     main, shortcut = _normed(x, mean, rstd, weight, bias, x2, mean2, rstd2, weight2, bias2)
     if not computes(x):
         z = _apply(main)
@@ -187,11 +189,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, rstd, weight, _, _, x2, mean2, rstd2, weight2, _, *ctx.flags = inputs
     y = output if ctx.flags[2] else None
     ctx.save_for_backward(y, x, mean, rstd, weight, x2, mean2, rstd2, weight2)
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in range(len(inputs) - 3)]
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in range(11)]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    batch, batch2, relu = ctx.flags
+    batch, batch2, relu, group = ctx.flags
     wanted = list(ctx.needs_input_grad)
     saved = ctx.saved_tensors  # asked for once: checkpointing computes them anew at every look
     is_shortcut = saved[5] is not None
@@ -199,7 +201,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     writes = wanted[6] or (wanted[5] and relu)
     of_norms = [wanted[i] for i in (3, 4, 9, 10)]
     grad_x, grad_added, grads = bn_add_relu_backward_op(
-        grad, *saved, batch, batch2, wanted[0], writes, any(of_norms)
+        grad, *saved, batch, batch2, wanted[0], writes, any(of_norms), group
     )
     made: list[Tensor | None] = [None] * len(wanted)
     made[0] = grad_x if wanted[0] else None
@@ -233,19 +235,24 @@ def bn_add_relu_backward_op(
     needs_x: bool,
     needs_added: bool,
     needs_norms: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and of what was added, and grads [2 or 3, C] of bias, weight and the
     shortcut's weight; those not needed are empty. `y` only where there was a ReLU."""
     main, shortcut = _normed(
         x, mean, rstd, weight, None, x2, mean2, rstd2, weight2, None, batch, batch2
     )
+    needs_sums = (batch and needs_x) or (batch2 and needs_added and x2 is not None)
+    if not needs_sums:
+        group = None
     if not computes(x):
-        return _backward_ref(grad, y, main, shortcut, needs_x, needs_added)
+        return _backward_ref(grad, y, main, shortcut, needs_x, needs_added, group)
     grad_x, grad_added, grads = _empty_grads(x, mean, x2, needs_x, needs_added)
     if not x.numel():
-        return grad_x, grad_added, grads.zero_()
+        _over_processes(grads.zero_(), x, group)
+        return grad_x, grad_added, grads
     grad, y = channels_last(grad), None if y is None else channels_last(y)
-    if needs_norms or (batch and needs_x) or (batch2 and needs_added and x2 is not None):
+    if needs_norms or needs_sums:
         config = config_of(main.x, added_kind(None, shortcut))
         parts = config.grid(problem_of(x))[0]
         sums = grads.new_empty(len(grads), parts, x.shape[1])
@@ -253,10 +260,15 @@ def bn_add_relu_backward_op(
         launch_total(grads, sums, main, shortcut).run()
     if needs_x or needs_added:
         launch_backward(
-            grad_x if needs_x else None, grad_added if needs_added else None, grads, grad, y, main,
-            shortcut,
+            grad_x if needs_x else None, grad_added if needs_added else None,
+            _over_processes(grads, x, group), grad, y, main, shortcut,
         ).run()  # fmt: skip
     return grad_x, grad_added, grads
+
+
+def _over_processes(grads: Tensor, x: Tensor, group: str | None) -> Tensor:
+    """The sums x's gradient depends on: of all processes, if they share their statistics."""
+    return grads if group is None else sum_gradients(grads, x.numel() // x.shape[1], group)
 
 
 def _empty_grads(
@@ -273,14 +285,14 @@ def _empty_grads(
 def _fake_backward(
     grad: Tensor, y: Any, x: Tensor, mean: Tensor, rstd: Any, weight: Any, x2: Any, mean2: Any,
     rstd2: Any, weight2: Any, batch: bool, batch2: bool, needs_x: bool, needs_added: bool,
-    needs_norms: bool,
+    needs_norms: bool, group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _empty_grads(x, mean, x2, needs_x, needs_added)
 
 
 def _backward_ref(
     grad: Tensor, y: Tensor | None, main: Normed, shortcut: Normed | None, needs_x: bool,
-    needs_added: bool,
+    needs_added: bool, group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What the kernels compute, in plain torch: bn_add_relu_kernel.py has the formulas."""
     g = grad.to(main.mean.dtype)
@@ -289,12 +301,13 @@ def _backward_ref(
     normed = [main] if shortcut is None else [main, shortcut]
     hats = [(n.x.to(g.dtype) - n.mean[:, None, None]) * n.rstd[:, None, None] for n in normed]
     grads = torch.stack([g.sum((0, 2, 3)), *((g * hat).sum((0, 2, 3)) for hat in hats)])
+    sums = _over_processes(grads, main.x, group)
     made = []
-    for n, hat, row in zip(normed, hats, grads[1:], strict=True):
+    for n, hat, row in zip(normed, hats, sums[1:], strict=True):
         grad_in = g
         if n.batch:
             count = g.numel() // g.shape[1]
-            grad_in = g - (grads[0][:, None, None] + hat * row[:, None, None]) / count
+            grad_in = g - (sums[0][:, None, None] + hat * row[:, None, None]) / count
         made.append(channels_last((grad_in * _scale(n)[:, None, None]).to(n.x.dtype)))
     added = made[1] if shortcut is not None else channels_last(g.to(grad.dtype))
     empty = main.x.new_empty(0)
@@ -338,8 +351,8 @@ def bn_add_relu(
         and all weights and biases, but no second ones.
 
     Raises:
-        ValueError: an argument's shape, dtype, device or value is not one of these, or a channel
-            has fewer than two values to normalise by.
+        ValueError: an argument's shape, dtype, device or value is not one of these, a channel has
+            fewer than two values to normalise by, or two norms in training are of two groups.
         RuntimeError: in a second backward pass.
     """
     if activation not in ACTIVATIONS:
@@ -356,11 +369,22 @@ def bn_add_relu(
         require_like("shortcut", x2, x.shape, x)
         norm2.require_for(x2, "shortcut")
         x2 = channels_last(x2)
+    group = _group_of(norm, norm2)
     mean, rstd = norm.statistics(x, partials)
     if x2 is not None and norm2 is not None:
         mean2, rstd2 = norm2.statistics(x2, shortcut_partials)
         weight2, bias2 = norm2.weight, norm2.bias
     return bn_add_relu_op(
         x, mean, rstd, norm.weight, norm.bias, residual, x2, mean2, rstd2, weight2, bias2,
-        norm.training, norm2 is not None and norm2.training, activation == "relu",
+        norm.training, norm2 is not None and norm2.training, activation == "relu", group,
     )  # fmt: skip
+
+
+def _group_of(norm: Norm, norm2: Norm | None) -> str | None:
+    """The group over which a join sums, for both norms at once."""
+    groups = [n.group for n in (norm, norm2) if n is not None and n.training]
+    if len(set(groups)) > 1:
+        raise ValueError(
+            f"argument shortcut: its norm's group is {groups[1]!r}; accepted: {groups[0]!r}, norm's"
+        )
+    return groups[0] if groups else None

@@ -27,7 +27,7 @@ from resfuse.kernels.arguments import empty_channels_last
 from resfuse.kernels.launch import Launch
 from resfuse.kernels.problem import MATH_MODES
 from resfuse.kernels.training.config import DISTINCT, Config
-from resfuse.kernels.training.statistics import (
+from resfuse.kernels.training.statistics_kernel import (
     BLOCK_T,
     MERGED_CHANNELS,
     config_of,

@@ -37,12 +37,8 @@ from resfuse.kernels.problem import MATH_MODES, ConvProblem, math_mode_of
 from resfuse.kernels.training.bn_add_relu import Norm, bn_add_relu_backward_op, bn_add_relu_op
 from resfuse.kernels.training.bn_add_relu_kernel import vector
 from resfuse.kernels.training.exact import computes
-from resfuse.kernels.training.statistics import (
-    Partials,
-    empty_partials,
-    store_partials,
-    whole,
-)
+from resfuse.kernels.training.statistics import whole
+from resfuse.kernels.training.statistics_kernel import Partials, empty_partials, store_partials
 
 
 @dataclass(frozen=True)
@@ -218,8 +214,9 @@ def bn_conv1x1_op(
     filters: Tensor,
     batch: bool,
     relu: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the values and counts of its `Partials`."""
+    """y, and the values and counts of its `Partials`; `group`: as for `bn_add_relu_op`."""
     if not computes(x):
         h = _normalised(x, mean, rstd, weight, bias, relu)
         y = channels_last(F.conv2d(h, filters))
@@ -268,7 +265,7 @@ def _flops(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.batch, ctx.relu = inputs
+    *tensors, ctx.batch, ctx.relu, ctx.group = inputs
     ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(*output[1:])
 
@@ -287,7 +284,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if of_norm:
         grad_x, _, grads = bn_add_relu_backward_op(
             grad_h, h if ctx.relu else None, x, mean, rstd, weight, *(None,) * 4, ctx.batch, False,
-            wanted[0], False, wanted[3] or wanted[4],
+            wanted[0], False, wanted[3] or wanted[4], ctx.group,
         )  # fmt: skip
         made[0] = grad_x if wanted[0] else None
         made[3] = grads[1].to(weight.dtype, copy=True) if wanted[3] else None
@@ -332,6 +329,7 @@ def bn_conv1x1(
     x = channels_last(x)
     mean, rstd = norm.statistics(x, partials)
     y, values, counts = bn_conv1x1_op(
-        x, mean, rstd, norm.weight, norm.bias, filters, norm.training, activation == "relu"
-    )
+        x, mean, rstd, norm.weight, norm.bias, filters, norm.training, activation == "relu",
+        norm.group if norm.training else None,
+    )  # fmt: skip
     return y, Partials(values, counts)

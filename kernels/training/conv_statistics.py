@@ -45,12 +45,8 @@ from resfuse.kernels.implicit_gemm import output_channels, sum_of_tile, swizzle
 from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem
 from resfuse.kernels.training.exact import computes
-from resfuse.kernels.training.statistics import (
-    Partials,
-    empty_partials,
-    store_partials,
-    whole,
-)
+from resfuse.kernels.training.statistics import whole
+from resfuse.kernels.training.statistics_kernel import Partials, empty_partials, store_partials
 
 Pair = tuple[int, int]
 # With a tile's deviations beside its sums, larger tiles spill 200 to 500 bytes a thread on sm_100,

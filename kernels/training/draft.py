@@ -23,7 +23,13 @@ from resfuse.kernels.scope import (
     original_class,
 )
 from resfuse.kernels.training.plan import TRAINING_STEPS, TrainingPlan
-from resfuse.kernels.training.steps import JoinStep, Step, TrainingStep, steps_of
+from resfuse.kernels.training.steps import (
+    JoinStep,
+    Step,
+    TrainingStep,
+    averages_over,
+    steps_of,
+)
 from resfuse.kernels.training.tracer import trace_for_training
 
 
@@ -134,6 +140,7 @@ def _is_projection(node: fx.Node, step: TrainingStep, projection: Step | None) -
         and not step.norm_activates
         and projection.activation == "identity"
         and projection.residual == "none"
+        and averages_over(projection.norm) == averages_over(step.norm)
         and len(node.args[1].users) == 1  # type: ignore[union-attr]
     )
 

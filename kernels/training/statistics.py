@@ -3,46 +3,27 @@
 x [N, C, H, W], NHWC in memory -> mean, rstd [C] in fp32; the running mean and the (unbiased)
 running variance move towards the batch's by `momentum`. x is read once, 4 FLOPs an element.
 
-Two kernels. In the first each CTA finds mean and squared deviations of its rows, by Welford's
-recurrence in every thread (Technometrics 4.3, 1962), Chan's formula between them (COMPSTAT 1982):
-sums of squares would cancel where the mean is large. A convolution's epilogue does the same for its
-tiles (conv_statistics.py). The second merges these partials, always in the same order, so that a
-step run twice gives the same bits.
+The kernels and their launches are statistics_kernel.py's, their tiles config.py's.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from resfuse.kernels.arguments import (
-    channels_last,
-    empty_channels_last,
-    require_4d,
-    require_like,
-)
-from resfuse.kernels.launch import Launch, multiprocessors
-from resfuse.kernels.problem import MATH_MODES, math_mode_of
-from resfuse.kernels.training.config import DISTINCT, Config, NormProblem, choose
+from resfuse.kernels.arguments import channels_last, require_4d, require_like
+from resfuse.kernels.problem import math_mode_of
 from resfuse.kernels.training.exact import computes, wide
-
-# Partials a merging CTA takes at a time, and channels: 32 bytes of a row of partials. ResNet-50's
-# first stage has 6,272 partials of 64 channels at batch 256.
-BLOCK_T, MERGED_CHANNELS = 128, 8
-
-
-class Partials(NamedTuple):
-    """Statistics of parts of a batch.
-
-    values: [2, parts, C] in fp32: means, and sums of squared deviations from them.
-    counts: [parts] in fp32: pixels in each part.
-    """
-
-    values: Tensor
-    counts: Tensor
+from resfuse.kernels.training.statistics_kernel import (
+    Partials,
+    config_of,
+    empty_partials,
+    launch_merge,
+    launch_partials,
+    merged_ref,
+    problem_of,
+)
+from resfuse.kernels.training.sync_batch_norm import gather_statistics
 
 
 def batch_statistics_ref(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -51,188 +32,11 @@ def batch_statistics_ref(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (var + eps).rsqrt()
 
 
-@triton.jit
-def pool(count, mean, m2):
-    """Count, mean and squared deviations of all parts of axis 0: each [parts, channels]."""
-    total = tl.sum(count, 0)
-    share = 1.0 / tl.maximum(total, 1.0)
-    pooled = tl.sum(count * mean, 0) * share
-    away = mean - pooled[None, :]
-    return total, pooled, tl.sum(m2 + count * away * away, 0)
-
-
-@triton.jit
-def store_partials(
-    values_ptr, counts_ptr, part, column, plane, C, offs_c, mask_c, count, mean, m2
-):  # fmt: skip
-    """Mean and squared deviations [channels] of one part into [2, parts, C], where plane is
-    parts * C; of the CTAs that share its pixels, the first column's notes how many they are."""
-    at = values_ptr + part.to(tl.int64) * C + offs_c
-    tl.store(at, mean, mask=mask_c)
-    tl.store(at + plane, m2, mask=mask_c)
-    if column == 0:
-        tl.store(counts_ptr + part, count)
-
-
-@triton.jit
-def partials_kernel(
-    x_ptr, values_ptr, counts_ptr,
-    M, C, plane, steps,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Statistics of `steps` tiles of rows. A row position is missing from the last tiles only, so
-    that at its step n it has seen n rows."""
-    first = tl.program_id(0) * (steps * BLOCK_M)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_c = offs_c < C
-    offs = offs_m[:, None] * C + offs_c[None, :]
-    # Counted from the first row: the recurrence loses as many digits as the mean is larger than
-    # the deviations (of 10,000 + normal, 1 / deviation was off by 1e-4; so it is by 2e-7).
-    pivot = tl.load(x_ptr + first.to(tl.int64) * C + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    count = tl.zeros((BLOCK_M,), tl.float32)
-    mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for step in range(tl.minimum(steps, tl.cdiv(M - first, BLOCK_M))):
-        start = first + step * BLOCK_M
-        there = offs_m < M - start
-        tile = x_ptr + start.to(tl.int64) * C
-        x = tl.load(tile + offs, mask=there[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-        x -= pivot[None, :]
-        away = tl.where(there[:, None], x - mean, 0.0)
-        mean += away * (1.0 / (step + 1))
-        m2 += away * (x - mean)
-        count += there.to(tl.float32)
-    _, mean, m2 = pool(count[:, None] + tl.zeros_like(mean), mean, m2)
-    store_partials(
-        values_ptr, counts_ptr, tl.program_id(0), tl.program_id(1), plane, C, offs_c, mask_c,
-        tl.sum(count, 0), pivot + mean, m2,
-    )  # fmt: skip
-
-
-@triton.jit
-def merge_kernel(
-    values_ptr, counts_ptr, running_mean_ptr, running_var_ptr, mean_ptr, rstd_ptr,
-    C, parts, plane,
-    eps, momentum,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """All parts of BLOCK_C channels, BLOCK_T at a time, into mean, rstd and running statistics."""
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_t = tl.arange(0, BLOCK_T)
-    mask_c = offs_c < C
-    count = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    mean = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    m2 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for part in range(0, parts, BLOCK_T):
-        of_t = (part + offs_t).to(tl.int64)
-        at = values_ptr + of_t[:, None] * C + offs_c[None, :]
-        mask = (of_t < parts)[:, None] & mask_c[None, :]
-        other_mean = tl.load(at, mask=mask, other=0.0)
-        other_m2 = tl.load(at + plane, mask=mask, other=0.0)
-        others = tl.load(counts_ptr + of_t, mask=of_t < parts, other=0.0)[:, None]
-        both = count + others
-        share = others / tl.maximum(both, 1.0)
-        away = other_mean - mean
-        mean += away * share
-        m2 += other_m2 + away * away * count * share
-        count = both
-    total, mean, m2 = pool(count, mean, m2)
-    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
-    tl.store(rstd_ptr + offs_c, 1.0 / tl.sqrt(m2 / total + eps), mask=mask_c)
-    if running_mean_ptr is not None:
-        before = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        after = before + momentum * (mean - before)
-        tl.store(
-            running_mean_ptr + offs_c, after.to(running_mean_ptr.dtype.element_ty), mask=mask_c
-        )
-    if running_var_ptr is not None:
-        before = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        after = before + momentum * (m2 / (total - 1.0) - before)
-        tl.store(running_var_ptr + offs_c, after.to(running_var_ptr.dtype.element_ty), mask=mask_c)
-
-
-def launch_partials(x: Tensor, partials: Partials, config: Config) -> Launch:
-    """The launch that fills partials from x in channels_last memory."""
-    problem = problem_of(x)
-    config.check(problem)
-    return Launch(
-        kernel=partials_kernel,
-        grid=config.grid(problem),
-        args={
-            "x_ptr": x, "values_ptr": partials.values, "counts_ptr": partials.counts,
-            "M": problem.rows, "C": problem.channels, "plane": partials.values[0].numel(),
-            "steps": config.steps,
-        },
-        constants={"BLOCK_M": config.block_m, "BLOCK_C": config.block_c},
-        num_warps=config.num_warps,
-        num_stages=1,
-    )  # fmt: skip
-
-
-def launch_merge(
-    partials: Partials,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    momentum: float,
-    eps: float,
-) -> Launch:
-    """The launch that fills mean and rstd [C], and moves the running statistics."""
-    _, parts, channels = partials.values.shape
-    return Launch(
-        kernel=merge_kernel,
-        grid=(-(-channels // MERGED_CHANNELS),),
-        args={
-            "values_ptr": partials.values, "counts_ptr": partials.counts,
-            "running_mean_ptr": running_mean, "running_var_ptr": running_var,
-            "mean_ptr": mean, "rstd_ptr": rstd,
-            "C": channels, "parts": parts, "plane": parts * channels,
-            "eps": eps, "momentum": momentum,
-        },
-        constants={"BLOCK_T": BLOCK_T, "BLOCK_C": MERGED_CHANNELS},
-        num_warps=4,
-        num_stages=1,
-    )  # fmt: skip
-
-
-def shipped() -> Iterator[tuple[str, Launch]]:
-    """Every configuration in each storage dtype on the output of ResNet-50's first block at batch
-    256, and the merge."""
-    for mode in ("ieee", "fp16", "bf16"):
-        like = torch.empty(0, dtype=MATH_MODES[mode][0], device="meta")
-        x = empty_channels_last((256, 256, 56, 56), like)
-        for config in DISTINCT:
-            partials = empty_partials(x, config.grid(problem_of(x))[0])
-            made = launch_partials(x, partials, config)
-            yield f"{mode} partials 256x256x56x56 {config.label()}", made
-    mean = torch.empty(256, device="meta")
-    yield "merge 256 channels", launch_merge(partials, mean, mean, mean, mean, 0.1, 1e-5)
-
-
-def problem_of(x: Tensor, added: str = "nothing") -> NormProblem:
-    n, c, h, w = x.shape
-    return NormProblem(n * h * w, c, math_mode_of(x.dtype), added)
-
-
-def config_of(x: Tensor, added: str = "nothing") -> Config:
-    return choose(problem_of(x, added), multiprocessors(x.device))
-
-
-def empty_partials(x: Tensor, parts: int, channels: int | None = None) -> Partials:
-    """Of so many parts and channels, by default x's."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    c = x.shape[1] if channels is None else channels
-    return Partials(
-        torch.empty(2, parts, c, dtype=dtype, device=x.device),
-        torch.empty(parts, dtype=dtype, device=x.device),
-    )
-
-
 def whole(x: Tensor) -> Partials:
-    """Statistics of x as one part, in plain torch."""
+    """Statistics of x as one part, in plain torch; an empty x has none."""
     count = x.numel() // max(1, x.shape[1])
+    if not count:
+        return empty_partials(x, 0)
     var, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
     return Partials(torch.stack([mean, var * count])[:, None], mean.new_full((1,), count))
 
@@ -264,19 +68,17 @@ def bn_merge_op(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """mean and rstd [C] of all parts."""
-    mean, rstd = _fake_merge(values)
+    partials = Partials(values, counts)
     if computes(values):
-        partials = Partials(values, counts)
+        mean, rstd = _fake_merge(values)
         launch_merge(partials, running_mean, running_var, mean, rstd, momentum, eps).run()
         return mean, rstd
-    total, each = counts.sum(), counts[:, None]
-    torch.sum(each * values[0] / total, 0, out=mean)
-    m2 = (values[1] + each * (values[0] - mean).square()).sum(0)
+    total, mean, m2 = merged_ref(partials)
     if running_mean is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     if running_var is not None:
         running_var.lerp_((m2 / (total - 1)).to(running_var.dtype), momentum)
-    return mean, torch.rsqrt(m2 / total + eps, out=rstd)
+    return mean, torch.rsqrt(m2 / total + eps)
 
 
 @bn_merge_op.register_fake
@@ -292,6 +94,7 @@ def batch_statistics(
     momentum: float = 0.1,
     eps: float = 1e-5,
     partials: Partials | None = None,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(biased variance + eps) of each channel. They carry no gradient:
     `bn_add_relu` accounts for how they depend on x.
@@ -302,13 +105,15 @@ def batch_statistics(
             (1 - momentum) * running + momentum * batch, the variance's estimate unbiased.
         eps: added to the variance.
         partials: of x, where they are known: from `conv_statistics`.
+        group: name of the process group whose x are one batch, each process's a part of it; every
+            process of it must call this, even of an empty x.
 
     Returns:
         mean and rstd [C], in fp32 (float64 of a float64 x).
 
     Raises:
         ValueError: an argument's shape, dtype or device is not one of these, or a channel has fewer
-            than two values.
+            than two values and no group adds to them.
     """
     require_4d("x", x)
     if x.dtype != torch.float64:
@@ -317,11 +122,13 @@ def batch_statistics(
         if buffer is not None:
             require_like(name, buffer, x.shape[1:2], x.new_empty(0, dtype=buffer.dtype))
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    if count < 2:
+    if count < 2 and group is None:
         # torch's own words (torch.nn.functional._verify_batch_size)
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
         )
     with torch.no_grad():
-        values, counts = bn_partials_op(x.detach()) if partials is None else partials
-        return bn_merge_op(values, counts, running_mean, running_var, momentum, eps)
+        partials = Partials(*(bn_partials_op(x.detach()) if partials is None else partials))
+        if group is not None:
+            partials = gather_statistics(partials, group)
+        return bn_merge_op(*partials, running_mean, running_var, momentum, eps)

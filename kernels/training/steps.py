@@ -9,6 +9,7 @@ layers, with the sum and a ReLU in place: torch's own numbers and errors, in no 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from resfuse.kernels.activation import ACTIVATIONS
@@ -57,13 +58,18 @@ class TrainingStep:
         return (
             x.dim() == 4
             and (not first or x.size(1) == channels)
-            and x.numel() > 0
+            and (x.numel() > 0 or self._takes_nothing())
             and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
             and (
                 weight is None
                 or (weight.device == x.device and autocast(weight).dtype == autocast(x).dtype)
             )
         )
+
+    def _takes_nothing(self) -> bool:
+        """Whether an empty batch may stay on the kernels: of a norm over processes it must, since
+        the others' wait for this one's and not for what torch's layer would tell them."""
+        return group_of(self.norm) is not None or not uses_batch(self.norm)
 
     def take_in(self, before: "TrainingStep") -> None:
         """From now on also computes the step before it, whose result nobody else reads."""
@@ -80,6 +86,8 @@ class TrainingStep:
             and (window.padding, window.groups, conv.bias) == ((0, 0), 1, None)
             and before.activation in ("relu", "identity")
             and before.residual == "none"
+            # which may take what the other may not: see takes
+            and averages_over(before.norm) == averages_over(self.norm)
         )
 
     def convolved(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -217,6 +225,22 @@ def uses_batch(norm: nn.Module) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
+def group_of(norm: nn.Module) -> str | None:
+    """The name of the process group whose batches a norm averages now, as torch decides it
+    (torch.nn.SyncBatchNorm.forward); None where that is this process alone."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group: Any = norm.process_group or dist.group.WORLD
+    return group.group_name if dist.get_world_size(group) > 1 else None
+
+
+def averages_over(norm: nn.Module) -> Any:
+    """What is equal for two norms that average over the same processes in every mode."""
+    return isinstance(norm, nn.SyncBatchNorm), getattr(norm, "process_group", None)
+
+
 def norm_of(norm: nn.Module) -> Any:
     """A batch norm as `bn_add_relu` takes it, having counted the batch as torch's layer does
     (torch.nn.modules.batchnorm._BatchNorm.forward)."""
@@ -232,7 +256,9 @@ def norm_of(norm: nn.Module) -> Any:
             momentum = 1.0 / float(layer.num_batches_tracked)
     batch = uses_batch(norm)
     mean, var = (layer.running_mean, layer.running_var) if tracks or not batch else (None, None)
-    return Norm(layer.weight, layer.bias, mean, var, batch, momentum, float(layer.eps))
+    return Norm(
+        layer.weight, layer.bias, mean, var, batch, momentum, float(layer.eps), group_of(norm)
+    )
 
 
 def _joins(residual: Tensor | None, y: Tensor) -> bool:
