@@ -391,9 +391,9 @@ def add_degradation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depths",
         type=numbers,
-        default=[],
+        default="20,32,44,56,110",
         metavar="N",
-        help="layers, 6n + 2; several with commas (default: 20,32,44,56,110)",
+        help="layers, 6n + 2; several with commas (default: %(default)s)",
     )
     parser.add_argument(
         "--shortcuts",
@@ -430,6 +430,20 @@ def add_degradation(parser: argparse.ArgumentParser) -> None:
     )
     add_results(parser)
     _add_resumable(parser, "trainings")
+
+
+def add_training_study(parser: argparse.ArgumentParser) -> None:
+    add_degradation(parser)
+    parser.set_defaults(depths="20", seeds=5)
+    parser.add_argument(
+        "--ways",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="float64 and eager (the layers), fused (after fuse with training=True), twins (fused, "
+        "each operation by its kernel's twin in plain torch, on a CPU); several with commas "
+        "(default: all that differ on the device)",
+    )
 
 
 def add_results(parser: argparse._ActionsContainer) -> None:

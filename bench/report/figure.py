@@ -67,9 +67,13 @@ def key(figure: Figure, results: Sequence[Result], looks: dict[str, Look]) -> No
     handles = [
         Line2D([], [], label=name, **line_look(first[name], looks)) for name in labels(results)
     ]
-    columns = min(4, len(handles))
-    rows = -(-len(handles) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.2 * rows)  # the panels keep their height
+    legend(figure, handles, 4)
+
+
+def legend(figure: Figure, handles: Sequence[Line2D], most_columns: int = 7) -> None:
+    """Above the panels, which keep their height."""
+    columns = min(most_columns, len(handles))
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(handles) // columns))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
 

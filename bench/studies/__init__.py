@@ -39,6 +39,11 @@ STUDIES: dict[str, Study] = {
         flags.add_degradation,
         "plain against residual networks of growing depth, trained on real data",
     ),
+    "training": Study(
+        "resfuse.bench.studies.training.command:run",
+        flags.add_training_study,
+        "does a network trained fused learn as it does unfused?",
+    ),
 }
 
 
