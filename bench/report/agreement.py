@@ -7,7 +7,7 @@ import numpy as np
 
 from resfuse.bench.report.trainings import Estimate, Experiment, Training, stacked
 from resfuse.bench.statistics import mean_interval
-from resfuse.bench.studies.learning.ways import EAGER
+from resfuse.bench.studies.learning.ways import EAGER, EXACT
 
 TRAIN_LOSS, TEST_LOSS, FIRST_LOSSES = "train_loss_by_epoch", "test_loss_by_epoch", "loss_by_step"
 
@@ -64,6 +64,16 @@ def seeds_apart(experiment: Experiment, way: str) -> np.ndarray:
         return np.array([])
     pairs = np.array([one - other for one, other in combinations(lines, 2)])
     return np.sqrt(np.square(pairs).mean(0))
+
+
+def times_eager(experiment: Experiment, way: str) -> float | None:
+    """How many times as far from float64 a way is as eager is; the median over the first steps.
+    None where one of the three is missing, or eager does not part from it."""
+    one, eager = (apart(experiment, name, EXACT) for name in (way, EAGER))
+    if not one.size or one.shape != eager.shape or not eager.any():
+        return None
+    parted = eager > 0
+    return float(np.median(one[parted] / eager[parted]))
 
 
 def change(experiment: Experiment, way: str, column: str) -> Estimate | None:

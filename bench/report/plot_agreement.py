@@ -5,29 +5,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from resfuse.bench.report.agreement import (
-    FIRST_LOSSES,
     TEST_LOSS,
     TRAIN_LOSS,
     apart,
     seeds_apart,
 )
-from resfuse.bench.report.figure import legend, panels
+from resfuse.bench.report.figure import legend, panels, powers_of_ten
 from resfuse.bench.report.palette import WAY_LOOKS
 from resfuse.bench.report.trainings import Experiment, stacked
 from resfuse.bench.studies.learning.ways import EAGER, EXACT
 
 DROPS = (0.5, 0.75)  # of the epochs, where the learning rate is divided
 # Ways may be equal: later ones are thinner and broken, so that those below are seen between.
-STROKES: dict[str, tuple[float, tuple[int, tuple[float, ...]]]] = {
+STROKES: dict[str, tuple[float, tuple[float, tuple[float, ...]]]] = {
     "float64": (3.6, (0, ())),
     "eager": (2.2, (0, ())),
     "fused": (1.5, (0, (4.0, 3.0))),
     "twins": (1.5, (3.5, (1.5, 5.5))),
 }
 SEEDS = "#999999"
+WIDE = 10  # from the least loss to the most, from where on an axis is logarithmic
 
 
 def curves(experiment: Experiment) -> Figure | None:
@@ -37,13 +37,13 @@ def curves(experiment: Experiment) -> Figure | None:
         return None
     figure, ((training, testing, parting),) = panels(1, 3, 3.2)
     for ax, curve, title in (
-        (training, TRAIN_LOSS, "while training"),
-        (testing, TEST_LOSS, "test images"),
+        (training, TRAIN_LOSS, "loss while training"),
+        (testing, TEST_LOSS, "loss on test images"),
     ):
         _by_epoch(ax, experiment, curve)
         ax.set_title(title)
-        ax.set_xlabel("epoch (dotted: learning rate divided)")
-    training.set_ylabel("cross-entropy, nats")
+        ax.set_xlabel("epoch (dotted: rate divided by ten)")
+    training.set_ylabel("mean cross-entropy, nats")
     _parting(parting, experiment)
     legend(figure, _handles(experiment))
     return figure
@@ -72,10 +72,14 @@ def _by_epoch(ax: Axes, experiment: Experiment, curve: str) -> None:
         if not lines.size:
             continue
         epochs = np.arange(1, lines.shape[1] + 1)
-        band = {"color": WAY_LOOKS[way].colour, "alpha": 0.13, "linewidth": 0}
-        ax.fill_between(epochs, lines.min(0), lines.max(0), **band)
+        colour = WAY_LOOKS[way].colour
+        ax.fill_between(epochs, lines.min(0), lines.max(0), color=colour, alpha=0.13, linewidth=0)
         _line(ax, epochs, lines.mean(0), way)
-    ax.set_yscale("log")
+    if ax.dataLim.y1 > WIDE * ax.dataLim.y0 > 0:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     epochs_axis(ax, experiment.epochs)
     ax.grid()
 
@@ -93,9 +97,11 @@ def _parting(ax: Axes, experiment: Experiment) -> None:
         ax.plot(np.arange(1, len(seeds) + 1), seeds, color=SEEDS, linewidth=1.2)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_title(f"difference from {reference}, same seed")
+    powers_of_ten(ax.yaxis)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_title(f"loss: difference from {reference}")
     ax.set_xlabel("step")
-    ax.set_ylabel("root mean square over seeds, nats")
+    ax.set_ylabel("at the same seed, nats (root mean square)")
     ax.grid()
 
 

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from resfuse.bench.report.figure import legend, panels
+from resfuse.bench.report.figure import legend, panels, powers_of_ten
 from resfuse.bench.report.palette import NETWORK_LOOKS
 from resfuse.bench.report.plot_agreement import epochs_axis
 from resfuse.bench.report.trainings import Experiment, estimate, stacked
@@ -107,9 +107,7 @@ def gradients(experiment: Experiment) -> Figure | None:
                 layers, lines.min(0), lines.max(0), color=colour, alpha=0.2, linewidth=0
             )
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1,)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
+        powers_of_ten(ax.yaxis)
     axes[0].set_ylabel("norm of the loss's gradient by the weight")
     figure.supxlabel(
         "layer, from the input to the classifier (geometric means over seeds; bands: all of them)",
@@ -150,11 +148,6 @@ def _by_network(experiment: Experiment, height: float) -> tuple[Figure, list[Axe
         ax.grid()
         ax.tick_params(axis="y", labelleft=ax is axes[0])
     return figure, axes
-
-
-def _power_of_ten(value: float, _: int) -> str:
-    exponent = str(round(np.log10(value)))
-    return "10" + exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _depth_colours(experiment: Experiment) -> dict[int, str]:
