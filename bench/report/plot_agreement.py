@@ -19,12 +19,12 @@ from resfuse.bench.report.trainings import Experiment, stacked
 from resfuse.bench.studies.learning.ways import EAGER, EXACT
 
 DROPS = (0.5, 0.75)  # of the epochs, where the learning rate is divided
-# Ways may be equal: later ones are thinner and broken, so that those below are seen between.
+# fused may equal eager, and is thinner and broken, so that what is below it is seen between.
 STROKES: dict[str, tuple[float, tuple[float, tuple[float, ...]]]] = {
-    "float64": (3.6, (0, ())),
-    "eager": (2.2, (0, ())),
-    "fused": (1.5, (0, (4.0, 3.0))),
-    "twins": (1.5, (3.5, (1.5, 5.5))),
+    "float64": (2.6, (0, ())),
+    "eager": (1.9, (0, ())),
+    "fused": (1.4, (0, (4.0, 4.0))),
+    "twins": (1.4, (0, (6.0, 1.2, 1.2, 1.2))),
 }
 SEEDS = "#999999"
 WIDE = 10  # from the least loss to the most, from where on an axis is logarithmic
