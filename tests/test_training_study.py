@@ -227,7 +227,7 @@ def add(folder: Path, way: str, seed: int, losses: list[float], test_error: floa
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """Three seeds. `fused` is eager; the twins leave eager's seeds in the second epoch."""
+    """Three seeds. `fused` is eager; the twins are further from it than seeds are."""
     for seed, start in enumerate((1.0, 1.2, 1.4)):
         add(tmp_path, EXACT, seed, [start + 0.001, 0.5 + seed / 10])
         add(tmp_path, EAGER, seed, [start, 0.5 + seed / 10])
@@ -245,8 +245,14 @@ def test_differences_are_those_at_the_same_seed(study: Path) -> None:
     experiment = experiment_of(study)
     twins = agreement(experiment, TWINS)
     assert twins is not None
-    assert (twins.seeds, twins.epochs, twins.inside, twins.at) == (3, 2, 1, 2)
-    assert (twins.largest, twins.spread) == pytest.approx((0.4, 0.2))
+    assert (twins.at, twins.largest, twins.spread) == (2, pytest.approx(0.4), pytest.approx(0.2))
+    starts, ends = np.array([1.0, 1.2, 1.4]), np.array([0.5, 0.6, 0.7])
+    away = np.log([(starts + 0.1) / starts, 0.9 / ends])
+    assert twins.distance == pytest.approx(np.sqrt(np.square(away).mean()))
+    between = [np.log(c[i] / c[j]) for c in (starts, ends) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert twins.between_seeds == pytest.approx(np.sqrt(np.square(between).mean()))
+    assert twins.quotient.mean == pytest.approx(np.exp(away.mean()))
+    assert twins.share > 1
     assert is_equal(experiment, FUSED) and not is_equal(experiment, TWINS)
     assert apart(experiment, EAGER, EXACT) == pytest.approx([0, 0.001, 0])
     pairs = np.sqrt(np.mean(np.square([0.2, 0.2, 0.4])))
@@ -262,7 +268,9 @@ def test_verdicts_follow_the_curves(study: Path) -> None:
         "fused: every loss while training is eager's, to the last digit kept. Test error at the "
         "same seed: +0.00 [+0.00, +0.00] points: no difference shows."
     )
-    assert "among eager's seeds in 1 of 2 epochs only: the curves do not agree" in twins
+    assert "1.32 times as far from eager's as two seeds of eager are from each other" in twins
+    assert "the curves do not agree within the spread of seeds" in twins
+    assert "of eager's: a difference." in twins
     assert "+3.10 [+2.85, +3.35] points: a difference" in twins
     page = write_report(study).read_text()
     assert f"- {fused}" in page and f"- {twins}" in page
@@ -274,7 +282,7 @@ def test_a_seed_that_one_way_lacks_is_left_out(study: Path) -> None:
     add(study, FUSED, 8, [1.0, 0.5])
     found = agreement(experiment_of(study), FUSED)
     assert found is not None
-    assert (found.seeds, found.largest, found.spread) == (3, 0, pytest.approx(0.4))
+    assert (found.quotient.seeds, found.largest, found.share) == (3, 0, 0)
 
 
 def test_the_plot_has_each_ways_mean_and_band(study: Path) -> None:
@@ -286,17 +294,26 @@ def test_the_plot_has_each_ways_mean_and_band(study: Path) -> None:
         assert any(line.tolist() == pytest.approx(mean) for line in means)
     assert len(training.collections) == len(testing.collections) == 4
     assert len(parting.get_lines()) == 4  # three ways beside float64, and the seeds
-    for ax in figure.axes:
-        assert ax.get_xlabel() and ax.get_yscale() == "log"
+    assert all(ax.get_xlabel() for ax in figure.axes)
+    assert [ax.get_yscale() for ax in figure.axes] == ["linear", "linear", "log"]
+
+
+def test_losses_of_several_magnitudes_are_drawn_on_a_logarithmic_axis(tmp_path: Path) -> None:
+    add(tmp_path, EAGER, 0, [2.0, 0.02])
+    figure = curves(experiment_of(tmp_path))
+    assert figure is not None
+    assert figure.axes[0].get_yscale() == "log"
 
 
 def test_networks_stand_apart_and_other_sheets_too(study: Path) -> None:
     other = replace(RUN, depth=14, epochs=2)
     stamp = Stamp("Xeon 2.9 GHz", FOUND["env_id"], "3f2a91c", "2026-05-09T10:00:00+00:00")
     hung = Outcome("timeout", "not done after 3 s")
-    results.append_row(study, row.record(other, hung, 1, stamp, SHEET), SHEET)
+    for way in (EAGER, TWINS):
+        hanging = replace(other, way=way)
+        results.append_row(study, row.record(hanging, hung, 1, stamp, SHEET), SHEET)
     results.append_row(study, row.record(other, hung, 1, stamp, DEGRADATION), DEGRADATION)
     page = write_report(study).read_text()
     assert page.count("## Training fused and unfused: ") == 2
     assert page.count("## Degradation: ") == 1
-    assert "cifar_resnet14 run as eager, seed 0: timeout, not done after 3 s" in page
+    assert "cifar_resnet14, twins, seed 0: timeout, not done after 3 s" in page

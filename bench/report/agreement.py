@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import combinations
+from math import exp
 
 import numpy as np
 
@@ -11,17 +12,28 @@ from resfuse.bench.studies.learning.ways import EAGER, EXACT
 
 TRAIN_LOSS, TEST_LOSS, FIRST_LOSSES = "train_loss_by_epoch", "test_loss_by_epoch", "loss_by_step"
 
+LEAST = 1e-12  # nats; a loss may be zero, and its logarithm none
+
 
 @dataclass(frozen=True)
 class Agreement:
-    """A way's loss by epoch beside that of eager, over the seeds that both have."""
+    """A way's loss by epoch beside that of eager, over the seeds that both have.
 
-    seeds: int
-    epochs: int
-    inside: int  # epochs in which its mean over seeds is among eager's seeds, from least to most
+    A distance is the root mean square, over epochs, of the difference of the losses' logarithms: so
+    late epochs, of small losses, count as much as early ones.
+    """
+
+    distance: float  # at the same seed
+    between_seeds: float  # of eager, over all pairs
+    quotient: Estimate  # of the losses, way's over eager's; geometric mean over epochs and seeds
     largest: float  # nats; the largest difference at the same seed
     at: int  # its epoch, counted from 1
     spread: float  # nats; from the least to the most of eager's seeds in that epoch
+
+    @property
+    def share(self) -> float:
+        """Below 1, the ways are closer to each other than two seeds are."""
+        return self.distance / self.between_seeds if self.between_seeds else float("inf")
 
 
 def agreement(experiment: Experiment, way: str, curve: str = TRAIN_LOSS) -> Agreement | None:
@@ -29,13 +41,20 @@ def agreement(experiment: Experiment, way: str, curve: str = TRAIN_LOSS) -> Agre
     one, eager = (stacked(side, curve) for side in _same_seeds(experiment, way, EAGER))
     if len(one) < 2 or one.shape != eager.shape:
         return None
-    mean, low, high = one.mean(0), eager.min(0), eager.max(0)
+    logs, eager_logs = (np.log(np.maximum(lines, LEAST)) for lines in (one, eager))
+    pairs = np.array([a - b for a, b in combinations(eager_logs, 2)])
+    mean, low, high = mean_interval((logs - eager_logs).mean(1))
+    assert low is not None and high is not None
     away = np.abs(one - eager).max(0)
     at = int(away.argmax())
     return Agreement(
-        len(one), one.shape[1], int(((low <= mean) & (mean <= high)).sum()), float(away[at]),
-        at + 1, float(high[at] - low[at]),
-    )  # fmt: skip
+        distance=_rms(logs - eager_logs),
+        between_seeds=_rms(pairs),
+        quotient=Estimate(exp(mean), exp(low), exp(high), len(one)),
+        largest=float(away[at]),
+        at=at + 1,
+        spread=float(np.ptp(eager[:, at])),
+    )
 
 
 def is_equal(experiment: Experiment, way: str) -> bool:
@@ -86,6 +105,10 @@ def change(experiment: Experiment, way: str, column: str) -> Estimate | None:
         if column in a.numbers and column in b.numbers
     ]
     return Estimate(*mean_interval(values), len(values)) if values else None
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))
 
 
 def _same_seeds(

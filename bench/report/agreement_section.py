@@ -22,7 +22,7 @@ from resfuse.bench.report.trainings_section import RECIPE, data_name, extent, fa
 from resfuse.bench.studies.learning.ways import EAGER, EXACT, TWINS, WAYS
 from resfuse.bench.studies.training.row import SHEET
 
-STEPS = (1, 10, 100)  # whose differences the table shows
+STEPS = (2, 10, 100)  # in the table; 2 is the first with a backward pass behind it
 SAME = (
     "The same seed means the same weights, images, order and crops. Two trainings that differ by "
     "nothing but rounding part within some dozen steps all the same; how fast float32's layers "
@@ -37,8 +37,10 @@ ON_A_CPU = (
 MEANINGS = (
     "Losses are mean cross-entropies in nats. Errors and losses of finished networks are on "
     "unshifted images, each network tested in the way it was trained; means over seeds with 95 % "
-    "intervals (Student's t). Differences are those at the same seed: the largest of all seeds and "
-    "epochs, and by step their root mean square over seeds."
+    "intervals (Student's t). Ways are compared at the same seed. The distance of two curves is "
+    "the root mean square, over epochs, of the difference of their logarithms; it is given in "
+    "distances between two seeds of eager. Quotients of losses are geometric means over epochs and "
+    "seeds; differences by step are root mean squares over seeds."
 )
 
 
@@ -93,15 +95,13 @@ def _section(experiment: Experiment, images: Mapping[str, str]) -> list[str]:
 def _curves(found: Agreement | None) -> str:
     if found is None:
         return "one seed has no spread to compare with"
-    where = f"in {found.inside} of {markdown.count(found.epochs, 'epoch')}"
-    if found.inside == found.epochs:
-        return (
-            f"the mean training loss lies among eager's seeds {where}: the curves agree within the "
-            "spread of seeds"
-        )
+    within = "agree within" if found.share <= 1 else "do not agree within"
+    clear = _excludes(found.quotient, 1)
     return (
-        f"the mean training loss lies among eager's seeds {where} only: the curves do not agree "
-        "throughout"
+        f"at the same seed its training curve is {cells.number(found.share)} times as far from "
+        f"eager's as two seeds of eager are from each other: the curves {within} the spread of "
+        f"seeds. Over all epochs its loss is {cells.estimate(found.quotient)} of eager's: "
+        f"{'a difference' if clear else 'no difference shows'}"
     )
 
 
@@ -120,8 +120,7 @@ def _final(found: Estimate | None) -> str:
     told = f"Test error at the same seed: {_signed(found)} points"
     if found.low is None or found.high is None:
         return f"{told}."
-    clear = found.low > 0 or found.high < 0
-    return f"{told}: {'a difference' if clear else 'no difference shows'}."
+    return f"{told}: {'a difference' if _excludes(found, 0) else 'no difference shows'}."
 
 
 def _finished(experiment: Experiment) -> str:
@@ -145,28 +144,31 @@ def _finished(experiment: Experiment) -> str:
 def _differences(experiment: Experiment) -> str:
     """Beside eager over the epochs, beside the exact curve over the first steps."""
     reference = EXACT if EXACT in experiment.ways else EAGER
-    titles = ["way", "epochs among eager's seeds", "in testing",
-              "largest difference from eager, nats", "in epoch", "eager's seeds there span, nats",
+    titles = ["way", "distance from eager, training", "testing", "loss, of eager's, training",
+              "testing", "largest difference, training, nats", "in epoch", "seeds there span, nats",
               *(f"from {reference} at step {step}, nats" for step in STEPS)]  # fmt: skip
     rows = []
     for way in experiment.ways:
-        train, test = (agreement(experiment, way, name) for name in (TRAIN_LOSS, TEST_LOSS))
-        beside = train if way != EAGER else None
+        found = [agreement(experiment, way, name) for name in (TRAIN_LOSS, TEST_LOSS)]
+        beside = found[0] if way != EAGER else None
         parting = apart(experiment, way, reference) if way != reference else np.array([])
         rows.append([
             way,
-            *(_share(one) if way != EAGER else cells.EMPTY for one in (train, test)),
+            *(cells.number(one.share if one and way != EAGER else None) for one in found),
+            *(cells.estimate(one.quotient if one and way != EAGER else None) for one in found),
             cells.number(beside.largest if beside else None),
             str(beside.at) if beside and beside.largest else cells.EMPTY,
             cells.number(beside.spread if beside and beside.largest else None),
             *_at_steps(parting),
         ])  # fmt: skip
-    rows.append(["another seed", *[cells.EMPTY] * 5, *_at_steps(seeds_apart(experiment, EAGER))])
-    return markdown.table(titles, [False, *[True] * 8], rows)
+    seeds = seeds_apart(experiment, EAGER)
+    if seeds.size:
+        rows.append(["another seed", "1", "1", *[cells.EMPTY] * 5, *_at_steps(seeds)])
+    return markdown.table(titles, [False, *[True] * 10], rows)
 
 
-def _share(found: Agreement | None) -> str:
-    return f"{found.inside} of {found.epochs}" if found else cells.EMPTY
+def _excludes(found: Estimate, value: float) -> bool:
+    return found.low is not None and found.high is not None and not found.low <= value <= found.high
 
 
 def _at_steps(line: np.ndarray) -> list[str]:
@@ -174,6 +176,7 @@ def _at_steps(line: np.ndarray) -> list[str]:
 
 
 def _signed(found: Estimate) -> str:
+    mean = f"{round(found.mean, 2) + 0.0:+.2f}"  # never -0.00
     if found.low is None or found.high is None:
-        return f"{found.mean:+.2f} (one seed)"
-    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+        return f"{mean} (one seed)"
+    return f"{mean} [{found.low:+.2f}, {found.high:+.2f}]"

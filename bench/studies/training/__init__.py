@@ -2,6 +2,6 @@
 
 The same networks from the same seeds, on the same images in the same order, each run in several
 ways (learning/ways.py). Rounding alone makes two trainings part after some dozen steps, whatever
-computed them; so the answer is in how fast they part, beside eager and float64, and in whether the
-curves stay among those of other seeds.
+computed them; so the answer is in how fast a way parts from float64, beside eager, and in whether
+its curve is closer to eager's of the same seed than another seed's is.
 """
