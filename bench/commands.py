@@ -31,7 +31,8 @@ from resfuse.bench.kernels.row import SHEET as KERNEL_SHEET
 from resfuse.bench.listing import LISTS, cases_table
 from resfuse.bench.row import Outcome
 from resfuse.bench.selection import pick
-from resfuse.bench.studies.degradation.row import SHEET as TRAINING_SHEET
+from resfuse.bench.studies.degradation.row import SHEET as DEGRADATION_SHEET
+from resfuse.bench.studies.training.row import SHEET as TRAINING_SHEET
 
 AB_CI = 0.02
 # With --ci the interval ends a case, and these only where it does not. 2000 rounds: the bootstrap
@@ -301,7 +302,8 @@ def _ended(case: Case, outcome: Outcome, ci: float) -> str:
 
 def _results_folders(given: list[Path]) -> list[Path]:
     """Folders with rows of any kind: each given one, or else those in it."""
-    sheets = (results.ROWS, KERNEL_SHEET.file, TRAINING_SHEET.file)
+    kinds = (results.CASES, KERNEL_SHEET, DEGRADATION_SHEET, TRAINING_SHEET)
+    sheets = [sheet.file for sheet in kinds]
     folders = []
     for folder in given:
         inside = (

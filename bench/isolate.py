@@ -26,7 +26,7 @@ from resfuse.bench.timing import Watch, seconds
 
 if TYPE_CHECKING:
     from resfuse.bench.kernels.convolutions import Convolution
-    from resfuse.bench.studies.degradation.run import Run
+    from resfuse.bench.studies.learning.run import Run
 
 SURVEY_TIMEOUT_S = 300.0
 TRIAL_TIMEOUT_S = 60.0  # of one configuration, compilation included
@@ -162,7 +162,7 @@ def run_training(
     """Trains a network on one CPU thread (or on a GPU) in a subprocess, within the time limit.
 
     Args:
-        source: as data.load of the degradation study takes it.
+        source: as studies.learning.data.load takes it.
         heard: told {"share": 0 to 1} some times an epoch; what it raises ends the training.
     """
     job = {"task": "training", "run": asdict(run), "source": source, "device": device}

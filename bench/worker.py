@@ -136,7 +136,7 @@ def _engine(job: dict[str, Any], tell: Any) -> dict[str, Any]:
 def _training(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     import torch
 
-    from resfuse.bench.studies.degradation import data, recipe, row, run
+    from resfuse.bench.studies.learning import data, recipe, row, run
 
     torch.set_num_threads(1)
     one = run.Run(**job["run"])

@@ -21,13 +21,15 @@ from resfuse.bench import results
 from resfuse.bench.cli import main
 from resfuse.bench.errors import UsageError
 from resfuse.bench.report import write_report
-from resfuse.bench.report.degradation import experiments, read_training_rows
 from resfuse.bench.report.degradation_section import verdicts
 from resfuse.bench.report.plot_degradation import errors, gradients
+from resfuse.bench.report.trainings import experiments, read_training_rows
 from resfuse.bench.row import Outcome, Stamp
 from resfuse.bench.statistics import mean_interval
-from resfuse.bench.studies.degradation import command, data, recipe, row
-from resfuse.bench.studies.degradation.run import PLAIN, Run, build, plan
+from resfuse.bench.studies.degradation.plan import plan
+from resfuse.bench.studies.degradation.row import ASKED, SHEET
+from resfuse.bench.studies.learning import command, data, recipe, row
+from resfuse.bench.studies.learning.run import PLAIN, Run, build
 
 RUN = Run("digits", "A", 8, seed=0, epochs=2, batch_size=64, learning_rate=0.02)
 FOUND = {
@@ -298,19 +300,19 @@ def test_a_resumed_study_ends_with_the_rows_of_an_uninterrupted_one(
         return trainer(one, heard)
 
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    command.train_all(runs, trainer, 1, whole, FOUND, QUIET)
+    command.train_all(runs, trainer, 1, whole, FOUND, SHEET, QUIET)
     with pytest.raises(KeyboardInterrupt):
-        command.train_all(runs, interrupted, 1, halves, FOUND, QUIET)
-    assert len(results.read_rows(halves, row.SHEET)) == 3
-    rest = command.unsettled(runs, halves, FOUND)
+        command.train_all(runs, interrupted, 1, halves, FOUND, SHEET, QUIET)
+    assert len(results.read_rows(halves, SHEET)) == 3
+    rest = command.unsettled(runs, halves, FOUND, SHEET)
     assert rest == runs[3:]
     # In another order, as they may end; one at a time, for these share a process and its generator.
-    command.train_all(rest[::-1], trainer, 1, halves, FOUND, QUIET)
-    assert command.unsettled(runs, halves, FOUND) == []
+    command.train_all(rest[::-1], trainer, 1, halves, FOUND, SHEET, QUIET)
+    assert command.unsettled(runs, halves, FOUND, SHEET) == []
     one, other = (
-        results.read_rows(folder, row.SHEET)
+        results.read_rows(folder, SHEET)
         .drop(columns="timestamp")
-        .sort_values(list(row.ASKED))
+        .sort_values(list(ASKED))
         .reset_index(drop=True)
         for folder in (whole, halves)
     )
@@ -337,7 +339,7 @@ def test_a_folder_that_fails_ends_the_trainings_under_way(tmp_path: Path) -> Non
         return Outcome("timeout", "not done after 3 s")
 
     with pytest.raises(UsageError, match="cannot be written"):
-        command.train_all(runs, trainer, 2, folder, FOUND, QUIET)
+        command.train_all(runs, trainer, 2, folder, FOUND, SHEET, QUIET)
     assert set(ended) == set(begun) - {runs[0]}
     assert len(begun) < len(runs)
 
@@ -345,9 +347,9 @@ def test_a_folder_that_fails_ends_the_trainings_under_way(tmp_path: Path) -> Non
 def test_a_failed_training_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
     runs = plan("digits", [8], ["A"], seeds=1, epochs=1)
     hung = Outcome("timeout", "not done after 3 s")
-    counts = command.train_all(runs, lambda one, heard: hung, 2, tmp_path, FOUND, QUIET)
+    counts = command.train_all(runs, lambda one, heard: hung, 2, tmp_path, FOUND, SHEET, QUIET)
     assert counts == {"timeout": 2}
-    assert command.unsettled(runs, tmp_path, FOUND) == runs
+    assert command.unsettled(runs, tmp_path, FOUND, SHEET) == runs
     results.record_environment(tmp_path, FOUND["env_id"], FOUND["facts"])
     page = write_report(tmp_path).read_text()
     assert "cifar_plain8, seed 0: timeout, not done after 3 s" in page
@@ -363,7 +365,7 @@ def test_the_command_trains_and_resumes(
     assert main([*arguments, "--resume", "--dry-run"]) == 0
     assert "0 trainings, 2 already settled" in capsys.readouterr().out
     (folder,) = tmp_path.iterdir()
-    rows = results.read_rows(folder, row.SHEET).set_index("model")
+    rows = results.read_rows(folder, SHEET).set_index("model")
     (plain, _) = plan("digits", [8], ["A"], seeds=1, epochs=1)
     done = recipe.train(plain, data.load("digits"), "cpu")
     assert rows.train_loss["cifar_plain8"] == pytest.approx(done.train_loss, rel=1e-12)
@@ -387,7 +389,7 @@ def add(folder: Path, run: Run, train: float, test: float = 10.0) -> None:
         "gradient_norm_by_layer": row.joined([1.0] * run.depth),
     }  # fmt: skip
     stamp = Stamp("Xeon 2.9 GHz", FOUND["env_id"], "3f2a91c", "2026-05-09T10:00:00+00:00")
-    results.append_row(folder, row.record(run, Outcome("pass", "", found), 1, stamp), row.SHEET)
+    results.append_row(folder, row.record(run, Outcome("pass", "", found), 1, stamp, SHEET), SHEET)
     results.record_environment(folder, FOUND["env_id"], FOUND["facts"])
 
 
@@ -401,7 +403,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def test_verdicts_follow_the_intervals(study: Path) -> None:
-    (experiment,) = experiments(read_training_rows(study)[FOUND["env_id"]])
+    (experiment,) = experiments(read_training_rows(study, SHEET)[FOUND["env_id"]])
     assert verdicts(experiment) == [
         "Plain: training error rises from 20 to 56 layers: 1.25 [0.63, 1.87] and "
         "60.25 [59.63, 60.87] %.",
@@ -415,21 +417,21 @@ def test_verdicts_follow_the_intervals(study: Path) -> None:
 def test_one_seed_tells_no_difference(tmp_path: Path) -> None:
     for depth, error in ((20, 1.0), (56, 60.0)):
         add(tmp_path, replace(RUN, shortcut=PLAIN, depth=depth), error)
-    (experiment,) = experiments(read_training_rows(tmp_path)[FOUND["env_id"]])
+    (experiment,) = experiments(read_training_rows(tmp_path, SHEET)[FOUND["env_id"]])
     assert "one seed cannot tell whether" in verdicts(experiment)[0]
     assert "60.00 (one seed)" in write_report(tmp_path).read_text()
 
 
 def test_the_latest_row_of_a_training_stands(study: Path) -> None:
     add(study, replace(RUN, shortcut="A", depth=56, seed=2), 31.5)
-    (experiment,) = experiments(read_training_rows(study)[FOUND["env_id"]])
+    (experiment,) = experiments(read_training_rows(study, SHEET)[FOUND["env_id"]])
     assert len(experiment.finished) == 12
     assert [t.numbers["train_error_pct"] for t in experiment.of("A", 56)] == [1, 1.25, 31.5]
 
 
 def test_experiments_of_another_length_stand_apart(study: Path) -> None:
     add(study, replace(RUN, epochs=9), 5.0)
-    found = experiments(read_training_rows(study)[FOUND["env_id"]])
+    found = experiments(read_training_rows(study, SHEET)[FOUND["env_id"]])
     assert [(e.epochs, len(e.finished)) for e in found] == [(2, 12), (9, 1)]
     page = write_report(study).read_text()
     assert len(re.findall(r"^## Degradation", page, re.MULTILINE)) == 2
@@ -437,7 +439,7 @@ def test_experiments_of_another_length_stand_apart(study: Path) -> None:
 
 
 def test_plots_show_the_means_and_every_layer(study: Path) -> None:
-    (experiment,) = experiments(read_training_rows(study)[FOUND["env_id"]])
+    (experiment,) = experiments(read_training_rows(study, SHEET)[FOUND["env_id"]])
     drawn = errors(experiment)
     assert drawn is not None
     lines = [np.asarray(line.get_ydata()) for line in drawn.axes[0].get_lines()]

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from resfuse.kernels import FusedBottleneck, explain, fuse, unfuse
 from resfuse.kernels.plan import plan_of
-from resfuse.kernels.training import steps
+from resfuse.kernels.training.anywhere import operations_anywhere
 from resfuse.kernels.training.plan import training_plan_of
 
 
@@ -68,9 +68,10 @@ class Pair(nn.Module):
 
 
 @pytest.fixture
-def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_kernels() -> Iterator[None]:
     """Steps run our kernels, in the interpreter where there is no GPU."""
-    monkeypatch.setattr(steps, "on_kernels", lambda x: True)
+    with operations_anywhere():
+        yield
 
 
 # On a CPU: torch's own numbers

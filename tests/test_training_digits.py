@@ -3,14 +3,13 @@
 import copy
 from functools import cache
 
-import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from resfuse.kernels import fuse, unfuse
-from resfuse.kernels.training import steps
+from resfuse.kernels.training.anywhere import operations_anywhere
 from resfuse.resnet_ref import create
 
 EPOCHS = 3
@@ -76,7 +75,7 @@ def test_fused_training_follows_the_same_curve() -> None:
     assert abs(float(right.float().mean()) - fused_accuracy) < 0.01
 
 
-def test_kernels_follow_the_same_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_follow_the_same_curve() -> None:
     """The first steps of a narrow network on our kernels, interpreted where there is no GPU."""
     torch.manual_seed(0)
     narrow = nn.Sequential(
@@ -85,11 +84,11 @@ def test_kernels_follow_the_same_curve(monkeypatch: pytest.MonkeyPatch) -> None:
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
     )  # fmt: skip
     fused = fuse(copy.deepcopy(narrow), training=True)
-    monkeypatch.setattr(steps, "on_kernels", lambda x: True)
     torch.manual_seed(1)
     another = copy.deepcopy(narrow)
     nn.init.kaiming_normal_(another[0].weight)
-    curves = [train(model, 0, 16, 5)[0] for model in (narrow, fused, another)]
+    with operations_anywhere():
+        curves = [train(model, 0, 16, 5)[0] for model in (narrow, fused, another)]
     assert curves[0][-1] < curves[0][0]
     assert (curves[0] - curves[1]).abs().max() < 1e-4
     assert (curves[0] - curves[2]).abs().max() > 1e-2

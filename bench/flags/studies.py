@@ -1,4 +1,4 @@
-"""The studies: `resfuse study overhead`, `gate`, `depth`, `degradation`."""
+"""The studies: `resfuse study overhead`, `gate`, `depth`, `degradation`, `training`."""
 
 import argparse
 
@@ -88,9 +88,9 @@ def add_degradation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depths",
         type=numbers,
-        default=[],
+        default="20,32,44,56,110",
         metavar="N",
-        help="layers, 6n + 2; several with commas (default: 20,32,44,56,110)",
+        help="layers, 6n + 2; several with commas (default: %(default)s)",
     )
     parser.add_argument(
         "--shortcuts",
@@ -127,3 +127,17 @@ def add_degradation(parser: argparse.ArgumentParser) -> None:
     )
     add_results(parser)
     add_resumable(parser, "trainings")
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    add_degradation(parser)
+    parser.set_defaults(depths="20", seeds=5)
+    parser.add_argument(
+        "--ways",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="float64 and eager (the layers), fused (after fuse with training=True), twins (fused, "
+        "each operation by its kernel's twin in plain torch, on a CPU); several with commas "
+        "(default: all that differ on the device)",
+    )

@@ -3,6 +3,7 @@
 import math
 
 from resfuse.bench.report.result import Result
+from resfuse.bench.report.trainings import Estimate
 
 EMPTY = "-"
 
@@ -42,6 +43,15 @@ def interval(ratio: float, low: float, high: float) -> str:
     """`1.42 [1.38, 1.46]`, with as many digits as it takes to see whether 1 is inside."""
     digits = _ratio_digits(ratio, low, high)
     return f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def estimate(found: Estimate | None) -> str:
+    """A mean over seeds and its interval."""
+    if found is None:
+        return EMPTY
+    if found.low is None or found.high is None:
+        return f"{found.mean:.2f} (one seed)"
+    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def excludes_one(low: float, high: float) -> bool:

@@ -4,23 +4,20 @@ from collections.abc import Mapping, Sequence
 from statistics import geometric_mean
 
 from resfuse.bench.report import cells, markdown
-from resfuse.bench.report.degradation import Estimate, Experiment, Training, estimate
 from resfuse.bench.report.markdown import escape
 from resfuse.bench.report.plot_degradation import NAMES
+from resfuse.bench.report.trainings import Estimate, Experiment, Training, estimate
+from resfuse.bench.report.trainings_section import (
+    RECIPE,
+    data_name,
+    extent,
+    failures,
+    rows_from,
+)
 from resfuse.bench.studies.degradation.row import SHEET
-from resfuse.bench.studies.degradation.run import PLAIN
+from resfuse.bench.studies.learning.run import PLAIN
 
 TRAIN, TEST = "train_error_pct", "test_error_pct"
-DATA_NAMES = {
-    "digits": "scikit-learn's digits (8x8 pixels)",
-    "cifar10": "CIFAR-10 (32x32 pixels)",
-}
-RECIPE = (
-    "The recipe is that of He et al. 2015 (arXiv:1512.03385), section 4.2: SGD with momentum 0.9, "
-    "weight decay 1e-4, batch norm, no dropout, images shifted by up to an eighth of their side, "
-    "the learning rate divided by ten after half and after three quarters of the time, a warm-up "
-    "from 110 layers on."
-)
 FEW_STEPS = (
     "It is far shorter than the paper's 64,000 steps, whose learning rate began at 0.1. So the gap "
     "between plain and residual networks may be wider than the paper's: what a plain network has "
@@ -55,7 +52,7 @@ def verdicts(experiment: Experiment, column: str = TRAIN) -> list[str]:
             continue
         told.append(
             f"{_capital(NAMES[network])}: {_between(first, last)} from {depths[0]} to "
-            f"{depths[-1]} layers: {_percent(first)} and {_percent(last)} %."
+            f"{depths[-1]} layers: {cells.estimate(first)} and {cells.estimate(last)} %."
         )
     told += [_beats(experiment, n, column) for n in experiment.networks if n != PLAIN]
     return [sentence for sentence in told if sentence]
@@ -63,42 +60,28 @@ def verdicts(experiment: Experiment, column: str = TRAIN) -> list[str]:
 
 def _section(experiment: Experiment, images: Mapping[str, str]) -> list[str]:
     blocks = [
-        f"## Degradation: {DATA_NAMES.get(experiment.data, escape(experiment.data))}, "
-        f"{markdown.count(experiment.epochs, 'epoch')}",
+        f"## Degradation: {data_name(experiment)}, {markdown.count(experiment.epochs, 'epoch')}",
         _introduction(experiment),
     ]
     if experiment.finished:
         blocks += ["\n".join(f"- {sentence}" for sentence in verdicts(experiment))]
         blocks += [images.get("errors", ""), _table(experiment)]
         blocks += [images.get("curves", ""), images.get("gradients", "")]
-    failed = [t for t in experiment.trainings if t.status != "pass"]
-    blocks += [f"{escape(t.model)}, seed {t.seed}: {t.status}, {escape(t.error)}" for t in failed]
+    blocks += failures(experiment)
     return [block for block in blocks if block]
 
 
 def _introduction(experiment: Experiment) -> str:
-    commits = list(dict.fromkeys(escape(t.commit) for t in experiment.trainings))
-    seeds = len({t.seed for t in experiment.trainings})
     told = [
-        f"{markdown.count(len(experiment.finished), 'training')} of "
-        f"{markdown.count(seeds, 'seed')}, batch {experiment.batch_size}, learning rate "
-        f"{experiment.learning_rate:g}{_extent(experiment)}.",
+        extent(experiment),
         RECIPE,
         "Errors are those of the finished networks on unshifted images, means over seeds with 95 % "
         "intervals (Student's t); two differ where the intervals do not overlap.",
-        f"Rows: {SHEET.file}, commit {markdown.listing(commits)}.",
+        rows_from(experiment, SHEET),
     ]
     if 0 < experiment.steps < PAPER_STEPS / 2:
         told.insert(2, FEW_STEPS)
     return " ".join(told)
-
-
-def _extent(experiment: Experiment) -> str:
-    if not experiment.finished:
-        return ""
-    numbers = experiment.finished[0].numbers
-    train, test = (numbers.get(name, 0) for name in ("train_images", "test_images"))
-    return f", {experiment.steps:,} steps, {train:.0f} images to train on and {test:.0f} to test on"
 
 
 def _table(experiment: Experiment) -> str:
@@ -123,8 +106,8 @@ def _cells(network: str, trainings: Sequence[Training]) -> list[str]:
         str(first.depth),
         f"{first.numbers.get('param_count', 0):.3f}",
         str(len(trainings)),
-        _percent(train),
-        _percent(test),
+        cells.estimate(train),
+        cells.estimate(test),
         cells.number(sum(losses) / len(losses) if losses else None),
         cells.number(_gradient_ratio(trainings)),
     ]
@@ -173,11 +156,3 @@ def _beats(experiment: Experiment, network: str, column: str) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _percent(found: Estimate | None) -> str:
-    if found is None:
-        return "-"
-    if found.low is None or found.high is None:
-        return f"{found.mean:.2f} (one seed)"
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"

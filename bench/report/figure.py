@@ -4,13 +4,17 @@ No pyplot, no user's style, no clock, no version of anything.
 """
 
 from collections.abc import Sequence
+from math import log10
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from resfuse.bench.report.palette import Look
 from resfuse.bench.report.result import Result, labels
@@ -67,9 +71,13 @@ def key(figure: Figure, results: Sequence[Result], looks: dict[str, Look]) -> No
     handles = [
         Line2D([], [], label=name, **line_look(first[name], looks)) for name in labels(results)
     ]
-    columns = min(4, len(handles))
-    rows = -(-len(handles) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.2 * rows)  # the panels keep their height
+    legend(figure, handles, 4)
+
+
+def legend(figure: Figure, handles: Sequence[Artist], most_columns: int = 7) -> None:
+    """Above the panels, which keep their height."""
+    columns = min(most_columns, len(handles))
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(handles) // columns))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
 
@@ -83,6 +91,18 @@ def line_look(result: Result, looks: dict[str, Look]) -> dict[str, Any]:
         "markerfacecolor": look.colour if solid else "white",
         "linestyle": "-" if solid else "--",
     }
+
+
+def powers_of_ten(axis: Axis) -> None:
+    """Labels a logarithmic axis by powers of ten alone."""
+    axis.set_major_locator(LogLocator(subs=(1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(_power_of_ten))
+
+
+def _power_of_ten(value: float, _: int) -> str:
+    exponent = str(round(log10(value)))
+    return "10" + exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def spread(ticks: Sequence[float], gap: float) -> list[float]:

@@ -5,15 +5,16 @@ folder is browsed, and as one HTML file, to be asked questions.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import style
+from matplotlib.figure import Figure
 
 from resfuse.bench.errors import UsageError
-from resfuse.bench.report import figure, markdown, plot_degradation
+from resfuse.bench.report import figure, markdown, plot_agreement, plot_degradation
+from resfuse.bench.report.agreement_section import agreement_sections
 from resfuse.bench.report.convolutions import convolution_sections
-from resfuse.bench.report.degradation import Experiment
 from resfuse.bench.report.degradation_section import degradation_sections
 from resfuse.bench.report.guide import guide
 from resfuse.bench.report.html.page import render
@@ -22,6 +23,7 @@ from resfuse.bench.report.provenance import facts_table, made_from, opening
 from resfuse.bench.report.result import Comparison, Environment
 from resfuse.bench.report.section import PLOTS, section, title
 from resfuse.bench.report.select import read_folders
+from resfuse.bench.report.trainings import Experiment
 
 REPORT = "REPORT.md"
 HTML = "report.html"
@@ -116,8 +118,14 @@ def _environment(environment: Environment, folder: Path, prefix: str, names: set
     for comparison in environment.comparisons:
         blocks += section(comparison, _draw(comparison, folder, prefix, names))
     blocks += convolution_sections(environment)
-    drawn = [_draw_experiment(one, folder, prefix, names) for one in environment.experiments]
-    return blocks + degradation_sections(environment.experiments, drawn)
+    for study, sections, plots, experiments in (
+        ("degradation", degradation_sections, plot_degradation.PLOTS, environment.degradation),
+        ("training", agreement_sections, plot_agreement.PLOTS, environment.training),
+    ):
+        stem = f"{prefix}{study}"
+        drawn = [_draw_experiment(one, plots, folder, stem, names) for one in experiments]
+        blocks += sections(experiments, drawn)
+    return blocks
 
 
 def _draw(comparison: Comparison, folder: Path, prefix: str, names: set[str]) -> dict[str, str]:
@@ -149,16 +157,20 @@ def _draw(comparison: Comparison, folder: Path, prefix: str, names: set[str]) ->
 
 
 def _draw_experiment(
-    experiment: Experiment, folder: Path, prefix: str, names: set[str]
+    experiment: Experiment,
+    plots: Mapping[str, tuple[Callable[[Experiment], Figure | None], str]],
+    folder: Path,
+    stem: str,
+    names: set[str],
 ) -> dict[str, str]:
-    """As _draw, for plot_degradation.PLOTS."""
+    """As _draw, for the plots of a study that trains; their files' names begin with `stem`."""
     images = {}
-    for name, (draw, alt) in plot_degradation.PLOTS.items():
+    for name, (draw, alt) in plots.items():
         with style.context(figure.STYLE):
             drawn = draw(experiment)
             if drawn is None:
                 continue
-            file_name = _free(f"{prefix}degradation-{name}-{experiment.data}", names)
+            file_name = _free(f"{stem}-{name}-{experiment.data}", names)
             figure.save(drawn, folder / file_name)
         images[name] = markdown.image(file_name, alt)
     return images

@@ -35,6 +35,13 @@ NETWORK_LOOKS: dict[str, Look] = {
     "B": Look("#009e73", "^", "#2fc495"),
     "C": Look("#882255", "D", "#b58af2"),
 }
+# The ways of training a network (studies/learning/ways.py).
+WAY_LOOKS: dict[str, Look] = {
+    "float64": Look("#009e73", "P", "#2fc495"),
+    "eager": Look("#3b3b3b", "o", "#c6c9ce"),
+    "fused": Look("#d55e00", "*", "#f5813a"),
+    "twins": Look("#0072b2", "s", "#4f9be8"),
+}
 # For backends that are not in the table, in the order of their names.
 SPARE = (
     Look("#332288", "<", "#8f84e8"),

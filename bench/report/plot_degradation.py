@@ -1,6 +1,6 @@
 """The degradation study's plots: error against depth, training curves, gradients at the start."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -9,11 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from resfuse.bench.report.degradation import Experiment, Training, estimate
-from resfuse.bench.report.figure import panels
+from resfuse.bench.report.figure import legend, panels, powers_of_ten
 from resfuse.bench.report.palette import NETWORK_LOOKS
+from resfuse.bench.report.plot_agreement import epochs_axis
+from resfuse.bench.report.trainings import Experiment, estimate, stacked
 
 NAMES = {
     "none": "plain",
@@ -27,7 +28,6 @@ CURVES: dict[str, tuple[float, Literal["--", "-"]]] = {
     "test_error_by_epoch_pct": (1.6, "-"),
 }
 GUESSING = 90.0  # percent wrong, of ten classes
-DROPS = (0.5, 0.75)  # of the epochs, where the learning rate is divided
 
 
 def errors(experiment: Experiment) -> Figure | None:
@@ -57,7 +57,7 @@ def errors(experiment: Experiment) -> Figure | None:
         for network, look in NETWORK_LOOKS.items()
         if network in experiment.networks
     ]
-    _legend(figure, handles)
+    legend(figure, handles)
     return figure
 
 
@@ -70,18 +70,13 @@ def curves(experiment: Experiment) -> Figure | None:
     for ax, network in zip(axes, experiment.networks, strict=True):
         for depth, colour in _depth_colours(experiment).items():
             for column, (width, style) in CURVES.items():
-                lines = _stacked(experiment.of(network, depth), column)
+                lines = stacked(experiment.of(network, depth), column)
                 if not lines.size:
                     continue
                 epochs = np.arange(1, lines.shape[1] + 1)
                 ax.plot(epochs, lines.mean(0), color=colour, linewidth=width, linestyle=style)
-        for drop in DROPS:
-            ax.axvline(
-                drop * experiment.epochs + 0.5, color="#888888", linewidth=0.8, linestyle=":"
-            )
+        epochs_axis(ax, experiment.epochs)
         ax.set_ylim(0, 100)
-        ax.set_xlim(1, max(2, experiment.epochs))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("error, %")
     figure.supxlabel(
         "epoch (means over seeds; dotted: the learning rate is divided by ten)", fontsize=9
@@ -90,7 +85,7 @@ def curves(experiment: Experiment) -> Figure | None:
         Line2D([], [], color="#3b3b3b", linewidth=width, linestyle=style, label=label)
         for (width, style), label in zip(CURVES.values(), ("training", "test"), strict=True)
     ]
-    _legend(figure, [*_depth_handles(experiment), *styles])
+    legend(figure, [*_depth_handles(experiment), *styles])
     return figure
 
 
@@ -102,7 +97,7 @@ def gradients(experiment: Experiment) -> Figure | None:
     figure, axes = _by_network(experiment, 3.2)
     for ax, network in zip(axes, experiment.networks, strict=True):
         for depth, colour in _depth_colours(experiment).items():
-            lines = _stacked(experiment.of(network, depth), "gradient_norm_by_layer")
+            lines = stacked(experiment.of(network, depth), "gradient_norm_by_layer")
             if not lines.size:
                 continue
             layers = np.arange(1, lines.shape[1] + 1)
@@ -112,15 +107,13 @@ def gradients(experiment: Experiment) -> Figure | None:
                 layers, lines.min(0), lines.max(0), color=colour, alpha=0.2, linewidth=0
             )
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1,)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
+        powers_of_ten(ax.yaxis)
     axes[0].set_ylabel("norm of the loss's gradient by the weight")
     figure.supxlabel(
         "layer, from the input to the classifier (geometric means over seeds; bands: all of them)",
         fontsize=9,
     )
-    _legend(figure, _depth_handles(experiment))
+    legend(figure, _depth_handles(experiment))
     return figure
 
 
@@ -157,11 +150,6 @@ def _by_network(experiment: Experiment, height: float) -> tuple[Figure, list[Axe
     return figure, axes
 
 
-def _power_of_ten(value: float, _: int) -> str:
-    exponent = str(round(np.log10(value)))
-    return "10" + exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
 def _depth_colours(experiment: Experiment) -> dict[int, str]:
     """Darker is deeper, told apart by lightness alone."""
     depths = experiment.depths
@@ -172,15 +160,3 @@ def _depth_colours(experiment: Experiment) -> dict[int, str]:
 def _depth_handles(experiment: Experiment) -> list[Line2D]:
     colours = _depth_colours(experiment)
     return [Line2D([], [], color=colour, label=f"{d} layers") for d, colour in colours.items()]
-
-
-def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    columns = min(7, len(handles))
-    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(handles) // columns))
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
-
-
-def _stacked(trainings: Sequence[Training], curve: str) -> np.ndarray:
-    """[seeds, points]; of trainings of equal length only, which those of an experiment are."""
-    found = [t.curves[curve] for t in trainings if t.curves.get(curve)]
-    return np.array([line for line in found if len(line) == len(found[0])])

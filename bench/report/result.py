@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from resfuse.bench.report.degradation import Experiment
 from resfuse.bench.report.palette import backend_rank
+from resfuse.bench.report.trainings import Experiment
 from resfuse.bench.report.workload import Workload
 
 RATE = {"inference": "infer_samples_per_sec", "train": "train_samples_per_sec"}
@@ -92,11 +92,16 @@ class Environment:
     rows_read: int
     incomplete: int  # lines cut off by a crash
     workloads: tuple[Workload, ...] = ()  # convolutions measured one by one
-    experiments: tuple[Experiment, ...] = ()  # networks trained by the degradation study
+    degradation: tuple[Experiment, ...] = ()  # networks trained by the study of that name
+    training: tuple[Experiment, ...] = ()  # likewise
 
     @property
     def results(self) -> list[Result]:
         return [result for comparison in self.comparisons for result in comparison.results]
+
+    @property
+    def experiments(self) -> tuple[Experiment, ...]:
+        return (*self.degradation, *self.training)
 
     @property
     def device_names(self) -> list[str]:

@@ -13,13 +13,15 @@ from pathlib import Path
 
 from resfuse.bench.case import MODES, PRECISIONS
 from resfuse.bench.metrics import METRICS
-from resfuse.bench.report.degradation import experiments, read_training_rows
 from resfuse.bench.report.families import depth, family
 from resfuse.bench.report.kernel_rows import read_kernel_rows, workloads
 from resfuse.bench.report.palette import backend_rank
 from resfuse.bench.report.result import Comparison, Environment, Result, Setting
+from resfuse.bench.report.trainings import experiments, read_training_rows
 from resfuse.bench.results import ROWS, read_environments, read_rows
 from resfuse.bench.row import STATUSES
+from resfuse.bench.studies.degradation.row import SHEET as DEGRADATION
+from resfuse.bench.studies.training.row import SHEET as TRAINING
 
 # With env_id and device_name: what makes two rows the same case.
 IDENTITY = (
@@ -43,6 +45,7 @@ class _Gathered:
     facts: dict[str, str] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     kernel_rows: list[Row] = field(default_factory=list)
+    degradation_rows: list[Row] = field(default_factory=list)
     training_rows: list[Row] = field(default_factory=list)
     incomplete: int = 0
 
@@ -55,15 +58,18 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
     """
     gathered: dict[str, _Gathered] = {}
     for folder in {folder.resolve(): folder for folder in folders}.values():
-        kernel_rows, training_rows = read_kernel_rows(folder), read_training_rows(folder)
+        kernel_rows = read_kernel_rows(folder)
+        degradation_rows = read_training_rows(folder, DEGRADATION)
+        training_rows = read_training_rows(folder, TRAINING)
+        others = kernel_rows or degradation_rows or training_rows
         rows: list[Row] = []
-        if (folder / ROWS).exists() or not (kernel_rows or training_rows):
+        if (folder / ROWS).exists() or not others:
             rows = [
                 {str(name): value for name, value in row.items()}
                 | {PLACE: f"row {number} of {folder.name}/{ROWS}"}
                 for number, row in enumerate(read_rows(folder).to_dict("records"), start=1)
             ]
-        facts = read_environments(folder) if rows or kernel_rows or training_rows else {}
+        facts = read_environments(folder) if rows or others else {}
         entry = _Gathered()  # holds what comes before the first whole row, which is nothing
         for row in rows:
             if row["status"] in STATUSES and row["mode"] in MODES:
@@ -73,6 +79,8 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
                 entry.incomplete += 1
         for env_id, own in kernel_rows.items():
             gathered.setdefault(env_id, _Gathered()).kernel_rows += own
+        for env_id, own in degradation_rows.items():
+            gathered.setdefault(env_id, _Gathered()).degradation_rows += own
         for env_id, own in training_rows.items():
             gathered.setdefault(env_id, _Gathered()).training_rows += own
         for env_id, entry in gathered.items():
@@ -93,7 +101,8 @@ def _environment(env_id: str, entry: _Gathered) -> Environment:
     rows_read = len(entry.rows) + entry.incomplete
     return Environment(
         env_id, entry.facts, comparisons, rows_read, entry.incomplete,
-        workloads(entry.kernel_rows), experiments(entry.training_rows),
+        workloads(entry.kernel_rows), experiments(entry.degradation_rows),
+        experiments(entry.training_rows),
     )  # fmt: skip
 
 

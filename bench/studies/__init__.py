@@ -5,7 +5,13 @@ A study is an entry here, its flags in bench/flags/studies.py, and a file or a p
 
 import argparse
 
-from resfuse.bench.flags.studies import add_degradation, add_depth, add_gate, add_overhead
+from resfuse.bench.flags.studies import (
+    add_degradation,
+    add_depth,
+    add_gate,
+    add_overhead,
+    add_training,
+)
 from resfuse.bench.subcommand import Subcommand
 
 STUDIES: dict[str, Subcommand] = {
@@ -28,6 +34,11 @@ STUDIES: dict[str, Subcommand] = {
         "resfuse.bench.studies.degradation.command:run",
         add_degradation,
         "plain against residual networks of growing depth, trained on real data",
+    ),
+    "training": Subcommand(
+        "resfuse.bench.studies.training.command:run",
+        add_training,
+        "does a network trained fused learn as it does unfused?",
     ),
 }
 

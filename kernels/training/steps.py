@@ -2,8 +2,9 @@
 act(bn(conv(x)) + residual), with gradients, and does to the running statistics what torch's layers
 do; a norm that was put into eval mode by itself ("frozen") is an affine map.
 
-On a GPU a step launches our kernels. Elsewhere, and for whatever those do not take, it calls the
-layers, with the sum and a ReLU in place: torch's own numbers and errors, in no more memory.
+On a GPU a step launches our kernels. Elsewhere (unless anywhere.py is told otherwise), and for
+whatever those do not take, it calls the layers, with the sum and a ReLU in place: torch's own
+numbers and errors, in no more memory.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ from resfuse.kernels.layers import (
 )
 from resfuse.kernels.match import Chain
 from resfuse.kernels.steps import autocast
+from resfuse.kernels.training.anywhere import runs_operations
 
 
 class TrainingStep:
@@ -38,7 +40,7 @@ class TrainingStep:
         self.norm_activates = inner is not None and not isinstance(inner, nn.Identity)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not on_kernels(x) or not self.takes(x):
+        if not runs_operations(x) or not self.takes(x):
             return self.by_layers(x, residual)
         return self._after_convolution(*self.convolved(x), residual)
 
@@ -173,7 +175,7 @@ class JoinStep:
     def __call__(self, x: Tensor, x2: Tensor) -> Tensor:
         main, projection = self.main, self.projection
         ready = main.activation in ("relu", "identity") and main.takes(x) and projection.takes(x2)
-        if not on_kernels(x) or not ready:
+        if not runs_operations(x) or not ready:
             return main(x, projection(x2))
         from resfuse.kernels.training.bn_add_relu import bn_add_relu
 
@@ -196,11 +198,6 @@ def steps_of(step: Step) -> list[TrainingStep]:
     if isinstance(step, JoinStep):
         return [*steps_of(step.main), *steps_of(step.projection)]
     return [step] if step.before is None else [*steps_of(step.before), step]
-
-
-def on_kernels(x: Tensor) -> bool:
-    """Whether our kernels compute on `x`. Tests say yes for the interpreter's, too."""
-    return x.is_cuda
 
 
 def _has_tensor_cores(x: Tensor) -> bool:

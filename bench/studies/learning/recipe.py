@@ -8,7 +8,7 @@ at most: plain ones might never come that far, and would fail for the rate alone
 and mirrored as data.Data says, and have the training images' mean subtracted, pixel by pixel.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -16,30 +16,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfuse.bench.studies.degradation.data import Data, Split
-from resfuse.bench.studies.degradation.run import Run, build
+from resfuse.bench.studies.learning.data import Data, Split
+from resfuse.bench.studies.learning.run import Run, build
+from resfuse.bench.studies.learning.ways import WAYS, run_as
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 WARM_UP_FROM, WARM_UP_UNTIL, WARM_UP_SHARE = 110, 0.8, 0.1  # layers, error, share of epochs
 AT_ONCE = 500  # images when nothing is learnt
+FIRST_STEPS = 100  # whose losses are kept one by one: two ways of training part there
 Tell = Callable[[float], None]  # share of the training that is done, 0 to 1
 Prepare = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a training; errors are shares of images, 0 to 1.
+    """What came of a training; errors are shares of images, 0 to 1, losses mean cross-entropies in
+    nats.
 
     `train_curve` is the error while training, on shifted images with the weights of the moment, as
     in the paper's plots; `train_error` that of the finished network on the images as they are.
+    `train_losses` and `train_loss` likewise.
     """
 
     param_count: int
     train_error: float
-    train_loss: float  # mean cross-entropy, nats
+    train_loss: float
     test_error: float
+    test_loss: float
     train_curve: tuple[float, ...]  # an epoch each
     test_curve: tuple[float, ...]
+    train_losses: tuple[float, ...]
+    test_losses: tuple[float, ...]
+    first_losses: tuple[float, ...]  # of each of the first steps, FIRST_STEPS at most
     gradient_norms: tuple[float, ...]  # of the loss by each layer's weight before the first step
 
 
@@ -53,8 +61,13 @@ def train(run: Run, data: Data, device: str, tell: Tell = lambda share: None) ->
         tell: called some times an epoch.
     """
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-    prepare = preparation(data, device)
     model = build(run).to(device).to(memory_format=torch.channels_last)
+    with run_as(run.way, model):
+        return _train(run, model, data, device, tell)
+
+
+def _train(run: Run, model: nn.Module, data: Data, device: str, tell: Tell) -> Trained:
+    prepare = preparation(data, device, getattr(torch, WAYS[run.way].dtype))
     optimizer = torch.optim.SGD(
         model.parameters(), run.learning_rate, MOMENTUM, weight_decay=WEIGHT_DECAY
     )
@@ -62,29 +75,46 @@ def train(run: Run, data: Data, device: str, tell: Tell = lambda share: None) ->
     first = Split(data.train.images[: run.batch_size], data.train.labels[: run.batch_size])
     norms = gradient_norms(model, prepare(first.images), first.labels.to(device))
     train_curve: list[float] = []
-    test_curve: list[float] = []
+    tested: list[tuple[float, float]] = []  # error and loss
+    losses: list[Tensor] = []  # of an epoch's steps
+    train_losses: list[float] = []
+    first_losses: list[float] = []
     warming = run.depth >= WARM_UP_FROM
     for epoch in range(run.epochs):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run, epoch, warming)
         wrong = torch.zeros((), dtype=torch.int64, device=device)
+        losses.clear()
         steps = -(-len(data.train.labels) // run.batch_size)
         for i, (images, labels) in enumerate(_batches(data, run.batch_size, generator)):
             answers, labels = model(prepare(images)), labels.to(device)
             optimizer.zero_grad()
-            F.cross_entropy(answers, labels).backward()
+            loss = F.cross_entropy(answers, labels)
+            loss.backward()
             optimizer.step()
+            losses.append(loss.detach())
             wrong += (answers.detach().argmax(1) != labels).sum()
             if i % 4 == 0:
                 tell((epoch + i / steps) / run.epochs)
         train_curve.append(int(wrong) / len(data.train.labels))
-        test_curve.append(evaluate(model, data.test, prepare)[0])
+        by_step = torch.stack(losses).tolist()
+        train_losses.append(_mean_loss(by_step, run.batch_size, len(data.train.labels)))
+        first_losses += by_step[: FIRST_STEPS - len(first_losses)]
+        tested.append(evaluate(model, data.test, prepare))
         warming &= train_curve[-1] >= WARM_UP_UNTIL and epoch + 1 < WARM_UP_SHARE * run.epochs
-    error, loss = evaluate(model, data.train, prepare)
+    error, train_loss = evaluate(model, data.train, prepare)
+    test_curve, test_losses = zip(*tested, strict=True)
     return Trained(
-        sum(p.numel() for p in model.parameters()), error, loss, test_curve[-1],
-        tuple(train_curve), tuple(test_curve), norms,
+        sum(p.numel() for p in model.parameters()), error, train_loss, test_curve[-1],
+        test_losses[-1], tuple(train_curve), test_curve, tuple(train_losses), test_losses,
+        tuple(first_losses), norms,
     )  # fmt: skip
+
+
+def _mean_loss(by_step: Sequence[float], batch_size: int, images: int) -> float:
+    """Over an epoch's images, of which the last step may have had fewer."""
+    *whole, last = by_step
+    return (sum(whole) * batch_size + last * (images - len(whole) * batch_size)) / images
 
 
 def learning_rate(run: Run, epoch: int, warming: bool) -> float:
@@ -130,9 +160,10 @@ def evaluate(model: nn.Module, split: Split, prepare: Prepare) -> tuple[float, f
     return wrong / len(split.labels), loss / len(split.labels)
 
 
-def preparation(data: Data, device: str) -> Prepare:
-    """A function from uint8 images [N, 3, H, W] to what a network reads: float32, channels_last, on
-    the device, minus the training images' mean pixel by pixel, over their standard deviation."""
+def preparation(data: Data, device: str, dtype: torch.dtype = torch.float32) -> Prepare:
+    """A function from uint8 images [N, 3, H, W] to what a network reads: channels_last, on the
+    device, minus the training images' mean pixel by pixel, over their standard deviation. It is
+    computed in float32, so that networks of another dtype read the same numbers."""
     mean = data.train.images.double().mean(0)
     deviation = sum(float(part.double().sub(mean).square().sum())
                     for part in data.train.images.split(AT_ONCE))  # fmt: skip
@@ -141,7 +172,7 @@ def preparation(data: Data, device: str) -> Prepare:
 
     def prepare(images: Tensor) -> Tensor:
         moved = images.to(device, torch.float32).sub(mean).mul(scale)
-        return moved.contiguous(memory_format=torch.channels_last)
+        return moved.to(dtype).contiguous(memory_format=torch.channels_last)
 
     return prepare
 

@@ -1,6 +1,7 @@
-"""From degradation.csv to experiments: trainings that may stand side by side, and what they say.
+"""From a study's CSV file to experiments: trainings that may stand side by side.
 
-The latest row of a training stands. Numbers only; the words are in degradation_section.py.
+The latest row of a training stands. Numbers only; the words are in degradation_section.py and
+agreement_section.py.
 """
 
 import math
@@ -8,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resfuse.bench.results import read_rows
+import numpy as np
+
+from resfuse.bench.results import Sheet, read_rows
 from resfuse.bench.row import STATUSES
 from resfuse.bench.statistics import mean_interval
-from resfuse.bench.studies.degradation.row import ASKED, SHEET
-from resfuse.bench.studies.degradation.run import PLAIN, SHORTCUTS
+from resfuse.bench.studies.learning.row import CURVES, IDENTITY
+from resfuse.bench.studies.learning.run import PLAIN, SHORTCUTS
+from resfuse.bench.studies.learning.ways import EAGER, WAYS
 
 NETWORKS = (PLAIN, *SHORTCUTS)  # what tells the networks of one depth apart, in order
 SHARED = ("device_name", "data", "epochs", "batch_size", "learning_rate")
@@ -26,6 +30,7 @@ class Training:
     """One network's; errors in percent of the images, curves by epoch and by layer."""
 
     model: str
+    way: str  # a key of WAYS
     shortcut: str  # one of NETWORKS
     depth: int
     seed: int
@@ -38,14 +43,15 @@ class Training:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Trainings on the same images for the same time."""
+    """Trainings on the same images for the same time; of one network, where each was run in several
+    ways."""
 
     device_name: str
     data: str
     epochs: int
     batch_size: int
     learning_rate: float
-    trainings: tuple[Training, ...]  # by network, depth, seed
+    trainings: tuple[Training, ...]  # by network, depth, way, seed
 
     @property
     def finished(self) -> list[Training]:
@@ -55,6 +61,11 @@ class Experiment:
     def networks(self) -> list[str]:
         found = {training.shortcut for training in self.finished}
         return [network for network in NETWORKS if network in found]
+
+    @property
+    def ways(self) -> list[str]:
+        found = {training.way for training in self.finished}
+        return [way for way in WAYS if way in found]
 
     @property
     def depths(self) -> list[int]:
@@ -69,6 +80,10 @@ class Experiment:
     def of(self, network: str, depth: int) -> list[Training]:
         """The finished trainings of a network at a depth, a seed each."""
         return [t for t in self.finished if (t.shortcut, t.depth) == (network, depth)]
+
+    def run_as(self, way: str) -> list[Training]:
+        """The finished trainings of a way, a seed each."""
+        return [t for t in self.finished if t.way == way]
 
 
 @dataclass(frozen=True)
@@ -97,28 +112,37 @@ def estimate(trainings: Sequence[Training], column: str) -> Estimate | None:
     return Estimate(mean, max(0.0, low), min(MOST, high), len(values))
 
 
-def read_training_rows(folder: Path) -> dict[str, list[Row]]:
-    """env_id -> whole rows of a folder's degradation.csv, in the order of the file; nothing without
+def stacked(trainings: Sequence[Training], curve: str) -> np.ndarray:
+    """A curve of each [seeds, points]; of equal length only, which those of an experiment are."""
+    found = [t.curves[curve] for t in trainings if t.curves.get(curve)]
+    return np.array([line for line in found if len(line) == len(found[0])])
+
+
+def read_training_rows(folder: Path, sheet: Sheet) -> dict[str, list[Row]]:
+    """env_id -> whole rows of a study's file in a folder, in the order of the file; nothing without
     it.
 
     Raises:
         UsageError: the file cannot be read.
     """
-    if not (folder / SHEET.file).exists():
+    if not (folder / sheet.file).exists():
         return {}
     found: dict[str, list[Row]] = {}
-    for row in read_rows(folder, SHEET).to_dict("records"):
+    for row in read_rows(folder, sheet).to_dict("records"):
         if row["status"] in STATUSES:  # otherwise a crash cut it off
             found.setdefault(str(row["env_id"]), []).append({str(k): v for k, v in row.items()})
     return found
 
 
 def experiments(rows: Sequence[Row]) -> tuple[Experiment, ...]:
-    """The experiments of one environment's rows, by data and length."""
-    latest = {tuple(str(row[name]) for name in (*SHARED, *ASKED)): row for row in rows}
+    """The experiments of one environment's rows of one sheet, by data and length, and by network
+    where each was run in several ways."""
+    identity = ("device_name", *IDENTITY)
+    latest = {tuple(str(row.get(name)) for name in identity): row for row in rows}
     grouped: dict[tuple[object, ...], list[Row]] = {}
     for row in latest.values():
-        grouped.setdefault(tuple(row[name] for name in SHARED), []).append(row)
+        network = row["model"] if "way" in row else ""
+        grouped.setdefault((*(row[name] for name in SHARED), network), []).append(row)
     made = (_experiment(group) for group in grouped.values())
     return tuple(sorted(made, key=lambda e: (e.device_name, e.data, e.epochs)))
 
@@ -127,7 +151,7 @@ def _experiment(rows: Sequence[Row]) -> Experiment:
     first = rows[0]
     trainings = sorted(
         (_training(row) for row in rows),
-        key=lambda t: (NETWORKS.index(t.shortcut), t.depth, t.seed),
+        key=lambda t: (NETWORKS.index(t.shortcut), t.depth, list(WAYS).index(t.way), t.seed),
     )
     return Experiment(
         device_name=str(first["device_name"]),
@@ -141,14 +165,14 @@ def _experiment(rows: Sequence[Row]) -> Experiment:
 
 def _training(row: Row) -> Training:
     numbers, curves = {}, {}
-    for name in SHEET.columns:
-        value = row.get(name)
-        if name.endswith(("_by_epoch_pct", "_by_layer")):
+    for name, value in row.items():
+        if name in CURVES:
             curves[name] = tuple(float(number) for number in str(value).split())
         elif isinstance(value, int | float) and math.isfinite(value):
             numbers[name] = float(value)
     return Training(
         model=str(row["model"]),
+        way=str(row.get("way", EAGER)),
         shortcut=str(row["shortcut"]),
         depth=_whole(row["depth"]),
         seed=_whole(row["seed"]),

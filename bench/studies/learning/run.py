@@ -1,4 +1,4 @@
-"""Which network is trained, on what, for how long: plain data, as a case is."""
+"""Which network is trained, on what, for how long, run how: plain data, as a case is."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -6,13 +6,12 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from resfuse.bench.errors import UsageError
-from resfuse.bench.selection import pick
-from resfuse.bench.studies.degradation.data import CIFAR, DIGITS
+from resfuse.bench.studies.learning.data import CIFAR, DIGITS
+from resfuse.bench.studies.learning.ways import EAGER
 
 if TYPE_CHECKING:
     from resfuse.resnet_ref.resnet import ResNet
 
-DEPTHS = (20, 32, 44, 56, 110)  # the paper's, but for 1202
 SHORTCUTS = ("A", "B", "C")
 PLAIN = "none"  # what a plain network has for a shortcut
 
@@ -43,6 +42,7 @@ class Run:
     epochs: int
     batch_size: int  # images
     learning_rate: float  # before it is divided
+    way: str = EAGER  # a key of WAYS
 
     @property
     def model(self) -> str:
@@ -58,30 +58,31 @@ class Run:
         return {"model": self.model, **asdict(self)}
 
 
-def plan(
+def runs_of(
     data: str,
     depths: Sequence[int],
     shortcuts: Sequence[str],
     seeds: int,
     epochs: int | None,
+    ways: Sequence[str] = (EAGER,),
 ) -> list[Run]:
     """Every training asked for, the first seed of everything before the second of anything: what
     is there after an hour says most.
 
     Args:
         data: a key of PROTOCOLS.
-        depths: 6n + 2 each; none for DEPTHS.
-        shortcuts: of the residual networks; a plain one of each depth stands beside them.
+        depths: 6n + 2 each.
+        shortcuts: of SHORTCUTS, or PLAIN.
         seeds: how many.
         epochs: None for the protocol's.
+        ways: keys of WAYS.
 
     Raises:
-        UsageError: a depth no network has, an unknown shortcut.
+        UsageError: a depth no network has.
     """
     from resfuse.resnet_ref.cifar import blocks_per_stage
 
-    options = pick("--shortcuts", shortcuts, SHORTCUTS)
-    wanted = sorted(set(depths)) or list(DEPTHS)
+    wanted = sorted(set(depths))
     for depth in wanted:
         try:
             blocks_per_stage(depth, 2)
@@ -90,8 +91,8 @@ def plan(
     protocol = PROTOCOLS[data]
     return [
         Run(data, shortcut, depth, seed, epochs or protocol.epochs, protocol.batch_size,
-            protocol.learning_rate)
-        for seed, depth, shortcut in product(range(seeds), wanted, (PLAIN, *options))
+            protocol.learning_rate, way)
+        for seed, depth, shortcut, way in product(range(seeds), wanted, shortcuts, ways)
     ]  # fmt: skip
 
 

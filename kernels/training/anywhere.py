@@ -1,0 +1,30 @@
+"""Where training steps run the fused operations: on a GPU, elsewhere where that is asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+_ANYWHERE: ContextVar[bool] = ContextVar("resfuse_operations_anywhere", default=False)
+
+
+@contextmanager
+def operations_anywhere() -> Iterator[None]:
+    """Within it, training steps run the fused operations on any device, and not on a GPU alone.
+
+    On a CPU those compute their plain-torch twins, whose backward formulas are the kernels', or the
+    kernels themselves in Triton's interpreter. Either is slower than the layers that run otherwise:
+    this is for looking at what a GPU computes where there is none. It holds for this thread; a
+    forward pass that checkpointing repeats must be repeated within it, too.
+    """
+    before = _ANYWHERE.set(True)
+    try:
+        yield
+    finally:
+        _ANYWHERE.reset(before)
+
+
+def runs_operations(x: Tensor) -> bool:
+    """True where a training step on `x` runs fused operations; elsewhere it calls the layers."""
+    return x.is_cuda or _ANYWHERE.get()
