@@ -69,10 +69,10 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         "training",
-        "a training step of ResNet-50, weights and arithmetic in bf16; peak memory",
+        "a training step of ResNet-50 under autocast to bf16; peak memory",
         60,
         (
-            "bench -m resnet50 -b 256 --precision bfloat16 --bench train --seconds 2 "
+            "bench -m resnet50 -b 256 --precision amp_bf16 --bench train --seconds 2 "
             f"--backend eager,compiled,fused {_TURNS}",
         ),
     ),
