@@ -44,10 +44,10 @@ def fuse(
         discard_weights: free each convolution's own weight when its folded one has been laid out
             (at the first run), so that a model takes no more memory than before. It then cannot be
             trained, copied, unfused, or given other weights.
-        training: fuse batch norm with what precedes and follows it in training mode, as well. On a
-            GPU our kernels compute that, statistics in float32 always, but have no second
-            derivatives; on a CPU torch's do, in place where nobody can tell. Compiled models train
-            on their layers.
+        training: fuse batch norm (SyncBatchNorm too, over the processes of its group) with what
+            precedes and follows it in training mode, as well. On a GPU our kernels compute that,
+            statistics in float32 always, but have no second derivatives; on a CPU torch's do, in
+            place where nobody can tell. Compiled models train on their layers.
 
     Raises:
         ValueError: `model` is no module, is on the meta device or on several, or has weights of a
