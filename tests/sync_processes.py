@@ -20,6 +20,7 @@ from torchvision.models import resnet
 from kernel_inputs import DEVICE
 from resfuse.kernels import fuse
 from resfuse.kernels.training import steps
+from resfuse.kernels.training.anywhere import operations_anywhere
 from resfuse.kernels.training.bn_add_relu import Norm, bn_add_relu, bn_add_relu_op
 from resfuse.kernels.training.bn_conv1x1 import bn_conv1x1
 from resfuse.kernels.training.plan import training_plan_of
@@ -253,10 +254,10 @@ def torchs_error_on_a_cpu() -> Errors:
 
 def cases() -> Iterator[tuple[str, Errors]]:
     yield "torch's error on a CPU", torchs_error_on_a_cpu()
-    steps.on_kernels = lambda x: True
-    yield "well-behaved operators", well_behaved_operators()
-    yield from op_cases()
-    yield from network_cases()
+    with operations_anywhere():
+        yield "well-behaved operators", well_behaved_operators()
+        yield from op_cases()
+        yield from network_cases()
 
 
 def main() -> None:

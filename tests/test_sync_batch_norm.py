@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models import resnet
 
 from resfuse.kernels import explain, fuse
-from resfuse.kernels.training import steps
+from resfuse.kernels.training.anywhere import operations_anywhere
 from resfuse.kernels.training.bn_add_relu import Norm, bn_add_relu
 from resfuse.kernels.training.draft import make_training_plan
 
@@ -90,15 +90,15 @@ def test_torchs_error_on_a_cpu_and_well_behaved_operators(errors: Errors) -> Non
     assert {"torch's error on a CPU", "well-behaved operators"} <= set(errors)
 
 
-def test_without_processes_it_is_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "on_kernels", lambda x: True)
+def test_without_processes_it_is_batch_norm() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train()
     exact = copy.deepcopy(model).double()
     fused = fuse(nn.SyncBatchNorm.convert_sync_batchnorm(model), training=True)
     assert explain(fused).fused_in_training == ("0",)
     x = torch.randn(2, 3, 6, 6)
-    for one, its in ((fused, x), (exact, x.double())):
-        one(its).square().mean().backward()
+    with operations_anywhere():
+        fused(x).square().mean().backward()
+    exact(x.double()).square().mean().backward()
     for p, q in zip(fused.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-5, atol=1e-7)  # type: ignore[union-attr]
     for p, q in zip(fused.buffers(), exact.buffers(), strict=True):
