@@ -131,7 +131,7 @@ def add_degradation(parser: argparse.ArgumentParser) -> None:
 
 def add_training(parser: argparse.ArgumentParser) -> None:
     add_degradation(parser)
-    parser.set_defaults(depths="20", seeds=5)
+    parser.set_defaults(depths="20", seeds=8)
     parser.add_argument(
         "--ways",
         type=names,

@@ -37,10 +37,11 @@ ON_A_CPU = (
 MEANINGS = (
     "Losses are mean cross-entropies in nats. Errors and losses of finished networks are on "
     "unshifted images, each network tested in the way it was trained; means over seeds with 95 % "
-    "intervals (Student's t). Ways are compared at the same seed. The distance of two curves is "
-    "the root mean square, over epochs, of the difference of their logarithms; it is given in "
-    "distances between two seeds of eager. Quotients of losses are geometric means over epochs and "
-    "seeds; differences by step are root mean squares over seeds."
+    "intervals (Student's t), of which one in twenty misses by chance. Ways are compared at the "
+    "same seed. The distance of two curves is the root mean square, over epochs, of the difference "
+    "of their logarithms; it is given in distances between two seeds of eager. Quotients of losses "
+    "are geometric means over epochs and seeds; differences by step are root mean squares over "
+    "seeds."
 )
 
 
@@ -68,7 +69,7 @@ def verdicts(experiment: Experiment) -> list[str]:
         curves = (
             "every loss while training is eager's, to the last digit kept"
             if is_equal(experiment, way)
-            else _curves(agreement(experiment, way))
+            else _curves(*(agreement(experiment, way, curve) for curve in (TRAIN_LOSS, TEST_LOSS)))
         )
         told.append(
             f"{way}: {curves}. {_parting(times_eager(experiment, way))}"
@@ -92,16 +93,19 @@ def _section(experiment: Experiment, images: Mapping[str, str]) -> list[str]:
     return [block for block in [*blocks, *failures(experiment)] if block]
 
 
-def _curves(found: Agreement | None) -> str:
-    if found is None:
+def _curves(found: Agreement | None, in_testing: Agreement | None) -> str:
+    if found is None or in_testing is None:
         return "one seed has no spread to compare with"
     within = "agree within" if found.share <= 1 else "do not agree within"
-    clear = _excludes(found.quotient, 1)
+    losses = [
+        f"{cells.estimate(one.quotient)} of eager's in {where} "
+        f"({'a difference' if _excludes(one.quotient, 1) else 'no difference shows'})"
+        for one, where in ((found, "training"), (in_testing, "testing"))
+    ]
     return (
         f"at the same seed its training curve is {cells.number(found.share)} times as far from "
         f"eager's as two seeds of eager are from each other: the curves {within} the spread of "
-        f"seeds. Over all epochs its loss is {cells.estimate(found.quotient)} of eager's: "
-        f"{'a difference' if clear else 'no difference shows'}"
+        f"seeds. Over all epochs its loss is {markdown.listing(losses)}"
     )
 
 
