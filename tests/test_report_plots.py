@@ -160,6 +160,24 @@ def test_a_line_without_a_point_says_why(tmp_path: Path) -> None:
     assert told == {"resnet18, batch 1": ["not measured"], "resnet18, batch 8": ["oom"]}
 
 
+def test_models_of_one_batch_tried_alike_stand_side_by_side(tmp_path: Path) -> None:
+    """With lines for what each was tried with, and for nothing else."""
+    for model, backends in (
+        ("resnet18", ("eager",)), ("resnet34", ("eager",)), ("resnet50", ("eager", "fused")),
+    ):  # fmt: skip
+        for backend in backends:
+            add(tmp_path, replace(CASE, model=model, backend=backend))
+    (comparison,) = read_folders([tmp_path])[0].comparisons
+    figure = speedup_plot(comparison, looks(["eager", "fused"]))
+    assert figure is not None
+    figure.draw_without_rendering()
+    first, second, third = figure.axes
+    assert [len(ax.get_yticks()) for ax in figure.axes] == [1, 1, 2]
+    assert first.get_position().y0 == pytest.approx(second.get_position().y0)
+    assert third.get_position().y1 < first.get_position().y0
+    assert not any(ax.texts for ax in figure.axes)
+
+
 def test_a_backend_looks_the_same_on_every_page() -> None:
     alone = looks(["fused"])
     crowded = looks(["d_new", "b_new", "fused", "c_new", "eager", "a_new"])

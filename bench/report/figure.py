@@ -43,11 +43,15 @@ STYLE: list[str | dict[str, object]] = [  # draw and save in matplotlib.style.co
 ]
 
 
-def panels(rows: int, columns: int, row_height: float) -> tuple[Figure, list[list[Axes]]]:
-    """An empty grid of equal panels, GitHub's width, `row_height` inches a row."""
-    figure = Figure(figsize=(WIDTH, rows * row_height + 0.7), layout="constrained")
+def panels(
+    rows: int, columns: int, row_height: float | Sequence[float]
+) -> tuple[Figure, list[list[Axes]]]:
+    """An empty grid of panels, GitHub's width, `row_height` inches a row or for each."""
+    heights = list(row_height) if isinstance(row_height, Sequence) else [row_height] * rows
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
+    return figure, axes.tolist()
 
 
 def wrapped(count: int, row_height: float) -> tuple[Figure, list[Axes]]:
