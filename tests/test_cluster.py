@@ -1,6 +1,7 @@
 """Sweeps as jobs: by submitit's local executor, and on a real Slurm where there can be one."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,14 +107,14 @@ def test_a_preempted_slurm_job_goes_on_after_its_last_row(
     tmp_path: Path,
 ) -> None:
     """With notice (submitit's signal), and by Slurm's own doing."""
-    process = begin("--launcher", "slurm", "--shard", "2", "-b", "1,2", "--cpus", "1")
-    wait_until(lambda: len(rows_of(tmp_path, "jobs/*/0")) == 1 or process.poll() is not None)
+    process = begin("--launcher", "slurm", "--shard", "4", "-b", "1,2,3,4", "--cpus", "1")
+    wait_until(lambda: len(rows_of(tmp_path, "jobs/*/0")) > 0 or process.poll() is not None)
     (job,) = slurm.said("squeue", "--noheader", "--format=%A").split()
     slurm.said(*preempt, job)
     said = process.communicate(timeout=LIMIT_S)[1]
     assert process.returncode == 0, said
-    assert_each_case_once(tmp_path, [1, 2])
-    assert "1 of 2 cases to do" in logs_of(tmp_path)
+    assert_each_case_once(tmp_path, [1, 2, 3, 4])
+    assert re.search("[123] of 4 cases to do", logs_of(tmp_path))
 
 
 def test_a_job_that_is_cancelled_is_told_of(
