@@ -77,6 +77,11 @@ def settle(page: Any) -> None:
         """() => document.getElementById("content").hidden
         || [...document.querySelectorAll(".figure")].every((f) => f.children.length)"""
     )
+    # plots out of sight are drawn again one by one, whenever the page has nothing else to do
+    page.wait_for_function(
+        """() => document.getElementById("content").hidden
+        || document.body.dataset.plots === 'drawn'"""
+    )
     page.wait_for_function(
         """() => new Promise((done) =>
         requestAnimationFrame(() => requestIdleCallback(() => done(true))))"""

@@ -123,6 +123,7 @@ function draw(figure) {
 }
 
 function redraw() {
+  document.body.dataset.plots = "stale"; // until drawTheRest has seen to all; tests wait for it
   for (const figure of figures) {
     figure.stale = true;
     if (paper || visible.has(figure.id)) draw(figure);
@@ -160,7 +161,10 @@ function drawTheRest() {
   const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 100));
   idle(() => {
     const next = figures.find(({ stale }) => stale);
-    if (!next) return;
+    if (!next) {
+      document.body.dataset.plots = "drawn";
+      return;
+    }
     next.stale = false; // also where it has no width yet
     draw(next);
     drawTheRest();
