@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import triton
@@ -13,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from conftest import ROOT
 from resfuse.bench import results
 from resfuse.bench.cli import main
 from resfuse.bench.errors import UsageError
@@ -318,3 +320,13 @@ def test_networks_stand_apart_and_other_sheets_too(study: Path) -> None:
     assert page.count("## Training fused and unfused: ") == 2
     assert page.count("## Degradation: ") == 1
     assert "cifar_resnet14, twins, seed 0: timeout, not done after 3 s" in page
+
+
+@pytest.mark.parametrize("column", ["way", "shortcut"])
+def test_a_row_of_something_unknown_is_a_sentence(column: str, tmp_path: Path) -> None:
+    published = next(iter((ROOT / "results").glob(f"*/{SHEET.file}")))
+    rows = pd.read_csv(published, dtype=str, keep_default_na=False)
+    rows.loc[0, column] = "sideways"
+    rows.to_csv(tmp_path / SHEET.file, index=False)
+    with pytest.raises(UsageError, match=f"{SHEET.file}: column {column}: 'sideways'; accepted: "):
+        read_training_rows(tmp_path, SHEET)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resfuse.bench.errors import UsageError
 from resfuse.bench.results import Sheet, read_rows
 from resfuse.bench.row import STATUSES
 from resfuse.bench.statistics import mean_interval
@@ -123,15 +124,24 @@ def read_training_rows(folder: Path, sheet: Sheet) -> dict[str, list[Row]]:
     it.
 
     Raises:
-        UsageError: the file cannot be read.
+        UsageError: the file cannot be read, or names a network or a way that is none.
     """
     if not (folder / sheet.file).exists():
         return {}
     found: dict[str, list[Row]] = {}
     for row in read_rows(folder, sheet).to_dict("records"):
         if row["status"] in STATUSES:  # otherwise a crash cut it off
+            _require_known(row, folder / sheet.file)
             found.setdefault(str(row["env_id"]), []).append({str(k): v for k, v in row.items()})
     return found
+
+
+def _require_known(row: Mapping[object, object], path: Path) -> None:
+    for column, known in (("shortcut", NETWORKS), ("way", tuple(WAYS))):
+        if column in row and row[column] not in known:
+            raise UsageError(
+                f"{path}: column {column}: '{row[column]}'; accepted: {', '.join(known)}"
+            )
 
 
 def experiments(rows: Sequence[Row]) -> tuple[Experiment, ...]:

@@ -83,10 +83,10 @@ def choose(problem: ConvProblem) -> NativeConfig:
     """
     saves = 16 * (tiles_of(problem) + _TRANSFORM) < 9 * pixels_of(problem)
     first = next(forms(problem))
-    return choose_blocks("winograd_inline" if saves and _is_winograd(problem) else first, problem)
+    return _choose_blocks("winograd_inline" if saves and _is_winograd(problem) else first, problem)
 
 
-def choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:
+def _choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:
     """The blocks of a form that are expected to be fastest: those that make little of a transform.
 
     Channels are parted where a thread would have few pixels.
