@@ -42,8 +42,9 @@ def described(environment: Mapping[str, str]) -> str:
 def giving_back() -> Iterator[None]:
     """Lets this process return freed memory for a while, where its environment said to keep it.
 
-    Otherwise a step's peak of resident memory counts what lay free between its tensors: eager
-    ResNet-18 at batch 32 held 405 MB instead of 260.
+    Otherwise the peak of resident memory counts what lay free between tensors. Of a step: eager
+    ResNet-18 at batch 32 held 405 MB instead of 260. Of a set-up, whose holes the step then fills
+    with its own: fused ResNet-50 at batch 8 held 217 MB instead of 160.
     """
     set_option = _mallopt()
     told = {name: os.environ[name] for name in THRESHOLDS if os.environ.get(name, "").isdigit()}

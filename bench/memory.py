@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from resfuse.bench import allocator
 from resfuse.bench.measured import Memory
 
 _STATUS = Path("/proc/self/status")
@@ -28,6 +27,8 @@ def held(device: str) -> int | None:
 
 def peak_of(step: Callable[[], None], device: str, before: int | None) -> Memory:
     """Runs a step once and looks at the high-water mark.
+
+    On a CPU, everything since `before` should have happened within `allocator.giving_back()`.
 
     Args:
         step: one run, warm (it has run before, so that lazily made workspaces exist).
@@ -45,8 +46,7 @@ def peak_of(step: Callable[[], None], device: str, before: int | None) -> Memory
         return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved())
     if not _reset():
         return Memory(None, None)
-    with allocator.giving_back():
-        step()
+    step()
     high = _status("VmHWM")
     return Memory(high - before, high) if high is not None else Memory(None, None)
 

@@ -12,18 +12,25 @@ from resfuse.bench.case import Case, Options
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 CASE = Case("cifar_resnet20", "eager", "inference", "cpu", "float32", "contiguous", 2, 32)
-# A step that leaves a hole of 30 MB below a tensor it still holds; the third does not fit into it.
+# A set-up and a step that each leave a hole of 30 MB below a tensor they still hold. The step's
+# third tensor does not fit into it, and its first one may go into the set-up's.
 PROBE = """
 import torch
-from resfuse.bench import memory
+from resfuse.bench import allocator, memory
+
+def set_up():
+    first, second = torch.ones(30 * 2**18), torch.ones(10 * 2**18)
+    return second
 
 def step():
     first, second = torch.ones(30 * 2**18), torch.ones(10 * 2**18)
     del first
     third = torch.ones(40 * 2**18)
 
-before = memory.held("cpu")
-print(memory.peak_of(step, "cpu", before).peak // 2**20)
+with allocator.giving_back():
+    before = memory.held("cpu")
+    held = set_up()
+    print(memory.peak_of(step, "cpu", before).peak // 2**20)
 torch.ones(64 * 2**18)
 print(memory._status("VmRSS") // 2**20 - before // 2**20)
 """
@@ -76,11 +83,11 @@ def test_every_worker_is_started_with_the_settings(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(not GLIBC, reason="the settings are glibc's")
 def test_the_memory_probe_counts_what_a_step_holds_not_what_the_allocator_keeps() -> None:
-    """At most 50 MB are held at a time; after the probe, 64 MB that were freed stay resident."""
+    """At most 60 MB are held at a time; after the probe, 64 MB that were freed stay resident."""
     environment = allocator.keeping(os.environ)
     done = subprocess.run(
         [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True
     )
     peak, kept = map(int, done.stdout.split())
-    assert 50 <= peak < 60
+    assert 60 <= peak < 70
     assert kept >= 60  # the setting is back in force

@@ -1,10 +1,10 @@
 """One process's part in measuring a training step of several: what its subprocess does.
 
-The order: the first process by itself while the others rest (weak scaling is measured against
-that), then all together. There, steps of the candidate, of the baseline and of every process for
-itself take turns; the difference between the first and the last is the communication that the
-backward pass does not hide. How many rounds there are is agreed upon before, and what a single
-process decides by its own clock (energy) is left out.
+The order: the peak of memory; the first process by itself while the others rest (weak scaling is
+measured against that); then all together. There, steps of the candidate, of the baseline and of
+every process for itself take turns; the difference between the first and the last is the
+communication that the backward pass does not hide. How many rounds there are is agreed upon before,
+and what a single process decides by its own clock (energy) is left out.
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from resfuse.bench import check, measure, memory, network, nvml, roofline, timing
+from resfuse.bench import allocator, check, measure, memory, network, nvml, roofline, timing
 from resfuse.bench.backends import load_trainable
 from resfuse.bench.case import Case, Options
 from resfuse.bench.distributed.command import ENDED
@@ -83,7 +83,8 @@ def _measure(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Any, world: World
 ) -> tuple[Outcome, float]:
     device = measure.begin(case, options)
-    model, batches = network.master(case, options.seed), network.batches(case, world.rank)
+    with allocator.giving_back():
+        model, batches = network.master(case, options.seed), network.batches(case, world.rank)
 
     def subject(kind: type[Training], backend: str, memory_format: str) -> Training:
         made = measure.subject(case, backend, memory_format, model, batches, kind)
@@ -91,16 +92,17 @@ def _measure(
         return made
 
     dist.barrier()
+    with allocator.giving_back():
+        before = memory.held(device)
+        candidate = subject(ParallelTraining, case.backend, case.memory_format)
+        watch = timing.Watch()
+        candidate.set_up()
+        measure.synchronize(device)
+        setup_s = timing.seconds(watch.elapsed())
+        peak = measure.peak_of(candidate, device, before)
     alone_ms, rounds, quiet = _alone(
         subject(Training, case.backend, case.memory_format), device, options, world
     )
-    before = memory.held(device)
-    candidate = subject(ParallelTraining, case.backend, case.memory_format)
-    watch = timing.Watch()
-    candidate.set_up()
-    measure.synchronize(device)
-    setup_s = timing.seconds(watch.elapsed())
-    peak = measure.peak_of(candidate, device, before)
     baseline = subject(ParallelTraining, case.baseline, case.baseline_memory_format)
     apart = subject(Training, case.backend, case.memory_format)
     watch = timing.Watch()

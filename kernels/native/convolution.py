@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, panel, pixels
+from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, panel, pixels, threads
 from resfuse.kernels.native.weights import direct_weights, grouped_weights, winograd_weights
 from resfuse.kernels.problem import ConvProblem
 
@@ -23,6 +23,7 @@ LONGEST_ROW, _MOST_TAPS = 1 << 14, 128  # as direct.h and grouped.h have them
 _DIRECT_BLOCKS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
 _WINOGRAD_BLOCKS = (1 << 18, 1 << 20, 4 << 20)
 _TRANSFORM = 12  # tiles whose products take as long as the inline transform of their weights
+_INLINE_BLOCK = 11 * _TRANSFORM  # tiles; with more, scratch memory grows and no time is saved
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,12 @@ def configs(form: Form, problem: ConvProblem) -> Iterator[NativeConfig]:
         yield NativeConfig("grouped", False, 0)
     elif form == "direct":
         yield from _parted(form, problem, pixels_of(problem), _direct_bytes(problem))
-    else:  # the transformed input of a tile: 16 values a channel
+    elif form == "winograd":  # the transformed input of a tile: 16 values a channel
         yield from _parted(form, problem, tiles_of(problem), 16 * 4 * problem.c)
+    else:
+        for by_channel in _partings(problem):
+            tiles = tiles_of(problem) if by_channel else -(-tiles_of(problem) // threads())
+            yield NativeConfig(form, by_channel, min(_whole(tiles), _INLINE_BLOCK))
 
 
 def choose(problem: ConvProblem) -> NativeConfig:
@@ -87,15 +92,13 @@ def choose(problem: ConvProblem) -> NativeConfig:
 
 
 def _choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:
-    """The blocks of a form that are expected to be fastest: those that make little of a transform.
+    """The blocks of a form that are expected to be fastest.
 
     Channels are parted where a thread would have few pixels.
     """
     every = list(configs(form, problem))
     by_channel = pixels_of(problem) < 512 and problem.k >= 4 * panel()
     preferred = [c for c in every if c.by_channel == by_channel] or every
-    if form == "winograd_inline":
-        return next((c for c in preferred if c.block >= 8 * _TRANSFORM), preferred[-1])
     return preferred[len(preferred) // 2]
 
 
@@ -186,11 +189,20 @@ def _parted(
     form: Form, problem: ConvProblem, rows: int, bytes_of_each: int
 ) -> Iterator[NativeConfig]:
     budgets = _DIRECT_BLOCKS if form == "direct" else _WINOGRAD_BLOCKS
-    whole = -(-rows // pixels()) * pixels()
+    whole = _whole(rows)
     blocks = {
         max(pixels(), min(whole, budget // bytes_of_each // pixels() * pixels()))
         for budget in budgets
     }
-    for by_channel in (False, True) if problem.k > panel() else (False,):
+    for by_channel in _partings(problem):
         for block in sorted(blocks):
             yield NativeConfig(form, by_channel, block)
+
+
+def _partings(problem: ConvProblem) -> tuple[bool, ...]:
+    """Whether threads may part the pixels (False), the output channels (True)."""
+    return (False, True) if problem.k > panel() else (False,)
+
+
+def _whole(rows: int) -> int:
+    return -(-rows // pixels()) * pixels()
