@@ -6,10 +6,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from resfuse.bench.studies.learning import data
 
 # Kernels are compiled or interpreted as Triton finds this when it is imported: without a GPU the
 # same tests run in the interpreter.
@@ -63,6 +68,25 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def timings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder of the engine's times for all tests of a file."""
     return tmp_path_factory.mktemp("timings")
+
+
+@pytest.fixture(scope="session")
+def few() -> "data.Data":
+    """192 of scikit-learn's digits to train on and 100 to test on."""
+    from resfuse.bench.studies.learning import data
+
+    every = data.load("digits")
+    train = data.Split(every.train.images[:192], every.train.labels[:192])
+    test = data.Split(every.test.images[:100], every.test.labels[:100])
+    return replace(every, train=train, test=test)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["native", "onednn"])

@@ -13,16 +13,10 @@ from torch import Tensor, nn
 
 from resfuse.resnet_ref import calibrate, create, shrink_branches
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # A thousand layers are thousands of small kernels, each ended by a barrier between threads. On
-    # two cores, one of them busy with other work, ResNet-1202's test took 31 to 84 s with two
-    # threads and 4 to 8 s with one; on idle cores 3.3 and 4.1 s.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# A thousand layers are thousands of small kernels, each ended by a barrier between threads. On two
+# cores, one of them busy with other work, ResNet-1202's test took 31 to 84 s with two threads and 4
+# to 8 s with one; on idle cores 3.3 and 4.1 s.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

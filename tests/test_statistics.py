@@ -1,11 +1,13 @@
 """The statistics every speed-up rests on."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resfuse.bench.statistics import paired_speedup, percentile
+from resfuse.bench.statistics import mean_interval, paired_speedup, percentile
 
 TIMES = st.lists(st.floats(0.1, 1e4), min_size=1, max_size=60)
 
@@ -39,3 +41,14 @@ def test_unpaired_times_are_refused() -> None:
         paired_speedup([1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match="got 0 and 0"):
         paired_speedup([], [])
+
+
+def test_a_mean_and_its_interval() -> None:
+    """Student's t of two degrees of freedom: 4.3027 standard errors."""
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx(
+        (2, 2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), abs=1e-4
+    )
+    assert mean_interval([5.0]) == (5, None, None)
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval([])

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 import triton
-from rich.console import Console
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from trainings import FOUND, QUIET, keep
 
 from conftest import ROOT
 from resfuse.bench import results
@@ -23,7 +23,7 @@ from resfuse.bench.report.agreement import agreement, apart, change, is_equal, s
 from resfuse.bench.report.agreement_section import verdicts
 from resfuse.bench.report.plot_agreement import curves
 from resfuse.bench.report.trainings import Experiment, experiments, read_training_rows
-from resfuse.bench.row import Outcome, Stamp
+from resfuse.bench.row import Outcome
 from resfuse.bench.studies.degradation.row import SHEET as DEGRADATION
 from resfuse.bench.studies.learning import command, data, recipe, row
 from resfuse.bench.studies.learning.run import Run, build, runs_of
@@ -33,31 +33,13 @@ from resfuse.bench.studies.training.row import SHEET
 from resfuse.kernels.training import bn_add_relu
 
 RUN = Run("digits", "A", 8, seed=0, epochs=1, batch_size=48, learning_rate=0.02)
-FOUND = {
-    "facts": {"device_name": "Xeon 2.9 GHz"}, "env_id": "xeon-torch2.14.1", "commit": "3f2a91c",
-    "device": "cpu",
-}  # fmt: skip
-QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def few() -> data.Data:
-    """192 of the digits to train on and 100 to test on."""
-    every = data.load("digits")
-    train = data.Split(every.train.images[:192], every.train.labels[:192])
-    test = data.Split(every.test.images[:100], every.test.labels[:100])
-    return replace(every, train=train, test=test)
 
 
 @pytest.fixture(autouse=True)
-def as_without_tests(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One thread, and no interpreter, which conftest.py asks Triton for."""
+def as_without_tests(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """No interpreter, which conftest.py asks Triton for."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def operations(model: nn.Module, images: Tensor) -> dict[str, int]:
@@ -221,10 +203,7 @@ def add(folder: Path, way: str, seed: int, losses: list[float], test_error: floa
         "loss_by_step": row.joined([2.0, *losses], row.EXACT_DIGITS),
     }  # fmt: skip
     run = replace(RUN, seed=seed, epochs=len(losses), way=way)
-    stamp = Stamp("Xeon 2.9 GHz", FOUND["env_id"], "3f2a91c", "2026-05-09T10:00:00+00:00")
-    row_of = row.record(run, Outcome("pass", "", found), 1, stamp, SHEET)
-    results.append_row(folder, row_of, SHEET)
-    results.record_environment(folder, FOUND["env_id"], FOUND["facts"])
+    keep(folder, run, Outcome("pass", "", found), SHEET)
 
 
 @pytest.fixture
@@ -310,12 +289,10 @@ def test_losses_of_several_magnitudes_are_drawn_on_a_logarithmic_axis(tmp_path: 
 
 def test_networks_stand_apart_and_other_sheets_too(study: Path) -> None:
     other = replace(RUN, depth=14, epochs=2)
-    stamp = Stamp("Xeon 2.9 GHz", FOUND["env_id"], "3f2a91c", "2026-05-09T10:00:00+00:00")
     hung = Outcome("timeout", "not done after 3 s")
     for way in (EAGER, TWINS):
-        hanging = replace(other, way=way)
-        results.append_row(study, row.record(hanging, hung, 1, stamp, SHEET), SHEET)
-    results.append_row(study, row.record(other, hung, 1, stamp, DEGRADATION), DEGRADATION)
+        keep(study, replace(other, way=way), hung, SHEET)
+    keep(study, other, hung, DEGRADATION)
     page = write_report(study).read_text()
     assert page.count("## Training fused and unfused: ") == 2
     assert page.count("## Degradation: ") == 1
