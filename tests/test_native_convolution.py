@@ -24,6 +24,7 @@ from native_problems import (
     PROBLEMS,
     config_of,
     every_config,
+    executor_of,
     problem_of,
     require_conv,
     require_native,
@@ -31,9 +32,9 @@ from native_problems import (
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.graph import Affine, Conv, Graph, Mean, Node, Value
-from resfuse.kernels.engine.tactics import native
+from resfuse.kernels.engine.tactics import eager, native
 from resfuse.kernels.native import step
-from resfuse.kernels.native.convolution import NativeConfig, choose, refusal
+from resfuse.kernels.native.convolution import Form, NativeConfig, choose, refusal
 from resfuse.kernels.native.library import library, processor
 from resfuse.kernels.native.step import ACTIVATIONS
 from resfuse.kernels.problem import ConvProblem
@@ -123,6 +124,25 @@ def test_any_number_of_threads(name: str, size: int, several_threads: int) -> No
     problem = replace(PROBLEMS[name], h=size, w=size, residual=True)
     for config in every_config(problem):
         require_conv(problem, config)
+
+
+@pytest.mark.parametrize(
+    ("form", "problem"),
+    [
+        ("direct", problem_of(1, 12544, 6, 6, 64, 1, 1, "identity")),
+        ("direct", problem_of(1, 512, 6, 6, 64, 3, 3, "identity", padding=(1, 1))),
+        ("winograd", problem_of(1, 4096, 6, 6, 64, 3, 3, "identity", padding=(1, 1))),
+        ("winograd_inline", problem_of(1, 4096, 6, 6, 64, 3, 3, "identity", padding=(1, 1))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.label(),
+)
+def test_long_sums_are_rounded_as_little_as_short_ones(form: Form, problem: ConvProblem) -> None:
+    """Summed up product by product they would be 9e-7 to 2.7e-6 from fp64."""
+    state = conv_state(problem)
+    graph, run = executor_of(problem, config_of(form, problem), state)
+    (x,) = inputs_of(graph)
+    got, want = run(x)[0].double(), eager.exact(graph, state, [x])[0]
+    assert (got - want).norm() < 6e-7 * want.norm()
 
 
 SIZES = st.integers(1, 9)

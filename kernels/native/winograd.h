@@ -162,14 +162,11 @@ static void multiply(const Step& s, const Slice& slice, long e, const float* w, 
   each_tile_of(slice.panel, 0, count, [&]<long M, long N>(long row) {
     float* const product = kept.product + e * kept.product_plane + row * PANEL;
     Tile<M, N> tile;
-    if (slice.c == 0) {
-      tile.start(nullptr);
-    } else {
-      tile.resume(product);
-    }
+    tile.start(nullptr);
     const float* x[M];
     for (long m = 0; m < M; m++) x[m] = input + (row + m) * s.C;
     tile.add(x, w, slice.depth, ahead.take(slice.depth), Next{M * s.C, nullptr, 0});
+    if (slice.c) tile.plus(product);
     tile.put_away(product);
   });
 }
