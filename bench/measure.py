@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from resfuse.bench import allocator, check, energy, memory, network, nvml, roofline, timing
+from resfuse.bench import check, energy, memory, network, nvml, roofline, timing
 from resfuse.bench.case import PRECISIONS, Case, Options
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.failure import blame, blamed, outcome_of
@@ -61,15 +61,14 @@ def _measure(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Tell
 ) -> tuple[Outcome, float]:
     device = begin(case, options)
-    with allocator.giving_back():
-        model, batches = network.master(case, options.seed), network.batches(case)
-        before = memory.held(device)
-        candidate = subject(case, case.backend, case.memory_format, model, batches)
-        watch = timing.Watch()
-        candidate.set_up()
-        synchronize(device)
-        setup_s = timing.seconds(watch.elapsed())
-        peak = peak_of(candidate, device, before)
+    model, batches = network.master(case, options.seed), network.batches(case)
+    before = memory.held(device)
+    candidate = subject(case, case.backend, case.memory_format, model, batches)
+    watch = timing.Watch()
+    candidate.set_up()
+    synchronize(device)
+    setup_s = timing.seconds(watch.elapsed())
+    peak = peak_of(candidate, device, before)
 
     baseline = subject(case, case.baseline, case.baseline_memory_format, model, batches)
     watch = timing.Watch()

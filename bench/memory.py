@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from resfuse.bench import allocator
 from resfuse.bench.measured import Memory
 
 _STATUS = Path("/proc/self/status")
@@ -28,7 +29,8 @@ def held(device: str) -> int | None:
 def peak_of(step: Callable[[], None], device: str, before: int | None) -> Memory:
     """Runs a step once and looks at the high-water mark.
 
-    On a CPU, everything since `before` should have happened within `allocator.giving_back()`.
+    On a CPU, the allocator gives back what the step frees, and nothing of the step goes where
+    set-up has left room: the peak is what is held at one time.
 
     Args:
         step: one run, warm (it has run before, so that lazily made workspaces exist).
@@ -44,11 +46,17 @@ def peak_of(step: Callable[[], None], device: str, before: int | None) -> Memory
         step()
         torch.cuda.synchronize()
         return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved())
-    if not _reset():
+    resident = _status("VmRSS")
+    with allocator.giving_back():
+        plugged = _status("VmRSS")
+        if resident is None or plugged is None or not _reset():
+            return Memory(None, None)
+        step()
+        high = _status("VmHWM")
+    if high is None:
         return Memory(None, None)
-    step()
-    high = _status("VmHWM")
-    return Memory(high - before, high) if high is not None else Memory(None, None)
+    high -= plugged - resident
+    return Memory(high - before, high)
 
 
 def _give_back_free_memory() -> None:

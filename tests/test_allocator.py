@@ -16,7 +16,7 @@ CASE = Case("cifar_resnet20", "eager", "inference", "cpu", "float32", "contiguou
 # third tensor does not fit into it, and its first one may go into the set-up's.
 PROBE = """
 import torch
-from resfuse.bench import allocator, memory
+from resfuse.bench import memory
 
 def set_up():
     first, second = torch.ones(30 * 2**18), torch.ones(10 * 2**18)
@@ -27,10 +27,9 @@ def step():
     del first
     third = torch.ones(40 * 2**18)
 
-with allocator.giving_back():
-    before = memory.held("cpu")
-    held = set_up()
-    print(memory.peak_of(step, "cpu", before).peak // 2**20)
+before = memory.held("cpu")
+held = set_up()
+print(memory.peak_of(step, "cpu", before).peak // 2**20)
 torch.ones(64 * 2**18)
 print(memory._status("VmRSS") // 2**20 - before // 2**20)
 """

@@ -15,7 +15,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-from resfuse.bench import allocator, measure, memory, network
+from resfuse.bench import measure, memory, network
 from resfuse.bench.case import Case
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.inference import Answers, Checked, Inference, answers
@@ -50,14 +50,13 @@ def test_inference(
     benchmark.extra_info |= {"images": batch, "precision": PRECISION, "status": "fail_to_run"}
     set_math_mode(case.math_mode, DEVICE)
     weights, batches, expected = _reference(model, batch)
-    with allocator.giving_back():
-        before = memory.held(DEVICE)
-        try:
-            subject = Inference(backend, memory_format, deepcopy(weights), batches)
-            subject.set_up()
-        except Unavailable as reason:
-            pytest.skip(str(reason))
-        peak = memory.peak_of(subject.step_once, DEVICE, before)
+    before = memory.held(DEVICE)
+    try:
+        subject = Inference(backend, memory_format, deepcopy(weights), batches)
+        subject.set_up()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    peak = memory.peak_of(subject.step_once, DEVICE, before)
     subject.expect(expected)
     benchmark.extra_info["status"] = "fail_accuracy"
     error = max(subject.check(i, "before timing").rel_l2 for i in range(network.TIMED_BATCHES))

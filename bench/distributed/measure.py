@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from resfuse.bench import allocator, check, measure, memory, network, nvml, roofline, timing
+from resfuse.bench import check, measure, memory, network, nvml, roofline, timing
 from resfuse.bench.backends import load_trainable
 from resfuse.bench.case import Case, Options
 from resfuse.bench.distributed.command import ENDED
@@ -83,8 +83,7 @@ def _measure(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Any, world: World
 ) -> tuple[Outcome, float]:
     device = measure.begin(case, options)
-    with allocator.giving_back():
-        model, batches = network.master(case, options.seed), network.batches(case, world.rank)
+    model, batches = network.master(case, options.seed), network.batches(case, world.rank)
 
     def subject(kind: type[Training], backend: str, memory_format: str) -> Training:
         made = measure.subject(case, backend, memory_format, model, batches, kind)
@@ -92,14 +91,13 @@ def _measure(
         return made
 
     dist.barrier()
-    with allocator.giving_back():
-        before = memory.held(device)
-        candidate = subject(ParallelTraining, case.backend, case.memory_format)
-        watch = timing.Watch()
-        candidate.set_up()
-        measure.synchronize(device)
-        setup_s = timing.seconds(watch.elapsed())
-        peak = measure.peak_of(candidate, device, before)
+    before = memory.held(device)
+    candidate = subject(ParallelTraining, case.backend, case.memory_format)
+    watch = timing.Watch()
+    candidate.set_up()
+    measure.synchronize(device)
+    setup_s = timing.seconds(watch.elapsed())
+    peak = measure.peak_of(candidate, device, before)
     alone_ms, rounds, quiet = _alone(
         subject(Training, case.backend, case.memory_format), device, options, world
     )
