@@ -12,14 +12,14 @@ from resfuse.bench.case import Case, Options
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 CASE = Case("cifar_resnet20", "eager", "inference", "cpu", "float32", "contiguous", 2, 32)
-# A set-up and a step that each leave a hole of 30 MB below a tensor they still hold. The step's
-# third tensor does not fit into it, and its first one may go into the set-up's.
+# A set-up and a step that each leave a hole below a tensor they still hold. The step's first tensor
+# fits into set-up's hole; its third one fits into neither.
 PROBE = """
 import torch
 from resfuse.bench import memory
 
 def set_up():
-    first, second = torch.ones(30 * 2**18), torch.ones(10 * 2**18)
+    first, second = torch.ones(32 * 2**18), torch.ones(10 * 2**18)
     return second
 
 def step():
