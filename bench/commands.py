@@ -93,7 +93,7 @@ def measure_all(
     if args.dry_run:
         stdout().print(cases_table(cases, skipped))
         return 0
-    results.record_environment(folder, found["env_id"], {**found["facts"], **found["ceilings"]})
+    found = results.record_survey(folder, found)
     console.print(
         f"{found['facts']['device_name']}: {len(cases)} cases"
         + (f", {skipped} already settled" if skipped else "")

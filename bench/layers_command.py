@@ -49,7 +49,7 @@ def layers(args: argparse.Namespace) -> int:
     (case,) = sweep.expand(request)
     folder = args.results / found["folder"]
     results.check_writable(folder, SHEET)
-    results.record_environment(folder, found["env_id"], {**found["facts"], **found["ceilings"]})
+    found = results.record_survey(folder, found)
     rounds = args.rounds or ROUNDS[kind]
     options = Options(args.seconds, threads=args.threads, timeout_s=args.timeout)
     each = replace(options, seconds=0, min_rounds=rounds, max_rounds=rounds)

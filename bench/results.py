@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -156,6 +157,18 @@ def record_environment(folder: Path, env_id: str, facts: Mapping[str, str]) -> N
         known[env_id] = merged
         lines = [(env, key, value) for env, entry in known.items() for key, value in entry.items()]
         _replace(path, [ENVIRONMENT_COLUMNS, *(map(neutral, line) for line in lines)])
+
+
+def record_survey(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Writes down the environment that a survey found (see isolate.survey).
+
+    Returns:
+        the survey, its ceilings the fastest that the folder knows of: beside a busy neighbour this
+        device may seem slower than what was measured on it before.
+    """
+    record_environment(folder, found["env_id"], {**found["facts"], **found["ceilings"]})
+    known = read_environments(folder)[found["env_id"]]
+    return {**found, "ceilings": {key: known[key] for key in found["ceilings"]}}
 
 
 def settled_cases(folder: Path, env_id: str, commit: str) -> set[tuple[tuple[str, str], ...]]:

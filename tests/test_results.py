@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from resfuse.bench import results
-from resfuse.bench.case import Case
+from resfuse.bench import cli, commands, results
+from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import UsageError
 from resfuse.bench.row import ENDED, Outcome, Stamp, columns, record
 
@@ -159,6 +159,29 @@ def test_a_ceiling_is_only_ever_raised(tmp_path: Path) -> None:
     assert results.read_environments(tmp_path)["env"]["ceiling_ieee_tflops"] == "0.5"
     results.record_environment(tmp_path, "other", {"cpu": "y"})
     assert set(results.read_environments(tmp_path)) == {"env", "other"}
+
+
+def test_cases_are_held_to_the_fastest_rate_ever_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a busy neighbour, the survey of this sweep sees a third of it."""
+    found = {
+        "device": "cpu", "facts": {"device_name": "x"}, "env_id": "env", "folder": "x",
+        "commit": "1e5", "ceilings": {"ceiling_ieee_tflops": "0.1", "ceiling_copy_gb_s": "40"},
+    }  # fmt: skip
+    faster = {"ceiling_ieee_tflops": "0.3", "ceiling_copy_gb_s": "30", "ceiling_bf16_tflops": "1"}
+    results.record_environment(tmp_path / "x", "env", faster)
+    monkeypatch.setattr(commands, "survey", lambda request, threads, ceilings: found)
+    seen = []
+
+    def measure(case: Case, options: Options, ceilings: dict[str, float]) -> Outcome:
+        seen.append(ceilings)
+        return Outcome("timeout", "not done")
+
+    arguments = ["bench", "-m", "cifar_resnet20", "--backend", "eager", "-b", "1", "--device",
+                 "cpu", "--channels-last", "--results", str(tmp_path), "--no-report"]  # fmt: skip
+    commands.bench_request(cli.parser().parse_args(arguments), measure)
+    assert seen == [{"ceiling_ieee_tflops": 0.3, "ceiling_copy_gb_s": 40.0}]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

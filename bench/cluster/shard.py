@@ -47,7 +47,7 @@ class Shard:
         cases = list(self.cases)
         for one in known:
             cases = sweep.unsettled(cases, one, found)
-        results.record_environment(folder, found["env_id"], {**found["facts"], **found["ceilings"]})
+        found = results.record_survey(folder, found)
         print(f"{found['facts']['device_name']}: {len(cases)} of {len(self.cases)} cases to do")
         sweep.run(cases, self.options, folder, found, _started, _finished)
 

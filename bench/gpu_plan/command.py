@@ -61,7 +61,7 @@ def _go(
     folder = root / found["folder"]
     results.check_writable(folder)
     results.check_writable(folder, CONFIGS)
-    results.record_environment(folder, found["env_id"], {**found["facts"], **found["ceilings"]})
+    found = results.record_survey(folder, found)
     known = progress.load(folder, found["env_id"], found["commit"])
     if not args.resume:
         known.ended.clear()

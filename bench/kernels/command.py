@@ -51,7 +51,7 @@ def kernels(args: argparse.Namespace) -> int:
         return 0
     folder = args.results / found["folder"]
     results.check_writable(folder, SHEET)
-    results.record_environment(folder, found["env_id"], {**found["facts"], **found["ceilings"]})
+    found = results.record_survey(folder, found)
     rounds = args.rounds or ROUNDS[found["device"].split(":")[0]]
     options = Options(
         seconds=0, min_rounds=rounds, max_rounds=rounds, threads=args.threads,
