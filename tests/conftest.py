@@ -145,3 +145,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
     facts = machine.facts("cuda" if torch.cuda.is_available() else "cpu", 0)
     machine_info["resfuse"] = {**facts, "env_id": machine.env_id(facts)}
+
+
+@pytest.fixture(params=[1, 2, 3])
+def thread_counts(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One thread, two, and more than there are cores here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

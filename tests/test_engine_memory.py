@@ -2,7 +2,7 @@
 that is used again and again is what is computed in memory of its own.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from graphs import conv_graph, conv_state, eager_choices, error, inputs_of
 from random_graphs import State, graphs
+from resfuse.kernels.engine.alive import Alive
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, Node, Torch, Value
 from resfuse.kernels.engine.memory import ALIGNMENT, Buffer, arrange, least_size
 from resfuse.kernels.engine.room import Laid
-from resfuse.kernels.engine.tactics import native, onednn
+from resfuse.kernels.engine.tactics import eager, native, onednn
 from resfuse.kernels.native.convolution import NativeConfig, candidates
 from resfuse.kernels.native.step import lanes
 from resfuse.kernels.problem import ConvProblem
@@ -214,3 +215,31 @@ def test_weights_are_laid_out_once_for_all_batch_sizes() -> None:
     size = one.held_bytes()
     two = Executor(graph, choices, state, laid)
     assert two.held_bytes() == size > 4 * state["w"].numel()
+
+
+@settings(max_examples=100, deadline=None)
+@given(made=graphs(), data=st.data())
+def test_what_a_plan_is_told_is_alive_is_what_the_arena_needs(
+    made: tuple[Graph, State], data: st.DataObject
+) -> None:
+    """Of graphs that run in native steps alone, one by one."""
+    graph, state = made
+    choices = native_choices(graph, data)
+    if any(choice.tactic != "native" for choice in choices):
+        return
+    alive = Alive(graph, lanes())
+    most = max(alive.bytes_of(choice, native) for choice in choices)
+    assert most == pytest.approx(Executor(graph, choices, state).room.least_size, abs=64 * 20)
+
+
+def test_what_a_segment_alone_reads_is_not_alive() -> None:
+    problem = ConvProblem(1, 32, 12, 12, 32, 3, 3, (1, 1), (1, 1), math_mode="ieee")
+    last = ConvProblem(1, 32, 12, 12, 32, 1, 1, math_mode="ieee")
+    nodes = Node("a", Conv(problem, "w3"), ("x",)), Node("y", Conv(last, "w1"), ("a",))
+    value = Value((1, 32, 12, 12), torch.float32)
+    graph = Graph("x", ("y",), nodes, dict.fromkeys(("x", "a", "y"), value))
+    alive, each = Alive(graph, lanes()), 4 * 32 * 12 * 12
+    assert alive.bytes_of(Choice("eager", 0, 1), eager) == 2 * each
+    assert alive.bytes_of(Choice("eager", 0, 2), eager) == 2 * each  # not x, a and y
+    graph = replace(graph, outputs=("a", "y"))
+    assert Alive(graph, lanes()).bytes_of(Choice("eager", 0, 2), eager) == 3 * each

@@ -122,7 +122,7 @@ def test_the_plan_is_the_cheapest_of_all(
         assert (segment.runner_up, segment.runner_up_ms) == runner_up
 
 
-# Times within a hundredth of each other are no difference; memory decides
+# Times within a hundredth of each other are no difference: memory decides
 @pytest.mark.parametrize(
     "second_ms, second_bytes, wins",
     [(1.005, 10, 1), (1.005, 200, 0), (1.02, 10, 0), (0.98, 200, 1)],
@@ -135,6 +135,35 @@ def test_of_two_that_are_as_fast_the_smaller(
     memory = dict(zip(offered, (100, second_bytes), strict=True))
     (segment,) = planned(1, offered, costs, memory)
     assert segment.choice == offered[wins] and segment.runner_up == offered[1 - wins]
+
+
+@settings(max_examples=500, deadline=None)
+@given(offers(), st.data())
+def test_of_covers_as_fast_the_one_that_needs_least_at_any_moment(
+    made: tuple[int, list[Choice], dict[Choice, float | None]], data: st.DataObject
+) -> None:
+    """Against every cover. Costs in hundredths, so that many are within one of another."""
+    count, offered, barred = made
+    costs: dict[Choice, float | None] = {
+        choice: None if barred[choice] is None else 1 + data.draw(st.integers(0, 4)) / 100
+        for choice in offered
+    }
+    memory = {choice: data.draw(st.integers(0, 5)) for choice in offered}
+    possible = list(covers([c for c in offered if costs[c] is not None], count))
+    if not possible:
+        return
+
+    def ms(cover: list[Choice]) -> float:
+        return sum(costs[choice] or 0.0 for choice in cover)
+
+    def peak(cover: list[Choice]) -> int:
+        return max(memory[choice] for choice in cover)
+
+    fastest = min(map(ms, possible))
+    least = min(peak(cover) for cover in possible if ms(cover) <= 1.01 * fastest)
+    best = min(ms(cover) for cover in possible if peak(cover) <= least)
+    found = [segment.choice for segment in planned(count, offered, costs, memory)]
+    assert peak(found) == least and ms(found) == pytest.approx(best)
 
 
 def test_a_node_nobody_may_compute_is_named() -> None:

@@ -2,7 +2,6 @@
 answer as one after another; and what may not be joined is not.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -89,14 +88,6 @@ def whole(graph: Graph) -> list[Choice]:
 def inputs_of(graph: Graph) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(graph.values[n].shape, generator=generator) for n in graph.reads]
-
-
-@pytest.fixture(params=[1, 2, 3])
-def thread_counts(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 SHAPES = {

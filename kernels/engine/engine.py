@@ -8,7 +8,7 @@ place in one arena (homes.py, memory.py), and everything is bound to it (executo
 
 import contextlib
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +18,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from resfuse.kernels.barred import known
+from resfuse.kernels.engine.alive import Alive
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.ceilings import Ceilings
+from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.explain import table
@@ -30,8 +32,9 @@ from resfuse.kernels.engine.measure import Measurer
 from resfuse.kernels.engine.planner import Segment, plan
 from resfuse.kernels.engine.room import Laid
 from resfuse.kernels.engine.saved import save
-from resfuse.kernels.engine.tactics import tactics_on
+from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_on
 from resfuse.kernels.engine.timing_cache import TimingCache
+from resfuse.kernels.native.step import lanes
 
 OtherBatches = Literal["error", "pad", "eager"]
 
@@ -311,9 +314,18 @@ def _build(
     dtype = graph.values[graph.input].dtype
     tactics = tactics_on(device, dtype)
     measured = Measurer(graph, state, device, tactics, cache, known(device))
-    segments = plan(graph, tactics, measured, lambda c: tactics[c.tactic].scratch(graph, c))
+    segments = plan(graph, tactics, measured, _memory(graph, tactics))
     executor = Executor(graph, [s.choice for s in segments], state, laid)
     return Built(graph, tuple(segments), executor)
+
+
+def _memory(graph: Graph, tactics: Mapping[str, TacticModule]) -> Callable[[Choice], int]:
+    """Of a choice: the bytes of an arena in use while it runs; without an arena, the allocator has
+    the last word and time the only one."""
+    if not any(TACTICS[name].in_arena for name in tactics):
+        return lambda choice: 0
+    alive = Alive(graph, lanes())
+    return lambda choice: alive.bytes_of(choice, tactics[choice.tactic])
 
 
 def require_finite(state: Mapping[str, Tensor], argument: str) -> None:

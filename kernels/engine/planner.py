@@ -2,10 +2,12 @@
 
 Segments are runs of neighbouring nodes, so the cheapest cover of the first j nodes is the cheapest
 of the first i, and one segment [i, j): dynamic programming over positions, as exact as trying every
-combination.
+combination. Of covers that cost about the same it is the one that needs the least memory at any one
+moment: the cheapest under the lowest limit.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from resfuse.kernels.engine.choice import Choice
@@ -13,8 +15,8 @@ from resfuse.kernels.engine.graph import Graph
 from resfuse.kernels.engine.tactics import TacticModule
 
 Cost = Callable[[Choice], float | None]  # ms; None: it may not be used
-Memory = Callable[[Choice], int]  # bytes
-_TIE = 1.01  # of two times this close, the one that takes less memory
+Memory = Callable[[Choice], int]  # bytes that are in use while it runs
+_TIE = 1.01  # of two covers this close in time, the one that takes less memory
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,16 @@ class Segment:
     runner_up_ms: float | None = None
 
 
+@dataclass(frozen=True)
+class _Offer:
+    choice: Choice
+    ms: float
+    memory: int
+
+
+_Cover = tuple[float, list[Segment]]
+
+
 def plan(
     graph: Graph, tactics: Mapping[str, TacticModule], cost: Cost, memory: Memory
 ) -> list[Segment]:
@@ -35,49 +47,68 @@ def plan(
     Raises:
         ValueError: a node that no tactic may compute.
     """
-    count = len(graph.nodes)
-    reached: list[tuple[float, list[Segment]] | None] = [(0.0, []), *[None] * count]
-    for at, node in enumerate(graph.nodes):
+    offers = [
+        [
+            _Offer(choice, ms, memory(choice))
+            for tactic in tactics.values()
+            for choice in tactic.segments(graph, at)
+            if (ms := cost(choice)) is not None
+        ]
+        for at in range(len(graph.nodes))
+    ]
+    fastest = _cheapest(offers, None)
+    if fastest is None:
+        raise ValueError(f"argument model: {_why_not(graph, offers)}")
+    limits = sorted({offer.memory for here in offers for offer in here})
+
+    def is_as_fast(limit: int) -> bool:
+        cover = _cheapest(offers, limit)
+        return cover is not None and cover[0] <= fastest[0] * _TIE
+
+    lowest = bisect_left(limits, True, key=is_as_fast)
+    found = _cheapest(offers, limits[lowest]) if lowest < len(limits) else fastest
+    assert found is not None
+    return found[1]
+
+
+def _cheapest(offers: Sequence[Sequence[_Offer]], limit: int | None) -> _Cover | None:
+    """The cover of all nodes at the least cost, by offers that need no more memory than `limit`;
+    None where there is none."""
+    count = len(offers)
+    reached: list[_Cover | None] = [(0.0, []), *[None] * count]
+    for at, here in enumerate(offers):
         so_far = reached[at]
         if so_far is None:
             continue
-        offered = [c for tactic in tactics.values() for c in tactic.segments(graph, at)]
-        found = _best_by_length(offered, cost, memory)
-        if not found and all(r is None for r in reached[at + 1 :]):
-            raise ValueError(f"argument model: no tactic computes {node.name}")
-        for segment in found:
+        for segment in _best_by_length(here, limit):
             total, stop = so_far[0] + segment.ms, segment.choice.stop
             known = reached[stop]
             if known is None or total < known[0]:
                 reached[stop] = total, [*so_far[1], segment]
-    ended = reached[count]
-    if ended is None:
-        raise ValueError("argument model: no segments cover it")
-    return ended[1]
+    return reached[count]
 
 
-def _best_by_length(offered: Iterable[Choice], cost: Cost, memory: Memory) -> list[Segment]:
-    """Of the choices for the same nodes, the fastest; of those as fast, the smallest."""
-    by_stop: dict[int, list[tuple[float, Choice]]] = {}
-    for choice in offered:
-        ms = cost(choice)
-        if ms is not None:
-            by_stop.setdefault(choice.stop, []).append((ms, choice))
+def _best_by_length(offers: Sequence[_Offer], limit: int | None) -> list[Segment]:
+    """Of the choices for the same nodes the fastest that `limit` allows, and the fastest other."""
+    by_stop: dict[int, list[_Offer]] = {}
+    for offer in sorted(offers, key=lambda offer: offer.ms):
+        by_stop.setdefault(offer.choice.stop, []).append(offer)
     best = []
-    for timed in by_stop.values():
-        least = min(ms for ms, _ in timed)
-        tied = [
-            (memory(choice), ms, i) for i, (ms, choice) in enumerate(timed) if ms <= least * _TIE
-        ]
-        _, ms, chosen = min(tied)
-        others = [(t, i) for i, (t, _) in enumerate(timed) if i != chosen]
-        runner_up = min(others) if others else None
-        best.append(
-            Segment(
-                timed[chosen][1],
-                ms,
-                timed[runner_up[1]][1] if runner_up else None,
-                runner_up[0] if runner_up else None,
-            )
-        )
+    for same in by_stop.values():
+        first = next((o for o in same if limit is None or o.memory <= limit), None)
+        if first is not None:
+            other = next((o for o in same if o is not first), None)
+            runner_up = (other.choice, other.ms) if other else (None, None)
+            best.append(Segment(first.choice, first.ms, *runner_up))
     return best
+
+
+def _why_not(graph: Graph, offers: Sequence[Sequence[_Offer]]) -> str:
+    """The first node that no cover goes past."""
+    reached = {0}
+    for at, here in enumerate(offers):
+        if at in reached:
+            reached.update(offer.choice.stop for offer in here)
+            if not any(stop > at for stop in reached):
+                return f"no tactic computes {graph.nodes[at].name}"
+    return "no segments cover it"

@@ -4,8 +4,7 @@
 #include "step.h"
 #include "tile.h"
 
-static void max_pool(const Step& s, long t, long threads) {
-  const Part rows(s.N * s.P, 1, t, threads);
+static void max_pool_in(const Step& s, const Part& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long top = row % s.P * s.stride_h - s.pad_h;
     const float* const image = s.x + row / s.P * s.H * s.W * s.x_pitch;
@@ -28,6 +27,10 @@ static void max_pool(const Step& s, long t, long threads) {
       }
     }
   }
+}
+
+static void max_pool(const Step& s, long t, long threads) {
+  max_pool_in(s, Part(s.N * s.P, 1, t, threads));
 }
 
 static void mean(const Step& s, long t, long threads) {

@@ -6,11 +6,14 @@
 #include "direct.h"
 #include "grouped.h"
 #include "pool.h"
+#include "pooled.h"
 #include "step.h"
 #include "winograd.h"
 
 static void run_part(const Step& step, long t, long threads) {
-  if (step.joined) return chain(&step, t, threads);
+  if (step.joined) {
+    return (&step)[1].kind == MAX_POOL ? pooled(&step, t, threads) : chain(&step, t, threads);
+  }
   switch (step.kind) {
     case DIRECT: direct(step, t, threads); break;
     case WINOGRAD:

@@ -61,6 +61,12 @@ TACTICS: dict[str, Tactic] = {
         in_arena=True,
         devices=("cpu",),
     ),
+    "native_pooled": Tactic(
+        "resfuse.kernels.engine.tactics.native_pooled",
+        "convolution and the max-pool behind it in C++, strip by strip of rows",
+        in_arena=True,
+        devices=("cpu",),
+    ),
     "onednn": Tactic(
         "resfuse.kernels.engine.tactics.onednn", "oneDNN's fused convolutions, packed weights; CPU"
     ),

@@ -77,8 +77,11 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Native:
         return native_maps.windows(graph, node, op, room)
     if isinstance(op, Concat):
         return _concat(graph, node, room)
-    assert isinstance(op, MaxPool | Mean)
-    return _pool(graph, node, op, room)
+    if isinstance(op, MaxPool):
+        return Native([max_pool_step(graph, node, room)])
+    assert isinstance(op, Mean)
+    n, c, h, w = graph.values[node.inputs[0]].shape
+    return Native([Step(kind=KINDS.index("mean"), N=n, C=c, K=c, H=h, W=w, **_places(node, room))])
 
 
 def conv_step(
@@ -127,17 +130,21 @@ def _affine(graph: Graph, node: Node, op: Affine, state: State, room: Room) -> N
     return Native([step])
 
 
-def _pool(graph: Graph, node: Node, op: MaxPool | Mean, room: Room) -> Native:
+def max_pool_step(
+    graph: Graph, node: Node, room: Room, local: Mapping[str, int] = _NOWHERE
+) -> Step:
+    """A max-pool; values that are not in the arena are `local`, as for `conv_step`."""
+    op = node.op
+    assert isinstance(op, MaxPool)
     n, c, h, w = graph.values[node.inputs[0]].shape
-    step = Step(N=n, C=c, K=c, H=h, W=w, **_places(node, room))
-    if isinstance(op, Mean):
-        step.kind = KINDS.index("mean")
-        return Native([step])
-    step.kind = KINDS.index("max_pool")
-    _, _, step.P, step.Q = graph.values[node.name].shape
-    (step.R, step.S), (step.stride_h, step.stride_w) = op.kernel, op.stride
-    (step.pad_h, step.pad_w), (step.dilation_h, step.dilation_w) = op.padding, op.dilation
-    return Native([step])
+    _, _, p, q = graph.values[node.name].shape
+    (r, s), (stride_h, stride_w) = op.kernel, op.stride
+    (pad_h, pad_w), (dilation_h, dilation_w) = op.padding, op.dilation
+    return Step(
+        kind=KINDS.index("max_pool"), N=n, C=c, K=c, H=h, W=w, P=p, Q=q, R=r, S=s,
+        stride_h=stride_h, stride_w=stride_w, pad_h=pad_h, pad_w=pad_w,
+        dilation_h=dilation_h, dilation_w=dilation_w, **_places(node, room, local),
+    )  # fmt: skip
 
 
 def _concat(graph: Graph, node: Node, room: Room) -> Native:

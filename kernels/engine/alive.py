@@ -1,0 +1,37 @@
+"""How much of the arena is in use while a segment runs: what a plan weighs against time."""
+
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.graph import Graph
+from resfuse.kernels.engine.homes import find_homes
+from resfuse.kernels.engine.tactics import TacticModule
+
+
+class Alive:
+    """Bytes by choice, of a graph whose values all live in the arena, in float32.
+
+    A plan's homes depend on its segments; these are those of a plan without longer ones, where what
+    a segment makes and alone reads is left out.
+    """
+
+    def __init__(self, graph: Graph, lanes: int) -> None:
+        self._graph = graph
+        one_by_one = [(at, at + 1) for at in range(len(graph.nodes))]
+        # what torch's own operations make may have any shape; it lives elsewhere
+        values = [name for name, v in graph.values.items() if len(v.shape) in (2, 4)]
+        homes = find_homes(graph, values, one_by_one, lanes, 4)
+        made_at = {node.name: at for at, node in enumerate(graph.nodes)}
+        self._used = [  # value, buffer, first and last position
+            (name, home.buffer, at := made_at.get(name, 0), graph.last_read.get(name, at))
+            for name, home in homes.of.items()
+        ]
+        self._sizes = [buffer.size for buffer in homes.buffers]
+
+    def bytes_of(self, choice: Choice, tactic: TacticModule) -> int:
+        """Of values and scratch memory."""
+        inner = self._graph.inner(choice.start, choice.stop)
+        used = {
+            buffer
+            for name, buffer, first, last in self._used
+            if first < choice.stop and last >= choice.start and name not in inner
+        }
+        return sum(self._sizes[buffer] for buffer in used) + tactic.scratch(self._graph, choice)
