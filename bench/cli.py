@@ -21,7 +21,7 @@ INTERRUPTED = 130
 
 COMMANDS: dict[str, Subcommand] = {
     "bench": Subcommand(
-        "resfuse.bench.commands:bench", add_bench, "measure networks and write the report"
+        "resfuse.bench.bench_command:bench", add_bench, "measure networks and write the report"
     ),
     "kernels": Subcommand(
         "resfuse.bench.kernels.command:kernels",

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from resfuse.bench import results, sweep
+from resfuse.bench.bench_command import run_cases
 from resfuse.bench.case import PRECISIONS, Case, Options, Request
-from resfuse.bench.commands import run_cases
 from resfuse.bench.console import stderr, stdout
 from resfuse.bench.isolate import survey
 from resfuse.bench.kernels.command import ROUNDS, run_convolutions

@@ -8,8 +8,8 @@ import pytest
 
 from report_rows import CASE, add, tables, text_of
 from resfuse.bench import results
+from resfuse.bench.bench_command import request_of
 from resfuse.bench.cli import main, parser
-from resfuse.bench.commands import request_of
 from resfuse.bench.report.growth import suites
 from resfuse.bench.report.palette import looks
 from resfuse.bench.report.plot_growth import growth

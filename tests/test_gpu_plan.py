@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from resfuse.bench import results, sweep
+from resfuse.bench.bench_command import request_of
 from resfuse.bench.case import Case, Options
 from resfuse.bench.cli import main
-from resfuse.bench.commands import request_of
 from resfuse.bench.engine_command import case_of
 from resfuse.bench.errors import UsageError
 from resfuse.bench.gpu_plan import notes, progress

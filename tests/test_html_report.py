@@ -10,9 +10,9 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from report_rows import CASE, FACTS, STAMP, add, add_failed, build_core, build_many
+from resfuse.bench.bench_command import request_of
 from resfuse.bench.case import Case
 from resfuse.bench.cli import parser
-from resfuse.bench.commands import request_of
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.report import HTML, write_merged_report, write_report
 from resfuse.bench.report.html.page import json_block

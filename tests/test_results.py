@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from resfuse.bench import cli, commands, results
+from resfuse.bench import bench_command, cli, results
 from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import UsageError
 from resfuse.bench.row import ENDED, Outcome, Stamp, columns, record
@@ -171,7 +171,7 @@ def test_cases_are_held_to_the_fastest_rate_ever_seen(
     }  # fmt: skip
     faster = {"ceiling_ieee_tflops": "0.3", "ceiling_copy_gb_s": "30", "ceiling_bf16_tflops": "1"}
     results.record_environment(tmp_path / "x", "env", faster)
-    monkeypatch.setattr(commands, "survey", lambda request, threads, ceilings: found)
+    monkeypatch.setattr(bench_command, "survey", lambda request, threads, ceilings: found)
     seen = []
 
     def measure(case: Case, options: Options, ceilings: dict[str, float]) -> Outcome:
@@ -180,7 +180,7 @@ def test_cases_are_held_to_the_fastest_rate_ever_seen(
 
     arguments = ["bench", "-m", "cifar_resnet20", "--backend", "eager", "-b", "1", "--device",
                  "cpu", "--channels-last", "--results", str(tmp_path), "--no-report"]  # fmt: skip
-    commands.bench_request(cli.parser().parse_args(arguments), measure)
+    bench_command.bench_request(cli.parser().parse_args(arguments), measure)
     assert seen == [{"ceiling_ieee_tflops": 0.3, "ceiling_copy_gb_s": 40.0}]
 
 

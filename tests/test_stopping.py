@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from resfuse.bench import commands, measure
+from resfuse.bench import bench_command, measure
 from resfuse.bench.case import Case, Options
 from resfuse.bench.cli import main, parser
 from resfuse.bench.row import Outcome
@@ -92,7 +92,7 @@ def test_a_row_says_what_ended_it(options: Options, ended_by: str) -> None:
     outcome, _ = measure.measure(CASE, options, {}, lambda event: None)
     assert outcome.status == "pass", outcome.error
     assert outcome.metrics["ended_by"] == ended_by
-    line = commands._line(CASE, outcome, 0.02)
+    line = bench_command._line(CASE, outcome, 0.02)
     assert f"against eager contiguous after {outcome.metrics['rounds']} rounds: " in line
     said = {"interval": "narrower than 2 %", "seconds": "the time budget ended it, "}
     assert said[ended_by] in line
@@ -110,10 +110,10 @@ def asked(*flags: str) -> argparse.Namespace:
 
 
 def test_ab_is_a_case_and_its_baseline() -> None:
-    request = commands.request_of(asked("--ab", "onnxrt,fused"))
+    request = bench_command.request_of(asked("--ab", "onnxrt,fused"))
     assert (request.baseline, request.baseline_memory_format) == ("onnxrt", "contiguous")
     assert (request.backends, request.memory_formats) == (["fused"], ["channels_last"])
-    request = commands.request_of(asked("--ab", "fused,eager", "--channels-last"))
+    request = bench_command.request_of(asked("--ab", "fused,eager", "--channels-last"))
     assert (request.baseline, request.baseline_memory_format) == ("fused", "channels_last")
     assert (request.backends, request.memory_formats) == (["eager"], ["channels_last"])
 
@@ -121,7 +121,7 @@ def test_ab_is_a_case_and_its_baseline() -> None:
 def test_the_interval_and_the_budget_are_the_users() -> None:
     def options(*flags: str) -> Options:
         args = asked("--device", "cpu", *flags)
-        return commands.options_of(args, commands.request_of(args))
+        return bench_command.options_of(args, bench_command.request_of(args))
 
     assert options().ci is None
     assert options("--ab", "eager,fused").ci == 0.02
@@ -152,5 +152,5 @@ def test_bad_arguments(
 
 
 def test_a_failed_case_has_no_interval_to_tell() -> None:
-    line = commands._line(replace(CASE, backend="fused"), Outcome("timeout", "not done"), 0.02)
+    line = bench_command._line(replace(CASE, backend="fused"), Outcome("timeout", "not done"), 0.02)
     assert line.endswith("timeout: not done")

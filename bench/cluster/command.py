@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from resfuse.bench import results, sweep
+from resfuse.bench.bench_command import options_of, request_of
 from resfuse.bench.cluster.collect import Cells, collect
 from resfuse.bench.cluster.launchers import LAUNCHERS, Launcher, Resources, require_submitit
 from resfuse.bench.cluster.shard import Shard
-from resfuse.bench.commands import options_of, request_of
 from resfuse.bench.console import stderr, stdout
 from resfuse.bench.errors import UsageError
 from resfuse.bench.listing import cases_table

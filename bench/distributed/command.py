@@ -37,9 +37,9 @@ def bench(args: argparse.Namespace) -> int:
     try:
         leader = Leader(world, store)
         _complete(args, world)
-        from resfuse.bench import commands
+        from resfuse.bench import bench_command
 
-        code = commands.bench_request(args, leader.measure)
+        code = bench_command.bench_request(args, leader.measure)
         return code
     finally:
         if leader is not None:

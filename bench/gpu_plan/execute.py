@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from resfuse.bench import cli, isolate, sweep
-from resfuse.bench.commands import options_of, request_of, run_cases
+from resfuse.bench.bench_command import options_of, request_of, run_cases
 from resfuse.bench.gpu_plan.progress import LEAST_S
 from resfuse.bench.gpu_plan.steps import Step
 from resfuse.bench.kernels.check_command import check_configs, kernels_of

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resfuse.bench import timing
+from resfuse.bench.bench_command import measure_all
 from resfuse.bench.case import Request
-from resfuse.bench.commands import measure_all
 from resfuse.bench.selection import pick
 
 BACKENDS = ("eager", "fused", "engine")

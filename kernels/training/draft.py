@@ -25,6 +25,7 @@ from resfuse.kernels.scope import (
 from resfuse.kernels.training.plan import TRAINING_STEPS, TrainingPlan
 from resfuse.kernels.training.steps import (
     JoinStep,
+    PooledStep,
     Step,
     TrainingStep,
     averages_over,
@@ -72,6 +73,7 @@ def make_training_plan(scope: nn.Module, left_alone: LeftAlone) -> TrainingPlan:
         chains = [chain for chain in found if chain.norm is not None]
         made = _rewrite(graph, chains, f"with_{call.arguments}_")
         fused = {name for chain in chains for name in chain.modules}
+        fused |= _take_pools(graph, scope, made)
         for name, norm in norms.items():
             if name not in fused:
                 left[name] = twice(norm) or why_not_norm_in_training(norm) or "nothing fits it"
@@ -129,6 +131,31 @@ def _take_in(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
             node.args = (before.args[0], *node.args[1:])
             graph.erase_node(before)
             del nodes[before]
+
+
+def _take_pools(graph: fx.Graph, scope: nn.Module, steps: dict[str, Step]) -> set[str]:
+    """Puts max-pools that alone read a step with a ReLU into it; returns their names."""
+    taken = set()
+    for node in list(graph.nodes):
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            continue
+        before, name = node.args[0], str(node.target)
+        step = steps.get(attribute_of(before)) if isinstance(before, fx.Node) else None
+        if not isinstance(step, TrainingStep) or len(before.users) != 1:
+            continue
+        pool = scope.get_submodule(name) if attribute_of(node) not in steps else None
+        if _ends_in_relu(step) and type(pool) is nn.MaxPool2d and not pool.return_indices:
+            if has_hooks(pool):
+                continue
+            steps[attribute_of(before)] = PooledStep(step, pool)
+            node.replace_all_uses_with(before)
+            graph.erase_node(node)
+            taken.add(name)
+    return taken
+
+
+def _ends_in_relu(step: TrainingStep) -> bool:
+    return step.activation == "relu" and step.residual != "after" and not step.norm_activates
 
 
 def _is_projection(node: fx.Node, step: TrainingStep, projection: Step | None) -> bool:

@@ -7,6 +7,7 @@ whatever those do not take, it calls the layers, with the sum and a ReLU in plac
 numbers and errors, in no more memory.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from resfuse.kernels.layers import (
 from resfuse.kernels.match import Chain
 from resfuse.kernels.steps import autocast
 from resfuse.kernels.training.anywhere import runs_operations
+from resfuse.kernels.training.max_pool_relu import max_pool_relu
 
 
 class TrainingStep:
@@ -190,13 +192,27 @@ class JoinStep:
         )  # fmt: skip
 
 
-Step = TrainingStep | JoinStep
+class PooledStep:
+    """max_pool(relu(bn(conv(x)))), a stem, as relu(max_pool(bn(conv(x)))): the same, of less."""
+
+    def __init__(self, step: TrainingStep, pool: nn.MaxPool2d) -> None:
+        self.name, self.chain = step.name, f"{step.chain} + max_pool"
+        self.main, self.pool = copy(step), pool
+        self.main.activation, self.main.act = "identity", None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return max_pool_relu(self.main(x), self.pool)
+
+
+Step = TrainingStep | JoinStep | PooledStep
 
 
 def steps_of(step: Step) -> list[TrainingStep]:
     """One for every batch norm a step computes."""
     if isinstance(step, JoinStep):
         return [*steps_of(step.main), *steps_of(step.projection)]
+    if isinstance(step, PooledStep):
+        return steps_of(step.main)
     return [step] if step.before is None else [*steps_of(step.before), step]
 
 

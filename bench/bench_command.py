@@ -1,0 +1,243 @@
+"""`resfuse bench`: what its flags ask for, and how cases are measured with a word on each."""
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from resfuse.bench import results, sweep
+from resfuse.bench.backends import backend
+from resfuse.bench.case import Case, Options
+from resfuse.bench.console import stderr, stdout
+from resfuse.bench.distributed.world import launched
+from resfuse.bench.errors import UsageError
+from resfuse.bench.isolate import run_case, survey
+from resfuse.bench.listing import cases_table
+from resfuse.bench.row import Outcome
+
+AB_CI = 0.02
+# With --ci the interval ends a case, and these only where it does not. 2000 rounds: the bootstrap
+# of more takes longer than it is worth.
+CI_SECONDS, CI_ROUNDS = 60.0, 2000
+
+
+def bench(args: argparse.Namespace) -> int:
+    """`resfuse bench`, by itself or as one of the processes that torchrun has started."""
+    if launched(os.environ):
+        from resfuse.bench.distributed.command import bench as bench_together
+
+        return bench_together(args)
+    return bench_request(args)
+
+
+def bench_request(args: argparse.Namespace, measure: sweep.Measure = run_case) -> int:
+    """Surveys the machine, runs the cases that the flags ask for, writes the report.
+
+    Args:
+        measure: what measures a case.
+    """
+    return measure_all(
+        args, lambda device: [replace(request_of(args), device=device)], measure=measure
+    )
+
+
+def measure_all(
+    args: argparse.Namespace,
+    requests: Callable[[str], list[sweep.Request]],
+    time_left: Callable[[], float] = lambda: inf,
+    measure: sweep.Measure = run_case,
+) -> int:
+    """Surveys the machine, runs the cases of some requests one after the other, writes the report.
+
+    Args:
+        args: device, threads, seconds, seed, timeout, results, resume, dry_run, no_report.
+        requests: device -> what to measure on it; at least one, all in the same precisions and
+            with the same weights and images.
+        time_left: seconds it may still take; cases beyond them are left out.
+        measure: what measures a case.
+    """
+
+    console = stderr()
+    for request in requests("cpu"):  # finds misspelt names before anything runs
+        sweep.expand(request)
+    if not args.dry_run:
+        results.check_writable(args.results)
+    with console.status("Looking at this machine: device, versions, ceilings"):
+        found = survey(requests(args.device)[0], args.threads, ceilings=not args.dry_run)
+    wanted = requests(found["device"])
+    cases = list(dict.fromkeys(case for request in wanted for case in sweep.expand(request)))
+    folder = args.results / found["folder"]
+    skipped = 0
+    if args.resume:
+        remaining = sweep.unsettled(cases, folder, found)
+        skipped, cases = len(cases) - len(remaining), remaining
+    if args.dry_run:
+        stdout().print(cases_table(cases, skipped))
+        return 0
+    found = results.record_survey(folder, found)
+    console.print(
+        f"{found['facts']['device_name']}: {len(cases)} cases"
+        + (f", {skipped} already settled" if skipped else "")
+    )
+    options = options_of(args, wanted[0])
+    left_out = run_cases(cases, options, folder, found, console, time_left, measure)
+    if left_out:
+        console.print(
+            f"{left_out} {'case is' if left_out == 1 else 'cases are'} left out for want of time; "
+            "the same command with --resume goes on from here.",
+            soft_wrap=True,
+        )
+    if not args.no_report and results.has_rows(folder):
+        from resfuse.bench.report import HTML, write_report
+
+        console.print(f"Report: {write_report(folder)} and {HTML}")
+    return 0
+
+
+def request_of(args: argparse.Namespace) -> sweep.Request:
+    """What the parsed flags of `resfuse bench` ask for.
+
+    Raises:
+        UsageError: several processes were asked for, and there is one.
+    """
+    if args.parallel and not args.world_size:
+        raise UsageError(
+            f"argument --parallel: {args.parallel} needs processes started by torchrun: "
+            "torchrun --nproc-per-node N -m resfuse.bench bench --bench train ..."
+        )
+    request = sweep.Request(
+        profile=args.profile,
+        device=args.device,
+        models=args.model,
+        backends=args.backend,
+        batch_sizes=args.batch_size,
+        precisions=args.precision,
+        memory_formats=args.memory_format or [],
+        modes=args.bench,
+        img_size=args.img_size,
+        baseline=args.baseline,
+        baseline_memory_format=args.baseline_memory_format,
+        weights=args.weights,
+        images=args.images,
+        parallel=args.parallel or "",
+        world_size=args.world_size or 1,
+    )
+    return _against(request, *args.ab) if args.ab else request
+
+
+def _against(request: sweep.Request, a: str, b: str) -> sweep.Request:
+    """The request for b beside a as its baseline, each in a memory format it takes.
+
+    Raises:
+        UsageError: an unknown backend, or --baseline says something else.
+    """
+    if request.baseline not in ("eager", a):
+        raise UsageError(f"argument --baseline: {request.baseline}; with --ab it is the first, {a}")
+    accepted_a, accepted_b = (backend(name, "--ab").memory_formats for name in (a, b))
+    of_a = request.baseline_memory_format
+    return replace(
+        request,
+        backends=[b],
+        baseline=a,
+        memory_formats=request.memory_formats or list(accepted_b[:1]),
+        baseline_memory_format=of_a if of_a in accepted_a else accepted_a[0],
+    )
+
+
+def options_of(args: argparse.Namespace, request: sweep.Request) -> Options:
+    if ci := args.ci or (AB_CI if args.ab else None):
+        return Options(
+            seconds=args.seconds or CI_SECONDS,
+            ci=ci,
+            max_rounds=CI_ROUNDS,
+            threads=args.threads,
+            seed=args.seed,
+            timeout_s=args.timeout,
+        )
+    return Options(
+        seconds=args.seconds or sweep.profile(request).seconds,
+        threads=args.threads,
+        seed=args.seed,
+        timeout_s=args.timeout,
+    )
+
+
+def run_cases(
+    cases: list[Case],
+    options: Options,
+    folder: Path,
+    found: dict[str, Any],
+    console: Console,
+    time_left: Callable[[], float] = lambda: inf,
+    measure: sweep.Measure = run_case,
+) -> int:
+    """Measures cases with a progress bar; returns how many `time_left` (sweep.run) left out."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    counts: Counter[str] = Counter()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(cases))
+
+        def started(case: Case) -> None:
+            progress.update(task, description=case.label())
+
+        def finished(case: Case, outcome: Outcome) -> None:
+            counts[outcome.status] += 1
+            line = _line(case, outcome, options.ci)
+            progress.console.print(line, highlight=False, soft_wrap=True)
+            progress.advance(task)
+
+        left_out = sweep.run(cases, options, folder, found, started, finished, time_left, measure)
+    summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    console.print(
+        f"{sum(counts.values())} rows in {folder / results.ROWS}: {summary}"
+        if counts
+        else "No case was measured."
+        if left_out
+        else "Nothing left to measure."
+    )
+    return left_out
+
+
+def _line(case: Case, outcome: Outcome, ci: float | None) -> str:
+    """A case's result as one line: what a reader wants to know before the report is there."""
+    if outcome.status != "pass":
+        return f"{case.label():<58} {outcome.status}: {outcome.error}"
+    speed = outcome.metrics["infer_samples_per_sec"] or outcome.metrics["train_samples_per_sec"]
+    low, mid, high = (
+        outcome.metrics[name] for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
+    )
+    told = f"{case.label():<58} {speed:8.1f} images/s  {mid:.2f}x [{low:.2f}, {high:.2f}]"
+    return f"{told} {_ended(case, outcome, ci)}" if ci else told
+
+
+def _ended(case: Case, outcome: Outcome, ci: float) -> str:
+    """Against what, and whether the interval's width or the budget ended the rounds."""
+    metrics = outcome.metrics
+    low, ratio, high = (
+        float(metrics[name] or 0) for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
+    )
+    width = (high - low) / ratio
+    ended = {
+        "interval": f"narrower than {100 * ci:g} %",
+        "seconds": f"the time budget ended it, {100 * width:.1f} % wide",
+        "rounds": f"the most rounds ended it, {100 * width:.1f} % wide",
+    }
+    beside = f"{case.baseline} {case.baseline_memory_format}"
+    return f"against {beside} after {metrics['rounds']} rounds: {ended[str(metrics['ended_by'])]}"
