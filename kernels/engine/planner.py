@@ -2,11 +2,10 @@
 
 Segments are runs of neighbouring nodes, so the cheapest cover of the first j nodes is the cheapest
 of the first i, and one segment [i, j): dynamic programming over positions, as exact as trying every
-combination. Of covers that cost about the same it is the one that needs the least memory at any one
-moment: the cheapest under the lowest limit.
+combination. Memory is a cover's most in use at one moment, so that what other moments need costs
+nothing: the cheapest covers under ever lower limits are all there is to choose from.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,8 @@ from resfuse.kernels.engine.tactics import TacticModule
 
 Cost = Callable[[Choice], float | None]  # ms; None: it may not be used
 Memory = Callable[[Choice], int]  # bytes that are in use while it runs
-_TIE = 1.01  # of two covers this close in time, the one that takes less memory
+# A cover is as good as its ms * bytes**WORTH is small: a percent of time for a quarter of memory.
+WORTH = 0.04
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,17 @@ class _Offer:
     memory: int
 
 
-_Cover = tuple[float, list[Segment]]
+@dataclass(frozen=True)
+class _Cover:
+    """Of the first nodes, one after another."""
+
+    ms: float
+    memory: int  # the most of any segment
+    segments: tuple[Segment, ...]
+
+    @property
+    def price(self) -> float:
+        return self.ms * max(self.memory, 1) ** WORTH
 
 
 def plan(
@@ -56,39 +66,33 @@ def plan(
         ]
         for at in range(len(graph.nodes))
     ]
-    fastest = _cheapest(offers, None)
-    if fastest is None:
+    best = cover = _cheapest(offers, None)
+    if best is None:
         raise ValueError(f"argument model: {_why_not(graph, offers)}")
-    limits = sorted({offer.memory for here in offers for offer in here})
-
-    def is_as_fast(limit: int) -> bool:
-        cover = _cheapest(offers, limit)
-        return cover is not None and cover[0] <= fastest[0] * _TIE
-
-    lowest = bisect_left(limits, True, key=is_as_fast)
-    found = _cheapest(offers, limits[lowest]) if lowest < len(limits) else fastest
-    assert found is not None
-    return found[1]
+    while cover is not None and cover.memory > 0:
+        cover = _cheapest(offers, cover.memory - 1)
+        best = min(best, cover or best, key=lambda cover: cover.price)
+    return list(best.segments)
 
 
 def _cheapest(offers: Sequence[Sequence[_Offer]], limit: int | None) -> _Cover | None:
     """The cover of all nodes at the least cost, by offers that need no more memory than `limit`;
     None where there is none."""
-    count = len(offers)
-    reached: list[_Cover | None] = [(0.0, []), *[None] * count]
+    reached: list[_Cover | None] = [_Cover(0.0, 0, ()), *[None] * len(offers)]
     for at, here in enumerate(offers):
         so_far = reached[at]
         if so_far is None:
             continue
-        for segment in _best_by_length(here, limit):
-            total, stop = so_far[0] + segment.ms, segment.choice.stop
+        for offer, segment in _best_by_length(here, limit):
+            ms, stop = so_far.ms + segment.ms, segment.choice.stop
             known = reached[stop]
-            if known is None or total < known[0]:
-                reached[stop] = total, [*so_far[1], segment]
-    return reached[count]
+            if known is None or ms < known.ms:
+                most = max(so_far.memory, offer.memory)
+                reached[stop] = _Cover(ms, most, (*so_far.segments, segment))
+    return reached[-1]
 
 
-def _best_by_length(offers: Sequence[_Offer], limit: int | None) -> list[Segment]:
+def _best_by_length(offers: Sequence[_Offer], limit: int | None) -> list[tuple[_Offer, Segment]]:
     """Of the choices for the same nodes the fastest that `limit` allows, and the fastest other."""
     by_stop: dict[int, list[_Offer]] = {}
     for offer in sorted(offers, key=lambda offer: offer.ms):
@@ -99,7 +103,7 @@ def _best_by_length(offers: Sequence[_Offer], limit: int | None) -> list[Segment
         if first is not None:
             other = next((o for o in same if o is not first), None)
             runner_up = (other.choice, other.ms) if other else (None, None)
-            best.append(Segment(first.choice, first.ms, *runner_up))
+            best.append((first, Segment(first.choice, first.ms, *runner_up)))
     return best
 
 
