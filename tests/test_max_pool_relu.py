@@ -133,6 +133,25 @@ class Stem(nn.Module):
         return self.pool(self.act(self.norm(self.conv(x))))
 
 
+class Residual(Stem):
+    """Whose pool reads a sum."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.conv(x)
+        return self.pool(self.act(self.norm(x) + x))
+
+
+def test_a_sum_before_the_pool() -> None:
+    model = Residual().train()
+    fused = fuse(model, training=True)
+    assert pooled(fused) == ["bn + add + relu + max_pool"]
+    require_same_training(model, fused, images(size=12))
+    x = images(size=9)
+    with operations_anywhere():
+        got = fused(x)
+    assert torch.allclose(got, model(x), atol=1e-5)
+
+
 class Both(Stem):
     """Whose ReLU others read."""
 

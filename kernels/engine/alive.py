@@ -25,13 +25,19 @@ class Alive:
             for name, home in homes.of.items()
         ]
         self._sizes = [buffer.size for buffer in homes.buffers]
+        self._known: dict[tuple[int, int], int] = {}
 
     def bytes_of(self, choice: Choice, tactic: TacticModule) -> int:
         """Of values and scratch memory."""
-        inner = self._graph.inner(choice.start, choice.stop)
-        used = {
-            buffer
-            for name, buffer, first, last in self._used
-            if first < choice.stop and last >= choice.start and name not in inner
-        }
-        return sum(self._sizes[buffer] for buffer in used) + tactic.scratch(self._graph, choice)
+        return self._values(choice.start, choice.stop) + tactic.scratch(self._graph, choice)
+
+    def _values(self, start: int, stop: int) -> int:
+        if (start, stop) not in self._known:
+            inner = self._graph.inner(start, stop)
+            used = {
+                buffer
+                for name, buffer, first, last in self._used
+                if first < stop and last >= start and name not in inner
+            }
+            self._known[start, stop] = sum(self._sizes[buffer] for buffer in used)
+        return self._known[start, stop]

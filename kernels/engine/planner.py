@@ -6,7 +6,7 @@ combination. Memory is a cover's most in use at one moment, so that what other m
 nothing: the cheapest covers under ever lower limits are all there is to choose from.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from resfuse.kernels.engine.choice import Choice
@@ -36,6 +36,9 @@ class _Offer:
     memory: int
 
 
+_Offers = dict[int, list[_Offer]]  # from one node on: where they end
+
+
 @dataclass(frozen=True)
 class _Cover:
     """Of the first nodes, one after another."""
@@ -58,12 +61,12 @@ def plan(
         ValueError: a node that no tactic may compute.
     """
     offers = [
-        [
+        _by_stop(
             _Offer(choice, ms, memory(choice))
             for tactic in tactics.values()
             for choice in tactic.segments(graph, at)
             if (ms := cost(choice)) is not None
-        ]
+        )
         for at in range(len(graph.nodes))
     ]
     best = cover = _cheapest(offers, None)
@@ -75,44 +78,44 @@ def plan(
     return list(best.segments)
 
 
-def _cheapest(offers: Sequence[Sequence[_Offer]], limit: int | None) -> _Cover | None:
+def _by_stop(offers: Iterable[_Offer]) -> _Offers:
+    """Those for the same nodes together, the fastest first."""
+    found: _Offers = {}
+    for offer in sorted(offers, key=lambda offer: offer.ms):
+        found.setdefault(offer.choice.stop, []).append(offer)
+    return found
+
+
+def _cheapest(offers: Sequence[_Offers], limit: int | None) -> _Cover | None:
     """The cover of all nodes at the least cost, by offers that need no more memory than `limit`;
     None where there is none."""
     reached: list[_Cover | None] = [_Cover(0.0, 0, ()), *[None] * len(offers)]
-    for at, here in enumerate(offers):
-        so_far = reached[at]
+    for so_far, here in zip(reached, offers, strict=False):  # what is reached is written ahead
         if so_far is None:
             continue
-        for offer, segment in _best_by_length(here, limit):
-            ms, stop = so_far.ms + segment.ms, segment.choice.stop
-            known = reached[stop]
+        for stop, same in here.items():
+            first = next((o for o in same if limit is None or o.memory <= limit), None)
+            if first is None:
+                continue
+            ms, known = so_far.ms + first.ms, reached[stop]
             if known is None or ms < known.ms:
-                most = max(so_far.memory, offer.memory)
-                reached[stop] = _Cover(ms, most, (*so_far.segments, segment))
+                most = max(so_far.memory, first.memory)
+                reached[stop] = _Cover(ms, most, (*so_far.segments, _segment(first, same)))
     return reached[-1]
 
 
-def _best_by_length(offers: Sequence[_Offer], limit: int | None) -> list[tuple[_Offer, Segment]]:
-    """Of the choices for the same nodes the fastest that `limit` allows, and the fastest other."""
-    by_stop: dict[int, list[_Offer]] = {}
-    for offer in sorted(offers, key=lambda offer: offer.ms):
-        by_stop.setdefault(offer.choice.stop, []).append(offer)
-    best = []
-    for same in by_stop.values():
-        first = next((o for o in same if limit is None or o.memory <= limit), None)
-        if first is not None:
-            other = next((o for o in same if o is not first), None)
-            runner_up = (other.choice, other.ms) if other else (None, None)
-            best.append((first, Segment(first.choice, first.ms, *runner_up)))
-    return best
+def _segment(chosen: _Offer, same: Sequence[_Offer]) -> Segment:
+    other = next((offer for offer in same if offer is not chosen), None)
+    runner_up = (other.choice, other.ms) if other else (None, None)
+    return Segment(chosen.choice, chosen.ms, *runner_up)
 
 
-def _why_not(graph: Graph, offers: Sequence[Sequence[_Offer]]) -> str:
+def _why_not(graph: Graph, offers: Sequence[_Offers]) -> str:
     """The first node that no cover goes past."""
     reached = {0}
     for at, here in enumerate(offers):
         if at in reached:
-            reached.update(offer.choice.stop for offer in here)
+            reached.update(here)
             if not any(stop > at for stop in reached):
                 return f"no tactic computes {graph.nodes[at].name}"
     return "no segments cover it"

@@ -4,7 +4,7 @@ the gradient of the latter, bit by bit.
 x [N, C, H, W] -> y [N, C, P, Q], in any memory format. For the backward pass eager torch keeps the
 ReLU's output, H x W pixels of it, and the index of every pooled value in 8 bytes. Here it is y,
 which the next layer keeps anyway, and indices in 2 bytes (4 in planes of more than 2**15 pixels):
-for a ResNet's stem in fp32, 7 bytes for 32 of every pooled value. The ReLU has a quarter of the
+of a ResNet's stem in fp32, 2 bytes for 24 of every pooled value. The ReLU has a quarter of the
 work, too.
 """
 

@@ -193,15 +193,15 @@ class JoinStep:
 
 
 class PooledStep:
-    """max_pool(relu(bn(conv(x)))), a stem, as relu(max_pool(bn(conv(x)))): the same, of less."""
+    """max_pool(relu(bn(conv(x)) + residual)), of a stem mostly, with the ReLU behind the pool."""
 
     def __init__(self, step: TrainingStep, pool: nn.MaxPool2d) -> None:
         self.name, self.chain = step.name, f"{step.chain} + max_pool"
         self.main, self.pool = copy(step), pool
         self.main.activation, self.main.act = "identity", None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return max_pool_relu(self.main(x), self.pool)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return max_pool_relu(self.main(x, residual), self.pool)
 
 
 Step = TrainingStep | JoinStep | PooledStep
