@@ -32,8 +32,11 @@ class _MaxPoolReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, indices = ctx.saved_tensors
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        # the pool's backward pass asks its input for a shape and a format, and for nothing in it
-        like = grad.new_empty(ctx.shape).contiguous(memory_format=_format_of(y))
+        # The pool's backward pass asks its input for a shape and a format, and for nothing in it:
+        # this memory is never touched.
+        like = torch.empty(
+            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=_format_of(y)
+        )
         grad_x = torch.ops.aten.max_pool2d_with_indices_backward(
             grad, like, *ctx.window, indices.long()
         )
