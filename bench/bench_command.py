@@ -159,21 +159,16 @@ def _against(request: sweep.Request, a: str, b: str) -> sweep.Request:
 
 
 def options_of(args: argparse.Namespace, request: sweep.Request) -> Options:
-    if ci := args.ci or (AB_CI if args.ab else None):
-        return Options(
-            seconds=args.seconds or CI_SECONDS,
-            ci=ci,
-            max_rounds=CI_ROUNDS,
-            threads=args.threads,
-            seed=args.seed,
-            timeout_s=args.timeout,
-        )
-    return Options(
+    options = Options(
         seconds=args.seconds or sweep.profile(request).seconds,
         threads=args.threads,
         seed=args.seed,
         timeout_s=args.timeout,
     )
+    if ci := args.ci or (AB_CI if args.ab else None):
+        seconds = args.seconds or CI_SECONDS
+        return replace(options, seconds=seconds, ci=ci, max_rounds=CI_ROUNDS)
+    return options
 
 
 def run_cases(

@@ -55,7 +55,7 @@ class _Cover:
 def plan(
     graph: Graph, tactics: Mapping[str, TacticModule], cost: Cost, memory: Memory
 ) -> list[Segment]:
-    """The segments that cover the graph at the least cost, in order.
+    """The segments that cover the graph at the least price in time and memory (WORTH), in order.
 
     Raises:
         ValueError: a node that no tactic may compute.

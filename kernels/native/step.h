@@ -26,7 +26,8 @@ struct Step {
   Activation activation;
   long residual_last;   // the residual is added after the activation
   long by_channel;      // threads part the output channels, not the pixels
-  long block;           // pixels (Winograd: tiles) taken through all channels at a time; pooled.h: rows
+  long block;           // pixels (Winograd: tiles) taken through all channels at a time; of a pool
+                        // in pooled.h: rows
   long scratch_pitch;   // floats of scratch memory for each thread
   // chain.h, pooled.h:
   long joined;                            // so many of the next steps take each block of this one

@@ -144,9 +144,9 @@ def _take_pools(graph: fx.Graph, scope: nn.Module, steps: dict[str, Step]) -> se
         if not isinstance(step, TrainingStep) or len(before.users) != 1:
             continue
         pool = scope.get_submodule(name) if attribute_of(node) not in steps else None
-        if _ends_in_relu(step) and type(pool) is nn.MaxPool2d and not pool.return_indices:
-            if has_hooks(pool):
-                continue
+        if type(pool) is not nn.MaxPool2d or pool.return_indices or has_hooks(pool):
+            continue
+        if _ends_in_relu(step):
             steps[attribute_of(before)] = PooledStep(step, pool)
             node.replace_all_uses_with(before)
             graph.erase_node(node)
