@@ -314,9 +314,32 @@ def _build(
     dtype = graph.values[graph.input].dtype
     tactics = tactics_on(device, dtype)
     measured = Measurer(graph, state, device, tactics, cache, known(device))
+    if device.type == "cuda":
+        _compile_ahead(graph, state, tactics, measured, device)
     segments = plan(graph, tactics, measured, _memory(graph, tactics))
     executor = Executor(graph, [s.choice for s in segments], state, laid)
     return Built(graph, tuple(segments), executor)
+
+
+def _compile_ahead(
+    graph: Graph,
+    state: Mapping[str, Tensor],
+    tactics: Mapping[str, TacticModule],
+    measured: Measurer,
+    device: torch.device,
+) -> None:
+    """What is to be measured, as far as it takes Triton."""
+    from resfuse.kernels.engine.compile_ahead import compile_ahead
+
+    offered = (
+        choice
+        for tactic in tactics.values()
+        for at in range(len(graph.nodes))
+        for choice in tactic.segments(graph, at)
+        if not measured.knows(choice)
+    )
+    major, minor = torch.cuda.get_device_capability(device)
+    compile_ahead(graph, state, offered, 10 * major + minor)
 
 
 def _memory(graph: Graph, tactics: Mapping[str, TacticModule]) -> Callable[[Choice], int]:

@@ -64,12 +64,20 @@ class Measurer:
         """
         if self._is_barred(choice):
             return None
-        part = self._graph.part(choice.start, choice.stop)
-        key = key_of(part), choice.label() + ", copied" * self._is_copied(choice)
+        part, key = self._part(choice)
         if key not in self._cache:
             self.measured += 1
             self._measure(part, key, choice)
         return self._cache.get(key)
+
+    def knows(self, choice: Choice) -> bool:
+        """Whether asking for its cost measures nothing."""
+        return self._is_barred(choice) or self._part(choice)[1] in self._cache
+
+    def _part(self, choice: Choice) -> tuple[Graph, tuple[str, str]]:
+        """What the choice computes, and under which key its time is kept."""
+        part = self._graph.part(choice.start, choice.stop)
+        return part, (key_of(part), choice.label() + ", copied" * self._is_copied(choice))
 
     def _is_barred(self, choice: Choice) -> bool:
         configuration = getattr(TACTICS[choice.tactic].load(), "configuration", None)

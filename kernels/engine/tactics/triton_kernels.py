@@ -2,8 +2,10 @@
 laid out, and how they launch. Kernels are imported when they are lowered: Triton may be missing.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _H200 = (9, 0), 132  # what is planned for where there is no GPU
 _DESCRIPTOR_BYTES = 16  # tensors that come by descriptors start at multiples of it
+_written: "ContextVar[list[Launch] | None]" = ContextVar("written", default=None)
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -105,10 +108,24 @@ def as_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return image
 
 
+@contextlib.contextmanager
+def written_down() -> "Iterator[list[Launch]]":
+    """Within it this thread's launches are put into a list and not run."""
+    found: list[Launch] = []
+    token = _written.set(found)
+    try:
+        yield found
+    finally:
+        _written.reset(token)
+
+
 def run(launch: "Launch") -> None:
     """Raises RuntimeError where Triton cannot compile the launch, or the GPU has no room for it."""
     from triton.errors import TritonError
 
+    if (written := _written.get()) is not None:
+        written.append(launch)
+        return
     try:
         launch.run()
     except TritonError as error:
