@@ -1,9 +1,10 @@
 """What measured times, and saved engines, depend on."""
 
+import ctypes
 import hashlib
 import importlib.metadata
 import platform
-from typing import Any
+import sys
 
 import torch
 
@@ -41,8 +42,14 @@ def _version(package: str) -> str:
 
 
 def _driver() -> str:
-    made_for: Any = torch._C  # its stubs leave this function out
-    return f"{made_for._cuda_getDriverVersion()} for CUDA {torch.version.cuda}"
+    """The newest CUDA that the driver knows, as it counts: 13000 for 13.0; torch does not say."""
+    known = ctypes.c_int(0)
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        library.cuDriverGetVersion(ctypes.byref(known))
+    except (OSError, AttributeError):  # AMD's, say
+        return f"unknown for CUDA {torch.version.cuda}"
+    return f"{known.value} for CUDA {torch.version.cuda}"
 
 
 def _ptxas() -> str:

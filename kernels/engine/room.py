@@ -33,6 +33,14 @@ class Laid:
             self.hold(self._found[key])
         return self._found[key]
 
+    def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[count], which nobody writes to; all who ask share the largest so far."""
+        key = "zeros", dtype, device
+        if key not in self._found or self._found[key][0].numel() < count:
+            self._found[key] = [torch.zeros(count, dtype=dtype, device=device)]
+            self.hold(self._found[key])
+        return self._found[key][0][:count]
+
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Counts what a tactic keeps for itself."""
         self._kept += tensors
