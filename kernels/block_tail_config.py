@@ -61,14 +61,19 @@ class TailProblem:
         return f"{self.n}x{self.c}x{self.h}x{self.w} k{self.k}{stride}{chain}"
 
 
+# Taps that the pipelined loop runs through before it starts again.
+TAP, ROW, WINDOW = TAPS = 1, 3, 9
+MULTIPROCESSOR_WARPS = 8  # of CTAs that stay: more of them leave too few registers
+
+
 @dataclass(frozen=True)
 class Config:
     """A tile of block_m pixels; h is summed over block_k of its 9 c products at a time, and y made
     block_n of its channels at a time.
 
-    row: the pipelined loop runs through the three taps of a window's row instead of starting again
-        with every tap. Refused with more than four warps: a loop over taps and channels in one is
-        what gave wrong convolutions with 8 warps on an H100 (pytorch #173068, #183989).
+    taps: how many of a window's nine the pipelined loop runs through before it starts again.
+    kept: of how many of the products, from the first on, the weights stay in shared memory, while
+        CTAs go on from tile to tile (block_tail_resident.py): 0, 1 or all 3.
     """
 
     block_m: int
@@ -76,19 +81,35 @@ class Config:
     block_k: int
     num_warps: int
     num_stages: int
-    row: bool = False
+    taps: int = TAP
+    kept: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
             _require(self, name, _is_block(getattr(self, name)), "powers of two from 16")
         _require(self, "num_warps", self.num_warps in (1, 2, 4, 8), "1, 2, 4, 8")
         _require(self, "num_stages", 1 <= self.num_stages <= 8, "1 to 8")
-        if self.row:
-            _require(self, "num_warps", self.num_warps <= 4, "1, 2, 4 with row")
+        _require(self, "taps", self.taps in TAPS, "1, 3, 9")
+        _require(self, "kept", self.kept in (0, 1, 3), "0, 1, 3")
+
+    @property
+    def is_proven(self) -> bool:
+        """False for what has to give the right answer on a device before it is used there: with
+        eight warps a loop over taps and channels in one was wrong on an H100 (pytorch #173068,
+        triton #1254)."""
+        return self.taps == TAP or self.num_warps <= 4
 
     def label(self) -> str:
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"{tile} w{self.num_warps} s{self.num_stages}{' row' if self.row else ''}"
+        taps = f" taps {self.taps}" if self.taps != TAP else ""
+        kept = f" keeps {self.kept}" if self.kept else ""
+        return f"{tile} w{self.num_warps} s{self.num_stages}{taps}{kept}"
+
+    def ctas(self, problem: TailProblem, multiprocessors: int) -> int:
+        """One a tile, or as many as there is room for at once."""
+        tiles = -(-problem.pixels // self.block_m)
+        at_once = multiprocessors * MULTIPROCESSOR_WARPS // self.num_warps
+        return min(tiles, at_once) if self.kept else tiles
 
     def check(self, problem: TailProblem) -> None:
         """Raises ValueError where the kernel would be wrong: it masks pixels, not channels."""
@@ -98,21 +119,39 @@ class Config:
         _require(problem, "c", problem.c % self.block_k == 0, f"multiples of {self.block_k}")
         _require(problem, "k", problem.k % self.block_n == 0, f"multiples of {self.block_n}")
         _require(problem, "c", problem.c > 0, "64, 128, 256")
+        if self.kept:
+            _require(problem, "c", problem.c == 64, "64 where weights are kept")
+            _require(self, "block_k", self.block_k == 64, "64 where weights are kept")
         _require(problem, "stride", problem.stride in (1, 2), "1, 2")
 
 
-Table = dict[tuple[int, int], tuple[Config, ...]]  # (c, d) -> tiles, larger ones first
-_LARGE, _SMALL = Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 3, row=True)
+Table = dict[tuple[int, int], tuple[Config, ...]]  # (c, d) -> tiles, the one to take first first
+_LARGE, _SMALL = Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 3, taps=ROW)
 _SHALLOW = Config(64, 64, 64, 8, 2)
+_WINDOW = Config(64, 64, 64, 4, 3, taps=WINDOW)
+_LARGE_WINDOW = Config(128, 64, 64, 8, 3, taps=WINDOW)
 # What `resfuse inspect` found to fit sm_80, sm_90 and sm_100 without a spill. The limit is
-# registers: they hold h of the whole tile, and y_next if there is one.
+# registers: they hold h of the whole tile, and y_next if there is one. On an H200 in fp16, at batch
+# 256, _SMALL was the fastest of a dozen tiles at 64 and 128 channels, by 1.2 to 1.6 times, and
+# faster than cuDNN's two or three convolutions at 64; what was not there: windows, kept weights.
 _BITS_16: Table = {
-    (64, 0): (_LARGE, _SMALL),
-    (64, 64): (_LARGE, _SMALL),
-    (64, 128): (Config(128, 64, 64, 8, 2), _SHALLOW),
-    # block_k = c leaves one step a tap, so that the pipeline runs through the row's three taps
-    (128, 0): (Config(128, 64, 128, 8, 2), Config(128, 64, 64, 8, 2), _SMALL),
-    (128, 128): (Config(128, 64, 128, 8, 2), _LARGE, _SMALL),
+    (64, 0): (
+        _SMALL,
+        _WINDOW,
+        _LARGE_WINDOW,
+        Config(64, 64, 64, 4, 1, kept=3),
+        Config(128, 64, 64, 8, 1, kept=3),
+    ),
+    (64, 64): (
+        _SMALL,
+        _WINDOW,
+        _LARGE_WINDOW,
+        Config(64, 64, 64, 4, 1, kept=1),
+        Config(128, 64, 64, 8, 1, kept=1),
+    ),
+    (64, 128): (_SMALL, _SHALLOW),
+    (128, 0): (_SMALL, _WINDOW, _LARGE_WINDOW, Config(128, 64, 64, 8, 3)),
+    (128, 128): (_SMALL, _WINDOW, _LARGE, _LARGE_WINDOW),
     (128, 256): (_SHALLOW,),
     (256, 0): (_SHALLOW,),
     (256, 256): (_SHALLOW, Config(64, 32, 64, 8, 2)),
@@ -129,7 +168,8 @@ CONFIGS = tuple(
 
 
 def candidates(problem: TailProblem) -> list[Config]:
-    """The shipped configurations for `problem`, larger tiles first; none if it is unsupported."""
+    """The shipped configurations for `problem`, the one to take first first, some of them yet to be
+    proven on the device (Config.is_proven); none if it is unsupported."""
     if problem.stride not in (1, 2):
         return []
     configs = TILES[problem.math_mode].get((problem.c, problem.d), ())
@@ -142,12 +182,13 @@ def supports(problem: TailProblem) -> bool:
 
 
 def choose(problem: TailProblem, multiprocessors: int, barred: Barred = NONE) -> Config:
-    """The largest tile of which every multiprocessor gets one; else the smallest.
+    """The first proven tile of which every multiprocessor gets one; else the smallest.
 
     Raises:
         ValueError: the problem is not supported, or all configurations for it are barred.
     """
-    fitting = allowed("block_tail", problem.math_mode, candidates(problem), barred)
+    proven = [config for config in candidates(problem) if config.is_proven]
+    fitting = allowed("block_tail", problem.math_mode, proven, barred)
     if not fitting:
         raise ValueError(
             f"argument problem: {problem.label()} in {problem.math_mode}; accepted: stride 1 or 2, "

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from resfuse.kernels.arguments import empty_channels_last
 from resfuse.kernels.block_tail_config import TILES, Config, TailProblem, candidates, choose
+from resfuse.kernels.block_tail_resident import resident_kernel
 from resfuse.kernels.epilogue import dot, relu
-from resfuse.kernels.launch import Launch, interpreting
+from resfuse.kernels.launch import Launch, interpreting, multiprocessors
 from resfuse.kernels.problem import MATH_MODES
 
 
@@ -36,7 +37,7 @@ def _block_tail_kernel(
     M, H, W, P, Q,
     C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
     MATH_MODE: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """A program makes BLOCK_M pixels of y, all K channels of them, and all D of y_next."""
     dtype = x_ptr.dtype.element_ty
@@ -49,20 +50,20 @@ def _block_tail_kernel(
     # of the top left tap; negative where that is padding, and masked there
     offs_x = (((offs_m // (P * Q)).to(tl.int64) * H + h_first) * W + w_first) * C
 
-    # The three taps of a window's row are 3 C adjacent values in x and in w2. The innermost loop,
-    # which is the pipelined one, takes RUN of them: C, one tap, or all (Config.row says when).
+    # The three taps of a window's row are 3 C adjacent values in x, all nine are in w2. The inner
+    # loop, which is the pipelined one, takes TAPS of them before it starts again.
     acc = tl.zeros((BLOCK_M, C), tl.float32)
-    for r in range(3):
-        mask_r = mask_m & (h_first + r >= 0) & (h_first + r < H)
-        for first in range(0, 3 * C, RUN):
-            for j in range(first, first + RUN, BLOCK_K):
-                w = w_first + j // C
-                mask = mask_r & (w >= 0) & (w < W)
-                offs_a = offs_x[:, None] + (r * W * C + j + offs_k)[None, :]
-                offs_b = (offs_c * 9 * C)[None, :] + (r * 3 * C + j + offs_k)[:, None]
-                a = tl.load(x_ptr + offs_a, mask=mask[:, None], other=0.0)
-                b = tl.load(w2_ptr + offs_b)
-                acc = dot(a, b, acc, MATH_MODE, UPCAST)
+    for first in range(0, 9 * C, TAPS * C):
+        for j in range(first, first + TAPS * C, BLOCK_K):
+            r = j // (3 * C)
+            in_row = j - r * 3 * C
+            h_here = h_first + r
+            w_here = w_first + in_row // C
+            mask = mask_m & (h_here >= 0) & (h_here < H) & (w_here >= 0) & (w_here < W)
+            offs_a = offs_x[:, None] + (r * W * C + in_row + offs_k)[None, :]
+            a = tl.load(x_ptr + offs_a, mask=mask[:, None], other=0.0)
+            b = tl.load(w2_ptr + (offs_c * 9 * C)[None, :] + (j + offs_k)[:, None])
+            acc = dot(a, b, acc, MATH_MODE, UPCAST)
     h = relu(acc + tl.load(b2_ptr + offs_c).to(tl.float32)[None, :]).to(dtype)
 
     offs_y = offs_m.to(tl.int64)[:, None] * K
@@ -105,13 +106,19 @@ def launch(
         "C": problem.c, "K": problem.k, "D": problem.d, "STRIDE": problem.stride,
         "MATH_MODE": problem.math_mode,
         "UPCAST": interpreting() and problem.math_mode == "bf16",
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "RUN": 3 * problem.c if config.row else problem.c,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
+    grid = (config.ctas(problem, multiprocessors(x.device)),)
+    if config.kept:
+        kernel = resident_kernel
+        sizes["tiles"] = triton.cdiv(problem.pixels, config.block_m)
+        constants["KEEP_ALL"] = config.kept == 3
+    else:
+        kernel = _block_tail_kernel
+        constants |= {"BLOCK_K": config.block_k, "TAPS": config.taps}
     return Launch(
-        _block_tail_kernel, (triton.cdiv(problem.pixels, config.block_m),), {**pointers, **sizes},
-        constants, config.num_warps, config.num_stages,
-    )  # fmt: skip
+        kernel, grid, {**pointers, **sizes}, constants, config.num_warps, config.num_stages
+    )
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:

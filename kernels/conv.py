@@ -87,7 +87,7 @@ def conv_kernel(
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL_LAST: tl.constexpr,
-    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr, TAPS_INNER: tl.constexpr,
+    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr, LOOP: tl.constexpr,
     PACK: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def conv_kernel(
     acc = sum_of_tile(
         x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, taps, channels,
         GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
-        DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, PACK, BLOCK_M, BLOCK_N, BLOCK_K,
+        DILATION_H, DILATION_W, MATH_MODE, UPCAST, LOOP, PACK, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     first_group, offs_n, mask_n = output_channels(pid_n, GROUPS, K_GROUP, PACK, BLOCK_N)
     store_output(

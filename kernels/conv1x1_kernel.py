@@ -284,6 +284,6 @@ def shipped() -> Iterator[tuple[str, Launch]]:
             },
         }  # fmt: skip
         for case, tensors in cases.items():
-            for config in candidates(Conv1x1Problem(256, 64, 56, 56, 256, 1, 1, math_mode=mode)):
+            for config in candidates(Conv1x1Problem(256, 256, 56, 56, 256, 1, 1, math_mode=mode)):
                 made = launch(**tensors, activation="relu", math_mode=mode, config=config)
                 yield f"{mode} {config.label()} {case}", made

@@ -184,6 +184,6 @@ def gemm_constants(problem: ConvProblem, tile: Config, residual_last: bool) -> d
     """The constants every convolution kernel has, and those of an implicit GEMM's tile."""
     return {
         **constants(problem, residual_last),
-        "TAPS_INNER": tile.taps_inner, "GROUP_M": tile.group_m,
+        "LOOP": tile.loop, "GROUP_M": tile.group_m,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
     }  # fmt: skip

@@ -75,7 +75,7 @@ def multiply(
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     MATH_MODE: tl.constexpr, UPCAST: tl.constexpr,
-    TAPS_INNER: tl.constexpr, ISOLATE: tl.constexpr,
+    LOOP: tl.constexpr, ISOLATE: tl.constexpr,
     PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile's sum over taps [tap_from, tap_to) and over channels [channel_from, channel_to) of
@@ -94,10 +94,20 @@ def multiply(
     w_ptr += first_group * (K_GROUP * R * S * C_GROUP)
     w_offs = offs_n[None, :] * (R * S * C_GROUP)
 
-    # The two orders of one loop nest. It is never flattened into a single loop over (r, s, c): with
-    # eight warps that form has given silently wrong results on Hopper (pytorch #173068).
+    # One loop nest in two orders, and as a single loop. The innermost loop is the pipelined one: it
+    # fills and drains its buffers each time it is run through.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if TAPS_INNER:
+    if LOOP == "flat":
+        blocks = tl.cdiv(channel_to - channel_from, BLOCK_K)
+        for step in range((tap_to - tap_from) * blocks):
+            tap = tap_from + step // blocks
+            c = channel_from + step % blocks * BLOCK_K
+            acc = _step(
+                acc, x_ptr, x_offs, top, left, w_ptr, w_offs, c + offs_k, offs_n, mask_n,
+                first_group, tap, c, H, W, only_group, GROUPS, C_GROUP, K_GROUP,
+                S, DILATION_H, DILATION_W, MATH_MODE, UPCAST, ISOLATE, PACK, BLOCK_K,
+            )  # fmt: skip
+    elif LOOP == "taps inner":
         for c in range(channel_from, channel_to, BLOCK_K):
             for tap in range(tap_from, tap_to):
                 acc = _step(
@@ -125,14 +135,14 @@ def sum_of_tile(
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr, TAPS_INNER: tl.constexpr,
+    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr, LOOP: tl.constexpr,
     PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`multiply` over all taps and channels, right where x has an Inf or NaN in a packed group."""
     acc = multiply(
         x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, 0, taps, 0, channels, 0,
         GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
-        DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, False,
+        DILATION_H, DILATION_W, MATH_MODE, UPCAST, LOOP, False,
         PACK, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if PACK > 1:  # noqa: SIM102 - the outer is for the compiler
@@ -144,7 +154,7 @@ def sum_of_tile(
                 alone = multiply(
                     x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, 0, taps, 0, channels, group,
                     GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
-                    DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, True,
+                    DILATION_H, DILATION_W, MATH_MODE, UPCAST, LOOP, True,
                     PACK, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
                 acc = tl.where((offs_n // K_GROUP == group)[None, :], alone, acc)

@@ -68,7 +68,7 @@ def split_k_kernel(
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL_LAST: tl.constexpr,
-    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr, TAPS_INNER: tl.constexpr,
+    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr, LOOP: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def split_k_kernel(
         tap_from, tl.minimum(tap_from + taps_each, taps),
         channel_from, tl.minimum(channel_from + channels_each, channels), 0,
         GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
-        DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, False,
+        DILATION_H, DILATION_W, MATH_MODE, UPCAST, LOOP, False,
         1, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 

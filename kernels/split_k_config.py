@@ -8,7 +8,12 @@ from functools import lru_cache
 
 from resfuse.kernels import conv_config
 from resfuse.kernels.barred import NONE, Barred, allowed
-from resfuse.kernels.conv_config import L2_BYTES_PER_CYCLE, tile_cycles
+from resfuse.kernels.conv_config import (
+    CHANNELS_INNER,
+    L2_BYTES_PER_CYCLE,
+    TAPS_INNER,
+    tile_cycles,
+)
 from resfuse.kernels.problem import ConvProblem
 
 # From the last partial written until the last CTA has read the first one back: a fence, an atomic
@@ -62,13 +67,13 @@ class Config:
 
 _HALF = (
     conv_config.Config(64, 64, 64, num_warps=4, num_stages=4),
-    conv_config.Config(64, 64, 64, num_warps=4, num_stages=4, taps_inner=True),
+    conv_config.Config(64, 64, 64, num_warps=4, num_stages=4, loop=TAPS_INNER),
     conv_config.Config(64, 32, 64, num_warps=4, num_stages=4),
-    conv_config.Config(64, 32, 64, num_warps=4, num_stages=4, taps_inner=True),
+    conv_config.Config(64, 32, 64, num_warps=4, num_stages=4, loop=TAPS_INNER),
 )
 _TF32 = (
     conv_config.Config(64, 64, 32, num_warps=4, num_stages=4),
-    conv_config.Config(64, 32, 32, num_warps=4, num_stages=4, taps_inner=True),
+    conv_config.Config(64, 32, 32, num_warps=4, num_stages=4, loop=TAPS_INNER),
 )
 _IEEE = (
     conv_config.Config(64, 32, 16, num_warps=4, num_stages=2),
@@ -88,7 +93,7 @@ def candidates(problem: ConvProblem) -> list[Config]:
                 config.check(problem)
             except ValueError:
                 continue
-            if not (tile.taps_inner and config.taps_each(problem) == 1):
+            if not (tile.loop != CHANNELS_INNER and config.taps_each(problem) == 1):
                 fitting.append(config)
     return fitting
 

@@ -114,18 +114,13 @@ def test_exported_file_has_standard_operators_only(tmp_path: Path) -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the batch has a name
 
 
-# cudnn_fused: its rewriting, with twins of cuDNN's two ops. The ops themselves need a GPU.
-def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, *geometry) -> Tensor:
-    return F.conv2d(x, weight, bias, *geometry).relu()
-
-
+# cudnn_fused: its rewriting, with a twin of cuDNN's op. The op itself needs a GPU.
 def conv_add_relu(
     x: Tensor, weight: Tensor, z: Tensor, alpha: float, bias: Tensor, *geometry
 ) -> Tensor:
     return (F.conv2d(x, weight, bias, *geometry) + alpha * z).relu()
 
 
-TWINS = cudnn_fused.FusedOps(conv_relu, conv_add_relu)
 # One of each construction; the deep ones repeat the same blocks.
 REWRITTEN = [
     "resnet18", "resnet50", "resnet50_v1", "resnet18_a", "resnet18_c", "plain18", "vgg19_bn",
@@ -138,7 +133,7 @@ def test_rewriting_fuses_everything_and_changes_no_answer(name: str) -> None:
     size = min(64, input_size(name))
     model = calibrated(name, size)
     images = inputs.batch("bundled", 2, size, 0)
-    fused = cudnn_fused.rewrite(model, TWINS)
+    fused = cudnn_fused.rewrite(model, conv_add_relu)
     with torch.inference_mode():
         assert relative_error(fused(images), model(images)) < 1e-5
     kinds = [type(module).__name__ for module in fused.modules()]
@@ -162,7 +157,7 @@ def test_a_convolution_whose_output_is_used_twice_keeps_its_batch_norm() -> None
     model = Forked().eval()
     model.bn.running_mean.fill_(0.5)
     images = torch.randn(2, 3, 8, 8)
-    assert torch.allclose(cudnn_fused.rewrite(model, TWINS)(images), model(images))
+    assert torch.allclose(cudnn_fused.rewrite(model, conv_add_relu)(images), model(images))
 
 
 @pytest.mark.gpu

@@ -230,21 +230,19 @@ def test_a_tail_has_exactly_its_operations() -> None:
 
 
 def test_cudnn_is_asked_for_what_it_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for its operations on a CPU: their arguments, and what comes out."""
+    """With a stand-in for its operation on a CPU: its arguments, and what comes out. Without a
+    residual zeros are added, times zero."""
     asked = []
     before = torch.backends.cudnn.benchmark
 
-    def conv_relu(x, w, b, stride, padding, dilation, groups):
-        asked.append(("relu", torch.backends.cudnn.benchmark))
-        return torch.relu(torch.conv2d(x, w, b, stride, padding, dilation, groups))
-
     def conv_add_relu(x, w, z, alpha, b, stride, padding, dilation, groups):
-        asked.append(("add_relu", torch.backends.cudnn.benchmark))
+        asked.append((alpha, torch.backends.cudnn.benchmark))
         y = torch.conv2d(x, w, b, stride, padding, dilation, groups)
+        assert z.shape == y.shape and z.is_contiguous(memory_format=torch.channels_last)
+        assert alpha == 1 or not z.any()
         return torch.relu(y + alpha * z)
 
     if DEVICE == "cpu":
-        monkeypatch.setattr(torch, "cudnn_convolution_relu", conv_relu)
         monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
     main = nn.Sequential(conv(16, 16, 3, groups=4), nn.ReLU(), conv(16, 16, 1))
     graph, state = captured(Sum(main, conv(16, 16, 1)), (1, 16, 6, 5), torch.float32)
@@ -253,7 +251,7 @@ def test_cudnn_is_asked_for_what_it_fuses(monkeypatch: pytest.MonkeyPatch) -> No
             require_right(graph, state, choice, 9 * 4 + 16)
     assert torch.backends.cudnn.benchmark == before
     if DEVICE == "cpu":  # in two memory formats each
-        each = [(op, search) for op in ("relu", "add_relu") for search in (False, True)]
+        each = [(alpha, search) for alpha in (0, 1) for search in (False, True)]
         assert asked == [item for item in each for _ in range(2)]
     graph, _ = captured(nn.Sequential(conv(16, 16, 3), nn.SiLU()), (1, 16, 6, 5), torch.float32)
     assert not list(cudnn.segments(graph, 0))

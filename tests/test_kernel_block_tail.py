@@ -20,6 +20,7 @@ from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.block_tail import block_tail, block_tail_ref, problem_of
 from resfuse.kernels.block_tail_config import (
     CONFIGS,
+    ROW,
     TILES,
     Config,
     TailProblem,
@@ -117,7 +118,26 @@ def test_every_shipped_config_writes_every_element(
     check_launch(problem, config, given)
 
 
-def check_launch(problem: TailProblem, config: Config, given: Arguments) -> None:
+@pytest.mark.parametrize("kept", [1, 3])
+@pytest.mark.parametrize("d", [0, 64])
+def test_ctas_that_stay_go_through_all_tiles(d: int, kept: int) -> None:
+    """Two of them through seven tiles, the last of which is not full."""
+    problem = TailProblem(3, 64, 11, 13, 64, d, 1, "fp16")
+    assert problem.pixels % 64 and -(-problem.pixels // 64) == 7
+    check_launch(problem, Config(64, 64, 64, 4, 1, kept=kept), arguments(problem), ctas=2)
+
+
+def test_ctas_that_stay_are_as_many_as_there_is_room_for() -> None:
+    stage1 = TailProblem(256, 64, 56, 56, 256)
+    narrow, wide = Config(64, 64, 64, 4, 1, kept=3), Config(128, 64, 64, 8, 1, kept=3)
+    assert (narrow.ctas(stage1, 132), wide.ctas(stage1, 132)) == (264, 132)
+    assert narrow.ctas(dataclasses.replace(stage1, n=1), 132) == 49  # one a tile
+    assert Config(64, 64, 64, 4, 2).ctas(stage1, 132) == 256 * 49
+
+
+def check_launch(
+    problem: TailProblem, config: Config, given: Arguments, ctas: int | None = None
+) -> None:
     x = given["x"]
     assert x is not None
     shapes = [(problem.n, channels, problem.p, problem.q) for channels in (problem.k, problem.d)]
@@ -126,6 +146,8 @@ def check_launch(problem: TailProblem, config: Config, given: Arguments) -> None
         name: channels_last(t) if t is not None and t.dim() == 4 else t for name, t in given.items()
     }
     built = launch(problem, config, **ready, y=y, y_next=y_next if problem.d else None)
+    if ctas is not None:
+        built = dataclasses.replace(built, grid=(ctas,))
     built.run()
     require_right((y, y_next) if problem.d else (y,), given, problem)
 
@@ -326,7 +348,8 @@ def test_configs_refuse_what_would_be_wrong() -> None:
         ({"block_n": 8}, "argument block_n: 8"),
         ({"num_warps": 3}, "argument num_warps: 3; accepted: 1, 2, 4, 8"),
         ({"num_stages": 0}, "argument num_stages: 0"),
-        ({"num_warps": 8, "row": True}, "argument num_warps: 8; accepted: 1, 2, 4 with row"),
+        ({"taps": 2}, "argument taps: 2; accepted: 1, 3, 9"),
+        ({"kept": 2}, "argument kept: 2; accepted: 0, 1, 3"),
     ):
         with pytest.raises(ValueError) as error:
             dataclasses.replace(Config(64, 64, 64, 4, 2), **bad)
@@ -341,17 +364,19 @@ def test_configs_refuse_what_would_be_wrong() -> None:
         with pytest.raises(ValueError) as error:
             Config(64, 64, 64, 4, 2).check(problem)
         assert said in str(error.value)
+    with pytest.raises(ValueError, match="argument c: 128; accepted: 64 where weights are kept"):
+        Config(64, 64, 64, 4, 1, kept=1).check(TailProblem(1, 128, 4, 4, 64))
     with pytest.raises(ValueError, match="argument c: 64; accepted: multiples of 128"):
         Config(64, 64, 128, 4, 2).check(TailProblem(1, 64, 4, 4, 64))
 
 
 def test_candidates_and_choice() -> None:
     stage1 = TailProblem(256, 64, 56, 56, 256, 64)
-    assert candidates(stage1) == [Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 3, row=True)]
-    assert choose(stage1, 132).block_m == 128
-    # 3136 pixels: 25 tiles of 128, 49 of 64; the smaller ones for a GPU of 132
+    assert choose(stage1, 132) == candidates(stage1)[0] == Config(64, 64, 64, 4, 3, taps=ROW)
+    # 3136 pixels: 49 tiles of 64, too few for a GPU of 132; then the smallest tile
     assert choose(dataclasses.replace(stage1, n=1), 132).block_m == 64
-    assert choose(dataclasses.replace(stage1, n=1), 25).block_m == 128
+    assert all(choose(stage1, sms).is_proven for sms in (1, 132, 1 << 20))
+    assert not all(config.is_proven for config in candidates(stage1))
     assert all(set(candidates(problem)) <= set(CONFIGS) for problem in (stage1, SMALL))
     for unsupported in (
         dataclasses.replace(stage1, c=512),

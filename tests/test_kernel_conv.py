@@ -22,7 +22,15 @@ from resfuse.kernels.activation import ACTIVATIONS
 from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.conv import conv_bn_act, conv_bn_act_ref
 from resfuse.kernels.conv_arguments import Tensors, problem_of
-from resfuse.kernels.conv_config import CONFIGS, Config, candidates, choose, cycles
+from resfuse.kernels.conv_config import (
+    CHANNELS_INNER,
+    CONFIGS,
+    LOOPS,
+    Config,
+    candidates,
+    choose,
+    cycles,
+)
 from resfuse.kernels.problem import MATH_MODES, ConvProblem, math_mode_of
 
 SMALL = Config(16, 16, 16)
@@ -147,15 +155,13 @@ def launched(
 
 
 @pytest.mark.parametrize("math_mode", MATH_MODES)
-@pytest.mark.parametrize("taps_inner", [False, True], ids=["channels inner", "taps inner"])
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("group_m", [1, 2])
-def test_every_element_is_written_and_none_beyond(
-    math_mode: str, taps_inner: bool, group_m: int
-) -> None:
+def test_every_element_is_written_and_none_beyond(math_mode: str, loop: str, group_m: int) -> None:
     # 3 tiles of pixels by 3 of channels by 2 blocks of channels, the last of each ragged
     dtype = MATH_MODES[math_mode][0]
     x, weight, bias = convolution((1, 24, 5, 7), 40, (3, 3), dtype)
-    config = replace(SMALL, taps_inner=taps_inner, group_m=group_m)
+    config = replace(SMALL, loop=loop, group_m=group_m)
     got = launched(x, weight, bias, config, math_mode, padding=(1, 1))
     want = reference(x, weight, bias, padding=(1, 1), activation="relu")
     require_close(got, want, math_mode, weight[0].numel())
@@ -320,7 +326,7 @@ def test_what_it_cannot_take_is_named(case: str) -> None:
         ({"num_warps": 3}, "num_warps: 3"),
         ({"num_stages": 0}, "num_stages: 0"),
         ({"group_m": 0}, "group_m: 0"),
-        ({"num_warps": 8, "taps_inner": True}, "num_warps: 8"),
+        ({"loop": "channels"}, "loop: channels"),
     ],
 )
 def test_a_config_refuses_values_it_cannot_have(changed: dict[str, Any], message: str) -> None:
@@ -381,7 +387,7 @@ def test_the_choice_follows_the_problem_and_the_gpu() -> None:
     assert tile(replace(late, n=8), 16) > tile(replace(late, n=8), 132)
     grouped = ConvProblem(32, 128, 56, 56, 128, 3, 3, padding=(1, 1), groups=32)
     assert choose(grouped, 132).block_n == 32  # the least arithmetic on zeros
-    assert not choose(ConvProblem(32, 64, 56, 56, 256, 1, 1), 132).taps_inner
+    assert choose(ConvProblem(32, 64, 56, 56, 256, 1, 1), 132).loop == CHANNELS_INNER
 
 
 def test_a_model_of_time_grows_with_the_work() -> None:

@@ -288,19 +288,23 @@ def test_candidates_are_valid_and_fit(mode: str) -> None:
 
 
 def test_choice_follows_the_problem() -> None:
-    assert choose(RESNET, 132).label() == "128x128x64 descriptors"
-    assert choose(RESNET, 132, (8, 0)).label() == "128x128x64 pointers"
-    assert choose(replace(RESNET, k=64), 132).label() == "256x64x64 descriptors"
-    assert choose(replace(RESNET, stride=(2, 2)), 132).label() == "128x128x64 pointers"
-    assert choose(replace(RESNET, n=1, h=7, w=7), 132).label() == "64x64x64 descriptors"
-    assert choose(replace(RESNET, math_mode="ieee"), 132).label() == "64x64x32 pointers"
+    deep = replace(RESNET, c=256)
+    assert choose(deep, 132).label() == "128x128x64 w8 s3 descriptors"
+    assert choose(deep, 132, (8, 0)).label() == "128x128x64 w8 s3 pointers"
+    assert (
+        choose(RESNET, 132).label() == "128x128x64 w4 s2 descriptors"
+    )  # one step: no third buffer
+    assert choose(replace(deep, k=64), 132).label() == "128x64x64 w4 s3 descriptors"
+    assert choose(replace(deep, stride=(2, 2)), 132).label() == "128x128x64 w8 s3 pointers"
+    assert choose(replace(deep, n=1, h=7, w=7), 132).label() == "64x64x64 w4 s4 descriptors"
+    assert choose(replace(RESNET, math_mode="ieee"), 132).label() == "64x64x32 w4 s4 pointers"
 
 
 def test_ships_every_configuration() -> None:
     labels = [label for label, _ in shipped()]
     assert len(set(labels)) == len(labels)
     for mode in MATH_MODES:
-        for config in candidates(replace(RESNET, math_mode=mode)):
+        for config in candidates(replace(RESNET, c=256, math_mode=mode)):
             assert sum(label.startswith(f"{mode} {config.label()}") for label in labels) == 2
 
 

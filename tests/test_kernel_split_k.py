@@ -60,13 +60,11 @@ def output(problem: ConvProblem) -> Tensor:
     # 9 taps and 3 blocks of channels: whole, evenly, unevenly (5 + 4 taps, 2 + 1 blocks), singly
     [(1, 1), (3, 1), (2, 1), (1, 2), (1, 3), (2, 2), (9, 3)],
 )
-@pytest.mark.parametrize("taps_inner", [False, True], ids=["channels inner", "taps inner"])
-def test_every_split_gives_the_whole_sum(
-    split_taps: int, split_channels: int, taps_inner: bool
-) -> None:
+@pytest.mark.parametrize("loop", conv_config.LOOPS)
+def test_every_split_gives_the_whole_sum(split_taps: int, split_channels: int, loop: str) -> None:
     x, weight, bias = convolution((1, 40, 5, 7), 24, (3, 3))
     problem = described(x, weight)
-    config = Config(replace(TILE, taps_inner=taps_inner), split_taps, split_channels)
+    config = Config(replace(TILE, loop=loop), split_taps, split_channels)
     scratch = workspace(problem, config, DEVICE)
     scratch.partials.fill_(float("nan"))
     y = output(problem)

@@ -1,5 +1,4 @@
-"""What torch itself can fuse on a GPU: folded weights, and cuDNN's convolution + bias + ReLU and +
-add + ReLU ops.
+"""What torch itself can fuse on a GPU: folded weights, and cuDNN's convolution + bias + add + ReLU.
 
 The strongest conv-by-conv peer that needs no other package. On a GPU it runs as one CUDA graph, as
 an engine would.
@@ -7,7 +6,6 @@ an engine would.
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -20,12 +18,25 @@ from resfuse.kernels.folding import fold_conv_bn
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class FusedOps:
-    """relu(conv(x, w) + b) and relu(conv(x, w) + b + z), called like torch's cuDNN ops."""
+ConvAddRelu = Callable[..., Tensor]  # relu(conv(x, w) + b + alpha z): x, w, z, alpha, b, geometry
 
-    conv_relu: Callable[..., Tensor]
-    conv_add_relu: Callable[..., Tensor]
+
+class _Zeros:
+    """What is added where there is no residual, times zero; as large as the largest output.
+
+    torch.cudnn_convolution_relu passes its own output for that, before it has been written (ATen's
+    cudnn_convolution_relu, "use output_t as z"): with it this backend answered NaN on an H200.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def like(self, y: Tensor, device: torch.device) -> Tensor:
+        """Of y's shape and in channels_last."""
+        if self._memory.numel() < y.numel():
+            self._memory = torch.zeros(y.numel(), dtype=y.dtype, device=device)
+        n, c, h, w = y.shape
+        return self._memory[: y.numel()].view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 class _Conv(nn.Module):
@@ -34,7 +45,13 @@ class _Conv(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, ops: FusedOps) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None,
+        conv_add_relu: ConvAddRelu,
+        zeros: _Zeros,
+    ) -> None:
         super().__init__()
         weight, bias = fold_conv_bn(conv, bn) if bn is not None else (conv.weight, conv.bias)
         if bias is None:
@@ -43,15 +60,17 @@ class _Conv(nn.Module):
         self.register_buffer("bias", bias.detach())
         self.stride, self.padding = list(conv.stride), _pixels(conv)
         self.dilation, self.groups = list(conv.dilation), conv.groups
-        self.ops = ops
+        self.conv_add_relu, self.zeros = conv_add_relu, zeros
         self.relu = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         if residual is not None:
-            return self.ops.conv_add_relu(x, self.weight, residual, 1.0, self.bias, *geometry)
+            return self.conv_add_relu(x, self.weight, residual, 1.0, self.bias, *geometry)
         if self.relu:
-            return self.ops.conv_relu(x, self.weight, self.bias, *geometry)
+            y = F.conv2d(x.to("meta"), self.weight.to("meta"), None, *geometry)
+            zeros = self.zeros.like(y, x.device)
+            return self.conv_add_relu(x, self.weight, zeros, 0.0, self.bias, *geometry)
         return F.conv2d(x, self.weight, self.bias, *geometry)
 
 
@@ -68,12 +87,12 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
         Unavailable: no CUDA device.
     """
     require(example.device)
-    ops = FusedOps(torch.cudnn_convolution_relu, torch.cudnn_convolution_add_relu)
-    return _graphed(rewrite(model, ops), example)
+    return _graphed(rewrite(model, torch.cudnn_convolution_add_relu), example)
 
 
-def rewrite(model: nn.Module, ops: FusedOps) -> fx.GraphModule:
+def rewrite(model: nn.Module, conv_add_relu: ConvAddRelu) -> fx.GraphModule:
     """The model with every conv(-BN)(-add)(-ReLU) as one fused op; the rest stays as it is."""
+    zeros = _Zeros()
     traced = fx.symbolic_trace(model)
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
@@ -82,7 +101,7 @@ def rewrite(model: nn.Module, ops: FusedOps) -> fx.GraphModule:
             continue
         follower = _only_user(node)
         bn = _module(follower, modules, nn.BatchNorm2d) if follower else None
-        fused = _Conv(conv, bn, ops)
+        fused = _Conv(conv, bn, conv_add_relu, zeros)
         name = str(node.target).replace(".", "_") + "_fused"
         traced.add_submodule(name, fused)
         node.target = name

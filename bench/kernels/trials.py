@@ -105,7 +105,7 @@ def _exact_convolution(place: Place, problem: ConvProblem) -> tuple[Tensor, ...]
 
 
 def _conv1x1(place: Place) -> Iterator[Trial]:
-    n, c, hw, k = (1, 16, 5, 32) if place.small else (8, 128, 28, 512)
+    n, c, hw, k = (1, 16, 5, 32) if place.small else (8, 256, 28, 512)
     x, weight, bias = place.draw(n, c, hw, hw), place.draw(k, c, 1, 1, fan_in=c), place.draw(k)
     residual = place.draw(n, k, hw, hw)
     side = place.draw(n, 2 * c, 2 * hw, 2 * hw), place.draw(k, 2 * c, 1, 1, fan_in=2 * c)

@@ -109,6 +109,10 @@ class Room:
         """What `make` returns as it is, made once for all that share it."""
         return self._laid.keep(key, make)
 
+    def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[count], which nobody writes to, shared as far as it goes."""
+        return self._laid.zeros(count, dtype, device)
+
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Counts what a tactic keeps for itself, of one batch size."""
         self._laid.hold(tensors)

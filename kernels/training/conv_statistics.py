@@ -34,6 +34,7 @@ from resfuse.kernels.conv_arguments import (
 )
 from resfuse.kernels.conv_config import (
     BY_MATH_MODE,
+    TAPS_INNER,
     Config,
     closest_to_chosen,
     cycles,
@@ -53,14 +54,15 @@ Pair = tuple[int, int]
 # and two small ones, for which ptxas aims at one more CTA, 8 bytes.
 ACCUMULATORS = 64
 SPILLING = (
-    Config(64, 32, 32, num_warps=4, num_stages=4, taps_inner=True),
+    Config(64, 32, 32, num_warps=4, num_stages=4, loop=TAPS_INNER),
     Config(64, 64, 16, num_warps=4, num_stages=2),
 )
 
 
 def candidates(problem: ConvProblem) -> list[Config]:
     """The convolution's configurations that leave room for statistics."""
-    return [config for config in convolution_candidates(problem) if _has_room(config)]
+    found = convolution_candidates(problem)
+    return [config for config in found if config.is_proven and _has_room(config)]
 
 
 def _has_room(config: Config) -> bool:
@@ -106,7 +108,7 @@ def conv_statistics_kernel(
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr, TAPS_INNER: tl.constexpr,
+    MATH_MODE: tl.constexpr, UPCAST: tl.constexpr, LOOP: tl.constexpr,
     PACK: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +118,7 @@ def conv_statistics_kernel(
     acc = sum_of_tile(
         x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, taps, channels,
         GROUPS, C_GROUP, K_GROUP, R, S, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W,
-        DILATION_H, DILATION_W, MATH_MODE, UPCAST, TAPS_INNER, PACK, BLOCK_M, BLOCK_N, BLOCK_K,
+        DILATION_H, DILATION_W, MATH_MODE, UPCAST, LOOP, PACK, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     first_group, offs_n, mask_n = output_channels(pid_n, GROUPS, K_GROUP, PACK, BLOCK_N)
     offs_k = first_group * K_GROUP + offs_n

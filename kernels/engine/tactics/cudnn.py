@@ -3,10 +3,15 @@ plain convolution, with the bias in a pass of its own, where no ReLU follows.
 
 Each is offered twice: by the algorithm that cuDNN's heuristics choose, and by the one that wins
 torch's benchmark of them, which is run again in every process.
+
+Without a residual zeros are added, times zero. torch.cudnn_convolution_relu would pass its own
+output for that, before it has been written, and zero times NaN is NaN: networks built of it
+answered NaN on an H200 with torch 2.11.
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +56,9 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
     inputs, outputs = layout.input_shape(problem), layout.output_shape(problem)
     shape = graph.values[node.name].shape
     benchmark = bool(choice.settings["benchmark"])
+    zeros = None
+    if op.activation == "relu" and node.residual is None:
+        zeros = layout.blank(room.zeros(prod(outputs), problem.dtype, weight.device), outputs)
 
     def run(values: Values) -> None:
         with _benchmark(benchmark):
@@ -61,8 +69,8 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
         if node.residual is not None:
             residual = layout.as_map(values[node.residual], outputs)
             y = torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
-        elif op.activation == "relu":
-            y = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        elif zeros is not None:
+            y = torch.cudnn_convolution_add_relu(x, weight, zeros, 0.0, bias, *geometry)
         else:
             y = F.conv2d(x, weight, bias, *geometry)
         values[node.name] = y.reshape(shape)

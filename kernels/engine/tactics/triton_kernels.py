@@ -108,6 +108,12 @@ def as_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return image
 
 
+def blank(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[N*C*H*W] as an image [N, C, H, W] in channels_last."""
+    n, c, h, w = shape
+    return memory.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
 @contextlib.contextmanager
 def written_down() -> "Iterator[list[Launch]]":
     """Within it this thread's launches are put into a list and not run."""
