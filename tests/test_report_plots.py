@@ -125,13 +125,25 @@ def test_a_line_does_not_bridge_a_depth_that_was_not_measured(tmp_path: Path) ->
         if model == "resnet50":
             add_failed(tmp_path, case, "timeout", "no answer in 300 s")
         else:
-            add(tmp_path, case, rate=200.0)
+            add(tmp_path, case, rate=200.0, speedup=2.0)
     (comparison,) = read_folders([tmp_path])[0].comparisons
     figure = latency_plot(comparison, looks(["eager", "onnxrt"]))
     assert figure is not None
     eager, onnxrt = (np.asarray(line.get_ydata()) for line in figure.axes[0].get_lines())
     assert eager.tolist() == [80, 80, 80]
     assert onnxrt.tolist() == pytest.approx([40, math.nan, 40], nan_ok=True)
+
+
+def test_times_of_different_hours_are_set_beside_the_same_baseline(tmp_path: Path) -> None:
+    """onnxrt was measured when the machine was half as fast: its row's own time says slower."""
+    for model in ("resnet18", "resnet50"):
+        add(tmp_path, replace(CASE, model=model), rate=100.0, speedup=1.0)
+        add(tmp_path, replace(CASE, model=model, backend="onnxrt"), rate=80.0, speedup=1.6)
+    (comparison,) = read_folders([tmp_path])[0].comparisons
+    figure = latency_plot(comparison, looks(["eager", "onnxrt"]))
+    assert figure is not None
+    eager, onnxrt = (np.asarray(line.get_ydata()) for line in figure.axes[0].get_lines())
+    assert eager.tolist() == [80, 80] and onnxrt.tolist() == [50, 50]
 
 
 def test_whiskers_span_the_interval(tmp_path: Path) -> None:

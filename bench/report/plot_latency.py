@@ -1,6 +1,7 @@
 """Latency against depth: a line for each backend, a panel for each family and batch."""
 
 import math
+from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +18,9 @@ from resfuse.bench.report.result import Comparison, Result, labels
 def latency(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
     """Both axes are logarithmic: of two parallel lines one is slower by a constant factor.
 
+    A backend stands at the baseline's time over its speed-up, which its own rounds measured: two
+    rows may be from different hours of a machine, whose speed varies by more than backends do.
+
     None where no family has two measured depths at one batch.
     """
     shown = _panels(comparison)
@@ -26,7 +30,11 @@ def latency(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
     for ax, (title, results) in zip(axes, shown.items(), strict=True):
         ax.set_title(title)
         _lines(ax, results, looks)
-    figure.supxlabel(f"depth, layers (times are medians; {rounds(comparison)})", fontsize=9)
+    figure.supxlabel(
+        "depth, layers (the baseline's median, over the speed-up measured beside it; "
+        f"{rounds(comparison)})",
+        fontsize=9,
+    )
     figure.supylabel("time of a batch, ms", fontsize=9)
     key(figure, [result for results in shown.values() for result in results], looks)
     return figure
@@ -42,11 +50,20 @@ def _panels(comparison: Comparison) -> dict[str, list[Result]]:
     return found
 
 
+def _time_ms(result: Result, base: Mapping[str, float]) -> float:
+    """Beside the baseline's times by model; the row's own where there is nothing to compare."""
+    speedup = result.numbers.get("speedup")
+    if result.is_baseline or result.model not in base or speedup is None:
+        return result.numbers["p50_ms"]
+    return base[result.model] / speedup
+
+
 def _lines(ax: Axes, results: list[Result], looks: dict[str, Look]) -> None:
     depths = sorted({depth(result.model) for result in results})
+    base = {r.model: r.numbers["p50_ms"] for r in results if r.is_baseline}
     for name in labels(results):
         line = {depth(r.model): r for r in results if r.label == name}
-        times = [line[d].numbers["p50_ms"] if d in line else math.nan for d in depths]
+        times = [_time_ms(line[d], base) if d in line else math.nan for d in depths]
         ax.plot(depths, times, **line_look(next(iter(line.values())), looks))  # gaps stay open
     ax.set_xscale("log")
     ax.set_yscale("log")

@@ -1,5 +1,7 @@
 """Choice: one tactic, in one configuration, for neighbouring nodes of a graph."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,8 +27,15 @@ class Choice:
 
     def label(self) -> str:
         """`native direct by_channel=True`, say."""
-        words = [str(v) if k == "form" else f"{k}={v}" for k, v in self.config]
+        words = [str(v) if k == "form" else f"{k}={_told(v)}" for k, v in self.config]
         return " ".join([self.tactic, *words])
+
+
+def _told(value: Any) -> str:
+    """Of a plan within a choice, what tells it from others."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
 
 
 def key_of(part: Graph) -> str:

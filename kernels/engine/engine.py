@@ -22,6 +22,7 @@ from resfuse.kernels.engine.alive import Alive
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.ceilings import Ceilings
 from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.chunking import with_chunks
 from resfuse.kernels.engine.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.explain import table
@@ -316,7 +317,9 @@ def _build(
     measured = Measurer(graph, state, device, tactics, cache, known(device))
     if device.type == "cuda":
         _compile_ahead(graph, state, tactics, measured, device)
-    segments = plan(graph, tactics, measured, _memory(graph, tactics))
+    memory = _memory(graph, tactics)
+    segments = plan(graph, tactics, measured, memory)
+    segments = with_chunks(graph, segments, tactics, measured, measured.together, memory)
     executor = Executor(graph, [s.choice for s in segments], state, laid)
     return Built(graph, tuple(segments), executor)
 

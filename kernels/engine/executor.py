@@ -7,7 +7,7 @@ from torch import Tensor
 
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import Graph, State
-from resfuse.kernels.engine.room import Laid, Room
+from resfuse.kernels.engine.room import Laid, Room, lay_out
 from resfuse.kernels.engine.tactics import TACTICS
 from resfuse.kernels.engine.work import Call, Native, Values
 from resfuse.kernels.native.step import Program, Step, lanes, threads
@@ -37,7 +37,8 @@ class Executor:
         segments = [(c.start, c.stop) for c in choices]
         scratch = {c.start: size for c in choices if (size := _scratch(graph, c)) > 0}
         self._laid = laid or Laid()
-        self.room = Room(graph, placed, scratch, segments, lanes() if placed else 1, self._laid)
+        layout = lay_out(graph, placed, scratch, segments, lanes() if placed else 1)
+        self.room = Room(graph, layout, self._laid)
         self._views = {name: self.room.view(name) for name in placed}
         self._items: list[Item] = []
         self._copies: list[Item] = []  # those of the items that bring values into the arena

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,30 @@ class Measurer:
             self._measure(part, key, choice)
         return self._cache.get(key)
 
+    def together(self, choices: Sequence[Choice]) -> list[float | None]:
+        """Costs of choices for the same nodes, timed in turns: the speed of a machine may change
+        between one and the next by more than what tells them apart.
+
+        Raises:
+            RuntimeError: a choice has broken the device for this process; the next one knows.
+        """
+        keys = [self._part(choice)[1] for choice in choices]
+        if any(key not in self._cache for key in keys):
+            part = self._graph.part(choices[0].start, choices[0].stop)
+            runs = {
+                key: run
+                for key, choice in zip(keys, choices, strict=True)
+                if (run := self._checked(part, key, choice)) is not None
+            }
+            times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+            for _ in range(_ROUNDS):
+                for key, run in runs.items():
+                    times[key].append(self._once_cold(run))
+            for key, measured in times.items():
+                self.measured += 1
+                self._cache.put(key, min(measured))
+        return [self._cache.get(key) for key in keys]
+
     def knows(self, choice: Choice) -> bool:
         """Whether asking for its cost measures nothing."""
         return self._is_barred(choice) or self._part(choice)[1] in self._cache
@@ -94,6 +118,12 @@ class Measurer:
 
     def _measure(self, part: Graph, key: tuple[str, str], choice: Choice) -> None:
         """Puts a time into the cache, or why there is none."""
+        run = self._checked(part, key, choice)
+        if run is not None:
+            self._cache.put(key, self._time(run, key[0]))
+
+    def _checked(self, part: Graph, key: tuple[str, str], choice: Choice) -> Run | None:
+        """What is to be timed, run before and right; None where it is not, put into the cache."""
         inputs, exact, allowed = self._expected(part, key[0])
         try:
             executor = Executor(part, [choice.at_start()], self._state)
@@ -108,11 +138,11 @@ class Measurer:
             _warn(choice, key[0], f"fails, {why}")
         else:
             if error <= allowed:
-                self._cache.put(key, self._time_of(executor, inputs, key[0], choice))
-            else:  # NaN is wrong, too
-                why = f"its error is {error:.1e}, more than {allowed:.1e}"
-                self._cache.put(key, None, why)
-                _warn(choice, key[0], f"is barred, {why}")
+                return self._timed(executor, inputs, choice)
+            why = f"its error is {error:.1e}, more than {allowed:.1e}"  # NaN is wrong, too
+            self._cache.put(key, None, why)
+            _warn(choice, key[0], f"is barred, {why}")
+        return None
 
     def _require_device(self, choice: Choice, failure: Exception) -> None:
         """After an illegal access a GPU answers nothing, and every tactic would be barred."""
@@ -126,11 +156,15 @@ class Measurer:
                 "build the engine again in a new process"
             ) from broken
 
-    def _time_of(self, executor: Executor, inputs: list[Tensor], key: str, choice: Choice) -> float:
+    def _timed(self, executor: Executor, inputs: list[Tensor], choice: Choice) -> Run:
+        """The executor as the clock is to see it, run once."""
         run = executor.repeat(*inputs)
         if self._device.type == "cuda":  # kernels without the Python that launches them
-            return self._time(replayed(run, self._device), key)
-        return self._time(_copying(run) if self._is_copied(choice) else run, key)
+            made = replayed(run, self._device)
+        else:
+            made = _copying(run) if self._is_copied(choice) else run
+        made()
+        return made
 
     def _is_copied(self, choice: Choice) -> bool:
         """Whether its outputs would have to be copied to where native steps read them.
@@ -154,18 +188,18 @@ class Measurer:
         return self._reference[1:]
 
     def _time(self, run: Run, key: str) -> float:
-        run()
         times: list[float] = []
         for _ in range(_ROUNDS):
-            self._swept.add_(1)
-            times.append(self._once(run))
+            times.append(self._once_cold(run))
             if len(times) == 2 and min(times) > _HOPELESS * self._least.get(key, float("inf")):
                 break
         ms = min(times)  # whatever else the machine does only adds
         self._least[key] = min(ms, self._least.get(key, float("inf")))
         return ms
 
-    def _once(self, run: Run) -> float:
+    def _once_cold(self, run: Run) -> float:
+        """ms of a run from caches that hold nothing of it."""
+        self._swept.add_(1)
         if self._device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -85,8 +85,12 @@ def segments_from_json(data: list[dict[str, Any]]) -> tuple[Segment, ...]:
 
 
 def _choice(data: dict[str, Any]) -> Choice:
-    config = tuple((key, value) for key, value in data["config"])
-    return Choice(data["tactic"], data["start"], data["stop"], config)
+    return Choice(data["tactic"], data["start"], data["stop"], _tuples(data["config"]))
+
+
+def _tuples(value: Any) -> Any:
+    """JSON knows lists only."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _node(data: dict[str, Any]) -> Node:

@@ -29,6 +29,16 @@ class Segment:
     runner_up_ms: float | None = None
 
 
+def price(segments: Sequence[Segment], memory: Memory) -> float:
+    """What a plan costs: see WORTH."""
+    most = max(memory(segment.choice) for segment in segments)
+    return _price(sum(segment.ms for segment in segments), most)
+
+
+def _price(ms: float, memory: int) -> float:
+    return ms * max(memory, 1) ** WORTH
+
+
 @dataclass(frozen=True)
 class _Offer:
     choice: Choice
@@ -49,13 +59,20 @@ class _Cover:
 
     @property
     def price(self) -> float:
-        return self.ms * max(self.memory, 1) ** WORTH
+        return _price(self.ms, self.memory)
 
 
 def plan(
-    graph: Graph, tactics: Mapping[str, TacticModule], cost: Cost, memory: Memory
+    graph: Graph,
+    tactics: Mapping[str, TacticModule],
+    cost: Cost,
+    memory: Memory,
+    start: int = 0,
 ) -> list[Segment]:
     """The segments that cover the graph at the least price in time and memory (WORTH), in order.
+
+    Args:
+        start: the position of the first node to cover.
 
     Raises:
         ValueError: a node that no tactic may compute.
@@ -67,13 +84,14 @@ def plan(
             for choice in tactic.segments(graph, at)
             if (ms := cost(choice)) is not None
         )
-        for at in range(len(graph.nodes))
+        for at in range(start, len(graph.nodes))
     ]
-    best = cover = _cheapest(offers, None)
+    offers = [{}] * start + offers
+    best = cover = _cheapest(offers, None, start)
     if best is None:
-        raise ValueError(f"argument model: {_why_not(graph, offers)}")
+        raise ValueError(f"argument model: {_why_not(graph, offers, start)}")
     while cover is not None and cover.memory > 0:
-        cover = _cheapest(offers, cover.memory - 1)
+        cover = _cheapest(offers, cover.memory - 1, start)
         best = min(best, cover or best, key=lambda cover: cover.price)
     return list(best.segments)
 
@@ -86,10 +104,11 @@ def _by_stop(offers: Iterable[_Offer]) -> _Offers:
     return found
 
 
-def _cheapest(offers: Sequence[_Offers], limit: int | None) -> _Cover | None:
-    """The cover of all nodes at the least cost, by offers that need no more memory than `limit`;
-    None where there is none."""
-    reached: list[_Cover | None] = [_Cover(0.0, 0, ()), *[None] * len(offers)]
+def _cheapest(offers: Sequence[_Offers], limit: int | None, start: int) -> _Cover | None:
+    """The cover of all nodes from `start` on at the least cost, by offers that need no more memory
+    than `limit`; None where there is none."""
+    reached: list[_Cover | None] = [None] * (len(offers) + 1)
+    reached[start] = _Cover(0.0, 0, ())
     for so_far, here in zip(reached, offers, strict=False):  # what is reached is written ahead
         if so_far is None:
             continue
@@ -110,9 +129,9 @@ def _segment(chosen: _Offer, same: Sequence[_Offer]) -> Segment:
     return Segment(chosen.choice, chosen.ms, *runner_up)
 
 
-def _why_not(graph: Graph, offers: Sequence[_Offers]) -> str:
+def _why_not(graph: Graph, offers: Sequence[_Offers], start: int) -> str:
     """The first node that no cover goes past."""
-    reached = {0}
+    reached = {start}
     for at, here in enumerate(offers):
         if at in reached:
             reached.update(here)

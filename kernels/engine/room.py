@@ -1,13 +1,14 @@
 """Room: where the values of an executor are, for the tactics that write to fixed addresses."""
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from resfuse.kernels.engine.graph import Graph
 from resfuse.kernels.engine.held import storages
-from resfuse.kernels.engine.homes import find_homes
+from resfuse.kernels.engine.homes import Home, find_homes
 from resfuse.kernels.engine.memory import ALIGNMENT, Buffer, arrange, least_size
 from resfuse.kernels.native.pages import Shelf, allocate
 
@@ -51,76 +52,96 @@ class Laid:
         return self._shelf.size + sum(size for key, size in kept.items() if key not in known)
 
 
-class Room:
-    """The arena of a graph in float32: homes of values, and scratch memory of single nodes."""
+@dataclass(frozen=True)
+class Layout:
+    """Where in an arena values are, and the scratch memory of single nodes. Offsets in bytes."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        values: Collection[str],
-        scratch: Mapping[int, int],
-        segments: Sequence[tuple[int, int]],
-        lanes: int,
-        laid: Laid,
-    ) -> None:
+    homes: Mapping[str, Home]
+    offsets: tuple[int, ...]  # of buffers
+    scratch: Mapping[int, int]  # of the segment from a position on
+    size: int
+    least_size: int  # the most that is alive at one moment
+
+    def offset(self, name: str) -> int:
+        """Of a value's first channel of its first pixel."""
+        home = self.homes[name]
+        return self.offsets[home.buffer] + 4 * home.channel
+
+
+def lay_out(
+    graph: Graph,
+    values: Collection[str],
+    scratch: Mapping[int, int],
+    segments: Sequence[tuple[int, int]],
+    lanes: int,
+) -> Layout:
+    """Places values in float32 and scratch memory in one arena.
+
+    Args:
+        values: those that live in the arena.
+        scratch: bytes that the segment from a position on needs while it runs.
+        segments: nodes [start, stop) that one choice computes, in any order among them; all are in
+            one.
+        lanes: floats of a vector.
+    """
+    homes = find_homes(graph, values, segments, lanes, 4)
+    stops = dict(segments)
+    work = [Buffer(size, at, stops[at] - 1) for at, size in scratch.items()]
+    arena = arrange([*homes.buffers, *work])
+    offsets = dict(zip(scratch, arena.offsets[len(homes.buffers) :], strict=True))
+    least = least_size([*homes.buffers, *work])
+    return Layout(homes.of, arena.offsets, offsets, arena.size, least)
+
+
+class Room:
+    """The arena of a graph, its memory included, and the weights that its tactics lay out."""
+
+    def __init__(self, graph: Graph, layout: Layout, laid: Laid) -> None:
         """
         Args:
-            values: those that live in the arena.
-            scratch: bytes that the segment from a position on needs while it runs.
-            segments: nodes [start, stop) that one choice computes, in any order among them; all
-                are in one.
-            lanes: floats of a vector.
             laid: weights that have been laid out before; others are added.
         """
-        self._graph, self._laid = graph, laid
-        homes = find_homes(graph, values, segments, lanes, 4)
-        stops = dict(segments)
-        work = [Buffer(size, at, stops[at] - 1) for at, size in scratch.items()]
-        arena = arrange([*homes.buffers, *work])
-        self._homes = homes.of
-        self._offsets = arena.offsets
-        self._scratch = dict(zip(scratch, arena.offsets[len(homes.buffers) :], strict=True))
+        self._graph, self._layout, self.laid = graph, layout, laid
         # the end may be read as part of a vector
-        self._floats = allocate(arena.size + ALIGNMENT).view(torch.float32)
+        self._floats = allocate(layout.size + ALIGNMENT).view(torch.float32)
         self.pointer = self._floats.untyped_storage().data_ptr()
-        self.size, self.least_size = arena.size, least_size([*homes.buffers, *work])
+        self.size, self.least_size = layout.size, layout.least_size
 
     def __contains__(self, name: str) -> bool:
-        return name in self._homes
+        return name in self._layout.homes
 
     def address(self, name: str) -> int:
         """Where a value's first channel of its first pixel is."""
-        home = self._homes[name]
-        return self._floats.data_ptr() + self._offsets[home.buffer] + 4 * home.channel
+        return self._floats.data_ptr() + self._layout.offset(name)
 
     def pitch(self, name: str) -> int:
         """Floats from one pixel to the next."""
-        return self._homes[name].pitch
+        return self._layout.homes[name].pitch
 
     def scratch(self, at: int) -> int:
         """The address of the scratch memory of the segment from a position on."""
-        return self._floats.data_ptr() + self._scratch[at]
+        return self._floats.data_ptr() + self._layout.scratch[at]
 
     def weights(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `make` returns, float32, in large pages; made once for all that share it."""
-        return self._laid.get(key, make)
+        return self.laid.get(key, make)
 
     def tensors(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `make` returns as it is, made once for all that share it."""
-        return self._laid.keep(key, make)
+        return self.laid.keep(key, make)
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """[count], which nobody writes to, shared as far as it goes."""
-        return self._laid.zeros(count, dtype, device)
+        return self.laid.zeros(count, dtype, device)
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Counts what a tactic keeps for itself, of one batch size."""
-        self._laid.hold(tensors)
+        self.laid.hold(tensors)
 
     def view(self, name: str) -> Tensor:
         """The value as a tensor in the arena, of the shape it has in the graph."""
-        home, shape = self._homes[name], self._graph.values[name].shape
-        start = self._floats.storage_offset() + self._offsets[home.buffer] // 4 + home.channel
+        home, shape = self._layout.homes[name], self._graph.values[name].shape
+        start = self._floats.storage_offset() + self._layout.offset(name) // 4
         if len(shape) == 2:
             return self._floats.as_strided(shape, (home.pitch, 1), start)
         n, c, h, w = shape

@@ -67,6 +67,12 @@ TACTICS: dict[str, Tactic] = {
         in_arena=True,
         devices=("cpu",),
     ),
+    "native_chunks": Tactic(
+        "resfuse.kernels.engine.tactics.native_chunks",
+        "early stages in C++, a few images at a time",
+        in_arena=True,
+        devices=("cpu",),
+    ),
     "onednn": Tactic(
         "resfuse.kernels.engine.tactics.onednn", "oneDNN's fused convolutions, packed weights; CPU"
     ),
@@ -103,6 +109,11 @@ TACTICS: dict[str, Tactic] = {
     "block_tail": Tactic(
         "resfuse.kernels.engine.tactics.block_tail",
         "3x3, 1x1 + residual + ReLU, and the next block's 1x1",
+        devices=("cuda",),
+    ),
+    "chunks": Tactic(
+        "resfuse.kernels.engine.tactics.chunks",
+        "early stages, a few images at a time",
         devices=("cuda",),
     ),
     "eager": Tactic("resfuse.kernels.engine.tactics.eager", "torch's own operations, one by one"),

@@ -1,0 +1,108 @@
+"""Plans the early stages of a network in chunks of a few images, where that pays.
+
+A segment's time says nothing about it: what a chunk saves is what the segments before have left in
+a cache. So whole stages are timed, in one chunk and in several.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.chunks import can_be_chunked, chunked
+from resfuse.kernels.engine.graph import Conv, Graph, Node
+from resfuse.kernels.engine.planner import Cost, Memory, Segment, plan, price
+from resfuse.kernels.engine.tactics import TACTICS, TacticModule
+
+Together = Callable[[Sequence[Choice]], list[float | None]]  # ms of choices for the same nodes
+
+_NOISE = 0.01  # of a price
+# Images of a chunk. On a GPU fewer leave most multiprocessors without a tile.
+IMAGES = {"native_chunks": (1, 2, 4), "chunks": (8, 16, 32)}
+
+
+def with_chunks(
+    graph: Graph,
+    segments: Sequence[Segment],
+    tactics: Mapping[str, TacticModule],
+    cost: Cost,
+    together: Together,
+    memory: Memory,
+) -> list[Segment]:
+    """The plan with as many stages in chunks as lowers its price, from the first on.
+
+    Args:
+        segments: a plan of `graph` by `tactics`.
+    """
+    best = list(segments)
+    chunk = next((name for name in IMAGES if name in tactics), None)
+    if chunk is None or not best:
+        return best
+    least = price(best, memory)
+    for stop in stage_ends(graph):
+        rest = plan(graph, tactics, cost, memory, stop)
+        for stages in _in_chunks(graph, stop, chunk, tactics, cost, together, memory):
+            here = [stages, *rest]
+            if (price_here := price(here, memory)) < least - _NOISE * least:
+                best, least = here, price_here
+    return best
+
+
+def stage_ends(graph: Graph) -> list[int]:
+    """Where early stages end: the last position at each size of map across which a single value
+    goes, as long as that is more than the stage's weights, which every chunk reads."""
+    ends: dict[tuple[int, ...], int] = {}
+    for stop in range(2, len(graph.nodes)):
+        last = graph.nodes[stop - 1].name
+        part = graph.part(0, stop)
+        shape = graph.values[last].shape
+        if part.outputs == (last,) and len(shape) == 4 and can_be_chunked(part):
+            ends[shape[2:]] = stop
+    early, before = [], 0
+    for stop in sorted(ends.values()):
+        value = prod(graph.values[graph.nodes[stop - 1].name].shape)
+        if sum(map(_weights, graph.nodes[before:stop])) > value:
+            break
+        early.append(stop)
+        before = stop
+    return early
+
+
+def _weights(node: Node) -> int:
+    if not isinstance(node.op, Conv):
+        return 0
+    problem = node.op.problem
+    return problem.k * problem.c // problem.groups * problem.r * problem.s
+
+
+def _in_chunks(
+    graph: Graph,
+    stop: int,
+    chunk: str,
+    tactics: Mapping[str, TacticModule],
+    cost: Cost,
+    together: Together,
+    memory: Memory,
+) -> Iterator[Segment]:
+    """The nodes before `stop` in chunks of each size, each as one segment. Its time is the sum of
+    its segments', in the proportion in which the chunks are quicker than all images at once."""
+    counts = [graph.batch_size // n for n in IMAGES[chunk]
+              if n < graph.batch_size and graph.batch_size % n == 0]  # fmt: skip
+    usable = {
+        name: tactic
+        for name, tactic in tactics.items()
+        if TACTICS[name].in_arena or not TACTICS[chunk].in_arena
+    }
+    if not counts:
+        return
+    try:
+        stages = plan(graph.part(0, stop), usable, cost, memory)
+    except ValueError:  # some of them have no such tactic
+        return
+    if len(stages) == 1:  # it is in one piece
+        return
+    own_ms = sum(segment.ms for segment in stages)
+    choices = [chunked(chunk, [s.choice for s in stages], count) for count in (1, *counts)]
+    whole_ms, *others = together(choices)
+    for choice, ms in zip(choices[1:], others, strict=True):
+        if ms is not None and whole_ms is not None:
+            yield Segment(choice, own_ms * ms / whole_ms, choices[0], own_ms)
