@@ -38,7 +38,7 @@ from resfuse.kernels.problem import math_mode_of
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
 
 ON_GPU = [name for name, tactic in TACTICS.items() if tactic.devices == ("cuda",)]
-ON_TRITON = [name for name in ON_GPU if name != "cudnn"]
+ON_TRITON = [name for name in ON_GPU if name not in ("cudnn", "chunks")]
 HALVES = (torch.float32, torch.float16)
 
 

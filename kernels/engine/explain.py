@@ -5,6 +5,8 @@ first, and what the whole could be at best.
 from collections.abc import Sequence
 
 from resfuse.kernels.engine.ceilings import Ceilings
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.chunks import inner_choices
 from resfuse.kernels.engine.cost import cost_of
 from resfuse.kernels.engine.graph import (
     Affine,
@@ -50,7 +52,7 @@ def table(
     total = sum(segment.ms for segment in segments)
     rows = [_row(graph, segment, total, ceilings) for segment in segments]
     floor = sum(float(row[4]) for row in rows) if ceilings else None
-    joined = [[f"+ {name_of(n)}" for n in _nodes(graph, segment)[1:]] for segment in segments]
+    joined = [_joined(graph, segment.choice) for segment in segments]
     widths = [max(len(row[i]) for row in [_HEADINGS, *rows]) for i in range(len(_HEADINGS))]
     widths[0] = max([widths[0], *(len(name) for names in joined for name in names)])
     lines = [_line(_HEADINGS, widths), _line(["-" * w for w in widths], widths)]
@@ -110,6 +112,15 @@ def _row(
         f"{cost.moved / MB:.2f}",
         runner_up,
     )
+
+
+def _joined(graph: Graph, choice: Choice) -> list[str]:
+    """What else a segment computes; of chunks, everything, and by which tactic."""
+    names = [name_of(node) for node in graph.nodes[choice.start : choice.stop]]
+    if "inner" not in choice.settings:
+        return [f"+ {name}" for name in names[1:]]
+    tactics = {inner.start: inner.label() for inner in inner_choices(choice)}
+    return [f"+ {name}{': ' * (i in tactics)}{tactics.get(i, '')}" for i, name in enumerate(names)]
 
 
 def _nodes(graph: Graph, segment: Segment) -> tuple[Node, ...]:
