@@ -145,16 +145,17 @@ def chunk_plan(times: dict[int, float], bytes_in_chunks: int) -> list[Segment]:
     tactics = tactics_for("cpu")
     segments = [Segment(c, 1.0) for c in eager_choices(graph)]
 
-    def cost(choice: Choice) -> float | None:
-        return 1.0 if choice.stop == choice.start + 1 else None
+    class Clock:
+        def __call__(self, choice: Choice) -> float | None:
+            return 1.0 if choice.stop == choice.start + 1 else None
 
-    def together(choices: Sequence[Choice]) -> list[float | None]:
-        return [times.get(choice.settings["count"]) for choice in choices]
+        def together(self, choices: Sequence[Choice]) -> list[float | None]:
+            return [times.get(choice.settings["count"]) for choice in choices]
 
     def memory(choice: Choice) -> int:
         return bytes_in_chunks if choice.tactic == "native_chunks" else 1000
 
-    return with_chunks(graph, segments, tactics, cost, together, memory)
+    return with_chunks(graph, segments, tactics, Clock(), memory)
 
 
 def test_chunks_are_planned_where_they_are_quicker_or_smaller() -> None:

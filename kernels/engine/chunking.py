@@ -4,28 +4,35 @@ A segment's time says nothing about it: what a chunk saves is what the segments 
 a cache. So whole stages are timed, in one chunk and in several.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from typing import Protocol
 
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.chunks import can_be_chunked, chunked
 from resfuse.kernels.engine.graph import Conv, Graph, Node
-from resfuse.kernels.engine.planner import Cost, Memory, Segment, plan, price
+from resfuse.kernels.engine.planner import Memory, Segment, plan, price
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule
-
-Together = Callable[[Sequence[Choice]], list[float | None]]  # ms of choices for the same nodes
 
 _NOISE = 0.01  # of a price
 # Images of a chunk. On a GPU fewer leave most multiprocessors without a tile.
 IMAGES = {"native_chunks": (1, 2, 4), "chunks": (8, 16, 32)}
 
 
+class Clock(Protocol):
+    """measure.Measurer: ms of a choice, None where it may not be used."""
+
+    def __call__(self, choice: Choice) -> float | None: ...
+
+    def together(self, choices: Sequence[Choice]) -> list[float | None]:
+        """Of choices for the same nodes, timed in turns."""
+
+
 def with_chunks(
     graph: Graph,
     segments: Sequence[Segment],
     tactics: Mapping[str, TacticModule],
-    cost: Cost,
-    together: Together,
+    clock: Clock,
     memory: Memory,
 ) -> list[Segment]:
     """The plan with as many stages in chunks as lowers its price, from the first on.
@@ -35,12 +42,12 @@ def with_chunks(
     """
     best = list(segments)
     chunk = next((name for name in IMAGES if name in tactics), None)
-    if chunk is None or not best:
+    if chunk is None or not graph.input or not best:
         return best
     least = price(best, memory)
     for stop in stage_ends(graph):
-        rest = plan(graph, tactics, cost, memory, stop)
-        for stages in _in_chunks(graph, stop, chunk, tactics, cost, together, memory):
+        rest = plan(graph, tactics, clock, memory, stop)
+        for stages in _in_chunks(graph, stop, chunk, tactics, clock, memory):
             here = [stages, *rest]
             if (price_here := price(here, memory)) < least - _NOISE * least:
                 best, least = here, price_here
@@ -79,8 +86,7 @@ def _in_chunks(
     stop: int,
     chunk: str,
     tactics: Mapping[str, TacticModule],
-    cost: Cost,
-    together: Together,
+    clock: Clock,
     memory: Memory,
 ) -> Iterator[Segment]:
     """The nodes before `stop` in chunks of each size, each as one segment. Its time is the sum of
@@ -95,14 +101,14 @@ def _in_chunks(
     if not counts:
         return
     try:
-        stages = plan(graph.part(0, stop), usable, cost, memory)
+        stages = plan(graph.part(0, stop), usable, clock, memory)
     except ValueError:  # some of them have no such tactic
         return
     if len(stages) == 1:  # it is in one piece
         return
     own_ms = sum(segment.ms for segment in stages)
     choices = [chunked(chunk, [s.choice for s in stages], count) for count in (1, *counts)]
-    whole_ms, *others = together(choices)
+    whole_ms, *others = clock.together(choices)
     for choice, ms in zip(choices[1:], others, strict=True):
         if ms is not None and whole_ms is not None:
             yield Segment(choice, own_ms * ms / whole_ms, choices[0], own_ms)

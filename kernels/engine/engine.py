@@ -319,7 +319,7 @@ def _build(
         _compile_ahead(graph, state, tactics, measured, device)
     memory = _memory(graph, tactics)
     segments = plan(graph, tactics, measured, memory)
-    segments = with_chunks(graph, segments, tactics, measured, measured.together, memory)
+    segments = with_chunks(graph, segments, tactics, measured, memory)
     executor = Executor(graph, [s.choice for s in segments], state, laid)
     return Built(graph, tuple(segments), executor)
 
