@@ -61,13 +61,14 @@ SPILLING = (
 
 def candidates(problem: ConvProblem) -> list[Config]:
     """The convolution's configurations that leave room for statistics."""
-    found = convolution_candidates(problem)
-    return [config for config in found if config.is_proven and _has_room(config)]
+    return [config for config in convolution_candidates(problem) if _is_usable(config)]
 
 
-def _has_room(config: Config) -> bool:
+def _is_usable(config: Config) -> bool:
+    """Whether it is right without having been tried on the device, and has room for statistics."""
     threads = 32 * config.num_warps
-    return config not in SPILLING and config.block_m * config.block_n <= ACCUMULATORS * threads
+    has_room = config not in SPILLING and config.block_m * config.block_n <= ACCUMULATORS * threads
+    return config.is_proven and has_room
 
 
 @lru_cache(maxsize=4096)
@@ -168,8 +169,8 @@ def shipped() -> Iterator[tuple[str, Launch]]:
     closest to being chosen."""
     for math_mode, configs in BY_MATH_MODE.items():
         problems = [replace(p, activation="identity") for p in resnet_problems(math_mode)]
-        roomy = filter(_has_room, configs)
-        for config, problem in closest_to_chosen(roomy, problems, candidates):
+        usable = filter(_is_usable, configs)
+        for config, problem in closest_to_chosen(usable, problems, candidates):
             tensors = stand_ins(problem)
             partials = empty_partials(tensors.y, config.tiles(problem)[0])
             label = f"{problem.label()} {math_mode} {config.label()}"
