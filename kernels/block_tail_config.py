@@ -132,8 +132,8 @@ _WINDOW = Config(64, 64, 64, 4, 3, taps=WINDOW)
 _LARGE_WINDOW = Config(128, 64, 64, 8, 3, taps=WINDOW)
 # What `resfuse inspect` found to fit sm_80, sm_90 and sm_100 without a spill. The limit is
 # registers: they hold h of the whole tile, and y_next if there is one. On an H200 in fp16, at batch
-# 256, _SMALL was the fastest of a dozen tiles at 64 and 128 channels, by 1.2 to 1.6 times, and
-# faster than cuDNN's two or three convolutions at 64; what was not there: windows, kept weights.
+# 256, _SMALL was the fastest of a dozen tiles at 64 channels and at 128 with none or 128 next,
+# 1.3 to 1.7 times as fast as _LARGE. Windows and kept weights were not there.
 _BITS_16: Table = {
     (64, 0): (
         _SMALL,

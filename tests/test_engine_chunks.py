@@ -139,6 +139,21 @@ def test_what_looks_beyond_an_image_is_left_alone() -> None:
     assert stage_ends(graph) == []
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.mean()  # a value without dimensions
+
+
+def test_a_value_without_dimensions_is_no_obstacle() -> None:
+    model = nn.Sequential(Scaled(), nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).eval()
+    x = torch.rand(4, 3, 8, 8)
+    graph, _ = capture(model, x)
+    assert () in {value.shape for value in graph.values.values()}
+    assert stage_ends(graph) == []
+    with torch.inference_mode():
+        assert torch.allclose(build_engine(model, x)(x), model(x), atol=1e-5)
+
+
 def chunk_plan(times: dict[int, float], bytes_in_chunks: int) -> list[Segment]:
     """Where each node takes 1 ms and 1000 bytes, and chunks so many ms by their count."""
     graph, *_ = resnet(8)

@@ -28,7 +28,7 @@ def inner_choices(choice: Choice) -> list[Choice]:
 
 def can_be_chunked(part: Graph) -> bool:
     """Whether every value has the batch first, and no operation looks beyond an image."""
-    sizes = {value.shape[0] for value in part.values.values()}
+    sizes = {value.shape[:1] for value in part.values.values()}  # torch's may have no dimension
     return len(sizes) == 1 and not any(isinstance(node.op, Torch) for node in part.nodes)
 
 
