@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from graphs import conv_graph, conv_state, eager_choices, error, inputs_of
 from random_graphs import State, graphs
 from resfuse.kernels.engine.alive import Alive
-from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.choice import Choice, key_of
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, Node, Torch, Value
 from resfuse.kernels.engine.memory import ALIGNMENT, Buffer, arrange, least_size
@@ -190,6 +190,30 @@ def test_one_weight_under_two_batch_norms() -> None:
     both = graph_of(Node("a", op, ("x",)), Node("b", other, ("x",)), outputs=("a", "b"))
     config = tuple(asdict(next(iter(candidates(PROBLEM)))).items())
     require_as_eager(both, state, [Choice("native", 0, 1, config), Choice("native", 1, 2, config)])
+
+
+def test_a_part_is_timed_in_place_where_the_network_runs_it_so() -> None:
+    graph = graph_of(
+        Node("a", Affine(None, "relu"), ("x",)),
+        Node("b", Affine(None, "relu6"), ("a",)),
+        Node("c", Affine(None, "relu", residual=True), ("b", "a")),
+        Node("d", Affine(None, "relu", residual=True), ("c", "x")),
+        outputs=("d",),
+    )
+    assert [graph.part(at, at + 1).spent for at in range(4)] == [set(), set(), {"a", "b"}, {"c"}]
+    assert graph.part(1, 3).spent == {"a"} and graph.part(1, 3).part(1, 2).spent == {"a", "b"}
+    part = graph.part(2, 3)
+    choice = [Choice("native", 0, 1)]
+    in_place, beside = (
+        Executor(part, choice, {}),
+        Executor(replace(part, spent=frozenset()), choice, {}),
+    )
+    assert in_place.room.address("c") == in_place.room.address("a")
+    assert beside.room.address("c") != beside.room.address("a")
+    inputs = inputs_of(part)
+    assert torch.equal(in_place(*inputs)[0], beside(*inputs)[0])
+    assert torch.equal(in_place(*inputs)[0], beside(*inputs)[0])  # they are brought in anew
+    assert key_of(part) == key_of(replace(part, spent=frozenset())).replace(")", ") in place", 1)
 
 
 def test_the_parts_of_a_concatenation_are_written_where_the_whole_is() -> None:

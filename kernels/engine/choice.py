@@ -39,13 +39,13 @@ def _told(value: Any) -> str:
 
 
 def key_of(part: Graph) -> str:
-    """What the time of a part depends on: operations and shapes, not names nor values."""
+    """What the time of a part depends on: operations, shapes and what is in place, not names."""
     numbers = {name: i for i, name in enumerate([*part.reads, *(n.name for n in part.nodes)])}
     words = []
     for node in part.nodes:
         shapes = ["x".join(map(str, part.values[name].shape)) for name in node.inputs]
         wires = ",".join(f"{numbers[n]}:{s}" for n, s in zip(node.inputs, shapes, strict=True))
-        words.append(f"{_describe(node)} ({wires})")
+        words.append(f"{_describe(node)} ({wires}){' in place' * (node.over in part.spent)}")
     dtype = str(part.values[part.nodes[0].name].dtype).removeprefix("torch.")
     return f"{'; '.join(words)} {dtype}"
 

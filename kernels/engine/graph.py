@@ -157,6 +157,13 @@ class Node:
         adds = op.problem.residual if isinstance(op, Conv) else getattr(op, "residual", False)
         return self.inputs[-1] if adds else None
 
+    @property
+    def over(self) -> str | None:
+        """The value that may be overwritten with the output, once nobody else reads it."""
+        if isinstance(self.op, Affine) and not self.op.residual:
+            return self.inputs[0]
+        return self.residual
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -168,6 +175,7 @@ class Graph:
     values: dict[str, Value]
     spec: str = ""  # how the outputs make up the model's result (torch.utils._pytree, as JSON)
     constants: tuple[str, ...] = ()  # of the state, what the model's state_dict does not have
+    spent: frozenset[str] = frozenset()  # of `reads`, what nobody needs afterwards
 
     @cached_property
     def readers(self) -> Counter[str]:
@@ -185,7 +193,8 @@ class Graph:
         return self.values[self.input].shape[0]
 
     def part(self, start: int, stop: int) -> "Graph":
-        """Nodes [start, stop) as a graph: what it reads from outside comes first in `reads`."""
+        """Nodes [start, stop) as a graph: what it reads from outside comes first in `reads`, and
+        is spent where this graph made it and no later node reads it."""
         nodes = self.nodes[start:stop]
         made = {node.name for node in nodes}
         read_later = {name for node in self.nodes[stop:] for name in node.inputs}
@@ -193,8 +202,13 @@ class Graph:
         outputs = tuple(node.name for node in nodes if node.name in read_later)
         reads = dict.fromkeys(name for node in nodes for name in node.inputs if name not in made)
         names = [*reads, *made]
+        kept = {*read_later, *self.reads} - self.spent
         return Graph(
-            next(iter(reads), ""), outputs, nodes, {name: self.values[name] for name in names}
+            next(iter(reads), ""),
+            outputs,
+            nodes,
+            {name: self.values[name] for name in names},
+            spent=frozenset(reads) - kept,
         )
 
     def inner(self, start: int, stop: int) -> set[str]:

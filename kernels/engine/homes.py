@@ -6,7 +6,7 @@ again, and the parts of a concatenation are written where the whole will be.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from resfuse.kernels.engine.graph import Affine, Concat, Conv, Graph, Node
+from resfuse.kernels.engine.graph import Concat, Conv, Graph, Node
 from resfuse.kernels.engine.memory import Buffer
 
 
@@ -116,10 +116,10 @@ class _Finder:
 
     def _overwritten(self, node: Node) -> str | None:
         """The value that `node` may write its output over."""
-        if not isinstance(node.op, Conv | Affine):
+        over = node.over
+        if over is None or over not in self._of:
             return None
-        over = node.residual or (node.inputs[0] if isinstance(node.op, Affine) else None)
-        if over is None or over not in self._of or over not in self._made_at:
+        if over not in self._made_at and over not in self._graph.spent:
             return None
         block, _ = self._of[over]
         at = self._made_at[node.name]

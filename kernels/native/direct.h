@@ -103,10 +103,14 @@ static void direct_slices(const Step& s, const Task& task, const float* w, float
       } else {
         Windows<M>(s, pixel, task.channel + c).tap(s, tap / s.S, tap % s.S, x);
       }
-      Next next{M * s.stride_w * s.x_pitch, nullptr, 0};
+      Next next{M * s.stride_w * s.x_pitch};
       if (last) {
-        next.y_pitch = s.residual ? s.residual_pitch : s.y_pitch;
-        next.y = (s.residual ? s.residual : s.y) + (pixel + M) * next.y_pitch + task.k;
+        next.y = s.y + (pixel + M) * s.y_pitch + task.k;
+        next.y_pitch = s.y_pitch;
+        if (s.residual && s.residual != s.y) {
+          next.residual = s.residual + (pixel + M) * s.residual_pitch + task.k;
+          next.residual_pitch = s.residual_pitch;
+        }
       }
       tile.add(x, w, depth, ahead.take(depth), next);
       if (!first) tile.plus(kept);

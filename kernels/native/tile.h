@@ -7,11 +7,12 @@ constexpr long LINE = 16;    // floats of a cache line
 constexpr long DEPTH = 128;  // channels whose weights, times PANEL, fill a first-level cache
 
 // What the next tile will read and write, fetched while this one computes: a burst of prefetches
-// would fill the buffers that this one's loads need.
+// would fill the buffers that this one's loads need. A 1x1 from 256 to 512 channels with its
+// residual elsewhere took 7.1 ms with the residual fetched alone, 5.3 with y as well (two cores).
 struct Next {
-  long x;          // floats from this tile's rows, 0: nothing
-  const float* y;  // null: nothing
-  long y_pitch;
+  long x = 0;                                    // floats from this tile's rows, 0: nothing
+  const float *y = nullptr, *residual = nullptr;  // null: nothing, or what y is written over
+  long y_pitch = 0, residual_pitch = 0;
 };
 
 template <long M, long N>
@@ -53,6 +54,11 @@ struct Tile {
       if (next.y && from < columns) {
         UNROLLED for (long m = 0; m < M; m++) {
           __builtin_prefetch(next.y + m * next.y_pitch + from, 1, 3);
+        }
+      }
+      if (next.residual && from < columns) {
+        UNROLLED for (long m = 0; m < M; m++) {
+          __builtin_prefetch(next.residual + m * next.residual_pitch + from, 0, 3);
         }
       }
       const long to = from + LINE < depth ? from + LINE : depth;

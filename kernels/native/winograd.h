@@ -165,7 +165,7 @@ static void multiply(const Step& s, const Slice& slice, long e, const float* w, 
     tile.start(nullptr);
     const float* x[M];
     for (long m = 0; m < M; m++) x[m] = input + (row + m) * s.C;
-    tile.add(x, w, slice.depth, ahead.take(slice.depth), Next{M * s.C, nullptr, 0});
+    tile.add(x, w, slice.depth, ahead.take(slice.depth), Next{M * s.C});
     if (slice.c) tile.plus(product);
     tile.put_away(product);
   });
