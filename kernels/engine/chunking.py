@@ -14,7 +14,7 @@ from resfuse.kernels.engine.graph import Conv, Graph, Node
 from resfuse.kernels.engine.planner import Memory, Segment, plan, price
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule
 
-_NOISE = 0.01  # of a price
+_NOISE = 0.01  # of a price: what chunks must save at least
 # Images of a chunk. On a GPU fewer leave most multiprocessors without a tile.
 IMAGES = {"native_chunks": (1, 2, 4), "chunks": (8, 16, 32)}
 
@@ -40,16 +40,16 @@ def with_chunks(
     Args:
         segments: a plan of `graph` by `tactics`.
     """
-    best = list(segments)
+    whole = list(segments)
     chunk = next((name for name in IMAGES if name in tactics), None)
-    if chunk is None or not graph.input or not best:
-        return best
-    least = price(best, memory)
+    if chunk is None or not graph.input or not whole:
+        return whole
+    best, least = whole, (1 - _NOISE) * price(whole, memory)
     for stop in stage_ends(graph):
         rest = plan(graph, tactics, clock, memory, stop)
         for stages in _in_chunks(graph, stop, chunk, tactics, clock, memory):
             here = [stages, *rest]
-            if (price_here := price(here, memory)) < least - _NOISE * least:
+            if (price_here := price(here, memory)) < least:
                 best, least = here, price_here
     return best
 
