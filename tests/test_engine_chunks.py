@@ -70,7 +70,7 @@ def resnet(batch: int) -> tuple[Graph, State, nn.Module, Tensor]:
 def planned(graph: Graph, stop: int) -> list[Choice]:
     """By native tactics that join nodes where they can, and the last configuration of each."""
     modules = {n: t for n, t in tactics_for("cpu").items() if TACTICS[n].in_arena}
-    cost = {"native_pooled": 1.5, "native_chain": 1.5, "native": 1.0}
+    cost = {"native_strips": 1.5, "native_chain": 1.5, "native": 1.0}
     part = graph.part(0, stop)
     return [s.choice for s in plan(part, modules, lambda c: cost[c.tactic], lambda _: 0)]
 
@@ -80,7 +80,7 @@ def test_joined_convolutions_and_several_sizes_of_chunk(count: int) -> None:
     graph, state, _, x = resnet(6)
     stop = stage_ends(graph)[-1]
     choices = planned(graph, stop)
-    assert {c.tactic for c in choices} > {"native_chain", "native_pooled"}
+    assert {c.tactic for c in choices} > {"native_chain", "native_strips"}
     rest = eager_choices(graph)[stop:]
     whole = Executor(graph, [*choices, *rest], state)
     chunks = Executor(graph, [chunked("native_chunks", choices, count), *rest], state)

@@ -26,10 +26,10 @@ struct Step {
   Activation activation;
   long residual_last;   // the residual is added after the activation
   long by_channel;      // threads part the output channels, not the pixels
-  long block;           // pixels (Winograd: tiles) taken through all channels at a time; of a pool
-                        // in pooled.h: rows
+  long block;           // pixels (Winograd: tiles) taken through all channels at a time
   long scratch_pitch;   // floats of scratch memory for each thread
-  // chain.h, pooled.h:
+  // chain.h, strips.h:
   long joined;                            // so many of the next steps take each block of this one
+  long rows;                              // of a strip, where this step reads the one before so
   long x_local, residual_local, y_local;  // floats into the scratch memory, 0: not there
 };

@@ -29,7 +29,7 @@ NUMBERS = (
     "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups",
     "x_pitch", "residual_pitch", "y_pitch",
     "activation", "residual_last", "by_channel", "block", "scratch_pitch",
-    "joined", "x_local", "residual_local", "y_local",
+    "joined", "rows", "x_local", "residual_local", "y_local",
 )  # fmt: skip
 
 

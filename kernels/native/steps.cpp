@@ -6,13 +6,13 @@
 #include "direct.h"
 #include "grouped.h"
 #include "pool.h"
-#include "pooled.h"
 #include "step.h"
+#include "strips.h"
 #include "winograd.h"
 
 static void run_part(const Step& step, long t, long threads) {
   if (step.joined) {
-    return (&step)[1].kind == MAX_POOL ? pooled(&step, t, threads) : chain(&step, t, threads);
+    return (&step)[1].rows ? strips(&step, t, threads) : chain(&step, t, threads);
   }
   switch (step.kind) {
     case DIRECT: direct(step, t, threads); break;

@@ -61,9 +61,9 @@ TACTICS: dict[str, Tactic] = {
         in_arena=True,
         devices=("cpu",),
     ),
-    "native_pooled": Tactic(
-        "resfuse.kernels.engine.tactics.native_pooled",
-        "convolution and the max-pool behind it in C++, strip by strip of rows",
+    "native_strips": Tactic(
+        "resfuse.kernels.engine.tactics.native_strips",
+        "convolution and the max-pool or 3x3 behind it in C++, strip by strip of rows",
         in_arena=True,
         devices=("cpu",),
     ),

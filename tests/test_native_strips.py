@@ -1,4 +1,6 @@
-"""A convolution and the max-pool behind it, strip by strip, answer as one after another."""
+"""A convolution and the max-pool or convolution behind it, strip by strip, answer as one after
+another.
+"""
 
 from dataclasses import replace
 
@@ -13,7 +15,7 @@ from random_graphs import State
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.graph import Conv, Graph, MaxPool, Node, Value
-from resfuse.kernels.engine.tactics import eager, native, native_pooled
+from resfuse.kernels.engine.tactics import eager, native, native_strips
 from resfuse.kernels.problem import ConvProblem
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -38,6 +40,20 @@ def stem(problem: ConvProblem, pool: MaxPool = RESNETS, seed: int = 0) -> tuple[
     shapes = {"x": (problem.n, problem.c, problem.h, problem.w), "a": between, "y": pooled.shape}
     values = {name: Value(tuple(shape), torch.float32) for name, shape in shapes.items()}
     return Graph("x", ("y",), nodes, values), state
+
+
+def bottleneck(problem: ConvProblem, reader: ConvProblem, seed: int = 0) -> tuple[Graph, State]:
+    """A convolution and one that reads it, both with batch norm; the reader may add a residual."""
+    graph, state = stem(problem, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    shape = (reader.k, reader.c // reader.groups, reader.r, reader.s)
+    weight = torch.randn(shape, generator=generator) / (shape[1] * shape[2] * shape[3]) ** 0.5
+    state |= {"v": weight, **norm_state("last", reader.k, generator)}
+    reads = ("a", "r") if reader.residual else ("a",)
+    last = Node("y", Conv(reader, "v", None, norm_named("last")), reads)
+    shape = (reader.n, reader.k, reader.p, reader.q)
+    values = graph.values | dict.fromkeys(("y", "r"), Value(shape, torch.float32))
+    return replace(graph, nodes=(graph.nodes[0], last), values=values), state
 
 
 def in_strips(choice: Choice, rows: int, block: int = 6) -> Choice:
@@ -68,12 +84,57 @@ STEMS = {
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_joined_they_answer_as_one_by_one(name: str, rows: int) -> None:
     graph, state = stem(*STEMS[name])
-    offered = list(native_pooled.segments(graph, 0))
+    offered = list(native_strips.segments(graph, 0))
     assert offered
     for choice in {c.settings["form"]: c for c in offered}.values():
         for joined in (choice, in_strips(choice, rows)):
             executor = Executor(graph, [joined], state)
             require_right(graph, executor, state, inputs_of(graph), scale=1.0)
+
+
+def pair(
+    c: int, k: int, size: tuple[int, int], to: int = 0, **reader: object
+) -> tuple[ConvProblem, ConvProblem]:
+    """A 1x1 from c to k channels on two images, and a 3x3 behind it, to as many or `to`."""
+    behind = problem_of(2, k, *size, to or k, 3, 3, **{"padding": (1, 1)} | reader)
+    return problem_of(2, c, *size, k, 1, 1), behind
+
+
+BOTTLENECKS = {
+    "ResNeXt's": pair(32, 64, (9, 7), groups=16),
+    "ResNeXt's with stride 2": pair(32, 64, (10, 7), groups=16, stride=(2, 2)),
+    "ResNet's with stride 2": pair(32, 64, (9, 8), stride=(2, 2)),
+    "MobileNet's": pair(16, 96, (7, 7), groups=96),
+    "groups of whole vectors": pair(32, 64, (7, 9), groups=2, to=128),
+    "sums of both kept between slices": pair(130, 160, (7, 5), stride=(2, 2)),
+    "no whole vectors": pair(17, 37, (6, 5), stride=(2, 2)),
+    "dilated": pair(16, 32, (11, 9), groups=8, padding=(2, 2), dilation=(2, 2)),
+    "with a residual": pair(32, 64, (8, 7), groups=16, residual=True),
+    "one pixel": pair(32, 32, (1, 1), groups=8),
+    "two with windows": (
+        problem_of(2, 16, 17, 15, 32, 3, 3, stride=(2, 2), padding=(1, 1)),
+        problem_of(2, 32, 9, 8, 32, 5, 3, padding=(2, 1), groups=8),
+    ),
+}
+
+
+@pytest.mark.usefixtures("thread_counts")
+@pytest.mark.parametrize("name", BOTTLENECKS)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_convolution_that_reads_in_windows_is_joined(name: str, rows: int) -> None:
+    graph, state = bottleneck(*BOTTLENECKS[name])
+    offered = list(native_strips.segments(graph, 0))
+    assert offered
+    for choice in {c.settings["form"]: c for c in offered}.values():
+        for joined in (choice, in_strips(choice, rows)):
+            executor = Executor(graph, [joined], state)
+            assert "a" not in executor.room
+            require_right(graph, executor, state, inputs_of(graph), scale=1.0)
+
+
+def test_where_winograd_can_be_had_nothing_is_joined() -> None:
+    graph, _ = bottleneck(*pair(32, 64, (8, 8)))
+    assert not list(native_strips.segments(graph, 0))
 
 
 @settings(max_examples=100, deadline=None)
@@ -98,14 +159,14 @@ def test_stems_of_any_size(
     )
     op = MaxPool((kernel, kernel), (step, step), (kernel // 2, kernel // 2), (1, 1), ceil)
     graph, state = stem(problem, op, seed)
-    choice = in_strips(next(iter(native_pooled.segments(graph, 0))), rows)
+    choice = in_strips(next(iter(native_strips.segments(graph, 0))), rows)
     require_right(graph, Executor(graph, [choice], state), state, inputs_of(graph), scale=1.0)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_what_lies_between_takes_no_place_in_the_arena() -> None:
     graph, state = stem(problem_of(1, 3, 96, 96, 64, 7, 7, stride=(2, 2), padding=(3, 3)))
-    choice = in_strips(next(iter(native_pooled.segments(graph, 0))), 1)
+    choice = in_strips(next(iter(native_strips.segments(graph, 0))), 1)
     joined = Executor(graph, [choice], state).room
     single = [next(iter(native.segments(graph, at))) for at in range(2)]
     apart = Executor(graph, single, state).room
@@ -115,7 +176,7 @@ def test_what_lies_between_takes_no_place_in_the_arena() -> None:
 
 def test_nan_and_infinity_pass_through() -> None:
     graph, state = stem(PROBLEMS["ResNet's stem"])
-    choice = in_strips(next(iter(native_pooled.segments(graph, 0))), 2)
+    choice = in_strips(next(iter(native_strips.segments(graph, 0))), 2)
     (x,) = inputs_of(graph)
     x[0, 1, 3, 4], x[0, 2, 20, 9] = float("nan"), float("inf")
     (y,), (want,) = Executor(graph, [choice], state)(x), eager.exact(graph, state, [x])
@@ -137,4 +198,4 @@ def test_what_cannot_be_joined_is_not_offered(why: str) -> None:
         graph = replace(graph, nodes=(Node("a", op, ("x", "x")), pool))
     else:
         graph = replace(graph, nodes=(conv, Node("y", pool.op, ("x",))))
-    assert not list(native_pooled.segments(graph, 0))
+    assert not list(native_strips.segments(graph, 0))
