@@ -24,13 +24,15 @@ struct Windows {
   bool inside = true;  // no window hangs over the edge
 
   Windows(const Step& s, long pixel, long channel) {
+    long q = pixel % s.Q, row = pixel / s.Q, p = row % s.P, image = row / s.P;
     for (long m = 0; m < M; m++) {
-      long q = (pixel + m) % s.Q, row = (pixel + m) / s.Q;
-      h[m] = row % s.P * s.stride_h - s.pad_h;
+      h[m] = p * s.stride_h - s.pad_h;
       w[m] = q * s.stride_w - s.pad_w;
-      corner[m] = s.x + ((row / s.P * s.H + h[m]) * s.W + w[m]) * s.x_pitch + channel;
+      corner[m] = s.x + ((image * s.H + h[m]) * s.W + w[m]) * s.x_pitch + channel;
       inside &= h[m] >= 0 && h[m] + (s.R - 1) * s.dilation_h < s.H;
       inside &= w[m] >= 0 && w[m] + (s.S - 1) * s.dilation_w < s.W;
+      if (++q == s.Q) q = 0, p++;
+      if (p == s.P) p = 0, image++;
     }
   }
 
