@@ -8,7 +8,7 @@ place in one arena (homes.py, memory.py), and everything is bound to it (executo
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -317,6 +317,9 @@ def _build(
     measured = Measurer(graph, state, device, tactics, cache, known(device))
     if device.type == "cuda":
         _compile_ahead(graph, state, tactics, measured, device)
+    else:
+        for choices in _same_nodes(graph, tactics):
+            measured.together(choices)
     memory = _memory(graph, tactics)
     segments = plan(graph, tactics, measured, memory)
     segments = with_chunks(graph, segments, tactics, measured, memory)
@@ -334,15 +337,20 @@ def _compile_ahead(
     """What is to be measured, as far as it takes Triton."""
     from resfuse.kernels.engine.compile_ahead import compile_ahead
 
-    offered = (
-        choice
-        for tactic in tactics.values()
-        for at in range(len(graph.nodes))
-        for choice in tactic.segments(graph, at)
-        if not measured.knows(choice)
-    )
+    every = (choice for choices in _same_nodes(graph, tactics) for choice in choices)
+    offered = (choice for choice in every if not measured.knows(choice))
     major, minor = torch.cuda.get_device_capability(device)
     compile_ahead(graph, state, offered, 10 * major + minor)
+
+
+def _same_nodes(graph: Graph, tactics: Mapping[str, TacticModule]) -> Iterator[list[Choice]]:
+    """What may be planned with: the choices for each run of nodes."""
+    for at in range(len(graph.nodes)):
+        found: dict[int, list[Choice]] = {}
+        for tactic in tactics.values():
+            for choice in tactic.segments(graph, at):
+                found.setdefault(choice.stop, []).append(choice)
+        yield from found.values()
 
 
 def _memory(graph: Graph, tactics: Mapping[str, TacticModule]) -> Callable[[Choice], int]:
