@@ -76,7 +76,7 @@ static void direct_shallow(const Step& s, const Task& task, const float* weights
     for (long r = 0; r < s.R; r++) {
       for (long tap = 0; tap < taps; tap++) {
         windows.tap(s, r, tap, x);
-        w = tile.add(x, w, depth, w, Next{});
+        w = tile.add(x, w, depth, nullptr, Next{});
       }
     }
     write(s, tile, pixel, task.k);

@@ -5,6 +5,7 @@
 
 constexpr long LINE = 16;    // floats of a cache line
 constexpr long DEPTH = 128;  // channels whose weights, times PANEL, fill a first-level cache
+constexpr long TOGETHER = 4;  // channels of an iteration, which shares its counting among them
 
 // What the next tile will read and write, fetched while this one computes: a burst of prefetches
 // would fill the buffers that this one's loads need. A 1x1 from 256 to 512 channels with its
@@ -41,7 +42,8 @@ struct Tile {
     }
   }
 
-  // sum += x[m][0..depth) @ w[0..depth)[N * LANES]; returns where the weights go on
+  // sum += x[m][0..depth) @ w[0..depth)[N * LANES]; returns where the weights go on. `ahead` (may be
+  // null) is fetched, a line for each channel.
   inline const float* add(const float* const* x, const float* w, long depth, const float* ahead,
                           const Next& next) {
     const float* row[M];
@@ -62,32 +64,41 @@ struct Tile {
         }
       }
       const long to = from + LINE < depth ? from + LINE : depth;
-      for (long c = from; c < to; c++, w += columns, ahead += LINE) {
-        __builtin_prefetch(ahead, 0, 2);
-        Floats weight[N];
-        UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
-        UNROLLED for (long m = 0; m < M; m++) {
-          UNROLLED for (long n = 0; n < N; n++) held.sum[m][n] += row[m][c] * weight[n];
+      long c = from;
+      for (; c + TOGETHER <= to; c += TOGETHER, w += TOGETHER * columns) {
+        if (ahead) {
+          UNROLLED for (long i = 0; i < TOGETHER; i++) __builtin_prefetch(ahead + i * LINE, 0, 2);
+          ahead += TOGETHER * LINE;
         }
+        UNROLLED for (long i = 0; i < TOGETHER; i++) held.add(row, c + i, w + i * columns);
       }
+      for (; c < to; c++, w += columns) held.add(row, c, w);
     }
     *this = held;
     return w;
+  }
+
+  // sum += row[m][c] @ w[N * LANES]
+  inline void add(const float* const* row, long c, const float* w) {
+    Floats weight[N];
+    UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
+    UNROLLED for (long m = 0; m < M; m++) {
+      UNROLLED for (long n = 0; n < N; n++) sum[m][n] += row[m][c] * weight[n];
+    }
   }
 };
 
 // Weights that are wanted next, and are fetched into the second-level cache by the tiles before.
 class Ahead {
   const float* next_;
-  const float* const start_;
   const float* const end_;
 
  public:
-  Ahead(const float* from, long floats) : next_(from), start_(from), end_(from + floats) {}
+  Ahead(const float* from, long floats) : next_(from), end_(from + floats) {}
 
-  // Where a tile fetches `depth` lines from; once all are fetched it is told the first ones again.
+  // Where a tile fetches `depth` lines from; null once all are fetched.
   const float* take(long depth) {
-    const float* const from = next_ < end_ ? next_ : start_;
+    const float* const from = next_ < end_ ? next_ : nullptr;
     next_ += depth * LINE;
     return from;
   }
