@@ -122,10 +122,10 @@ def test_the_plan_is_the_cheapest_of_all(
         assert (segment.runner_up, segment.runner_up_ms) == runner_up
 
 
-# A percent of time for a quarter of memory
+# Four percent of time for half of the memory
 @pytest.mark.parametrize(
     "second_ms, second_bytes, wins",
-    [(1.005, 70, 1), (1.005, 95, 0), (1.005, 200, 0), (1.02, 70, 0), (1.02, 50, 1), (0.98, 150, 1)],
+    [(1.005, 70, 1), (1.005, 95, 0), (1.005, 200, 0), (1.03, 70, 0), (1.04, 50, 1), (0.97, 150, 1)],
 )
 def test_time_is_weighed_against_memory(second_ms: float, second_bytes: int, wins: int) -> None:
     offered = [Choice("first", 0, 1), Choice("second", 0, 1)]

@@ -15,8 +15,8 @@ from resfuse.kernels.engine.tactics import TacticModule
 
 Cost = Callable[[Choice], float | None]  # ms; None: it may not be used
 Memory = Callable[[Choice], int]  # bytes that are in use while it runs
-# A cover is as good as its ms * bytes**WORTH is small: a percent of time for a quarter of memory.
-WORTH = 0.04
+# A cover is as good as its ms * bytes**WORTH is small: four percent of time for half of the memory.
+WORTH = 0.06
 
 
 @dataclass(frozen=True)
