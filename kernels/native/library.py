@@ -26,7 +26,7 @@ class NativeUnavailable(RuntimeError):
 
 @functools.cache
 def library(architecture: str = "native") -> ctypes.CDLL:
-    """The library, compiled if need be (about 2 s).
+    """The library, compiled if need be (about 15 s).
 
     Args:
         architecture: what the compiler's -march takes; tests have it make vectors of other widths.
