@@ -1,7 +1,8 @@
-"""How fast this device multiplies and copies, measured once a machine: what a floor is made of."""
+"""How fast this device multiplies and copies: what a floor is made of."""
 
 import time
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 
@@ -13,28 +14,37 @@ _ROUNDS = 5
 
 
 class Ceilings:
-    """GFLOP/s of a large matrix product and GB/s of a large copy."""
+    """GFLOP/s of a large matrix product and GB/s of a large copy, the most ever measured: they are
+    measured again when somebody asks, for whatever else a machine does only slows.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, cache: TimingCache) -> None:
-        side, size = _SIDE[device.type], _BYTES[device.type]
-        multiply_ms = _cached(cache, f"multiply {side} {dtype}", lambda: _multiply(device, dtype))
-        copy_ms = _cached(cache, f"copy {size}", lambda: _copy(device))
-        self.gflops = 2 * side**3 / multiply_ms / 1e6
-        self.gb_per_s = 2 * size / copy_ms / 1e6
+        self._device, self._dtype, self._cache = device, dtype, cache
+
+    @cached_property
+    def gflops(self) -> float:
+        side = _SIDE[self._device.type]
+        ms = self._least_ever(
+            f"multiply {side} {self._dtype}", _multiply(self._device, self._dtype)
+        )
+        return 2 * side**3 / ms / 1e6
+
+    @cached_property
+    def gb_per_s(self) -> float:
+        size = _BYTES[self._device.type]
+        return 2 * size / self._least_ever(f"copy {size}", _copy(self._device)) / 1e6
 
     def floor_ms(self, flops: int, moved: int) -> float:
         """The least time of so many FLOPs and bytes."""
         return max(flops / self.gflops, moved / self.gb_per_s) / 1e6
 
-
-def _cached(cache: TimingCache, what: str, measure: Callable[[], float]) -> float:
-    key = "ceiling", what
-    known = cache.get(key) if key in cache else None
-    if known is not None:
-        return known
-    ms = measure()
-    cache.put(key, ms)
-    return ms
+    def _least_ever(self, what: str, ms: float) -> float:
+        key = "ceiling", what
+        known = self._cache.get(key) if key in self._cache else None
+        if known is not None and known <= ms:
+            return known
+        self._cache.put(key, ms)
+        return ms
 
 
 def _multiply(device: torch.device, dtype: torch.dtype) -> float:
