@@ -1,5 +1,6 @@
 """A few images at a time: the same answers, less memory; and where the planner has it so."""
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from graphs import eager_choices, inputs_of, require_right
 from random_graphs import State, graphs
 from resfuse.kernels import build_engine, load_engine
+from resfuse.kernels.engine import measure
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.chunking import stage_ends, with_chunks
@@ -197,6 +199,21 @@ def test_choices_that_are_timed_together_are_checked_and_kept(tmp_path) -> None:
     assert measured(good) == times[0]
     again = TimingCache(torch.device("cpu"), tmp_path)
     assert Measurer(graph, state, torch.device("cpu"), ["native"], again)(good) == times[0]
+
+
+def test_no_more_are_timed_in_turns_than_there_is_room_for(tmp_path, monkeypatch) -> None:
+    graph, state, *_ = resnet(2)
+    cpu = torch.device("cpu")
+    measured = Measurer(graph, state, cpu, ["native"], TimingCache(cpu, tmp_path))
+    choices = list(native.segments(graph, 0))
+    monkeypatch.setattr(Measurer, "together", lambda self, some: turns.append(len(some)))
+    values = graph.part(0, 1).values.values()
+    each = 4 * sum(math.prod(value.shape) for value in values)
+    for room, expected in (2 * each, 2), (each - 1, 1), (1 << 40, len(choices)):
+        turns: list[int] = []
+        monkeypatch.setattr(measure, "_ROOM_BYTES", room)
+        measured.time_in_turns(choices)
+        assert sum(turns) == len(choices) and max(turns) == expected
 
 
 def test_an_engine_in_chunks_is_saved_and_loaded(tmp_path, monkeypatch) -> None:

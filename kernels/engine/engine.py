@@ -319,7 +319,7 @@ def _build(
         _compile_ahead(graph, state, tactics, measured, device)
     else:
         for choices in _same_nodes(graph, tactics):
-            measured.together(choices)
+            measured.time_in_turns(choices)
     memory = _memory(graph, tactics)
     segments = plan(graph, tactics, measured, memory)
     segments = with_chunks(graph, segments, tactics, measured, memory)

@@ -33,6 +33,7 @@ _HOPELESS = 1.5  # times as slow as the best so far: not measured any further
 # six of ResNet-50 and ResNeXt-50 that were up to 1 % quicker by themselves, the whole took 0.3 to
 # 1.5 % more.
 _LEAVING = 0.03
+_ROOM_BYTES = 2 << 30  # of values, for all that are timed in turns
 _SWEPT_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # several second-level caches
 
 
@@ -76,6 +77,16 @@ class Measurer:
             self._measure(part, key, choice)
         ms = self._cache.get(key)
         return ms and ms * (1 + _LEAVING * self._is_copied(choice))
+
+    def time_in_turns(self, choices: Sequence[Choice]) -> None:
+        """Puts the times of choices for the same nodes into the cache, all together as far as they
+        have room beside each other.
+        """
+        part = self._graph.part(choices[0].start, choices[0].stop)
+        each = sum(math.prod(v.shape) * v.dtype.itemsize for v in part.values.values())
+        at_once = max(1, _ROOM_BYTES // max(1, each))
+        for first in range(0, len(choices), at_once):
+            self.together(choices[first : first + at_once])
 
     def together(self, choices: Sequence[Choice]) -> list[float | None]:
         """Costs of choices for the same nodes, timed in turns: the speed of a machine may change
