@@ -16,6 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
 from resfuse.bench import measure, memory, network
+from resfuse.bench.backends import why_unavailable
 from resfuse.bench.case import Case
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.inference import Answers, Checked, Inference, answers
@@ -45,6 +46,8 @@ def test_inference(
 ) -> None:
     if benchmark.disabled and model != MODELS[0]:
         pytest.skip("another network is another time, and none is taken")
+    if (why := why_unavailable(backend, torch.device(DEVICE))) is not None:
+        pytest.skip(why)
     case = Case(model, backend, "inference", DEVICE, PRECISION, memory_format, batch, 224)
     benchmark.group = f"{model} batch {batch}"
     benchmark.extra_info |= {"images": batch, "precision": PRECISION, "status": "fail_to_run"}
