@@ -62,6 +62,17 @@ def in_strips(choice: Choice, rows: int, block: int = 6) -> Choice:
     return replace(choice, config=tuple(config.items()))
 
 
+def require_joined_right(graph: Graph, state: State, rows: int) -> None:
+    """In every form, as it is offered and in strips of `rows`; what lies between has no place."""
+    offered = list(native_strips.segments(graph, 0))
+    assert offered
+    for choice in {c.settings["form"]: c for c in offered}.values():
+        for joined in (choice, in_strips(choice, rows)):
+            executor = Executor(graph, [joined], state)
+            assert "a" not in executor.room
+            require_right(graph, executor, state, inputs_of(graph), scale=1.0)
+
+
 STEMS = {
     "ResNet's": (PROBLEMS["ResNet's stem"], RESNETS),
     "three images": (replace(PROBLEMS["ResNet's stem"], n=3), RESNETS),
@@ -83,13 +94,7 @@ STEMS = {
 @pytest.mark.parametrize("name", STEMS)
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_joined_they_answer_as_one_by_one(name: str, rows: int) -> None:
-    graph, state = stem(*STEMS[name])
-    offered = list(native_strips.segments(graph, 0))
-    assert offered
-    for choice in {c.settings["form"]: c for c in offered}.values():
-        for joined in (choice, in_strips(choice, rows)):
-            executor = Executor(graph, [joined], state)
-            require_right(graph, executor, state, inputs_of(graph), scale=1.0)
+    require_joined_right(*stem(*STEMS[name]), rows)
 
 
 def pair(
@@ -122,14 +127,7 @@ BOTTLENECKS = {
 @pytest.mark.parametrize("name", BOTTLENECKS)
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_a_convolution_that_reads_in_windows_is_joined(name: str, rows: int) -> None:
-    graph, state = bottleneck(*BOTTLENECKS[name])
-    offered = list(native_strips.segments(graph, 0))
-    assert offered
-    for choice in {c.settings["form"]: c for c in offered}.values():
-        for joined in (choice, in_strips(choice, rows)):
-            executor = Executor(graph, [joined], state)
-            assert "a" not in executor.room
-            require_right(graph, executor, state, inputs_of(graph), scale=1.0)
+    require_joined_right(*bottleneck(*BOTTLENECKS[name]), rows)
 
 
 def test_where_winograd_can_be_had_nothing_is_joined() -> None:
