@@ -7,6 +7,7 @@ same batch.
 """
 
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,20 @@ from PIL import Image, UnidentifiedImageError
 from resfuse.bench.errors import UsageError
 
 BUNDLED = "bundled"
+# Read where the packages have them: importing scikit-learn takes every case's process two seconds.
+_BUNDLED_FILES = {
+    "scikit-image": (
+        "skimage/data/astronaut.png",
+        "skimage/data/chelsea.png",
+        "skimage/data/coffee.png",
+        "skimage/data/rocket.jpg",
+        "skimage/data/retina.jpg",
+        "skimage/data/hubble_deep_field.jpg",
+        "skimage/data/ihc.png",
+        "skimage/data/motorcycle_left.png",
+    ),
+    "scikit-learn": ("sklearn/datasets/images/china.jpg", "sklearn/datasets/images/flower.jpg"),
+}
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
 MOST_FILES = 256  # of the user's folder, in name order; more would only cost memory
 # ImageNet's channel statistics, as torchvision and timm normalise with.
@@ -60,20 +75,11 @@ def _crop(photograph: Image.Image, size: int, rng: np.random.Generator) -> np.nd
 
 @cache
 def _bundled() -> list[Image.Image]:
-    from skimage import data
-    from sklearn.datasets import load_sample_images
-
-    colour = (
-        data.astronaut,
-        data.chelsea,
-        data.coffee,
-        data.rocket,
-        data.retina,
-        data.hubble_deep_field,
-    )
-    pictures = [picture() for picture in (*colour, data.immunohistochemistry)]
-    pictures += [data.stereo_motorcycle()[0], *load_sample_images().images]
-    return [Image.fromarray(picture).convert("RGB") for picture in pictures]
+    return [
+        _open(Path(str(metadata.distribution(package).locate_file(file))))
+        for package, files in _BUNDLED_FILES.items()
+        for file in files
+    ]
 
 
 @cache

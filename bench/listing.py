@@ -21,8 +21,6 @@ def cases_table(cases: list[Case], skipped: int) -> Table:
 
 
 def _models() -> Table:
-    import torch
-
     from resfuse.bench.roofline import cost
     from resfuse.resnet_ref import MODELS, create, input_size
 
@@ -31,8 +29,7 @@ def _models() -> Table:
     for heading in ("pixels", "M parameters", "GMACs", "M activations"):
         table.add_column(heading, justify="right")
     for name in MODELS:
-        with torch.device("meta"):
-            counted = cost(create(name).eval(), input_size(name))
+        counted = cost(create(name, device="meta").eval(), input_size(name))
         numbers = (counted.param_count / 1e6, counted.macs / 1e9, counted.activations / 1e6)
         table.add_row(name, str(input_size(name)), *(f"{number:.2f}" for number in numbers))
     return table

@@ -215,9 +215,7 @@ def subject(
 
 def cost_of(case: Case) -> roofline.Cost:
     """Parameters, MACs and activations of a case's network, counted on the meta device."""
-    with torch.device("meta"):
-        twin = create(case.model).eval()
-    return roofline.cost(twin, case.img_size)
+    return roofline.cost(create(case.model, device="meta").eval(), case.img_size)
 
 
 def require_device(device: str) -> None:

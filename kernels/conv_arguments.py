@@ -12,7 +12,7 @@ from resfuse.kernels.activation import Slope, require_activation
 from resfuse.kernels.arguments import empty_channels_last, require_4d, require_like
 from resfuse.kernels.conv_config import Config
 from resfuse.kernels.launch import Argument, interpreting
-from resfuse.kernels.problem import ConvProblem, math_mode_of
+from resfuse.kernels.problem import ConvProblem, math_mode_of, output_shape
 
 
 class Tensors(NamedTuple):
@@ -76,22 +76,6 @@ def _is_pair(value: Any, least: int) -> bool:
         and len(value) == 2
         and all(isinstance(number, int) and number >= least for number in value)
     )
-
-
-def output_shape(
-    x_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int, int, int]:
-    """(N, K, P, Q), of symbolic sizes too."""
-    p, q = (
-        (x_shape[2 + i] + 2 * padding[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1) // stride[i]
-        + 1
-        for i in (0, 1)
-    )
-    return x_shape[0], weight_shape[0], p, q
 
 
 def problem_of(

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from resfuse.kernels.arguments import channels_last, empty_channels_last
-from resfuse.kernels.conv_arguments import Tensors, output_shape, problem_of
+from resfuse.kernels.conv_arguments import Tensors, problem_of
 from resfuse.kernels.gradient import conv_bn_act_backward
 from resfuse.kernels.launch import Launch, runs_triton
-from resfuse.kernels.problem import ConvProblem
+from resfuse.kernels.problem import ConvProblem, output_shape
 
 
 def declare(

@@ -2,6 +2,7 @@
 configuration may depend on, and what it costs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +57,11 @@ class ConvProblem:
 
     @property
     def p(self) -> int:
-        return _output_size(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
+        return self._output_shape[2]
 
     @property
     def q(self) -> int:
-        return _output_size(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
+        return self._output_shape[3]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,6 +100,12 @@ class ConvProblem:
         return size * read + self._output_bytes * self.residual
 
     @property
+    def _output_shape(self) -> tuple[int, int, int, int]:
+        weight = (self.k, self.c // self.groups, self.r, self.s)
+        x = (self.n, self.c, self.h, self.w)
+        return output_shape(x, weight, self.stride, self.padding, self.dilation)
+
+    @property
     def _output_bytes(self) -> int:
         return MATH_MODES[self.math_mode][1] * self.n * self.p * self.q * self.k
 
@@ -114,8 +121,20 @@ class ConvProblem:
         return " ".join(words)
 
 
-def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def output_shape(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    """(N, K, P, Q), of symbolic sizes too."""
+    p, q = (
+        (x_shape[2 + i] + 2 * padding[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1) // stride[i]
+        + 1
+        for i in (0, 1)
+    )
+    return x_shape[0], weight_shape[0], p, q
 
 
 def _positions(

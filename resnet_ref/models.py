@@ -1,11 +1,13 @@
 """The registry: every network by name. A new one is a factory and one line in IMAGENET or CIFAR."""
 
+import contextlib
 import difflib
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from resfuse.resnet_ref.cifar import (
     cifar_plain,
@@ -124,12 +126,27 @@ def create(
         options["num_classes"] = num_classes
     if features_only:
         options["features_only"] = True
-    drawn_on = "meta" if device.type == "meta" else "cpu"
-    with torch.random.fork_rng(devices=[]), torch.device(drawn_on):
+    on_meta = device.type == "meta"
+    drawing = _Undrawn() if on_meta else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"), drawing:
         # torch.manual_seed would reseed every GPU too, which no fork here would undo.
         torch.default_generator.manual_seed(seed)
         model = MODELS[name](**options)
     return model.to(device)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves tensors of the meta device, which have no numbers, without any: drawing them goes
+    through torch's Python references, and takes longer than all else.
+    """
+
+    _DRAWS = frozenset((torch.Tensor.normal_, nn.init.kaiming_uniform_, nn.init.uniform_))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self._DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _check_known(name: str) -> None:

@@ -1,5 +1,6 @@
 """Backends beyond what the gate checks: dynamic batches, options, refusals, rewrites."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from resfuse.bench import inputs
 from resfuse.bench.backends import BACKENDS, cudnn_fused, load_build, load_trainable, onnxrt
-from resfuse.bench.backends.onnx_export import export
+from resfuse.bench.backends.onnx_export import exported
 from resfuse.bench.check import relative_error
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.precision import set_math_mode
@@ -106,12 +107,26 @@ def test_tf32_is_refused_on_a_cpu() -> None:
         set_math_mode("tf32", "cpu")
 
 
-def test_exported_file_has_standard_operators_only(tmp_path: Path) -> None:
+def test_exported_file_has_standard_operators_only() -> None:
     import onnx
 
-    model = onnx.load(export(calibrated("cifar_resnet20", 32), torch.zeros(1, 3, 32, 32)))
+    with exported(calibrated("cifar_resnet20", 32), torch.zeros(1, 3, 32, 32)) as file:
+        model = onnx.load(file)
     assert {node.domain for node in model.graph.node} == {""}
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the batch has a name
+
+
+@pytest.mark.parametrize("backend", ["onnxrt", "openvino"])
+def test_an_exported_file_is_gone_once_its_backend_is_built(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip({"onnxrt": "onnxruntime"}.get(backend, backend))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, images = calibrated("cifar_resnet20", 32), inputs.batch("bundled", 2, 32, 0)
+    run = load_build(backend)(model, images)
+    assert not list(tmp_path.glob("resfuse-onnx-*"))
+    with torch.inference_mode():
+        assert relative_error(run(images), model(images)) < 1e-5
 
 
 # cudnn_fused: its rewriting, with a twin of cuDNN's op. The op itself needs a GPU.

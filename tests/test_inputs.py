@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from resfuse.bench import inputs, roofline
-from resfuse.resnet_ref import create
+from resfuse.resnet_ref import create, input_size
 
 
 def test_a_seed_gives_the_same_photographs_and_another_seed_others() -> None:
@@ -43,17 +44,29 @@ def test_cost_counts_what_timm_counts() -> None:
 
     Its 4.11 includes batch norm; convolutions and the classifier alone are 4.09.
     """
-    with torch.device("meta"):
-        cost = roofline.cost(create("resnet50").eval(), 224)
+    cost = roofline.cost(create("resnet50", device="meta").eval(), 224)
     assert round(cost.macs / 1e9, 2) == 4.09
     assert round(cost.activations / 1e6, 2) == 11.11
     assert round(cost.param_count / 1e6, 2) == 25.56
 
 
+# One of each construction; the deep ones repeat the same blocks.
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18_a", "resnet50", "resnext50_32x4d", "vgg19_bn", "cifar_preact164", "cifar_resnet20"],
+)
+def test_cost_counts_what_torch_counts_on_real_numbers(name: str) -> None:
+    model, size = create(name).eval(), input_size(name)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        out = model(torch.zeros(1, 3, size, size))
+    cost = roofline.cost(create(name, device="meta").eval(), size)
+    assert 2 * cost.macs == counter.get_total_flops()
+    assert cost.outputs == out.numel()
+
+
 def test_winograd_saves_three_quarters_of_the_3x3s() -> None:
     """Every convolution of a VGG is a stride-1 3x3; its classifier is not."""
-    with torch.device("meta"):
-        cost = roofline.cost(create("vgg19").eval(), 224)
+    cost = roofline.cost(create("vgg19", device="meta").eval(), 224)
     classifier = 512 * 49 * 4096 + 4096 * 4096 + 4096 * 1000
     assert cost.winograd_macs - classifier == (cost.macs - classifier) // 4
 

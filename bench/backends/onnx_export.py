@@ -4,10 +4,10 @@ import contextlib
 import importlib
 import io
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +21,21 @@ def require_exporter() -> None:
         importlib.import_module(package)
 
 
-def export(model: nn.Module, example: Tensor) -> Path:
-    """Exports a model whose batch size is then free.
+@contextlib.contextmanager
+def exported(model: nn.Module, example: Tensor) -> Iterator[Path]:
+    """Exports a model whose batch size is then free, for as long as the context lasts.
 
     Args:
         model: in eval mode.
         example: [N, 3, H, W], of the device and dtype the model runs in.
 
-    Returns:
-        an .onnx file in a fresh temporary folder, weights beside it.
+    Yields:
+        an .onnx file in a temporary folder, weights beside it. A runtime that maps the weights into
+        memory keeps them when the folder goes (Windows keeps the folder then).
     """
     # A batch of one would be taken for a constant (torch.export specialises 0 and 1): two images
     # keep it free.
     images = torch.cat([example[:1], example[:1]]).contiguous()
-    path = Path(tempfile.mkdtemp(prefix="resfuse-onnx-")) / "model.onnx"
     with _silence():
         program = torch.onnx.export(
             model,
@@ -45,9 +46,13 @@ def export(model: nn.Module, example: Tensor) -> Path:
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},),
             verbose=False,
         )
-        assert program is not None
-        program.save(path)
-    return path
+    assert program is not None
+    with TemporaryDirectory(prefix="resfuse-onnx-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "model.onnx"
+        with _silence():
+            program.save(path)
+        del program  # and with it a copy of the weights
+        yield path
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.backends.onnx_export import INPUT, OUTPUT, export, require_exporter
+from resfuse.bench.backends.onnx_export import INPUT, OUTPUT, exported, require_exporter
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.precision import tf32_allowed
 
@@ -97,9 +97,8 @@ def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor
     stream = torch.cuda.current_stream().cuda_stream if example.is_cuda else 0
     options = provider_options(provider, device_index, stream, example.dtype)
     try:
-        session = onnxruntime.InferenceSession(
-            export(model, example), settings, providers=[(provider, options)]
-        )
+        with exported(model, example) as file:
+            session = onnxruntime.InferenceSession(file, settings, providers=[(provider, options)])
     except (state.NotImplemented, state.InvalidGraph):
         raise Unavailable(f"onnxruntime's {provider} has no {example.dtype} convolution") from None
     if provider not in session.get_providers():

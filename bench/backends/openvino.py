@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.backends.onnx_export import INPUT, export, require_exporter
+from resfuse.bench.backends.onnx_export import INPUT, exported, require_exporter
 from resfuse.bench.errors import Unavailable
 
 HINTS = {torch.float32: "f32", torch.float16: "f16"}
@@ -36,14 +36,15 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     import openvino
 
     core = openvino.Core()
-    network = core.read_model(export(model, example))
-    network.reshape({INPUT: tuple(example.shape)})  # a fixed shape, as torch.compile has it
     settings = {
         "INFERENCE_PRECISION_HINT": HINTS[example.dtype],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    compiled = core.compile_model(network, "CPU", settings)
+    with exported(model, example) as file:
+        network = core.read_model(file)
+        network.reshape({INPUT: tuple(example.shape)})  # a fixed shape, as torch.compile has it
+        compiled = core.compile_model(network, "CPU", settings)
     request = compiled.create_infer_request()
     classes = tuple(compiled.output(0).shape)[1:]
 

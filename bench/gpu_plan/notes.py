@@ -77,8 +77,7 @@ def _limits(key: tuple, ceilings: dict[str, float]) -> list[str]:
     copy = ceilings.get("ceiling_copy_gb_s")
     if not rate or not copy:
         return [_network(key), *["unknown"] * 4]
-    with torch.device("meta"):
-        cost = roofline.cost(create(model).eval(), img_size)
+    cost = roofline.cost(create(model, device="meta").eval(), img_size)
     size = getattr(torch, chosen.dtype).itemsize
     flops_ms = 2 * cost.macs * batch_size / rate / 1e9
     moved = (cost.param_count + batch_size * (cost.inputs + cost.outputs)) * size

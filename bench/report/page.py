@@ -6,6 +6,7 @@ folder is browsed, and as one HTML file, to be asked questions.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from matplotlib import style
@@ -179,7 +180,7 @@ def _draw_experiment(
 def _free(stem: str, names: set[str]) -> str:
     """A file name that is safe everywhere and not taken; takes it."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", stem)
-    candidates = (f"{safe}{suffix}.png" for suffix in ("", *(f"-{n}" for n in range(2, 10**6))))
+    candidates = chain([f"{safe}.png"], (f"{safe}-{n}.png" for n in count(2)))
     name = next(candidate for candidate in candidates if candidate not in names)
     names.add(name)
     return name

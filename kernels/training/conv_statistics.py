@@ -27,7 +27,6 @@ from resfuse.kernels.conv_arguments import (
     Tensors,
     gemm_arguments,
     gemm_constants,
-    output_shape,
     problem_of,
     require_arguments,
     stand_ins,
@@ -44,7 +43,7 @@ from resfuse.kernels.conv_config import candidates as convolution_candidates
 from resfuse.kernels.conv_config import choose as choose_for_convolution
 from resfuse.kernels.implicit_gemm import output_channels, sum_of_tile, swizzle
 from resfuse.kernels.launch import Launch, multiprocessors
-from resfuse.kernels.problem import ConvProblem
+from resfuse.kernels.problem import ConvProblem, output_shape
 from resfuse.kernels.training.exact import computes
 from resfuse.kernels.training.statistics import whole
 from resfuse.kernels.training.statistics_kernel import Partials, empty_partials, store_partials
