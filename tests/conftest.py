@@ -57,8 +57,12 @@ def _no_networks_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The engine's libraries and times are kept in a folder of this test run."""
-    folder = tmp_path_factory.mktemp("cache")
+    """The engine's times are kept in a folder of this process, its libraries in one of the run."""
+    folder, run = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent
+    (run / "native").mkdir(exist_ok=True)
+    (folder / "native").symlink_to(run / "native")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RESFUSE_CACHE_DIR", str(folder))
         yield folder

@@ -37,7 +37,6 @@ def in_bash(script: str, home: Path, sources: Path) -> subprocess.CompletedProce
         **os.environ,
         "PATH": f"{command.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(sources),
-        "RESFUSE_CACHE_DIR": str(home / "cache"),
     }
     return subprocess.run(
         ["bash", "-e", "-c", script],

@@ -14,6 +14,8 @@ from resfuse.bench.doctor import page, processors, software
 from resfuse.bench.doctor.finding import BROKEN, NOTE, Finding, Part, looked
 from resfuse.bench.doctor.noise import judged
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 RUN = (
     "import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
     "from resfuse.bench.cli import main\n"
@@ -26,9 +28,12 @@ def examined(
 ) -> subprocess.CompletedProcess[str]:
     """The command in a process that cannot import some packages."""
     code = RUN.format(hidden=list(hidden), results=str(folder / results))
-    own = {**os.environ, "RESFUSE_CACHE_DIR": str(folder / "cache"), **environment}
     return subprocess.run(
-        [sys.executable, "-c", code], env=own, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 
@@ -61,7 +66,7 @@ def test_optional_packages_that_are_missing_cost_their_backends(tmp_path: Path) 
 
 
 def test_without_a_compiler_it_says_so_and_fails(tmp_path: Path) -> None:
-    done = examined(tmp_path, PATH=str(tmp_path), CXX="")
+    done = examined(tmp_path, PATH=str(tmp_path), CXX="", RESFUSE_CACHE_DIR=str(tmp_path / "c"))
     assert done.returncode == 1, done.stdout + done.stderr
     broken = line(done.stdout, "native")
     assert broken.startswith("x ") and "no C++ compiler" in broken
