@@ -137,7 +137,9 @@ METRICS: dict[str, Metric] = {
         lambda m: m.ended_by, "", "what ended the rounds: seconds, rounds, or the interval's width"
     ),
     "peak_mem_mb": Metric(
-        lambda m: _megabytes(m.memory.peak), "MB", "peak of weights, activations and workspace"
+        lambda m: _megabytes(m.memory.peak),
+        "MB",
+        "peak of weights, activations and workspace (CPU: and code the backend loads)",
     ),
     "reserved_mem_mb": Metric(
         lambda m: _megabytes(m.memory.reserved), "MB", "held by the allocator (CPU: the process)"

@@ -30,8 +30,8 @@ def exported(model: nn.Module, example: Tensor) -> Iterator[Path]:
         example: [N, 3, H, W], of the device and dtype the model runs in.
 
     Yields:
-        an .onnx file in a temporary folder, weights beside it. A runtime that maps the weights into
-        memory keeps them when the folder goes (Windows keeps the folder then).
+        an .onnx file in a temporary folder, weights beside it. A runtime that has mapped the weights
+        into memory keeps them when the folder goes.
     """
     # A batch of one would be taken for a constant (torch.export specialises 0 and 1): two images
     # keep it free.
@@ -47,7 +47,7 @@ def exported(model: nn.Module, example: Tensor) -> Iterator[Path]:
             verbose=False,
         )
     assert program is not None
-    with TemporaryDirectory(prefix="resfuse-onnx-", ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(prefix="resfuse-onnx-") as folder:
         path = Path(folder) / "model.onnx"
         with _silence():
             program.save(path)
