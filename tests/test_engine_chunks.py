@@ -157,7 +157,8 @@ def test_a_value_without_dimensions_is_no_obstacle() -> None:
 
 
 def chunk_plan(times: dict[int, float], bytes_in_chunks: int) -> list[Segment]:
-    """Where each node takes 1 ms and 1000 bytes, and chunks so many ms by their count."""
+    """Where each node takes 1 ms and those of early stages 1000 bytes, and chunks so many ms by
+    their count."""
     graph, *_ = resnet(8)
     tactics = tactics_for("cpu")
     segments = [Segment(c, 1.0) for c in eager_choices(graph)]
@@ -170,19 +171,22 @@ def chunk_plan(times: dict[int, float], bytes_in_chunks: int) -> list[Segment]:
             return [times.get(choice.settings["count"]) for choice in choices]
 
     def memory(choice: Choice) -> int:
-        return bytes_in_chunks if choice.tactic == "native_chunks" else 1000
+        early = choice.tactic != "native_chunks" and choice.start < stage_ends(graph)[-1]
+        return 1000 if early else bytes_in_chunks
 
     return with_chunks(graph, segments, tactics, Clock(), memory)
 
 
-def test_chunks_are_planned_where_they_are_quicker_or_smaller() -> None:
+def test_chunks_are_planned_where_they_are_quicker_or_as_quick_and_smaller() -> None:
     assert chunk_plan({1: 10.0, 2: 10.0, 4: 10.0, 8: 10.0}, 1000)[0].choice.tactic == "eager"
     quick = chunk_plan({1: 10.0, 2: 10.0, 4: 5.0, 8: 6.0}, 1000)
     assert quick[0].choice.settings["count"] == 4
     last = stage_ends(resnet(8)[0])[-1]
     assert quick[0].choice.stop == last == quick[1].choice.start  # of all stages
     assert quick[0].ms == pytest.approx(last / 2) and quick[0].runner_up is not None
-    slow = {1: 10.0, 2: 20.0, 4: 20.0, 8: 20.0}
+    small = chunk_plan({1: 10.0, 2: 10.1, 4: 10.1, 8: 10.0}, 10)
+    assert small[0].choice.settings["count"] == 8
+    slow = {1: 10.0, 2: 10.1, 4: 10.1, 8: 10.1}
     assert chunk_plan(slow, 10)[0].choice.tactic == "eager"
     assert chunk_plan({1: 10.0}, 1000)[0].choice.tactic == "eager"  # the others were wrong
 

@@ -30,8 +30,8 @@ def exported(model: nn.Module, example: Tensor) -> Iterator[Path]:
         example: [N, 3, H, W], of the device and dtype the model runs in.
 
     Yields:
-        an .onnx file in a temporary folder, weights beside it. A runtime that has mapped the weights
-        into memory keeps them when the folder goes.
+        an .onnx file in a temporary folder, weights beside it. A runtime that has mapped them into
+        memory keeps them when the folder goes.
     """
     # A batch of one would be taken for a constant (torch.export specialises 0 and 1): two images
     # keep it free.

@@ -35,7 +35,8 @@ def with_chunks(
     clock: Clock,
     memory: Memory,
 ) -> list[Segment]:
-    """The plan with as many stages in chunks as lowers its price, from the first on.
+    """The plan with as many stages in chunks as lowers its price, from the first on, and costs no
+    time: for memory alone, four ResNets at batch 8 on a CPU had become 0 to 3 % slower.
 
     Args:
         segments: a plan of `graph` by `tactics`.
@@ -44,14 +45,18 @@ def with_chunks(
     chunk = next((name for name in IMAGES if name in tactics), None)
     if chunk is None or not graph.input or not whole:
         return whole
-    best, least = whole, (1 - _NOISE) * price(whole, memory)
+    best, least, most_ms = whole, (1 - _NOISE) * price(whole, memory), _ms(whole)
     for stop in stage_ends(graph):
         rest = plan(graph, tactics, clock, memory, stop)
         for stages in _in_chunks(graph, stop, chunk, tactics, clock, memory):
             here = [stages, *rest]
-            if (price_here := price(here, memory)) < least:
+            if _ms(here) <= most_ms and (price_here := price(here, memory)) < least:
                 best, least = here, price_here
     return best
+
+
+def _ms(segments: Sequence[Segment]) -> float:
+    return sum(segment.ms for segment in segments)
 
 
 def stage_ends(graph: Graph) -> list[int]:
@@ -106,7 +111,7 @@ def _in_chunks(
         return
     if len(stages) == 1:  # it is in one piece
         return
-    own_ms = sum(segment.ms for segment in stages)
+    own_ms = _ms(stages)
     choices = [chunked(chunk, [s.choice for s in stages], count) for count in (1, *counts)]
     whole_ms, *others = clock.together(choices)
     for choice, ms in zip(choices[1:], others, strict=True):

@@ -1,7 +1,8 @@
 // Convolution with as many output channels as input ones in groups of 1 (depthwise), 2, 4, 8 or 16
 // that fill a vector: output channels stay in their lanes, input ones are shuffled within a group.
+// Product i of lane l takes input channel l ^ i, so that the first needs no shuffle.
 //
-// Weights: for each vector of output channels [R, S, C / groups, LANES].
+// Weights: for each vector of output channels [R, S, i, LANES].
 #pragma once
 
 #include "direct.h"
@@ -11,11 +12,11 @@
 
 constexpr long MOST_TAPS = 128;
 
-template <long GROUP>
-static inline Ints lanes_of_input(long i) {
+static inline Floats input_of(Floats channels, long i) {
+  if (i == 0) return channels;
   Ints lanes;
-  UNROLLED for (long lane = 0; lane < LANES; lane++) lanes[lane] = lane / GROUP * GROUP + i;
-  return lanes;
+  UNROLLED for (long lane = 0; lane < LANES; lane++) lanes[lane] = lane ^ i;
+  return shuffle(channels, lanes);
 }
 
 template <long GROUP>
@@ -34,10 +35,7 @@ static void grouped_by(const Step& s, long from, long to) {
         UNROLLED for (long m = 0; m < M; m++) value[m] = load(x[tap][m] + k);
         UNROLLED for (long i = 0; i < GROUP; i++, w += LANES) {
           const Floats weight = load(w);
-          const Ints lanes = lanes_of_input<GROUP>(i);
-          UNROLLED for (long m = 0; m < M; m++) {
-            sum[m] += (GROUP == 1 ? value[m] : shuffle(value[m], lanes)) * weight;
-          }
+          UNROLLED for (long m = 0; m < M; m++) sum[m] += input_of(value[m], i) * weight;
         }
       }
       UNROLLED for (long m = 0; m < M; m++) finish(s, sum[m], pixel + m, k);
@@ -65,12 +63,10 @@ static void grouped_row(const Step& s, long pixel) {
     UNROLLED for (long m = 0; m < M; m++) sum[m] = load(s.bias + k);
     for (long r = 0; r < 3; r++, w += 3 * GROUP * LANES) {
       UNROLLED for (long i = 0; i < GROUP; i++) {
-        const Ints lanes = lanes_of_input<GROUP>(i);
         Floats weight[3];
         UNROLLED for (long t = 0; t < 3; t++) weight[t] = load(w + (t * GROUP + i) * LANES);
         UNROLLED for (long j = 0; j < M + 2; j++) {
-          const Floats all_of_group = load(x[r][j] + k);
-          const Floats v = GROUP == 1 ? all_of_group : shuffle(all_of_group, lanes);
+          const Floats v = input_of(load(x[r][j] + k), i);
           UNROLLED for (long t = 0; t < 3; t++) {
             if (j - t >= 0 && j - t < M) sum[j - t] += v * weight[t];
           }
