@@ -38,9 +38,8 @@ def winograd_weights(w: Tensor) -> Tensor:
 def grouped_weights(w: Tensor) -> Tensor:
     """[K, C / groups, R, S] -> for each vector of channels [R, S, i, lanes]: what lane l multiplies
     with input channel l ^ i of all."""
-    group = torch.arange(w.shape[1])
-    lane = torch.arange(w.shape[0])[:, None] % len(group)
-    by_lane = w[torch.arange(w.shape[0])[:, None], lane ^ group]
+    k, i = torch.arange(w.shape[0])[:, None], torch.arange(w.shape[1])
+    by_lane = w[k, (k % len(i)) ^ i]
     return by_lane.unflatten(0, (-1, lanes())).permute(0, 3, 4, 2, 1).reshape(-1)
 
 
