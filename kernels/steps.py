@@ -31,6 +31,7 @@ from resfuse.kernels.folded import (
 from resfuse.kernels.folding import bn_scale_shift
 from resfuse.kernels.layers import geometry_of, slope_of
 from resfuse.kernels.match import Chain, Residual
+from resfuse.kernels.problem import output_shape
 
 
 class ConvStep:
@@ -174,13 +175,10 @@ class ConvStep:
 
     def _output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         if x.shape != self._shapes[0]:
-            g, kernel = self.geometry, self.conv.kernel_size
-            p, q = (
-                (x.size(2 + i) + 2 * g.padding[i] - g.dilation[i] * (kernel[i] - 1) - 1)
-                // g.stride[i] + 1
-                for i in (0, 1)
-            )  # fmt: skip
-            self._shapes = (x.shape, (x.size(0), self.conv.out_channels, p, q))
+            g, conv = self.geometry, self.conv
+            weight = (conv.out_channels, conv.in_channels, *conv.kernel_size)
+            shape = output_shape(x.shape, weight, g.stride, g.padding, g.dilation)
+            self._shapes = (x.shape, shape)
         return self._shapes[1]
 
 
