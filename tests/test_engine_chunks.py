@@ -1,5 +1,6 @@
 """A few images at a time: the same answers, less memory; and where the planner has it so."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -203,6 +204,26 @@ def test_choices_that_are_timed_together_are_checked_and_kept(tmp_path) -> None:
     assert measured(good) == times[0]
     again = TimingCache(torch.device("cpu"), tmp_path)
     assert Measurer(graph, state, torch.device("cpu"), ["native"], again)(good) == times[0]
+
+
+@pytest.mark.parametrize(("ms", "in_a_row"), [(0.1, 4), (5.0, 1)])
+def test_choices_are_timed_in_turns_and_short_ones_several_times_in_each(
+    ms: float, in_a_row: int, tmp_path, monkeypatch
+) -> None:
+    graph, state, *_ = resnet(2)
+    cpu = torch.device("cpu")
+    measured = Measurer(graph, state, cpu, ["native"], TimingCache(cpu, tmp_path))
+    timed: list[measure.Run] = []
+
+    def clock(self: Measurer, run: measure.Run) -> float:
+        timed.append(run)
+        return ms if run is timed[0] else 1.1 * ms
+
+    monkeypatch.setattr(Measurer, "_once_cold", clock)
+    choices = [chunked("native_chunks", planned(graph, 2), count) for count in (1, 2)]
+    assert measured.together(choices) == [ms, 1.1 * ms]
+    turns = [len(list(turn)) for _, turn in itertools.groupby(timed, key=id)]
+    assert len(turns) == 10 and set(turns) == {in_a_row}
 
 
 def test_no_more_are_timed_in_turns_than_there_is_room_for(tmp_path, monkeypatch) -> None:
