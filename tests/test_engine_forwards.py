@@ -82,13 +82,25 @@ FORWARDS: dict[str, Callable[[], nn.Module]] = {
     ),
     "in place": lambda: nn.Sequential(conv(), nn.ReLU(inplace=True), nn.Dropout(inplace=True)),
     "a transposed convolution": lambda: nn.Sequential(conv(), nn.ConvTranspose2d(16, 8, 2, 2)),
+    "a flattened map": lambda: nn.Sequential(
+        conv(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 16, 8)
+    ),
+    "a flattened map, changed": lambda: nn.Sequential(
+        conv(), nn.Flatten(), nn.ReLU(), nn.Linear(16 * 9 * 8, 8)
+    ),
+    "shuffled channels": lambda: nn.Sequential(conv(), nn.ChannelShuffle(4), conv(16)),
     "padding that is no zeros": lambda: nn.Conv2d(3, 16, 3, padding=1, padding_mode="reflect"),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", FORWARDS)
-def test_forwards_of_every_shape(name: str, timings: Path) -> None:
-    model, x = made(FORWARDS[name]), images(2, 3, 9, 8)
+def test_forwards_of_every_shape(
+    name: str, memory_format: torch.memory_format, timings: Path
+) -> None:
+    model, x = (
+        each.to(memory_format=memory_format) for each in (made(FORWARDS[name]), images(2, 3, 9, 8))
+    )
     before = x.clone()
     engine = build_engine(model, x, timings=timings)
     with torch.no_grad():

@@ -51,6 +51,13 @@ def test_buffers_that_are_never_alive_together_share_their_memory() -> None:
     assert arrange(given).size == least_size(given) == 640
 
 
+def test_what_lies_at_the_top_is_placed_anew() -> None:
+    """The largest first and no more would take 384: the smallest finds no gap below 320."""
+    lifetimes = [(1, 2, 3), (2, 3, 4), (3, 4, 4), (4, 1, 2)]
+    given = [Buffer(64 * size, first, last) for size, first, last in lifetimes]
+    assert arrange(given).size == least_size(given) == 320
+
+
 @settings(max_examples=200)
 @given(st.lists(buffers(), min_size=1, max_size=12))
 def test_the_least_size_is_what_is_alive_at_one_moment(given: list[Buffer]) -> None:

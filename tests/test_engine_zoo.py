@@ -85,7 +85,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
         lambda: timm.create_model("ecaresnet26t"),
         {
             "Conv": 32, "MaxPool": 1, "Mean": 9, "AveragePool": 3, "Affine": 8,
-            "aten.view.default": 16, "aten.conv1d.default": 8, "aten.sigmoid.default": 8,
+            "aten.reshape.default": 16, "aten.conv1d.default": 8, "aten.sigmoid.default": 8,
         },
     ),
     "FCN-R50, a dict": (

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from resfuse.kernels.engine.captured import Captured
 from resfuse.kernels.engine.graph import Graph, Node, Torch
 from resfuse.kernels.engine.merge import merge
-from resfuse.kernels.engine.operations import OPERATIONS, SAME_VALUES, arguments
+from resfuse.kernels.engine.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
 
 aten = torch.ops.aten
 
@@ -129,7 +129,10 @@ class _Reader:
         self.read.nodes.append(Node(node.name, one, made.inputs))
 
     def _torch(self, node: fx.Node) -> None:
-        """An operation that stays torch's; how to call it becomes plain data."""
+        """An operation that stays torch's; how to call it becomes plain data.
+
+        Views become reshapes: in the engine's own layouts not every shape is a view.
+        """
         inputs: list[fx.Node] = []
 
         def encode(arg: Any) -> Any:
@@ -146,7 +149,7 @@ class _Reader:
                 return arg
             raise ValueError(f"argument model: {node.target} takes {arg!r}, which cannot be kept")
 
-        target = node.target
+        target = aten.reshape.default if node.target in RESHAPES else node.target
         args = tuple(encode(a) for a in node.args)
         kwargs = tuple((key, encode(value)) for key, value in node.kwargs.items())
         if not isinstance(target, torch._ops.OpOverload):

@@ -34,6 +34,7 @@ _ACTIVATIONS: dict[Any, str] = {
     aten._prelu_kernel.default: "prelu",
 }
 SAME_VALUES = (aten.dropout.default, aten.clone.default, aten.contiguous.default)
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
 def _conv(read: Captured, node: fx.Node) -> bool:
@@ -231,7 +232,7 @@ def _pair(given: Any) -> tuple[int, int]:
 
 def _reshaped(arg: Any) -> Any:
     """What a view of it shows."""
-    while isinstance(arg, fx.Node) and arg.target in (aten.view.default, aten.reshape.default):
+    while isinstance(arg, fx.Node) and arg.target in RESHAPES:
         arg = arg.args[0]
     return arg
 
