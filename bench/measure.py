@@ -6,6 +6,7 @@ afterwards on a batch nobody has seen. Memory, energy and set-up are taken in ru
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 
@@ -61,6 +62,7 @@ def _measure(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Tell
 ) -> tuple[Outcome, float]:
     device = begin(case, options)
+    rehearse(case, device)
     model, batches = network.master(case, options.seed), network.batches(case)
     before = memory.held(device)
     candidate = subject(case, case.backend, case.memory_format, model, batches)
@@ -145,6 +147,23 @@ def begin(case: Case, options: Options) -> str:
     if PRECISIONS[case.precision].autocast and case.mode != "train":
         raise Unavailable(f"{case.precision} is a way to train; bfloat16 and float16 infer")
     return device
+
+
+def rehearse(case: Case, device: str) -> None:
+    """Sets up a small network as the case's backends will set up theirs.
+
+    On a CPU memory is the process's: code that is loaded on the way, up to 200 MB with torch's
+    compiler, would be taken for the network's. A GPU's allocator counts no code.
+    """
+    if device != "cpu":
+        return
+    layers = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 10)).eval().to(network.dtype(case))
+    images = [torch.randn(2, 3, 8, 8, dtype=network.dtype(case))]
+    backends = (case.backend, case.memory_format), (case.baseline, case.baseline_memory_format)
+    for backend, memory_format in backends:
+        with suppress(Exception):  # what stands in the way of this will be told of the case itself
+            subject(case, backend, memory_format, model, images).set_up()
 
 
 def conclude(measured: Measured, floor: roofline.Floor | None) -> Outcome:

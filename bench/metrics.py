@@ -139,7 +139,7 @@ METRICS: dict[str, Metric] = {
     "peak_mem_mb": Metric(
         lambda m: _megabytes(m.memory.peak),
         "MB",
-        "peak of weights, activations and workspace (CPU: and code the backend loads)",
+        "peak of weights, activations and workspace",
     ),
     "reserved_mem_mb": Metric(
         lambda m: _megabytes(m.memory.reserved), "MB", "held by the allocator (CPU: the process)"

@@ -52,6 +52,7 @@ def test_inference(
     benchmark.group = f"{model} batch {batch}"
     benchmark.extra_info |= {"images": batch, "precision": PRECISION, "status": "fail_to_run"}
     set_math_mode(case.math_mode, DEVICE)
+    measure.rehearse(case, DEVICE)
     weights, batches, expected = _reference(model, batch)
     before = memory.held(DEVICE)
     try:

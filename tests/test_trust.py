@@ -1,12 +1,15 @@
 """The harness against backends that cheat, and against honest ones that must pass."""
 
+import sys
+
 import pytest
 import torch
 
 from resfuse.bench import isolate, measure, timing
-from resfuse.bench.backends import BACKENDS, Backend
+from resfuse.bench.backends import BACKENDS, Backend, eager
 from resfuse.bench.case import Case, Options
 from resfuse.bench.row import Outcome
+from resfuse.bench.training import Run
 
 # Some 30 ms a step: long enough for clocks to be compared, short enough for a suite.
 CASE = Case("resnet18", "eager", "inference", "cpu", "float32", "contiguous", 4, 64)
@@ -135,6 +138,28 @@ def test_an_honest_backend_passes(memory_format: str) -> None:
     assert 0 < outcome.metrics["rel_l2_err"] < 1e-5
     assert outcome.metrics["top1_agree"] == 1.0
     assert outcome.metrics["rounds"] >= OPTIONS.min_rounds
+
+
+CODE: list[torch.Tensor] = []
+
+
+def loads_code(model: torch.nn.Module, example: torch.Tensor) -> Run:
+    """An honest backend, with 200 MB that it loads once in a process."""
+    if not CODE:
+        CODE.append(torch.ones(50 * 2**20))
+    return eager.build(model, example)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_what_a_backend_loads_once_is_not_the_networks_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(BACKENDS, "planted", Backend(f"{__name__}:loads_code", "planted"))
+    case = Case(**{**vars(CASE), "backend": "planted"})
+    outcome, _ = measure.measure(case, OPTIONS, {}, lambda event: None)
+    assert outcome.status == "pass" and CODE
+    assert 45 < float(outcome.metrics["peak_mem_mb"]) < 120  # ResNet-18 has 45 MB of weights
+    CODE.clear()
 
 
 def test_training_gradients_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,7 @@ def _measure(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Any, world: World
 ) -> tuple[Outcome, float]:
     device = measure.begin(case, options)
+    measure.rehearse(case, device)
     model, batches = network.master(case, options.seed), network.batches(case, world.rank)
 
     def subject(kind: type[Training], backend: str, memory_format: str) -> Training:
