@@ -166,7 +166,8 @@ class Builder:
         n, c, h, w = self.shapes[x]
         size = self._draw(st.integers(1, 9))
         rows, columns = (tuple(i * side // size for i in range(size)) for side in (h, w))
-        self._append(Pick(rows, columns), (n, c, size, size), x)
+        zeros = self._draw(st.sampled_from([0, 16, 3]))
+        self._append(Pick(rows, columns, zeros), (n, c + zeros, size, size), x)
 
     def _gate(self) -> None:
         """Of a map by one of its own means, or by another's."""

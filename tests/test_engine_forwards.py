@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
@@ -43,6 +44,20 @@ FORWARDS: dict[str, Callable[[], nn.Module]] = {
     "a map times itself": lambda: Scope(lambda s, x: (lambda y: y * y)(s.c(x)), c=conv()),
     "gates of gates": lambda: Scope(
         lambda s, x: (lambda g: g * g.sigmoid())(s.c(x).mean((2, 3), keepdim=True)), c=conv()
+    ),
+    "a shortcut without parameters": lambda: Scope(
+        lambda s, x: (s.d(s.c(x)) + F.pad(s.c(x)[:, :, ::2, ::2], [0] * 5 + [5])).relu(),
+        c=conv(), d=nn.Conv2d(16, 21, 3, 2, 1),
+    ),
+    "crops": lambda: Scope(
+        lambda s, x: (s.c(x)[:, :, 1:-2, 3:], s.c(x)[..., 4:5], s.c(x)[1:, 2:, :, -3:]), c=conv()
+    ),
+    "pads that are no zeros behind": lambda: Scope(
+        lambda s, x: [
+            F.pad(s.c(x), (1, 0)), F.pad(s.c(x), [0] * 4 + [2, 1]), F.pad(s.c(x), [0] * 5 + [-3]),
+            F.pad(s.c(x), [0] * 5 + [3], value=1.0),
+        ],
+        c=conv(),
     ),
     "nearest upsampling": lambda: nn.Sequential(
         conv(), nn.Upsample(scale_factor=2), conv(16), nn.Upsample(size=(25, 11)),

@@ -34,11 +34,8 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "resnet50": (lambda: create("resnet50"), RESNET50),
     "resnext50_32x4d": (lambda: create("resnext50_32x4d"), RESNET50),
     "wide_resnet50_2": (lambda: create("wide_resnet50_2"), RESNET50),
-    # of the shortcuts, two halve and pad: slices in both directions, and a pad each
-    "cifar_resnet20": (
-        lambda: create("cifar_resnet20"),
-        {"Conv": 20, "Mean": 1, "aten.slice.Tensor": 4, "aten.pad.default": 2},
-    ),
+    # of the shortcuts, two halve and pad
+    "cifar_resnet20": (lambda: create("cifar_resnet20"), {"Conv": 20, "Mean": 1, "Pick": 2}),
     "vgg19_bn": (
         lambda: tv.vgg19_bn(weights=None),
         {"Conv": 19, "MaxPool": 5, "aten.adaptive_avg_pool2d.default": 1},  # windows of two sizes

@@ -32,6 +32,26 @@ def test_average_pools(name: str, shape: tuple[int, ...]) -> None:
     require_native(one_node(op, {"x": shape, "y": tuple(y.shape)}, ("x",)), {})
 
 
+@pytest.mark.parametrize("channels", [16, 70, 3])
+@pytest.mark.parametrize("zeros", [1, 16, 61])
+def test_channels_of_zeros_hold_nothing_of_what_lies_beside_a_map(
+    channels: int, zeros: int
+) -> None:
+    """A shortcut without parameters, of a map with NaN in it."""
+    x = torch.randn(2, channels, 6, 8, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 2, 4] = torch.nan
+    op = Pick((0, 2, 4), (0, 2, 4, 6), zeros)
+    y_shape = (2, channels + zeros, 3, 4)
+    graph = one_node(op, {"x": tuple(x.shape), "y": y_shape}, ("x",))
+    (choice,) = native.segments(graph, 0)
+    executor = Executor(graph, [choice], {})
+    executor.room.view("x").fill_(torch.nan)
+    wanted = torch.nn.functional.pad(x[:, :, ::2, ::2], [0] * 5 + [zeros])
+    for _ in range(2):
+        (y,) = executor(x)
+        torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("size", [(26, 18), (20, 11), (7, 5), (1, 1)])
 def test_nearest_upsampling_picks_the_very_values(size: tuple[int, int]) -> None:
     x = torch.randn(2, 70, 13, 9, generator=torch.Generator().manual_seed(0))

@@ -63,7 +63,7 @@ def _describe(node: Node) -> str:
         last = " residual_last" * op.residual_last + " gate" * op.gate
         return f"affine {norm}{op.activation}{' residual' * op.residual}{last}"
     if isinstance(op, Pick):
-        return f"Pick {len(op.rows)}x{len(op.columns)}"
+        return f"Pick {len(op.rows)}x{len(op.columns)}" + f" zeros {op.zeros}" * (op.zeros > 0)
     if isinstance(op, Torch):
         return f"{op.target} {op.args} {dict(op.kwargs)}"
     settings = " ".join(f"{k} {v}" for k, v in asdict(op).items())

@@ -29,7 +29,7 @@ _HEADINGS = ("segment", "tactic", "ms", "%", "floor, ms", "% of floor", "MB", "n
 _NAMES = {
     MaxPool: "max-pool",
     AveragePool: "average pool",
-    Pick: "upsample",
+    Pick: "picked pixels",
     Mean: "mean",
     Concat: "concat",
 }

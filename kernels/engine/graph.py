@@ -110,10 +110,17 @@ class AveragePool:
 
 @dataclass(frozen=True)
 class Pick:
-    """A map of pixels of another: y[p, q] = x[rows[p], columns[q]]. Nearest upsampling, say."""
+    """A map of pixels of another, y[:, p, q] = x[:, rows[p], columns[q]], with channels of zeros
+    behind: nearest upsampling, a crop, a ResNet's shortcut without parameters."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
+    zeros: int = 0  # channels
+
+    def then(self, other: "Pick") -> "Pick":
+        """What `other` picks of this one's result."""
+        rows, columns = (self.rows[p] for p in other.rows), (self.columns[q] for q in other.columns)
+        return Pick(tuple(rows), tuple(columns), self.zeros + other.zeros)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Merges into convolutions and batch norms what follows them, where nobody else reads what lies
-between: norm, activation, sum. What remains is what the engine plans with.
+between: norm, activation, sum; and picks of picks into one. What remains is what the engine plans
+with.
 """
 
 from dataclasses import replace
 
-from resfuse.kernels.engine.graph import Affine, Conv, Graph, Node
+from resfuse.kernels.engine.graph import Affine, Conv, Graph, Node, Pick
 
 
 def merge(graph: Graph) -> Graph:
@@ -27,7 +28,7 @@ def merge(graph: Graph) -> Graph:
 def _merge_at(graph: Graph, at: int) -> tuple[list[Node], int] | None:
     """The nodes with node `at` merged into one before it, and where to go on."""
     node = graph.nodes[at]
-    if not isinstance(node.op, Affine):
+    if not isinstance(node.op, Affine | Pick):
         return None
     makers = {made.name: i for i, made in enumerate(graph.nodes[:at])}
     found = [
@@ -49,9 +50,11 @@ def _merge_at(graph: Graph, at: int) -> tuple[list[Node], int] | None:
     return nodes, at - 1
 
 
-def _joined(first: Node, second: Node) -> Conv | Affine | None:
+def _joined(first: Node, second: Node) -> Conv | Affine | Pick | None:
     """One operation for both, None where there is none."""
     op, then = first.op, second.op
+    if isinstance(then, Pick):
+        return op.then(then) if isinstance(op, Pick) else None
     assert isinstance(then, Affine)
     if then.gate:
         return None

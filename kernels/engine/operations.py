@@ -143,7 +143,38 @@ def _nearest(read: Captured, node: fx.Node) -> bool:
     rows = torch.arange(h).float()[:, None].expand(1, 1, h, w)
     columns = torch.arange(w).float().expand(1, 1, h, w)
     picked = node.target(rows, *how)[0, 0, :, 0], node.target(columns, *how)[0, 0, 0]  # type: ignore[operator]
-    read.add(node, Pick(*(tuple(map(int, each.tolist())) for each in picked)), x)
+    of_rows, of_columns = (tuple(map(int, each.tolist())) for each in picked)
+    read.add(node, Pick(of_rows, of_columns), x)
+    return True
+
+
+def _slice(read: Captured, node: fx.Node) -> bool:
+    """Rows or columns of a map: a crop, or every second one."""
+    x, dim, start, end, step = _with_defaults(node, (0, None, None, 1))
+    if not read.is_map(x) or len(x.meta["val"].shape) != 4:
+        return False
+    shape = x.meta["val"].shape
+    picked = [tuple(range(size)) for size in shape]
+    picked[dim] = picked[dim][start:end:step]
+    if len(picked[dim]) == shape[dim]:
+        read.same(node, x)
+    elif dim % 4 < 2 or not picked[dim]:
+        return False
+    else:
+        read.add(node, Pick(picked[2], picked[3]), x)
+    return True
+
+
+def _pad(read: Captured, node: fx.Node) -> bool:
+    """Channels of zeros behind those of a map."""
+    x, sides, mode, value = _with_defaults(node, ("constant", None))
+    if not read.is_map(x) or len(x.meta["val"].shape) != 4 or mode != "constant" or value:
+        return False
+    *others, zeros = sides
+    if len(sides) != 6 or any(others) or zeros < 0:
+        return False
+    h, w = x.meta["val"].shape[2:]
+    read.add(node, Pick(tuple(range(h)), tuple(range(w)), zeros), x)
     return True
 
 
@@ -205,6 +236,8 @@ OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
     aten.avg_pool2d.default: _average_pool,
     aten.upsample_nearest2d.vec: _nearest,
     aten.upsample_nearest2d.default: _nearest,
+    aten.slice.Tensor: _slice,
+    aten.pad.default: _pad,
     aten.mul.Tensor: _product,
     aten.adaptive_avg_pool2d.default: _mean,
     aten.mean.dim: _mean,

@@ -69,7 +69,7 @@ static void average_pool(const Step& s, long t, long threads) {
   }
 }
 
-// A pixel of y is the one of x in row w[p] and column slope[q].
+// A pixel of y is the one of x in row w[p] and column slope[q], with zeros where x has no channels.
 static void pick(const Step& s, long t, long threads) {
   const Part rows(s.N * s.P, 1, t, threads);
   for (long row = rows.from; row < rows.to; row++) {
@@ -77,7 +77,7 @@ static void pick(const Step& s, long t, long threads) {
     for (long q = 0; q < s.Q; q++) {
       const float* const x = s.x + (h * s.W + static_cast<long>(s.slope[q])) * s.x_pitch;
       float* const y = s.y + (row * s.Q + q) * s.y_pitch;
-      for (long k = 0; k < s.K; k += LANES) store(y + k, load(x + k));
+      for (long k = 0; k < s.K; k += LANES) store(y + k, load_first(x + k, s.C - k));
     }
   }
 }

@@ -40,6 +40,13 @@ using Held = T&;
 #endif
 
 static inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+// The first `count` lanes, zeros in the others.
+static inline Floats load_first(const float* from, long count) {
+  if (count >= LANES) return load(from);
+  Floats some = {};
+  for (long lane = 0; lane < count; lane++) some[lane] = from[lane];
+  return some;
+}
 static inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
 static inline Floats all(float value) { return value - Floats{}; }
 

@@ -92,8 +92,7 @@ def function_of(
         own = op.kernel, op.stride, op.padding, op.ceil, op.count_padding, op.divisor
         return lambda x: F.avg_pool2d(x, *own)
     if isinstance(op, Pick):
-        rows, columns = list(op.rows), list(op.columns)
-        return lambda x: x[:, :, rows][..., columns]
+        return _pick(op)
     if isinstance(op, Mean):
         shape = values[node.name].shape
         return lambda x: x.mean((2, 3)).view(shape)
@@ -167,6 +166,19 @@ def _finish(
 def _as_it_is(name: str, state: State, keep: Keep) -> Tensor:
     (tensor,) = keep(("as it is", name), lambda: [state[name].detach()])
     return tensor
+
+
+def _pick(op: Pick) -> Function:
+    """Its result is memory of its own, whatever is picked."""
+    indices: dict[torch.device, list[Tensor]] = {}  # of rows and columns: a CUDA graph copies none
+
+    def run(x: Tensor) -> Tensor:
+        if x.device not in indices:
+            indices[x.device] = [torch.tensor(at, device=x.device) for at in (op.rows, op.columns)]
+        rows, columns = indices[x.device]
+        return F.pad(x.index_select(2, rows).index_select(3, columns), (0, 0, 0, 0, 0, op.zeros))
+
+    return run
 
 
 def _torch(op: Torch, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:

@@ -13,8 +13,8 @@ from resfuse.kernels.native.weights import per_channel
 def windows(graph: Graph, node: Node, op: AveragePool | Pick, room: Room) -> Native:
     """Both have a table for the rows of y and one for its columns: divisors, or where to read."""
     n, c, h, w = graph.values[node.inputs[0]].shape
-    _, _, p, q = graph.values[node.name].shape
-    step = Step(N=n, C=c, K=c, H=h, W=w, P=p, Q=q)
+    _, k, p, q = graph.values[node.name].shape
+    step = Step(N=n, C=c, K=k, H=h, W=w, P=p, Q=q)
     step.x, step.x_pitch = room.address(node.inputs[0]), room.pitch(node.inputs[0])
     step.y, step.y_pitch = room.address(node.name), room.pitch(node.name)
     if isinstance(op, Pick):
