@@ -273,6 +273,13 @@ def test_merged_page_has_a_section_for_each_environment(tmp_path: Path) -> None:
     assert "--results mine h200 --out REPORT.md`" in second
 
 
+def test_the_environment_that_was_measured_last_comes_first(tmp_path: Path) -> None:
+    for env_id, day in ("old", 1), ("new", 3), ("older", 2):
+        add(tmp_path, stamp=replace(STAMP, env_id=env_id, timestamp=f"2026-11-0{day}T10:00:00"))
+    page = write_report(tmp_path).read_text()
+    assert re.findall(r"^## .*environment (.*)", page, re.M) == ["new", "older", "old"]
+
+
 def test_one_environment_in_two_folders_is_one_section(tmp_path: Path) -> None:
     add(tmp_path / "a", rate=71.3)
     add(tmp_path / "b", rate=66.4)

@@ -51,7 +51,7 @@ class _Gathered:
 
 
 def read_folders(folders: Sequence[Path]) -> list[Environment]:
-    """The environments of the folders in order of appearance; a folder given twice counts once.
+    """The environments of the folders, the last measured first; a folder given twice counts once.
 
     Raises:
         UsageError: a folder has no results, or a file in it cannot be read.
@@ -85,7 +85,14 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
             gathered.setdefault(env_id, _Gathered()).training_rows += own
         for env_id, entry in gathered.items():
             entry.facts |= facts.get(env_id, {})
-    return [_environment(env_id, entry) for env_id, entry in gathered.items()]
+    newest_first = sorted(gathered.items(), key=lambda each: _last_time(each[1]), reverse=True)
+    return [_environment(env_id, entry) for env_id, entry in newest_first]
+
+
+def _last_time(entry: _Gathered) -> str:
+    """When its last row was measured, in ISO 8601."""
+    every = entry.rows, entry.kernel_rows, entry.degradation_rows, entry.training_rows
+    return max((_text(row["timestamp"]) for rows in every for row in rows), default="")
 
 
 def _environment(env_id: str, entry: _Gathered) -> Environment:

@@ -176,7 +176,10 @@ def _pick(op: Pick) -> Function:
         if x.device not in indices:
             indices[x.device] = [torch.tensor(at, device=x.device) for at in (op.rows, op.columns)]
         rows, columns = indices[x.device]
-        return F.pad(x.index_select(2, rows).index_select(3, columns), (0, 0, 0, 0, 0, op.zeros))
+        y = x.index_select(2, rows).index_select(3, columns)
+        if op.zeros:
+            y = F.pad(y, (0, 0, 0, 0, 0, op.zeros))
+        return y.contiguous(memory_format=torch.channels_last)
 
     return run
 
