@@ -2,7 +2,8 @@
 
 A backend's `build(model, example) -> run` does everything that happens once (folding, export,
 compilation); `run(images)` is what gets timed. `trainable(model, example) -> module` is its
-counterpart for training, where it has one. What cannot run here raises `Unavailable` with the
+counterpart for training, where it has one. On a CPU each is called for a small network first, so
+that the code it loads is not counted as memory. What cannot run here raises `Unavailable` with the
 reason. The strings are imported when the backend is used, so that an optional package that is not
 installed costs nothing.
 """
