@@ -258,7 +258,13 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, in
     raised within a finalizer, and that may be the interrupt.
     """
     root = tmp_path_factory.mktemp("dry-run")
-    process = subprocess.Popen(dry_run(root), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        dry_run(root),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would everything started from one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while process.poll() is None and not any(results.has_rows(f) for f in root.iterdir()):
         time.sleep(0.1)
     said = None
