@@ -1,4 +1,4 @@
-// Pooling over windows, the mean over a map, and pixels picked for a larger map, NHWC.
+// Pooling over windows, the mean over a map, and picked pixels, NHWC.
 #pragma once
 
 #include "step.h"

@@ -1,4 +1,4 @@
-"""Native steps on maps that are no convolutions: average pools, upsampling, gates."""
+"""Native steps on maps that are no convolutions: average pools, picked pixels, gates."""
 
 from torch import Tensor, tensor
 
