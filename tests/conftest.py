@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,10 +16,31 @@ import torch
 if TYPE_CHECKING:
     from resfuse.bench.studies.learning import data
 
+
+def _index_of_scalars_in_the_interpreter() -> None:
+    """Lets Triton 3.6 interpret kernels under NumPy 2.5, as Triton 3.8 does by itself.
+
+    Triton's scalars are arrays of one element there, which NumPy does not convert any more.
+    """
+    import triton  # not before: Triton looks at TRITON_INTERPRET when it is imported
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+        interpreter._patch_lang_tensor = patched
+
+
 # Kernels are compiled or interpreted as Triton finds this when it is imported: without a GPU the
 # same tests run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+_index_of_scalars_in_the_interpreter()
 
 # Tests of the harness run beside others, so that the machine it would wait for never rests.
 os.environ.setdefault("RESFUSE_QUIET_S", "0")
