@@ -1,4 +1,5 @@
-"""The studies: `resfuse study overhead`, `gate`, `depth`, `degradation`, `training`."""
+"""The studies: `resfuse study overhead`, `gate`, `depth`, `degradation`, `training`,
+`models`."""
 
 import argparse
 
@@ -7,6 +8,7 @@ from resfuse.bench.flags.shared import (
     add_precisions,
     add_results,
     add_resumable,
+    add_resume,
     add_seed,
     add_threads,
 )
@@ -141,3 +143,30 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "each operation by its kernel's twin in plain torch, on a CPU); several with commas "
         "(default: all that differ on the device)",
     )
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m",
+        "--model",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="some of the study's networks; wildcards allowed ('timm rep*')",
+    )
+    parser.add_argument(
+        "--img-size",
+        type=rounds,
+        default=64,
+        metavar="N",
+        help="pixels a side, more where a network needs them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=240.0,
+        metavar="S",
+        help="limit of one network (default: %(default)g)",
+    )
+    add_results(parser)
+    add_resume(parser)

@@ -9,6 +9,7 @@ from resfuse.bench.flags.studies import (
     add_degradation,
     add_depth,
     add_gate,
+    add_models,
     add_overhead,
     add_training,
 )
@@ -39,6 +40,11 @@ STUDIES: dict[str, Subcommand] = {
         "resfuse.bench.studies.training.command:run",
         add_training,
         "does a network trained fused learn as it does unfused?",
+    ),
+    "models": Subcommand(
+        "resfuse.bench.studies.models.command:run",
+        add_models,
+        "do fuse and the engine answer as 200 networks of timm and torchvision do?",
     ),
 }
 

@@ -1,0 +1,1 @@
+"""`resfuse study models`: do fuse and build_engine answer as other people's networks do?"""

@@ -1,0 +1,129 @@
+"""`resfuse study models`: what a row says of a network that is right, wrong, refused or deadly."""
+
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resfuse.bench.cli import main
+from resfuse.bench.measured import Value
+from resfuse.bench.studies.models import command, compare, networks
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def deadly(network: str, img_size: int) -> dict[str, Value]:
+    """Stands for `compare` in a process of its own."""
+    if network == "dies":
+        os.abort()
+    if network == "hangs":
+        time.sleep(600)
+    if network == "raises":
+        raise RuntimeError("eager refuses")
+    return {"network": network, "img_size": img_size, "fuse_status": "pass"}
+
+
+def test_a_network_that_dies_or_hangs_costs_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "compare", deadly)
+    asked = ["lives", "dies", "lives", "raises", "hangs", "lives"]
+    found = list(command.rows(asked, 32, 20.0))
+    assert [row["network"] for row in found] == asked
+    statuses = [row["fuse_status"] for row in found]
+    assert statuses == ["pass", "crash", "pass", "no_reference", "timeout", "pass"]
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+
+
+class FoldsWrongly(nn.Module):
+    """Stands for a fused model that is off by a percent."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) * 1.01
+
+
+def test_a_right_network_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "create", lambda name: network())
+    row = compare.compare("timm tiny", 32)
+    assert (row["fuse_status"], row["engine_status"]) == ("pass", "pass"), row
+    assert row["macs_fused_pct"] == pytest.approx(100, abs=2)
+    assert row["convolutions"] == 1
+
+
+def test_a_wrong_answer_a_refusal_and_other_strides_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(networks, "create", lambda name: network())
+    monkeypatch.setattr(compare, "fuse", FoldsWrongly)
+    monkeypatch.setattr(compare, "explain", lambda *_: type("Told", (), {"share": None}))
+
+    def refuses(*_: object) -> None:
+        raise ValueError("argument model: not this one")
+
+    monkeypatch.setattr(compare, "build_engine", refuses)
+    row = compare.compare("timm tiny", 32)
+    assert row["fuse_status"] == "wrong"
+    assert row["fuse_rel_l2"] == pytest.approx(0.01, rel=0.01)
+    assert row["engine_status"] == "refused"
+    assert row["engine_error"] == "argument model: not this one"
+
+    class OtherStrides(FoldsWrongly):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x).t().contiguous().t()
+
+    monkeypatch.setattr(compare, "fuse", OtherStrides)
+    row = compare.compare("timm tiny", 32)
+    assert (row["fuse_status"], row["fuse_error"]) == ("wrong", "strides (1, 2) for eager's (5, 1)")
+
+
+def test_an_error_of_ours_is_no_refusal() -> None:
+    def broken() -> float:
+        raise KeyError("weight")
+
+    assert compare.judged("fuse", broken, 1.0) == {
+        "fuse_status": "error", "fuse_error": "KeyError: 'weight'",
+    }  # fmt: skip
+    assert compare.judged("fuse", lambda: float("nan"), 1.0)["fuse_status"] == "wrong"
+
+
+def test_every_name_exists() -> None:
+    timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
+    known = {f"timm {name}" for name in timm.list_models()}
+    known |= {f"torchvision {name}" for name in torchvision.models.list_models()}
+    assert len(networks.NETWORKS) == len(set(networks.NETWORKS)) >= 150
+    assert set(networks.NETWORKS) <= known
+
+
+def test_the_command_appends_rows_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["study", "models", "-m", "torchvision squeezenet1_1", "--results", str(tmp_path)]
+    assert main(asked) == 0
+    assert "fuse: 1 pass\nengine: 1 pass" in capsys.readouterr().out
+    assert main([*asked, "--resume"]) == 0
+    [file] = tmp_path.glob("*/models.csv")
+    assert list(pd.read_csv(file).network) == ["torchvision squeezenet1_1"]
+    assert main(["study", "models", "-m", "nosuch", "--results", str(tmp_path)]) == 2
+    assert "--model: unknown name 'nosuch'" in capsys.readouterr().err
+
+
+def test_calibrated_statistics_are_those_of_the_images() -> None:
+    torch.manual_seed(0)
+    model = network()
+    images = torch.randn(8, 3, 16, 16)
+    compare.calibrate(model, images)
+    conv, norm = model[0], model[1]
+    assert isinstance(norm, nn.BatchNorm2d) and not norm.training
+    torch.testing.assert_close(norm.running_mean, conv(images).mean((0, 2, 3)).detach())
