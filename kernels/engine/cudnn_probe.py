@@ -168,7 +168,7 @@ def choose(times: Times, math_mode: str) -> Way | None:
     with_search = _total(times, math_mode, searched)
     cost = _total(times, math_mode, searched, first=True)
     without = _total(times, math_mode, Way(form, search=False))
-    if None in (with_search, cost, without):
+    if with_search is None or cost is None or without is None:
         return Way(form, search=False)
     wins = with_search <= (1 - _SEARCH_WINS) * without
     return Way(form, search=wins and cost <= _SEARCH_MS * len(PROBED))
@@ -252,8 +252,8 @@ class _Layer:
         self.bias = normal(p.k, scale=0.1)
         self.geometry: Geometry = (p.stride, p.padding, p.dilation, p.groups)
         self.y_shape = (p.n, p.k, p.p, p.q)
-        exact = (t.double() for t in (self.x, self.weight, self.bias))
-        self.exact = F.conv2d(*exact, *self.geometry).relu_()
+        x, weight, bias = (t.double() for t in (self.x, self.weight, self.bias))
+        self.exact = F.conv2d(x, weight, bias, *self.geometry).relu_()
         own = self.error(_in_new_thread(self.run("plain"), device))
         self.allowed = EAGER_FACTOR * own + TOLERANCES[math_mode].rtol
 
