@@ -6,6 +6,7 @@ import json
 import threading
 import types
 import warnings
+from math import prod
 from pathlib import Path
 
 import address_graph
@@ -13,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resfuse.kernels.cudnn_relu import FORMS, Way, conv_relu, searching, zeros_for
 from resfuse.kernels.engine import cudnn_probe
-from resfuse.kernels.engine.cudnn_probe import ASSUMED, choose, key_of, probe
+from resfuse.kernels.engine.cudnn_probe import ASSUMED, UNDECIDED, choose, key_of, probe
 from resfuse.kernels.engine.timing_cache import TimingCache
 from resfuse.kernels.problem import ConvProblem
 
@@ -245,18 +247,45 @@ def test_a_form_without_room_is_tried_another_day(gpu: Gpu, tmp_path: Path) -> N
     assert way.form == "channel_zeros"
 
 
-def test_without_room_for_the_shapes_nothing_is_decided_for_good(
-    gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("no room"), TypeError("a mistake")])
+def test_a_probe_that_fails_costs_no_network_and_decides_nothing_for_good(
+    failure: Exception, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_room(*arguments: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def fails(*arguments: object) -> None:
+        raise failure
 
     cache = TimingCache(CPU, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(cudnn_probe, "_Layer", no_room)
-        with pytest.warns(UserWarning, match="could not be told apart"):
-            assert cudnn_probe._decide(CPU, "ieee", cache) == Way("plain", False)
+        patch.setattr(cudnn_probe, "_Layer", fails)
+        with pytest.warns(UserWarning, match=f"could not be told apart: .*{failure}"):
+            assert cudnn_probe._decide(CPU, "ieee", cache) == UNDECIDED
+        gpu.broken = True
+        with pytest.raises(RuntimeError, match="broke the GPU"):
+            cudnn_probe._decide(CPU, "ieee", cache)
     assert not cache.path.exists()
+
+
+class Allocated(TorchDispatchMode):
+    """Keeps whatever is made within it, as an allocator that gives each block back once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        self.blocks.append(made)
+        return made
+
+
+def test_memory_at_hand_holds_nan(gpu: Gpu) -> None:
+    """All that is freed before the first call and fits an output."""
+    layer = cudnn_probe._Layer(SMALL[0], "ieee", CPU)
+    with Allocated() as allocated:
+        layer.fill_with_nan()
+    assert len(allocated.blocks) > 1
+    for block in allocated.blocks:
+        assert block.isnan().all() and block.nbytes == 4 * prod(layer.y_shape)
 
 
 def test_plans_of_the_thread_that_asks_do_not_matter(gpu: Gpu, tmp_path: Path) -> None:

@@ -65,8 +65,10 @@ class Tried:
     why: str
 
 
-# What is planned for where there is no GPU to ask.
+# What is planned for where there is no GPU to ask; and what is used where asking fails: it is right
+# whatever the plan reads.
 ASSUMED = Way("channel_zeros", search=False)
+UNDECIDED = Way("zeros", search=False)
 
 
 def as_decided(device: torch.device, math_mode: str) -> contextlib.AbstractContextManager[None]:
@@ -108,12 +110,13 @@ def _decide(device: torch.device, math_mode: str, cache: TimingCache) -> Way:
     if choose(cache, math_mode) is None:
         try:
             _measure(device, math_mode, cache, anew=False)
-        except torch.OutOfMemoryError as error:
-            warnings.warn(f"cuDNN's ways could not be told apart: {error}", stacklevel=4)
-            return Way("plain", search=False)
-    way = choose(cache, math_mode)
-    assert way is not None
-    return way
+        except Exception as failure:  # a probe that fails is not to cost a network
+            _require_device(device, "probe", failure)
+            warnings.warn(
+                f"cuDNN's ways of convolution + ReLU could not be told apart: {_told(failure)}",
+                stacklevel=4,
+            )
+    return choose(cache, math_mode) or UNDECIDED
 
 
 def probe(
@@ -274,8 +277,8 @@ class _Layer:
         """So that what is allocated next for an output holds NaN: of the memory that torch has at
         hand all that fits one does."""
         torch.cuda.empty_cache()
-        like = self.exact.to(self.x.dtype)
-        blocks = [torch.full_like(like, math.nan) for _ in range(3)]
+        nan = functools.partial(torch.full, self.y_shape, math.nan, device=self.device)
+        blocks = [nan(dtype=self.x.dtype) for _ in range(3)]
         del blocks
 
 
@@ -301,7 +304,7 @@ def _try(layer: _Layer, way: Way, cache: TimingCache) -> Tried:
             cache.put_here(key, None)
         return wrong(why=_told(failure))
     except Exception as failure:  # whatever torch says where it has no plan
-        _require_device(layer.device, way, failure)
+        _require_device(layer.device, way.label(), failure)
         for key in keys:
             cache.put(key, None, _told(failure))
         return wrong(why=_told(failure))
@@ -320,13 +323,13 @@ def _told(failure: Exception) -> str:
     return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
 
 
-def _require_device(device: torch.device, way: Way, failure: Exception) -> None:
+def _require_device(device: torch.device, asked: str, failure: Exception) -> None:
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as broken:
         raise RuntimeError(
-            f"asking cuDNN for {way.label()} broke the GPU for this process ({failure}). It is "
-            "left out from now on: run this again in a new process"
+            f"asking cuDNN for {asked} broke the GPU for this process ({failure}). It is left out "
+            "from now on: run this again in a new process"
         ) from broken
 
 
