@@ -41,6 +41,7 @@ class Gpu:
         self.wins, self.search_s, self.now_s = 1.0, 0.1, 0.0
         self.calls: list[tuple[str, bool]] = []  # every form that was asked, by a search or not
         self.dies_at: tuple[str, BaseException] | None = None
+        self.capture: RuntimeError | None = None
         self.breaks = self.broken = False
         self._plans = threading.local()
         self._took_ms = 0.0
@@ -79,6 +80,8 @@ class Gpu:
         self.now_s += 0.02
 
     def timed(self, graph: object) -> float:
+        if self.capture is not None:
+            raise self.capture
         return 10 * self._took_ms
 
     def synchronize(self, *device: object) -> None:
@@ -219,15 +222,41 @@ def test_plans_are_searched_for_where_that_pays(
 
 
 def test_what_killed_the_process_is_not_tried_again(gpu: Gpu, tmp_path: Path) -> None:
+    path, found = TimingCache(CPU, tmp_path).path, []
+
+    class Dies(RuntimeError):
+        def __str__(self) -> str:
+            found.append(path.read_text())
+            return "dies"
+
+    gpu.dies_at = "channel_zeros", Dies()
+    probe(CPU, "ieee", tmp_path)
+    path.write_text(found[0])  # as a process leaves it that ends here
+    gpu.dies_at = None
+    again = probe(CPU, "ieee", tmp_path)
+    assert again["decision"]["form"] == "zeros"
+    told = [one for one in again["tried"] if one["form"] == "channel_zeros"]
+    assert told[0]["why"] == "it was found wrong before"
+    assert [one["right"] for one in told] == [False, True, True]
+
+
+def test_the_wish_to_stop_says_nothing_about_a_form(gpu: Gpu, tmp_path: Path) -> None:
     gpu.dies_at = "channel_zeros", KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         probe(CPU, "ieee", tmp_path)
     gpu.dies_at = None
-    found = probe(CPU, "ieee", tmp_path)
-    assert found["decision"]["form"] == "zeros"
-    told = [one for one in found["tried"] if one["form"] == "channel_zeros"]
-    assert told[0]["why"] == "it was found wrong before"
-    assert [one["right"] for one in told] == [False, True, True]
+    assert probe(CPU, "ieee", tmp_path)["decision"]["form"] == "channel_zeros"
+
+
+def test_where_torchs_own_convolution_fails_the_probe_does(gpu: Gpu, tmp_path: Path) -> None:
+    """A graph that cannot be captured, say: that is to bar nothing."""
+    gpu.capture = RuntimeError("operation not permitted when stream is capturing")
+    with pytest.raises(RuntimeError, match=r"torch's own conv .*: RuntimeError: operation not"):
+        probe(CPU, "ieee", tmp_path)
+    with pytest.warns(UserWarning, match="could not be told apart"):
+        assert cudnn_probe._decide(CPU, "ieee", TimingCache(CPU, tmp_path)) == UNDECIDED
+    gpu.capture = None
+    assert probe(CPU, "ieee", tmp_path)["decision"]["form"] == "channel_zeros"
 
 
 def test_what_broke_the_device_ends_the_process_and_is_left_out(gpu: Gpu, tmp_path: Path) -> None:
