@@ -6,6 +6,7 @@ import json
 import threading
 import types
 import warnings
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resfuse.bench.kernels.layer import inputs, layer
+from resfuse.bench.kernels.providers import cudnn as provider
 from resfuse.kernels.cudnn_relu import FORMS, Way, conv_relu, searching, zeros_for
 from resfuse.kernels.engine import cudnn_probe
 from resfuse.kernels.engine.cudnn_probe import ASSUMED, UNDECIDED, choose, key_of, probe
@@ -345,6 +348,24 @@ def test_what_is_added_is_laid_out_as_aten_wants_it(form: str) -> None:
     assert z.contiguous(memory_format=torch.channels_last).data_ptr() == z.data_ptr()
     like = torch.empty_like(z)  # of the memory format that ATen finds in z
     assert like.stride() == z.stride() and like.stride()[1] == 1
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_provider_asks_as_decided(
+    form: str, search: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.fresh = 0.0
+    monkeypatch.setattr(provider, "decided", lambda math_mode, device: Way(form, search))
+    problem = replace(SMALL[2], math_mode="ieee")
+    made = layer(problem, "cpu", 0)
+    (x,) = inputs(problem, "cpu", 1)
+    on_gpu = types.SimpleNamespace(is_cuda=True, device=CPU)
+    run = provider.build(made, on_gpu)  # type: ignore[arg-type]
+    x = x.contiguous(memory_format=torch.channels_last)
+    for _ in range(2):
+        assert torch.allclose(run(x), F.conv2d(x, made.conv.weight, made.conv.bias, 2, 1).relu())
+    assert gpu.calls == ([] if form == "plain" else [(form, search)] * 2)
 
 
 def test_a_time_that_is_missing_leaves_it_open() -> None:
