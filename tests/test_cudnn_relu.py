@@ -3,6 +3,7 @@ it costs, and the rules by which ATen keeps cuDNN's plans.
 """
 
 import json
+import sys
 import threading
 import types
 import warnings
@@ -22,6 +23,7 @@ from resfuse.bench.kernels.providers import cudnn as provider
 from resfuse.kernels.cudnn_relu import FORMS, Way, conv_relu, searching, zeros_for
 from resfuse.kernels.engine import cudnn_probe
 from resfuse.kernels.engine.cudnn_probe import ASSUMED, UNDECIDED, choose, key_of, probe
+from resfuse.kernels.engine.environment import environment
 from resfuse.kernels.engine.timing_cache import TimingCache
 from resfuse.kernels.problem import ConvProblem
 
@@ -366,6 +368,18 @@ def test_the_provider_asks_as_decided(
     for _ in range(2):
         assert torch.allclose(run(x), F.conv2d(x, made.conv.weight, made.conv.bias, 2, 1).relu())
     assert gpu.calls == ([] if form == "plain" else [(form, search)] * 2)
+
+
+def test_times_are_those_of_one_cudnn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another may be installed beside the same torch; and a GPU may be without Triton."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setitem(sys.modules, "triton.backends.nvidia.compiler", None)
+    files = set()
+    for version in (91900, 92000):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        assert environment(torch.device("cuda"))["ptxas"] == "none"
+        files.add(TimingCache(torch.device("cuda"), tmp_path).path)
+    assert len(files) == 2
 
 
 def test_a_time_that_is_missing_leaves_it_open() -> None:
