@@ -15,6 +15,9 @@ from resfuse.bench.timing import Watch, seconds
 
 RAPL = Path("/sys/class/powercap")  # Documentation/power/powercap in Linux's sources
 SECONDS = 1.0  # the counters tick every few milliseconds; a second makes that a small error
+# Steps that a GPU is behind at the most. Without a limit the host would queue some 300 replays of a
+# CUDA graph in that second: at 5 ms each, half a second more to wait for.
+_QUEUED = 8
 
 
 def joules_of(
@@ -26,7 +29,7 @@ def joules_of(
         step: what to run.
         device: "cpu" or "cuda".
         rapl: the folder of a CPU's counters.
-        seconds_s: how long to run it at the least.
+        seconds_s: how long to run it at the least; a GPU is done with it a few steps later.
     """
     counters = Counters(rapl)
     read = _gpu_joules if device == "cuda" else counters.read
@@ -35,8 +38,11 @@ def joules_of(
         return None
     watch, steps = Watch(), 0
     while seconds(watch.elapsed()) < seconds_s:
-        step()
-        steps += 1
+        for _ in range(_QUEUED if device == "cuda" else 1):
+            step()
+            steps += 1
+        if device == "cuda":
+            torch.cuda.synchronize()
     gained = counters.gained(before, read())
     return gained / steps if gained else None
 

@@ -1,6 +1,8 @@
 """Peak memory of one run, in a run of its own: never inside the timed loop.
 
-On a GPU the allocator knows. On a CPU it is the resident memory of the process, whose high-water
+On a GPU the allocator knows, and a replay of a CUDA graph asks it for nothing: what the network has
+between its layers lies in the graph's private pool, reserved and, once it is recorded, free. Nobody
+else can use it, so it counts. On a CPU it is the resident memory of the process, whose high-water
 mark Linux lets us reset; elsewhere the columns stay empty.
 """
 
@@ -22,30 +24,37 @@ _RESET_HIGH_WATER_MARK = "5"  # proc(5)
 
 def held(device: str) -> int | None:
     """Bytes held now by the allocator (GPU) or the process (CPU); None if unknown."""
-    _give_back_free_memory()
-    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
+    _give_back_free_memory(device)
+    return (
+        torch.cuda.memory_allocated() + _idle_in_graphs() if device == "cuda" else _status("VmRSS")
+    )
 
 
 def peak_of(step: Callable[[], None], device: str, before: int | None) -> Memory:
     """Runs a step once and looks at the high-water mark.
 
-    On a CPU, the allocator gives back what the step frees, and nothing of the step goes where
-    set-up has left room: the peak is what is held at one time.
+    On a GPU `reserved` is all that the allocator has, once what set-up left has been given back.
+    Pools of CUDA graphs count in both figures, each once, however many graphs share it. On a CPU,
+    the allocator gives back what the step frees, and nothing of the step goes where set-up has left
+    room: the peak is what is held at one time.
 
     Args:
         step: one run, warm (it has run before, so that lazily made workspaces exist).
         device: "cpu" or "cuda".
         before: `held()` before the model was made; the peak counts from there.
     """
-    _give_back_free_memory()
+    _give_back_free_memory(device)
     if before is None:
         return Memory(None, None)
     if device == "cuda":
-        torch.cuda.synchronize()
+        idle = _idle_in_graphs()
         torch.cuda.reset_peak_memory_stats()
         step()
         torch.cuda.synchronize()
-        return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved())
+        # What a step takes from a pool is allocated at the peak; it is not to count as idle, too.
+        idle = min(idle, _idle_in_graphs())
+        peak = torch.cuda.max_memory_allocated() + idle
+        return Memory(peak - before, torch.cuda.max_memory_reserved())
     resident = _status("VmRSS")
     with allocator.giving_back():
         plugged = _status("VmRSS")
@@ -59,9 +68,28 @@ def peak_of(step: Callable[[], None], device: str, before: int | None) -> Memory
     return Memory(high - before, high)
 
 
-def _give_back_free_memory() -> None:
-    """What set-up freed is not the run's: Python's collector and glibc would keep it."""
+def _idle_in_graphs() -> int:
+    """Bytes of the current GPU that pools of CUDA graphs have reserved and not allocated.
+
+    The allocator lists segments by pool; (0, 0) is everybody's.
+    """
+    here = torch.cuda.current_device()
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == here and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
+
+
+def _give_back_free_memory(device: str) -> None:
+    """What set-up freed is not the run's: Python's collector, glibc and torch would keep it.
+
+    That includes pools of graphs that are gone, such as those an engine's build has timed.
+    """
     gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # another C library: then an upper bound
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,20 +1,25 @@
 """Backends beyond what the gate checks: dynamic batches, options, refusals, rewrites."""
 
 import tempfile
+import weakref
+from functools import partial
 from pathlib import Path
 
+import address_graph
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfuse.bench import inputs
+from resfuse.bench import inputs, memory
 from resfuse.bench.backends import BACKENDS, cudnn_fused, load_build, load_trainable, onnxrt
 from resfuse.bench.backends.onnx_export import exported
-from resfuse.bench.check import relative_error
+from resfuse.bench.check import Limit, relative_error
 from resfuse.bench.errors import Unavailable
+from resfuse.bench.inference import Answers, Checked
 from resfuse.bench.precision import set_math_mode
 from resfuse.kernels import fold_conv_bn
+from resfuse.kernels.cudnn_relu import FORMS
 from resfuse.resnet_ref import calibrate, create, input_size, shrink_branches
 
 
@@ -129,11 +134,21 @@ def test_an_exported_file_is_gone_once_its_backend_is_built(
         assert relative_error(run(images), model(images)) < 1e-5
 
 
-# cudnn_fused: its rewriting, with a twin of cuDNN's op. The op itself needs a GPU.
-def conv_add_relu(
-    x: Tensor, weight: Tensor, z: Tensor, alpha: float, bias: Tensor, *geometry
-) -> Tensor:
-    return (F.conv2d(x, weight, bias, *geometry) + alpha * z).relu()
+# cudnn_fused: its rewriting and its graph, with twins of cuDNN's ops. The ops need a GPU.
+@pytest.fixture
+def cudnn_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ATen's, with what it lays out and checks; plans that read z."""
+
+    def add_relu(x: Tensor, w: Tensor, z: Tensor, alpha: float, b: Tensor, *geometry) -> Tensor:
+        y = F.conv2d(x, w, b, *geometry)
+        assert z.shape in (y.shape, (1, y.shape[1], 1, 1))
+        assert alpha == 1 or z.is_contiguous(memory_format=torch.channels_last)
+        return (y + alpha * z).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    monkeypatch.setattr(
+        torch, "cudnn_convolution_relu", lambda x, w, b, *g: F.conv2d(x, w, b, *g).relu()
+    )
 
 
 # One of each construction; the deep ones repeat the same blocks.
@@ -144,11 +159,11 @@ REWRITTEN = [
 
 
 @pytest.mark.parametrize("name", REWRITTEN)
-def test_rewriting_fuses_everything_and_changes_no_answer(name: str) -> None:
+def test_rewriting_fuses_everything_and_changes_no_answer(name: str, cudnn_twins: None) -> None:
     size = min(64, input_size(name))
     model = calibrated(name, size)
     images = inputs.batch("bundled", 2, size, 0)
-    fused = cudnn_fused.rewrite(model, conv_add_relu)
+    fused = cudnn_fused.rewrite(model, "channel_zeros")
     with torch.inference_mode():
         assert relative_error(fused(images), model(images)) < 1e-5
     kinds = [type(module).__name__ for module in fused.modules()]
@@ -157,6 +172,50 @@ def test_rewriting_fuses_everything_and_changes_no_answer(name: str) -> None:
     if "preact" not in name and "wrn" not in name:  # their batch norms come before convolutions
         assert "BatchNorm2d" not in kinds
         assert not any("add" in str(node.target) for node in fused.graph.nodes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_relu_gives_the_same_network(form: str, cudnn_twins: None) -> None:
+    model, images = calibrated("resnet18", 64), inputs.batch("bundled", 2, 64, 0)
+    with torch.inference_mode():
+        assert relative_error(cudnn_fused.rewrite(model, form)(images), model(images)) < 1e-5
+
+
+def test_what_replays_keeps_what_the_graph_reads(
+    monkeypatch: pytest.MonkeyPatch, cudnn_twins: None
+) -> None:
+    """As the harness uses it: the model is let go of, memory is collected, others are allocated."""
+    address_graph.stand_in(monkeypatch)
+    monkeypatch.setattr(cudnn_fused, "require", lambda device: None)
+    model, batches = calibrated("resnet18", 64), [inputs.batch("bundled", 2, 64, i) for i in (0, 1)]
+    with torch.inference_mode():
+        wanted = [model(images) for images in batches]
+    subject = Checked(partial(cudnn_fused.build, model), "channels_last", batches)
+    subject.set_up()
+    subject.expect(Answers(wanted, wanted, Limit(1e-5)))
+    kept = weakref.ref(model)
+    del model
+    memory.held("cpu")  # collects
+    assert kept() is None
+    for batch in range(2):
+        assert subject.check(batch, "after collecting").rel_l2 < 1e-5
+
+
+def test_the_stand_in_graph_reads_what_has_been_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    address_graph.stand_in(monkeypatch)
+    weight, x = torch.ones(3, 3), torch.ones(2, 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        y = (x @ weight).relu_() + 1
+    x.fill_(2.0)
+    graph.replay()
+    assert torch.equal(y, torch.full((2, 3), 7.0))
+    weight.zero_()
+    graph.replay()
+    assert torch.equal(y, torch.ones(2, 3))
+    del weight
+    graph.replay()
+    assert y.isnan().all()
 
 
 def test_a_convolution_whose_output_is_used_twice_keeps_its_batch_norm() -> None:
@@ -172,7 +231,7 @@ def test_a_convolution_whose_output_is_used_twice_keeps_its_batch_norm() -> None
     model = Forked().eval()
     model.bn.running_mean.fill_(0.5)
     images = torch.randn(2, 3, 8, 8)
-    assert torch.allclose(cudnn_fused.rewrite(model, conv_add_relu)(images), model(images))
+    assert torch.allclose(cudnn_fused.rewrite(model, "plain")(images), model(images))
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from agreement import require_close
 from kernel_inputs import DEVICE, NEEDS_GPU
+from resfuse.kernels.cudnn_relu import FORMS, Way
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.executor import Executor
@@ -229,30 +230,46 @@ def test_a_tail_has_exactly_its_operations() -> None:
         assert not list(block_tail.segments(graph, 0))
 
 
-def test_cudnn_is_asked_for_what_it_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for its operation on a CPU: its arguments, and what comes out. Without a
-    residual zeros are added, times zero."""
+@pytest.mark.parametrize("search", (False, True))
+@pytest.mark.parametrize("form", FORMS)
+def test_cudnn_is_asked_for_what_it_fuses(
+    form: str, search: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for its operations on a CPU: their arguments, and what comes out. There is one
+    choice, for a second could only run the plan of the first."""
     asked = []
-    before = torch.backends.cudnn.benchmark
 
     def conv_add_relu(x, w, z, alpha, b, stride, padding, dilation, groups):
-        asked.append((alpha, torch.backends.cudnn.benchmark))
+        asked.append(("add_relu", alpha, torch.backends.cudnn.benchmark))
         y = torch.conv2d(x, w, b, stride, padding, dilation, groups)
-        assert z.shape == y.shape and z.is_contiguous(memory_format=torch.channels_last)
+        assert z.is_contiguous(memory_format=torch.channels_last)
+        assert z.shape == (y.shape if form == "zeros" or alpha == 1 else (1, y.shape[1], 1, 1))
         assert alpha == 1 or not z.any()
         return torch.relu(y + alpha * z)
 
+    def conv_relu(x, w, b, stride, padding, dilation, groups):
+        asked.append(("relu", None, torch.backends.cudnn.benchmark))
+        return torch.relu(torch.conv2d(x, w, b, stride, padding, dilation, groups))
+
     if DEVICE == "cpu":
         monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", conv_relu)
+    monkeypatch.setattr(cudnn, "decided", lambda math_mode: Way(form, search))
     main = nn.Sequential(conv(16, 16, 3, groups=4), nn.ReLU(), conv(16, 16, 1))
     graph, state = captured(Sum(main, conv(16, 16, 1)), (1, 16, 6, 5), torch.float32)
+    labels = []
     for at in range(3):
-        for choice in cudnn.segments(graph, at):
-            require_right(graph, state, choice, 9 * 4 + 16)
-    assert torch.backends.cudnn.benchmark == before
+        (choice,) = cudnn.segments(graph, at)
+        labels.append(choice.label())
+        require_right(graph, state, choice, 9 * 4 + 16)
+    others = [f"cudnn search={search}"] * 2
+    assert sorted(labels) == sorted([f"cudnn {form} search={search}", *others])
+    assert torch.backends.cudnn.benchmark is False
     if DEVICE == "cpu":  # in two memory formats each
-        each = [(alpha, search) for alpha in (0, 1) for search in (False, True)]
-        assert asked == [item for item in each for _ in range(2)]
+        first = {"zeros": ("add_relu", 0.0), "channel_zeros": ("add_relu", 0.5),
+                 "relu_op": ("relu", None)}  # fmt: skip
+        each = [*([first[form]] if form in first else []), ("add_relu", 1.0)]
+        assert asked == [(*one, search) for one in each for _ in range(2)]
     graph, _ = captured(nn.Sequential(conv(16, 16, 3), nn.SiLU()), (1, 16, 6, 5), torch.float32)
     assert not list(cudnn.segments(graph, 0))
 

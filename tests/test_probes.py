@@ -31,16 +31,126 @@ def test_peak_memory_is_empty_where_the_system_does_not_say() -> None:
     assert memory.peak_of(lambda: None, "cpu", None) == memory.Memory(None, None)
 
 
-def test_gpu_memory_comes_from_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-in for torch's CUDA allocator: 300 MB before the model, 1000 MB at the peak."""
-    calls: list[str] = []
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 1200)
-    peak = memory.peak_of(lambda: calls.append("step"), "cuda", 300)
-    assert peak == memory.Memory(700, 1200)
-    assert calls == ["synchronize", "reset_peak_memory_stats", "step", "synchronize"]
+class Allocator:
+    """torch's CUDA allocator by its figures: bytes in use by segment, and segments by pool."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.segments: list[dict] = []
+        self.peak = self.reserved_peak = 0
+        for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "memory_allocated",
+                     "max_memory_allocated", "max_memory_reserved", "memory_snapshot"):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def add(self, total: int, allocated: int, pool: tuple[int, int] = (0, 0), at: int = 0) -> dict:
+        """A segment, with the fields that torch 2.11 and 2.14 give it."""
+        segment = {
+            "device": at, "address": 0x7F0000000000, "total_size": total,
+            "allocated_size": allocated, "active_size": allocated, "requested_size": allocated,
+            "stream": 0, "segment_type": "large", "segment_pool_id": pool, "is_expandable": False,
+            "frames": [], "blocks": [],
+        }  # fmt: skip
+        self.segments.append(segment)
+        self._grow()
+        return segment
+
+    def use(self, segment: dict, allocated: int) -> None:
+        segment["allocated_size"] = segment["active_size"] = allocated
+        self._grow()
+
+    def _grow(self) -> None:
+        self.peak = max(self.peak, self.memory_allocated())
+        self.reserved_peak = max(self.reserved_peak, self._reserved())
+
+    def _reserved(self) -> int:
+        return sum(s["total_size"] for s in self.segments if s["device"] == 0)
+
+    def memory_allocated(self) -> int:
+        return sum(s["allocated_size"] for s in self.segments if s["device"] == 0)
+
+    def max_memory_allocated(self) -> int:
+        return self.peak
+
+    def max_memory_reserved(self) -> int:
+        return self.reserved_peak
+
+    def memory_snapshot(self) -> list[dict]:
+        return self.segments
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+    def reset_peak_memory_stats(self) -> None:
+        self.calls.append("reset")
+        self.peak, self.reserved_peak = self.memory_allocated(), self._reserved()
+
+    def empty_cache(self) -> None:
+        """Frees everybody's segments that are empty, and those of graphs that are gone."""
+        self.calls.append("empty")
+        self.segments = [
+            s for s in self.segments if s["allocated_size"] or s["segment_pool_id"][1] > 0
+        ]
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
+    return Allocator(monkeypatch)
+
+
+def test_gpu_memory_comes_from_the_allocator(allocator: Allocator) -> None:
+    """300 bytes before the model, 100 of weights, 600 for a moment of a step; 50 that set-up left
+    are nobody's."""
+    allocator.add(512, 300)
+    before = memory.held("cuda")
+    allocator.add(128, 100)
+    allocator.add(50, 0)
+    work = []
+
+    def step() -> None:
+        assert allocator.calls[-1] == "reset"
+        work.append(allocator.add(640, 600))
+        allocator.use(work[0], 10)
+
+    peak = memory.peak_of(step, "cuda", before)
+    assert peak == memory.Memory(700, 512 + 128 + 640)
+    assert allocator.calls[2:] == ["synchronize", "empty", "reset", "synchronize"]
+
+
+def test_memory_of_graphs_counts_though_a_replay_allocates_nothing(allocator: Allocator) -> None:
+    """One pool of two segments that two graphs share: outputs are alive in it, the rest is free."""
+    allocator.add(512, 300)
+    before = memory.held("cuda")
+    allocator.add(128, 100)
+    allocator.add(2000, 40, (0, 7))
+    allocator.add(500, 0, (0, 7))
+    allocator.add(9000, 0, (0, 8), at=1)  # another GPU's
+    peak = memory.peak_of(lambda: None, "cuda", before)
+    assert peak == memory.Memory(100 + 2000 + 500, 512 + 128 + 2000 + 500)
+
+
+def test_graphs_that_were_there_before_are_not_the_candidates(allocator: Allocator) -> None:
+    """A peer's graph in the same process, and one of a build's that is gone."""
+    allocator.add(2000, 40, (0, 7))
+    before = memory.held("cuda")
+    allocator.add(800, 30, (0, 9))
+    allocator.add(5000, 0, (0, -1))
+    assert memory.peak_of(lambda: None, "cuda", before).peak == 800
+
+
+def test_what_a_step_takes_from_its_pool_counts_once(allocator: Allocator) -> None:
+    """As CUDA graphs of torch.compile do, which give an output back when nobody looks at it."""
+    for used in ((40, 0), (0, 40), (40, 40)):
+        allocator.segments.clear()
+        allocator.reset_peak_memory_stats()
+        before = memory.held("cuda")
+        pool = allocator.add(2000, used[0], (0, 7))
+
+        def step(pool: dict = pool, last: int = used[1]) -> None:
+            allocator.use(pool, 40)
+            allocator.use(pool, last)
+
+        assert memory.peak_of(step, "cuda", before).peak == 2000
 
 
 @pytest.fixture
@@ -95,15 +205,23 @@ def test_every_reason_nvml_knows_is_told(fake_nvml: types.SimpleNamespace) -> No
 def test_gpu_energy_is_the_counters_difference_over_the_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A counter that gains 500 mJ a step; what came before the first reading does not count."""
-    counter = [123_000]
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    """A counter that gains 500 mJ a step, when the device comes to it; what came before the first
+    reading does not count. The device is never far behind."""
+    counter, queue, longest = [123_000], [], [0]
+
+    def synchronize() -> None:
+        counter[0] += 500 * len(queue)
+        queue.clear()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(nvml, "read", lambda function: counter[0])
 
     def step() -> None:
-        counter[0] += 500
+        queue.append("step")
+        longest[0] = max(longest[0], len(queue))
 
     assert energy.joules_of(step, "cuda", seconds_s=0.02) == pytest.approx(0.5)
+    assert counter[0] > 123_000 + 500 * 16 and 1 < longest[0] <= 16
 
 
 @pytest.fixture

@@ -25,13 +25,17 @@ def device_name(device: torch.device) -> str:
 def environment(device: torch.device) -> dict[str, str]:
     """The device, and the version of everything that generates code for it."""
     on_gpu = device.type == "cuda"
-    compilers = {"driver": _driver(), "ptxas": _ptxas()} if on_gpu else {"native": fingerprint()}
     return {
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        **compilers,
+        **(_gpu() if on_gpu else {"native": fingerprint()}),
     }
+
+
+def _gpu() -> dict[str, str]:
+    cudnn = str(torch.backends.cudnn.version())  # another may be installed beside the same torch
+    return {"driver": _driver(), "ptxas": _ptxas(), "cudnn": cudnn}
 
 
 def _version(package: str) -> str:
@@ -53,7 +57,9 @@ def _driver() -> str:
 
 
 def _ptxas() -> str:
-    from triton.backends.nvidia.compiler import get_ptxas
-
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+    except ModuleNotFoundError:
+        return "none"
     major, minor = torch.cuda.get_device_capability()
     return get_ptxas(10 * major + minor).version

@@ -72,7 +72,7 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "cudnn": Provider(
         "resfuse.bench.kernels.providers.cudnn:build",
-        "torch.cudnn_convolution_relu; CUDA",
+        "cuDNN's convolution + bias + ReLU by torch's fastest right op; CUDA",
         "channels_last",
         ("cudnn_fused", "channels_last"),
     ),

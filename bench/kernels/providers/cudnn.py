@@ -1,4 +1,4 @@
-"""cuDNN's convolution with bias and ReLU in its epilogue, through torch's own op."""
+"""cuDNN's convolution with bias and ReLU in its epilogue, through torch's own ops."""
 
 from collections.abc import Callable
 
@@ -7,23 +7,28 @@ from torch import Tensor
 
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.kernels.layer import ConvRelu
+from resfuse.kernels.cudnn_relu import Geometry, conv_relu, searching, zeros_for
+from resfuse.kernels.engine.cudnn_probe import decided
 
 
 def build(layer: ConvRelu, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """One call of torch.cudnn_convolution_relu, weight in channels_last.
+    """One call in the form that is right and fastest on the device; weight in channels_last.
 
     Raises:
         Unavailable: no CUDA device.
     """
     if not example.is_cuda:
         raise Unavailable("torch's fused convolution ops are cuDNN's and need an NVIDIA GPU")
-    conv, problem = layer.conv, layer.problem
-    weight = conv.weight.contiguous(memory_format=torch.channels_last)
+    conv, p = layer.conv, layer.problem
+    assert conv.bias is not None
+    way = decided(p.math_mode, example.device)
+    weight, bias = conv.weight.contiguous(memory_format=torch.channels_last), conv.bias
+    z = zeros_for(way.form, (p.n, p.k, p.p, p.q), weight.new_zeros)
+    geometry: Geometry = p.stride, p.padding, p.dilation, p.groups
 
     @torch.inference_mode()
     def run(x: Tensor) -> Tensor:
-        return torch.cudnn_convolution_relu(
-            x, weight, conv.bias, problem.stride, problem.padding, problem.dilation, problem.groups
-        )
+        with searching(way.search):
+            return conv_relu(way.form, x, weight, bias, z, geometry)
 
     return run

@@ -1,22 +1,22 @@
 """cuDNN's convolutions with bias, sum and ReLU in their epilogue, as torch offers them; and its
 plain convolution, with the bias in a pass of its own, where no ReLU follows.
 
-Each is offered twice: by the algorithm that cuDNN's heuristics choose, and by the one that wins
-torch's benchmark of them, which is run again in every process.
-
-Without a residual zeros are added, times zero. torch.cudnn_convolution_relu would pass its own
-output for that, before it has been written, and zero times NaN is NaN: networks built of it
-answered NaN on an H200 with torch 2.11.
+There is one choice a convolution: the form of cuDNN's ReLU that cudnn_probe.py found right and
+fastest, by plans from heuristics or from torch's search, as it found as well. A second choice that
+searches would run the first one's plan, for torch keeps plans under a key without that switch.
+Where plans are searched for, they are again in every process that runs the engine, on its first
+call or before its CUDA graph is recorded: at most 0.25 s for every other convolution, or it is not
+done.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from math import prod
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 
+from resfuse.kernels.cudnn_relu import Geometry, conv_relu, searching, zeros_for
 from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.cudnn_probe import decided
 from resfuse.kernels.engine.graph import Conv, Graph, State
 from resfuse.kernels.engine.room import Room
 from resfuse.kernels.engine.tactics import triton_kernels as layout
@@ -35,11 +35,13 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def segments(graph: Graph, at: int) -> Iterable[Choice]:
     op = graph.nodes[at].op
-    if isinstance(op, Conv) and not op.residual_last:
-        plain = op.activation == "identity" and not op.problem.residual
-        if op.activation == "relu" or plain:
-            for benchmark in (False, True):
-                yield Choice("cudnn", at, at + 1, (("benchmark", benchmark),))
+    if not isinstance(op, Conv) or op.residual_last:
+        return
+    relu, residual = op.activation == "relu", op.problem.residual
+    if relu or (op.activation == "identity" and not residual):
+        way = decided(op.problem.math_mode)
+        form = (("form", way.form),) if relu and not residual else ()
+        yield Choice("cudnn", at, at + 1, (*form, ("search", way.search)))
 
 
 def scratch(graph: Graph, choice: Choice) -> int:
@@ -52,37 +54,27 @@ def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
     assert isinstance(op, Conv)
     problem = op.problem
     weight, bias = layout.weights(op, state, room)
-    geometry = problem.stride, problem.padding, problem.dilation, problem.groups
+    geometry: Geometry = problem.stride, problem.padding, problem.dilation, problem.groups
     inputs, outputs = layout.input_shape(problem), layout.output_shape(problem)
     shape = graph.values[node.name].shape
-    benchmark = bool(choice.settings["benchmark"])
-    zeros = None
-    if op.activation == "relu" and node.residual is None:
-        zeros = layout.blank(room.zeros(prod(outputs), problem.dtype, weight.device), outputs)
+    form, search = choice.settings.get("form"), bool(choice.settings["search"])
+    z = None
+    if form is not None:
+        z = zeros_for(form, outputs, lambda n: room.zeros(n, problem.dtype, weight.device))
 
     def run(values: Values) -> None:
-        with _benchmark(benchmark):
+        with searching(search):
             compute(values)
 
     def compute(values: Values) -> None:
         x = layout.as_map(values[node.inputs[0]], inputs)
-        if node.residual is not None:
+        if form is not None:
+            y = conv_relu(form, x, weight, bias, z, geometry)
+        elif node.residual is not None:
             residual = layout.as_map(values[node.residual], outputs)
             y = torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
-        elif zeros is not None:
-            y = torch.cudnn_convolution_add_relu(x, weight, zeros, 0.0, bias, *geometry)
         else:
             y = F.conv2d(x, weight, bias, *geometry)
         values[node.name] = y.reshape(shape)
 
     return Call(run)
-
-
-@contextlib.contextmanager
-def _benchmark(wanted: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = wanted
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
