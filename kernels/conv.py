@@ -76,7 +76,7 @@ def conv_bn_act_ref(
     return channels_last(z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])  # so another batch is the same kernel
 def conv_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, slope_ptr, y_ptr,
     M, H, W, P, Q, tiles_m, tiles_n, taps, channels,

@@ -56,7 +56,7 @@ __all__ = [
 conv_bn_act_split_k_ref = conv_bn_act_ref  # it is the same function
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])  # so another batch is the same kernel
 def split_k_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, slope_ptr, y_ptr, partials_ptr, counters_ptr,
     M, H, W, P, Q, tiles_m, tiles_n, taps, channels,
