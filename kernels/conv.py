@@ -141,7 +141,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
     yield from depthwise.shipped()
 
 
-def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
+def launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
     """The launch of the kernel and configuration that suit the problem."""
     device = tensors.x.device
     sms, barred = multiprocessors(device), known(device)
@@ -151,7 +151,7 @@ def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) 
     return launch(problem, tensors, choose(problem, sms, barred), residual_last)
 
 
-conv_bn_act_op = declare("conv_bn_act", conv_bn_act_ref, _launch_chosen)
+conv_bn_act_op = declare("conv_bn_act", conv_bn_act_ref, launch_chosen)
 
 
 def conv_bn_act(
