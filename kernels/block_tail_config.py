@@ -4,6 +4,7 @@ Pure Python; no GPU is asked.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from resfuse.kernels.barred import NONE, Barred, allowed
 from resfuse.kernels.problem import MATH_MODES
@@ -181,6 +182,7 @@ def supports(problem: TailProblem) -> bool:
     return bool(candidates(problem))
 
 
+@lru_cache(maxsize=4096)
 def choose(problem: TailProblem, multiprocessors: int, barred: Barred = NONE) -> Config:
     """The first proven tile of which every multiprocessor gets one; else the smallest.
 

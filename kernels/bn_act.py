@@ -208,6 +208,36 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 bn_act_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def launch_of(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None,
+    *, activation: str, slope: Slope, residual_last: bool,
+) -> Launch:  # fmt: skip
+    """The launch that `bn_act` comes to, of the very tensors given; into a new y.
+
+    Args:
+        x, residual: in channels_last memory; the others as for `bn_act`.
+
+    Raises:
+        ValueError: as `bn_act`.
+    """
+    _require_arguments(x, scale, shift, residual, activation, slope)
+    return launch(
+        empty_channels_last(x.shape, x), x, scale.contiguous(), shift.contiguous(), residual, slope,
+        activation=activation, residual_last=residual_last,
+    )  # fmt: skip
+
+
+def _require_arguments(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: str, slope: Slope
+) -> None:
+    require_4d("x", x)
+    channels = x.shape[1]
+    require_like("scale", scale, (channels,), x, or_fp32=True)
+    require_like("shift", shift, (channels,), x, or_fp32=True)
+    require_like("residual", residual, x.shape, x)
+    require_activation(activation, slope, channels)
+
+
 def bn_act(
     x: Tensor,
     scale: Tensor,
@@ -234,12 +264,7 @@ def bn_act(
     Raises:
         ValueError: an argument's shape, dtype, device or value is not one of these.
     """
-    require_4d("x", x)
-    channels = x.shape[1]
-    require_like("scale", scale, (channels,), x, or_fp32=True)
-    require_like("shift", shift, (channels,), x, or_fp32=True)
-    require_like("residual", residual, x.shape, x)
-    require_activation(activation, slope, channels)
+    _require_arguments(x, scale, shift, residual, activation, slope)
     return bn_act_op(
         x, scale, shift, residual,
         slope if isinstance(slope, Tensor) and activation == "prelu" else None,

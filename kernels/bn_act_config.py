@@ -4,6 +4,7 @@ Pure Python; no GPU is asked.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from resfuse.kernels.barred import NONE, Barred, allowed
 from resfuse.kernels.problem import MATH_MODES
@@ -70,6 +71,7 @@ def candidates(problem: BnActProblem) -> list[Config]:
     return [config for config in CONFIGS if config.ctas(problem) < 2**31]
 
 
+@lru_cache(maxsize=4096)
 def choose(problem: BnActProblem, multiprocessors: int, barred: Barred = NONE) -> Config:
     """The largest block that gives every multiprocessor four CTAs, whose loads overlap; else the
     smallest. A heuristic: it has not been measured.

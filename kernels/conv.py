@@ -76,7 +76,7 @@ def conv_bn_act_ref(
     return channels_last(z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])  # so another batch is the same kernel
 def conv_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, slope_ptr, y_ptr,
     M, H, W, P, Q, tiles_m, tiles_n, taps, channels,
@@ -141,7 +141,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
     yield from depthwise.shipped()
 
 
-def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
+def launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
     """The launch of the kernel and configuration that suit the problem."""
     device = tensors.x.device
     sms, barred = multiprocessors(device), known(device)
@@ -151,7 +151,7 @@ def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) 
     return launch(problem, tensors, choose(problem, sms, barred), residual_last)
 
 
-conv_bn_act_op = declare("conv_bn_act", conv_bn_act_ref, _launch_chosen)
+conv_bn_act_op = declare("conv_bn_act", conv_bn_act_ref, launch_chosen)
 
 
 def conv_bn_act(

@@ -28,7 +28,7 @@ from resfuse.kernels.arguments import (
 from resfuse.kernels.conv1x1_config import Pair
 from resfuse.kernels.conv1x1_kernel import Shortcut, launch
 from resfuse.kernels.gradient import conv_bn_act_backward
-from resfuse.kernels.launch import runs_triton
+from resfuse.kernels.launch import Launch, runs_triton
 
 __all__ = ["Shortcut", "conv1x1", "conv1x1_ref"]
 
@@ -172,6 +172,48 @@ def _require_convolution(prefix: str, x: Tensor, weight: Tensor, stride: Pair) -
     return _output_shape(x.shape, weight.shape, stride)
 
 
+def require_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    activation: str,
+    slope: Slope,
+    shortcut: Shortcut | None,
+) -> list[int]:
+    """The shape of y; raises ValueError naming the argument that `conv1x1` cannot take."""
+    shape = _require_convolution("", x, weight, stride)
+    require_activation(activation, slope, shape[1])
+    require_like("bias", bias, shape[1:2], x, or_fp32=True)
+    require_like("residual", residual, shape, x)
+    if shortcut is not None:
+        made = _require_convolution("shortcut.", shortcut.x, shortcut.weight, shortcut.stride)
+        if made != shape:
+            raise ValueError(f"argument shortcut: its shape is {made}; accepted: {shape}, as y's")
+        require_like("shortcut.x", shortcut.x, shortcut.x.shape, x)
+    return shape
+
+
+def launch_with_shortcut(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str, slope: Slope, shortcut: Shortcut
+) -> Launch:
+    """The launch of `conv1x1` with a projection, of the very tensors given; into a new y.
+
+    Args:
+        x, weight, shortcut: in channels_last memory; the others as for `conv1x1`.
+
+    Raises:
+        ValueError: as `conv1x1`.
+    """
+    shape = require_arguments(x, weight, bias, None, (1, 1), activation, slope, shortcut)
+    slope = slope.contiguous() if isinstance(slope, Tensor) else slope
+    return launch(
+        empty_channels_last(shape, x), x, weight, bias.contiguous(), None, slope,
+        shortcut=shortcut, activation=activation,
+    )  # fmt: skip
+
+
 def conv1x1(
     x: Tensor,
     weight: Tensor,
@@ -203,15 +245,7 @@ def conv1x1(
     Raises:
         ValueError: an argument's shape, dtype, device or value is not one of these.
     """
-    shape = _require_convolution("", x, weight, stride)
-    require_activation(activation, slope, shape[1])
-    require_like("bias", bias, shape[1:2], x, or_fp32=True)
-    require_like("residual", residual, shape, x)
-    if shortcut is not None:
-        made = _require_convolution("shortcut.", shortcut.x, shortcut.weight, shortcut.stride)
-        if made != shape:
-            raise ValueError(f"argument shortcut: its shape is {made}; accepted: {shape}, as y's")
-        require_like("shortcut.x", shortcut.x, shortcut.x.shape, x)
+    require_arguments(x, weight, bias, residual, stride, activation, slope, shortcut)
     return conv1x1_op(
         x, weight, bias, residual,
         slope if isinstance(slope, Tensor) and activation == "prelu" else None,

@@ -10,6 +10,7 @@ multiplies elementwise, in fp32, and reads its taps of x from L1 and L2.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 import triton.language as tl
@@ -58,6 +59,7 @@ def candidates(problem: ConvProblem) -> list[Config]:
     return [config for config in CONFIGS if config.block_n < 2 * problem.k] or [CONFIGS[-1]]
 
 
+@lru_cache(maxsize=4096)
 def choose(problem: ConvProblem, multiprocessors: int, barred: Barred = NONE) -> Config:
     """The widest candidate: the longest runs of memory.
 

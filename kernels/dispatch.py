@@ -4,9 +4,11 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from resfuse.kernels import conv, conv1x1, split_k
+from resfuse.kernels import conv, conv1x1, conv1x1_kernel, split_k
 from resfuse.kernels.activation import Slope
-from resfuse.kernels.launch import multiprocessors
+from resfuse.kernels.arguments import empty_channels_last
+from resfuse.kernels.conv_arguments import Tensors, problem_of, require_arguments
+from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem, math_mode_of
 
 
@@ -43,6 +45,45 @@ def conv_bn_act(
         x, weight, bias, residual, stride=stride, padding=padding, dilation=dilation,
         groups=groups, activation=activation, slope=slope, residual_last=residual_last,
     )  # fmt: skip
+
+
+def launch_of(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str,
+    slope: Slope,
+    residual_last: bool,
+) -> Launch:
+    """The launch that `conv_bn_act` comes to, of the very tensors given; into a new y.
+
+    Args:
+        x, weight, residual: in channels_last memory; the others as for conv.conv_bn_act.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is none that it takes.
+    """
+    require_arguments(
+        x, weight, bias, residual, stride, padding, dilation, groups, activation, slope
+    )
+    problem = problem_of(x, weight, residual, stride, padding, dilation, groups, activation)
+    y = empty_channels_last((problem.n, problem.k, problem.p, problem.q), x)
+    slope = slope.contiguous() if isinstance(slope, Tensor) else slope
+    tensors = Tensors(x, weight, bias.contiguous(), residual, slope, y)
+    which = kernel_for(problem, multiprocessors(x.device))
+    if which == "conv1x1":
+        return conv1x1_kernel.launch(
+            y, x, weight, tensors.bias, residual, slope, stride=stride, activation=activation,
+            residual_last=residual_last,
+        )  # fmt: skip
+    chosen = split_k.launch_chosen if which == "conv_bn_act_split_k" else conv.launch_chosen
+    return chosen(problem, tensors, residual_last)
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,7 @@
 """What is folded from a convolution and its batch norm, and when it has to be folded again."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Folded:
     bias: Tensor  # [K]
     slope: Slope
     packed: Packed | None = None
+    launches: dict[Hashable, Any] = field(default_factory=dict, compare=False)  # prepared.py
 
     def dense(self) -> Tensor:
         if self.weight is not None:

@@ -2,6 +2,7 @@
 for a GPU that is not there (`inspect`), and shows up in an error message.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,7 +16,11 @@ Argument: TypeAlias = Tensor | TensorDescriptor | int | float | None
 
 @dataclass(frozen=True)
 class Launch:
-    """Arguments and constants by parameter name; to inspect one, its tensors may be on meta."""
+    """Arguments and constants by parameter name; to inspect one, its tensors may be on meta.
+
+    scratch: the arguments that are memory for this run alone, with anything in it.
+    counters: those that are zero before each run, and after it.
+    """
 
     kernel: Any  # triton.JITFunction, or InterpretedFunction under TRITON_INTERPRET
     grid: tuple[int, ...]
@@ -24,11 +29,32 @@ class Launch:
     num_warps: int
     num_stages: int
     least_capability: int = 80  # the oldest NVIDIA GPU it is for, as in sm_80
+    scratch: tuple[str, ...] = ()
+    counters: tuple[str, ...] = ()
 
-    def run(self) -> None:
-        self.kernel[self.grid](
-            **self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        first = next(iter(self.args.values()))
+        tensor = first.base if isinstance(first, TensorDescriptor) else first
+        assert isinstance(tensor, Tensor)
+        return tensor.device
+
+    def run(self) -> Any:
+        """Runs it on the device of its tensors, on that device's current stream.
+
+        Returns:
+            The triton.CompiledKernel that runs; None in Triton's interpreter.
+        """
+        with on(self.device):
+            return self.kernel[self.grid](
+                **self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+            )
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it Triton launches on `device`, a GPU or not, whichever was the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def interpreting() -> bool:

@@ -148,9 +148,10 @@ class Plan:
         return any(layer.fold.discarded for layer in self.layers)
 
     def discard_weights(self) -> None:
-        """Frees the weight of every layer when it has been folded, and laid out."""
+        """Frees the weight of every layer when it runs next, folded and laid out."""
         for layer in self.layers:
             layer.fold.discard = True
+        self._passed.clear()
 
     def fold_ahead(self) -> None:
         """Folds what is not folded, for a graph compiled or exported next, which cannot."""

@@ -56,7 +56,7 @@ __all__ = [
 conv_bn_act_split_k_ref = conv_bn_act_ref  # it is the same function
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])  # so another batch is the same kernel
 def split_k_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, slope_ptr, y_ptr, partials_ptr, counters_ptr,
     M, H, W, P, Q, tiles_m, tiles_n, taps, channels,
@@ -173,6 +173,8 @@ def launch(
         gemm_constants(problem, tile, residual_last),
         tile.num_warps,
         tile.num_stages,
+        scratch=("partials_ptr",),
+        counters=("counters_ptr",),
     )  # fmt: skip
 
 
@@ -199,7 +201,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
             yield label, launch(problem, stand_ins(problem), config, scratch)
 
 
-def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
+def launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
     """The launch of the configuration that suits the problem, in a workspace of its own; where all
     of them are barred, of the kernel that does not split."""
     device = tensors.x.device
@@ -215,7 +217,7 @@ def _launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) 
     return launch(problem, tensors, config, scratch, residual_last)
 
 
-conv_bn_act_split_k_op = declare("conv_bn_act_split_k", conv_bn_act_split_k_ref, _launch_chosen)
+conv_bn_act_split_k_op = declare("conv_bn_act_split_k", conv_bn_act_split_k_ref, launch_chosen)
 
 
 def conv_bn_act_split_k(

@@ -22,7 +22,7 @@ from resfuse.kernels.arguments import (
     require_4d,
     require_like,
 )
-from resfuse.kernels.launch import runs_triton
+from resfuse.kernels.launch import Launch, runs_triton
 from resfuse.kernels.stem_kernel import launch, pack_weight
 
 
@@ -99,10 +99,28 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: an argument's shape, dtype or device is not one of these.
     """
+    _require_arguments(x, weight, bias)
+    return stem_op(x, weight, bias)
+
+
+def launch_of(x: Tensor, weight: Tensor, bias: Tensor) -> Launch:
+    """The launch that `stem` comes to, of the very tensors given; into a new y.
+
+    Args:
+        x: in channels_last memory; the others as for `stem`.
+
+    Raises:
+        ValueError: as `stem`.
+    """
+    _require_arguments(x, weight, bias)
+    y = empty_channels_last(_output_shape(x.shape, weight.shape), x)
+    return launch(y, x, pack_weight(weight), bias.contiguous())
+
+
+def _require_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     require_4d("x", x)
     require_4d("weight", weight)
     if not 1 <= x.shape[1] <= 4:
         raise ValueError(f"argument x: {x.shape[1]} channels; accepted: 1 to 4")
     require_like("weight", weight, (weight.shape[0], x.shape[1], 7, 7), x)
     require_like("bias", bias, weight.shape[:1], x, or_fp32=True)
-    return stem_op(x, weight, bias)

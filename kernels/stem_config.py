@@ -4,6 +4,7 @@ Pure Python; no GPU is asked.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from resfuse.kernels.barred import NONE, Barred, allowed
 from resfuse.kernels.problem import MATH_MODES, ConvProblem
@@ -132,6 +133,7 @@ def candidates(problem: StemProblem) -> list[Config]:
     return found
 
 
+@lru_cache(maxsize=4096)
 def choose(
     problem: StemProblem,
     multiprocessors: int,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from resfuse.kernels import onednn
 from resfuse.kernels.activation import ACTIVATIONS, Slope
+from resfuse.kernels.arguments import channels_last
 from resfuse.kernels.folded import (
     Fold,
     Folded,
@@ -32,6 +33,7 @@ from resfuse.kernels.folding import bn_scale_shift
 from resfuse.kernels.layers import geometry_of, slope_of
 from resfuse.kernels.match import Chain, Residual
 from resfuse.kernels.problem import output_shape
+from resfuse.kernels.signature import is_unseen, signature_of
 
 
 class ConvStep:
@@ -50,6 +52,7 @@ class ConvStep:
         self.overwrite = False  # the residual is nobody else's: it may be added in place
         self.straight: Callable[..., Tensor] | None = None  # a run on a CPU, without the checks
         self.detours = 0  # runs that were something else
+        self._id = object()  # among steps that share a fold
         self._bound: Packed | None = None
         self._shapes: tuple[Any, Any] = ((), ())  # of the last input, and of its output
 
@@ -57,17 +60,20 @@ class ConvStep:
         if torch.compiler.is_exporting():
             return self._exported(x, residual)
         x = autocast(x)
+        if x.is_cuda and is_unseen(x, residual) and (made := self.fold.made) is not None:
+            prepared = made.launches.get((self._id, *signature_of(x, residual)))
+            if prepared is not None and (y := prepared(x, residual)) is not None:
+                return y
         if not self.takes(x, residual):
             self.detours += 1
             return self.by_layers(x, residual)
-        folded = self.folded(x.dtype)
         if x.is_cuda:
-            return self._on_gpu(x, folded, residual)
+            return self._on_gpu(x, self.laid_out(x.dtype), residual)
+        folded = self.folded(x.dtype)
         if folded.packed is None and x.is_cpu and onednn.supports(x.dtype):
             folded = self.fold.made = folded.pack(self.geometry, self.activation, x)
-            if self.fold.discard:
-                self._discard_weight()
         if folded.packed is not None:
+            self._discard_weight()
             return self._packed(x, folded.packed, residual)
         self.detours += 1
         return self._decomposed(x, folded, residual)
@@ -90,9 +96,16 @@ class ConvStep:
                 weight, bias = fold_layers(self.conv, self.norm, dtype)
                 slope = slope_of(self.act, self.conv.out_channels)
             folded = self.fold.made = Folded(tensors, stamp, dtype, weight, bias, slope)
-            if self.fold.discard and weight.is_cuda:
-                self._discard_weight()
         return folded
+
+    def laid_out(self, dtype: torch.dtype) -> Folded:
+        """The same for a run on a GPU, where what is folded lies as kernels read it."""
+        folded = self.folded(dtype)
+        if torch.compiler.is_compiling():  # a graph cannot take a layer's weight away
+            return folded
+        self._discard_weight()
+        assert self.fold.made is not None
+        return self.fold.made
 
     def forget_if_stale(self) -> None:
         """Forgets what was folded from tensors that have changed."""
@@ -108,7 +121,10 @@ class ConvStep:
             self.fold.made = self._bound = self.straight = None
 
     def _discard_weight(self) -> None:
-        """Leaves the shape of the layer's weight, and frees its memory."""
+        """Leaves the shape of the layer's weight, and frees its memory, once, where that was asked
+        for. It may have been asked for long after the weight was folded."""
+        if not self.fold.discard or self.fold.discarded:
+            return
         assert self.fold.made is not None
         weight = self.conv._parameters["weight"]
         assert weight is not None
@@ -147,16 +163,25 @@ class ConvStep:
         return packed.add(x, residual, self.overwrite)
 
     def _on_gpu(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
-        from resfuse.kernels.dispatch import conv_bn_act
+        """By a kernel: as an op where torch looks on, else launched, and prepared for the next."""
+        from resfuse.kernels.dispatch import conv_bn_act, launch_of
+        from resfuse.kernels.prepared import launched
 
         if residual is not None and residual.shape != self._output_shape(x):
             return self._decomposed(x, folded, residual)
         geometry = self.geometry
-        return conv_bn_act(
-            x, folded.dense(), folded.bias, residual, stride=geometry.stride,
-            padding=geometry.padding, dilation=geometry.dilation, groups=geometry.groups,
-            activation=self.activation, slope=folded.slope,
-            residual_last=self.residual == "after",
+        settings: dict[str, Any] = {
+            "stride": geometry.stride, "padding": geometry.padding,
+            "dilation": geometry.dilation, "groups": geometry.groups,
+            "activation": self.activation, "slope": folded.slope,
+            "residual_last": self.residual == "after",
+        }  # fmt: skip
+        if not is_unseen(x, residual):
+            return conv_bn_act(x, folded.dense(), folded.bias, residual, **settings)
+        x, residual = channels_last(x), None if residual is None else channels_last(residual)
+        return launched(
+            folded.launches, (self._id, *signature_of(x, residual)), x, residual,
+            lambda: launch_of(x, folded.dense(), folded.bias, residual, **settings),
         )  # fmt: skip
 
     def _exported(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -193,18 +218,31 @@ class NormStep:
         self.keeps_dtype = chain.keeps_dtype
         self._sources = sources_of(self.norm)
         self._made: tuple[Stamp, Tensor, Tensor] | None = None
+        self._launches: dict[Any, Any] = {}  # of what was made (prepared.py)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not x.is_cuda or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
             return self.by_layers(x, residual)
-        from resfuse.kernels.bn_act import bn_act
+        from resfuse.kernels.bn_act import bn_act, launch_of
+        from resfuse.kernels.prepared import launched
 
         stamp = stamp_of(tensors_of(self._sources))
         if self._made is None or self._made[0] != stamp:
             self._made = (stamp, *bn_scale_shift(self.norm))  # type: ignore[arg-type]
-        return bn_act(
-            x, *self._made[1:], residual, activation=self.activation,
-            slope=slope_of(self.act, x.shape[1]), residual_last=self.residual == "after",
+            self._launches = {}
+        _, scale, shift = self._made
+        slope = slope_of(self.act, x.shape[1])
+        settings: dict[str, Any] = {
+            "activation": self.activation, "slope": slope,
+            "residual_last": self.residual == "after",
+        }  # fmt: skip
+        # A slope that is a tensor is the activation's own, and no part of what was made.
+        if isinstance(slope, Tensor) or x.numel() == 0 or not is_unseen(x, residual):
+            return bn_act(x, scale, shift, residual, **settings)
+        x, residual = channels_last(x), None if residual is None else channels_last(residual)
+        return launched(
+            self._launches, (slope, *signature_of(x, residual)), x, residual,
+            lambda: launch_of(x, scale, shift, residual, **settings),
         )  # fmt: skip
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -217,6 +255,7 @@ class StemStep:
     def __init__(self, conv: ConvStep, pool: Callable[[Tensor], Tensor]) -> None:
         self.conv, self.pool = conv, pool
         self.name, self.chain = conv.name, f"{conv.chain} + max_pool"
+        self._id = object()
 
     def straight(self, x: Tensor) -> Tensor:
         """A run on a CPU, without the checks."""
@@ -226,11 +265,18 @@ class StemStep:
     def __call__(self, x: Tensor) -> Tensor:
         if not x.is_cuda or not self.conv.takes(autocast(x)):
             return self.pool(self.conv(x))
-        from resfuse.kernels.stem import stem
+        from resfuse.kernels.prepared import launched
+        from resfuse.kernels.stem import launch_of, stem
 
         x = autocast(x)
-        folded = self.conv.folded(x.dtype)
-        return stem(x, folded.dense(), folded.bias)
+        folded = self.conv.laid_out(x.dtype)
+        if not is_unseen(x, None):
+            return stem(x, folded.dense(), folded.bias)
+        x = channels_last(x)
+        return launched(
+            folded.launches, (self._id, *signature_of(x, None)), x, None,
+            lambda: launch_of(x, folded.dense(), folded.bias),
+        )  # fmt: skip
 
 
 class ProjectionStep:
@@ -239,6 +285,7 @@ class ProjectionStep:
     def __init__(self, conv: ConvStep, projection: ConvStep) -> None:
         self.conv, self.projection = conv, projection
         self.name, self.chain = conv.name, f"{conv.chain}, projection inside"
+        self._id = object()
         conv.overwrite = True
 
     def straight(self, x: Tensor, shortcut: Tensor) -> Tensor:
@@ -250,15 +297,32 @@ class ProjectionStep:
         both = self.conv.takes(autocast(x)) and self.projection.takes(autocast(shortcut))
         if not x.is_cuda or not both:
             return self.conv(x, self.projection(shortcut))
-        from resfuse.kernels.conv1x1 import Shortcut, conv1x1
+        from resfuse.kernels.conv1x1 import Shortcut, conv1x1, launch_with_shortcut
+        from resfuse.kernels.prepared import launched
 
         x, shortcut = autocast(x), autocast(shortcut)
-        main, side = self.conv.folded(x.dtype), self.projection.folded(shortcut.dtype)
-        return conv1x1(
-            x, main.dense(), main.bias + side.bias,
-            activation=self.conv.activation, slope=main.slope,
-            shortcut=Shortcut(shortcut, side.dense(), self.projection.geometry.stride),
+        main, side = self.conv.laid_out(x.dtype), self.projection.laid_out(shortcut.dtype)
+        stride, activation = self.projection.geometry.stride, self.conv.activation
+        if not is_unseen(x, shortcut):
+            return conv1x1(
+                x, main.dense(), main.bias + side.bias, activation=activation, slope=main.slope,
+                shortcut=Shortcut(shortcut, side.dense(), stride),
+            )  # fmt: skip
+        x, shortcut = channels_last(x), channels_last(shortcut)
+        return launched(
+            self._launches(main, side), signature_of(x, shortcut), x, shortcut,
+            lambda: launch_with_shortcut(
+                x, main.dense(), main.bias + side.bias, activation, main.slope,
+                Shortcut(shortcut, side.dense(), stride),
+            ),
         )  # fmt: skip
+
+    def _launches(self, main: Folded, side: Folded) -> dict[Any, Any]:
+        """Those prepared with both folded weights; kept with either, and gone with either."""
+        made: tuple[Folded, dict[Any, Any]] | None = main.launches.get(self._id)
+        if made is None or made[0] is not side:
+            made = main.launches[self._id] = (side, {})
+        return made[1]
 
 
 Step = ConvStep | NormStep | StemStep | ProjectionStep

@@ -4,6 +4,7 @@ Maps are 8x8 or smaller and channels 16 or 32, but where a kernel takes no fewer
 takes as long for a tile that is mostly masked as for a full one, and each test launches a few.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -356,6 +357,33 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     said = triton_kernels.refusal(torch.device("cuda"), torch.float16)
     assert said == "Triton kernels need compute capability 8.0 or newer, not 7.5"
+
+
+def test_the_gpu_asked_is_the_graphs_and_not_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An A100 beside an H100: no tensor descriptors, its own number of multiprocessors."""
+    graph, _ = capture(nn.Conv2d(64, 64, 1).eval(), torch.zeros(2, 64, 8, 8))
+    second = torch.device("cuda", 1)
+
+    class Properties:
+        multi_processor_count = 108
+
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda at=None: (8, 0) if at == second else (9, 0)
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda at=None: Properties() if at == second else None
+    )
+    assert graph.device == torch.device("cpu") and triton_kernels.capability(graph) == (9, 0)
+    offered = [c.settings["descriptors"] for c in triton_conv1x1.segments(graph, 0)]
+    assert any(offered)
+    there = dataclasses.replace(graph, device=second)
+    assert there.part(0, 1).device == second
+    assert triton_kernels.capability(there) == (8, 0)
+    assert triton_kernels.multiprocessors(there) == 108
+    offered = [c.settings["descriptors"] for c in triton_conv1x1.segments(there, 0)]
+    assert offered and not any(offered)
 
 
 def test_the_tail_is_barred_on_hopper_where_ptxas_may_corrupt_it(

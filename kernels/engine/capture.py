@@ -2,6 +2,7 @@
 
 import hashlib
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
                 "accepted: models that only compute"
             )
     reader = _Reader(program)
-    graph = merge(reader.graph())
+    graph = merge(replace(reader.graph(), device=example.device))
     return graph, reader.read.state
 
 

@@ -6,7 +6,7 @@ a 1x1 map (or of the whole map, behind a flatten); what has no operation here is
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -183,6 +183,7 @@ class Graph:
     spec: str = ""  # how the outputs make up the model's result (torch.utils._pytree, as JSON)
     constants: tuple[str, ...] = ()  # of the state, what the model's state_dict does not have
     spent: frozenset[str] = frozenset()  # of `reads`, what nobody needs afterwards
+    device: torch.device | None = field(default=None, compare=False)  # where it was captured
 
     @cached_property
     def readers(self) -> Counter[str]:
@@ -216,6 +217,7 @@ class Graph:
             nodes,
             {name: self.values[name] for name in names},
             spent=frozenset(reads) - kept,
+            device=self.device,
         )
 
     def inner(self, start: int, stop: int) -> set[str]:

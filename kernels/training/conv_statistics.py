@@ -99,7 +99,7 @@ def conv_statistics_ref(
     return channels_last(y), whole(y.detach())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])  # so another batch is the same kernel
 def conv_statistics_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, values_ptr, counts_ptr,
     M, H, W, P, Q, tiles_m, tiles_n, taps, channels, plane,

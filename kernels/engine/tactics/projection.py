@@ -30,7 +30,7 @@ def segments(graph: Graph, at: int) -> Iterable[Choice]:
         shortcut_c=shortcut.problem.c,
         shortcut_stride=shortcut.problem.stride,
     )
-    for config in triton_conv1x1.configs(problem):
+    for config in triton_conv1x1.configs(problem, graph):
         yield Choice("projection", at, at + 2, tuple(asdict(config).items()))
 
 

@@ -33,7 +33,7 @@ def segments(graph: Graph, at: int) -> Iterable[Choice]:
     op = graph.nodes[at].op
     if not isinstance(op, Conv):
         return
-    for config in _configs(op.problem, triton_kernels.multiprocessors()):
+    for config in _configs(op.problem, triton_kernels.multiprocessors(graph)):
         settings = asdict(config)
         flat = {**settings.pop("tile"), **settings}
         yield Choice("split_k", at, at + 1, tuple(flat.items()))

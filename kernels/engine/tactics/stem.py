@@ -30,7 +30,7 @@ def segments(graph: Graph, at: int) -> Iterable[Choice]:
         return
     if pool.inputs != (node.name,) or graph.readers[node.name] != 1:
         return
-    major, minor = triton_kernels.capability()
+    major, minor = triton_kernels.capability(graph)
     for config in candidates(_problem(op.problem)):
         if config.least_capability <= 10 * major + minor:
             yield Choice("stem", at, at + 2, tuple(asdict(config).items()))

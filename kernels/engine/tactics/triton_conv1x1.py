@@ -22,16 +22,16 @@ def is_gemm(problem: ConvProblem) -> bool:
     return (problem.r, problem.s, problem.groups) == (1, 1, 1) and problem.padding == (0, 0)
 
 
-def configs(problem: Conv1x1Problem) -> list[Config]:
-    """Those that the GPU can run: TMA came with Hopper."""
-    by_descriptors = triton_kernels.capability() >= (9, 0)
+def configs(problem: Conv1x1Problem, graph: Graph) -> list[Config]:
+    """Those that the graph's GPU can run: TMA came with Hopper."""
+    by_descriptors = triton_kernels.capability(graph) >= (9, 0)
     return [c for c in candidates(problem) if by_descriptors or not c.descriptors]
 
 
 def segments(graph: Graph, at: int) -> Iterable[Choice]:
     op = graph.nodes[at].op
     if isinstance(op, Conv) and is_gemm(op.problem):
-        for config in configs(Conv1x1Problem(**asdict(op.problem))):
+        for config in configs(Conv1x1Problem(**asdict(op.problem)), graph):
             yield Choice("triton_conv1x1", at, at + 1, tuple(asdict(config).items()))
 
 

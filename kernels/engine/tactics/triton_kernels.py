@@ -47,16 +47,20 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"Triton kernels run on a GPU, not on a {device.type}"
 
 
-def capability() -> tuple[int, int]:
-    """Of the GPU that is planned for."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else _H200[0]
+def capability(graph: Graph) -> tuple[int, int]:
+    """Of the GPU that is planned for: the graph's, whichever is the current one."""
+    device = graph.device
+    if device is None or device.type != "cuda":
+        return _H200[0]
+    return torch.cuda.get_device_capability(device)
 
 
-def multiprocessors() -> int:
+def multiprocessors(graph: Graph) -> int:
     """Likewise."""
-    if not torch.cuda.is_available():
+    device = graph.device
+    if device is None or device.type != "cuda":
         return _H200[1]
-    return torch.cuda.get_device_properties().multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def weights(op: Conv, state: State, room: Room) -> tuple[Tensor, Tensor]:
