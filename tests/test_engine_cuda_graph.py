@@ -3,7 +3,9 @@ stand-ins, what is done in which order.
 """
 
 import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -228,7 +230,7 @@ class TestOnTheDevice:
         rounded = sum(max(t.untyped_storage().nbytes(), 2 << 20) for t in recorded._inputs.values())
         assert recorded.pool_bytes <= more * 1.02
         assert more <= (recorded.pool_bytes + rounded) * 1.02
-        outputs = sum(t.nbytes for made in recorded._outputs.values() for t in made)
+        outputs = sum(t.nbytes for replay in recorded._replays.values() for t in replay.made)
         held = torch.cuda.memory_allocated() - allocated
         assert held == pytest.approx(recorded.input_bytes + outputs, rel=0.02, abs=16 << 10)
 
@@ -275,7 +277,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     happened: list[str] = []
 
     class Event:
-        pass
+        def synchronize(self) -> None:
+            happened.append("the host waits for the last run")
 
     class Stream:
         def __init__(self, name: str = "side") -> None:
@@ -354,7 +357,8 @@ def test_a_failure_ends_the_capture_and_is_explained(said: list[str]) -> None:
 
 
 def test_a_clock_gets_the_graph_or_what_cannot_be_one(said: list[str]) -> None:
-    cuda_graph.replayed(lambda: None, torch.device("cpu"))()
+    made = object()
+    assert cuda_graph.replayed(lambda: made, torch.device("cpu"))() is made
     assert said[-1] == "replay"
 
     def fails() -> None:
@@ -377,6 +381,87 @@ def test_turns_wait_for_the_run_before(said: list[str]) -> None:
         "first", "caller ends a run",
         "caller waits for the last run", "second", "caller ends a run",
         "caller waits for the last run", "third", "caller ends a run",
+    ]  # fmt: skip
+
+
+class Held:
+    """A weight, input or index that a kernel reads."""
+
+
+def _reading(held: list[Held]) -> tuple[weakref.ref[Held], "_Run"]:
+    held.append(Held())
+    return weakref.ref(held[0]), _Run(held.pop())
+
+
+class _Run:
+    """A run of kernels, by the addresses of what it holds; returns what it wrote."""
+
+    def __init__(self, read: Held) -> None:
+        self._read = read
+        self.wrote: weakref.ref[Held] | None = None
+
+    def __call__(self) -> Held:
+        wrote = Held()
+        self.wrote = weakref.ref(wrote)
+        return wrote
+
+
+@pytest.mark.parametrize("way", ("record", "replayed"))
+def test_a_replay_keeps_alive_what_it_reads_and_writes(said: list[str], way: str) -> None:
+    """A CUDA graph holds addresses only: a clock replayed graphs whose weights had been freed."""
+    read, run = _reading([])
+    if way == "record":
+        replay = cuda_graph.record(run, torch.cuda.Stream())
+    else:
+        replay = cuda_graph.replayed(run, torch.device("cpu"))
+    wrote = run.wrote
+    del run
+    gc.collect()
+    assert replay is not None and wrote is not None
+    assert read() is not None and wrote() is not None
+    del replay
+    gc.collect()
+    assert read() is None and wrote() is None
+
+
+def test_recorded_keeps_its_executors_alive(said: list[str]) -> None:
+    weight = torch.ones(())
+    alive = weakref.ref(weight)
+    recorded = Recorded({1: _executor(lambda x, w=weight: [x * w])}, torch.device("cpu"))
+    del weight
+    gc.collect()
+    assert recorded.input_bytes and alive() is not None
+
+
+@pytest.fixture
+def on_streams(said: list[str], model: nn.Module, timings: Path) -> Engine:
+    """An engine of the CPU's executors that takes itself to be on a GPU."""
+    if DEVICE == "cuda":
+        pytest.skip("of machines without a GPU")
+    made = build_engine(model, images(1), timings=timings)
+    made.cuda_graph, made._turns = True, Turns(torch.device("cpu"))
+    made._recorded = made._record(made._built)
+    made(images(1))
+    said.clear()
+    return made
+
+
+def test_new_weights_wait_for_the_run_before(
+    said: list[str], on_streams: Engine, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old graphs and their pool live until the last run, on any stream, has ended: their
+    memory would be given to others while it is read."""
+
+    def gone(self: Recorded) -> None:
+        said.append("graphs are let go of")
+
+    monkeypatch.setattr(Recorded, "__del__", gone, raising=False)
+    on_streams.refresh(model.state_dict())
+    gc.collect()
+    last = said[said.index("end") :]
+    assert last == [
+        "end", "caller waits for the last run", "caller ends a run",
+        "the host waits for the last run", "graphs are let go of",
     ]  # fmt: skip
 
 

@@ -100,6 +100,8 @@ class Engine:
         self._turns = Turns(self._device) if on_gpu else contextlib.nullcontext()
         self.cuda_graph = cuda_graph and on_gpu
         self._recorded = self._record(self._built)
+        if isinstance(self._turns, Turns):
+            self._turns.finish()  # weights are laid out, on whichever stream the first call is
         first = next(iter(self._built.values())).graph
         self._input = first.values[first.input]
         self._spec = pytree.treespec_loads(first.spec)
@@ -215,6 +217,8 @@ class Engine:
         }
         recorded = self._record(built)
         with self._lock:
+            if isinstance(self._turns, Turns):
+                self._turns.finish()  # another stream may still replay what is let go of here
             self._state, self._built, self._recorded = fresh, built, recorded
             self._model = model
 
