@@ -3,9 +3,7 @@ stand-ins, what is done in which order.
 """
 
 import contextlib
-import gc
 import threading
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -278,7 +276,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     class Event:
         def synchronize(self) -> None:
-            happened.append("the host waits for the last run")
+            happened.append("the host waits")
 
     class Stream:
         def __init__(self, name: str = "side") -> None:
@@ -382,87 +380,12 @@ def test_turns_wait_for_the_run_before(said: list[str]) -> None:
         "caller waits for the last run", "second", "caller ends a run",
         "caller waits for the last run", "third", "caller ends a run",
     ]  # fmt: skip
-
-
-class Held:
-    """A weight, input or index that a kernel reads."""
-
-
-def _reading(held: list[Held]) -> tuple[weakref.ref[Held], "_Run"]:
-    held.append(Held())
-    return weakref.ref(held[0]), _Run(held.pop())
-
-
-class _Run:
-    """A run of kernels, by the addresses of what it holds; returns what it wrote."""
-
-    def __init__(self, read: Held) -> None:
-        self._read = read
-        self.wrote: weakref.ref[Held] | None = None
-
-    def __call__(self) -> Held:
-        wrote = Held()
-        self.wrote = weakref.ref(wrote)
-        return wrote
-
-
-@pytest.mark.parametrize("way", ("record", "replayed"))
-def test_a_replay_keeps_alive_what_it_reads_and_writes(said: list[str], way: str) -> None:
-    """A CUDA graph holds addresses only: a clock replayed graphs whose weights had been freed."""
-    read, run = _reading([])
-    if way == "record":
-        replay = cuda_graph.record(run, torch.cuda.Stream())
-    else:
-        replay = cuda_graph.replayed(run, torch.device("cpu"))
-    wrote = run.wrote
-    del run
-    gc.collect()
-    assert replay is not None and wrote is not None
-    assert read() is not None and wrote() is not None
-    del replay
-    gc.collect()
-    assert read() is None and wrote() is None
-
-
-def test_recorded_keeps_its_executors_alive(said: list[str]) -> None:
-    weight = torch.ones(())
-    alive = weakref.ref(weight)
-    recorded = Recorded({1: _executor(lambda x, w=weight: [x * w])}, torch.device("cpu"))
-    del weight
-    gc.collect()
-    assert recorded.input_bytes and alive() is not None
-
-
-@pytest.fixture
-def on_streams(said: list[str], model: nn.Module, timings: Path) -> Engine:
-    """An engine of the CPU's executors that takes itself to be on a GPU."""
-    if DEVICE == "cuda":
-        pytest.skip("of machines without a GPU")
-    made = build_engine(model, images(1), timings=timings)
-    made.cuda_graph, made._turns = True, Turns(torch.device("cpu"))
-    made._recorded = made._record(made._built)
-    made(images(1))
     said.clear()
-    return made
-
-
-def test_new_weights_wait_for_the_run_before(
-    said: list[str], on_streams: Engine, model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The old graphs and their pool live until the last run, on any stream, has ended: their
-    memory would be given to others while it is read."""
-
-    def gone(self: Recorded) -> None:
-        said.append("graphs are let go of")
-
-    monkeypatch.setattr(Recorded, "__del__", gone, raising=False)
-    on_streams.refresh(model.state_dict())
-    gc.collect()
-    last = said[said.index("end") :]
-    assert last == [
-        "end", "caller waits for the last run", "caller ends a run",
-        "the host waits for the last run", "graphs are let go of",
-    ]  # fmt: skip
+    turns.finish()
+    assert said == ["caller waits for the last run", "caller ends a run", "the host waits"]
+    said.clear()
+    Turns(torch.device("cpu")).finish()  # what was laid out before the first run
+    assert said == ["caller ends a run", "the host waits"]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of machines without a GPU")
