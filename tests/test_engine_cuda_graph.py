@@ -228,7 +228,7 @@ class TestOnTheDevice:
         rounded = sum(max(t.untyped_storage().nbytes(), 2 << 20) for t in recorded._inputs.values())
         assert recorded.pool_bytes <= more * 1.02
         assert more <= (recorded.pool_bytes + rounded) * 1.02
-        outputs = sum(t.nbytes for made in recorded._outputs.values() for t in made)
+        outputs = sum(t.nbytes for replay in recorded._replays.values() for t in replay.made)
         held = torch.cuda.memory_allocated() - allocated
         assert held == pytest.approx(recorded.input_bytes + outputs, rel=0.02, abs=16 << 10)
 
@@ -275,7 +275,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     happened: list[str] = []
 
     class Event:
-        pass
+        def synchronize(self) -> None:
+            happened.append("the host waits")
 
     class Stream:
         def __init__(self, name: str = "side") -> None:
@@ -354,7 +355,8 @@ def test_a_failure_ends_the_capture_and_is_explained(said: list[str]) -> None:
 
 
 def test_a_clock_gets_the_graph_or_what_cannot_be_one(said: list[str]) -> None:
-    cuda_graph.replayed(lambda: None, torch.device("cpu"))()
+    made = object()
+    assert cuda_graph.replayed(lambda: made, torch.device("cpu"))() is made
     assert said[-1] == "replay"
 
     def fails() -> None:
@@ -378,6 +380,12 @@ def test_turns_wait_for_the_run_before(said: list[str]) -> None:
         "caller waits for the last run", "second", "caller ends a run",
         "caller waits for the last run", "third", "caller ends a run",
     ]  # fmt: skip
+    said.clear()
+    turns.finish()
+    assert said == ["caller waits for the last run", "caller ends a run", "the host waits"]
+    said.clear()
+    Turns(torch.device("cpu")).finish()  # what was laid out before the first run
+    assert said == ["caller ends a run", "the host waits"]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of machines without a GPU")

@@ -8,7 +8,7 @@ all batch sizes of an engine share, for only one of them runs at a time (Turns).
 import contextlib
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,17 @@ class Turns:
         self._guard = contextlib.ExitStack()
         self._ended: torch.cuda.Event | None = None
 
+    def finish(self) -> None:
+        """Waits on the host for the last run and for what the current stream has been given.
+
+        Then the run's memory may be freed, for the allocator knows the stream that memory was
+        taken on and not those that read it; and what was laid out here may be read on any stream.
+        """
+        with self:
+            pass
+        assert self._ended is not None
+        self._ended.synchronize()
+
     def __enter__(self) -> None:
         self._guard.enter_context(torch.cuda.device(self._device))
         if self._ended is not None:
@@ -45,6 +56,23 @@ class Turns:
         self._guard.close()
 
 
+class Replay(Generic[Result]):
+    """A recorded run, launched again by each call.
+
+    A CUDA graph holds addresses and nothing else, so this holds what lies there: the run, with
+    the weights, inputs and indices that it reads, and what it returned, which a call fills anew.
+    """
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, run: Callable[[], Result], made: Result
+    ) -> None:
+        self._graph, self._run, self.made = graph, run, made
+
+    def __call__(self) -> Result:
+        self._graph.replay()
+        return self.made
+
+
 class Recorded:
     """Executors by batch size, each as a CUDA graph on static buffers."""
 
@@ -52,8 +80,7 @@ class Recorded:
         """Raises ValueError where something of a network cannot be recorded."""
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: dict[int, Tensor] = {}
-        self._outputs: dict[int, list[Tensor]] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._replays: dict[int, Replay[list[Tensor]]] = {}
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
             runs = {size: self._bound(size, e, device) for size, e in executors.items()}
@@ -62,7 +89,7 @@ class Recorded:
                     warm_up(run, stream)
                 torch.cuda.empty_cache()  # what only the warm-up needed
                 for size in sorted(runs, reverse=True):  # the others fit where the largest was
-                    self._graphs[size], self._outputs[size] = record(runs[size], stream, self._pool)
+                    self._replays[size] = record(runs[size], stream, self._pool)
             except RuntimeError as error:
                 raise ValueError(
                     "argument cuda_graph: the network cannot be recorded as a CUDA graph "
@@ -72,8 +99,7 @@ class Recorded:
     def __call__(self, size: int, x: Tensor) -> list[Tensor]:
         """The outputs, which the next call overwrites."""
         self._inputs[size].copy_(x)
-        self._graphs[size].replay()
-        return self._outputs[size]
+        return self._replays[size]()
 
     @property
     def pool_bytes(self) -> int:
@@ -107,8 +133,8 @@ def warm_up(run: Callable[[], object], stream: torch.cuda.Stream) -> None:
 
 def record(
     run: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = None
-) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """The graph of a warmed-up run, and what it returned: tensors that a replay fills.
+) -> Replay[Result]:
+    """Records a warmed-up run on the stream, its memory in `pool` or in one of its own.
 
     torch.cuda.graph would empty torch's cache each time, and forbid other threads to allocate.
     """
@@ -122,7 +148,7 @@ def record(
                 graph.capture_end()
             raise
         graph.capture_end()
-    return graph, made
+    return Replay(graph, run, made)
 
 
 def replayed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -133,10 +159,9 @@ def replayed(run: Callable[[], object], device: torch.device) -> Callable[[], ob
         warm_up(run, stream)
         torch.cuda.empty_cache()  # graphs timed before; nothing can be given back in a capture
         try:
-            graph, _ = record(run, stream)
+            return record(run, stream)
         except RuntimeError:
             return run
-    return graph.replay
 
 
 def _buffer(value: Value, device: torch.device) -> Tensor:

@@ -1,14 +1,15 @@
 """Measures choices on the device at hand, each after it has given the right answer.
 
 A choice runs as it will in the engine, in an executor of its part of the graph alone, from caches
-that hold none of its weights: in a network, a hundred megabytes pass between one run and the next.
+that hold of its inputs and weights what they will hold there (warm_timing.py).
 """
 
+import contextlib
 import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from resfuse.kernels.barred import NONE, Barred
 from resfuse.kernels.engine.choice import Choice, key_of
 from resfuse.kernels.engine.cuda_graph import replayed
 from resfuse.kernels.engine.executor import Executor
-from resfuse.kernels.engine.graph import Graph, State, Value
+from resfuse.kernels.engine.graph import Graph, State, Value, state_names
 from resfuse.kernels.engine.room import Laid
 from resfuse.kernels.engine.tactics import TACTICS, eager
 from resfuse.kernels.engine.timing_cache import TimingCache
+from resfuse.kernels.engine.warm_timing import copies, warmth_of
 from resfuse.kernels.problem import math_mode_of
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
 
@@ -41,6 +43,10 @@ _HOPELESS = 1.5  # times as slow as the best so far: not measured any further
 _LEAVING = 0.03
 _ROOM_BYTES = 2 << 30  # of values, for all that are timed in turns
 _SWEPT_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # several second-level caches
+
+
+class BrokenDevice(RuntimeError):
+    """A kernel has broken the GPU for this process. It is barred: the next process does without."""
 
 
 class Measurer:
@@ -66,6 +72,8 @@ class Measurer:
         self._graph, self._state, self._device, self._cache = graph, state, device, cache
         self.measured = 0  # how many were not in the cache
         self._swept = torch.zeros(_SWEPT_BYTES[device.type] // 4, device=device)
+        self._warmth = warmth_of(graph, state, device)
+        self._copied: tuple[frozenset[str], list[tuple[dict[str, Tensor], Laid]]] | None = None
         self._least: dict[str, float] = {}
         self._reference: tuple[str, list[Tensor], list[Tensor], float] | None = None
 
@@ -73,7 +81,7 @@ class Measurer:
         """None where the choice fails, or computes something else; or is barred for every part.
 
         Raises:
-            RuntimeError: the choice has broken the device for this process; the next one knows.
+            BrokenDevice: the choice has broken the device for this process; the next one knows.
         """
         if self._is_barred(choice):
             return None
@@ -99,30 +107,35 @@ class Measurer:
         between one and the next by more than what tells them apart.
 
         Raises:
-            RuntimeError: a choice has broken the device for this process; the next one knows.
+            BrokenDevice: a choice has broken the device for this process; the next one knows.
         """
         open_to_all = [choice for choice in choices if not self._is_barred(choice)]
         keys = [self._part(choice)[1] for choice in open_to_all]
         if any(key not in self._cache for key in keys):
             part, laid = self._part(open_to_all[0])[0], Laid()
-            runs = {
-                key: run
-                for key, choice in zip(keys, open_to_all, strict=True)
-                if (run := self._checked(part, key, choice, laid)) is not None
-            }
+            runs: dict[Key, tuple[Choice, Run]] = {}
+            for key, choice in zip(keys, open_to_all, strict=True):
+                if (run := self._checked(part, key, choice, laid)) is not None:
+                    runs[key] = choice, run
             for key, ms in self._in_turns(runs).items():
                 self.measured += 1
                 self._cache.put(key, ms)
         return [self(choice) for choice in choices]
 
-    def _in_turns(self, runs: Mapping[Key, Run]) -> dict[Key, float]:
-        """The least ms of each."""
+    def _in_turns(self, runs: Mapping[Key, tuple[Choice, Run]]) -> dict[Key, float]:
+        """The least ms of each that does not fail."""
         least = dict.fromkeys(runs, math.inf)
         for turn in range(_ROUNDS):
             limit = _HOPELESS * min(least.values(), default=math.inf)
-            for key, run in runs.items():
-                if turn < 2 or least[key] <= limit:
-                    least[key] = min(least[key], self._turn(run))
+            for key, (choice, run) in runs.items():
+                if key in least and (turn < 2 or least[key] <= limit):
+                    ms = None
+                    with self._barring(key, choice):
+                        ms = self._turn(run)
+                    if ms is None:
+                        del least[key]
+                    else:
+                        least[key] = min(least[key], ms)
         return least
 
     def _turn(self, run: Run) -> float:
@@ -141,7 +154,8 @@ class Measurer:
     def _part(self, choice: Choice) -> tuple[Graph, Key]:
         """What the choice computes, and under which key its time is kept."""
         part = self._graph.part(choice.start, choice.stop)
-        return part, (key_of(part), choice.label() + ", copied" * self._is_copied(choice))
+        copied = ", copied" * self._is_copied(choice)
+        return part, (key_of(part), choice.label() + copied + self._warmth.label)
 
     def _is_barred(self, choice: Choice) -> bool:
         configuration = getattr(TACTICS[choice.tactic].load(), "configuration", None)
@@ -160,53 +174,89 @@ class Measurer:
         """Puts a time into the cache, or why there is none."""
         run = self._checked(part, key, choice)
         if run is not None:
-            self._cache.put(key, self._time(run, key[0]))
+            with self._barring(key, choice):
+                self._cache.put(key, self._time(run, key[0]))
+
+    @contextlib.contextmanager
+    def _barring(self, key: Key, choice: Choice) -> Iterator[None]:
+        """Bars a choice that fails within: for good where the failure is the tactic's own."""
+        try:
+            yield
+        except torch.OutOfMemoryError as failure:  # another day there may be room
+            self._cache.put_here(key, None)
+            _warn(choice, key[0], f"finds no room: {failure}")
+        except _failures() as failure:
+            why = _told(failure)
+            self._cache.put(key, None, why)
+            self._require_device(key, choice, failure)
+            _warn(choice, key[0], f"fails, {why}")
+        except Exception as failure:
+            if self._device.type != "cuda":
+                raise
+            # A mistake of ours, or of a library's, that no CPU has met: the engine does without.
+            self._cache.put_here(key, None)
+            self._require_device(key, choice, failure)
+            _warn(choice, key[0], f"is left out of this build, {_told(failure)}")
 
     def _checked(
         self, part: Graph, key: Key, choice: Choice, laid: Laid | None = None
     ) -> Run | None:
         """What is to be timed, run before and right; None where it is not, put into the cache."""
         inputs, exact, allowed = self._expected(part, key[0])
-        try:
+        with self._barring(key, choice):
             executor = Executor(part, [choice.at_start()], self._state, laid)
             error = _error(executor(*inputs), exact)
-        except torch.OutOfMemoryError as failure:  # another day there may be room
-            self._cache.put_here(key, None)
-            _warn(choice, key[0], f"finds no room: {failure}")
-        except _failures() as failure:
-            why = f"{type(failure).__name__}: {failure}"
-            self._cache.put(key, None, why)
-            self._require_device(choice, failure)
-            _warn(choice, key[0], f"fails, {why}")
-        else:
             if error <= allowed:
-                return self._timed(executor, inputs, choice)
+                return self._timed(part, executor, inputs, choice)
             why = f"its error is {error:.1e}, more than {allowed:.1e}"  # NaN is wrong, too
             self._cache.put(key, None, why)
             _warn(choice, key[0], f"is barred, {why}")
         return None
 
-    def _require_device(self, choice: Choice, failure: Exception) -> None:
+    def _require_device(self, key: Key, choice: Choice, failure: Exception) -> None:
         """After an illegal access a GPU answers nothing, and every tactic would be barred."""
         if self._device.type != "cuda":
             return
         try:
             torch.cuda.synchronize(self._device)
         except RuntimeError as broken:
-            raise RuntimeError(
+            self._cache.put(key, None, _told(failure))
+            raise BrokenDevice(
                 f"{choice.label()} broke the GPU for this process ({failure}). It is barred now: "
                 "build the engine again in a new process"
             ) from broken
 
-    def _timed(self, executor: Executor, inputs: list[Tensor], choice: Choice) -> Run:
+    def _timed(self, part: Graph, executor: Executor, inputs: list[Tensor], choice: Choice) -> Run:
         """The executor as the clock is to see it, run once."""
         run = executor.repeat(*inputs)
         if self._device.type == "cuda":  # kernels without the Python that launches them
-            made = replayed(run, self._device)
+            made = replayed(self._in_a_row(part, run, inputs, choice), self._device)
         else:
             made = _copying(run) if self._is_copied(choice) else run
         made()
         return made
+
+    def _in_a_row(self, part: Graph, run: Run, inputs: list[Tensor], choice: Choice) -> Run:
+        """As many runs as one is timed by, on copies of the weights where these are to be cold."""
+        if self._warmth.in_a_row == 1:
+            return run
+        runs = [run]
+        for state, laid in self._copies(part):
+            runs.append(Executor(part, [choice.at_start()], state, laid).repeat(*inputs))
+
+        def row() -> None:
+            for turn in range(self._warmth.in_a_row):
+                runs[turn % len(runs)]()
+
+        return row
+
+    def _copies(self, part: Graph) -> list[tuple[dict[str, Tensor], Laid]]:
+        """Copies of the part's weights, for all choices for it; those of the last part only."""
+        names = frozenset(state_names(part))
+        if self._copied is None or self._copied[0] != names:
+            self._copied = None  # they make room first
+            self._copied = names, copies(names, self._state, self._warmth)
+        return self._copied[1]
 
     def _is_copied(self, choice: Choice) -> bool:
         """Whether its outputs would have to be copied to where native steps read them.
@@ -240,15 +290,17 @@ class Measurer:
         return ms
 
     def _once_cold(self, run: Run) -> float:
-        """ms of a run from caches that hold nothing of it."""
-        self._swept.add_(1)
+        """ms of a run, or of one in a row, behind a sweep of the caches: what they still hold of a
+        row is what its runs leave to each other."""
+        if self._warmth.swept:
+            self._swept.add_(1)
         if self._device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()
             end.record()
             torch.cuda.synchronize()
-            return start.elapsed_time(end)
+            return start.elapsed_time(end) / self._warmth.in_a_row
         start_s = time.perf_counter()
         run()
         return (time.perf_counter() - start_s) * 1e3
@@ -262,6 +314,10 @@ def _failures() -> tuple[type[Exception], ...]:
     """
     triton = sys.modules.get("triton.errors")
     return (RuntimeError, ValueError, *([triton.TritonError] if triton else []))
+
+
+def _told(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"
 
 
 def _warn(choice: Choice, key: str, what: str) -> None:

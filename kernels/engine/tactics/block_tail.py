@@ -66,8 +66,17 @@ def segments(graph: Graph, at: int) -> Iterable[Choice]:
     for stop in range(at + 2, min(at + 4, len(graph.nodes)) + 1):
         tail = _tail(graph, at, stop)
         if tail is not None:
-            for config in candidates(tail.problem):
+            for config in candidates(tail.problem)[: _most(tail.problem)]:
                 yield Choice("block_tail", at, stop, tuple(asdict(config).items()))
+
+
+def _most(problem: TailProblem) -> int | None:
+    """How many tiles are offered, of the first ones; None for all.
+
+    Tails of 128 and 256 channels took 1.2 to 2.5 times as long as cuDNN's convolutions on an H200,
+    in every tile tried (results/nvidia-h200-*/NOTES.md). One is offered, for other GPUs.
+    """
+    return 1 if problem.c > 64 else None
 
 
 def configuration(graph: Graph, choice: Choice) -> Key:

@@ -15,7 +15,7 @@ from resfuse.kernels.barred import Key, key_of
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import Conv, Graph, State
 from resfuse.kernels.engine.room import Room
-from resfuse.kernels.engine.tactics import triton_kernels
+from resfuse.kernels.engine.tactics import triton_conv, triton_kernels
 from resfuse.kernels.engine.work import Call
 from resfuse.kernels.problem import ConvProblem
 from resfuse.kernels.split_k_config import Config, candidates, cycles
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from resfuse.kernels.conv_arguments import Tensors
     from resfuse.kernels.launch import Launch
 
-MOST = 8
+MOST = 4
 
 refusal = triton_kernels.refusal
 
@@ -75,6 +75,8 @@ def _config(choice: Choice) -> Config:
 
 def _configs(problem: ConvProblem, sms: int) -> list[Config]:
     """Splits of tiles too few to give every multiprocessor one, the quickest by estimate first."""
+    if problem.c < triton_conv.LEAST_CHANNELS:
+        return []
     few = [
         config
         for config in candidates(problem)
