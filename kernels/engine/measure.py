@@ -43,6 +43,10 @@ _ROOM_BYTES = 2 << 30  # of values, for all that are timed in turns
 _SWEPT_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # several second-level caches
 
 
+class BrokenDevice(RuntimeError):
+    """A choice has broken the device for this process. It is barred: a new process may go on."""
+
+
 class Measurer:
     """The cost of a choice in ms, from the cache or the clock."""
 
@@ -73,7 +77,7 @@ class Measurer:
         """None where the choice fails, or computes something else; or is barred for every part.
 
         Raises:
-            RuntimeError: the choice has broken the device for this process; the next one knows.
+            BrokenDevice: the choice has broken the device for this process; the next one knows.
         """
         if self._is_barred(choice):
             return None
@@ -99,7 +103,7 @@ class Measurer:
         between one and the next by more than what tells them apart.
 
         Raises:
-            RuntimeError: a choice has broken the device for this process; the next one knows.
+            BrokenDevice: a choice has broken the device for this process; the next one knows.
         """
         open_to_all = [choice for choice in choices if not self._is_barred(choice)]
         keys = [self._part(choice)[1] for choice in open_to_all]
@@ -193,7 +197,7 @@ class Measurer:
         try:
             torch.cuda.synchronize(self._device)
         except RuntimeError as broken:
-            raise RuntimeError(
+            raise BrokenDevice(
                 f"{choice.label()} broke the GPU for this process ({failure}). It is barred now: "
                 "build the engine again in a new process"
             ) from broken
