@@ -110,8 +110,8 @@ def _take_steps(
     resume = args.resume or args.go_on_from is not None
     if not resume:
         known.ended.clear()
-    plan = Plan(found, folder, console, means, args.dry_run, resume)
     pack = partial(_pack, args.archive, folder, root, console)
+    plan = Plan(found, folder, console, means, args.dry_run, resume, pack)
     try:
         finished = progress.run(
             steps,

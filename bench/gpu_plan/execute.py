@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def bound_s(step: Step) -> float:
 
 @dataclass
 class Plan:
-    """Where the steps run and where their rows go."""
+    """Where the steps run and where their rows go. `kept` is called after every row."""
 
     found: dict[str, Any]  # isolate.survey
     folder: Path
@@ -68,6 +69,7 @@ class Plan:
     means: Means
     dry_run: bool
     resume: bool
+    kept: Callable[[], None] = lambda: None
     _begun: set[str] = field(default_factory=set)
     _settled: set[Case] = field(default_factory=set)
 
@@ -122,6 +124,7 @@ class Plan:
             else:
                 lost += 1
             self._keep_explanation(case, outcome)
+            self.kept()
 
         for case in cases:
             bound = min(options.timeout_s, costs.cost(case).bound_s)
