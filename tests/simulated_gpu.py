@@ -1,4 +1,4 @@
-"""A lent GPU on which everything costs seconds of a simulated clock, and nothing else is made up: the
+"""A lent GPU on which everything costs seconds of a simulated clock. Nothing else is made up: the
 plan, its steps, sweeps, rows and archives are the real ones.
 
 Seconds are those counted for an H200 (torch 2.11, triton 3.6) before one was at hand: see
@@ -6,6 +6,7 @@ bench/gpu_plan/costs.py for where they come from. They stand here once more, so 
 plan's own numbers is held against what was counted.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -169,10 +170,8 @@ class SimulatedGpu:
         args = cli.parser().parse_args(words)
         console = Console(width=400, record=True, quiet=False, file=_Nowhere(), markup=False)
         code = -1
-        try:
+        with contextlib.suppress(KeyboardInterrupt, SystemExit, Killed):
             code = command.go(args, command.chosen_steps(args), console, self.means())
-        except (KeyboardInterrupt, SystemExit, Killed):
-            pass
         return code, console.export_text()
 
 

@@ -1,6 +1,7 @@
 """Runs a step's command line as `resfuse` itself would, within the time that is left."""
 
 import argparse
+import functools
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -39,14 +40,15 @@ def parse(line: str, dry_run: bool) -> argparse.Namespace:
     return args
 
 
-def cases_of(step: Step, device: str, dry_run: bool = False) -> list[Case]:
+@functools.cache
+def cases_of(step: Step, device: str, dry_run: bool = False) -> tuple[Case, ...]:
     """The cases of a step that measures networks; none of another."""
     if step.line == PROBE:
-        return []
+        return ()
     args = parse(step.line, dry_run)
     if args.command != "bench":
-        return []
-    return sweep.expand(replace(request_of(args), device=device))
+        return ()
+    return tuple(sweep.expand(replace(request_of(args), device=device)))
 
 
 def expected_s(step: Step) -> float:
@@ -98,7 +100,7 @@ class Plan:
     def _left(self, step: Step) -> list[Case]:
         """Its cases that this plan has not settled yet, nor, with --resume, one before it. A dry
         run makes some steps the same."""
-        cases = cases_of(step, self.found["device"], self.dry_run)
+        cases = list(cases_of(step, self.found["device"], self.dry_run))
         if self.resume:
             cases = sweep.unsettled(cases, self.folder, self.found)
         return [case for case in cases if case not in self._settled]
