@@ -40,14 +40,15 @@ def survey(
     threads: int,
     ceilings: bool,
     limit_s: float = SURVEY_TIMEOUT_S,
-    known: Mapping[str, Mapping[str, str]] | None = None,
+    known: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """Device, environment, commit, ceilings, and why backends cannot run here, from a process that
     is gone before the first case starts.
 
     Args:
         request: whose precisions' ceilings are measured, and whose backends are asked.
-        known: environment -> ceilings that were measured in it before, and are not again.
+        known: facts and ceilings of environments; what this device has reached in one of them is
+            not measured again.
 
     Raises:
         UsageError: the device, weights or images cannot be used.
@@ -58,7 +59,7 @@ def survey(
         "request": asdict(request),
         "threads": threads,
         "ceilings": ceilings,
-        "known": {env_id: dict(found) for env_id, found in (known or {}).items()},
+        "known": [dict(facts) for facts in known],
     }
     result = _converse(job, limit_s)
     if isinstance(result, Outcome):

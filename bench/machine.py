@@ -30,6 +30,8 @@ PACKAGES = (
     "torch-tensorrt",
     "numpy",
 )
+# What ceilings depend on.
+REACHES = ("device_name", "gpu_memory_gb", "gpu_sms", "driver", "cuda", "cudnn", "torch", "threads")
 SOURCES = Path(__file__).resolve().parent.parent
 
 
@@ -92,6 +94,25 @@ def commit() -> str:
         "ls-files", "--others", "--exclude-standard", "--", "*.py"
     )
     return f"{head}+{hashlib.sha256(changes.encode()).hexdigest()[:6]}" if changes else head
+
+
+def known_ceilings(
+    found: Mapping[str, str], environments: Iterable[Mapping[str, str]]
+) -> dict[str, str]:
+    """The fastest that this device was seen to be, with the same driver and libraries: what else
+    differs between environments (Triton, packages) neither copies nor multiplies.
+
+    Args:
+        found: facts of the environment at hand.
+        environments: facts of others, with their ceilings.
+    """
+    best: dict[str, str] = {}
+    for other in environments:
+        if all(found.get(name) == other.get(name) for name in REACHES):
+            ceilings = {name: rate for name, rate in other.items() if name.startswith("ceiling_")}
+            best |= {name: max(rate, best.get(name, "0"), key=float)
+                     for name, rate in ceilings.items()}  # fmt: skip
+    return best
 
 
 def _sources_digest() -> str:

@@ -128,15 +128,13 @@ def read_environments(folder: Path) -> dict[str, dict[str, str]]:
     return facts
 
 
-def known_ceilings(root: Path) -> dict[str, dict[str, str]]:
-    """env_id -> what its device was seen to reach, over the results folders in `root`; one that
+def known_environments(root: Path) -> list[dict[str, str]]:
+    """Facts and ceilings of every environment in the results folders in `root`; a folder that
     cannot be read tells nothing."""
-    known: dict[str, dict[str, str]] = {}
+    known: list[dict[str, str]] = []
     for file in sorted(root.glob(f"*/{ENVIRONMENTS}")):
         with suppress(UsageError):
-            for env_id, facts in read_environments(file.parent).items():
-                ceilings = {k: v for k, v in facts.items() if k.startswith("ceiling_")}
-                known.setdefault(env_id, {}).update(ceilings)
+            known += read_environments(file.parent).values()
     return known
 
 

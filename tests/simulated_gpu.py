@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from resfuse.bench import cli
+from resfuse.bench import cli, machine
 from resfuse.bench.case import Case, Options, Request
 from resfuse.bench.gpu_plan import command
 from resfuse.bench.gpu_plan.means import Means
@@ -81,9 +81,10 @@ class SimulatedGpu:
         threads: int,
         ceilings: bool,
         limit_s: float,
-        known: dict[str, dict[str, str]],
+        known: list[dict[str, str]],
     ) -> dict[str, Any]:
-        self.spend(SURVEY_S + CEILINGS_S * (not CEILINGS.keys() <= known.get("env", {}).keys()))
+        unknown = CEILINGS.keys() - machine.known_ceilings(FACTS, known).keys()
+        self.spend(SURVEY_S + CEILINGS_S * bool(unknown))
         unavailable = {"onnxrt": "onnxruntime has no CUDAExecutionProvider"}
         return {
             "device": "cuda", "facts": FACTS, "env_id": "env", "commit": "commit",
@@ -158,7 +159,7 @@ class SimulatedGpu:
             lambda: self.now, self.survey, self.measure, self.trials, self.probe, self.unpack
         )
 
-    def unpack(self, archive: Path, to: Path) -> str:
+    def unpack(self, archive: Path, to: Path) -> tuple[str, dict[str, str]]:
         raise ValueError(f"{archive} was made for other kernels")
 
     def run(self, root: Path, *flags: str) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from resfuse.bench import isolate, results, sweep
+from resfuse.bench import isolate, machine, results, sweep
 from resfuse.bench.case import Case, Options
 from resfuse.bench.cli import main
 from resfuse.bench.errors import UsageError
@@ -302,8 +302,12 @@ def test_the_survey_asks_backends_and_measures_no_ceiling_twice() -> None:
     assert set(found["unavailable"]) == {"cudnn_fused"}
     assert "need an NVIDIA GPU" in found["unavailable"]["cudnn_fused"]
     known = {"ceiling_copy_gb_s": "12.5", "ceiling_ieee_tflops": "1.5"}
-    again = isolate.survey(request, 0, ceilings=True, known={found["env_id"]: known})
+    slower = {**known, "ceiling_ieee_tflops": "1.2", "triton": "another"}
+    there = [{**found["facts"], **ceilings} for ceilings in (slower, known)]
+    again = isolate.survey(request, 0, ceilings=True, known=there)
     assert again["ceilings"] == known
+    other = {**found["facts"], **known, "torch": "another"}
+    assert machine.known_ceilings(found["facts"], [other]) == {}
 
 
 def test_notes_come_from_the_rows_and_are_written_once(tmp_path: Path) -> None:

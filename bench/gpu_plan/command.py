@@ -83,7 +83,7 @@ def go(args: argparse.Namespace, steps: Sequence[Step], console: Console, means:
     with _terminable():
         _bring(args, root, console, means)
         with assembler.chosen() as assembled_by:
-            known = results.known_ceilings(root)
+            known = results.known_environments(root)
             request = _request(device, steps)
             with console.status("Looking at this machine: device, versions, ceilings"):
                 found = _survey(request, args.budget, known, means)
@@ -139,7 +139,9 @@ def _bring(args: argparse.Namespace, root: Path, console: Console, means: Means)
     if args.carried is not None:
         to = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
         try:
-            _say(console, means.unpack(args.carried, to))
+            said, told = means.unpack(args.carried, to)
+            _say(console, said)
+            os.environ.update(told)
         except (OSError, ValueError, RuntimeError, Unavailable, EOFError) as error:
             _say(console, f"{args.carried} is of no use, kernels are compiled here: {error}")
     if args.go_on_from is not None:
@@ -200,7 +202,7 @@ def _handled(
 
 
 def _survey(
-    request: Request, budget_s: float, known: dict[str, dict[str, str]], means: Means
+    request: Request, budget_s: float, known: list[dict[str, str]], means: Means
 ) -> dict[str, Any]:
     try:
         return means.survey(request, 0, ceilings=True, limit_s=budget_s, known=known)
