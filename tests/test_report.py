@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -19,6 +21,7 @@ from report_rows import (
     tables,
     text_of,
 )
+from resfuse.bench.cli import main
 from resfuse.bench.errors import UsageError
 from resfuse.bench.report import cells, write_merged_report, write_report
 from resfuse.bench.report.families import depth, family
