@@ -30,6 +30,7 @@ PACKAGES = (
     "torch-tensorrt",
     "numpy",
 )
+NO_RESULTS = ":!results"  # git's way of saying "but these"
 # What ceilings depend on.
 REACHES = ("device_name", "gpu_memory_gb", "gpu_sms", "driver", "cuda", "cudnn", "torch", "threads")
 SOURCES = Path(__file__).resolve().parent.parent
@@ -84,13 +85,13 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The sources' commit, with a hash of uncommitted changes; without git the version, with a
-    hash of the sources: a copy of them may have been mended since."""
-    head = _git("rev-parse", "--short=12", "HEAD")
+    """The last commit that changed more than results, with a hash of uncommitted changes; without
+    git the version, with a hash of the sources: a copy of them may have been mended since."""
+    head = _git("rev-list", "-1", "--abbrev-commit", "--abbrev=12", "HEAD", "--", ".", NO_RESULTS)
     if not head:
         return f"v{_version('resfuse') or 'unknown'}+{_sources_digest()}"
     # Results are data: appending a row must not turn the next row's sources into changed ones.
-    changes = _git("diff", "HEAD", "--", ".", ":!results") + _git(
+    changes = _git("diff", "HEAD", "--", ".", NO_RESULTS) + _git(
         "ls-files", "--others", "--exclude-standard", "--", "*.py"
     )
     return f"{head}+{hashlib.sha256(changes.encode()).hexdigest()[:6]}" if changes else head

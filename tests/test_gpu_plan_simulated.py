@@ -243,9 +243,21 @@ def test_kernels_of_another_commit_cost_only_time(root: Path, tmp_path: Path) ->
     assert passed(rows_of(root / FOLDER)) >= HEADLINE
 
 
-def test_an_archive_that_cannot_be_written_costs_no_row(
+def test_an_old_assembler_is_said_and_costs_nothing_else(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    old = tmp_path / "ptxas"
+    old.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.9, V12.9.86\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(old))
+    gpu = SimulatedGpu(cut_at=300)
+    _, said = gpu.run(root, "--part", "first")
+    assert "ptxas 12.9.86 of TRITON_PTXAS_PATH, which may miscompile for Hopper" in said
+    assert "leaves whole tails of blocks out" in said
+    assert passed(rows_of(root / FOLDER)) >= HEADLINE
+
+
+def test_an_archive_that_cannot_be_written_costs_no_row(root: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "plan.tar.xz"
     gpu = SimulatedGpu(archive=blocked)
     blocked.with_name("plan.tar.xz.tmp").mkdir()  # where it is written first

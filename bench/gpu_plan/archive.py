@@ -5,6 +5,7 @@
     inductor/**             torch.compile's, as far as there is room: largest first out
 
 Written beside the old one and put in its place, so that whatever ends the plan leaves a whole one.
+Inductor's cache, which takes seconds to pack, is in the last one only.
 """
 
 import io
@@ -42,12 +43,19 @@ def places(root: Path, environment: Mapping[str, str] = os.environ) -> Places:
     return Places(root, cache_folder() / "timings", Path(inductor) if inductor else None)
 
 
-def pack(archive: Path, folder: Path, where: Places, limit_bytes: int = LIMIT_BYTES) -> str:
+def pack(
+    archive: Path,
+    folder: Path,
+    where: Places,
+    limit_bytes: int = LIMIT_BYTES,
+    with_inductor: bool = True,
+) -> str:
     """Writes a tar.xz of a results folder and the caches, of no more than `limit_bytes`.
 
     Args:
         archive: its path.
         folder: of the environment, in `where.results`.
+        with_inductor: whether its cache is looked at.
 
     Returns:
         a sentence on what was left out for want of room, or "".
@@ -56,15 +64,16 @@ def pack(archive: Path, folder: Path, where: Places, limit_bytes: int = LIMIT_BY
         UsageError: it cannot be written.
     """
     room, taken, left_out = limit_bytes - 4096, list[tuple[str, bytes]](), list[Path]()
-    for name, path in _wanted(folder, where):
-        # Nothing that large compresses so well: frozen weights.
-        content = None if path.stat().st_size > 4 * limit_bytes else path.read_bytes()
-        size = room + 1 if content is None else _packed_bytes(content)
-        if content is None or size > room:
-            left_out.append(path)
-            continue
-        room -= size
-        taken.append((name, content))
+    for name, path in _wanted(folder, where, with_inductor):
+        # Nothing compresses tenfold: what is too large for that is not even read.
+        if path.stat().st_size <= 10 * room:
+            content = path.read_bytes()
+            size = _packed_bytes(content)
+            if size <= room:
+                room -= size
+                taken.append((name, content))
+                continue
+        left_out.append(path)
     data = _tar(taken)
     while len(data) > limit_bytes and taken:  # the estimate is an upper bound; but a limit is one
         taken.pop()
@@ -108,14 +117,14 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _wanted(folder: Path, where: Places) -> Iterator[tuple[str, Path]]:
+def _wanted(folder: Path, where: Places, with_inductor: bool) -> Iterator[tuple[str, Path]]:
     """Names and paths, what cannot be measured again first, then the smaller ones."""
     kept = [path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file()]
     for path in sorted(kept, key=lambda path: (path.suffix != ".csv", path.name)):
         yield f"{RESULTS}/{folder.name}/{path.name}", path
     for path in sorted(where.timings.glob("*.jsonl")):
         yield f"{TIMINGS}/{path.name}", path
-    if where.inductor is not None:
+    if with_inductor and where.inductor is not None:
         files = [path for path in where.inductor.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: (path.stat().st_size, path)):
             yield f"{INDUCTOR}/{path.relative_to(where.inductor).as_posix()}", path

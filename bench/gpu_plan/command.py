@@ -111,7 +111,8 @@ def _take_steps(
     if not resume:
         known.ended.clear()
     pack = partial(_pack, args.archive, folder, root, console)
-    plan = Plan(found, folder, console, means, args.dry_run, resume, pack)
+    refresh = partial(pack, with_inductor=False)
+    plan = Plan(found, folder, console, means, args.dry_run, resume, refresh)
     try:
         finished = progress.run(
             steps,
@@ -121,7 +122,7 @@ def _take_steps(
             means.clock,
             args.budget - PACKING_S,
             lambda line: console.print(line, style="bold", highlight=False, soft_wrap=True),
-            pack,
+            refresh,
         )
         _write_up(folder, console, args.no_report)
     finally:
@@ -149,12 +150,14 @@ def _bring(args: argparse.Namespace, root: Path, console: Console, means: Means)
             _say(console, line)
 
 
-def _pack(file: Path | None, folder: Path, root: Path, console: Console) -> None:
+def _pack(
+    file: Path | None, folder: Path, root: Path, console: Console, with_inductor: bool = True
+) -> None:
     """Refreshes the archive. Where it cannot be written, the measurements go on all the same."""
     if file is None:
         return
     try:
-        said = archive.pack(file, folder, archive.places(root))
+        said = archive.pack(file, folder, archive.places(root), with_inductor=with_inductor)
     except UsageError as error:
         said = str(error)
     if said:

@@ -51,7 +51,14 @@ def _unpack(archive: Path, to: Path) -> tuple[str, dict[str, str]]:
     Raises:
         RuntimeError, Unavailable: it cannot be unpacked.
     """
-    command = [sys.executable, "-m", "resfuse.bench.gpu_plan.carried", "unpack", str(archive), str(to)]
+    command = [
+        sys.executable,
+        "-m",
+        "resfuse.bench.gpu_plan.carried",
+        "unpack",
+        str(archive),
+        str(to),
+    ]
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
