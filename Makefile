@@ -27,7 +27,7 @@ report: $(STAMP)  ## write the reports of results/ again, from the rows alone
 	$(BIN)/resfuse report $(ARGS)
 
 gpu: $(STAMP)  ## measure what matters most on the GPU here, in nine minutes; ARGS="--resume", ARGS=--dry-run on a CPU
-	$(BIN)/resfuse gpu-plan $(ARGS)
+	PYTHON=$(CURDIR)/$(BIN)/python sh bench/gpu_plan/run.sh $(ARGS)
 
 inspect: $(STAMP)  ## compile every kernel for GPUs that need not be here; ARGS="--kernel conv1x1"
 	$(BIN)/resfuse inspect $(ARGS)

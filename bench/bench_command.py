@@ -102,9 +102,9 @@ def measure_all(
             soft_wrap=True,
         )
     if not args.no_report and results.has_rows(folder):
-        from resfuse.bench.report import HTML, write_report
+        from resfuse.bench.report import write_report, written
 
-        console.print(f"Report: {write_report(folder)} and {HTML}")
+        console.print(written(write_report(folder)))
     return 0
 
 
@@ -179,8 +179,15 @@ def run_cases(
     console: Console,
     time_left: Callable[[], float] = lambda: inf,
     measure: sweep.Measure = run_case,
+    expected: Callable[[Case], float] = lambda case: sweep.LEAST_S,
+    heard: Callable[[Case, Outcome], None] = lambda case, outcome: None,
 ) -> int:
-    """Measures cases with a progress bar; returns how many `time_left` (sweep.run) left out."""
+    """Measures cases with a progress bar; returns how many were left out for want of time.
+
+    Args:
+        time_left, expected: as sweep.run takes them.
+        heard: told each outcome, after its row has been written.
+    """
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
@@ -197,8 +204,14 @@ def run_cases(
             line = _line(case, outcome, options.ci)
             progress.console.print(line, highlight=False, soft_wrap=True)
             progress.advance(task)
+            heard(case, outcome)
 
-        left_out = sweep.run(cases, options, folder, found, started, finished, time_left, measure)
+        def say(line: str) -> None:
+            progress.console.print(line, highlight=False, soft_wrap=True)
+
+        left_out = sweep.run(
+            cases, options, folder, found, started, finished, time_left, measure, expected, say
+        )
     summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(
         f"{sum(counts.values())} rows in {folder / results.ROWS}: {summary}"

@@ -16,7 +16,8 @@ from resfuse.bench.studies.training.row import SHEET as TRAINING_SHEET
 
 def report(args: argparse.Namespace) -> int:
     """`resfuse report`: from rows to pages, without measuring anything."""
-    from resfuse.bench.report import HTML, write_merged_report, write_report
+    from resfuse.bench.report import HTML, write_merged_report, write_report, written
+    from resfuse.bench.report.lacking import PAGE, lacking
 
     folders = _results_folders(args.results)
     if args.out is not None:
@@ -24,7 +25,11 @@ def report(args: argparse.Namespace) -> int:
         return 0
     for folder in folders:
         page = write_report(folder)
-        print(page, page.with_name(HTML), sep="\n")
+        print(page)
+        if lacking(PAGE):
+            stderr().print(written(page), highlight=False, soft_wrap=True)
+        else:
+            print(page.with_name(HTML))
     return 0
 
 

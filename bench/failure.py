@@ -1,6 +1,7 @@
 """What went wrong, as a row tells it: a status and one sentence."""
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,8 @@ def outcome_of(error: Exception) -> Outcome:
     if isinstance(error, MemoryError):
         return Outcome("oom", _sentence(error) or "out of memory")
     status = "oom" if _is_out_of_memory(error) else "fail_to_run"
-    return Outcome(status, f"{type(error).__name__}: {_sentence(error)}")
+    said = f"{type(error).__name__}: {_sentence(error)}"
+    return Outcome(status, said, again=_broke_the_device(error))
 
 
 @contextmanager
@@ -45,6 +47,19 @@ def blamed(step: Step, baseline: str) -> Step:
             step.verify(output)
 
     return replace(step, verify=verify)
+
+
+def _broke_the_device(error: BaseException | None) -> bool:
+    """Whether the engine has barred what broke the device, so that a new process may succeed.
+
+    Looked up among what is loaded: without an engine nobody raises it.
+    """
+    engine = sys.modules.get("resfuse.kernels.engine.measure")
+    while engine is not None and error is not None:
+        if isinstance(error, engine.BrokenDevice):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _errors(accuracy: Accuracy | None) -> dict[str, Value]:

@@ -77,6 +77,11 @@ class Checked:
         del self._build  # and with it the model, where what runs does not need it
         self.step_once()
 
+    def explain(self) -> str:
+        """What the thing that runs says of its own plan, as an engine can; "" where it does not."""
+        told = getattr(self._run, "explain", None)
+        return str(told(self._images.shape[0])) if callable(told) else ""
+
     def expect(self, answers: Answers) -> None:
         self._answers = answers
 

@@ -36,16 +36,31 @@ WATCH_SLACK_S, WATCH_SLACK = 0.5, 0.1
 
 
 def survey(
-    request: Request, threads: int, ceilings: bool, limit_s: float = SURVEY_TIMEOUT_S
+    request: Request,
+    threads: int,
+    ceilings: bool,
+    limit_s: float = SURVEY_TIMEOUT_S,
+    known: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """Device, environment, commit and ceilings, from a process that is gone before the first case
-    starts.
+    """Device, environment, commit, ceilings, and why backends cannot run here, from a process that
+    is gone before the first case starts.
+
+    Args:
+        request: whose precisions' ceilings are measured, and whose backends are asked.
+        known: facts and ceilings of environments; what this device has reached in one of them is
+            not measured again.
 
     Raises:
         UsageError: the device, weights or images cannot be used.
         RuntimeError: the process died.
     """
-    job = {"task": "survey", "request": asdict(request), "threads": threads, "ceilings": ceilings}
+    job = {
+        "task": "survey",
+        "request": asdict(request),
+        "threads": threads,
+        "ceilings": ceilings,
+        "known": [dict(facts) for facts in known],
+    }
     result = _converse(job, limit_s)
     if isinstance(result, Outcome):
         raise RuntimeError(f"the survey of this machine failed: {result.error}")
@@ -116,6 +131,7 @@ def run_convolution(
 
 def run_trials(
     kernels: Sequence[str],
+    modes: Sequence[str],
     device: str,
     skip: Sequence[str],
     timeout_s: float,
@@ -134,22 +150,35 @@ def run_trials(
     Raises:
         KeyboardInterrupt: after the subprocess was killed.
     """
-    job = {"task": "trials", "kernels": list(kernels), "device": device, "skip": list(skip)}
+    job = {
+        "task": "trials",
+        "kernels": list(kernels),
+        "modes": list(modes),
+        "device": device,
+        "skip": list(skip),
+    }
     result = _converse(job, timeout_s, heard, TRIAL_TIMEOUT_S)
     return result if isinstance(result, Outcome) else None
 
 
-def describe_engine(job: Mapping[str, Any], timeout_s: float) -> dict[str, Any] | Outcome:
-    """What an engine of a network is like, found out in a subprocess.
+def run_probe(
+    device: str,
+    skip: Sequence[str],
+    timeout_s: float,
+    heard: Callable[[dict[str, Any]], None],
+) -> Outcome | None:
+    """Asks the open questions about a GPU in a subprocess (gpu_plan/probe.py).
 
     Args:
-        job: `case`, `batch_sizes` and `options`, as engine_command.describe takes them, in plain
-            data.
+        skip: names of questions not to be asked.
+        heard: told {"began": name} and {"name": name, "answer": ...} as it happens.
 
     Returns:
-        {"texts": {batch size: all there is to read}}, or how the subprocess died.
+        how the subprocess died, or None where it came to its end.
     """
-    return _converse({"task": "engine", **job}, timeout_s)
+    job = {"task": "probe", "device": device, "skip": list(skip)}
+    result = _converse(job, timeout_s, heard)
+    return result if isinstance(result, Outcome) else None
 
 
 def run_training(
@@ -279,4 +308,4 @@ def _how_it_died(code: int, log: IO[bytes]) -> Outcome:
     if code == -signal.SIGKILL:
         return Outcome("oom", "killed by the system (SIGKILL), most likely for want of memory")
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return Outcome("fail_to_run", f"the subprocess {how}{last_words}")
+    return Outcome("fail_to_run", f"the subprocess {how}{last_words}", again=code < 0)

@@ -129,7 +129,8 @@ def _measure(
         throttle=throttle,
         step=candidate.step_once,
     )
-    return conclude(measured, floor), span_s
+    told = candidate.explain() if isinstance(candidate, Inference) else ""
+    return replace(conclude(measured, floor), explanation=told), span_s
 
 
 def begin(case: Case, options: Options) -> str:

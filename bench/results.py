@@ -10,7 +10,7 @@ import fcntl
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,17 @@ def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> p
     return table
 
 
-def read_cells(folder: Path, sheet: Sheet = CASES) -> pd.DataFrame:
+def read_cells(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> pd.DataFrame:
     """The same as text, every cell as it stands in the file; "" where it is empty or missing.
+
+    Args:
+        only_whole: as `read_rows`.
 
     Raises:
         UsageError: as `read_rows`.
     """
     needed = tuple(name for name in sheet.columns if name not in sheet.measured)
-    return _read_csv(folder / sheet.file, needed, sheet.command).fillna("")
+    return _read_csv(folder / sheet.file, needed, sheet.command, only_whole).fillna("")
 
 
 def has_rows(folder: Path, sheet: Sheet = CASES) -> bool:
@@ -123,6 +126,16 @@ def read_environments(folder: Path) -> dict[str, dict[str, str]]:
     for env_id, key, value in table[list(ENVIRONMENT_COLUMNS)].itertuples(index=False):
         facts.setdefault(env_id, {})[key] = value
     return facts
+
+
+def known_environments(root: Path) -> list[dict[str, str]]:
+    """Facts and ceilings of every environment in the results folders in `root`; a folder that
+    cannot be read tells nothing."""
+    known: list[dict[str, str]] = []
+    for file in sorted(root.glob(f"*/{ENVIRONMENTS}")):
+        with suppress(UsageError):
+            known += read_environments(file.parent).values()
+    return known
 
 
 def append_row(folder: Path, row: Mapping[str, Value], sheet: Sheet = CASES) -> None:

@@ -30,11 +30,18 @@ def columns() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the subprocess of a case sends back."""
+    """What the subprocess of a case sends back.
+
+    `again`: a new process may well succeed, since this one was lost to something that the next one
+    knows of, or that has nothing to do with the case. `explanation`: what the backend says of its
+    own plan; no part of the row.
+    """
 
     status: str
     error: str = ""
     metrics: Mapping[str, Value] = field(default_factory=dict)
+    again: bool = False
+    explanation: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From a request to its cases, and through them: measure, append, show progress."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
 from math import inf
@@ -73,15 +73,22 @@ def run(
     finished: Callable[[Case, Outcome], None],
     time_left: Callable[[], float] = lambda: inf,
     measure: Measure | None = None,
+    expected: Callable[[Case], float] = lambda case: LEAST_S,
+    say: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Measures the cases one by one and appends each row as soon as it exists.
+
+    A case whose process was lost to what a new one may not meet again (Outcome.again) is measured
+    once more; its row says so.
 
     Args:
         found: the survey of this machine (see isolate.survey).
         started, finished: called around each case, for progress.
-        time_left: seconds the cases may still take. None is started with less than LEAST_S; one
-            that is cut off by it leaves no row, since it may well pass with more time.
+        time_left: seconds the cases may still take. One that is cut off by it leaves no row, since
+            it may well pass with more time.
         measure: what measures a case (default: run_case).
+        expected: seconds a case takes. With less left it is not started; a later one may fit.
+        say: gets a sentence on each case that leaves no row, or is measured again.
 
     Returns:
         how many cases were left out for want of time.
@@ -92,8 +99,9 @@ def run(
     """
     ceilings = {key: float(value) for key, value in found["ceilings"].items()}
     done = 0
-    measured = _outcomes(cases, options, ceilings, started, time_left, measure or run_case)
-    for case, outcome in measured:
+    unavailable = dict(found.get("unavailable", {}))
+    attempt = _Attempt(options, ceilings, time_left, measure or run_case, say)
+    for case, outcome in _outcomes(cases, unavailable, attempt, started, expected):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         stamp = Stamp(found["facts"]["device_name"], found["env_id"], found["commit"], now)
         results.append_row(folder, record(case, outcome, stamp))
@@ -102,29 +110,66 @@ def run(
     return len(cases) - done
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """How a case is measured within the time that is left."""
+
+    options: Options
+    ceilings: dict[str, float]
+    time_left: Callable[[], float]
+    measure: Measure
+    say: Callable[[str], None]
+
+    def __call__(self, case: Case) -> Outcome | None:
+        """The case's outcome, after a second try where the first asks for it; None where it was
+        cut off."""
+        first = self._once(case)
+        if first is None or not first.again:
+            return first
+        self.say(f"{case.label()}: {first.error}; tried once more in a new process")
+        second = self._once(case)
+        if second is None:
+            return None
+        before = f"a first process failed: {first.error}"
+        return replace(second, error=f"{second.error}; {before}" if second.error else before)
+
+    def _once(self, case: Case) -> Outcome | None:
+        left = self.time_left()
+        if left >= LEAST_S:
+            limited = replace(self.options, timeout_s=min(self.options.timeout_s, left))
+            outcome = self.measure(case, limited, self.ceilings)
+            if outcome.status != "timeout" or left >= self.options.timeout_s:
+                return outcome
+        self.say(f"{case.label()}: cut off, no time is left for it; --resume goes on from here")
+        return None
+
+
 def _outcomes(
     cases: list[Case],
-    options: Options,
-    ceilings: dict[str, float],
+    unavailable: dict[str, str],
+    attempt: _Attempt,
     started: Callable[[Case], None],
-    time_left: Callable[[], float],
-    measure: Measure,
+    expected: Callable[[Case], float],
 ) -> Iterator[tuple[Case, Outcome]]:
-    # Unavailable means backend, machine and precision, whatever the network: one process finds it
-    # out for all.
-    unavailable: dict[tuple[str, ...], Outcome] = {}
+    # A backend that the survey did not ask about is found unavailable by the first case's process,
+    # whatever the network, for all others.
+    refused: dict[tuple[str, ...], Outcome] = {}
     for case in cases:
-        left = time_left()
-        if left < LEAST_S:
-            return
-        started(case)
         key = (case.backend, case.mode, case.device, case.precision, case.memory_format)
-        limited = replace(options, timeout_s=min(options.timeout_s, left))
-        outcome = unavailable.get(key) or _unsupported(case) or measure(case, limited, ceilings)
-        if outcome.status == "timeout" and left < options.timeout_s:
-            return
+        outcome = _unsupported(case, unavailable) or refused.get(key)
+        left, needed = attempt.time_left(), expected(case)
+        if outcome is None and left < needed:
+            attempt.say(
+                f"{case.label()}: left for later, it takes some {needed:.0f} s and "
+                f"{max(0.0, left):.0f} s are left"
+            )
+            continue
+        started(case)
+        outcome = outcome or attempt(case)
+        if outcome is None:
+            continue
         if outcome.status == "unavailable":
-            unavailable[key] = outcome
+            refused[key] = outcome
         yield case, outcome
 
 
@@ -138,7 +183,10 @@ def _formats_of(backend: str, asked: list[str]) -> list[str]:
     return [name for name in asked if name in BACKENDS[backend].memory_formats] or asked[:1]
 
 
-def _unsupported(case: Case) -> Outcome | None:
+def _unsupported(case: Case, unavailable: Mapping[str, str]) -> Outcome | None:
+    """What is known without a process: the survey's word on a backend, and its memory formats."""
+    if case.backend in unavailable:
+        return Outcome("unavailable", unavailable[case.backend])
     accepted = BACKENDS[case.backend].memory_formats
     if case.memory_format in accepted:
         return None

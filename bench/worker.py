@@ -14,10 +14,13 @@ import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resfuse.bench.case import Case, Options, Request
 from resfuse.bench.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 PR_SET_PDEATHSIG = 1
 
@@ -60,15 +63,32 @@ def _survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     quiet.limit_s("cpu")
     _try_weights(request.weights, {case.model for case in cases})
     facts = machine.facts(request.device, job["threads"])
-    precisions = {case.precision for case in cases}
+    env_id = machine.env_id(facts)
+    precisions = sorted({case.precision for case in cases})
+    known = machine.known_ceilings(facts, job["known"])
+    device = torch.device(request.device)
+    backends = dict.fromkeys(case.backend for case in cases)
+    reasons = {name: _reason(name, device) for name in backends}
     return {
         "device": request.device,
         "facts": facts,
-        "env_id": machine.env_id(facts),
+        "env_id": env_id,
         "folder": machine.folder_name(facts),
         "commit": machine.commit(),
-        "ceilings": machine.ceilings(request.device, precisions) if job["ceilings"] else {},
+        "ceilings": machine.ceilings(request.device, precisions, known) if job["ceilings"] else {},
+        "unavailable": {name: reason for name, reason in reasons.items() if reason is not None},
     }
+
+
+def _reason(backend: str, device: "torch.device") -> str | None:
+    """Why a backend cannot run here, as far as that is known without a case. One that fails to
+    answer is asked again by its case, which has a row to say it in."""
+    from resfuse.bench.backends import why_unavailable
+
+    try:
+        return why_unavailable(backend, device)
+    except Exception:
+        return None
 
 
 def _try_weights(weights: str, models: set[str]) -> None:
@@ -121,16 +141,18 @@ def _trials(job: dict[str, Any], tell: Any) -> dict[str, Any]:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are first imported
     from resfuse.bench.kernels.judge import run_trials
 
-    run_trials(job["kernels"], job["device"], set(job["skip"]), lambda **c: tell("news", **c))
+    skip = set(job["skip"])
+    run_trials(job["kernels"], job["modes"], job["device"], skip, lambda **c: tell("news", **c))
     return {}
 
 
-def _engine(job: dict[str, Any], tell: Any) -> dict[str, Any]:
-    from resfuse.bench.engine_command import describe, text
+def _probe(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    if job["device"].split(":")[0] == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    from resfuse.bench.gpu_plan.probe import ask
 
-    case, sizes = Case(**job["case"]), job["batch_sizes"]
-    _, how, found = describe(case, sizes, Options(**job["options"]))
-    return {"texts": {str(one.batch_size): text(case, how, [one]) for one in found}}
+    ask(job["device"], set(job["skip"]), lambda **content: tell("news", **content))
+    return {}
 
 
 def _training(job: dict[str, Any], tell: Any) -> dict[str, Any]:
@@ -150,7 +172,7 @@ TASKS = {
     "measure": _measure,
     "convolution": _convolution,
     "trials": _trials,
-    "engine": _engine,
+    "probe": _probe,
     "training": _training,
 }
 

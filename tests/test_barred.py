@@ -157,7 +157,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Trial]:
 def run(kernel: str) -> list[str]:
     """Statuses of a kernel's trials."""
     told: list[dict[str, Any]] = []
-    judge.run_trials([kernel], "cpu", set(), lambda **news: told.append(news))
+    judge.run_trials([kernel], ["ieee", "fp16"], "cpu", set(), lambda **news: told.append(news))
     return [news["status"] for news in told if "status" in news]
 
 

@@ -103,7 +103,12 @@ def test_who_crashes_costs_its_own_row(tmp_path: Path, monkeypatch: pytest.Monke
     skipped: list[list[str]] = []
 
     def fake(
-        kernels: list[str], device: str, skip: list[str], timeout_s: float, heard: Heard
+        kernels: list[str],
+        modes: list[str],
+        device: str,
+        skip: list[str],
+        timeout_s: float,
+        heard: Heard,
     ) -> Outcome | None:
         skipped.append(skip)
         if skip:
@@ -116,7 +121,7 @@ def test_who_crashes_costs_its_own_row(tmp_path: Path, monkeypatch: pytest.Monke
         return Outcome("fail_to_run", "the subprocess was killed by SIGSEGV")
 
     monkeypatch.setattr(isolate, "run_trials", fake)
-    counts, finished = check_configs(["stem"], tmp_path, FOUND, CONSOLE, resume=False)
+    counts, finished = check_configs(["stem"], ["fp16"], tmp_path, FOUND, CONSOLE, resume=False)
     assert finished
     assert skipped == [[], ["stem|fp16|first", "stem|fp16|second"]]
     rows = results.read_rows(tmp_path, SHEET)
@@ -125,7 +130,7 @@ def test_who_crashes_costs_its_own_row(tmp_path: Path, monkeypatch: pytest.Monke
     assert "SIGSEGV" in rows.error[1]
     assert dict(counts) == {"pass": 1, "fail_to_run": 1, "fail_accuracy": 1}
     # What crashed is tried again; what is settled is not.
-    check_configs(["stem"], tmp_path, FOUND, CONSOLE, resume=True)
+    check_configs(["stem"], ["fp16"], tmp_path, FOUND, CONSOLE, resume=True)
     assert skipped[-1] == ["stem|fp16|first", "stem|fp16|third"]
 
 
@@ -142,7 +147,9 @@ def test_who_is_cut_off_by_the_time_leaves_no_row(
         return Outcome("timeout", "not done after 100 s")
 
     monkeypatch.setattr(isolate, "run_trials", fake)
-    _, finished = check_configs(["stem"], tmp_path, FOUND, CONSOLE, False, lambda: left[0])
+    _, finished = check_configs(
+        ["stem"], ["fp16"], tmp_path, FOUND, CONSOLE, False, lambda: left[0]
+    )
     assert not finished
     assert list(results.read_rows(tmp_path, SHEET).label) == ["first"]
 
@@ -152,7 +159,7 @@ def test_a_subprocess_that_tries_nothing_is_an_error(
 ) -> None:
     monkeypatch.setattr(isolate, "run_trials", lambda *_: Outcome("fail_to_run", "no torch"))
     with pytest.raises(RuntimeError, match="no configuration can be tried: no torch"):
-        check_configs(["stem"], tmp_path, FOUND, CONSOLE, resume=False)
+        check_configs(["stem"], ["fp16"], tmp_path, FOUND, CONSOLE, resume=False)
 
 
 def test_the_command_writes_rows_and_resumes(

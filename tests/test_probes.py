@@ -357,6 +357,8 @@ def test_a_commit_names_uncommitted_changes_but_not_results(
     assert len(clean) == 12
     (tmp_path / "results" / "rows.csv").write_text("b")
     assert machine.commit() == clean
+    git("commit", "-qam", "rows that came home change no sources")
+    assert machine.commit() == clean
     (tmp_path / "a.py").write_text("b")
     changed = machine.commit()
     assert changed.startswith(f"{clean}+")
@@ -369,7 +371,12 @@ def test_outside_of_git_the_version_stands_in(
 ) -> None:
     monkeypatch.setattr(machine, "SOURCES", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert machine.commit().startswith("v")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("a")
+    before = machine.commit()
+    assert before.startswith("v")
+    (tmp_path / "kernels" / "a.py").write_text("b")
+    assert machine.commit() != before
 
 
 def test_ceilings_are_rates_of_this_device() -> None:

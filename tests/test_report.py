@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -19,6 +21,7 @@ from report_rows import (
     tables,
     text_of,
 )
+from resfuse.bench.cli import main
 from resfuse.bench.errors import UsageError
 from resfuse.bench.report import cells, write_merged_report, write_report
 from resfuse.bench.report.families import depth, family
@@ -332,3 +335,35 @@ def test_bad_input_is_a_usage_error(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_numbers_have_three_digits(value: float | None, expected: str) -> None:
     assert cells.number(value) == expected
+
+
+def test_without_plotly_there_is_a_report_and_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(tmp_path)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.delitem(sys.modules, "resfuse.bench.report.html.page", raising=False)
+    assert main(["report", "--results", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'REPORT.md'}\n"
+    assert "no report.html for want of plotly on this machine" in said.err
+    assert not (tmp_path / "report.html").exists()
+    assert "](speedup-inference-float32.png)" in (tmp_path / "REPORT.md").read_text()
+    with pytest.raises(UsageError, match="cannot be written for want of plotly"):
+        write_merged_report([tmp_path], tmp_path / "all.html")
+
+
+def test_without_matplotlib_there_is_a_report_without_plots(tmp_path: Path) -> None:
+    add(tmp_path)
+    program = (
+        "import pathlib, sys; sys.modules |= {'matplotlib': None, 'plotly': None}; "
+        "from resfuse.bench.report import write_report, written; "
+        "print(written(write_report(pathlib.Path(sys.argv[1]))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no plots and no report.html for want of plotly and matplotlib" in done.stdout
+    assert "resnet18" in (tmp_path / "REPORT.md").read_text()
+    assert not list(tmp_path.glob("*.png"))

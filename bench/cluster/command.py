@@ -142,9 +142,9 @@ def _report(shards: list[Shard], shared: Path, no_report: bool, console: Console
     for name in sorted(folders):
         console.print(f"Rows: {shared / name / results.ROWS}", soft_wrap=True)
         if not no_report and results.has_rows(shared / name):
-            from resfuse.bench.report import write_report
+            from resfuse.bench.report import write_report, written
 
-            console.print(f"Report: {write_report(shared / name)}", soft_wrap=True)
+            console.print(written(write_report(shared / name)), soft_wrap=True)
 
 
 def _device(args: argparse.Namespace) -> str:

@@ -101,6 +101,13 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
 def add_check(parser: argparse.ArgumentParser) -> None:
     _add_kernel(parser)
     parser.add_argument(
+        "--math-mode",
+        type=names,
+        default=["*"],
+        metavar="NAMES",
+        help="ieee, tf32, fp16, bf16; wildcards allowed (default: all)",
+    )
+    parser.add_argument(
         "--device",
         default="auto",
         help="cuda, cuda:N, or cpu: tiny problems in Triton's interpreter (default: cuda where "

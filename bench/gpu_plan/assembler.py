@@ -28,7 +28,8 @@ def chosen() -> Iterator[str]:
     before = os.environ.get(ptxas.VARIABLE)
     os.environ[ptxas.VARIABLE] = best.path
     try:
-        yield f"Kernels are assembled by {best.told()}: {best.path}"
+        without = "" if best.sound else "; on Hopper the engine leaves whole tails of blocks out"
+        yield f"Kernels are assembled by {best.told()}: {best.path}{without}"
     finally:
         if before is None:
             del os.environ[ptxas.VARIABLE]

@@ -1,25 +1,28 @@
-"""Runs a step's command lines as `resfuse` itself would, within the time that is left."""
+"""Runs a step's command line as `resfuse` itself would, within the time that is left."""
 
 import argparse
+import functools
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from resfuse.bench import cli, isolate, sweep
+from resfuse.bench import cli, results, sweep
 from resfuse.bench.bench_command import options_of, request_of, run_cases
-from resfuse.bench.gpu_plan.progress import LEAST_S
-from resfuse.bench.gpu_plan.steps import Step
-from resfuse.bench.kernels.check_command import check_configs, kernels_of
+from resfuse.bench.case import Case
+from resfuse.bench.gpu_plan import costs, questions
+from resfuse.bench.gpu_plan.means import Means
+from resfuse.bench.gpu_plan.progress import CUT, DONE, FAILED, TimeLeft
+from resfuse.bench.gpu_plan.steps import PROBE, Step
+from resfuse.bench.kernels.check_command import check_configs, kernels_of, math_modes_of
 from resfuse.bench.row import Outcome
 
-TimeLeft = Callable[[], float]
 # What a dry run has instead of the real thing; the code that runs is the same.
 TINY: dict[str, Any] = {
-    "device": "cpu", "img_size": 32, "batch_size": [2], "seconds": 0.05, "time": 0.05,
+    "device": "cpu", "img_size": 32, "batch_size": [2], "seconds": 0.05,
 }  # fmt: skip
 TINY_MODEL, TINY_PRECISION = "resnet18", "float32"
 TINY_TOLD = f"{TINY_MODEL} in {TINY_PRECISION} at 32 pixels, two images, stands for every network"
@@ -37,77 +40,128 @@ def parse(line: str, dry_run: bool) -> argparse.Namespace:
     return args
 
 
+@functools.cache
+def cases_of(step: Step, device: str, dry_run: bool = False) -> tuple[Case, ...]:
+    """The cases of a step that measures networks; none of another."""
+    if step.line == PROBE:
+        return ()
+    args = parse(step.line, dry_run)
+    if args.command != "bench":
+        return ()
+    return tuple(sweep.expand(replace(request_of(args), device=device)))
+
+
+def expected_s(step: Step) -> float:
+    """What a step takes on an H200, all of it."""
+    return step.cost_s + sum(costs.cost(case).expected_s for case in cases_of(step, "cuda"))
+
+
+def bound_s(step: Step) -> float:
+    """After how long it is given up."""
+    return step.bound_s + sum(costs.cost(case).bound_s for case in cases_of(step, "cuda"))
+
+
 @dataclass
 class Plan:
-    """Where the steps run and where their rows go."""
+    """Where the steps run and where their rows go. `kept` is called after every row."""
 
     found: dict[str, Any]  # isolate.survey
     folder: Path
     console: Console
+    means: Means
     dry_run: bool
     resume: bool
+    kept: Callable[[], None] = lambda: None
     _begun: set[str] = field(default_factory=set)
+    _settled: set[Case] = field(default_factory=set)
 
-    def run_step(self, step: Step, time_left: TimeLeft) -> bool:
-        """Whether every command of the step came to its end; what it settled is not done again."""
+    def needs(self, step: Step, rest: bool) -> tuple[float, float]:
+        """As progress.Needs: of a step of several cases, what its cheapest unsettled one takes."""
+        if self.dry_run:
+            return sweep.LEAST_S, bound_s(step)
+        cases = self._left(step)
+        if not cases:
+            return (sweep.LEAST_S if rest else step.cost_s), step.bound_s or sweep.LEAST_S
+        bound = sum(costs.cost(case).bound_s for case in cases)
+        return min(self._needs(case, rest) for case in cases), bound
+
+    def run_step(self, step: Step, time_left: TimeLeft) -> str:
+        """How far it came: what it settled is not done again."""
         again = self.resume or step.name in self._begun
+        rest = step.name in self._begun
         self._begun.add(step.name)
-        if not step.commands:
-            facts = {**self.found["facts"], **self.found["ceilings"]}
-            self.console.print(
-                ", ".join(f"{k} {v}" for k, v in facts.items()), highlight=False, soft_wrap=True
-            )
-            return True
-        commands = []
-        for line in step.commands:
-            args = parse(line, self.dry_run)
-            if args not in commands:  # a dry run makes some of them the same
-                commands.append(args)
-        finished = [COMMANDS[args.command](self, args, again, time_left) for args in commands]
-        return all(finished)
+        if step.line == PROBE:
+            return self._probe(again, time_left)
+        args = parse(step.line, self.dry_run)
+        if args.command == "check":
+            return self._check(args, again, time_left)
+        return self._bench(args, self._left(step), rest, time_left)
 
-    def bench(self, args: argparse.Namespace, again: bool, time_left: TimeLeft) -> bool:
-        request = replace(request_of(args), device=self.found["device"])
-        cases = sweep.expand(request)
-        if again:
+    def _left(self, step: Step) -> list[Case]:
+        """Its cases that this plan has not settled yet, nor, with --resume, one before it. A dry
+        run makes some steps the same."""
+        cases = list(cases_of(step, self.found["device"], self.dry_run))
+        if self.resume:
             cases = sweep.unsettled(cases, self.folder, self.found)
-        options = options_of(args, request)
-        return not run_cases(cases, options, self.folder, self.found, self.console, time_left)
+        return [case for case in cases if case not in self._settled]
 
-    def check(self, args: argparse.Namespace, again: bool, time_left: TimeLeft) -> bool:
-        kernels = kernels_of(args)
+    def _needs(self, case: Case, rest: bool) -> float:
+        if case.backend in self.found.get("unavailable", {}):
+            return 0.0
+        if self.dry_run:
+            return sweep.LEAST_S
+        enough = costs.cost(case).expected_s
+        return min(enough, costs.KEPT_S) if rest and case.backend in costs.KEPT else enough
+
+    def _bench(
+        self, args: argparse.Namespace, cases: list[Case], rest: bool, time_left: TimeLeft
+    ) -> str:
+        options = options_of(args, replace(request_of(args), device=self.found["device"]))
+        left_out, lost = 0, 0
+
+        def heard(case: Case, outcome: Outcome) -> None:
+            nonlocal lost
+            if outcome.status in results.SETTLED:
+                self._settled.add(case)
+            else:
+                lost += 1
+            self._keep_explanation(case, outcome)
+            self.kept()
+
+        for case in cases:
+            bound = min(options.timeout_s, costs.cost(case).bound_s)
+            left_out += run_cases(
+                [case],
+                replace(options, timeout_s=bound),
+                self.folder,
+                self.found,
+                self.console,
+                time_left,
+                self.means.measure,
+                lambda case: self._needs(case, rest),
+                heard,
+            )
+        return CUT if left_out else FAILED if lost else DONE
+
+    def _keep_explanation(self, case: Case, outcome: Outcome) -> None:
+        """engine-<network>-b<batch>.txt: where the time goes, from the process that measured it."""
+        if not outcome.explanation:
+            return
+        file = self.folder / f"{case.backend}-{case.model}-{case.precision}-b{case.batch_size}.txt"
+        temporary = file.with_suffix(".tmp")
+        where = f"environment {self.found['env_id']}, commit {self.found['commit']}"
+        temporary.write_text(f"{case.label()}\n\n{outcome.explanation}\n\n{where}\n")
+        temporary.replace(file)
+
+    def _check(self, args: argparse.Namespace, again: bool, time_left: TimeLeft) -> str:
         _, finished = check_configs(
-            kernels, self.folder, self.found, self.console, again, time_left
+            kernels_of(args), math_modes_of(args), self.folder, self.found, self.console, again,
+            time_left, self.means.trials,
         )  # fmt: skip
-        return finished
+        return DONE if finished else CUT
 
-    def engine(self, args: argparse.Namespace, again: bool, time_left: TimeLeft) -> bool:
-        from resfuse.bench import engine_command
-
-        args.device = "cpu"  # looked up here, where the device must not be touched
-        case = replace(engine_command.case_of(args), device=self.found["device"])
-        files = {n: self.folder / f"engine-{case.model}-b{n}.txt" for n in args.batch_size}
-        if time_left() < LEAST_S:
-            return False
-        options = engine_command.options_of(args)
-        job = {"case": asdict(case), "batch_sizes": args.batch_size, "options": asdict(options)}
-        told = isolate.describe_engine(job, time_left())
-        if isinstance(told, Outcome):
-            if told.status == "timeout":
-                return False
-            raise RuntimeError(told.error)
-        for batch_size, file in files.items():
-            text = told["texts"][str(batch_size)]
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(f"{text}\n\nenvironment {self.found['env_id']}, "
-                                 f"commit {self.found['commit']}\n")  # fmt: skip
-            temporary.replace(file)
-            self.console.print(f"{file}: {text.splitlines()[-1]}", highlight=False, soft_wrap=True)
-        return True
-
-
-COMMANDS: dict[str, Callable[[Plan, argparse.Namespace, bool, TimeLeft], bool]] = {
-    "bench": Plan.bench,
-    "check": Plan.check,
-    "engine": Plan.engine,
-}
+    def _probe(self, again: bool, time_left: TimeLeft) -> str:
+        finished = questions.ask_all(
+            self.folder, self.found, self.console, again, time_left, self.means.probe
+        )
+        return DONE if finished else CUT

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from resfuse.bench.errors import UsageError
-from resfuse.bench.gpu_plan.steps import BUDGET_S, Step
+from resfuse.bench.gpu_plan.steps import Step
 
 FILE = "gpu-plan.json"
 DONE, CUT, FAILED = "done", "cut short", "failed"
-LEAST_S = 5.0  # a step is not begun with less
 Clock = Callable[[], float]  # seconds since the plan began
-Runner = Callable[[Step, Callable[[], float]], bool]  # step, time left -> came to its end
+TimeLeft = Callable[[], float]
+Runner = Callable[[Step, TimeLeft], str]  # takes a step as far as it goes -> DONE, CUT or FAILED
+# Seconds that the rest of a step asks for before it is begun, and those it may have; the flag: what
+# is left over is being shared out, and a step need not come to its end.
+Needs = Callable[[Step, bool], tuple[float, float]]
 
 
 @dataclass
@@ -49,21 +52,30 @@ def load(folder: Path, env_id: str, commit: str) -> Progress:
     return progress
 
 
+def in_order(steps: Sequence[Step], progress: Progress) -> list[Step]:
+    """What is not done, most valuable first; what has failed before comes after what has not."""
+    left = [step for step in steps if progress.ended.get(step.name) != DONE]
+    return sorted(left, key=lambda step: progress.ended.get(step.name) == FAILED)
+
+
 def run(
     steps: Sequence[Step],
     progress: Progress,
     run_step: Runner,
+    needs: Needs,
     clock: Clock,
     budget_s: float,
     told: Callable[[str], None],
+    after: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Takes each step that is not done up to its bound, then again with whatever time is left.
+    """Takes each step that fits, most valuable first, up to its bound; then gives what is left over
+    to unfinished ones whose work is kept, in the same order.
 
     A step that fails costs itself, not the others.
 
     Args:
-        run_step: takes a step as far as the time allows.
         told: gets a line on each step.
+        after: called after each step.
 
     Returns:
         whether all steps are done.
@@ -71,18 +83,25 @@ def run(
     Raises:
         UsageError: the results folder failed; the rows so far are kept.
     """
-    for again in (False, True):
-        for step in steps:
-            ended = progress.ended.get(step.name)
+    order = in_order(steps, progress)
+    failed: set[str] = set()
+    for rest in (False, True):
+        for step in order:
+            if progress.ended.get(step.name) == DONE or step.name in failed:
+                continue
             left = budget_s - clock()
-            if ended == DONE or (again and ended == FAILED):
+            needed, bound = needs(step, rest)
+            if left < needed:
+                if not rest:
+                    told(
+                        f"{step.name}: left for later, it takes some {needed:.0f} s and "
+                        f"{max(0.0, left):.0f} s are left"
+                    )
                 continue
-            if left < LEAST_S:
-                progress.ended.setdefault(step.name, CUT)
-                told(f"{step.name}: left out, no time is left")
-                continue
-            limit = left if again else min(left, step.bound_s * budget_s / BUDGET_S)
-            _take(step, progress, run_step, clock, limit, told)
+            _take(step, progress, run_step, clock, min(left, bound), told)
+            if progress.ended[step.name] == FAILED:
+                failed.add(step.name)
+            after()
     return all(progress.ended.get(step.name) == DONE for step in steps)
 
 
@@ -95,15 +114,13 @@ def _take(
     told: Callable[[str], None],
 ) -> None:
     began = clock()
-    told(f"{step.name}: {step.measures}; at the most {limit_s:.0f} s")
+    told(f"{step.name}: {step.measures}; {began:.0f} s so far, at the most {limit_s:.0f} s for it")
     try:
-        finished = run_step(step, lambda: limit_s - (clock() - began))
+        how = run_step(step, lambda: limit_s - (clock() - began))
+        why = {DONE: "done", CUT: "cut short, to be resumed", FAILED: "failed, see above,"}[how]
     except UsageError:
         raise
     except Exception as error:  # one step's trouble must not cost the others their turn
-        progress.note(step.name, FAILED)
-        told(f"{step.name}: failed after {clock() - began:.0f} s: {type(error).__name__}: {error}")
-        return
-    progress.note(step.name, DONE if finished else CUT)
-    how = "done" if finished else "cut short, to be resumed"
-    told(f"{step.name}: {how} after {clock() - began:.0f} s")
+        how, why = FAILED, f"failed: {type(error).__name__}: {error},"
+    progress.note(step.name, how)
+    told(f"{step.name}: {why} after {clock() - began:.0f} s")

@@ -1,79 +1,120 @@
-"""STEPS: what the plan measures, in order. Each stands for command lines of `resfuse`.
+"""STEPS: what the plan measures, in the order of its worth. Each stands for one command line.
 
-fp8 is left out: nothing here computes in it yet. Energy, clocks and throttling are columns of every
-row. Bounds are for a whole of BUDGET_S and grow with it; about 20 s of each case on an H200 are
-imports, photographs and the fp64 reference.
+Three parts, for a GPU that is lent for minutes: the first brings the headline home, the second what
+was left of it and other depths, the third what can wait. Whoever asks for a part gets what is
+unfinished of those before it first. fp8 is left out: nothing here computes in it yet. Energy,
+clocks and throttling are columns of every row.
 """
 
 from dataclasses import dataclass
 
+PARTS = ("first", "second", "third")
 BUDGET_S = 540.0
+LIMIT_MB = 15  # of the archive: what brings files back often takes 16 a file
+SURVEY_S = 5.0  # importing torch, waking the GPU; 20 more where this machine's ceilings are unknown
+PROBE = "probe"
 
 
 @dataclass(frozen=True)
 class Step:
-    """`commands`: what to run, in order; none for what every command begins with."""
+    """`line`: what to run; PROBE is the plan's own. `cost_s` and `bound_s`: of what is no case of a
+    network, else 0, since costs.py knows."""
 
     name: str
+    part: str
     measures: str
-    bound_s: float
-    commands: tuple[str, ...]
+    line: str
+    cost_s: float = 0.0
+    bound_s: float = 0.0
 
 
 _TURNS = "--memory-format channels_last --baseline-memory-format channels_last"
-_ONNX = "--backend onnxrt --memory-format contiguous --baseline-memory-format channels_last"
-_HEADLINE = "bench -m resnet50 --precision float16 --seconds 2"
-_DEPTH = (
-    "bench -m resnet18,resnet34,resnet101,resnet152,resnext50_32x4d,wide_resnet50_2 --seconds 1"
-)
+_HEADLINE = f"bench -m resnet50 --precision float16 --seconds 2 {_TURNS}"
+_BESIDE = f"bench -m resnet50 --precision float16 --seconds 4 --ab cudnn_fused,engine {_TURNS}"
+_DEPTHS = "resnet18,resnet101,resnet152,resnext50_32x4d"
+_DEPTH = f"bench -m {_DEPTHS} --precision float16 --seconds 1 {_TURNS}"
+
+
+def _headline(part: str, name: str, backend: str, batch: str, measures: str) -> Step:
+    line = f"{_HEADLINE} -b {batch} --backend {backend}"
+    return Step(name, part, measures, line)
+
 
 STEPS: tuple[Step, ...] = (
-    Step("facts", "device, driver, versions; ceilings of copying and multiplying", 30, ()),
-    Step("kernels", "every configuration of every kernel against fp64", 80, ("check",)),
     Step(
-        "headline",
-        "ResNet-50 in fp16, each beside eager channels_last in turns",
-        170,
-        (
-            f"{_HEADLINE} -b 256 --backend eager,engine,fused,cudnn_fused {_TURNS}",
-            f"{_HEADLINE} -b 1 --backend eager,engine,fused,cudnn_fused {_TURNS}",
-            f"{_HEADLINE} -b 256,1 {_ONNX}",
-        ),
-    ),
-    Step(
-        "explain",
-        "where the engine's time goes, a line a segment with its share of the floor",
-        30,
-        ("engine resnet50 -b 256 --precision float16", "engine resnet50 -b 1 --precision float16"),
-    ),
-    Step(
-        "compiled",
-        "the same headline for torch.compile, max-autotune and frozen, which tunes for minutes",
-        110,
-        (f"{_HEADLINE} -b 256,1 --backend compiled_max_autotune {_TURNS}",),
-    ),
-    Step(
-        "depth",
-        "other depths and widths, in fp16 and then bf16",
+        PROBE,
+        "first",
+        "which way to ask cuDNN for conv + ReLU; kernels that have never run on a GPU",
+        PROBE,
+        20,
         60,
-        (
-            *(
-                f"{_DEPTH} -b {batch} --precision {precision} "
-                f"--backend engine,fused,cudnn_fused {_TURNS}"
-                for precision in ("float16", "bfloat16")
-                for batch in (256, 1, 32)
-            ),
-            f"{_DEPTH} -b 256,1,32 --precision float16 {_ONNX}",
-            f"{_DEPTH} -b 256,1,32 --precision float16 --backend compiled {_TURNS}",
-        ),
+    ),
+    _headline("first", "cudnn-1", "cudnn_fused", "1", "the best peer at batch 1"),
+    _headline("first", "engine-1", "engine", "1", "our engine at batch 1"),
+    _headline("first", "cudnn-256", "cudnn_fused", "256", "the best peer at batch 256"),
+    _headline("first", "engine-256", "engine", "256", "our engine at batch 256"),
+    Step("beside-1", "first", "engine beside the peer in turns: the ratio", f"{_BESIDE} -b 1"),
+    Step("beside-256", "first", "engine beside the peer in turns: the ratio", f"{_BESIDE} -b 256"),
+    _headline("first", "fused", "fused", "256,1", "fused modules"),
+    _headline("first", "compiled", "compiled", "256,1", "torch.compile by default, frozen"),
+    _headline(
+        "first", "autotune-256", "compiled_max_autotune", "256", "torch.compile, max-autotune"
+    ),
+    _headline("second", "eager", "eager", "256,1", "eager beside itself: the noise"),
+    _headline("second", "autotune-1", "compiled_max_autotune", "1", "torch.compile, max-autotune"),
+    Step(
+        "depth-256",
+        "second",
+        "other depths and widths",
+        f"{_DEPTH} -b 256 --backend engine,cudnn_fused",
+    ),
+    Step(
+        "depth-1",
+        "second",
+        "other depths and widths",
+        f"{_DEPTH} -b 1 --backend engine,cudnn_fused",
+    ),
+    Step(
+        "check-fp16",
+        "second",
+        "every configuration of every kernel against fp64, in fp16",
+        "check --math-mode fp16",
+        40,
+        90,
+    ),
+    Step(
+        "onnxrt",
+        "second",
+        "ONNX Runtime",
+        "bench -m resnet50 --precision float16 --seconds 2 -b 256,1 --backend onnxrt "
+        "--memory-format contiguous --baseline-memory-format channels_last",
     ),
     Step(
         "training",
-        "a training step of ResNet-50 under autocast to bf16; peak memory",
-        60,
-        (
-            "bench -m resnet50 -b 256 --precision amp_bf16 --bench train --seconds 2 "
-            f"--backend eager,compiled,fused {_TURNS}",
-        ),
+        "third",
+        "a training step under autocast to bf16; peak memory",
+        "bench -m resnet50 -b 256 --precision amp_bf16 --bench train --seconds 2 "
+        f"--backend eager,compiled,fused {_TURNS}",
+    ),
+    Step(
+        "check",
+        "third",
+        "every configuration of every kernel against fp64",
+        "check",
+        110,
+        240,
+    ),
+    Step(
+        "batch-32",
+        "third",
+        "a batch between the two",
+        f"{_HEADLINE} -b 32 --backend engine,cudnn_fused,fused",
+    ),
+    Step(
+        "bf16",
+        "third",
+        "the headline in bf16",
+        f"bench -m resnet50 --precision bfloat16 --seconds 2 {_TURNS} -b 256,1 "
+        "--backend engine,cudnn_fused,fused",
     ),
 )

@@ -19,6 +19,7 @@ from resfuse.bench import isolate, results
 from resfuse.bench.case import Request
 from resfuse.bench.console import stderr
 from resfuse.bench.results import SETTLED, Sheet
+from resfuse.bench.row import Outcome
 from resfuse.bench.selection import pick
 
 SCHEMA_VERSION = 1
@@ -30,18 +31,23 @@ COLUMNS = (
 NUMBERS = frozenset(("rel_l2_err", "max_abs_err", "schema_version"))
 SHEET = Sheet("configs.csv", COLUMNS, frozenset(COLUMNS) - NUMBERS, "resfuse check")
 LEAST_S = 5.0  # about what the subprocess needs to import torch
+Heard = Callable[[dict[str, Any]], None]
+# isolate.run_trials: kernels, math modes, device, keys to skip, seconds, heard
+RunTrials = Callable[
+    [Sequence[str], Sequence[str], str, Sequence[str], float, Heard], Outcome | None
+]
 
 
 def check(args: argparse.Namespace) -> int:
     """Tries them all and says which are wrong; returns 1 if any is."""
     console = stderr()
-    kernels = kernels_of(args)
+    kernels, modes = kernels_of(args), math_modes_of(args)
     results.check_writable(args.results, SHEET)
     with console.status("Looking at this machine: device, versions"):
         found = isolate.survey(_request(args.device), 0, ceilings=False)
     folder = args.results / found["folder"]
     results.record_environment(folder, found["env_id"], found["facts"])
-    counts, _ = check_configs(kernels, folder, found, console, args.resume)
+    counts, _ = check_configs(kernels, modes, folder, found, console, args.resume)
     return int(bool(set(counts) - {"pass", "unavailable"}))
 
 
@@ -52,20 +58,30 @@ def kernels_of(args: argparse.Namespace) -> list[str]:
     return pick("--kernel", args.kernel, list(KERNELS))
 
 
+def math_modes_of(args: argparse.Namespace) -> list[str]:
+    """The math modes the parsed flags name; UsageError for an unknown one."""
+    from resfuse.kernels.problem import MATH_MODES
+
+    return pick("--math-mode", args.math_mode, list(MATH_MODES))
+
+
 def check_configs(
     kernels: Sequence[str],
+    modes: Sequence[str],
     folder: Path,
     found: dict[str, Any],
     console: Console,
     resume: bool,
     time_left: Callable[[], float] = lambda: inf,
+    run_trials: RunTrials | None = None,
 ) -> tuple[Counter[str], bool]:
-    """Tries every configuration of the kernels and appends a row for each.
+    """Tries every configuration of the kernels in those math modes and appends a row for each.
 
     Args:
         found: the survey of this machine (isolate.survey).
         resume: skip what this environment and commit have settled.
         time_left: seconds it may still take; what is cut off by it leaves no row.
+        run_trials: what tries them (default: isolate.run_trials).
 
     Returns:
         how many ended with which status; whether all were tried.
@@ -103,7 +119,9 @@ def check_configs(
     finished = False
     while not finished and time_left() >= LEAST_S:
         before = len(skip)
-        died = isolate.run_trials(kernels, found["device"], sorted(skip), time_left(), heard)
+        died = (run_trials or isolate.run_trials)(
+            kernels, modes, found["device"], sorted(skip), time_left(), heard
+        )
         if died is None:
             finished = True
         elif time_left() < LEAST_S:

@@ -66,9 +66,9 @@ def kernels(args: argparse.Namespace) -> int:
         sys.stdout.write(line(SHEET.columns))
         sys.stdout.writelines(line(map(neutral, row.values())) for row in rows)
     if not args.no_report:
-        from resfuse.bench.report import HTML, write_report
+        from resfuse.bench.report import write_report, written
 
-        console.print(f"Report: {write_report(folder)} and {HTML}")
+        console.print(written(write_report(folder)))
     return 0
 
 

@@ -20,7 +20,6 @@ from resfuse.bench.row import Outcome
 from resfuse.bench.worker import die_with_parent
 from resfuse.kernels.barred import key_of
 from resfuse.kernels.engine.timing_cache import TimingCache
-from resfuse.kernels.problem import MATH_MODES
 from resfuse.kernels.tolerance import TOLERANCES
 
 MOST_COMPILERS = 12
@@ -36,8 +35,11 @@ def key(kernel: str, trial: Trial) -> str:
     return f"{kernel}|{trial.math_mode}|{trial.label}"
 
 
-def run_trials(kernels: Sequence[str], device: str, skip: set[str], tell: Tell) -> None:
-    """Tries every configuration but those to be skipped; leaves off where the device has failed.
+def run_trials(
+    kernels: Sequence[str], modes: Sequence[str], device: str, skip: set[str], tell: Tell
+) -> None:
+    """Tries every configuration in those math modes but those to be skipped; leaves off where the
+    device has failed.
 
     What is wrong, or fails the device, is barred from now on (kernels/barred.py), what is right not
     any more.
@@ -47,12 +49,12 @@ def run_trials(kernels: Sequence[str], device: str, skip: set[str], tell: Tell) 
             `metrics` after it.
     """
     cache = TimingCache(torch.device(device))
-    compiled = _compile_ahead(kernels, device, skip)
-    for kernel, trial in _trials(kernels, device, skip):
+    compiled = _compile_ahead(kernels, modes, device, skip)
+    for kernel, trial in _trials(kernels, modes, device, skip):
         next(compiled, None)
         tell(began=key(kernel, trial))
-        outcome = _try(trial, device)
-        lost = outcome.status == "fail_to_run" and _is_lost(device)
+        outcome = attempt(trial, device)
+        lost = outcome.status == "fail_to_run" and is_lost(device)
         configuration = key_of(kernel, trial.math_mode, trial.config)
         if outcome.status == "fail_accuracy" or lost:
             cache.put(configuration, None, outcome.error)
@@ -86,7 +88,8 @@ def judge(trial: Trial) -> Outcome:
     return Outcome("pass", "", metrics)
 
 
-def _try(trial: Trial, device: str) -> Outcome:
+def attempt(trial: Trial, device: str) -> Outcome:
+    """As judge; whatever the trial raises becomes the outcome."""
     if device.startswith("cuda"):
         major, minor = torch.cuda.get_device_capability(device)
         if trial.launch.least_capability > 10 * major + minor:
@@ -103,7 +106,8 @@ def _number(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _is_lost(device: str) -> bool:
+def is_lost(device: str) -> bool:
+    """Whether the device answers nothing any more in this process."""
     try:
         synchronize(torch.device(device).type)
     except RuntimeError:
@@ -111,16 +115,20 @@ def _is_lost(device: str) -> bool:
     return False
 
 
-def _trials(kernels: Sequence[str], device: str, skip: set[str]) -> Iterator[tuple[str, Trial]]:
+def _trials(
+    kernels: Sequence[str], modes: Sequence[str], device: str, skip: set[str]
+) -> Iterator[tuple[str, Trial]]:
     small = torch.device(device).type == "cpu"
     for kernel in kernels:
-        for mode in SMALL_MODES if small else MATH_MODES:
+        for mode in (mode for mode in modes if mode in SMALL_MODES or not small):
             for trial in TRIALS[kernel](Place(device, mode, small)):
                 if key(kernel, trial) not in skip:
                     yield kernel, trial
 
 
-def _compile_ahead(kernels: Sequence[str], device: str, skip: set[str]) -> Iterator[None]:
+def _compile_ahead(
+    kernels: Sequence[str], modes: Sequence[str], device: str, skip: set[str]
+) -> Iterator[None]:
     """Yields once a trial, when it has been compiled; nothing where nothing is compiled."""
     if not device.startswith("cuda"):
         return
@@ -129,7 +137,7 @@ def _compile_ahead(kernels: Sequence[str], device: str, skip: set[str]) -> Itera
     jobs = [
         (kernel, mode, index, 10 * major + minor)
         for kernel in kernels
-        for mode in MATH_MODES
+        for mode in modes
         for index, trial in enumerate(TRIALS[kernel](Place("meta", mode, False)))
         if key(kernel, trial) not in skip
     ]

@@ -5,7 +5,6 @@ from statistics import geometric_mean
 
 from resfuse.bench.report import cells, markdown
 from resfuse.bench.report.markdown import escape
-from resfuse.bench.report.plot_degradation import NAMES
 from resfuse.bench.report.trainings import Estimate, Experiment, Training, estimate
 from resfuse.bench.report.trainings_section import (
     RECIPE,
@@ -24,6 +23,13 @@ FEW_STEPS = (
     "not learnt here it might learn with more time."
 )
 PAPER_STEPS = 64_000
+
+NAMES = {
+    "none": "plain",
+    "A": "residual A (zeros)",
+    "B": "residual B (projections)",
+    "C": "residual C (projections everywhere)",
+}
 
 
 def degradation_sections(

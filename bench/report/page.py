@@ -6,25 +6,27 @@ folder is browsed, and as one HTML file, to be asked questions.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from itertools import chain, count
 from pathlib import Path
-
-from matplotlib import style
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from resfuse.bench.errors import UsageError
-from resfuse.bench.report import figure, markdown, plot_agreement, plot_degradation
+from resfuse.bench.report import markdown
 from resfuse.bench.report.agreement_section import agreement_sections
 from resfuse.bench.report.convolutions import convolution_sections
 from resfuse.bench.report.degradation_section import degradation_sections
 from resfuse.bench.report.guide import guide
-from resfuse.bench.report.html.page import render
+from resfuse.bench.report.lacking import DRAWING, PAGE, lacking
 from resfuse.bench.report.palette import looks
 from resfuse.bench.report.provenance import facts_table, made_from, opening
 from resfuse.bench.report.result import Comparison, Environment
 from resfuse.bench.report.section import PLOTS, section, title
 from resfuse.bench.report.select import read_folders
 from resfuse.bench.report.trainings import Experiment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPORT = "REPORT.md"
 HTML = "report.html"
@@ -37,7 +39,8 @@ APART = (
 
 def write_report(folder: Path) -> Path:
     """Writes REPORT.md with its plots, and report.html, into a results folder, from the CSV files
-    there alone.
+    there alone. Without matplotlib there are no plots, without plotly there is no report.html:
+    `written` says so.
 
     Returns:
         the path of REPORT.md.
@@ -48,8 +51,18 @@ def write_report(folder: Path) -> Path:
     source = "`resfuse report --results DIR`, with DIR the folder this page lies in,"
     environments = read_folders([folder])
     page = _write(environments, folder / REPORT, source)
-    _write_html(environments, folder / HTML, source)
+    if not lacking(PAGE):
+        _write_html(environments, folder / HTML, source)
     return page
+
+
+def written(page: Path) -> str:
+    """A line for the terminal on what write_report wrote, and which package it lacked."""
+    packages = lacking(PAGE)
+    if not packages:
+        return f"Report: {page} and {HTML}"
+    lost = f"no plots and no {HTML}" if lacking(DRAWING) else f"no {HTML}"
+    return f"Report: {page}; {lost} for want of {packages} on this machine"
 
 
 def write_merged_report(folders: list[Path], out: Path) -> Path:
@@ -66,7 +79,8 @@ def write_merged_report(folders: list[Path], out: Path) -> Path:
         out.
 
     Raises:
-        UsageError: no folder is given, one cannot be read, or the page cannot be written.
+        UsageError: no folder is given, one cannot be read, or the page cannot be written, for want
+            of a package, too.
     """
     if not folders:
         raise UsageError("argument --results: no results folder is given; name at least one")
@@ -78,6 +92,10 @@ def write_merged_report(folders: list[Path], out: Path) -> Path:
 
 
 def _write_html(environments: Sequence[Environment], path: Path, source: str) -> Path:
+    if packages := lacking(PAGE):
+        raise UsageError(f"report {path} cannot be written for want of {packages} on this machine")
+    from resfuse.bench.report.html.page import render
+
     page = render(environments, source.replace("`", ""))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +138,8 @@ def _environment(environment: Environment, folder: Path, prefix: str, names: set
         blocks += section(comparison, _draw(comparison, folder, prefix, names))
     blocks += convolution_sections(environment)
     for study, sections, plots, experiments in (
-        ("degradation", degradation_sections, plot_degradation.PLOTS, environment.degradation),
-        ("training", agreement_sections, plot_agreement.PLOTS, environment.training),
+        ("degradation", degradation_sections, "plot_degradation", environment.degradation),
+        ("training", agreement_sections, "plot_agreement", environment.training),
     ):
         stem = f"{prefix}{study}"
         drawn = [_draw_experiment(one, plots, folder, stem, names) for one in experiments]
@@ -141,8 +159,12 @@ def _draw(comparison: Comparison, folder: Path, prefix: str, names: set[str]) ->
     Returns:
         name in PLOTS -> markdown of the image.
     """
-    if not comparison.measured:
+    if not comparison.measured or lacking(DRAWING):
         return {}
+    from matplotlib import style
+
+    from resfuse.bench.report import figure
+
     setting = comparison.setting
     appearance = looks(result.backend for result in comparison.results)
     images = {}
@@ -159,12 +181,21 @@ def _draw(comparison: Comparison, folder: Path, prefix: str, names: set[str]) ->
 
 def _draw_experiment(
     experiment: Experiment,
-    plots: Mapping[str, tuple[Callable[[Experiment], Figure | None], str]],
+    module: str,
     folder: Path,
     stem: str,
     names: set[str],
 ) -> dict[str, str]:
-    """As _draw, for the plots of a study that trains; their files' names begin with `stem`."""
+    """As _draw, for the plots of a study that trains, the module's PLOTS; their files' names begin
+    with `stem`."""
+    if lacking(DRAWING):
+        return {}
+    from matplotlib import style
+
+    from resfuse.bench.report import figure
+
+    plots: Mapping[str, tuple[Callable[[Experiment], Figure | None], str]]
+    plots = import_module(f"resfuse.bench.report.{module}").PLOTS
     images = {}
     for name, (draw, alt) in plots.items():
         with style.context(figure.STYLE):

@@ -11,17 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from resfuse.bench.report.degradation_section import NAMES
 from resfuse.bench.report.figure import legend, panels, powers_of_ten
 from resfuse.bench.report.palette import NETWORK_LOOKS
 from resfuse.bench.report.plot_agreement import epochs_axis
 from resfuse.bench.report.trainings import Experiment, estimate, stacked
 
-NAMES = {
-    "none": "plain",
-    "A": "residual A (zeros)",
-    "B": "residual B (projections)",
-    "C": "residual C (projections everywhere)",
-}
 ERRORS = {"train_error_pct": "training error, %", "test_error_pct": "test error, %"}
 CURVES: dict[str, tuple[float, Literal["--", "-"]]] = {
     "train_error_by_epoch_pct": (0.9, "--"),

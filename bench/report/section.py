@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-from matplotlib.figure import Figure
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from resfuse.bench.report import markdown
 from resfuse.bench.report.break_even import break_even
@@ -13,30 +13,44 @@ from resfuse.bench.report.growth import growth_tables
 from resfuse.bench.report.headline import headline, noise
 from resfuse.bench.report.markdown import escape
 from resfuse.bench.report.palette import Look
-from resfuse.bench.report.plot_growth import growth
-from resfuse.bench.report.plot_latency import latency
-from resfuse.bench.report.plot_roofline import roofline
-from resfuse.bench.report.plot_speedup import speedup
-from resfuse.bench.report.plot_throughput import throughput
 from resfuse.bench.report.result import Comparison, Setting
 from resfuse.bench.report.training import training_split
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MODE_TITLES = {"inference": "Inference", "train": "Training"}
 
 
 @dataclass(frozen=True)
 class Plot:
-    draw: Callable[[Comparison, dict[str, Look]], Figure | None]
+    draw: Callable[[Comparison, dict[str, Look]], "Figure | None"]
     alt: str
 
 
+def _by(name: str) -> Callable[[Comparison, dict[str, Look]], "Figure | None"]:
+    """The function of that name in plot_<name>.py, which is imported once something is drawn: a
+    page can do without matplotlib."""
+
+    def draw(comparison: Comparison, looks: dict[str, Look]) -> "Figure | None":
+        module = import_module(f"resfuse.bench.report.plot_{name}")
+        drawn: Figure | None = getattr(module, name)(comparison, looks)
+        return drawn
+
+    return draw
+
+
 PLOTS = {
-    "speedup": Plot(speedup, "Speed-up of each backend over the baseline with its 95 % interval"),
-    "throughput": Plot(throughput, "Throughput of each backend in images per second"),
-    "latency": Plot(latency, "Time of a batch against depth, a line for each backend"),
-    "growth": Plot(growth, "Time, memory and error against depth, plain beside residual networks"),
+    "speedup": Plot(
+        _by("speedup"), "Speed-up of each backend over the baseline with its 95 % interval"
+    ),
+    "throughput": Plot(_by("throughput"), "Throughput of each backend in images per second"),
+    "latency": Plot(_by("latency"), "Time of a batch against depth, a line for each backend"),
+    "growth": Plot(
+        _by("growth"), "Time, memory and error against depth, plain beside residual networks"
+    ),
     "roofline": Plot(
-        roofline, "Achieved GFLOP/s against arithmetic intensity, under the measured roof"
+        _by("roofline"), "Achieved GFLOP/s against arithmetic intensity, under the measured roof"
     ),
 }
 

@@ -85,9 +85,9 @@ def study(args: argparse.Namespace, runs_on: RunsOn, sheet: Sheet) -> int:
 
     counts = train_all(runs, trainer, jobs, folder, found, sheet, console)
     if not args.no_report and results.has_rows(folder, sheet):
-        from resfuse.bench.report import write_report
+        from resfuse.bench.report import write_report, written
 
-        console.print(f"Report: {write_report(folder)}", soft_wrap=True)
+        console.print(written(write_report(folder)), soft_wrap=True)
     return int(bool(set(counts) - {"pass"}))
 
 

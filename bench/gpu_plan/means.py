@@ -1,0 +1,72 @@
+"""What the plan asks of the machine. The tests have one in which everything costs seconds of a
+simulated clock."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resfuse.bench import isolate, sweep, timing
+from resfuse.bench.backends import load
+from resfuse.bench.gpu_plan.progress import Clock
+from resfuse.bench.kernels.check_command import Heard, RunTrials
+from resfuse.bench.row import Outcome
+
+UNPACK_S = 60.0
+# isolate.run_probe: device, questions to skip, seconds, heard
+RunProbe = Callable[[str, Sequence[str], float, Heard], Outcome | None]
+
+
+@dataclass(frozen=True)
+class Means:
+    """`unpack`: puts a carried archive of compiled kernels into a folder; says what came of it, and
+    what subprocesses are to find in their environment."""
+
+    clock: Clock
+    survey: Callable[..., dict[str, Any]]
+    measure: sweep.Measure
+    trials: RunTrials
+    probe: RunProbe
+    unpack: Callable[[Path, Path], tuple[str, dict[str, str]]]
+
+
+def real() -> Means:
+    """This machine; its clock begins now."""
+    watch = timing.Watch()
+    return Means(
+        lambda: timing.seconds(watch.elapsed()),
+        isolate.survey,
+        isolate.run_case,
+        isolate.run_trials,
+        isolate.run_probe,
+        _unpack,
+    )
+
+
+def _unpack(archive: Path, to: Path) -> tuple[str, dict[str, str]]:
+    """In a process of its own, since it asks for the GPU's architecture.
+
+    Raises:
+        RuntimeError, Unavailable: it cannot be unpacked.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "resfuse.bench.gpu_plan.carried",
+        "unpack",
+        str(archive),
+        str(to),
+    ]
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            timeout=UNPACK_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not unpacked after {UNPACK_S:g} s") from None
+    said = (done.stdout.strip().splitlines() or ["it says nothing"])[-1]
+    if done.returncode:
+        raise RuntimeError(said)
+    return said, dict(load("resfuse.bench.gpu_plan.carried:environment")(to))
