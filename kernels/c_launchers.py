@@ -17,7 +17,9 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
 from triton.runtime.cache import get_cache_manager
 
-_NAME = "__triton_launcher"  # of the extension, in nvidia.CudaLauncher
+# The extensions' names, in nvidia.CudaLauncher and nvidia.CudaUtils.
+_NAME = "__triton_launcher"
+_DRIVER = "cuda_utils"
 
 
 def source_of(src: Any, metadata: Any) -> str | None:
@@ -40,7 +42,21 @@ def source_of(src: Any, metadata: Any) -> str | None:
 
 def is_built(source: str) -> bool:
     """Whether Triton would find it in its cache."""
-    return get_cache_manager(_key(source)).get_file(_file(_NAME)) is not None
+    return cached(source) is not None
+
+
+def cached(source: str) -> Path | None:
+    """The extension in Triton's cache."""
+    found = get_cache_manager(_key(source)).get_file(_file(_NAME))
+    return None if found is None else Path(found)
+
+
+def cached_driver() -> Path | None:
+    """The extension that is Triton's own driver, if `build_driver_ahead` could make it."""
+    if not hasattr(nvidia, "make_launcher"):
+        return None
+    found = get_cache_manager(_key(_driver_source())).get_file(_file(_DRIVER))
+    return None if found is None else Path(found)
 
 
 def build_ahead(source: str) -> bool:
@@ -59,7 +75,11 @@ def build_driver_ahead() -> bool:
     """
     if not hasattr(nvidia, "make_launcher"):
         return False
-    return _build("cuda_utils", Path(nvidia.dirname, "driver.c").read_text())
+    return _build(_DRIVER, _driver_source())
+
+
+def _driver_source() -> str:
+    return Path(nvidia.dirname, "driver.c").read_text()
 
 
 def _build(name: str, source: str) -> bool:

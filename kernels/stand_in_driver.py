@@ -15,6 +15,7 @@ Tensors may be on the CPU or on meta: of them only address, dtype and shape are 
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class StandInDriver(DriverBase):
         launches: how many there were.
         compiled: the names of kernels that Triton compiled while it stood in, in this process.
         found: the names of those that its disk cache had.
+        folders: where in that cache each of both lies.
         launchers: the source of each C launcher that the launches need (Triton 3.6; none in 3.8).
         launchers_missing: those of them that Triton's cache did not have.
     """
@@ -70,6 +72,7 @@ class StandInDriver(DriverBase):
         self.launches = 0
         self.compiled: list[str] = []
         self.found: list[str] = []
+        self.folders: list[Path] = []
         self.launchers: list[str] = []
         self.launchers_missing: list[str] = []
         self.utils = _Utils(multiprocessors, shared_bytes)
@@ -113,9 +116,10 @@ class StandInDriver(DriverBase):
     def get_benchmarker(self) -> Any:
         raise RuntimeError("a stand-in driver runs nothing, so nothing can be timed")
 
-    def note(self, *, src: Any, cache_hit: bool, **_: Any) -> None:
+    def note(self, *, src: Any, metadata_group: dict[str, str], cache_hit: bool, **_: Any) -> None:
         """Triton's compilation listener."""
         (self.found if cache_hit else self.compiled).append(src.name)
+        self.folders.append(Path(next(iter(metadata_group.values()))).parent)
 
     def forget(self) -> None:
         """Takes this device out of the kernels' own caches."""
