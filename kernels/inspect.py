@@ -6,7 +6,10 @@ ptxas, cuobjdump and nvdisasm for NVIDIA, LLVM for AMD; its cache makes a second
 """
 
 import contextlib
+import functools
+import hashlib
 import io
+import json
 import re
 import subprocess
 import tempfile
@@ -18,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.jit import create_function_from_signature
 
 from resfuse.kernels.launch import Launch, interpreting
@@ -167,8 +172,34 @@ def inspect_launch(kernel: str, label: str, launch: Launch, target: str) -> Insp
     return Inspection(*named, **measured, ctas=ctas, warps=ctas * num_warps)
 
 
-def compile_launch(launch: Launch, gpu: GPUTarget) -> Any:
-    """The triton.CompiledKernel a launch on `gpu` would run.
+@dataclass(frozen=True)
+class Specialized:
+    """A kernel as Triton compiles it for a GPU, for all launches whose arguments specialise so."""
+
+    source: ASTSource
+    options: Any  # triton.backends.nvidia.compiler.CUDAOptions or another backend's
+    gpu: GPUTarget
+
+    @functools.cached_property
+    def key(self) -> str:
+        """What Triton's cache on disk knows it by."""
+        variables = get_cache_invalidating_env_vars()
+        key = get_cache_key(self.source, make_backend(self.gpu), self.options, env_vars=variables)
+        return hashlib.sha256(key.encode()).hexdigest()
+
+    def compile(self) -> Any:
+        """The triton.CompiledKernel; from the cache where that has it."""
+        return triton.compile(self.source, target=self.gpu, options=self.options.__dict__)
+
+    def cached_metadata(self) -> dict[str, Any] | None:
+        """What Triton's cache on disk says of it; None where it is not there."""
+        name = f"{self.source.name[:150]}.json"  # as triton.compile has it
+        path = (get_cache_manager(self.key).get_group(name) or {}).get(name)
+        return None if path is None else json.loads(Path(path).read_text())
+
+
+def specialize(launch: Launch, gpu: GPUTarget) -> Specialized:
+    """What a launch compiles on `gpu`.
 
     The arguments are specialised by Triton's own code (JITFunction.run with triton 3.6 to 3.8, but
     for the driver, which needs the GPU), so divisibility by 16, ones and None count as they will.
@@ -182,8 +213,12 @@ def compile_launch(launch: Launch, gpu: GPUTarget) -> Any:
     options, signature, constants, attributes = function._pack_args(
         backend, given, bound, specialization, options
     )
-    source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=gpu, options=options.__dict__)
+    return Specialized(ASTSource(function, signature, constants, attributes), options, gpu)
+
+
+def compile_launch(launch: Launch, gpu: GPUTarget) -> Any:
+    """The triton.CompiledKernel a launch on `gpu` would run."""
+    return specialize(launch, gpu).compile()
 
 
 def _read_nvidia(compiled: Any, target: Target) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Which ptxas there are on this machine. NVIDIA's assembler decides what Triton's kernels become on
 a GPU, and older ones can miscompile them for Hopper (SOUND), so the newest is worth looking for.
 
-    TRITON_PTXAS_PATH is the user's word on it; then the nvidia-cuda-nvcc wheel, CUDA_HOME and the
-    PATH are searched, and the ones that Triton carries last.
+    TRITON_PTXAS_PATH is the user's word on it; then what was carried here with compiled kernels
+    (resfuse.bench.gpu_plan.carried), the nvidia-cuda-nvcc wheel, CUDA_HOME and the PATH are
+    searched, and the ones that Triton carries last.
 """
 
 import importlib.util
@@ -16,6 +17,7 @@ from pathlib import Path
 # Older ones can corrupt WGMMA whose A operand sits in registers (triton #9433, #11781).
 SOUND = (13, 3)
 VARIABLE = "TRITON_PTXAS_PATH"
+CARRIED = Path("carried/ptxas")  # in Triton's cache
 _TIMEOUT_S = 20
 _TRITON = "Triton"
 
@@ -104,6 +106,10 @@ def version_of(path: Path | str) -> str | None:
 def _places(environment: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
     if named := environment.get(VARIABLE):
         yield VARIABLE, Path(named)
+    cache = environment.get("TRITON_CACHE_DIR")
+    carried = (Path(cache) if cache else Path.home() / ".triton" / "cache") / CARRIED
+    if carried.exists():
+        yield "the carried kernels", carried
     for folder in _folders_of("nvidia"):
         for path in sorted(folder.glob("*/bin/ptxas")):
             yield f"the wheel in nvidia/{path.parts[-3]}", path

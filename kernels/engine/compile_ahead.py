@@ -1,15 +1,16 @@
 """Compiles what a build is about to measure, side by side, before anything is timed.
 
-A build tries some hundred configurations of Triton kernels, about a second of compilation each.
+A build tries some hundred configurations of Triton kernels, half a second of compilation each.
 Their launches are written down on meta tensors, which differ from the real ones in nothing but the
-device, and compiled by threads: Triton's passes and ptxas let go of Python's lock. Triton's cache
-on disk hands the results over.
+device. Triton's cache on disk hands the results over, and what it has already costs a millisecond.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,20 +20,42 @@ from resfuse.kernels.engine.graph import Graph, State
 from resfuse.kernels.engine.tactics import TACTICS, triton_kernels
 
 if TYPE_CHECKING:
-    from triton.backends.compiler import GPUTarget
-
+    from resfuse.kernels.inspect import Specialized
     from resfuse.kernels.launch import Launch
 
 
 def compile_ahead(graph: Graph, state: State, choices: Iterable[Choice], arch: int) -> int:
-    """Compiles the kernels of `choices` for the NVIDIA GPU `sm_<arch>`; returns how many launches
-    that were. What fails here fails again, and is reported, where it is to be measured."""
+    """Compiles the kernels of `choices` for the NVIDIA GPU `sm_<arch>`, and their launchers where
+    Triton has one for each; returns how many launches that were. What fails here fails again, and
+    is reported, where it is to be measured."""
+    found = list(launches(graph, state, choices))
+    compile_launches(found, arch)
+    return len(found)
+
+
+def compile_launches(found: "Iterable[Launch]", arch: int) -> None:
+    """The same of launches: each kernel once, those first that Triton's cache does not have."""
     from triton.backends.compiler import GPUTarget
 
+    from resfuse.kernels.engine.compile_processes import compile_in_processes
+
     gpu = GPUTarget("cuda", arch, 32)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        done = [threads.submit(_compile, launch, gpu) for launch in launches(graph, state, choices)]
-    return len(done)
+    kernels: dict[str, tuple[Specialized, Launch]] = {}
+    for launch in found:
+        kernel = _specialize(launch, gpu)
+        if kernel is not None:
+            kernels.setdefault(kernel.key, (kernel, launch))
+    missing = {key: both for key, both in kernels.items() if both[0].cached_metadata() is None}
+    compile_in_processes([launch for _, launch in missing.values()], arch, cores())
+    _side_by_side(lambda key: _compile(missing[key][0]), missing)
+    _build_launchers(kernel for kernel, _ in kernels.values())
+
+
+def cores() -> int:
+    """Those this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def launches(graph: Graph, state: State, choices: Iterable[Choice]) -> "Iterator[Launch]":
@@ -63,10 +86,44 @@ def _launches(part: Graph, choice: Choice, shapes: State) -> "list[Launch]":
     return found
 
 
-def _compile(launch: "Launch", gpu: "GPUTarget") -> None:
-    from resfuse.kernels.inspect import compile_launch
+def _specialize(launch: "Launch", gpu: Any) -> "Specialized | None":
+    from resfuse.kernels.inspect import specialize
 
     try:
-        compile_launch(launch, gpu)
-    except Exception:  # a compiler may raise anything
-        return
+        kernel = specialize(launch, gpu)
+        return kernel if kernel.key else None
+    except Exception:  # Triton may raise anything
+        return None
+
+
+def _compile(kernel: "Specialized") -> None:
+    """Nothing where a process has done it."""
+    if kernel.cached_metadata() is None:
+        kernel.compile()
+
+
+def _build_launchers(kernels: "Iterable[Specialized]") -> None:
+    """Compiles the C launchers of Triton 3.6 (c_launchers.py), each once."""
+    from resfuse.kernels import c_launchers
+
+    sources = set()
+    for kernel in kernels:
+        metadata = kernel.cached_metadata()  # None where it does not compile
+        if metadata is not None:
+            source = c_launchers.source_of(kernel.source, SimpleNamespace(**metadata))
+            if source is None:
+                return  # one for all
+            sources.add(source)
+    _side_by_side(c_launchers.build_ahead, sources)
+
+
+def _side_by_side(work: Callable[[str], object], keys: Iterable[str]) -> None:
+    """By threads: Triton's passes, ptxas and gcc let go of Python's lock."""
+
+    def attempt(key: str) -> None:
+        with contextlib.suppress(Exception):  # a compiler may raise anything
+            work(key)
+
+    with ThreadPoolExecutor(cores()) as threads:
+        for key in keys:
+            threads.submit(attempt, key)

@@ -1,0 +1,161 @@
+"""Compiles for a GPU that is not here all that an engine's build measures and `fused` launches, or
+counts what of it is missing: a program of its own, as kernels are compiled with Triton's cache and
+ptxas as they are when it is imported.
+
+    python -m resfuse.bench.gpu_plan.carried_kernels build|count resnet50:256:float16 ...
+
+Its last line on stdout is JSON: the fields of Made.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from resfuse.bench.gpu_plan.carried_manifest import Wanted, facts_here
+from resfuse.kernels import c_launchers
+from resfuse.kernels import launch as launch_module
+from resfuse.kernels.engine.capture import capture
+from resfuse.kernels.engine.compile_ahead import compile_launches, launches
+from resfuse.kernels.engine.tactics import tactics_for
+from resfuse.kernels.fuse import fuse
+from resfuse.kernels.launch import Launch
+from resfuse.kernels.stand_in_driver import StandInDriver, stand_in
+from resfuse.resnet_ref import create, input_size
+
+ARCH = 90  # an H100's or H200's
+_IS_CUDA, _IS_CPU = torch.Tensor.is_cuda.__get__, torch.Tensor.is_cpu.__get__  # type: ignore[attr-defined]
+
+
+@dataclass
+class Made:
+    """What came of it, and what `compiled` and `launchers_missing` say of Triton's cache as it was
+    when the launches were made.
+
+    files: of Triton's cache, from its root: all that the launches need.
+    failed: a launch that does not compile, or does not fit the GPU, as it will there.
+    """
+
+    facts: dict[str, Any]
+    launches: int = 0
+    kernels: int = 0
+    compiled: int = 0
+    launchers: int = 0
+    launchers_missing: int = 0
+    files: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def build(wanted: Sequence[Wanted]) -> Made:
+    """Compiles kernels and launchers into Triton's cache, side by side; then launches each under a
+    stand-in driver, so that what Triton's own launches need is known to be there."""
+    found = [launch for one in wanted for launch in engine_launches(one)]
+    say(f"{len(found)} launches of the engine; compiling what Triton's cache does not have")
+    compile_launches(found, ARCH)
+    return _launched(found, wanted, builds=True)
+
+
+def count(wanted: Sequence[Wanted]) -> Made:
+    """Launches the same; what is missing is compiled on the way, one by one, and counted."""
+    found = [launch for one in wanted for launch in engine_launches(one)]
+    return _launched(found, wanted, builds=False)
+
+
+def engine_launches(one: Wanted) -> Iterator[Launch]:
+    """What an engine's build would measure, chunks apart: their batch sizes are others."""
+    dtype = getattr(torch, one.dtype)
+    model = create(one.model, device="meta").eval().to(dtype)
+    images = torch.empty(_shape(one), dtype=dtype, device="meta")
+    graph, state = capture(model, images)
+    tactics = tactics_for("cuda").values()
+    offered = (c for at in range(len(graph.nodes)) for t in tactics for c in t.segments(graph, at))
+    return launches(graph, state, offered)
+
+
+def run_fused(one: Wanted) -> None:
+    """A forward of the fused network, on CPU tensors that pass for a GPU's: every kernel goes to
+    the driver. Their memory is reserved, not written."""
+    dtype = getattr(torch, one.dtype)
+    network = fuse(create(one.model).eval().to(dtype), inplace=True)
+    images = torch.empty(_shape(one), dtype=dtype, memory_format=torch.channels_last)
+    with torch.inference_mode(), _OnGpu(), patch.object(launch_module, "interpreting", _yes):
+        network(images)
+
+
+def _shape(one: Wanted) -> tuple[int, int, int, int]:
+    size = input_size(one.model)
+    return one.batch_size, 3, size, size
+
+
+class _OnGpu(TorchFunctionMode):
+    """Within it every tensor says that it is on a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _IS_CUDA:
+            return True
+        if func == _IS_CPU:
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+def _yes() -> bool:
+    return True
+
+
+def _launched(found: Sequence[Launch], wanted: Sequence[Wanted], *, builds: bool) -> Made:
+    """By the engine and by `fused`, under a stand-in driver."""
+    made = Made(asdict(facts_here(ARCH)))
+    with stand_in(ARCH, keeps_launches=False) as driver:
+        for launch in found:
+            try:
+                launch.run()
+            except Exception as error:  # anything the compiler raises
+                first = (str(error).strip().splitlines() or [""])[0]
+                made.failed.append(f"{launch.kernel.__name__}: {type(error).__name__}: {first}")
+        for one in wanted:
+            before = driver.launches
+            run_fused(one)
+            say(f"fused {one}: {driver.launches - before} launches")
+        made.launches = driver.launches
+        made.kernels = len(set(driver.folders))
+        made.compiled = len(driver.compiled)
+        made.launchers = len(driver.launchers)
+        made.launchers_missing = len(driver.launchers_missing)
+    if builds:
+        for source in driver.launchers:
+            c_launchers.build_ahead(source)
+        c_launchers.build_driver_ahead()
+        made.files = sorted(_files(driver))
+    return made
+
+
+def _files(driver: StandInDriver) -> Iterator[str]:
+    """What a launch reads; the stages between source and cubin stay behind."""
+    for folder in set(driver.folders):
+        yield from (
+            f"{folder.name}/{path.name}"
+            for path in folder.iterdir()
+            if path.suffix in (".cubin", ".json")
+        )
+    for library in (*map(c_launchers.cached, driver.launchers), c_launchers.cached_driver()):
+        if library is not None:
+            yield f"{library.parent.name}/{library.name}"
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    wanted = [Wanted.parse(text) for text in arguments[1:]]
+    made = {"build": build, "count": count}[arguments[0]](wanted)
+    print(json.dumps(asdict(made)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
