@@ -65,7 +65,7 @@ def _survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     facts = machine.facts(request.device, job["threads"])
     env_id = machine.env_id(facts)
     precisions = sorted({case.precision for case in cases})
-    known = machine.known_ceilings(facts, job["known"])
+    known = machine.known_ceilings(facts, job.get("known", []))
     device = torch.device(request.device)
     backends = dict.fromkeys(case.backend for case in cases)
     reasons = {name: _reason(name, device) for name in backends}

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from fake_cuda import GPU, Fake, fake_cuda
 from test_engine_cuda_graph import Small
 from torch import Tensor, nn
+from triton.runtime.errors import InterpreterError
 
 from kernel_inputs import DEVICE
 from resfuse.kernels.engine import compile_ahead, cuda_graph, engine, measure, warm_timing
@@ -63,6 +66,23 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
         yield fake
 
 
+@triton.jit
+def counting(y_ptr, n):
+    for i in range(n):
+        tl.store(y_ptr + i, i)
+
+
+def interprets_loops() -> bool:
+    """Whether Triton's interpreter runs loops as long as an argument says, as the stem's are:
+    triton 3.6's does not with numpy 2.4, which makes no number of an array of one element."""
+    y = torch.zeros(3, dtype=torch.int32)
+    try:
+        counting[(1,)](y, 3)
+    except InterpreterError:
+        return False
+    return y.tolist() == [0, 1, 2]
+
+
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """One configuration of each kernel, one repetition of each timing: the interpreter is slow."""
     monkeypatch.setattr(block_tail, "refusal_of_ptxas", lambda version: None)
@@ -92,6 +112,10 @@ def test_from_capture_to_call(
     gpu: Fake, model: nn.Module, captured: dict[int, tuple[Graph, State]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    expected = {"stem", "block_tail"}  # what takes the fewest operations, as this clock counts
+    if not interprets_loops():
+        monkeypatch.setattr(stem, "refusal", lambda device, dtype: "not in this interpreter")
+        expected -= {"stem"}
     few(monkeypatch)
     ahead: list[Launch] = []
     monkeypatch.setattr(
@@ -115,7 +139,7 @@ def test_from_capture_to_call(
     assert {"2 in a row on cold weights"} < rows  # one image; and three, as they are
     for made in built.values():
         used = {segment.choice.tactic for segment in made.segments}
-        assert {"stem", "block_tail"} <= used  # in the fewest operations, as this clock counts
+        assert expected <= used
 
     monkeypatch.setattr(engine, "with_chunks", lambda graph, *given: asked.append(graph) or [])
     asked: list[Graph] = []

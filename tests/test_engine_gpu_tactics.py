@@ -363,7 +363,7 @@ def test_the_gpu_asked_is_the_graphs_and_not_the_current_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An A100 beside an H100: no tensor descriptors, its own number of multiprocessors."""
-    graph, _ = capture(nn.Conv2d(64, 64, 1).eval(), torch.zeros(2, 64, 8, 8))
+    graph, _ = capture(nn.Conv2d(64, 64, 1).eval().half(), torch.zeros(2, 64, 8, 8).half())
     second = torch.device("cuda", 1)
 
     class Properties:

@@ -37,6 +37,8 @@ from resfuse.kernels import ptxas
 
 FOLDER = ptxas.CARRIED.parent  # in Triton's cache: what is no kernel
 PACKAGES = "packages"  # in it: what the wheels held
+KERNELS = ("-m", "resfuse.bench.gpu_plan.carried_kernels")  # the program that compiles
+_ELF = b"\x7fELF"
 _INSTEAD = "kernels compile here instead, which costs only time"
 
 
@@ -82,6 +84,7 @@ def pack(out: Path, wanted: Sequence[Wanted], wheels: Sequence[Path] = ()) -> st
         raise UsageError(f"{out} cannot be written: {error.strerror or error}") from None
     size = out.stat().st_size
     if size > archives.LIMIT_BYTES:
+        out.unlink()
         raise UsageError(
             f"{out} has {_mb(size)}, more than the {_mb(archives.LIMIT_BYTES)} a lent machine "
             "takes: pack fewer networks"
@@ -164,7 +167,10 @@ def _fit(manifest: Manifest, to: Path) -> str:
     here = facts_here(_arch_here(manifest.facts.arch), _says(assembler))
     found = differences(manifest, here, machine.commit())
     if found:
-        return f"The carried kernels do not all fit ({'; '.join(found)}): others are compiled here"
+        return (
+            f"The carried kernels do not all fit ({'; '.join(found)}): others are compiled here, "
+            "which costs only time"
+        )
     return f"The carried kernels fit this machine: {_held(manifest)}"
 
 
@@ -204,6 +210,11 @@ def _sound_ptxas() -> ptxas.Ptxas:
             f"kernels for Hopper want ptxas {least} or newer, {instead}: set {ptxas.VARIABLE}, or "
             "install nvidia-cuda-nvcc"
         )
+    if Path(found.path).read_bytes()[: len(_ELF)] != _ELF:
+        raise UsageError(
+            f"{found.path} is a script that starts ptxas elsewhere, which would not be there: set "
+            f"{ptxas.VARIABLE} to the program itself"
+        )
     return found
 
 
@@ -218,7 +229,7 @@ def _run(what: str, wanted: Sequence[Wanted], told: Mapping[str, str]) -> dict[s
     known = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     known["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
-        [sys.executable, "-m", "resfuse.bench.gpu_plan.carried_kernels", what, *map(str, wanted)],
+        [sys.executable, *KERNELS, what, *map(str, wanted)],
         env={**known, **told}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     if done.returncode:

@@ -9,8 +9,9 @@ Its last line on stdout is JSON: the fields of Made.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -112,15 +113,13 @@ def _launched(found: Sequence[Launch], wanted: Sequence[Wanted], *, builds: bool
     made = Made(asdict(facts_here(ARCH)))
     with stand_in(ARCH, keeps_launches=False) as driver:
         for launch in found:
-            try:
-                launch.run()
-            except Exception as error:  # anything the compiler raises
-                first = (str(error).strip().splitlines() or [""])[0]
-                made.failed.append(f"{launch.kernel.__name__}: {type(error).__name__}: {first}")
+            made.failed += _errors_of(launch.kernel.__name__, launch.run)
         for one in wanted:
             before = driver.launches
-            run_fused(one)
+            made.failed += _errors_of(f"fused {one}", partial(run_fused, one))
             say(f"fused {one}: {driver.launches - before} launches")
+            if driver.launches == before:
+                made.failed.append(f"fused {one}: it launched no kernel")
         made.launches = driver.launches
         made.kernels = len(set(driver.folders))
         made.compiled = len(driver.compiled)
@@ -132,6 +131,16 @@ def _launched(found: Sequence[Launch], wanted: Sequence[Wanted], *, builds: bool
         c_launchers.build_driver_ahead()
         made.files = sorted(_files(driver))
     return made
+
+
+def _errors_of(what: str, run: Callable[[], object]) -> list[str]:
+    """Why it failed, if it did: on the GPU it will fail again, and be reported there."""
+    try:
+        run()
+    except Exception as error:  # a compiler may raise anything
+        first = (str(error).strip().splitlines() or [""])[0]
+        return [f"{what}: {type(error).__name__}: {first}"]
+    return []
 
 
 def _files(driver: StandInDriver) -> Iterator[str]:
