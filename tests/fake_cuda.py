@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from resfuse.kernels.engine import cudnn_probe
 from resfuse.kernels.launch import Launch
 
 GPU = torch.device("cuda", 0)
@@ -218,6 +219,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, l2_bytes: int = 60 << 20) -> Iter
             patch.setattr(torch.cuda, name, instead)
         patch.setattr(torch, "Generator", _Generator)
         patch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+        patch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+        # its own probe takes shapes of ResNet-50 at batch 64
+        patch.setattr(cudnn_probe, "_decided", lambda index, math_mode: cudnn_probe.ASSUMED)
         patch.setattr(torch, "cudnn_convolution_relu", _conv_relu)
         patch.setattr(torch, "cudnn_convolution_add_relu", _conv_add_relu)
         patch.setattr(Launch, "run", launched)

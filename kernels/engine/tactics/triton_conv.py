@@ -41,7 +41,7 @@ def segments(graph: Graph, at: int) -> Iterable[Choice]:
         for narrow in depthwise.candidates(op.problem):
             yield _choice(at, "depthwise", narrow)
         return
-    for config in _tiles(op.problem, triton_kernels.multiprocessors()):
+    for config in _tiles(op.problem, triton_kernels.multiprocessors(graph)):
         yield _choice(at, "implicit_gemm", config)
 
 
