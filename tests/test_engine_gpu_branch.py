@@ -127,7 +127,7 @@ def test_from_capture_to_call(
     state: dict[str, Tensor] = {}
     laid = Laid()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is barred or fails
+        warnings.simplefilter("error", UserWarning)  # nothing is barred or fails
         for n, (graph, found) in captured.items():
             state |= {name: found[name] for name in sorted(state_names(graph))}
             built[n] = engine._build(graph, state, laid, GPU, cache)
