@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from graphs import eager_choices, inputs_of, require_right
 from random_graphs import State, graphs
 from resfuse.kernels import build_engine, load_engine
-from resfuse.kernels.engine import measure
+from resfuse.kernels.engine import chunking, measure
+from resfuse.kernels.engine import engine as engine_module
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.chunking import stage_ends, with_chunks
@@ -26,6 +28,7 @@ from resfuse.kernels.engine.plan_json import segments_from_json, segments_to_jso
 from resfuse.kernels.engine.planner import Segment, plan
 from resfuse.kernels.engine.tactics import TACTICS, native, tactics_for
 from resfuse.kernels.engine.timing_cache import TimingCache
+from resfuse.resnet_ref import create
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -204,6 +207,64 @@ def test_choices_that_are_timed_together_are_checked_and_kept(tmp_path) -> None:
     assert measured(good) == times[0]
     again = TimingCache(torch.device("cpu"), tmp_path)
     assert Measurer(graph, state, torch.device("cpu"), ["native"], again)(good) == times[0]
+
+
+def test_one_exact_answer_does_for_all_counts_of_chunks(tmp_path, monkeypatch) -> None:
+    """At batch 256 that of a stage takes gigabytes of fp64."""
+    graph, state, *_ = resnet(4)
+    cpu = torch.device("cpu")
+    measured = Measurer(graph, state, cpu, ["native"], TimingCache(cpu, tmp_path))
+    asked: list[Graph] = []
+    exact = measure.eager.exact
+
+    def noted(part: Graph, *given: Any) -> list[Tensor]:
+        asked.append(part)
+        return exact(part, *given)
+
+    monkeypatch.setattr(measure.eager, "exact", noted)
+    choices = [chunked("native_chunks", planned(graph, 4), count) for count in (1, 2, 4)]
+    assert None not in measured.together(choices) and len(asked) == 1
+
+
+@pytest.mark.parametrize("name", ("resnet18", "resnet50", "resnext50_32x4d"))
+def test_on_a_gpu_chunks_are_of_early_stages_only(name: str, monkeypatch) -> None:
+    """As long as what a chunk passes on is more than the weights that it reads again."""
+    model = create(name, device="meta").eval().half()
+    x = torch.empty(256, 3, 224, 224, dtype=torch.float16, device="meta")
+    graph, _ = capture(model, x)
+    maps = [graph.values[graph.nodes[stop - 1].name].shape[2] for stop in stage_ends(graph, 32)]
+    assert maps == [56, 28]
+    asked: list[int | None] = []
+    monkeypatch.setattr(chunking, "stage_ends", lambda graph, images: asked.append(images) or [])
+    segments = [Segment(choice, 1.0) for choice in eager_choices(graph)]
+    for device, tactics in (("cpu", tactics_for("cpu")), ("cuda", tactics_for("cuda"))):
+        made = with_chunks(graph, segments, tactics, Unasked(), lambda choice: 1)
+        assert made == segments, device
+    assert asked == [None, 32]
+
+
+class Unasked:
+    """A clock."""
+
+    def __call__(self, choice: Choice) -> float | None:
+        raise AssertionError
+
+    def together(self, choices: Sequence[Choice]) -> list[float | None]:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("tiling, chunks", [(None, True), (True, True), (False, False)])
+def test_on_a_cpu_chunks_are_left_out_if_asked(
+    tiling: bool | None, chunks: bool, tmp_path, monkeypatch
+) -> None:
+    called: list[Graph] = []
+    monkeypatch.setattr(
+        engine_module, "with_chunks",
+        lambda graph, segments, *given: called.append(graph) or segments,
+    )  # fmt: skip
+    model = nn.Sequential(nn.Conv2d(3, 16, 3)).eval()
+    build_engine(model, torch.randn(1, 3, 8, 8), timings=tmp_path, tiling=tiling)
+    assert bool(called) == chunks
 
 
 @pytest.mark.parametrize(("ms", "in_a_row"), [(0.1, 4), (5.0, 1)])
