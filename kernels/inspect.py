@@ -156,7 +156,7 @@ def inspect_launch(kernel: str, label: str, launch: Launch, target: str) -> Insp
     try:
         # Triton prints the whole program where the assembler fails; the error says enough.
         with contextlib.redirect_stdout(io.StringIO()):
-            compiled = compile_launch(launch, TARGETS[target].gpu)
+            compiled = _compiled_with_stages(launch, TARGETS[target].gpu)
     except Exception as error:  # anything the compiler raises is a finding
         lines = str(error).strip().splitlines() or [""]
         return Inspection(*named, error=f"{type(error).__name__}: {lines[0]}")
@@ -219,6 +219,18 @@ def specialize(launch: Launch, gpu: GPUTarget) -> Specialized:
 def compile_launch(launch: Launch, gpu: GPUTarget) -> Any:
     """The triton.CompiledKernel a launch on `gpu` would run."""
     return specialize(launch, gpu).compile()
+
+
+def _compiled_with_stages(launch: Launch, gpu: GPUTarget) -> Any:
+    """compile_launch, anew where Triton's cache has no more than the binary: kernels that were
+    carried here come without the stages before it, and so does what TRITON_STORE_BINARY_ONLY left.
+    """
+    compiled = compile_launch(launch, gpu)
+    if "ttgir" in compiled.asm:
+        return compiled
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        return compile_launch(launch, gpu)
 
 
 def _read_nvidia(compiled: Any, target: Target) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resfuse.bench.cli import main
+from resfuse.bench.gpu_plan.carried_archive import move_into_cache, relative
 from resfuse.kernels import inspect as module
 from resfuse.kernels.inspect import (
     Inspection,
@@ -148,9 +150,25 @@ def specialised() -> dict[str, str]:
     }
 
 
+def inspect_without_stages() -> list[dict[str, Any]]:
+    """A launch that Triton's cache has whole, and then no more of than its binary."""
+    launch = planted()["good"]
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache
+        whole = inspect_launch("planted", "good", launch, "sm_90")
+        (group,) = Path(cache).glob("*/__grp__*.json")
+        group.write_bytes(relative(group.read_bytes()))
+        move_into_cache(Path(cache), Path(cache))
+        assert "ttgir" not in compile_launch(launch, TARGETS["sm_90"].gpu).asm
+        again = inspect_launch("planted", "good", launch, "sm_90")
+        assert not triton.knobs.compilation.always_compile
+    return [dataclasses.asdict(result) for result in (whole, again)]
+
+
 def compiled(function: str) -> Any:
     """What a function of this file returns in a process that compiles kernels."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment.pop("TRITON_INTERPRET", None)
     script = f"import json, test_inspect as t; print(json.dumps(t.{function}()))"
     done = subprocess.run(
@@ -333,3 +351,9 @@ def test_nothing_is_compiled_where_kernels_are_interpreted(
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
         inspect_launch("conv", "tile", planted()["good"], "sm_90")
+
+
+def test_a_kernel_that_was_carried_here_is_inspected_as_any_other() -> None:
+    """Its cache has no intermediate stages; they are made again."""
+    whole, again = compiled("inspect_without_stages")
+    assert whole == again and whole["dots"] and not whole["error"]

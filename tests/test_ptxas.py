@@ -56,10 +56,13 @@ def test_all_places_are_searched_in_order(wheels: Path, tmp_path: Path) -> None:
     wheel = fake(wheels / "cu13/bin/ptxas", "13.3.73")
     home = fake(tmp_path / "cuda/bin/ptxas", "13.1.5")
     path = fake(tmp_path / "bin/ptxas", "13.4.2")
+    came = fake(tmp_path / "cache/carried/ptxas", "13.3.2")
     there = {VARIABLE: str(named), "CUDA_HOME": str(home.parents[1]), "PATH": str(path.parent)}
+    there["TRITON_CACHE_DIR"] = str(came.parents[1])
     found = find(there)
-    assert [(p.path, p.version, p.origin) for p in found[:4]] == [
+    assert [(p.path, p.version, p.origin) for p in found[:5]] == [
         (str(named), "12.0.1", VARIABLE),
+        (str(came), "13.3.2", "the carried kernels"),
         (str(wheel), "13.3.73", "the wheel in nvidia/cu13"),
         (str(home), "13.1.5", "CUDA_HOME"),
         (str(path), "13.4.2", "the PATH"),
@@ -67,7 +70,7 @@ def test_all_places_are_searched_in_order(wheels: Path, tmp_path: Path) -> None:
     assert best(found) == found[0]  # the user's word, sound or not
     assert "may miscompile for Hopper" in found[0].told()
     assert in_use(there) == found[0]
-    assert in_use({**there, VARIABLE: str(wheel)}) == found[1]  # told where it came from
+    assert in_use({**there, VARIABLE: str(wheel)}) == found[2]  # told where it came from
     del there[VARIABLE]
     chosen = best(find(there))
     assert chosen is not None and chosen.origin == "the PATH"  # the newest
