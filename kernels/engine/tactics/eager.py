@@ -1,7 +1,6 @@
 """torch's own operations on folded weights: the reference, and what else no tactic computes."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import reduce
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from resfuse.kernels.engine.graph import (
 )
 from resfuse.kernels.engine.room import Room
 from resfuse.kernels.engine.state import conv_weights, scale_and_shift
+from resfuse.kernels.engine.torch_operations import operation_named
 from resfuse.kernels.engine.work import Call, Values
 
 Function = Callable[..., Tensor]
@@ -185,7 +185,7 @@ def _pick(op: Pick) -> Function:
 
 
 def _torch(op: Torch, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
-    target: Any = reduce(getattr, op.target.removeprefix("aten.").split("."), torch.ops.aten)
+    target: Any = operation_named(op.target)
     fixed = {name: _as_it_is(name, state, keep) for name in _states_in(op)}
     if dtype is not None:
         fixed = {name: _widened(t) for name, t in fixed.items()}
