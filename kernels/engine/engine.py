@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from resfuse.kernels.barred import known
 from resfuse.kernels.engine.alive import Alive
+from resfuse.kernels.engine.any_batch import batch_of, require_paddable
+from resfuse.kernels.engine.batching import images_at_all_sizes
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.ceilings import Ceilings
 from resfuse.kernels.engine.choice import Choice
@@ -103,6 +105,8 @@ class Engine:
         self._device = weights[0].device if weights else torch.device("cpu")
         self._state = dict(state) if keep_weights else None
         self.other_batches = other_batches
+        graphs = {size: b.graph for size, b in self._built.items()}
+        self._images = images_at_all_sizes(graphs, state) if other_batches == "pad" else None
         self._model = model
         self._ceilings = ceilings
         self._lock, self._process = threading.Lock(), os.getpid()
@@ -129,12 +133,12 @@ class Engine:
         if count in self._built:
             return self._run(count, x)
         larger = [size for size in self._built if size > count]
-        if self.other_batches == "pad" and larger:
+        if self._images and larger and count:
             padded = x.new_zeros(larger[0], *x.shape[1:])
             if _is_channels_last(x):
                 padded = padded.contiguous(memory_format=torch.channels_last)
             padded[:count] = x
-            return pytree.tree_map(lambda y: y[:count], self._run(larger[0], padded))
+            return self._run(larger[0], padded, count)
         if self.other_batches == "eager" and self._model is not None:
             with torch.no_grad():
                 return self._model(x)
@@ -149,14 +153,18 @@ class Engine:
             return None
         return Recorded({size: b.executor for size, b in built.items()}, self._device)
 
-    def _run(self, count: int, x: Tensor) -> Any:
+    def _run(self, size: int, x: Tensor, count: int | None = None) -> Any:
+        """What a batch of a size that was built for gives, or `count` images of it."""
         in_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
         if os.getpid() != self._process:
             self._settle_after_fork()
         with self._lock, torch.no_grad(), self._turns:
             with torch.inference_mode():
-                run = self._built[count].executor
-                made = self._recorded(count, x) if self._recorded else run(x)
+                run = self._built[size].executor
+                made = self._recorded(size, x) if self._recorded else run(x)
+            if count is not None and self._images:
+                pairs = zip(made, self._images, strict=True)
+                made = [y.narrow(at.dim, 0, count * at.each) for y, at in pairs]
             outputs = [  # none of inference mode's: autograd may save them
                 y.clone(memory_format=in_format if y.dim() == 4 else torch.contiguous_format)
                 for y in made
@@ -272,8 +280,8 @@ def build_engine(
         model: whose forward takes one tensor, and does not depend on its values.
         example: [N, C, H, W].
         batch_sizes: those to build for; the example's by default.
-        other_batches: what to do with others: "error", "pad" up to the next one that was built, or
-            run the model as it is ("eager").
+        other_batches: what to do with others: "error"; "pad" up to the next one that was built, if
+            it is proved that images do not see each other; or run a copy of the model ("eager").
         timings: a folder for measured times; by default one in the user's cache.
         keep_weights: for `save` and `refresh`: costs a copy of the weights. Without, the engine has
             them laid out, and copies only what torch's operations read.
@@ -298,11 +306,13 @@ def build_engine(
     state: dict[str, Tensor] = {}
     laid = Laid()
     for size in sizes:
-        graph, captured = capture(model, _batch_of(example, size))
+        graph, captured = capture(model, batch_of(example, size))
         new = {name: captured[name] for name in sorted(state_names(graph)) if name not in state}
         state |= copies(new, kept_names(graph, keep_weights))
         require_usable([graph], state, graph.constants, "model")
         built[size] = _build(graph, state, laid, example.device, cache)
+    if other_batches == "pad":
+        require_paddable(model, example, {size: b.graph for size, b in built.items()}, state)
     eager = other_batches == "eager"
     return Engine(
         built,
@@ -370,11 +380,6 @@ def _memory(graph: Graph, tactics: Mapping[str, TacticModule]) -> Callable[[Choi
         return lambda choice: 0
     alive = Alive(graph, lanes())
     return lambda choice: alive.bytes_of(choice, tactics[choice.tactic])
-
-
-def _batch_of(example: Tensor, size: int) -> Tensor:
-    repeats = -(-size // example.shape[0])
-    return torch.cat([example] * repeats)[:size]
 
 
 def _is_channels_last(x: Tensor) -> bool:
