@@ -3,12 +3,14 @@ from the graph is inferred again, and must be what the file says. Where values l
 is never read from a file.
 """
 
+import contextlib
 import json
+import logging
 import math
 import os
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -314,7 +316,7 @@ class _Inference:
             )
         for arg in [*op.args, *dict(op.kwargs).values()]:
             self._require_argument(node, arg)
-        with self._fake:
+        with self._fake, _not_logged():
             state = {
                 name: self._fake.from_tensor(self._state_of(node, name))
                 for name in eager.state_read_by(op)
@@ -345,6 +347,17 @@ class _Inference:
                 raise Unsound(f"{node.name} is given {arg}")
         elif not (arg is None or isinstance(arg, bool | int | float | str)):
             raise Unsound(f"{node.name} is given {arg!r}")
+
+
+@contextlib.contextmanager
+def _not_logged() -> Iterator[None]:
+    """torch writes a traceback for what a fake tensor refuses, though the exception says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _offered(
