@@ -48,7 +48,9 @@ def require_same(engine: Engine, model: nn.Module, x: Tensor) -> None:
 # Linear layers over the last of several dimensions
 
 LINEAR: dict[str, Callable[[], nn.Module]] = {
-    "pixels": scope(lambda s, x: s.l(s.c(x).permute(0, 2, 3, 1)), c=conv, l=lambda: nn.Linear(16, 8)),
+    "pixels": scope(
+        lambda s, x: s.l(s.c(x).permute(0, 2, 3, 1)), c=conv, l=lambda: nn.Linear(16, 8)
+    ),
     "pixels and back": scope(
         lambda s, x: s.l(s.n(s.c(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2),
         c=conv, l=lambda: nn.Linear(16, 8), n=lambda: nn.LayerNorm(16),
@@ -254,10 +256,7 @@ TRANSFORMS: dict[str, Callable[[Engine, Tensor], Any]] = {
     "gradients": lambda e, x: torch.func.grad(lambda x: e(x).sum())(x),
     "jvp": lambda e, x: torch.func.jvp(e, (x,), (x,)),
     "make_fx": lambda e, x: torch.fx.experimental.proxy_tensor.make_fx(e)(x),
-    "fake tensors": lambda e, x: (
-        torch._subclasses.FakeTensorMode().from_tensor(x)
-        and e(torch._subclasses.FakeTensorMode().from_tensor(x))
-    ),
+    "fake tensors": lambda e, x: e(torch._subclasses.FakeTensorMode().from_tensor(x)),
     "a subclass": lambda e, x: e(x.as_subclass(type("Image", (Tensor,), {}))),
     "export": lambda e, x: torch.export.export(Scope(lambda s, x: e(x)), (x,), strict=False),
 }
@@ -501,7 +500,7 @@ def test_padding_changes_nothing(name: str, timings: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", TOGETHER)
 def test_padding_is_refused_where_it_is_not_proved(name: str, timings: Path) -> None:
     model = made(lambda: after(TOGETHER[name]))
-    with pytest.raises(ValueError, match="argument other_batches: 'pad' is not possible: .") as why:
+    with pytest.raises(ValueError, match="argument other_batches: 'pad' is not possible") as why:
         build_engine(model, images(4, 3, 8, 8), other_batches="pad", timings=timings)
     assert "\n" not in str(why.value)
 
