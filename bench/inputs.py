@@ -6,13 +6,14 @@ them, so that any number of different images can be had from a dozen files; a se
 same batch.
 """
 
+import warnings
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from resfuse.bench.errors import UsageError
 
@@ -97,8 +98,36 @@ def _folder(folder: Path) -> list[Image.Image]:
 
 
 def _open(path: Path) -> Image.Image:
+    """Raises UsageError for what is no image, or one so large that Pillow takes it for an attack:
+    a few kilobytes that unpack to gigabytes."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UsageError(f"argument --images: {path} cannot be read as an image: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _to_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UsageError(
+            f"argument --images: {path} has more than {Image.MAX_IMAGE_PIXELS} pixels, which may "
+            "be an attack; scale it down"
+        ) from None
+    # Pillow raises whatever its decoders meet: ValueError for a text chunk that unpacks to
+    # megabytes, SyntaxError for a broken PNG, struct.error and EOFError for others.
+    except Exception as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"argument --images: {path} cannot be read as an image: {said}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel. Pillow clips deeper greys at 255: 16 bits are scaled; wider integers and
+    floats, of which nothing says where white is, from the least to the greatest value."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        values, low, high = np.asarray(image, np.float64), 0.0, 65535.0
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image, np.float64)
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    else:
+        return image.convert("RGB")
+    scaled = (values - low) / max(high - low, np.finfo(float).tiny)
+    return Image.fromarray((255 * scaled).round().clip(0, 255).astype(np.uint8)).convert("RGB")

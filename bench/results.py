@@ -8,6 +8,7 @@ the facts behind each `env_id`, one a line.
 import errno
 import fcntl
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -92,7 +93,8 @@ def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> p
             f"this one reads versions up to {sheet.schema}"
         )
     if "world_size" in table:  # older versions ran everything in one process
-        table["world_size"] = table["world_size"].fillna(1).astype(int)
+        numbers = table["world_size"].replace([math.inf, -math.inf], math.nan)
+        table["world_size"] = numbers.fillna(1).astype(int)
     return table
 
 
@@ -164,12 +166,21 @@ def record_environment(folder: Path, env_id: str, facts: Mapping[str, str]) -> N
         merged = {**known.get(env_id, {}), **facts}
         for key, value in known.get(env_id, {}).items():
             if key.startswith("ceiling_"):
-                merged[key] = max(value, merged[key], key=float)
+                merged[key] = max(value, merged.get(key, value), key=_speed)
         if merged == known.get(env_id):
             return
         known[env_id] = merged
         lines = [(env, key, value) for env, entry in known.items() for key, value in entry.items()]
         _replace(path, [ENVIRONMENT_COLUMNS, *(map(neutral, line) for line in lines)])
+
+
+def _speed(text: str) -> float:
+    """A ceiling as it stands in the file; what is no number is below any."""
+    try:
+        speed = float(text)
+    except ValueError:
+        return -math.inf
+    return speed if math.isfinite(speed) else -math.inf
 
 
 def record_survey(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +231,8 @@ def _identity_columns(mode: str) -> list[str]:
 
 
 def _plain(value: object) -> str:
-    return str(int(value)) if isinstance(value, float) else str(value)
+    whole = isinstance(value, float) and math.isfinite(value)
+    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
 
 
 def _read_csv(

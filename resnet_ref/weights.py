@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from resfuse.resnet_ref.models import MODELS
 
+_LFS_POINTER = b"version https://git-lfs"
+# What DistributedDataParallel, torch.compile and both around each other put before every key.
+_PREFIXES = ("module.", "_orig_mod.")
 # timm's VGG has convolutions for the first two large layers, and calls the last one a head.
 TIMM_VGG = {
     "pre_logits.fc1.": "classifier.0.",
@@ -23,14 +26,15 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> None:
     """Loads a file into `model`: all of it or, on any error, nothing.
 
     Reads .safetensors (by suffix) and torch checkpoints, with the keys of torchvision or timm, bare
-    or under "state_dict" or "model", and with the prefix that DistributedDataParallel or
-    torch.compile leaves. Values are cast to the model's dtype. A network built with
+    or under "state_dict" or "model", and with the prefixes that DistributedDataParallel and
+    torch.compile leave, in any order. Values are cast to the model's dtype. A network built with
     `features_only` ignores the classifier.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is corrupt, holds anything but tensors, or has keys or shapes that are
-            not the model's; the sentence names the file and the first of them.
+            not the model's, or weights that are not dense and finite; the sentence names the file
+            and the first of them.
     """
     path = Path(path)
     source = f"weights file {path}"
@@ -38,6 +42,11 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> None:
         raise FileNotFoundError(f"{source} does not exist")
     if not path.is_file():
         raise ValueError(f"{source} is not a file")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(
+                f"{source} is a Git LFS pointer, not the file; `git lfs pull` fetches it"
+            )
     read = _read_safetensors if path.suffix == ".safetensors" else _read_checkpoint
     _load_state(model, _find_state(read(path, source), source), source)
 
@@ -133,13 +142,32 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     ]
     if wrong:
         raise ValueError(f"{source} has other shapes than the model: {'; '.join(wrong[:3])}")
+    for key, value in state.items():
+        if (broken := _broken(value, own[key])) is not None:
+            raise ValueError(f"{source} cannot be used: {key} {broken}")
     model.load_state_dict(own | state)
 
 
+def _broken(value: Tensor, own: Tensor) -> str | None:
+    """Why a tensor is no weight, if it is none."""
+    if value.is_quantized:
+        return f"is quantized ({value.dtype}); accepted: floating-point weights"
+    if value.layout != torch.strided:
+        return f"is {value.layout}; accepted: dense tensors"
+    if value.is_meta:
+        return "is on meta and has no numbers"
+    if value.is_complex():
+        return f"is {value.dtype}; accepted: {own.dtype}"
+    if value.is_floating_point() and not value.to(own.dtype).isfinite().all():
+        return "holds values that are not finite"
+    return None
+
+
 def _torchvision_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while prefix := next(
+        (p for p in _PREFIXES if state and all(k.startswith(p) for k in state)), ""
+    ):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     converted = {}
     for key, value in state.items():
         for theirs, ours in TIMM_VGG.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine_models import SHAPE, images, made, require_answers, small
 from resfuse.kernels.engine.engine import Engine, build_engine
-from resfuse.kernels.engine.saved import load_engine
+from resfuse.kernels.engine.saved import _digest, load_engine
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -66,7 +66,12 @@ def test_a_loaded_engine_can_be_saved_and_refreshed(saved: Path, tmp_path: Path)
 def test_nothing_is_unpickled(saved: Path) -> None:
     with safe_open(saved, framework="pt") as file:
         told = json.loads(file.metadata()["resfuse"])
-    assert told["schema"] == 1 and list(told["plans"]) == ["2"]
+    assert told["schema"] == 2 and list(told["plans"]) == ["2"]
+
+
+def told_in(path: Path) -> str:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["resfuse"]
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -75,7 +80,8 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         told = json.loads(file.metadata()["resfuse"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(told)
-    save_file(tensors, path, metadata={"resfuse": json.dumps(told)})
+    text = json.dumps(told)
+    save_file(tensors, path, metadata={"resfuse": text, "sha256": _digest(text, tensors)})
 
 
 def drop_a_weight(path: Path) -> None:
@@ -83,7 +89,8 @@ def drop_a_weight(path: Path) -> None:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     del tensors["stem.weight"]
-    save_file(tensors, path, metadata=metadata)
+    digest = _digest(metadata["resfuse"], tensors)
+    save_file(tensors, path, metadata={**metadata, "sha256": digest})
 
 
 def cut(path: Path, share: float) -> None:
@@ -97,6 +104,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "something else": (lambda p: p.write_bytes(b"\x80\x04K\x01." * 99), "no engine"),
     "weights only": (lambda p: save_file({"w": torch.ones(1)}, p), "no engine"),
     "another schema": (lambda p: rewrite(p, lambda t: t.update(schema=99)), "has schema 99"),
+    "of version 1, without a digest": (
+        lambda p: rewrite(p, lambda t: t.update(schema=1)), "schema 1; .*Build it again",
+    ),
+    "no digest": (
+        lambda p: save_file({"w": torch.ones(1)}, p, metadata={"resfuse": told_in(p)}),
+        "is damaged: its digest",
+    ),
     "no schema": (lambda p: rewrite(p, lambda t: t.pop("schema")), "has schema None"),
     "another torch": (
         lambda p: rewrite(p, lambda t: t["environment"].update(torch="1.0")), "with torch 1.0",
@@ -146,7 +160,7 @@ def test_load_refuses_what_is_not_there(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, sys
-from resfuse.kernels.engine.saved import load_engine
+from resfuse.kernels.engine.saved import _digest, load_engine
 engine = load_engine(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:

@@ -1,13 +1,19 @@
 """Photographs in, floor and cost out."""
 
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.flop_counter import FlopCounterMode
 
 from resfuse.bench import inputs, roofline
+from resfuse.bench.errors import UsageError
 from resfuse.resnet_ref import create, input_size
 
 
@@ -37,6 +43,59 @@ def test_the_users_own_images_are_used(tmp_path: Path) -> None:
     pixels += torch.tensor(inputs.MEAN)[:, None, None]
     colours = {tuple(round(v) for v in image.mean((1, 2)).tolist()) for image in pixels}
     assert colours == {(1, 0, 0), (0, 0, 1)}
+
+
+def grey_levels(folder: Path) -> torch.Tensor:
+    pixels = inputs.batch(str(folder), 8, 32, 0)[:, 0] * inputs.STD[0] + inputs.MEAN[0]
+    return (255 * pixels).round().unique()
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
+def test_deep_greys_are_scaled_and_not_clipped(tmp_path: Path, kind: str) -> None:
+    ramp = np.linspace(0, 65535, 10000).reshape(100, 100)
+    file = tmp_path / ("a.png" if kind == "uint16" else "a.tif")
+    Image.fromarray(ramp.astype(kind)).save(file)
+    file.rename(tmp_path / "a.png")  # Pillow goes by the content
+    levels = grey_levels(tmp_path)
+    assert len(levels) > 60 and levels.min() < 60 and levels.max() > 190
+    assert not (levels == 255).all()
+
+
+def bomb(path: Path, side: int) -> None:
+    """A PNG of one bit a pixel, which some kilobytes hold."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    size = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes(side // 8)) * side, 9)
+    parts = chunk(b"IHDR", size) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+def with_text(path: Path) -> None:
+    info = PngInfo()
+    info.add_text("k", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (50, 50)).save(path, pnginfo=info)
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda p: bomb(p, 20000), "pixels, which may be an attack"),
+        (lambda p: bomb(p, 10400), "pixels, which may be an attack"),
+        (with_text, "cannot be read as an image: Decompressed data too large"),
+        (lambda p: p.write_text("<html>404</html>"), "cannot be read as an image"),
+        (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40)), "cannot be read as an image"),
+    ],
+)
+def test_hostile_images_are_refused_in_a_sentence(tmp_path: Path, make: Any, said: str) -> None:
+    make(tmp_path / "a.png")
+    with pytest.raises(UsageError, match=f"argument --images: .*{said}") as refusal:
+        inputs.batch(str(tmp_path), 2, 32, 0)
+    assert "\n" not in str(refusal.value)
 
 
 def test_cost_counts_what_timm_counts() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from resfuse.bench import bench_command, cli, results
@@ -83,6 +84,25 @@ def test_files_that_are_no_tables_get_a_sentence(tmp_path: Path, content: bytes)
     (tmp_path / results.ROWS).write_bytes(content)
     with pytest.raises(UsageError, match=r"rows\.csv"):
         results.read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("cell", ["inf", "1e999", "-inf", "nan", "", "9" * 400, "two"])
+@pytest.mark.parametrize("column", ["world_size", "infer_img_size", "requested_batch_size"])
+def test_numbers_that_are_none_are_no_traceback(tmp_path: Path, column: str, cell: str) -> None:
+    results.append_row(tmp_path, row())
+    table = pd.read_csv(tmp_path / "rows.csv", dtype=str, keep_default_na=False)
+    table[column] = cell
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    read = results.read_rows(tmp_path)
+    assert len(read) == 1 and read["world_size"].iloc[0] >= 1
+    results.settled_cases(tmp_path, STAMP.env_id, STAMP.commit)
+
+
+@pytest.mark.parametrize("known", ["", "fast", "inf", "nan"])
+def test_a_ceiling_that_is_no_number_gives_way(tmp_path: Path, known: str) -> None:
+    results.record_environment(tmp_path, "e", {"cpu": "x", "ceiling_gflops": known})
+    results.record_environment(tmp_path, "e", {"cpu": "x", "ceiling_gflops": "3.5"})
+    assert results.read_environments(tmp_path)["e"]["ceiling_gflops"] == "3.5"
 
 
 def test_missing_folder_gets_a_sentence(tmp_path: Path) -> None:

@@ -45,9 +45,20 @@ def prefixed(prefix: str, state: dict) -> dict:
         lambda state: {"model": state, "optimizer": {}, "args": argparse.Namespace(lr=0.1)},
         lambda state: {"model": prefixed("module.", state)},
         lambda state: prefixed("_orig_mod.", state),
+        lambda state: prefixed("_orig_mod.module.", state),
+        lambda state: {"state_dict": prefixed("module._orig_mod.module.", state)},
         lambda state: {k: v for k, v in state.items() if "num_batches_tracked" not in k},
     ],
-    ids=["bare", "state_dict", "model and args", "ddp", "compiled", "no counters"],
+    ids=[
+        "bare",
+        "state_dict",
+        "model and args",
+        "ddp",
+        "compiled",
+        "compiled ddp",
+        "nested",
+        "no counters",
+    ],
 )
 def test_checkpoints_load(tmp_path, donor, model, wrap):
     torch.save(wrap(donor.state_dict()), tmp_path / "weights.pth")
@@ -102,6 +113,36 @@ def test_other_keys_are_named(tmp_path, donor, model):
     with pytest.raises(ValueError, match=message):
         load_weights(model, tmp_path / "weights.pth")
     assert same(model, before)  # all or nothing
+
+
+HOSTILE = {
+    "NaN": (lambda t: t * float("nan"), "holds values that are not finite"),
+    "infinity": (lambda t: t / 0, "holds values that are not finite"),
+    "sparse": (lambda t: t.to_sparse(), "is torch.sparse_coo; accepted: dense tensors"),
+    "meta": (lambda t: t.to("meta"), "is on meta and has no numbers"),
+    "quantized": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "is quantized"),
+    "complex": (lambda t: t.to(torch.complex64), "is torch.complex64; accepted: torch.float32"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_is_no_weight_is_refused_and_nothing_is_loaded(tmp_path, donor, model, kind):
+    change, said = HOSTILE[kind]
+    before = copy.deepcopy(model)
+    state = donor.state_dict()
+    torch.save({**state, "fc.weight": change(state["fc.weight"])}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=rf"cannot be used: fc\.weight {said}") as refusal:
+        load_weights(model, tmp_path / "w.pth")
+    assert "\n" not in str(refusal.value) and same(model, before)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path, model, suffix):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46830571\n"
+    (tmp_path / f"w.{suffix}").write_text(pointer)
+    with pytest.raises(ValueError, match="is a Git LFS pointer, not the file"):
+        load_weights(model, tmp_path / f"w.{suffix}")
 
 
 def test_a_long_list_of_keys_is_cut(tmp_path, model):

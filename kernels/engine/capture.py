@@ -155,7 +155,7 @@ class _Reader:
         kwargs = tuple((key, encode(value)) for key, value in node.kwargs.items())
         if not isinstance(target, torch._ops.OpOverload):
             raise ValueError(
-                f"argument model: {target} is no ATen operation; accepted: models without "
+                f"argument model: {target} is no operation of torch's; accepted: models without "
                 "data-dependent control flow"
             )
         meta = node.meta.get("val")

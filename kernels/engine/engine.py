@@ -7,11 +7,12 @@ place in one arena (homes.py, memory.py), and everything is bound to it (executo
 """
 
 import contextlib
+import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from resfuse.kernels.barred import known
 from resfuse.kernels.engine.alive import Alive
+from resfuse.kernels.engine.any_batch import batch_of, require_paddable
+from resfuse.kernels.engine.batching import images_at_all_sizes
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.ceilings import Ceilings
 from resfuse.kernels.engine.choice import Choice
@@ -29,7 +32,14 @@ from resfuse.kernels.engine.explain import table
 from resfuse.kernels.engine.fallback import tensors_of, with_weights
 from resfuse.kernels.engine.graph import Graph, state_names
 from resfuse.kernels.engine.held import storages
+from resfuse.kernels.engine.input import require_input
 from resfuse.kernels.engine.measure import Measurer
+from resfuse.kernels.engine.own_weights import (
+    copies,
+    kept_names,
+    refreshed,
+    require_usable,
+)
 from resfuse.kernels.engine.planner import Segment, plan
 from resfuse.kernels.engine.room import Laid
 from resfuse.kernels.engine.saved import save
@@ -53,8 +63,8 @@ class Built:
 class Memory:
     """Bytes an engine holds: `arena` for values between layers, `least` what the largest sum of
     values alive at one moment is, `weights` in the tactics' own layouts, for all batch sizes, and
-    `originals` as they were given, kept for save, refresh and other batches; the model they are
-    from shares these. On a GPU with CUDA graphs, for all batch sizes together: `graph_pool` what
+    `originals` copies of them as they were given, kept for save, refresh, other batches and torch's
+    operations. On a GPU with CUDA graphs, for all batch sizes together: `graph_pool` what
     the allocator has reserved for values between layers, outputs and scratch, `graph_inputs` the
     buffers that inputs are copied into.
     """
@@ -70,7 +80,9 @@ class Memory:
 class Engine:
     """A network that runs as planned; made by build_engine or load_engine.
 
-    Calls from several threads take turns: an engine has one arena. Two engines run side by side.
+    Its weights are its own: the model may train on. Calls from several threads take turns: an
+    engine has one arena. Two engines run side by side. In a forked process an engine for a CPU runs
+    on one thread, for the others stay behind.
     The input is copied into the engine's memory and the outputs out of it, within the call. On a
     GPU a call runs on the caller's stream, behind the engine's previous call on whichever stream,
     as one CUDA graph unless the engine was built without; it cannot itself be captured in another.
@@ -89,13 +101,15 @@ class Engine:
     ) -> None:
         self._built = dict(sorted(built.items()))
         self._constants = {name for b in built.values() for name in b.graph.constants}
-        weights = [*_without(state, self._constants).values(), *state.values()]
+        weights = [*(t for n, t in state.items() if n not in self._constants), *state.values()]
         self._device = weights[0].device if weights else torch.device("cpu")
         self._state = dict(state) if keep_weights else None
         self.other_batches = other_batches
+        graphs = {size: b.graph for size, b in self._built.items()}
+        self._images = images_at_all_sizes(graphs, state) if other_batches == "pad" else None
         self._model = model
         self._ceilings = ceilings
-        self._lock = threading.Lock()
+        self._lock, self._process = threading.Lock(), os.getpid()
         on_gpu = self._device.type == "cuda"
         self._turns = Turns(self._device) if on_gpu else contextlib.nullcontext()
         self.cuda_graph = cuda_graph and on_gpu
@@ -116,19 +130,19 @@ class Engine:
         Raises:
             ValueError: an input of another shape, dtype or device than the engine was built for.
         """
-        self._require(x)
+        require_input(x, self._input, self._device)
         count = x.shape[0]
         if count in self._built:
             return self._run(count, x)
         larger = [size for size in self._built if size > count]
-        if self.other_batches == "pad" and larger:
+        if self._images and larger and count:
             padded = x.new_zeros(larger[0], *x.shape[1:])
             if _is_channels_last(x):
                 padded = padded.contiguous(memory_format=torch.channels_last)
             padded[:count] = x
-            return pytree.tree_map(lambda y: y[:count], self._run(larger[0], padded))
+            return self._run(larger[0], padded, count)
         if self.other_batches == "eager" and self._model is not None:
-            with torch.inference_mode():
+            with torch.no_grad():
                 return self._model(x)
         without = ", and was loaded without its model" * (self.other_batches == "eager")
         raise ValueError(
@@ -141,29 +155,41 @@ class Engine:
             return None
         return Recorded({size: b.executor for size, b in built.items()}, self._device)
 
-    def _run(self, count: int, x: Tensor) -> Any:
+    def _run(self, size: int, x: Tensor, count: int | None = None) -> Any:
+        """What a batch of a size that was built for gives, or `count` images of it."""
         in_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        with self._lock, torch.inference_mode(), self._turns:
-            made = self._recorded(count, x) if self._recorded else self._built[count].executor(x)
-            outputs = [
+        if os.getpid() != self._process:
+            self._settle_after_fork()
+        with self._lock, torch.no_grad(), self._turns:
+            with torch.inference_mode():
+                run = self._built[size].executor
+                made = self._recorded(size, x) if self._recorded else run(x)
+            if count is not None and self._images:
+                pairs = zip(made, self._images, strict=True)
+                made = [y.narrow(at.dim, 0, count * at.each) for y, at in pairs]
+            outputs = [  # none of inference mode's: autograd may save them
                 y.clone(memory_format=in_format if y.dim() == 4 else torch.contiguous_format)
                 for y in made
             ]
         return pytree.tree_unflatten(outputs, self._spec)
 
-    def _require(self, x: Tensor) -> None:
-        shape, dtype = self._input.shape, self._input.dtype
-        if not isinstance(x, Tensor):
-            raise ValueError(f"argument x: {type(x).__name__}; accepted: a tensor")
-        if x.layout != torch.strided:
-            raise ValueError(f"argument x: {x.layout}; accepted: torch.strided")
-        if x.dim() != len(shape) or tuple(x.shape[1:]) != shape[1:]:
-            wanted = ", ".join(["N", *map(str, shape[1:])])
-            raise ValueError(f"argument x: shape {tuple(x.shape)}; this engine takes [{wanted}]")
-        if x.dtype != dtype:
-            raise ValueError(f"argument x: {x.dtype}; this engine takes {dtype}")
-        if x.device != self._device:
-            raise ValueError(f"argument x: on {x.device}; this engine is on {self._device}")
+    def _settle_after_fork(self) -> None:
+        """Threads stay behind in the parent: those that may have held the lock, and OpenMP's, for
+        which torch's operations would wait for ever."""
+        if self._device.type == "cuda":
+            raise RuntimeError(
+                "this engine is on a GPU, which a forked process cannot use; start it by spawn and "
+                "load the engine there"
+            )
+        self._lock, self._process = threading.Lock(), os.getpid()
+        torch.set_num_threads(1)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses pickle, copy and torch.save."""
+        raise ValueError(
+            "an engine cannot be copied or pickled: write it with engine.save(path) and read it "
+            "with load_engine(path)"
+        )
 
     def memory(self, batch_size: int | None = None) -> Memory:
         """What the engine holds for a batch size (the largest one by default), in bytes."""
@@ -189,27 +215,16 @@ class Engine:
                 written in a forward, and buffers that are not persistent unless they are given.
 
         Raises:
-            ValueError: a tensor is missing, has another shape or is not finite; or the engine was
-                built with keep_weights=False. It stays as it was.
+            ValueError: it is no state_dict of dense tensors; one is missing, has another shape or
+                cannot be used; or the engine was built with keep_weights=False. It stays as it was.
         """
-        state = self._weights()
-        fresh = dict(state)
-        for name, old in state.items():
-            new = state_dict.get(name)
-            if new is None and name in self._constants:
-                continue
-            if new is None:
-                raise ValueError(f"argument state_dict: {name} is missing")
-            if new.shape != old.shape:
-                raise ValueError(
-                    f"argument state_dict: {name} has shape {tuple(new.shape)}; "
-                    f"this engine takes {tuple(old.shape)}"
-                )
-            fresh[name] = new.detach().to(old.device, old.dtype)
-        require_finite(_without(fresh, self._constants), "state_dict")
+        fresh = refreshed(self._weights(), self._constants, state_dict)
+        graphs = [b.graph for b in self._built.values()]
+        require_usable(graphs, fresh, self._constants, "state_dict")
         model = self._model
         if model is not None:
-            model = with_weights(model, {**state_dict, **fresh})
+            unread = {name: t for name, t in tensors_of(model) if name not in fresh}
+            model = with_weights(model, refreshed(unread, unread, state_dict) | fresh)
         laid = Laid()
         built = {
             size: Built(b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, laid))
@@ -270,10 +285,11 @@ def build_engine(
         model: whose forward takes one tensor, and does not depend on its values.
         example: [N, C, H, W].
         batch_sizes: those to build for; the example's by default.
-        other_batches: what to do with others: "error", "pad" up to the next one that was built, or
-            run the model as it is ("eager").
+        other_batches: what to do with others: "error"; "pad" up to the next one that was built, if
+            it is proved that images do not see each other; or run a copy of the model ("eager").
         timings: a folder for measured times; by default one in the user's cache.
-        keep_weights: for `save` and `refresh`; without, the engine has them laid out only.
+        keep_weights: for `save` and `refresh`: costs a copy of the weights. Without, the engine has
+            them laid out, and copies only what torch's operations read.
         cuda_graph: on a GPU, record each batch size as a CUDA graph; nothing on a CPU.
         tiling: run early stages a few images at a time where that is quicker, so that what lies
             between layers stays in a cache (TensorRT's tiling optimization). Whole stages are built
@@ -299,15 +315,19 @@ def build_engine(
     state: dict[str, Tensor] = {}
     laid = Laid()
     for size in sizes:
-        graph, captured = capture(model, _batch_of(example, size))
-        state |= {name: captured[name] for name in sorted(state_names(graph))}
-        require_finite(_without(state, graph.constants), "model")
+        graph, captured = capture(model, batch_of(example, size))
+        new = {name: captured[name] for name in sorted(state_names(graph)) if name not in state}
+        state |= copies(new, kept_names(graph, keep_weights))
+        require_usable([graph], state, graph.constants, "model")
         built[size] = _build(graph, state, laid, example.device, cache, tiling)
+    if other_batches == "pad":
+        require_paddable(model, example, {size: b.graph for size, b in built.items()}, state)
+    eager = other_batches == "eager"
     return Engine(
         built,
         state,
         other_batches=other_batches,
-        model=model if other_batches == "eager" else None,
+        model=with_weights(model, state if keep_weights else {}) if eager else None,
         ceilings=Ceilings(example.device, example.dtype, cache),
         keep_weights=keep_weights,
         cuda_graph=cuda_graph,
@@ -371,23 +391,6 @@ def _memory(graph: Graph, tactics: Mapping[str, TacticModule]) -> Callable[[Choi
         return lambda choice: 0
     alive = Alive(graph, lanes())
     return lambda choice: alive.bytes_of(choice, tactics[choice.tactic])
-
-
-def require_finite(state: Mapping[str, Tensor], argument: str) -> None:
-    """Raises ValueError for a weight that is NaN or infinite."""
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"argument {argument}: {name} holds values that are not finite")
-
-
-def _without(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """A constant may well be infinite: a mask, say."""
-    return {name: tensor for name, tensor in state.items() if name not in names}
-
-
-def _batch_of(example: Tensor, size: int) -> Tensor:
-    repeats = -(-size // example.shape[0])
-    return torch.cat([example] * repeats)[:size]
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -63,7 +63,8 @@ def table(
     lines.append(
         f"{len(segments)} segments, {total:.3f} ms one by one"
         + (f", {floor:.3f} ms at this device's ceilings" if floor else "")
-        + f", for a batch of {batch}: {batch / total * 1e3:.0f} samples/s."
+        + f", for a batch of {batch}"
+        + (f": {batch / total * 1e3:.0f} samples/s." if total else ".")
     )
     lines.append(times)
     if ceilings:
@@ -75,6 +76,11 @@ def table(
     if opaque:
         names = sorted({n.op.target for s in opaque for n in _nodes(graph, s)})  # type: ignore[union-attr]
         lines.append(f"Run by torch, {len(opaque)} segments: {', '.join(names)}.")
+    if untimed := sum(segment.ms == 0 for segment in segments):
+        lines.append(
+            f"Neither timed nor checked: {untimed}, which torch alone computes, and not from any "
+            "numbers: indices, probabilities or the like."
+        )
     return "\n".join(lines)
 
 
@@ -105,10 +111,10 @@ def _row(
     return (
         name_of(_nodes(graph, segment)[0]),
         segment.choice.label(),
-        f"{segment.ms:.3f}",
-        f"{100 * segment.ms / total:.1f}",
+        f"{segment.ms:.3f}" if segment.ms else "",
+        f"{100 * segment.ms / total:.1f}" if segment.ms else "",
         f"{floor:.3f}" if floor is not None else "",
-        f"{100 * floor / segment.ms:.0f}" if floor is not None else "",
+        f"{100 * floor / segment.ms:.0f}" if floor is not None and segment.ms else "",
         f"{cost.moved / MB:.2f}",
         runner_up,
     )

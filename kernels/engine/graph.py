@@ -236,18 +236,29 @@ class Graph:
 
 def state_names(graph: Graph) -> set[str]:
     """What the graph needs of the state."""
-    names: set[str | None] = set()
-    for node in graph.nodes:
-        op = node.op
-        if isinstance(op, Conv):
-            names.update((op.weight, op.bias))
-        if isinstance(op, Conv | Affine) and op.norm is not None:
-            names.update((op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias))
-        if isinstance(op, Conv | Affine) and isinstance(op.slope, str):
-            names.add(op.slope)
-        if isinstance(op, Torch):
-            names.update(_named_in([*op.args, *dict(op.kwargs).values()]))
-    return {name for name in names if name is not None}
+    return {name for node in graph.nodes for name in node_state(node)}
+
+
+def node_state(node: Node) -> set[str]:
+    """What a node needs of the state."""
+    op, names = node.op, set[str | None]()
+    if isinstance(op, Conv):
+        names.update((op.weight, op.bias))
+    if isinstance(op, Conv | Affine) and op.norm is not None:
+        names.update((op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias))
+    return {name for name in names if name is not None} | state_read_by(op)
+
+
+def read_at_calls(graph: Graph) -> set[str]:
+    """Of the state, what is read as it is when the graph runs; the rest is folded and laid out."""
+    return {name for node in graph.nodes for name in state_read_by(node.op)}
+
+
+def state_read_by(op: Operation) -> set[str]:
+    """What an operation reads of the state whenever it runs."""
+    if isinstance(op, Conv | Affine):
+        return {op.slope} if isinstance(op.slope, str) else set()
+    return _named_in([*op.args, *dict(op.kwargs).values()]) if isinstance(op, Torch) else set()
 
 
 def _named_in(args: list[Any]) -> set[str]:

@@ -59,6 +59,9 @@ def _linear(read: Captured, node: fx.Node) -> bool:
     weight, bias = read.state_of(w), read.state_of(b)
     if weight is None or (b is not None and bias is None):
         return False
+    # Over the last of more dimensions it is no convolution of [N, C, H, W] (ConvNeXt, Swin).
+    if len(x.meta["val"].shape) != 2 or len(w.meta["val"].shape) != 2:
+        return False
     map_of = _flattened(x)
     if not read.is_map(map_of):
         return False

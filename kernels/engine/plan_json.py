@@ -58,13 +58,17 @@ def graph_from_json(data: dict[str, Any]) -> Graph:
         data["input"],
         tuple(data["outputs"]),
         tuple(_node(dict(node)) for node in data["nodes"]),
-        {
-            name: Value(tuple(v["shape"]), getattr(torch, v["dtype"]))
-            for name, v in data["values"].items()
-        },
+        {name: Value(tuple(v["shape"]), _dtype(v["dtype"])) for name, v in data["values"].items()},
         data["spec"],
         tuple(data.get("constants", [])),
     )
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"dtype {name!r}")
+    return found
 
 
 def segments_to_json(segments: tuple[Segment, ...]) -> list[dict[str, Any]]:

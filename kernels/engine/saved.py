@@ -1,11 +1,16 @@
 """Engines on disk: one safetensors file, the weights as tensors and the plan as JSON in its header.
-Nothing is unpickled. The file is written beside its place and moved there when it is whole.
+It is written beside its place and moved there when it is whole.
+
+A file may come from a stranger. Nothing is unpickled; a digest finds damage; everything that
+follows from the graph is inferred again and compared (plan_check.py), so that no number in it
+reaches memory that is not there; and only operations known to do nothing but compute are run.
 """
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +19,8 @@ from torch import Tensor
 
 from resfuse.kernels.engine.environment import environment
 from resfuse.kernels.engine.executor import Executor
+from resfuse.kernels.engine.own_weights import require_usable
+from resfuse.kernels.engine.plan_check import sound
 from resfuse.kernels.engine.plan_json import (
     graph_from_json,
     graph_to_json,
@@ -25,7 +32,8 @@ from resfuse.kernels.engine.room import Laid
 if TYPE_CHECKING:
     from resfuse.kernels.engine.engine import Built, Engine
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no digest
+_MOST_PLAN = 64 << 20  # bytes of JSON: ResNet-152's has 0.3 million
 
 
 def save(
@@ -59,7 +67,8 @@ def save(
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(tensors, name, metadata={"resfuse": json.dumps(told)})
+        text = json.dumps(told)
+        save_file(tensors, name, metadata={"resfuse": text, "sha256": _digest(text, tensors)})
         Path(name).replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
@@ -67,62 +76,106 @@ def save(
         Path(name).unlink(missing_ok=True)
 
 
-def load_engine(path: str | Path) -> "Engine":
+def load_engine(path: str | Path, *, allow: Collection[str] = ()) -> "Engine":
     """The engine that was saved, on the device it was planned for; nothing is measured.
+
+    Args:
+        allow: operations that the engine may run beside those of torch's that only compute, as
+            `explain` names them: "torchvision.roi_align.default", say.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no engine, damaged, of another schema, or of another device or software.
+        ValueError: it is no engine, damaged, of another schema, or of another device or software;
+            or its plan does not fit together, or runs what is not allowed.
     """
     from safetensors import SafetensorError, safe_open
-
-    from resfuse.kernels.engine.engine import Built, Engine
 
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"argument path: {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            told = json.loads((file.metadata() or {})["resfuse"])
+            metadata = file.metadata() or {}
+            text = metadata["resfuse"]
+            if len(text) > _MOST_PLAN:
+                raise ValueError(f"a plan of {len(text)} bytes")
+            told = json.loads(text)
             if not isinstance(told, dict):
                 raise ValueError("no plan in its header")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"argument path: {path} is no engine, or a damaged one: {error}") from None
     try:
         device = _same_device(path, told)
-        state = {name: tensor.to(device) for name, tensor in state.items()}
-        plans = {
+        if metadata.get("sha256") != _digest(text, state):
+            raise _Damaged(
+                f"argument path: {path} is damaged: its digest is that of something else"
+            )
+        return _engine(told, {n: tensor.to(device) for n, tensor in state.items()}, device, allow)
+    except _Damaged as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # what a stranger's numbers lead to may be anything
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"argument path: {path} holds no plan that can be run: {said}") from error
+
+
+class _Damaged(ValueError):
+    """A sentence that is whole."""
+
+
+def _engine(
+    told: dict[str, Any], state: dict[str, Tensor], device: torch.device, allow: Collection[str]
+) -> "Engine":
+    from resfuse.kernels.engine.engine import Built, Engine
+
+    plans = sound(
+        {
             int(size): (graph_from_json(p["graph"]), segments_from_json(p["segments"]))
             for size, p in told["plans"].items()
-        }
-        laid = Laid()
-        built = {
-            size: Built(graph, segs, Executor(graph, [s.choice for s in segs], state, laid))
-            for size, (graph, segs) in plans.items()
-        }
-        return Engine(
-            built,
-            state,
-            other_batches=told["other_batches"],
-            cuda_graph=told.get("cuda_graph", False),
-        )
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise ValueError(f"argument path: {path} holds no plan that can be run: {error}") from None
+        },
+        state,
+        device,
+        allow,
+    )
+    constants = {name for graph, _ in plans.values() for name in graph.constants}
+    require_usable([graph for graph, _ in plans.values()], state, constants, "path")
+    if told["other_batches"] not in ("error", "pad", "eager"):
+        raise ValueError(f"other batches: {told['other_batches']!r}")
+    if type(told["cuda_graph"]) is not bool:
+        raise ValueError(f"CUDA graphs: {told['cuda_graph']!r}")
+    laid = Laid()
+    built = {
+        size: Built(graph, segs, Executor(graph, [s.choice for s in segs], state, laid))
+        for size, (graph, segs) in plans.items()
+    }
+    return Engine(built, state, other_batches=told["other_batches"], cuda_graph=told["cuda_graph"])
+
+
+def _digest(plan: str, state: Mapping[str, Tensor]) -> str:
+    """Of the plan, and each tensor's name, dtype, shape and bytes."""
+    found = hashlib.sha256(plan.encode())
+    for name, tensor in sorted(state.items()):
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return found.hexdigest()
 
 
 def _same_device(path: Path, told: dict[str, Any]) -> torch.device:
     if told.get("schema") != SCHEMA:
-        raise ValueError(
-            f"argument path: {path} has schema {told.get('schema')}; this version reads {SCHEMA}"
+        raise _Damaged(
+            f"argument path: {path} has schema {told.get('schema')}; this version reads {SCHEMA}. "
+            "Build it again here"
         )
+    if told["device_type"] not in ("cpu", "cuda"):
+        raise ValueError(f"a device {told['device_type']!r}")
     if told["device_type"] == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"argument path: {path} was built on a GPU; there is none here")
+        raise _Damaged(f"argument path: {path} was built on a GPU; there is none here")
     device = torch.device(told["device_type"])
     here = environment(device)
-    for fact, there in told["environment"].items():
+    for fact in {**told["environment"], **here}:
+        there = told["environment"].get(fact)
         if here.get(fact) != there:
-            raise ValueError(
+            raise _Damaged(
                 f"argument path: {path} was built with {fact} {there}; here it is "
                 f"{here.get(fact)}. Build it again here"
             )

@@ -1,5 +1,8 @@
 // Runs the steps of a network one after another, each on all threads, within one call.
 #include <omp.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 #include "affine.h"
 #include "chain.h"
@@ -27,8 +30,15 @@ static void run_part(const Step& step, long t, long threads) {
   }
 }
 
+// A forked process has none of its parent's threads, and OpenMP would wait for them for ever: its
+// steps run on the thread that calls. (They part themselves by the threads there are.)
+static bool forked = false;
+#if defined(__unix__) || defined(__APPLE__)
+static const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 extern "C" void resfuse_run(const Step* steps, long count, long threads) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(forked ? 1 : threads)
   {
     const long t = omp_get_thread_num(), of = omp_get_num_threads();
     for (long i = 0; i < count; i += 1 + steps[i].joined) {

@@ -1,7 +1,6 @@
 """torch's own operations on folded weights: the reference, and what else no tactic computes."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import reduce
 from typing import Any
 
 import torch
@@ -23,9 +22,11 @@ from resfuse.kernels.engine.graph import (
     State,
     Torch,
     Value,
+    state_read_by,
 )
 from resfuse.kernels.engine.room import Room
 from resfuse.kernels.engine.state import conv_weights, scale_and_shift
+from resfuse.kernels.engine.torch_operations import operation_named
 from resfuse.kernels.engine.work import Call, Values
 
 Function = Callable[..., Tensor]
@@ -185,8 +186,8 @@ def _pick(op: Pick) -> Function:
 
 
 def _torch(op: Torch, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
-    target: Any = reduce(getattr, op.target.removeprefix("aten.").split("."), torch.ops.aten)
-    fixed = {name: _as_it_is(name, state, keep) for name in _states_in(op)}
+    target: Any = operation_named(op.target)
+    fixed = {name: _as_it_is(name, state, keep) for name in state_read_by(op)}
     if dtype is not None:
         fixed = {name: _widened(t) for name, t in fixed.items()}
 
@@ -201,20 +202,6 @@ def _torch(op: Torch, state: State, dtype: torch.dtype | None, keep: Keep) -> Fu
 
 def _widened(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
-
-
-def _states_in(op: Torch) -> set[str]:
-    found: set[str] = set()
-
-    def look(arg: Any) -> None:
-        if isinstance(arg, dict) and "state" in arg:
-            found.add(arg["state"])
-        elif isinstance(arg, list | tuple):
-            for item in arg:
-                look(item)
-
-    look([*op.args, *dict(op.kwargs).values()])
-    return found
 
 
 def _decode(arg: Any, inputs: tuple[Tensor, ...], state: State) -> Any:
