@@ -6,9 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Argument: TypeAlias = Tensor | TensorDescriptor | int | float | None
@@ -45,11 +47,22 @@ class Launch:
 
         Returns:
             The triton.CompiledKernel that runs; None in Triton's interpreter.
+
+        Raises:
+            RuntimeError: Triton's interpreter does not run under this NumPy.
         """
-        with on(self.device):
-            return self.kernel[self.grid](
-                **self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+        try:
+            with on(self.device):
+                return self.kernel[self.grid](
+                    **self.args,
+                    **self.constants,
+                    num_warps=self.num_warps,
+                    num_stages=self.num_stages,
+                )
+        except InterpreterError as error:
+            if "0-dimensional" in str(error) and (reason := refusal_of_interpreter()):
+                raise RuntimeError(reason) from error
+            raise
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -60,6 +73,26 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 def interpreting() -> bool:
     """True where kernels run in Triton's interpreter, on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def refusal_of_interpreter(
+    triton_version: str = triton.__version__, numpy_version: str = numpy.__version__
+) -> str | None:
+    """Why Triton's interpreter does not run with these versions; None where it does.
+
+    Triton's scalars are arrays of one element, which Triton 3.8 squeezes and older ones hand to
+    int(); NumPy 2.4 and newer refuse that.
+    """
+    if _is_older(triton_version, 3, 8) and not _is_older(numpy_version, 2, 4):
+        return (
+            f"Triton {triton_version}'s interpreter does not run under NumPy 2.4 and newer, "
+            f"here {numpy_version}; install numpy<2.4, or Triton 3.8"
+        )
+    return None
+
+
+def _is_older(version: str, major: int, minor: int) -> bool:
+    return tuple(map(int, version.split(".")[:2])) < (major, minor)
 
 
 def runs_triton(x: Tensor) -> bool:

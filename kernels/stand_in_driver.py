@@ -36,10 +36,17 @@ _device = itertools.count(1 << 20)
 
 
 class Launched(NamedTuple):
-    """One launch: the kernel's name, its grid, its arguments by name, constants included."""
+    """One launch as a driver sees it.
+
+    function: of the compiled kernel, another one for each.
+    args: by name, constants included.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
+    device: int
+    stream: int
+    function: int
     args: dict[str, Any]
 
 
@@ -47,6 +54,7 @@ class StandInDriver(DriverBase):
     """What Triton asks of a driver. Made by `stand_in`.
 
     Attributes:
+        device, stream: the current ones; a test may make others so.
         launched: every launch, in order; their arguments are kept alive.
         launches: how many there were.
         compiled: the names of kernels that Triton compiled while it stood in, in this process.
@@ -66,7 +74,8 @@ class StandInDriver(DriverBase):
     ) -> None:
         super().__init__()
         self.target = GPUTarget("cuda", arch, 32)
-        self.device = next(_device)
+        self.device = self._own_device = next(_device)
+        self.stream = 0
         self.keeps_launches = keeps_launches
         self.launched: list[Launched] = []
         self.launches = 0
@@ -96,10 +105,10 @@ class StandInDriver(DriverBase):
         return self.device
 
     def set_current_device(self, device: int) -> None:
-        assert device == self.device
+        self.device = device
 
     def get_current_stream(self, device: int) -> int:
-        return 0
+        return self.stream
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -124,7 +133,7 @@ class StandInDriver(DriverBase):
     def forget(self) -> None:
         """Takes this device out of the kernels' own caches."""
         for function in self.functions:
-            kernels, *_ = function.device_caches.pop(self.device)
+            kernels, *_ = function.device_caches.pop(self._own_device)
             for kernel in kernels.values():
                 kernel.module = None  # or Triton 3.8 would have a driver unload it
 
@@ -139,6 +148,7 @@ class _Utils:
             "max_num_regs": 65536,
             "warpSize": 32,
         }
+        self.functions = itertools.count(1)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return self.properties
@@ -147,7 +157,7 @@ class _Utils:
         self, name: str, binary: bytes, shared_bytes: int, device: int
     ) -> tuple[int, int, int, int, int]:
         """Module, function, registers, spills, threads a CTA may have."""
-        return 1, 2, 0, 0, _MOST_THREADS
+        return 1, next(self.functions), 0, 0, _MOST_THREADS
 
     def unload_module(self, module: int) -> None:
         pass
@@ -164,10 +174,13 @@ class _Launcher:
         launch_metadata: Any, enter_hook: Any, exit_hook: Any, *args: Any,
     ) -> None:  # fmt: skip
         driver = self.driver
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
         driver.launches += 1
         if driver.keeps_launches:
             named = dict(zip(self.function.arg_names, args, strict=True))
-            driver.launched.append(Launched(self.function.__name__, (x, y, z), named))
+            name, grid = self.function.__name__, (x, y, z)
+            driver.launched.append(Launched(name, grid, driver.device, stream, function, named))
 
 
 @contextmanager

@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from triton.runtime.errors import InterpreterError
 
 from resfuse.bench import isolate, results
 from resfuse.bench.cli import main
+from resfuse.bench.errors import Unavailable
 from resfuse.bench.kernels.check_command import SHEET, check_configs
 from resfuse.bench.kernels.judge import judge, key
 from resfuse.bench.kernels.trials import TRIALS, Place, Trial
 from resfuse.bench.row import Outcome
-from resfuse.kernels import block_tail_config, bn_act, conv_config, depthwise, stem_config
+from resfuse.kernels import block_tail_config, bn_act, conv_config, depthwise, launch, stem_config
+from resfuse.kernels.launch import refusal_of_interpreter
 from resfuse.kernels.problem import MATH_MODES
 from resfuse.kernels.registry import KERNELS
 
@@ -179,3 +182,34 @@ def test_the_command_writes_rows_and_resumes(
 def test_refuses_unknown_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--kernel", "stam", "--results", str(tmp_path)]) == 2
     assert "--kernel: unknown name 'stam'; did you mean stem" in capsys.readouterr().err
+
+
+def test_an_interpreter_that_does_not_run_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """Hundreds of rows would each say what one does."""
+    facts = {"device_name": "a CPU", "triton": "3.6.0", "numpy": "2.4.0"}
+    found = FOUND | {"device": "cpu", "facts": facts}
+    with pytest.raises(Unavailable, match=r"Triton 3\.6\.0's interpreter .* here 2\.4\.0; install"):
+        check_configs(["bn_act"], ["ieee"], tmp_path, found, CONSOLE, False)
+    assert list(tmp_path.iterdir()) == []
+    assert refusal_of_interpreter("3.6.0", "2.3.5") is None
+    assert refusal_of_interpreter("3.8.0", "2.5.2") is None
+
+
+def test_a_launch_says_why_it_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def fails(**given: Any) -> None:
+                raise InterpreterError(self.said)
+
+            return fails
+
+        said = "TypeError('only 0-dimensional arrays can be converted to Python scalars')"
+
+    kernel = Kernel()
+    made = launch.Launch(kernel, (1,), {"x_ptr": torch.empty(1, device="meta")}, {}, 4, 1)
+    monkeypatch.setattr(launch, "refusal_of_interpreter", lambda: "install numpy<2.4")
+    with pytest.raises(RuntimeError, match="install numpy"):
+        made.run()
+    kernel.said = "IndexError('ours')"
+    with pytest.raises(InterpreterError, match="ours"):
+        made.run()

@@ -12,12 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from fake_cuda import GPU, Fake, fake_cuda
 from test_engine_cuda_graph import Small
 from torch import Tensor, nn
-from triton.runtime.errors import InterpreterError
 
 from kernel_inputs import DEVICE
 from resfuse.kernels.engine import compile_ahead, cuda_graph, engine, measure, warm_timing
@@ -66,23 +63,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
         yield fake
 
 
-@triton.jit
-def counting(y_ptr, n):
-    for i in range(n):
-        tl.store(y_ptr + i, i)
-
-
-def interprets_loops() -> bool:
-    """Whether Triton's interpreter runs loops as long as an argument says: triton 3.6's does not
-    with numpy 2.4 and later, which make no number of an array of one element."""
-    y = torch.zeros(3, dtype=torch.int32)
-    try:
-        counting[(1,)](y, 3)
-    except InterpreterError:
-        return False
-    return y.tolist() == [0, 1, 2]
-
-
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """One configuration of each kernel, one repetition of each timing: the interpreter is slow."""
     monkeypatch.setattr(block_tail, "refusal_of_ptxas", lambda version: None)
@@ -112,8 +92,6 @@ def test_from_capture_to_call(
     gpu: Fake, model: nn.Module, captured: dict[int, tuple[Graph, State]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if not interprets_loops():
-        pytest.skip("triton 3.6's interpreter runs no loops with numpy 2.4 and later")
     few(monkeypatch)
     ahead: list[Launch] = []
     monkeypatch.setattr(

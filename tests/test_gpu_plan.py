@@ -72,7 +72,7 @@ def test_the_first_part_fits_the_budget_and_the_headline_300_s() -> None:
 def test_lists_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gpu-plan", "--list", "--steps", "cudnn-1,engine-1,training"]) == 0
     said = capsys.readouterr().out
-    assert "3 steps." in said
+    assert said.count("; given up after ") == 3
     assert "   18    23  cudnn-1 (first): the best peer at batch 1; given up after 60" in said
     assert "   40    63  engine-1 (first)" in said
     assert "resfuse bench -m resnet50 --precision float16" in said
@@ -91,6 +91,12 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in (
+        ["--steps", ","],
+        ["--part", "first", "--steps", "training"],
+        ["--list", "--steps="],
+    ):
+        assert "--steps names no step of the parts" in error_of(["gpu-plan", *more], capsys)
     assert "--steps: unknown name 'headlin'" in error_of(["gpu-plan", "--steps", "headlin"], capsys)
     assert "--budget: '0'" in error_of(["gpu-plan", "--budget", "0"], capsys)
     (tmp_path / "file").write_text("")

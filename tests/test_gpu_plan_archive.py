@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from resfuse.bench import results
 from resfuse.bench.case import Case
 from resfuse.bench.cli import main
 from resfuse.bench.errors import UsageError
+from resfuse.bench.gpu_plan import archive
 from resfuse.bench.gpu_plan.archive import LIMIT_BYTES, Places, pack, unpack
 from resfuse.bench.gpu_plan.restore import restore
 from resfuse.bench.row import Outcome, Stamp, record
@@ -104,6 +106,26 @@ def test_everything_comes_home_and_nothing_is_doubled(
     restore(file, home)
     assert {path: path.read_bytes() for path in sorted(mine.iterdir())} == before
     assert cache.path.read_bytes() == times_before
+
+
+def test_what_a_compiler_deletes_meanwhile_is_left_out(
+    away: tuple[Places, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile's cache is others': a file of it goes between being listed and being read."""
+    there, folder = away
+    add_kernel(there, "aa/gone.py", b"")
+    wanted = archive._wanted
+
+    def listed(*given: object) -> Iterator[tuple[str, Path]]:
+        for name, path in wanted(*given):  # type: ignore[arg-type]
+            if path.name == "gone.py":
+                path.unlink()
+            yield name, path
+
+    monkeypatch.setattr(archive, "_wanted", listed)
+    assert pack(tmp_path / "plan.tar.xz", folder, there) == ""
+    inside = unpack(tmp_path / "plan.tar.xz")
+    assert "inductor/aa/small.py" in inside and "inductor/aa/gone.py" not in inside
 
 
 def test_the_archive_keeps_to_its_limit_largest_first_out(

@@ -4,29 +4,27 @@ answers stay right; and from whom they keep away.
 """
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resfuse.kernels import fuse, launch, prepared, steps
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.signature import is_unseen
-
-if TYPE_CHECKING:
-    from stand_in_driver import Launched, StandIn
+from resfuse.kernels.stand_in_driver import Launched, StandInDriver, stand_in
+from without_interpreter import printed_by
 
 
 class Layer(nn.Module):
@@ -131,12 +129,35 @@ def tensors(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, at: int = 0
 # In a process of its own: under a stand-in driver
 
 
-def told(driver: "StandIn", step: Any, inputs: list[Tensor]) -> tuple[dict[str, Any], "Launched"]:
+@contextmanager
+def a_gpu() -> Iterator[StandInDriver]:
+    """A driver for it, and tensors that say that they are on it."""
+    torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    torch.Tensor.is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    with stand_in() as driver:
+        yield driver
+
+
+def told(driver: StandInDriver, step: Any, inputs: list[Tensor]) -> tuple[dict[str, Any], Launched]:
     """The one launch of a call, the tensors of which are named; and it as it was."""
     before = len(driver.launched)
     y = step(*inputs)
     (made,) = driver.launched[before:]
-    return made.named({"y": y, **dict(zip(("x", "other"), inputs, strict=False))}), made
+    names = {y.data_ptr(): "y"}
+    names |= {x.data_ptr(): f"input {at}" for at, x in enumerate(inputs)}
+    args = {name: called(value, names) for name, value in made.args.items()}
+    return made._replace(args=args)._asdict(), made
+
+
+def called(value: Any, names: dict[int, str]) -> Any:
+    """An argument, tensors by name; scratch memory by its size."""
+    if isinstance(value, TensorDescriptor):
+        rest = {k: v for k, v in vars(value).items() if k != "base"}
+        return {**rest, "base": called(value.base, names)}
+    if isinstance(value, Tensor):
+        address = value.data_ptr()
+        return names.get(address, f"scratch of {value.numel()} {value.dtype}")
+    return value
 
 
 @contextmanager
@@ -162,12 +183,14 @@ def count_runs() -> list[None]:
     return runs
 
 
-@torch.no_grad()
 def require_the_same_launches() -> None:
     """For the subprocess."""
-    from stand_in_driver import install
+    with torch.no_grad(), a_gpu() as driver:
+        compare_launches(driver)
+    print("the same")
 
-    driver = install()
+
+def compare_launches(driver: StandInDriver) -> None:
     runs = count_runs()
     settings = [(torch.float16, 0), (torch.float16, 1), (torch.bfloat16, 0), (torch.float32, 0)]
     for name, (make, shapes, kernel) in CASES.items():
@@ -183,11 +206,10 @@ def require_the_same_launches() -> None:
             assert len(runs) == described, name  # it was prepared
             assert got == want, (name, dtype, at)
             require_it_follows(name, driver, fused, step, shapes, dtype, (again, second))
-    print("the same")
 
 
 def require_it_follows(
-    name: str, driver: "StandIn", fused: nn.Module, step: Any,
+    name: str, driver: StandInDriver, fused: nn.Module, step: Any,
     shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, last: tuple[Any, list[Tensor]],
 ) -> None:  # fmt: skip
     """Other images, other addresses, other weights: each as it would have been launched."""
@@ -211,13 +233,15 @@ def require_it_follows(
         assert before.data_ptr() != after.data_ptr(), (name, n)
 
 
-@torch.no_grad()
 def require_the_right_place() -> None:
     """For the subprocess: devices, streams, graphs, hooks, and what is kept alive."""
-    from stand_in_driver import install
-    from triton import knobs
+    with torch.no_grad(), a_gpu() as driver:
+        look_at_places(driver)
+        require_one_kernel_for_all_batches(driver)
+    print("right")
 
-    driver = install()
+
+def look_at_places(driver: StandInDriver) -> None:
     make, shapes, _ = CASES["split-K"]
     _, step = step_of(make().half())
     x = tensors(shapes, torch.float16)
@@ -227,18 +251,19 @@ def require_the_right_place() -> None:
     @contextmanager
     def on(device: torch.device) -> Iterator[None]:
         on_devices.append(device)
-        before, driver.device = driver.device, 0
+        before, driver.device = driver.device, own
         yield
         driver.device = before
 
-    prepared.on, driver.device = on, 1  # type: ignore[assignment]
-    assert told(driver, step, x)[1].device == 0 and len(on_devices) == 1
-    driver.device = 0
-    assert told(driver, step, x)[1].device == 0 and len(on_devices) == 1
+    own = driver.device
+    prepared.on, driver.device = on, own + 1  # type: ignore[assignment]
+    assert told(driver, step, x)[1].device == own and len(on_devices) == 1
+    driver.device = own
+    assert told(driver, step, x)[1].device == own and len(on_devices) == 1
 
     counters: dict[int, set[int]] = {}
     for stream in (5, 6, 5, 6):
-        driver.streams[0] = stream
+        driver.stream = stream
         made = told(driver, step, x)[1]
         assert made.stream == stream
         counters.setdefault(stream, set()).add(made.args["counters_ptr"].data_ptr())
@@ -256,17 +281,15 @@ def require_the_right_place() -> None:
     _, step = step_of(Layer(64, 64, 1).half())
     x = tensors(((1, 64, 8, 8),), torch.float16)
     want = [told(driver, step, x)[0] for _ in range(2)][1]
-    knobs.runtime.launch_enter_hook.add(hook)
+    triton.knobs.runtime.launch_enter_hook.add(hook)
     assert told(driver, step, x)[0] == want and [s.get()["name"] for s in seen] == [want["kernel"]]
-    knobs.runtime.launch_enter_hook.remove(hook)
+    triton.knobs.runtime.launch_enter_hook.remove(hook)
 
     held = [weakref.ref(x[0]), weakref.ref(step(*x))]
     driver.launched.clear()
     del x
     gc.collect()
     assert [ref() for ref in held] == [None, None]
-    require_one_kernel_for_all_batches(driver)
-    print("right")
 
 
 class CapturedDevice(str):
@@ -278,7 +301,7 @@ class CapturedDevice(str):
         return super().__new__(cls, "cpu")
 
 
-def require_one_kernel_for_all_batches(driver: "StandIn") -> None:
+def require_one_kernel_for_all_batches(driver: StandInDriver) -> None:
     """Tiles of pixels are a multiple of 16, or one, or neither."""
     from resfuse.kernels import block_tail, conv, split_k, split_k_config
     from resfuse.kernels.block_tail_config import Config as TailConfig
@@ -288,7 +311,7 @@ def require_one_kernel_for_all_batches(driver: "StandIn") -> None:
     from resfuse.kernels.problem import ConvProblem
 
     tile = Config(64, 64, 64, num_stages=2)
-    loaded = len(driver.loaded)
+    before = len(driver.folders)
     for n in (1, 3, 16):
         problem = ConvProblem(n, 64, 8, 8, 64, 3, 3, padding=(1, 1))
         x, y = tensors(((n, 64, 8, 8),) * 2, torch.float16)
@@ -302,21 +325,14 @@ def require_one_kernel_for_all_batches(driver: "StandIn") -> None:
         bias = torch.randn(64).half()
         tail = block_tail.problem_of(x, one, None, 1)
         launch_tail(tail, kept, x, weight, bias, one, bias, x, y).run()
-    assert sorted(driver.loaded[loaded:]) == ["conv_kernel", "resident_kernel", "split_k_kernel"]
+    assert len(driver.folders) == before + 3
+    assert sorted(driver.compiled[-3:]) == ["conv_kernel", "resident_kernel", "split_k_kernel"]
 
 
 @pytest.mark.parametrize("check", ["require_the_same_launches", "require_the_right_place"])
 def test_under_a_stand_in_driver(check: str, tmp_path: Path) -> None:
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment.pop("TRITON_INTERPRET", None)
-    environment["TRITON_CACHE_DIR"] = environment["RESFUSE_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", f"import test_prepared as t; t.{check}()"],
-        env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-1] in ("same", "right")
+    told = printed_by("test_prepared", check, tmp_path, RESFUSE_CACHE_DIR=str(tmp_path))
+    assert told.split()[-1] in ("same", "right")
 
 
 # In Triton's interpreter

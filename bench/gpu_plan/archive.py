@@ -63,17 +63,19 @@ def pack(
     Raises:
         UsageError: it cannot be written.
     """
-    room, taken, left_out = limit_bytes - 4096, list[tuple[str, bytes]](), list[Path]()
+    room, taken, left_out = limit_bytes - 4096, list[tuple[str, bytes]](), list[int]()
     for name, path in _wanted(folder, where, with_inductor):
-        # Nothing compresses tenfold: what is too large for that is not even read.
-        if path.stat().st_size <= 10 * room:
-            content = path.read_bytes()
-            size = _packed_bytes(content)
-            if size <= room:
-                room -= size
-                taken.append((name, content))
-                continue
-        left_out.append(path)
+        try:
+            size = path.stat().st_size
+            # Nothing compresses tenfold: what is too large for that is not even read.
+            content = path.read_bytes() if size <= 10 * room else None
+        except OSError:  # a cache's: gone since it was listed
+            continue
+        if content is not None and (packed := _packed_bytes(content)) <= room:
+            room -= packed
+            taken.append((name, content))
+        else:
+            left_out.append(size)
     data = _tar(taken)
     while len(data) > limit_bytes and taken:  # the estimate is an upper bound; but a limit is one
         taken.pop()
@@ -89,7 +91,7 @@ def pack(
         ) from None
     if not left_out:
         return ""
-    megabytes = sum(path.stat().st_size for path in left_out) / 2**20
+    megabytes = sum(left_out) / 2**20
     return f"{len(left_out)} files of {megabytes:.0f} MB found no room in {archive.name}"
 
 
@@ -103,7 +105,8 @@ def unpack(archive: Path) -> dict[str, bytes]:
         with tarfile.open(archive, "r:xz") as tar:
             found = {member.name: _content(tar, member) for member in tar if member.isfile()}
     except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise UsageError(f"archive {archive} cannot be read: {error}") from None
+        said = getattr(error, "strerror", None) or error
+        raise UsageError(f"archive {archive} cannot be read: {said}") from None
     for name in found:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
@@ -126,8 +129,15 @@ def _wanted(folder: Path, where: Places, with_inductor: bool) -> Iterator[tuple[
         yield f"{TIMINGS}/{path.name}", path
     if with_inductor and where.inductor is not None:
         files = [path for path in where.inductor.rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: (path.stat().st_size, path)):
+        for path in sorted(files, key=lambda path: (_bytes(path), path)):
             yield f"{INDUCTOR}/{path.relative_to(where.inductor).as_posix()}", path
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # gone since
+        return 0
 
 
 def _packed_bytes(content: bytes) -> int:

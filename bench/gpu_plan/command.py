@@ -48,18 +48,21 @@ def gpu_plan(args: argparse.Namespace) -> int:
 
 
 def chosen_steps(args: argparse.Namespace) -> list[Step]:
-    """Those of the parts up to --part that --steps names."""
+    """Those of the parts up to --part that --steps names; UsageError where there are none."""
     names = pick("--steps", args.steps, [step.name for step in STEPS])
     parts = PARTS[: PARTS.index(args.part) + 1]
-    return [step for step in STEPS if step.name in names and step.part in parts]
+    chosen = [step for step in STEPS if step.name in names and step.part in parts]
+    if not chosen:
+        raise UsageError(f"--steps names no step of the parts up to '{args.part}'")
+    return chosen
 
 
 def listing(steps: Sequence[Step]) -> str:
     """What `--list` shows: each step, what it takes, when it would end, its command line."""
     now = SURVEY_S
     lines = [
-        f"{len(steps)} steps. Seconds are those of an H200 with compiled kernels carried along: "
-        "of the step, and from the start to its end. fp8 is left out.",
+        "Most valuable first. Seconds are those of an H200 with compiled kernels carried along: of "
+        "the step, and from the start to its end. fp8 is left out.",
         f"{SURVEY_S:5.0f} {now:5.0f}  survey: device, versions; 20 more for unknown ceilings",
     ]
     for step in steps:

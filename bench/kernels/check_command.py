@@ -6,7 +6,7 @@ costs its own row: the others are tried in the next subprocess.
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
@@ -18,6 +18,7 @@ from rich.console import Console
 from resfuse.bench import isolate, results
 from resfuse.bench.case import Request
 from resfuse.bench.console import stderr
+from resfuse.bench.errors import Unavailable, UsageError
 from resfuse.bench.results import SETTLED, Sheet
 from resfuse.bench.row import Outcome
 from resfuse.bench.selection import pick
@@ -47,7 +48,10 @@ def check(args: argparse.Namespace) -> int:
         found = isolate.survey(_request(args.device), 0, ceilings=False)
     folder = args.results / found["folder"]
     results.record_environment(folder, found["env_id"], found["facts"])
-    counts, _ = check_configs(kernels, modes, folder, found, console, args.resume)
+    try:
+        counts, _ = check_configs(kernels, modes, folder, found, console, args.resume)
+    except Unavailable as error:
+        raise UsageError(str(error)) from None
     return int(bool(set(counts) - {"pass", "unavailable"}))
 
 
@@ -87,8 +91,11 @@ def check_configs(
         how many ended with which status; whether all were tried.
 
     Raises:
+        Unavailable: kernels are to be interpreted, and Triton's interpreter does not run here.
         RuntimeError: the subprocess dies before it tries anything.
     """
+    if found["device"] == "cpu":
+        _require_interpreter(found["facts"])
     skip = _settled(folder, found) if resume else set()
     counts: Counter[str] = Counter()
     under_way: list[str] = []  # at most one
@@ -135,6 +142,13 @@ def check_configs(
     where = folder / SHEET.file
     say(f"{counts.total()} configurations in {where}: {told or 'nothing to try'}{left_out}")
     return counts, finished
+
+
+def _require_interpreter(facts: Mapping[str, str]) -> None:
+    from resfuse.kernels.launch import refusal_of_interpreter
+
+    if reason := refusal_of_interpreter(facts["triton"], facts["numpy"]):
+        raise Unavailable(reason)
 
 
 def _settled(folder: Path, found: dict[str, Any]) -> set[str]:
