@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from resfuse.kernels.effects import Effects
+from resfuse.kernels.effects import Effects, draws
 from resfuse.kernels.layers import is_norm
 from resfuse.kernels.match import LeftAlone, drop_idle, find_chains
 from resfuse.kernels.plan import Forward, Plan
@@ -137,13 +137,17 @@ def _traces(scope: nn.Module) -> dict[Call, Trace]:
     """The scope's forward for every way to call it that can be traced."""
     plain, *with_more = calls(scope)
     traced = trace(scope, plain)
+    if draws(traced.graph):
+        raise NotTraceable("forward draws random numbers")
     traces = {plain: traced}
     if plain.arguments == 1:
         traces[plain._replace(owns=True)] = replace(traced, graph=_copy(traced.graph))
     others = [Call(plain.arguments, takes_list=True)] if traced.asks_types else []
     for call in [*others, *with_more]:
         with suppress(NotTraceable):
-            traces[call] = trace(scope, call)
+            other = trace(scope, call)
+            if not draws(other.graph):
+                traces[call] = other
     return traces
 
 

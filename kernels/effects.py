@@ -92,6 +92,31 @@ class Effects:
         return self._graphs[module]
 
 
+def draws(graph: fx.Graph) -> bool:
+    """Whether a graph draws random numbers. In which order a tensor gets them depends on its memory
+    format, and so would what a seed stands for."""
+    return any(
+        getattr(node.target, "__name__", node.target) in _DICE and not _is_off(node)
+        for node in graph.nodes
+        if node.op in ("call_function", "call_method")
+    )
+
+
+def _is_off(node: fx.Node) -> bool:
+    """A dropout that is told not to drop."""
+    given = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+    return "dropout" in getattr(node.target, "__name__", "") and given is False
+
+
+_DICE = frozenset({
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+    "feature_dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_",
+    "normal", "normal_", "uniform_", "multinomial", "poisson", "rrelu", "rrelu_", "random_",
+    "exponential_", "gumbel_softmax", "cauchy_", "geometric_", "log_normal_",
+    "fractional_max_pool2d",
+})  # fmt: skip
+
+
 def is_torchs(module: nn.Module) -> bool:
     """True for a layer of torch's own, of which nothing was overridden."""
     kind = original_class(module)

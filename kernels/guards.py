@@ -38,6 +38,7 @@ class Guards:
         called: modules that are run past their `__call__`.
         modal: layers that must be in eval mode.
         places: where layers are found: a module, a name, and its child of that name.
+        scope: the module whose forward was rewritten.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Guards:
         called: Iterable[nn.Module] = (),
         modal: Iterable[nn.Module] = (),
         places: Iterable[tuple[nn.Module, str, nn.Module]] = (),
+        scope: nn.Module | None = None,
     ) -> None:
         layers, called = list(dict.fromkeys(layers)), list(dict.fromkeys(called))
         self._modal = list(modal)
@@ -65,13 +67,14 @@ class Guards:
         self._pairs: list[Pair] = [*observed.snapshot.pairs]
         self._pairs += [(v, list(v)) for m in layers for v in _lists_of(m)]
         self._hooks = [vars(m)[name] for m in [*layers, *called] for name in _HOOKS]
-        self._kinds = [(m, kind_of(m)) for m in [*layers, *called]]
+        whose = [*layers, *called] if scope is None else [scope, *layers, *called]
+        self._kinds = [(m, kind_of(m)) for m in whose]
         methods = {
             (kind, name): getattr(kind, name)
             for kind in {kind for _, kind in self._kinds}
             for name in _METHODS
             if hasattr(kind, name)
-        } | {key: value for key, value in observed.classes.items()}
+        } | observed.classes
         self._class_of = [kind for kind, _ in methods]
         self._class_names = [name for _, name in methods]
         self._class_values = list(methods.values())

@@ -27,6 +27,7 @@ _KNOWN = (
     "torch", "contextlib", "functools", "collections", "typing", "abc", "enum", "math", "operator",
     "itertools", "numbers", "copy", "_collections_abc", "inspect", "importlib",
 )  # fmt: skip
+_TRACING = "torch.fx._symbolic_trace"
 _OURS = "resfuse.kernels."
 _OUR_LAYERS = ("resfuse.kernels.modules",)
 _MACHINERY = ("torch.nn.modules.module", "torch.nn.modules.container")
@@ -137,10 +138,10 @@ class Observed:
 
 def _as_it_was(value: Any) -> Any:
     """A global before torch.fx wrapped it, as it does with math's functions while it traces."""
-    if isinstance(value, types.FunctionType) and value.__module__ != "torch.fx._symbolic_trace":
-        if value.__globals__.get("__name__") == "torch.fx._symbolic_trace":
-            return vars(value).get("__wrapped__", value)
-    return value
+    if not isinstance(value, types.FunctionType) or value.__module__ == _TRACING:
+        return value
+    wrapped = value.__globals__.get("__name__") == _TRACING
+    return vars(value).get("__wrapped__", value) if wrapped else value
 
 
 class Refused(Exception):
@@ -394,6 +395,16 @@ def _watched_class(kind: type[nn.Module]) -> type[nn.Module]:
         "__delattr__": __delattr__,
     }
     return type(kind.__name__, (kind,), body)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Sets the random generators back that everything shares."""
+    before = _dice()
+    try:
+        yield
+    finally:
+        _put_back(before)
 
 
 def _dice() -> tuple[Any, ...]:

@@ -68,6 +68,7 @@ class Plan:
             called=self._layers if observed is None else (),
             modal=[layer for layer in self._layers if differs_in_training(layer)],
             places=places,
+            scope=scope,
         )
         self._parameters = [(m._parameters, name) for m in self._layers for name in m._parameters]
 

@@ -101,20 +101,20 @@ def calls(module: nn.Module) -> list[Call]:
     return found
 
 
-def trace(module: nn.Module, call: Call, tracer: "ScopeTracer | None" = None) -> Trace:
+def trace(module: nn.Module, call: Call) -> Trace:
     """Traces `module.forward`, called that way, in the mode it is in (the caller has set that).
 
     DenseNet's layers take a tensor or a list of them, ask isinstance which, and are called with a
     list: hence `call.takes_list`, which is what isinstance then answers.
 
-    Args:
-        tracer: one that looks closer.
-
     Raises:
         NotTraceable: with the reason.
     """
     defaults = {p.name: p.default for p in _parameters(module)[call.arguments :]}
-    tracer = ScopeTracer() if tracer is None else tracer
+    for name, value in defaults.items():
+        if isinstance(value, tuple | list | dict | set):
+            raise NotTraceable(f"forward has a default that torch.fx cannot read, {name}")
+    tracer = ScopeTracer()
     tracer.argument = list if call.takes_list else Tensor
     observer = tracer.observer
     fused_class, module.__class__ = type(module), original_class(module)

@@ -30,7 +30,7 @@ class TrainingPlan:
         self.forwards, self.steps, self.left = forwards, steps, left
         places = [watch(scope, name) for name in watched]
         layers = [layer for *_, layer in places]
-        self._guards = Guards(observed or Observed(), layers, places=places)
+        self._guards = Guards(observed or Observed(), layers, places=places, scope=scope)
 
     def run(self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
