@@ -146,9 +146,15 @@ def _traces(scope: nn.Module) -> dict[Call, Trace]:
     for call in [*others, *with_more]:
         with suppress(NotTraceable):
             other = trace(scope, call)
-            if not draws(other.graph):
+            if not draws(other.graph) and not (call.takes_list and _calls_with_it(other.graph)):
                 traces[call] = other
     return traces
+
+
+def _calls_with_it(graph: fx.Graph) -> bool:
+    """Whether layers are called with the list that a forward was given: they raise their error."""
+    placeholder = next(iter(graph.nodes))
+    return any(user.op == "call_module" for user in placeholder.users)
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

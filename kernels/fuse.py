@@ -9,8 +9,8 @@ print(explain(model, images))
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from resfuse.kernels.draft import scopes
 from resfuse.kernels.folded import require_weights
@@ -131,7 +131,7 @@ def _require_fusible(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"argument model: a {type(model).__name__}; accepted: a torch.nn.Module")
     for name, module in model.named_modules():
-        if torch.nn.parameter.is_lazy(next(iter(module._parameters.values()), None)):
+        if any(is_lazy(p) for p in module._parameters.values() if p is not None):
             raise ValueError(
                 f"argument model: {name} has no weights yet; accepted: a model of lazy layers that "
                 "has run once"

@@ -116,8 +116,9 @@ class FusedGraphModule(FusedScope):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with self._resfuse_as_it_was():
-            make, arguments = self.__reduce__()[:2]
-        return _made_anew, (make, arguments, self.training, self._resfuse_left())
+            reduced = self.__reduce__()
+        assert isinstance(reduced, tuple)
+        return _made_anew, (*reduced[:2], self.training, self._resfuse_left())
 
 
 def _made_anew(make: Any, arguments: Any, training: bool, left: Left) -> nn.Module:

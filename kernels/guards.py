@@ -16,6 +16,7 @@ from resfuse.kernels.scope import ORIGINAL
 from resfuse.kernels.snapshot import MISSING, Pair, alike, contents, same
 
 _METHODS = ("forward", "__call__", "_conv_forward", "_check_input_dim")  # what runs a layer
+_SHADOWS = ("forward", "_compiled_call_impl")  # what a call runs instead, if an instance has it
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _UNRELATED = ("training", "_is_full_backward_hook")
 
@@ -55,7 +56,7 @@ class Guards:
         self._modal = list(modal)
         self._whole = [(layer, dict(vars(layer))) for layer in layers]
         self._reads = [*observed.attributes.values(), *places]
-        self._reads += [(m, "forward", vars(m).get("forward", MISSING)) for m in called]
+        self._reads += [(m, name, attribute(m, name)) for m in called for name in _SHADOWS]
         self._families = [
             (m, dict(m._modules)) for m in dict.fromkeys([*observed.children.values(), *children])
         ]

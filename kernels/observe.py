@@ -6,6 +6,7 @@ while it is watched; what Python functions run, and which of C, by a profile fun
 """
 
 import builtins
+import gc
 import random
 import sys
 import threading
@@ -32,7 +33,7 @@ _OURS = "resfuse.kernels."
 _OUR_LAYERS = ("resfuse.kernels.modules",)
 _MACHINERY = ("torch.nn.modules.module", "torch.nn.modules.container")
 _C_MODULES = ("builtins", "math", "_operator", "itertools", "_functools", "_collections", "torch")
-_OWNERS = (
+_OWNERS: tuple[type, ...] = (
     list, dict, set, frozenset, tuple, str, bytes, int, float, complex, type, slice, range,
     types.ModuleType, type({}.keys()), type({}.values()), type({}.items()), types.GeneratorType,
 )  # fmt: skip
@@ -179,11 +180,14 @@ class Observer:
         _watch.observer, outer = self, _watch.observer
         self.touch(scope)
         profile, dice = sys.getprofile(), _dice()
+        collects = gc.isenabled()
+        gc.disable()  # callbacks of a collection are no part of the forward
         sys.setprofile(self._profile)
         try:
             yield
         finally:
             sys.setprofile(profile)
+            gc.enable() if collects else None
             _watch.observer = outer
             for module, kind in self._classes.items():
                 module.__class__ = kind
@@ -224,7 +228,7 @@ class Observer:
             self._held[module] = [(holder, dict(holder)) for holder in held]
             kind = type(module)
             try:
-                module.__class__ = _watched_class(kind)
+                module.__class__ = _watched_class(kind)  # type: ignore[arg-type]
             except TypeError:
                 self.refuse(f"reads a {kind.__name__}, whose attributes cannot be watched")
             self._classes[module] = kind
@@ -355,9 +359,9 @@ def _watched_class(kind: type[nn.Module]) -> type[nn.Module]:
         if space in _MACHINERY:
             if name != "_modules":
                 return plain(self, name)
-            while (asker := asker.f_back) and asker.f_globals.get("__name__") in _MACHINERY:
-                pass
-            if asker is not None and not is_known(asker.f_globals.get("__name__") or ""):
+            while asker.f_back and asker.f_globals.get("__name__") in _MACHINERY:
+                asker = asker.f_back
+            if not is_known(asker.f_globals.get("__name__") or ""):
                 observer.read_children(self)
             return plain(self, name)
         if is_known(space):
@@ -371,7 +375,7 @@ def _watched_class(kind: type[nn.Module]) -> type[nn.Module]:
             found = plain(self, name)
         except AttributeError:
             try:
-                found = kind.__getattr__(self, name)  # type: ignore[operator]
+                found = kind.__getattr__(self, name)
             except AttributeError:
                 observer.read(self, name, MISSING)
                 raise
@@ -410,7 +414,7 @@ def undrawn() -> Iterator[None]:
 def _dice() -> tuple[Any, ...]:
     """The states of the generators that everything shares."""
     numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else None  # type: ignore[attr-defined]
+    state = numpy.random.get_state() if numpy is not None else None
     return random.getstate(), torch.get_rng_state(), state
 
 
@@ -424,5 +428,5 @@ def _put_back(before: tuple[Any, ...]) -> bool:
         random.setstate(before[0])
         torch.set_rng_state(before[1])
         if before[2] is not None:
-            sys.modules["numpy"].random.set_state(before[2])  # type: ignore[attr-defined]
+            sys.modules["numpy"].random.set_state(before[2])
     return thrown

@@ -125,8 +125,8 @@ def trace(module: nn.Module, call: Call) -> Trace:
     except (Refused, Unwatchable) as reason:
         raise NotTraceable(f"forward {reason}") from reason
     except Exception as error:  # whatever foreign code does with a symbol instead of a tensor
-        reason = observer.reason and f"forward {observer.reason}"
-        raise NotTraceable(reason or _first_sentence(error)) from error
+        refused = observer.reason and f"forward {observer.reason}"
+        raise NotTraceable(refused or _first_sentence(error)) from error
     finally:
         module.__class__ = fused_class
     _drop_defaults(graph, call.arguments)
@@ -142,8 +142,8 @@ class _Answers(fx.Proxy):
 
     tracer: "ScopeTracer"
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         observer = self.tracer.observer
         if not observer.asking:
             return type(self)
