@@ -15,7 +15,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfuse.kernels.observe import Observed, Observer, Refused
+from resfuse.kernels.observe import Observed, Observer, Refused, asked_by_user
 from resfuse.kernels.snapshot import Unwatchable
 
 # Layers with no layers inside; timm's and torchvision's own kinds go by name, as they may be absent
@@ -146,6 +146,8 @@ class _Answers(fx.Proxy):
     def __class__(self) -> type:
         observer = self.tracer.observer
         if not observer.asking:
+            if asked_by_user(1):
+                observer.refuse("asks for the __class__ of a tensor")
             return type(self)
         kind = self.tracer.kind_of(self)
         if kind is None:
