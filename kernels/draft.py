@@ -2,11 +2,13 @@
 
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 import torch.fx as fx
 from torch import nn
 
+from resfuse.kernels.effects import Effects, draws
 from resfuse.kernels.layers import is_norm
 from resfuse.kernels.match import LeftAlone, drop_idle, find_chains
 from resfuse.kernels.plan import Forward, Plan
@@ -21,13 +23,14 @@ from resfuse.kernels.rewrite import (
 from resfuse.kernels.scope import (
     Call,
     NotTraceable,
+    Trace,
     calls,
     is_atom,
     is_plain_sequence,
     original_class,
     trace,
 )
-from resfuse.kernels.steps import Step
+from resfuse.kernels.steps import StemStep, Step
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def make_plan(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
     try:
         for module in modes:
             module.training = False
-        return _draft(scope, left_alone)
+        with torch.no_grad():  # as it will run
+            return _draft(scope, left_alone)
     except NotTraceable as reason:
         own = [name for name, child in scope.named_children() if isinstance(child, nn.Conv2d)]
         kind = original_class(scope).__name__
@@ -94,11 +98,15 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
     straight: dict[Call, Forward] = {}
     folds: Folds = {}
     fresh = False
-    for call, graph in _graphs(scope).items():
+    effects = Effects()
+    for call, traced in _traces(scope).items():
+        graph = traced.graph
+        effects.observed.update(traced.observed)
         twice = called_twice(graph, scope)
         containers.update(sequences_in(graph))
-        watched.update(drop_idle(graph, scope))
-        chains, unmatched = find_chains(graph, scope, or_called_twice(left_alone, twice))
+        watched.update(drop_idle(graph, scope, effects.hands_on))
+        alone = or_called_twice(left_alone, twice)
+        chains, unmatched = find_chains(graph, scope, alone, writes=effects.writes)
         left |= unmatched
         prefix = f"with_{call.arguments}{'_list' * call.takes_list}{'_owned' * call.owns}_"
         made = rewrite(graph, scope, chains, prefix, folds)
@@ -106,6 +114,8 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
             continue
         steps |= made
         watched.update(name for chain in chains for name in chain.modules)
+        pools = [step.pool for step in made.values() if isinstance(step, StemStep)]
+        watched.update(name for name, module in scope.named_modules() if module in pools)
         name = original_class(scope).__name__
         forwards[call] = compile_forward(graph, name)
         if call == Call(1):
@@ -114,29 +124,43 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
             straight[call] = compile_forward(graph, name)
     if not steps:
         return Drafted(None, left, [])
-    inlined = [
-        module for name in containers if is_plain_sequence(module := scope.get_submodule(name))
-    ]
+    sequences = [scope.get_submodule(name) for name in containers]
     plan = Plan(
-        scope, forwards, steps, sorted(watched | containers), left, straight, returns_fresh=fresh
-    )
-    return Drafted(plan, left, inlined)
+        scope, forwards, steps, sorted(watched | containers), left, straight, returns_fresh=fresh,
+        observed=effects.observed,
+        children=[*sequences, scope] if isinstance(scope, nn.Sequential) else sequences,
+    )  # fmt: skip
+    return Drafted(plan, left, [module for module in sequences if is_plain_sequence(module)])
 
 
-def _graphs(scope: nn.Module) -> dict[Call, fx.Graph]:
+def _traces(scope: nn.Module) -> dict[Call, Trace]:
     """The scope's forward for every way to call it that can be traced."""
     plain, *with_more = calls(scope)
     traced = trace(scope, plain)
-    graphs = {plain: traced.graph}
+    if draws(traced.graph):
+        raise NotTraceable("forward draws random numbers")
+    traces = {plain: traced}
     if plain.arguments == 1:
-        graphs[plain._replace(owns=True)] = trace(scope, plain).graph
-    if traced.asks_types:
-        of_list = Call(plain.arguments, takes_list=True)
-        graphs[of_list] = trace(scope, of_list).graph
-    for call in with_more:
+        traces[plain._replace(owns=True)] = replace(traced, graph=_copy(traced.graph))
+    others = [Call(plain.arguments, takes_list=True)] if traced.asks_types else []
+    for call in [*others, *with_more]:
         with suppress(NotTraceable):
-            graphs[call] = trace(scope, call).graph
-    return graphs
+            other = trace(scope, call)
+            if not draws(other.graph) and not (call.takes_list and _calls_with_it(other.graph)):
+                traces[call] = other
+    return traces
+
+
+def _calls_with_it(graph: fx.Graph) -> bool:
+    """Whether layers are called with the list that a forward was given: they raise their error."""
+    placeholder = next(iter(graph.nodes))
+    return any(user.op == "call_module" for user in placeholder.users)
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    twin = fx.Graph(tracer_cls=graph._tracer_cls)
+    twin.output(twin.graph_copy(graph, {}))
+    return twin
 
 
 def left_alone_in(model: nn.Module) -> LeftAlone:

@@ -1,5 +1,6 @@
 """explain: what fuse did to a model, a line a convolution, and how much of the work that is."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from resfuse.kernels.draft import scopes
 from resfuse.kernels.fuse import unfused
+from resfuse.kernels.layers import copied
+from resfuse.kernels.observe import undrawn
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.steps import Step, convolutions
 from resfuse.kernels.training.draft import training_scopes
@@ -57,7 +60,7 @@ class Explanation:
 
     def summary(self) -> str:
         if not self.lines:
-            return "no convolution in this model: nothing to fuse, and nothing was changed"
+            return f"no 2-D convolution in this model: nothing was changed{self.note}"
         fused = sum(line.fused for line in self.lines)
         words = f"{fused} of {len(self.lines)} convolutions fused"
         if self.share is not None:
@@ -89,10 +92,20 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
         Line(name, _shape(conv), *found.of(name), macs[name] if macs is not None else None)
         for name, conv in convs.items()
     )
+    note += _not_read(model)
     is_fused = any(plan_of(module) is not None for module in model.modules())
     if lines and not is_fused:
         note += "; this is what fuse would do: the model is not fused"
     return Explanation(lines, tuple(found.norms), note, *_in_training(model))
+
+
+def _not_read(model: nn.Module) -> str:
+    """What else there is: convolutions of other dimensions, and what no forward shows."""
+    kinds = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    others = Counter(type(m).__name__ for m in model.modules() if isinstance(m, kinds))
+    words = "".join(f"; {number} {name} left as they are" for name, number in others.items())
+    scripted = sum(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    return f"{words}; {scripted} TorchScript modules not read" if scripted else words
 
 
 class _Found:
@@ -151,6 +164,9 @@ def _count_macs(
 ) -> tuple[dict[str, int] | None, str]:
     if not convs:
         return {}, ""
+    with unfused(model):
+        model = _twin(model)
+    convs = {name: conv for name, conv in model.named_modules() if name in convs}
     given = example is not None
     if not given:
         weight = next(iter(convs.values())).weight
@@ -161,7 +177,9 @@ def _count_macs(
     hooks = [conv.register_forward_hook(_counter(counts, name)) for name, conv in convs.items()]
     modes = {module: module.training for module in model.modules()}
     try:
-        with unfused(model.eval()), torch.no_grad():
+        for module in modes:
+            module.training = False
+        with unfused(model), torch.no_grad(), undrawn():
             model(*arguments)
     except Exception as error:  # foreign models raise what they like
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -177,6 +195,14 @@ def _count_macs(
             module.training = mode
     images = next((a.shape[0] for a in arguments if isinstance(a, Tensor)), 1)
     return {name: count // images for name, count in counts.items()}, ""
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy to run, whose forward may write to what it keeps; the model where it has none."""
+    try:
+        return copied(model)
+    except Exception:  # torch's, of parametrized and pruned layers
+        return model
 
 
 def _counter(counts: dict[str, int], name: str) -> Any:

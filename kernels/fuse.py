@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from resfuse.kernels.draft import scopes
 from resfuse.kernels.folded import require_weights
@@ -129,6 +130,12 @@ def unfused(model: nn.Module) -> Iterator[nn.Module]:
 def _require_fusible(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"argument model: a {type(model).__name__}; accepted: a torch.nn.Module")
+    for name, module in model.named_modules():
+        if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+            raise ValueError(
+                f"argument model: {name} has no weights yet; accepted: a model of lazy layers that "
+                "has run once"
+            )
     devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
     if "meta" in devices:
         raise ValueError("argument model: on the meta device, without weights; accepted: cpu, cuda")

@@ -6,10 +6,13 @@ buffers, submodules, hooks and isinstance stay as they were, and taking the clas
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from resfuse.kernels.draft import make_plan
 from resfuse.kernels.folded import require_weights
@@ -21,6 +24,7 @@ from resfuse.kernels.training.draft import make_training_plan
 from resfuse.kernels.training.plan import TRAINING_PLAN, TRAINING_STEPS, TrainingPlan
 
 _LEFT = "_resfuse_left"
+Left = tuple[dict[str, str], dict[str, str] | None]  # reasons by layer, in eval and training mode
 
 
 class Steps:
@@ -55,26 +59,93 @@ class FusedScope(nn.Module):
         """Copies and pickles hold the layers; a plan is made again from them."""
         require_weights(vars(self)[PLAN].has_discarded())
         state = {k: v for k, v in vars(self).items() if k not in _OURS}
+        return _empty, (original_class(self), self._resfuse_left()), state
+
+    def _resfuse_left(self) -> Left:
+        """What was left alone, and why: a copy of a part cannot see the whole."""
         training = vars(self).get(TRAINING_PLAN)
-        left = vars(self)[PLAN].left, None if training is None else training.left
-        return _empty, (original_class(self), left), state
+        return vars(self)[PLAN].left, None if training is None else training.left
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        left, left_in_training = vars(self).pop(_LEFT)
+        left = vars(self).pop(_LEFT)
         super().__setstate__(state)
-        self.__class__ = original_class(self)  # type: ignore[assignment]
-        plan = make_plan(self, _reasons(self, left).get).plan or sequence_plan(self)
-        if left_in_training is not None:
-            training = make_training_plan(self, _reasons(self, left_in_training).get)
-            attach(self, plan or empty_plan(self), training)
-        elif plan is not None:
-            attach(self, plan)
-        if plan is not None:
-            plan.adopt(self)
+        _attach_anew(self, left)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            "a fused module cannot be scripted: call torch.jit.script on unfuse(model), or on what "
+            "was fused"
+        )
+
+
+class FusedGraphModule(FusedScope):
+    """A GraphModule has a class to itself, which `recompile` gives another forward, and ways of its
+    own to be copied and pickled: what they are told is that it is not fused."""
+
+    @contextmanager
+    def _resfuse_as_it_was(self) -> Iterator[None]:
+        require_weights(vars(self)[PLAN].has_discarded())
+        kind, ours = type(self), {k: v for k, v in vars(self).items() if k in _OURS}
+        detach(self)
+        try:
+            yield
+        finally:
+            self.__class__ = kind
+            vars(self).update(ours)
+
+    def recompile(self) -> Any:
+        """The graph has changed: so does the plan."""
+        with self._resfuse_as_it_was():
+            code = self.recompile()
+        left = self._resfuse_left()
+        detach(self)
+        _attach_anew(self, left)
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with self._resfuse_as_it_was():
+            twin = deepcopy(self, memo)
+        twin.training = self.training
+        return _attach_anew(twin, self._resfuse_left())
+
+    def __copy__(self) -> Any:
+        with self._resfuse_as_it_was():
+            twin = copy(self)
+        twin.training = self.training
+        return _attach_anew(twin, self._resfuse_left())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with self._resfuse_as_it_was():
+            reduced = self.__reduce__()
+        assert isinstance(reduced, tuple)
+        return _made_anew, (*reduced[:2], self.training, self._resfuse_left())
+
+
+def _made_anew(make: Any, arguments: Any, training: bool, left: Left) -> nn.Module:
+    """A fused GraphModule out of a pickle."""
+    module = make(*arguments)
+    module.training = training
+    return _attach_anew(module, left)
+
+
+def _attach_anew(scope: nn.Module, left: Left) -> nn.Module:
+    """Gives a scope the plans that it had, made again."""
+    left_alone, left_in_training = left
+    scope.__class__ = original_class(scope)
+    plan = make_plan(scope, _reasons(scope, left_alone).get).plan or sequence_plan(scope)
+    if left_in_training is not None:
+        training = make_training_plan(scope, _reasons(scope, left_in_training).get)
+        attach(scope, plan or empty_plan(scope), training)
+    elif plan is not None:
+        attach(scope, plan)
+    if plan is not None:
+        plan.adopt(scope)
+    return scope
 
 
 def _reasons(scope: nn.Module, left: dict[str, str]) -> dict[nn.Module, str]:
-    return {scope.get_submodule(name): reason for name, reason in left.items()}
+    named = dict(scope.named_modules())
+    return {named[name]: reason for name, reason in left.items() if name in named}
 
 
 def attach(scope: nn.Module, plan: Plan, training: TrainingPlan | None = None) -> None:
@@ -110,13 +181,13 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
     if kind not in _classes:
         name = kind.__name__ if kind.__name__.startswith("Fused") else f"Fused{kind.__name__}"
         body = {"__module__": kind.__module__, "forward": _forward_in(kind), ORIGINAL: kind}
+        if issubclass(kind, GraphModule):  # its class is its own, and goes with it
+            return type(name, (FusedGraphModule, kind), body)
         _classes[kind] = type(name, (FusedScope, kind), body)
     return _classes[kind]
 
 
 def _forward_in(kind: type[nn.Module]) -> Forward:
-    original = kind.forward
-
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             result = vars(self)[PLAN].run(self, args, kwargs)
@@ -127,14 +198,15 @@ def _forward_in(kind: type[nn.Module]) -> Forward:
             if result is not NOT_RUN:
                 return result
         require_weights(vars(self)[PLAN].has_discarded())
-        return original(self, *args, **kwargs)
+        return kind.forward(self, *args, **kwargs)
 
-    # Exporters match arguments with dynamic shapes by the signature.
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    # torch.fx and exporters match arguments by the signature of what is wrapped.
+    forward.__wrapped__ = kind.forward  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     return forward
 
 
-def _empty(kind: type[nn.Module], left: tuple[dict[str, str], dict[str, str] | None]) -> nn.Module:
+def _empty(kind: type[nn.Module], left: Left) -> nn.Module:
     fused = _fused_class(kind)
     scope = fused.__new__(fused)
     vars(scope)[_LEFT] = left

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from resfuse.kernels.activation import Slope
 from resfuse.kernels.onednn import Geometry
-from resfuse.kernels.scope import has_hooks
+from resfuse.kernels.scope import has_hooks, original_class
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_CONV_METHODS = ("forward", "_conv_forward", "__call__")
 FROZEN_NORMS = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision, detectron2; timm
 
 
@@ -17,16 +18,18 @@ def copied(model: nn.Module) -> nn.Module:
     """A deep copy, but for what cannot be copied: the process groups of its SyncBatchNorms."""
     norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     groups = [norm.process_group for norm in norms if norm.process_group is not None]
-    return deepcopy(model, {id(group): group for group in groups})
+    twin = deepcopy(model, {id(group): group for group in groups})
+    for module, copy in zip(model.modules(), twin.modules(), strict=True):
+        copy.training = module.training  # a copy of a GraphModule is always in training mode
+    return twin
 
 
 def why_not_conv(conv: nn.Conv2d) -> str | None:
     """The reason to leave a convolution alone; None where there is none."""
     if hasattr(conv, "parametrizations"):
         return "its weight is parametrized"
-    if type(conv).forward is not nn.Conv2d.forward or (
-        type(conv)._conv_forward is not nn.Conv2d._conv_forward
-    ):
+    own = [getattr(type(conv), name) is not getattr(nn.Conv2d, name) for name in _CONV_METHODS]
+    if any(own) or "_conv_forward" in vars(conv):
         return f"{type(conv).__name__} computes something of its own"
     if has_hooks(conv):
         return "it has hooks"
@@ -91,11 +94,12 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
 
 def is_norm(module: nn.Module) -> bool:
     """True for a batch norm over images, frozen ones and timm's batch norm + activation too."""
-    if type(module).__name__ in FROZEN_NORMS:
-        return True
+    kind = original_class(module)
+    if kind.__name__ in FROZEN_NORMS:
+        return _is_from(kind, "timm", "torchvision", "detectron2")
     plain = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
     return isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and (
-        type(module).forward in plain or type(module).__name__ == "BatchNormAct2d"
+        kind.forward in plain or (kind.__name__ == "BatchNormAct2d" and _is_from(kind, "timm"))
     )
 
 
@@ -107,7 +111,7 @@ def activation_in_norm(norm: nn.Module) -> nn.Module | None:
 
 def differs_in_training(module: nn.Module) -> bool:
     """True for a layer that computes something else in training mode."""
-    if type(module).__name__ in FROZEN_NORMS:
+    if is_norm(module) and original_class(module).__name__ in FROZEN_NORMS:
         return False
     return is_norm(module) or (skips_in_eval(module) and not isinstance(module, nn.Identity))
 
@@ -138,9 +142,21 @@ def slope_of(act: nn.Module | None, channels: int) -> Slope:
 
 
 def skips_in_eval(module: nn.Module) -> bool:
-    """True for what hands its input on in eval mode."""
-    by_name = ("DropPath", "StochasticDepth", "DropBlock2d")
-    return not has_hooks(module) and (
-        isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
-        or type(module).__name__ in by_name
-    )
+    """True for what hands its input on in eval mode, as far as its class tells."""
+    if has_hooks(module):
+        return False
+    kind = original_class(module)
+    if type(module).__name__ in ("DropPath", "StochasticDepth", "DropBlock2d"):
+        return _is_from(kind, "timm", "torchvision")
+    return isinstance(module, _SKIPPED) and kind.forward in [skip.forward for skip in _SKIPPED]
+
+
+_SKIPPED = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)  # fmt: skip
+
+
+def _is_from(kind: type, *packages: str) -> bool:
+    """Whether a class is one of a package's own; others use its names for things of their own."""
+    return kind.__module__.partition(".")[0] in packages

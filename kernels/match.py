@@ -16,6 +16,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
+from resfuse.kernels.effects import Effects, Writes, writes_in_place
 from resfuse.kernels.layers import (
     activation_in_norm,
     activation_of,
@@ -98,6 +99,7 @@ def find_chains(
     module: nn.Module,
     left_alone: LeftAlone,
     norm_left_alone: LeftAlone = why_not_norm,
+    writes: Writes | None = None,
 ) -> tuple[list[Chain], dict[str, str]]:
     """All chains of a graph, and why the other convolutions are left.
 
@@ -106,11 +108,13 @@ def find_chains(
         module: the scope.
         left_alone: a reason from outside the scope (a shared module, a tied weight), or None.
         norm_left_alone: the reason to leave a batch norm for what it is.
+        writes: whether a module may write to what it is given; by default what effects.py finds.
 
     Returns:
         The chains in order, and name of a convolution -> reason.
     """
-    matcher = _Matcher(graph, module, left_alone, norm_left_alone)
+    writes = Effects().writes if writes is None else writes
+    matcher = _Matcher(graph, module, left_alone, norm_left_alone, writes)
     for node in graph.nodes:
         matcher.conv_chain(node)
     for node in graph.nodes:
@@ -120,10 +124,17 @@ def find_chains(
 
 class _Matcher:
     def __init__(
-        self, graph: fx.Graph, module: nn.Module, left_alone: LeftAlone, norm_left_alone: LeftAlone
+        self,
+        graph: fx.Graph,
+        module: nn.Module,
+        left_alone: LeftAlone,
+        norm_left_alone: LeftAlone,
+        writes: Writes,
     ) -> None:
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.writers = [node for node in graph.nodes if _writes_in_place(node, module)]
+        self.nodes = list(graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self._writes = writes
+        self._writing: dict[fx.Node, bool] = {}
         self.module = module
         self.left_alone = left_alone
         self.norm_left_alone = norm_left_alone
@@ -237,9 +248,15 @@ class _Matcher:
         if node in self.taken:
             return None
         first, last = self.order[chain.nodes[0]], self.order[node]
-        if any(first < self.order[w] < last and w not in chain.nodes for w in self.writers):
+        between = self.nodes[first + 1 : last]
+        if any(self._writes_in_place(w) for w in between if w not in chain.nodes):
             return None
         return node
+
+    def _writes_in_place(self, node: fx.Node) -> bool:
+        if node not in self._writing:
+            self._writing[node] = writes_in_place(node, self.module, self._writes)
+        return self._writing[node]
 
     def _called(self, node: fx.Node | None) -> nn.Module | None:
         if node is None or node.op != "call_module":
@@ -253,16 +270,3 @@ def _one_node(args: Any, kwargs: Any) -> bool:
 
 def _only_inplace(node: fx.Node) -> bool:
     return len(node.args) == 1 and set(node.kwargs) <= {"inplace"}
-
-
-def _writes_in_place(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        in_place = node.kwargs.get("inplace", False) or node.kwargs.get("out") is not None
-        operators = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-        return bool(in_place) or node.target in operators or name.endswith("_") or name == "setitem"
-    return False

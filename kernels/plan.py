@@ -4,16 +4,23 @@ original would, and how folded weights that have become stale are found.
 
 import threading
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from resfuse.kernels.folded import Stamp, stamp_of, tensors_of
+from resfuse.kernels.guards import Guards
 from resfuse.kernels.layers import differs_in_training
-from resfuse.kernels.scope import Call, hooks_of
+from resfuse.kernels.observe import Observed
+from resfuse.kernels.scope import Call
 from resfuse.kernels.steps import Step, convolutions
 
 PLAN = "_resfuse_plan"  # the attribute of a fused scope that holds its plan
@@ -21,7 +28,7 @@ NOT_RUN = object()
 
 Forward = Callable[..., Any]
 Signature = tuple[Any, ...]  # shape, strides, dtype of an input, and whether autocast was on
-Watched = tuple[dict[str, nn.Module | None], str, nn.Module]  # where a layer is found, and which
+Watched = tuple[nn.Module, str, nn.Module]  # where a layer is found, and which
 
 
 class Plan:
@@ -37,7 +44,10 @@ class Plan:
         straight: dict[Call, Forward] | None = None,
         *,
         returns_fresh: bool = False,
+        observed: Observed | None = None,
+        children: Sequence[nn.Module] = (),
     ) -> None:
+        self._scope = weakref.ref(scope)
         self.forwards, self.steps, self.left = forwards, steps, left
         self._straight = straight or {}  # the same forwards without the steps' own checks
         self._passed: dict[Call, Signature] = {}  # what went through with all checks last
@@ -49,14 +59,18 @@ class Plan:
         self._root = self
         self._sources = [source for layer in self.layers for source in layer.sources]
         self._stamp: Stamp = ([], [])
-        self._watched = [watch(scope, name) for name in watched]
-        self._modal = [m for *_, m in self._watched if differs_in_training(m)]
-        self._hooks = [hooks for *_, m in self._watched for hooks in hooks_of(m)]
-        self._parameters = [
-            (holder, name)
-            for _, _, module in self._watched
-            for holder, name in ((module._parameters, n) for n in module._parameters)
-        ]
+        places = [watch(scope, name) for name in watched]
+        self._layers = [layer for *_, layer in places]
+        self._guards = Guards(
+            Observed() if observed is None else observed,
+            layers=() if observed is None else self._layers,
+            children=children,
+            called=self._layers if observed is None else (),
+            modal=[layer for layer in self._layers if differs_in_training(layer)],
+            places=places,
+            scope=scope,
+        )
+        self._parameters = [(m._parameters, name) for m in self._layers for name in m._parameters]
 
     def run(
         self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], owns: bool = False
@@ -67,7 +81,7 @@ class Plan:
             owns: the caller gives its argument away, which may be written over.
         """
         call = self._call(args, kwargs, owns)
-        if call is None:
+        if call is None or self._scope() is not scope:
             return NOT_RUN
         if _running.root is self._root or torch.compiler.is_compiling():
             return self._run(call, scope, args)
@@ -109,9 +123,9 @@ class Plan:
         return sum(layer.detours for layer in self._every)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], owns: bool) -> Call | None:
-        if kwargs or not args or any(a is None for a in args):
+        if kwargs or not args or not (are_plain(args) or _are_traced(args)):
             return None
-        call = Call(len(args), isinstance(args[0], list | tuple), owns)
+        call = Call(len(args), isinstance(args[0], list), owns)
         if owns and call not in self.forwards:
             call = call._replace(owns=False)
         if call not in self.forwards:
@@ -120,16 +134,8 @@ class Plan:
             return None if torch.compiler.is_dynamo_compiling() else call
         if torch.compiler.is_compiling():  # on a CPU inductor fuses and packs the layers itself
             return call if _on_cuda(args) else None
-        if is_watched():
+        if is_watched() or not self._guards.hold():
             return None
-        if any(self._hooks):
-            return None
-        for holder, name, layer in self._watched:
-            if holder.get(name) is not layer or "forward" in vars(layer):
-                return None
-        for layer in self._modal:
-            if layer.training:
-                return None
         if torch.is_grad_enabled() and self._needs_gradients(args):
             return None
         return call
@@ -196,19 +202,52 @@ def plan_of(module: nn.Module) -> Plan | None:
 
 
 def is_watched() -> bool:
-    """True where a tool wants to see the layers: FlopCounterMode, vmap, torch.jit.trace, ..."""
+    """True where a tool wants to see the layers: FlopCounterMode, vmap, torch.jit.trace, a mode
+    that overrides torch's functions, hooks on all modules, ...
+    """
     return bool(
         _len_torch_dispatch_stack() > 0
+        or any(_GLOBAL_HOOKS)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
+        or (_len_torch_function_stack() > 0 and _functions_are_overridden())
     )
+
+
+def _functions_are_overridden() -> bool:
+    """A default device is a mode, too, but leaves alone what is done to tensors."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether a graph of tensor operations takes the arguments: tensors of no subclass, but the
+    first may be a list of them.
+    """
+    first, *others = args
+    if type(first) is list:
+        others += first
+    elif type(first) not in _PLAIN:
+        return False
+    return all(type(one) in _PLAIN for one in others)
+
+
+_PLAIN = (Tensor, nn.Parameter)
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
+)  # fmt: skip
+
+
+def _are_traced(args: tuple[Any, ...]) -> bool:
+    """Whether they are the stand-ins of torch.compile and torch.export for tensors."""
+    return torch.compiler.is_compiling() and all(isinstance(a, Tensor) for a in args)
 
 
 def watch(scope: nn.Module, name: str) -> Watched:
     """Where a layer of a scope is found, and which it is now."""
     parent, _, last = name.rpartition(".")
-    holder = scope.get_submodule(parent)._modules
-    layer = holder[last]
+    holder = scope.get_submodule(parent)
+    layer = holder._modules[last]
     assert layer is not None
     return holder, last, layer
 

@@ -8,6 +8,7 @@ from torch import nn
 from resfuse.kernels.folded import Fold
 from resfuse.kernels.match import Chain
 from resfuse.kernels.plan import Forward
+from resfuse.kernels.scope import has_hooks
 from resfuse.kernels.steps import ConvStep, NormStep, ProjectionStep, StemStep, Step
 
 STEPS = "_resfuse_steps"  # the attribute of a fused scope that holds its steps
@@ -94,7 +95,7 @@ def _merge_stem(graph: fx.Graph, scope: nn.Module, nodes: dict[fx.Node, Step]) -
         if pool_node.op != "call_module" or len(pool_node.args) != 1 or pool_node.kwargs:
             continue
         pool = scope.get_submodule(str(pool_node.target))
-        if isinstance(pool, nn.MaxPool2d) and _is_stem_pool(pool):
+        if type(pool) is nn.MaxPool2d and not has_hooks(pool) and _is_stem_pool(pool):
             pool_node.replace_all_uses_with(node)
             graph.erase_node(pool_node)
             nodes[node] = StemStep(step, pool)

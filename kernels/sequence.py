@@ -20,10 +20,12 @@ def sequence_plan(module: nn.Module) -> Plan | None:
         or is_plain_sequence(module)
     ):
         return None
+    if any(type(child).__call__ is not nn.Module.__call__ for child in module):
+        return None
     plans = [plan_of(child) for child in module]
     if not any(a is not None and b is not None for a, b in pairwise(plans)):
         return None
-    return Plan(module, {Call(1): _run}, {}, list(module._modules), {})
+    return Plan(module, {Call(1): _run}, {}, list(module._modules), {}, children=[module])
 
 
 def _run(sequence: nn.Sequential, x: Any) -> Any:

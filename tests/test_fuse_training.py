@@ -308,3 +308,16 @@ def test_compiled_models_train_on_their_layers() -> None:
 def test_weights_cannot_be_discarded_and_trained() -> None:
     with pytest.raises(ValueError, match="argument discard_weights: True with training=True"):
         fuse(network(), training=True, discard_weights=True)
+
+
+def test_a_switch_is_followed_in_training_mode() -> None:
+    """A fused training forward is guarded by what the original read, too."""
+    from hostile import Block, images, require_same
+
+    torch.manual_seed(0)
+    plain = Block().train()
+    model = fuse(plain, training=True)
+    for switch, value in (("residual", False), ("scale", 2.0), ("mode", "other")):
+        for one in (plain, model):
+            setattr(one, switch, value)
+        require_same(model(images()), plain(images()))

@@ -103,6 +103,8 @@ NETWORKS: dict[str, Factory] = {
     "Darknet-53 stages": zoo.Darknet,
     "YOLO C2f": zoo.C2f,
 }
+# It takes lists and adds to them: two lone convolutions, which nothing could be fused with anyway.
+LEFT = {"RetinaNet": {"fpn.extra_blocks"}}
 SIDES_OF_32 = ("Unet ResNet-34", "FPN ResNet-34")  # they refuse other sizes
 BIG = ("torchvision resnet152", "torchvision resnext101_32x8d", "torchvision resnet101")
 
@@ -142,7 +144,7 @@ def test_everything_with_a_convolution_is_fused(name: str) -> None:
     fused = fuse(made(NETWORKS[name]))
     said = explain(fused, torch.zeros(1, 3, 64, 64))
     assert said.share is not None and said.share >= 0.99, f"{said}"
-    assert not said.left()
+    assert {line.name.rpartition(".")[0] for line in said.left()} == LEFT.get(name, set())
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in BIG])

@@ -12,10 +12,12 @@ from resfuse.kernels.draft import called_twice, has_layers, left_alone_in, or_ca
 from resfuse.kernels.draft import sequences_in as containers_in
 from resfuse.kernels.layers import is_norm, why_not_norm_in_training
 from resfuse.kernels.match import Chain, LeftAlone, drop_idle, find_chains
+from resfuse.kernels.observe import Observed
 from resfuse.kernels.rewrite import attribute_of, compile_forward, loosen_views, replace_chain
 from resfuse.kernels.scope import (
     Call,
     NotTraceable,
+    Trace,
     calls,
     has_hooks,
     is_atom,
@@ -58,13 +60,16 @@ def make_training_plan(scope: nn.Module, left_alone: LeftAlone) -> TrainingPlan:
     forwards: dict[Call, fx.Graph] = {}
     watched: set[str] = set()
     left: dict[str, str] = {}
+    observed = Observed()
     try:
-        graphs = _graphs(scope)
+        traces = _traces(scope)
     except NotTraceable as reason:
         own = [name for name, child in scope.named_children() if is_norm(child)]
         kind = original_class(scope).__name__
         return TrainingPlan(scope, {}, {}, [], dict.fromkeys(own, f"{kind}.forward: {reason}"))
-    for call, graph in graphs.items():
+    for call, traced in traces.items():
+        graph = traced.graph
+        observed.update(traced.observed)
         containers = containers_in(graph)
         norms = _norms_in(graph, scope)
         watched.update(drop_idle(graph, scope, _is_identity))
@@ -85,17 +90,17 @@ def make_training_plan(scope: nn.Module, left_alone: LeftAlone) -> TrainingPlan:
         call: compile_forward(graph, f"{original_class(scope).__name__} in training")
         for call, graph in forwards.items()
     }
-    return TrainingPlan(scope, compiled, steps, sorted(watched), left)
+    return TrainingPlan(scope, compiled, steps, sorted(watched), left, observed)
 
 
-def _graphs(scope: nn.Module) -> dict[Call, fx.Graph]:
+def _traces(scope: nn.Module) -> dict[Call, Trace]:
     """The scope's forward in training mode, for every way to call it with tensors."""
     plain, *with_more = calls(scope)
-    graphs = {plain: trace_for_training(scope, plain)}
+    traces = {plain: trace_for_training(scope, plain)}
     for call in with_more:
         with suppress(NotTraceable):
-            graphs[call] = trace_for_training(scope, call)
-    return graphs
+            traces[call] = trace_for_training(scope, call)
+    return traces
 
 
 def _rewrite(graph: fx.Graph, chains: list[Chain], prefix: str) -> dict[str, Step]:

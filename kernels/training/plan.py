@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from resfuse.kernels.plan import NOT_RUN, Forward, is_watched, watch
-from resfuse.kernels.scope import Call, hooks_of
+from resfuse.kernels.guards import Guards
+from resfuse.kernels.observe import Observed
+from resfuse.kernels.plan import NOT_RUN, Forward, are_plain, is_watched, watch
+from resfuse.kernels.scope import Call
 from resfuse.kernels.training.steps import Step
 
 TRAINING_PLAN = "_resfuse_training_plan"  # the attribute of a scope that holds its plan
@@ -23,10 +25,12 @@ class TrainingPlan:
         steps: dict[str, Step],
         watched: list[str],
         left: dict[str, str],
+        observed: Observed | None = None,
     ) -> None:
         self.forwards, self.steps, self.left = forwards, steps, left
-        self._watched = [watch(scope, name) for name in watched]
-        self._hooks = [hooks for *_, module in self._watched for hooks in hooks_of(module)]
+        places = [watch(scope, name) for name in watched]
+        layers = [layer for *_, layer in places]
+        self._guards = Guards(observed or Observed(), layers, places=places, scope=scope)
 
     def run(self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
@@ -34,13 +38,10 @@ class TrainingPlan:
         Compilers and exporters are shown the layers, which inductor fuses itself.
         """
         call = Call(len(args))
-        if kwargs or call not in self.forwards or any(a is None for a in args):
+        if kwargs or call not in self.forwards or torch.compiler.is_compiling():
             return NOT_RUN
-        if torch.compiler.is_compiling() or is_watched() or any(self._hooks):
+        if not are_plain(args) or is_watched() or not self._guards.hold():
             return NOT_RUN
-        for holder, name, layer in self._watched:
-            if holder.get(name) is not layer or "forward" in vars(layer):
-                return NOT_RUN
         return self.forwards[call](scope, *args)
 
 

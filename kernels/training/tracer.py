@@ -10,16 +10,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.fx as fx
 from torch import nn
 
-from resfuse.kernels.scope import Call, NotTraceable, ScopeTracer, trace
-
-_DEVICES = ("cpu", "cuda")
+from resfuse.kernels.scope import Call, NotTraceable, Trace, trace
 
 
-def trace_for_training(scope: nn.Module, call: Call) -> fx.Graph:
-    """The graph of `scope.forward`, called that way, in training mode.
+def trace_for_training(scope: nn.Module, call: Call) -> Trace:
+    """`scope.forward` as a graph, called that way, in training mode.
 
     Raises:
         NotTraceable: with the reason.
@@ -27,32 +24,12 @@ def trace_for_training(scope: nn.Module, call: Call) -> fx.Graph:
     mode, scope.training = scope.training, True
     try:
         with _no_dice(), _no_gradients_of_its_own():
-            traced = trace(scope, call, _TrainingTracer())
+            traced = trace(scope, call)
     finally:
         scope.training = mode
     if traced.asks_types:
         raise NotTraceable("forward asks for the type of its argument")
-    return traced.graph
-
-
-class _TrainingTracer(ScopeTracer):
-    """Looks, whenever something is called, whether it is called in the context tracing began in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._context = _context()
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _context() != self._context:
-            raise NotTraceable("forward changes autocast or whether gradients are kept")
-        return super().create_node(*args, **kwargs)
-
-
-def _context() -> tuple[Any, ...]:
-    autocasts = [
-        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES
-    ]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocasts
+    return traced
 
 
 @contextmanager
