@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from resfuse.kernels.draft import make_plan
@@ -35,16 +36,29 @@ class FusedScope(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
+        plan = vars(self)[PLAN]
+        plan.suspect()
         if not mode:
-            vars(self)[PLAN].fold_ahead()
+            plan.fold_ahead()
         elif TRAINING_PLAN in vars(self):
-            vars(self)[PLAN].forget_folded()
+            plan.forget_folded()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        require_weights(vars(self)[PLAN].has_discarded())
+        with torch.inference_mode(False):  # nothing would count the writes to inference tensors
+            super()._apply(fn, recurse)
+        vars(self)[PLAN].suspect()
         self._resfuse_fold_ahead()
         return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        require_weights(vars(self)[PLAN].has_discarded())
+        return super().load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        vars(self)[PLAN].suspect()
 
     def _resfuse_fold_ahead(self) -> None:
         """Folds, unless the weights are about to be trained: a copy of them would be no use."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from resfuse.kernels.folded import Stamp, stamp_of, tensors_of
 from resfuse.kernels.layers import differs_in_training
+from resfuse.kernels.optimizer_steps import tell_of_steps
+from resfuse.kernels.origin import Origin, is_plain, tensors_of
 from resfuse.kernels.scope import Call, hooks_of
 from resfuse.kernels.steps import Step, convolutions
 
@@ -48,7 +49,9 @@ class Plan:
         self._tree: list[Plan] = [self]  # of the scope and all scopes in it
         self._root = self
         self._sources = [source for layer in self.layers for source in layer.sources]
-        self._stamp: Stamp = ([], [])
+        self._origin: Origin | None = None  # of those sources, when they were looked at last
+        self._suspect = False  # something has happened since that may have written to weights
+        self.frozen = False  # a call need not look at them: nobody writes to them, as was promised
         self._watched = [watch(scope, name) for name in watched]
         self._modal = [m for *_, m in self._watched if differs_in_training(m)]
         self._hooks = [hooks for *_, m in self._watched for hooks in hooks_of(m)]
@@ -88,7 +91,8 @@ class Plan:
         for plan in self._tree:
             plan._root = self
         self._sources = [s for plan in self._tree for layer in plan.layers for s in layer.sources]
-        self._stamp = ([], [])
+        self._origin = None
+        tell_of_steps(self)
 
     def _run(self, call: Call, scope: nn.Module, args: tuple[Any, ...]) -> Any:
         straight = self._straight.get(call)
@@ -120,7 +124,7 @@ class Plan:
             return None if torch.compiler.is_dynamo_compiling() else call
         if torch.compiler.is_compiling():  # on a CPU inductor fuses and packs the layers itself
             return call if _on_cuda(args) else None
-        if is_watched():
+        if is_watched() or not _are_plain(args):
             return None
         if any(self._hooks):
             return None
@@ -135,17 +139,62 @@ class Plan:
         return call
 
     def _forget_what_is_stale(self) -> None:
-        stamp = stamp_of(tensors_of(self._sources))
-        if stamp != self._stamp:
-            for plan in self._tree:
-                for layer in plan.layers:
+        origin, looks_closely = self._origin, self._suspect
+        if origin is not None and not looks_closely and self.frozen:
+            return
+        tensors = tensors_of(self._sources)
+        if origin is not None and origin.is_where_it_was(tensors):
+            readable = not looks_closely or origin.is_readable
+            same = origin.is_unchanged() if looks_closely else origin.seems_unchanged()
+            if same and readable:
+                self._suspect = False
+                return
+        self._look_at_every_layer(tensors)
+
+    def _look_at_every_layer(self, tensors: list[Tensor]) -> None:
+        """Forgets what is stale, layer by layer, and remembers what there is now."""
+        suspect, self._suspect = self._suspect, False
+        try:
+            self._origin = Origin(tensors)  # first: writes from now on are seen at the next call
+        except (RuntimeError, TypeError):  # something that is not memory: look again at every call
+            self._origin = None
+        for plan in self._tree:
+            for layer in plan.layers:
+                if suspect and not layer.is_readable():
+                    layer.forget()
+                else:
                     layer.forget_if_stale()
+            plan._passed.clear()
+
+    def suspect(self) -> None:
+        """Has the next call look at every byte: something may have written to the weights."""
+        for plan in self._root._tree:
+            plan._suspect = True
+
+    def forget_parameters(self, owned: set[int]) -> None:
+        """Forgets what was folded from parameters that an optimizer has just written to.
+
+        Args:
+            owned: their ids.
+        """
+        if self._root is not self:  # which is told, too
+            return
+        stepped = [
+            layer
+            for plan in self._tree
+            for layer in plan.layers
+            if any(id(tensor) in owned for tensor in tensors_of(layer.sources))
+        ]
+        for layer in stepped:
+            layer.forget()
+        if stepped:
+            for plan in self._tree:
+                plan._origin = None
                 plan._passed.clear()
-            self._stamp = stamp
 
     def has_discarded(self) -> bool:
-        """Whether a layer has lost its own weight."""
-        return any(layer.fold.discarded for layer in self.layers)
+        """Whether a layer, of the scope or of one within it, has lost its own weight."""
+        return any(layer.fold.discarded for plan in self._tree for layer in plan.layers)
 
     def discard_weights(self) -> None:
         """Frees the weight of every layer when it has been folded, and laid out."""
@@ -153,19 +202,24 @@ class Plan:
             layer.fold.discard = True
 
     def fold_ahead(self) -> None:
-        """Folds what is not folded, for a graph compiled or exported next, which cannot."""
-        self._forget_what_is_stale()
-        for layer in self.layers:
-            weight = layer.conv._parameters["weight"]
-            if weight is not None:
-                layer.folded(weight.dtype)
+        """Folds what is not folded, for a graph compiled or exported next, which cannot.
+
+        The outermost scope looks after all within it.
+        """
+        if self._root is self:
+            self._forget_what_is_stale()
+        for plan in self._tree if self._root is self else [self]:
+            for layer in plan.layers:
+                weight = layer.conv._parameters.get("weight")
+                if isinstance(weight, nn.Parameter):
+                    layer.folded(weight.dtype)
 
     def forget_folded(self) -> None:
         """Frees what was folded: weights about to be trained would make it stale."""
         for layer in self._every:
             layer.forget()
         self._passed.clear()
-        self._stamp = ([], [])
+        self._origin = None
 
     def _needs_gradients(self, args: tuple[Any, ...]) -> bool:
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -210,6 +264,15 @@ def watch(scope: nn.Module, name: str) -> Watched:
     layer = holder[last]
     assert layer is not None
     return holder, last, layer
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether all tensors are memory and nothing else, as far as arguments show."""
+    for arg in args:
+        for tensor in arg if isinstance(arg, list | tuple) else (arg,):
+            if isinstance(tensor, Tensor) and not is_plain(tensor):
+                return False
+    return True
 
 
 def _on_cuda(args: tuple[Any, ...]) -> bool:

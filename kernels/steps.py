@@ -21,16 +21,14 @@ from resfuse.kernels.folded import (
     Fold,
     Folded,
     Packed,
-    Stamp,
-    fold_layers,
+    fold,
+    lacks_statistics,
     require_weights,
-    sources_of,
-    stamp_of,
-    tensors_of,
 )
 from resfuse.kernels.folding import bn_scale_shift
 from resfuse.kernels.layers import geometry_of, slope_of
 from resfuse.kernels.match import Chain, Residual
+from resfuse.kernels.origin import Origin, is_plain, sources_of, tensors_of, why_not_followed
 from resfuse.kernels.problem import output_shape
 
 
@@ -42,7 +40,7 @@ class ConvStep:
         self.chain = chain.summary()
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
-        self.keeps_dtype = chain.keeps_dtype
+        self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
         self.geometry = geometry_of(self.conv)
         layers = (self.conv, self.norm, self.act)
         self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
@@ -61,6 +59,9 @@ class ConvStep:
             self.detours += 1
             return self.by_layers(x, residual)
         folded = self.folded(x.dtype)
+        if folded is None or not folded.finite:
+            self.detours += 1
+            return self.by_layers(x, residual)
         if x.is_cuda:
             return self._on_gpu(x, folded, residual)
         if folded.packed is None and x.is_cpu and onednn.supports(x.dtype):
@@ -80,27 +81,33 @@ class ConvStep:
             y = self.norm(y)
         return _finish_by_layers(self, y, residual)
 
-    def folded(self, dtype: torch.dtype) -> Folded:
-        """The folded layers in that dtype; `forget_if_stale` sees to it that they are fresh."""
+    def folded(self, dtype: torch.dtype) -> Folded | None:
+        """The folded layers in that dtype, None where they cannot be folded; `forget_if_stale` sees
+        to it that they are fresh."""
         folded = self.fold.made
         if folded is None or (folded.dtype != dtype and not self.fold.discarded):
-            tensors = tensors_of(self.sources)
-            stamp = stamp_of(tensors)
-            with torch.no_grad():
-                weight, bias = fold_layers(self.conv, self.norm, dtype)
-                slope = slope_of(self.act, self.conv.out_channels)
-            folded = self.fold.made = Folded(tensors, stamp, dtype, weight, bias, slope)
-            if self.fold.discard and weight.is_cuda:
+            folded = self.fold.made = fold(self.sources, self.conv, self.norm, self.act, dtype)
+            if folded is not None and self.fold.discard and folded.bias.is_cuda:
                 self._discard_weight()
-        return folded
+        return self.fold.made
 
     def forget_if_stale(self) -> None:
-        """Forgets what was folded from tensors that have changed."""
+        """Forgets what was folded from tensors that have changed.
+
+        Raises:
+            RuntimeError: they have, and the weight that it takes to fold again was discarded.
+        """
         made = self.fold.made
-        if made is None or self.fold.discarded:
+        if made is None:
             return
-        if stamp_of(tensors_of(self.sources)) != made.stamp:
-            self.fold.made = None
+        if made.origin.is_where_it_was(tensors_of(self.sources)) and made.origin.is_unchanged():
+            return
+        require_weights(self.fold.discarded)
+        self.fold.made = None
+
+    def is_readable(self) -> bool:
+        """Whether all that was folded lies where every byte of it can be looked at."""
+        return self.fold.made is None or self.fold.made.origin.is_readable
 
     def forget(self) -> None:
         """Forgets what was folded, and how it was run."""
@@ -113,15 +120,19 @@ class ConvStep:
         weight = self.conv._parameters["weight"]
         assert weight is not None
         self.conv._parameters["weight"] = nn.Parameter(weight.detach().to("meta"), False)
-        self.fold.made = replace(self.fold.made, made_from=[])
+        self.conv.register_state_dict_pre_hook(_refuse)
+        self.conv.register_load_state_dict_pre_hook(_refuse)
+        self.fold.made = replace(self.fold.made, origin=Origin(tensors_of(self.sources)))
         self.fold.discarded = True
 
     def takes(self, x: Tensor, residual: Tensor | None = None) -> bool:
         """Whether the layers' own checks would pass: then none of them is asked."""
-        weight = self.conv._parameters["weight"]
-        assert weight is not None
+        weight = self.conv._parameters.get("weight")
         return (
-            x.dim() == 4
+            type(weight) is nn.Parameter
+            and is_plain(x)
+            and (residual is None or is_plain(residual))
+            and x.dim() == 4
             and x.size(1) == self.conv.in_channels
             and (x.device == weight.device or self.fold.discarded)
             and (x.dtype == weight.dtype or torch._C._is_any_autocast_enabled())
@@ -190,18 +201,20 @@ class NormStep:
         self.chain = chain.summary()
         self.name, self.norm, self.act = chain.name, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
-        self.keeps_dtype = chain.keeps_dtype
+        self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
         self._sources = sources_of(self.norm)
-        self._made: tuple[Stamp, Tensor, Tensor] | None = None
+        self._made: tuple[Origin, Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not x.is_cuda or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
             return self.by_layers(x, residual)
         from resfuse.kernels.bn_act import bn_act
 
-        stamp = stamp_of(tensors_of(self._sources))
-        if self._made is None or self._made[0] != stamp:
-            self._made = (stamp, *bn_scale_shift(self.norm))  # type: ignore[arg-type]
+        tensors = tensors_of(self._sources)
+        if self._made is None or not self._made[0].is_where_it_was(tensors):
+            if lacks_statistics(self.norm) or why_not_followed(self._sources) is not None:
+                return self.by_layers(x, residual)
+            self._made = (Origin(tensors), *bn_scale_shift(self.norm))  # type: ignore[arg-type]
         return bn_act(
             x, *self._made[1:], residual, activation=self.activation,
             slope=slope_of(self.act, x.shape[1]), residual_last=self.residual == "after",
@@ -230,6 +243,8 @@ class StemStep:
 
         x = autocast(x)
         folded = self.conv.folded(x.dtype)
+        if folded is None or not folded.finite:
+            return self.pool(self.conv(x))
         return stem(x, folded.dense(), folded.bias)
 
 
@@ -254,6 +269,8 @@ class ProjectionStep:
 
         x, shortcut = autocast(x), autocast(shortcut)
         main, side = self.conv.folded(x.dtype), self.projection.folded(shortcut.dtype)
+        if main is None or side is None or not (main.finite and side.finite):
+            return self.conv(x, self.projection(shortcut))
         return conv1x1(
             x, main.dense(), main.bias + side.bias,
             activation=self.conv.activation, slope=main.slope,
@@ -271,6 +288,11 @@ def convolutions(step: Step) -> list[ConvStep]:
     if isinstance(step, ProjectionStep):
         return [step.conv, step.projection]
     return [step.conv] if isinstance(step, StemStep) else []
+
+
+def _refuse(*_: Any) -> None:
+    """What a layer without a weight has to say to checkpoints."""
+    require_weights(True)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -293,8 +315,7 @@ def _finish(
 
 def _finish_by_layers(step: "ConvStep | NormStep", y: Tensor, residual: Tensor | None) -> Tensor:
     """The same after the norm itself has run, which may apply the activation already."""
-    done = step.norm is not None and isinstance(getattr(step.norm, "act", None), nn.Module)
-    activation = "identity" if done else step.activation
+    activation = "identity" if step.norm_activates else step.activation
     slope = slope_of(step.act, y.shape[1])
     result = _finish(y, residual, step.residual, activation, slope)
     return result.to(y.dtype) if step.keeps_dtype else result
