@@ -117,6 +117,6 @@ def require_weights(discarded: bool) -> None:
     if discarded:
         raise RuntimeError(
             "fuse(..., discard_weights=True) freed this model's own weights: it runs in eval mode, "
-            "without gradients, in the dtype and on the device it ran in first, and cannot be saved, "
-            "loaded, copied or moved"
+            "without gradients, in the dtype and on the device it ran in first, and cannot be "
+            "saved, loaded, copied or moved"
         )
