@@ -9,14 +9,12 @@ from torch import nn
 
 from resfuse.kernels.layers import is_norm
 from resfuse.kernels.match import LeftAlone, drop_idle, find_chains
-from resfuse.kernels.plan import Forward, Plan
+from resfuse.kernels.plan import Plan
 from resfuse.kernels.rewrite import (
     Folds,
-    compile_forward,
     overwrite_input,
     returns_a_step,
     rewrite,
-    straighten,
 )
 from resfuse.kernels.scope import (
     Call,
@@ -28,6 +26,7 @@ from resfuse.kernels.scope import (
     trace,
 )
 from resfuse.kernels.steps import Step
+from resfuse.kernels.variants import Forwards, GraphForwards
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,7 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
     watched: set[str] = set()
     containers: set[str] = set()
     left: dict[str, str] = {}
-    forwards: dict[Call, Forward] = {}
-    straight: dict[Call, Forward] = {}
+    forwards: dict[Call, Forwards] = {}
     folds: Folds = {}
     fresh = False
     for call, graph in _graphs(scope).items():
@@ -106,20 +104,16 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
             continue
         steps |= made
         watched.update(name for chain in chains for name in chain.modules)
-        name = original_class(scope).__name__
-        forwards[call] = compile_forward(graph, name)
+        straight = call.arguments == 1 and not call.takes_list
+        forwards[call] = GraphForwards(graph, scope, made, straight)
         if call == Call(1):
             fresh = returns_a_step(graph, steps)
-        if call.arguments == 1 and not call.takes_list and straighten(graph, steps):
-            straight[call] = compile_forward(graph, name)
     if not steps:
         return Drafted(None, left, [])
     inlined = [
         module for name in containers if is_plain_sequence(module := scope.get_submodule(name))
     ]
-    plan = Plan(
-        scope, forwards, steps, sorted(watched | containers), left, straight, returns_fresh=fresh
-    )
+    plan = Plan(scope, forwards, steps, sorted(watched | containers), left, returns_fresh=fresh)
     return Drafted(plan, left, inlined)
 
 

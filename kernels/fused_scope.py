@@ -94,7 +94,7 @@ def _reasons(scope: nn.Module, left: dict[str, str]) -> dict[nn.Module, str]:
 def attach(scope: nn.Module, plan: Plan, training: TrainingPlan | None = None) -> None:
     """Gives a scope a plan, and one for training mode."""
     vars(scope)[PLAN] = plan
-    vars(scope)[STEPS] = Steps(plan.steps)
+    vars(scope)[STEPS] = Steps(plan.steps | plan.calls)
     if training is not None:
         vars(scope)[TRAINING_PLAN] = training
         vars(scope)[TRAINING_STEPS] = Steps(training.steps)

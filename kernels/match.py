@@ -57,6 +57,7 @@ class Chain:
     residual: Residual = "none"
     added: fx.Node | None = None
     norm_activates: bool = False  # the norm's own forward applies the activation
+    adds_to: bool = False  # the residual stands first in the sum
     keeps_dtype: bool = False  # added in place: a wider residual does not widen the sum
     nodes: list[fx.Node] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)  # every module it stands for
@@ -211,7 +212,7 @@ class _Matcher:
         written_to = node.target in _ADDS_IN_PLACE and added is left  # the residual itself
         if written_to and (added.op == "placeholder" or len(added.users) > 1):
             return
-        chain.added, chain.residual = added, where
+        chain.added, chain.residual, chain.adds_to = added, where, added is left
         chain.keeps_dtype = node.target in _ADDS_IN_PLACE and left is chain.end
         self._take(chain, node)
 

@@ -5,18 +5,23 @@ original would, and how folded weights that have become stale are found.
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from resfuse.kernels.layers import differs_in_training
+from resfuse.kernels.layout import World, suggests_channels_last
 from resfuse.kernels.optimizer_steps import tell_of_steps
 from resfuse.kernels.origin import Origin, is_plain, tensors_of
 from resfuse.kernels.scope import Call, hooks_of
 from resfuse.kernels.steps import Step, convolutions
 
+if TYPE_CHECKING:
+    from resfuse.kernels.variants import Forwards
+
+STEPS = "_resfuse_steps"  # the attribute of a fused scope that holds its steps
 PLAN = "_resfuse_plan"  # the attribute of a fused scope that holds its plan
 NOT_RUN = object()
 
@@ -31,17 +36,17 @@ class Plan:
     def __init__(
         self,
         scope: nn.Module,
-        forwards: dict[Call, Forward],
+        forwards: "dict[Call, Forwards]",
         steps: dict[str, Step],
         watched: list[str],
         left: dict[str, str],
-        straight: dict[Call, Forward] | None = None,
         *,
         returns_fresh: bool = False,
     ) -> None:
         self.forwards, self.steps, self.left = forwards, steps, left
-        self._straight = straight or {}  # the same forwards without the steps' own checks
-        self._passed: dict[Call, Signature] = {}  # what went through with all checks last
+        self.calls: dict[str, Any] = {}  # of fused children, by attribute: see variants.py
+        self._has_channels_last = False  # a weight of this scope, or of one within it
+        self._passed: dict[Any, Signature] = {}  # what went through with all checks last
         self.returns_fresh = returns_fresh  # the output is nobody else's
         every = [layer for step in steps.values() for layer in convolutions(step)]
         self.layers = list({layer.fold: layer for layer in every}.values())
@@ -62,22 +67,32 @@ class Plan:
         ]
 
     def run(
-        self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], owns: bool = False
+        self,
+        scope: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        owns: bool = False,
+        world: World | None = None,
+        *,
+        lenient: bool = False,
     ) -> Any:
         """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
 
         Args:
             owns: the caller gives its argument away, which may be written over.
+            world: where the caller knows which memory format eager's argument would have; else the
+                arguments lie as eager's do.
+            lenient: the argument need not lie so, nor need the result.
         """
         call = self._call(args, kwargs, owns)
         if call is None:
             return NOT_RUN
         if _running.root is self._root or torch.compiler.is_compiling():
-            return self._run(call, scope, args)
+            return self._run(call, scope, args, world, lenient)
         self._forget_what_is_stale()
         _running.root, outer = self, _running.root
         try:
-            return self._run(call, scope, args)
+            return self._run(call, scope, args, world, lenient)
         finally:
             _running.root = outer
 
@@ -93,20 +108,56 @@ class Plan:
         self._sources = [s for plan in self._tree for layer in plan.layers for s in layer.sources]
         self._origin = None
         tell_of_steps(self)
+        self._look_at_formats()
+        for forwards in self.forwards.values():
+            self.calls |= forwards.lay_out()
+        vars(vars(scope)[STEPS]).update(self.calls)
 
-    def _run(self, call: Call, scope: nn.Module, args: tuple[Any, ...]) -> Any:
-        straight = self._straight.get(call)
-        if straight is None or not args[0].is_cpu or torch.compiler.is_exporting():
-            return self.forwards[call](scope, *args)
+    def takes_loose(self) -> bool:
+        """Whether it can be called with a tensor in whatever format, and returns one so."""
+        forwards = self.forwards.get(Call(1))
+        return forwards is not None and forwards.variant("contiguous", True).returns_loose
+
+    def _look_at_formats(self) -> None:
+        """Which memory format eager's convolutions take from their weights."""
+        own = {
+            plan: any(
+                type(weight) is nn.Parameter and suggests_channels_last(weight)
+                for layer in plan.layers
+                if (weight := layer.conv._parameters.get("weight")) is not None
+            )
+            for plan in self._tree
+        }
+        for plan in self._tree:
+            plan._has_channels_last = any(own.get(within, False) for within in plan._tree)
+
+    def _run(
+        self,
+        call: Call,
+        scope: nn.Module,
+        args: tuple[Any, ...],
+        world: World | None,
+        lenient: bool,
+    ) -> Any:
+        forwards = self.forwards[call]
+        if torch.compiler.is_exporting():
+            return forwards.variant("exported", False).forward(scope, *args)
+        if world is None:
+            world = forwards.world_of(args, self._has_channels_last)
+        world, forward, straight, *_ = forwards.variant(world, lenient)
+        if straight is None or not args[0].is_cpu:
+            return forward(scope, *args)
         x = args[0]
         signature = (x.shape, x.stride(), x.dtype, torch._C._is_any_autocast_enabled())
-        if self._passed.get(call) == signature:
+        way = (call, world, lenient)
+        if self._passed.get(way) == signature:
             return straight(scope, x)
-        self._passed.pop(call, None)  # the steps are about to be bound to this input's dtype
+        for other in [other for other in self._passed if other[0] == call]:
+            del self._passed[other]  # the steps are about to be bound to this input's dtype
         before = self._detours()
-        result = self.forwards[call](scope, x)
+        result = forward(scope, x)
         if self._detours() == before and not signature[-1]:
-            self._passed[call] = signature
+            self._passed[way] = signature
         return result
 
     def _detours(self) -> int:
@@ -165,6 +216,7 @@ class Plan:
                 else:
                     layer.forget_if_stale()
             plan._passed.clear()
+        self._look_at_formats()
 
     def suspect(self) -> None:
         """Has the next call look at every byte: something may have written to the weights."""

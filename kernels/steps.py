@@ -27,6 +27,13 @@ from resfuse.kernels.folded import (
 )
 from resfuse.kernels.folding import bn_scale_shift
 from resfuse.kernels.layers import geometry_of, slope_of
+from resfuse.kernels.layout import (
+    convolves_to_channels_last,
+    is_ambiguous,
+    laid_out,
+    strides_in,
+    suggests_channels_last,
+)
 from resfuse.kernels.match import Chain, Residual
 from resfuse.kernels.origin import Origin, is_plain, sources_of, tensors_of, why_not_followed
 from resfuse.kernels.problem import output_shape
@@ -41,6 +48,7 @@ class ConvStep:
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
         self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
+        self.adds_to = chain.adds_to
         self.geometry = geometry_of(self.conv)
         layers = (self.conv, self.norm, self.act)
         self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
@@ -72,6 +80,23 @@ class ConvStep:
             return self._packed(x, folded.packed, residual)
         self.detours += 1
         return self._decomposed(x, folded, residual)
+
+    def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        if torch.compiler.is_exporting() or not self.takes(autocast(x), residual):
+            return self(x, residual)
+        channels_last = convolves_to_channels_last(autocast(x), self.conv.weight)
+        shape = self._output_shape(x)
+        odd = residual is not None and (
+            residual.shape != shape or residual.stride() != strides_in(shape, channels_last)
+        )
+        if odd or (channels_last and is_ambiguous(shape)):
+            self.detours += 1
+            return self.by_layers(x, residual)
+        made = self(x, residual)
+        y = laid_out(made, channels_last)
+        self.detours += y is not made
+        return y
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """As the modules themselves compute it."""
@@ -176,7 +201,10 @@ class ConvStep:
         fresh = folded is not None and (self.fold.discarded or folded.is_fresh())
         if folded is None or folded.dtype != x.dtype or not fresh:
             return self.by_layers(x, residual)
-        return self._decomposed(x, folded, residual)
+        weight = folded.dense()
+        if not suggests_channels_last(self.conv.weight):  # formats go by the weight's
+            weight = weight.contiguous()
+        return self._decomposed(x, replace(folded, weight=weight), residual)
 
     def _decomposed(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
         """Convolution, add and activation in torch's own ops."""
@@ -202,6 +230,7 @@ class NormStep:
         self.name, self.norm, self.act = chain.name, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
         self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
+        self.adds_to = chain.adds_to
         self._sources = sources_of(self.norm)
         self._made: tuple[Origin, Tensor, Tensor] | None = None
 
@@ -220,6 +249,17 @@ class NormStep:
             slope=slope_of(self.act, x.shape[1]), residual_last=self.residual == "after",
         )  # fmt: skip
 
+    def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        if not x.is_cuda or torch.compiler.is_exporting():
+            return self(x, residual)
+        channels_last = suggests_channels_last(x)
+        if x.dim() != 4 or (
+            residual is not None and residual.stride() != strides_in(x.shape, channels_last)
+        ):
+            return self.by_layers(x, residual)
+        return laid_out(self(x, residual), channels_last)
+
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return _finish_by_layers(self, self.norm(x), residual)
 
@@ -235,6 +275,10 @@ class StemStep:
         """A run on a CPU, without the checks."""
         assert self.conv.straight is not None
         return self.pool(self.conv.straight(x))
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        return self.pool(self.conv.exact(x))
 
     def __call__(self, x: Tensor) -> Tensor:
         if not x.is_cuda or not self.conv.takes(autocast(x)):
@@ -260,6 +304,10 @@ class ProjectionStep:
         """A run on a CPU, without the checks."""
         assert self.conv.straight is not None and self.projection.straight is not None
         return self.conv.straight(x, self.projection.straight(shortcut))
+
+    def exact(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        return self.conv.exact(x, self.projection.exact(shortcut))
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
         both = self.conv.takes(autocast(x)) and self.projection.takes(autocast(shortcut))
@@ -304,18 +352,25 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def _finish(
-    y: Tensor, residual: Tensor | None, where: Residual, activation: str, slope: Slope
+    y: Tensor,
+    residual: Tensor | None,
+    where: Residual,
+    activation: str,
+    slope: Slope,
+    adds_to: bool = False,
 ) -> Tensor:
-    """Residual and activation, in torch's own ops."""
+    """Residual and activation, in torch's own ops, in the layers' order: strides go by it."""
     if residual is not None and where == "before":
-        y = y + residual
+        y = residual + y if adds_to else y + residual
     y = ACTIVATIONS[activation].forward(y, slope)
-    return y + residual if residual is not None and where == "after" else y
+    if residual is None or where != "after":
+        return y
+    return residual + y if adds_to else y + residual
 
 
 def _finish_by_layers(step: "ConvStep | NormStep", y: Tensor, residual: Tensor | None) -> Tensor:
     """The same after the norm itself has run, which may apply the activation already."""
     activation = "identity" if step.norm_activates else step.activation
     slope = slope_of(step.act, y.shape[1])
-    result = _finish(y, residual, step.residual, activation, slope)
+    result = _finish(y, residual, step.residual, activation, slope, step.adds_to)
     return result.to(y.dtype) if step.keeps_dtype else result
