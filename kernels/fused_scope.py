@@ -70,11 +70,12 @@ class FusedScope(nn.Module):
         require_weights(vars(self)[PLAN].has_discarded())
         state = {k: v for k, v in vars(self).items() if k not in _OURS}
         training = vars(self).get(TRAINING_PLAN)
-        left = vars(self)[PLAN].left, None if training is None else training.left
+        plan = vars(self)[PLAN]
+        left = plan.left, None if training is None else training.left, plan.frozen
         return _empty, (original_class(self), left), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        left, left_in_training = vars(self).pop(_LEFT)
+        left, left_in_training, frozen = vars(self).pop(_LEFT)
         super().__setstate__(state)
         self.__class__ = original_class(self)  # type: ignore[assignment]
         plan = make_plan(self, _reasons(self, left).get).plan or sequence_plan(self)
@@ -84,6 +85,7 @@ class FusedScope(nn.Module):
         elif plan is not None:
             attach(self, plan)
         if plan is not None:
+            plan.frozen = frozen
             plan.adopt(self)
 
 
@@ -148,7 +150,9 @@ def _forward_in(kind: type[nn.Module]) -> Forward:
     return forward
 
 
-def _empty(kind: type[nn.Module], left: tuple[dict[str, str], dict[str, str] | None]) -> nn.Module:
+def _empty(
+    kind: type[nn.Module], left: tuple[dict[str, str], dict[str, str] | None, bool]
+) -> nn.Module:
     fused = _fused_class(kind)
     scope = fused.__new__(fused)
     vars(scope)[_LEFT] = left

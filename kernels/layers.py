@@ -19,7 +19,8 @@ def copied(model: nn.Module) -> nn.Module:
     """A deep copy, but for what cannot be copied: the process groups of its SyncBatchNorms."""
     norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     groups = [norm.process_group for norm in norms if norm.process_group is not None]
-    return deepcopy(model, {id(group): group for group in groups})
+    with torch.inference_mode(False):  # nothing would count the writes to inference tensors
+        return deepcopy(model, {id(group): group for group in groups})
 
 
 def why_not_conv(conv: nn.Conv2d) -> str | None:

@@ -15,7 +15,9 @@ struct Watched {
   uint64_t digest;
 };
 
-static const uint64_t MIX = 0x9E3779B97F4A7C15ull;  // odd: multiplying is one to one
+static inline uint64_t mix(uint64_t mixed, uint64_t read) {
+  return (((mixed << 29) | (mixed >> 35)) ^ read) * 0x9E3779B97F4A7C15ull;  // one to one in each
+}
 
 static uint64_t digest_of_row(const unsigned char* start, long bytes) {
   typedef uint32_t Words __attribute__((vector_size(64)));
@@ -26,14 +28,15 @@ static uint64_t digest_of_row(const unsigned char* start, long bytes) {
     for (int i = 0; i < 4; ++i) {
       Words read;
       std::memcpy(&read, start + at + 64 * i, 64);
-      sums[i] = sums[i] * odd + read;
+      // rotated: a multiplication alone leaves the top bits, all signs, to cancel each other
+      sums[i] = (((sums[i] << 13) | (sums[i] >> 19)) ^ read) * odd;
     }
   }
   uint64_t mixed = bytes;
   for (int i = 0; i < 4; ++i) {
-    for (int lane = 0; lane < 16; ++lane) mixed = (mixed ^ sums[i][lane]) * MIX;
+    for (int lane = 0; lane < 16; ++lane) mixed = mix(mixed, sums[i][lane]);
   }
-  for (long at = whole; at < bytes; ++at) mixed = (mixed ^ start[at]) * MIX;
+  for (long at = whole; at < bytes; ++at) mixed = mix(mixed, start[at]);
   return mixed;
 }
 
@@ -43,7 +46,7 @@ static uint64_t digest_of_sample(const Watched& part) {
   for (long i = 0; i < part.count; ++i) {
     uint64_t read = 0;
     std::memcpy(&read, part.start + element * part.unit, part.unit);
-    mixed = (mixed ^ read) * MIX;
+    mixed = mix(mixed, read);
     element += part.step;
     if (element >= part.total) element -= part.total;
   }
