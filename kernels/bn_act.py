@@ -129,7 +129,7 @@ def launch(
 def shipped() -> Iterator[tuple[str, Launch]]:
     """Every configuration in each storage dtype on the join of pre-activation ResNet-200's first
     stage at batch 32."""
-    vector = torch.empty(256, device="meta")
+    vector = torch.empty(256, dtype=torch.float32, device="meta")
     for mode in ("ieee", "fp16", "bf16"):  # nothing is multiplied by a tensor core: no tf32
         like = torch.empty(0, dtype=MATH_MODES[mode][0], device="meta")
         x = empty_channels_last((32, 256, 56, 56), like)

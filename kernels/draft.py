@@ -11,14 +11,12 @@ from torch import nn
 from resfuse.kernels.effects import Effects, draws
 from resfuse.kernels.layers import is_norm
 from resfuse.kernels.match import LeftAlone, drop_idle, find_chains
-from resfuse.kernels.plan import Forward, Plan
+from resfuse.kernels.plan import Plan
 from resfuse.kernels.rewrite import (
     Folds,
-    compile_forward,
     overwrite_input,
     returns_a_step,
     rewrite,
-    straighten,
 )
 from resfuse.kernels.scope import (
     Call,
@@ -31,6 +29,7 @@ from resfuse.kernels.scope import (
     trace,
 )
 from resfuse.kernels.steps import StemStep, Step
+from resfuse.kernels.variants import Forwards, GraphForwards
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,7 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
     watched: set[str] = set()
     containers: set[str] = set()
     left: dict[str, str] = {}
-    forwards: dict[Call, Forward] = {}
-    straight: dict[Call, Forward] = {}
+    forwards: dict[Call, Forwards] = {}
     folds: Folds = {}
     fresh = False
     effects = Effects()
@@ -116,17 +114,15 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
         watched.update(name for chain in chains for name in chain.modules)
         pools = [step.pool for step in made.values() if isinstance(step, StemStep)]
         watched.update(name for name, module in scope.named_modules() if module in pools)
-        name = original_class(scope).__name__
-        forwards[call] = compile_forward(graph, name)
+        straight = call.arguments == 1 and not call.takes_list
+        forwards[call] = GraphForwards(graph, scope, made, straight)
         if call == Call(1):
             fresh = returns_a_step(graph, steps)
-        if call.arguments == 1 and not call.takes_list and straighten(graph, steps):
-            straight[call] = compile_forward(graph, name)
     if not steps:
         return Drafted(None, left, [])
     sequences = [scope.get_submodule(name) for name in containers]
     plan = Plan(
-        scope, forwards, steps, sorted(watched | containers), left, straight, returns_fresh=fresh,
+        scope, forwards, steps, sorted(watched | containers), left, returns_fresh=fresh,
         observed=effects.observed,
         children=[*sequences, scope] if isinstance(scope, nn.Sequential) else sequences,
     )  # fmt: skip

@@ -11,25 +11,27 @@ from torch.utils._python_dispatch import _disable_current_modes
 from resfuse.kernels import onednn
 from resfuse.kernels.activation import Slope
 from resfuse.kernels.folding import fold_conv_bn
+from resfuse.kernels.layers import slope_of
 from resfuse.kernels.native import packed as native
 from resfuse.kernels.native.packed import NativeConv
+from resfuse.kernels.origin import Origin, Source, tensors_of, why_not_followed
 
 Packed = onednn.PackedConv | NativeConv
-Source = tuple[dict[str, Any], str]  # where a layer keeps a tensor: its dict and the name in it
-Stamp = tuple[list[int], list[int]]  # addresses and versions
 
 
 @dataclass(frozen=True)
 class Folded:
     """What a convolution step computes with, and the state of the layers it was made from."""
 
-    made_from: list[Tensor]
-    stamp: Stamp
+    origin: Origin
     dtype: torch.dtype
     weight: Tensor | None  # [K, C / groups, R, S], channels_last; dropped once it is packed
     bias: Tensor  # [K]
     slope: Slope
     packed: Packed | None = None
+    # False where a scale is NaN or infinite: which values come out NaN then, and which infinite,
+    # depends on the order of the operations, so the layers have to compute them.
+    finite: bool = True
     launches: dict[Hashable, Any] = field(default_factory=dict, compare=False)  # prepared.py
 
     def dense(self) -> Tensor:
@@ -46,7 +48,7 @@ class Folded:
 
     def is_fresh(self) -> bool:
         """Whether what it was made from is as it was then."""
-        return stamp_of(self.made_from) == self.stamp
+        return self.origin.is_fresh()
 
 
 def pack(
@@ -84,25 +86,33 @@ def fold_layers(
     return weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype)
 
 
-def sources_of(layer: nn.Module) -> list[Source]:
-    """Where the tensors are that tell whether a layer has changed. torch's batch norm moves its
-    running statistics without counting their versions, but counts the batch."""
-    named: list[Source] = [(layer._parameters, name) for name in layer._parameters]
-    telling = ("running_mean", "running_var", "num_batches_tracked")
-    return named + [(layer._buffers, name) for name in layer._buffers if name in telling]
+def fold(
+    sources: list[Source],
+    conv: nn.Conv2d,
+    norm: nn.Module | None,
+    act: nn.Module | None,
+    dtype: torch.dtype,
+) -> Folded | None:
+    """Layers folded, or None where what they keep cannot be followed.
+
+    Args:
+        sources: of those layers.
+    """
+    if why_not_followed(sources) is not None or lacks_statistics(norm):
+        return None
+    origin = Origin(tensors_of(sources))  # before its tensors are read: a write in between is seen
+    with torch.no_grad():
+        weight, bias = fold_layers(conv, norm, dtype)
+        slope = slope_of(act, conv.out_channels)
+    finite = torch.compiler.is_compiling() or bool(
+        weight.isfinite().all() and bias.isfinite().all()
+    )
+    return Folded(origin, dtype, weight, bias, slope, finite=finite)
 
 
-def tensors_of(sources: list[Source]) -> list[Tensor]:
-    return [tensor for holder, name in sources if (tensor := holder[name]) is not None]
-
-
-def stamp_of(tensors: list[Tensor]) -> Stamp:
-    """Changes when a tensor is replaced, moved, or written to in place."""
-    try:
-        versions = [tensor._version for tensor in tensors]
-    except RuntimeError:  # inference tensors do not count their versions
-        versions = []
-    return [tensor.data_ptr() for tensor in tensors], versions
+def lacks_statistics(norm: nn.Module | None) -> bool:
+    """Whether a batch norm normalises with the batch's own statistics, having lost its others."""
+    return norm is not None and (norm.running_mean is None or norm.running_var is None)
 
 
 def require_weights(discarded: bool) -> None:
@@ -110,5 +120,6 @@ def require_weights(discarded: bool) -> None:
     if discarded:
         raise RuntimeError(
             "fuse(..., discard_weights=True) freed this model's own weights: it runs in eval mode, "
-            "without gradients, in the dtype and on the device it ran in first"
+            "without gradients, in the dtype and on the device it ran in first, and cannot be "
+            "saved, loaded, copied or moved"
         )

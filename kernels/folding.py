@@ -49,6 +49,15 @@ def bn_scale_shift(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale.to(dtype), shift.to(dtype)
 
 
+def _variance(running_var: Tensor, eps: float) -> Tensor:
+    """running_var + eps in fp64; where that cancels, as torch rounds it in fp32: a variance of
+    exactly -eps must divide by zero here, too."""
+    exact = running_var.double() + eps
+    dtype = torch.promote_types(running_var.dtype, torch.float32)
+    rounded = running_var.to(dtype) + eps
+    return torch.where(running_var > 0, exact, rounded.double())
+
+
 def _exact_scale_shift(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Both in fp64."""
     if bn.running_mean is None or bn.running_var is None:
@@ -56,7 +65,7 @@ def _exact_scale_shift(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
             "argument bn: no running statistics to fold; accepted: track_running_stats=True"
         )
     with torch.no_grad():
-        scale = (bn.running_var.double() + bn.eps).rsqrt()
+        scale = _variance(bn.running_var, bn.eps).rsqrt()
         if bn.weight is not None:
             scale = scale * bn.weight.double()
         shift = -bn.running_mean.double() * scale

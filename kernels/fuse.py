@@ -8,6 +8,7 @@ print(explain(model, images))
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -30,12 +31,23 @@ def fuse(
     inplace: bool = False,
     discard_weights: bool = False,
     training: bool = False,
+    weights: Literal["follow", "frozen"] = "follow",
 ) -> nn.Module:
     """Fuses every conv-BN(-activation)(-add) it understands; `explain` says which.
 
     The result has the parameters, buffers, names and hooks of `model`. In eval mode and without
     gradients it computes with folded weights, which follow the parameters when those change; in
-    training mode it does what `model` does, and with `training` does that fused, too.
+    training mode it does what `model` does, and with `training` does that fused, too. Answers lie
+    in memory as the model's do: contiguous or channels_last.
+
+    What is followed at once, on any device: writes that torch counts (in place, load_state_dict,
+    also under inference_mode), tensors that are replaced, moved or restrided, and steps of all
+    torch.optim optimizers. On a CPU also what torch does not count (`.data`, numpy, DLPack, another
+    process, statistics), by the bytes: tensors up to 16 KB and networks up to 1 MB in full, of
+    larger tensors a sample of 64 elements, and all bytes within 128 calls and at train(), eval(),
+    to() and load_state_dict(). So a write past torch's counts to a few elements of a large weight
+    may be followed up to 128 calls late; call eval() after it. On a GPU such writes are not seen
+    until then. Compiled and exported graphs hold the weights of the last eval() or fuse().
 
     Args:
         model: any module, on one device, of floating-point weights.
@@ -49,12 +61,16 @@ def fuse(
             precedes and follows it in training mode, as well. On a GPU our kernels compute that,
             statistics in float32 always, but have no second derivatives; on a CPU torch's do, in
             place where nobody can tell. Compiled models train on their layers.
+        weights: "follow" them, as above; or "frozen": nobody writes to them, as you promise, so a
+            call does not look. train(), eval(), to() and load_state_dict() still do.
 
     Raises:
         ValueError: `model` is no module, is on the meta device or on several, or has weights of a
-            dtype that no kernel computes in; `example` does not fit it; the answers differ; or
-            weights are to be discarded and trained.
+            dtype that no kernel computes in; `example` does not fit it; the answers differ;
+            weights are to be discarded and trained; or `weights` is neither of the two.
     """
+    if weights not in ("follow", "frozen"):
+        raise ValueError(f'argument weights: {weights!r}; accepted: "follow", "frozen"')
     _require_fusible(model)
     if training and discard_weights:
         raise ValueError("argument discard_weights: True with training=True; accepted: False")
@@ -73,6 +89,7 @@ def fuse(
             attach(scope, plan_of(scope) or empty_plan(scope), training_plan)
     for module in reversed(list(fused_model.modules())):  # the outermost plan comes last, and wins
         if (plan := plan_of(module)) is not None:
+            plan.frozen = weights == "frozen"
             plan.adopt(module)
     if example is not None:
         try:

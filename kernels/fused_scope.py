@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from copy import copy, deepcopy
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -24,7 +25,8 @@ from resfuse.kernels.training.draft import make_training_plan
 from resfuse.kernels.training.plan import TRAINING_PLAN, TRAINING_STEPS, TrainingPlan
 
 _LEFT = "_resfuse_left"
-Left = tuple[dict[str, str], dict[str, str] | None]  # reasons by layer, in eval and training mode
+# Reasons by layer, in eval mode and in training mode; and whether the weights are frozen.
+Left = tuple[dict[str, str], dict[str, str] | None, bool]
 
 
 class Steps:
@@ -39,16 +41,29 @@ class FusedScope(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
+        plan = vars(self)[PLAN]
+        plan.suspect()
         if not mode:
-            vars(self)[PLAN].fold_ahead()
+            plan.fold_ahead()
         elif TRAINING_PLAN in vars(self):
-            vars(self)[PLAN].forget_folded()
+            plan.forget_folded()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        require_weights(vars(self)[PLAN].has_discarded())
+        with torch.inference_mode(False):  # nothing would count the writes to inference tensors
+            super()._apply(fn, recurse)
+        vars(self)[PLAN].suspect()
         self._resfuse_fold_ahead()
         return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        require_weights(vars(self)[PLAN].has_discarded())
+        return super().load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        vars(self)[PLAN].suspect()
 
     def _resfuse_fold_ahead(self) -> None:
         """Folds, unless the weights are about to be trained: a copy of them would be no use."""
@@ -64,7 +79,8 @@ class FusedScope(nn.Module):
     def _resfuse_left(self) -> Left:
         """What was left alone, and why: a copy of a part cannot see the whole."""
         training = vars(self).get(TRAINING_PLAN)
-        return vars(self)[PLAN].left, None if training is None else training.left
+        plan = vars(self)[PLAN]
+        return plan.left, None if training is None else training.left, plan.frozen
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         left = vars(self).pop(_LEFT)
@@ -130,7 +146,7 @@ def _made_anew(make: Any, arguments: Any, training: bool, left: Left) -> nn.Modu
 
 def _attach_anew(scope: nn.Module, left: Left) -> nn.Module:
     """Gives a scope the plans that it had, made again."""
-    left_alone, left_in_training = left
+    left_alone, left_in_training, frozen = left
     scope.__class__ = original_class(scope)
     plan = make_plan(scope, _reasons(scope, left_alone).get).plan or sequence_plan(scope)
     if left_in_training is not None:
@@ -139,6 +155,7 @@ def _attach_anew(scope: nn.Module, left: Left) -> nn.Module:
     elif plan is not None:
         attach(scope, plan)
     if plan is not None:
+        plan.frozen = frozen
         plan.adopt(scope)
     return scope
 
@@ -151,7 +168,7 @@ def _reasons(scope: nn.Module, left: dict[str, str]) -> dict[nn.Module, str]:
 def attach(scope: nn.Module, plan: Plan, training: TrainingPlan | None = None) -> None:
     """Gives a scope a plan, and one for training mode."""
     vars(scope)[PLAN] = plan
-    vars(scope)[STEPS] = Steps(plan.steps)
+    vars(scope)[STEPS] = Steps(plan.steps | plan.calls)
     if training is not None:
         vars(scope)[TRAINING_PLAN] = training
         vars(scope)[TRAINING_STEPS] = Steps(training.steps)

@@ -6,19 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.kernels.activation import Slope
+from resfuse.kernels.folding import bn_scale_shift
 from resfuse.kernels.onednn import Geometry
 from resfuse.kernels.scope import has_hooks, original_class
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CONV_METHODS = ("forward", "_conv_forward", "__call__")
 FROZEN_NORMS = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision, detectron2; timm
+ACTIVATING_NORMS = ("BatchNormAct2d", "FrozenBatchNormAct2d")  # timm's, which apply self.act
 
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, but for what cannot be copied: the process groups of its SyncBatchNorms."""
     norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     groups = [norm.process_group for norm in norms if norm.process_group is not None]
-    twin = deepcopy(model, {id(group): group for group in groups})
+    with torch.inference_mode(False):  # nothing would count the writes to inference tensors
+        twin = deepcopy(model, {id(group): group for group in groups})
     for module, copy in zip(model.modules(), twin.modules(), strict=True):
         copy.training = module.training  # a copy of a GraphModule is always in training mode
     return twin
@@ -53,7 +56,38 @@ def why_not_norm(norm: nn.Module) -> str | None:
         return "its batch norm keeps no running statistics"
     if hasattr(norm, "parametrizations"):
         return "its batch norm is parametrized"
+    if not _computes_as_named(norm):
+        return f"its batch norm, {type(norm).__name__}, computes something of its own"
     return None
+
+
+@torch.no_grad()
+def _computes_as_named(norm: nn.Module) -> bool:
+    """Whether a norm that goes by its class's name computes what the class of that name does: many
+    projects have a FrozenBatchNorm2d of their own, with another eps or none. torch's are known."""
+    if _is_torchs(norm):
+        return True
+    eps, mean = getattr(norm, "eps", None), norm.running_mean
+    if not isinstance(eps, float | int) or not isinstance(mean, Tensor) or mean.dim() != 1:
+        return False
+    drop, act = getattr(norm, "drop", None), activation_in_norm(norm)
+    if isinstance(drop, nn.Module) and not skips_in_eval(drop):
+        return False
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(2, len(mean), 2, 3, generator=generator, dtype=torch.float64, device="cpu")
+    x = x.to(mean)
+    scale, shift = bn_scale_shift(norm)  # type: ignore[arg-type]
+    wide = x.double() * scale.double()[:, None, None] + shift.double()[:, None, None]
+    try:
+        expected = wide if act is None else act.forward(wide.clone().to(mean))
+        got = norm.forward(x.clone())
+    except Exception:  # foreign code may raise anything: then it is not what it is named after
+        return False
+    largest = wide.nan_to_num(0, 0, 0).abs().amax().item()
+    tolerance = 16 * torch.finfo(mean.dtype).eps * max(largest, 1e-30)
+    return got.shape == x.shape and torch.allclose(
+        got.double(), expected.double(), rtol=0, atol=tolerance, equal_nan=True
+    )
 
 
 def why_not_norm_in_training(norm: nn.Module) -> str | None:
@@ -96,17 +130,24 @@ def is_norm(module: nn.Module) -> bool:
     """True for a batch norm over images, frozen ones and timm's batch norm + activation too."""
     kind = original_class(module)
     if kind.__name__ in FROZEN_NORMS:
-        return _is_from(kind, "timm", "torchvision", "detectron2")
-    plain = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+        return True
     return isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and (
-        kind.forward in plain or (kind.__name__ == "BatchNormAct2d" and _is_from(kind, "timm"))
+        _is_torchs(module) or (kind.__name__ == "BatchNormAct2d" and _is_from(kind, "timm"))
     )
 
 
+def _is_torchs(norm: nn.Module) -> bool:
+    return original_class(norm).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+
+
 def activation_in_norm(norm: nn.Module) -> nn.Module | None:
-    """What timm's BatchNormAct2d applies after normalising."""
+    """The activation that the norm's own forward applies, as timm's do; None where it applies none:
+    torch's batch norm does not look at an attribute `act` that was given to it, and timm's
+    `apply_act=False` puts an Identity there."""
     act = getattr(norm, "act", None)
-    return act if isinstance(act, nn.Module) else None
+    if original_class(norm).__name__ not in ACTIVATING_NORMS or not isinstance(act, nn.Module):
+        return None
+    return None if type(act) is nn.Identity and not has_hooks(act) else act
 
 
 def differs_in_training(module: nn.Module) -> bool:

@@ -57,6 +57,8 @@ class Chain:
     act: nn.Module | None = None  # where the activation has a slope
     residual: Residual = "none"
     added: fx.Node | None = None
+    norm_activates: bool = False  # the norm's own forward applies the activation
+    adds_to: bool = False  # the residual stands first in the sum
     keeps_dtype: bool = False  # added in place: a wider residual does not widen the sum
     nodes: list[fx.Node] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)  # every module it stands for
@@ -186,7 +188,8 @@ class _Matcher:
     def _activation_inside(self, chain: Chain, norm: nn.Module) -> bool:
         """Takes over what the norm applies itself; False where the chain must end there."""
         act = activation_in_norm(norm)
-        if act is None or skips_in_eval(act):
+        if act is None:
+            self._watch_inside(chain, norm)
             return True
         name = activation_of(act)
         if name is None:  # an activation we cannot compute: then the norm is not a plain norm
@@ -194,8 +197,14 @@ class _Matcher:
             chain.modules.pop()
             chain.norm = None
             return False
-        chain.activation, chain.act = name, act
+        chain.activation, chain.act, chain.norm_activates = name, act, True
+        self._watch_inside(chain, norm)
         return False
+
+    def _watch_inside(self, chain: Chain, norm: nn.Module) -> None:
+        """What timm's norms have inside may be replaced, or given hooks, like any other layer."""
+        within = [name for name in ("drop", "act") if name in norm._modules]
+        chain.modules += [f"{chain.modules[-1]}.{name}" for name in within]
 
     def _tail(self, chain: Chain) -> None:
         """residual and activation, in either order."""
@@ -214,7 +223,7 @@ class _Matcher:
         written_to = node.target in _ADDS_IN_PLACE and added is left  # the residual itself
         if written_to and (added.op == "placeholder" or len(added.users) > 1):
             return
-        chain.added, chain.residual = added, where
+        chain.added, chain.residual, chain.adds_to = added, where, added is left
         chain.keeps_dtype = node.target in _ADDS_IN_PLACE and left is chain.end
         self._take(chain, node)
 

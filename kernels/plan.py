@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,19 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from resfuse.kernels.folded import Stamp, stamp_of, tensors_of
 from resfuse.kernels.guards import Guards
 from resfuse.kernels.layers import differs_in_training
+from resfuse.kernels.layout import World, suggests_channels_last
 from resfuse.kernels.observe import Observed
+from resfuse.kernels.optimizer_steps import tell_of_steps
+from resfuse.kernels.origin import Origin, is_plain, tensors_of
 from resfuse.kernels.scope import Call
 from resfuse.kernels.steps import Step, convolutions
 
+if TYPE_CHECKING:
+    from resfuse.kernels.variants import Forwards
+
+STEPS = "_resfuse_steps"  # the attribute of a fused scope that holds its steps
 PLAN = "_resfuse_plan"  # the attribute of a fused scope that holds its plan
 NOT_RUN = object()
 
@@ -37,11 +43,10 @@ class Plan:
     def __init__(
         self,
         scope: nn.Module,
-        forwards: dict[Call, Forward],
+        forwards: "dict[Call, Forwards]",
         steps: dict[str, Step],
         watched: list[str],
         left: dict[str, str],
-        straight: dict[Call, Forward] | None = None,
         *,
         returns_fresh: bool = False,
         observed: Observed | None = None,
@@ -49,8 +54,9 @@ class Plan:
     ) -> None:
         self._scope = weakref.ref(scope)
         self.forwards, self.steps, self.left = forwards, steps, left
-        self._straight = straight or {}  # the same forwards without the steps' own checks
-        self._passed: dict[Call, Signature] = {}  # what went through with all checks last
+        self.calls: dict[str, Any] = {}  # of fused children, by attribute: see variants.py
+        self._has_channels_last = False  # a weight of this scope, or of one within it
+        self._passed: dict[Any, Signature] = {}  # what went through with all checks last
         self.returns_fresh = returns_fresh  # the output is nobody else's
         every = [layer for step in steps.values() for layer in convolutions(step)]
         self.layers = list({layer.fold: layer for layer in every}.values())
@@ -58,7 +64,9 @@ class Plan:
         self._tree: list[Plan] = [self]  # of the scope and all scopes in it
         self._root = self
         self._sources = [source for layer in self.layers for source in layer.sources]
-        self._stamp: Stamp = ([], [])
+        self._origin: Origin | None = None  # of those sources, when they were looked at last
+        self._suspect = False  # something has happened since that may have written to weights
+        self.frozen = False  # a call need not look at them: nobody writes to them, as was promised
         places = [watch(scope, name) for name in watched]
         self._layers = [layer for *_, layer in places]
         self._guards = Guards(
@@ -73,22 +81,32 @@ class Plan:
         self._parameters = [(m._parameters, name) for m in self._layers for name in m._parameters]
 
     def run(
-        self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], owns: bool = False
+        self,
+        scope: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        owns: bool = False,
+        world: World | None = None,
+        *,
+        lenient: bool = False,
     ) -> Any:
         """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
 
         Args:
             owns: the caller gives its argument away, which may be written over.
+            world: where the caller knows which memory format eager's argument would have; else the
+                arguments lie as eager's do.
+            lenient: the argument need not lie so, nor need the result.
         """
         call = self._call(args, kwargs, owns)
         if call is None or self._scope() is not scope:
             return NOT_RUN
         if _running.root is self._root or torch.compiler.is_compiling():
-            return self._run(call, scope, args)
+            return self._run(call, scope, args, world, lenient)
         self._forget_what_is_stale()
         _running.root, outer = self, _running.root
         try:
-            return self._run(call, scope, args)
+            return self._run(call, scope, args, world, lenient)
         finally:
             _running.root = outer
 
@@ -102,28 +120,65 @@ class Plan:
         for plan in self._tree:
             plan._root = self
         self._sources = [s for plan in self._tree for layer in plan.layers for s in layer.sources]
-        self._stamp = ([], [])
+        self._origin = None
+        tell_of_steps(self)
+        self._look_at_formats()
+        for forwards in self.forwards.values():
+            self.calls |= forwards.lay_out()
+        vars(vars(scope)[STEPS]).update(self.calls)
 
-    def _run(self, call: Call, scope: nn.Module, args: tuple[Any, ...]) -> Any:
-        straight = self._straight.get(call)
-        if straight is None or not args[0].is_cpu or torch.compiler.is_exporting():
-            return self.forwards[call](scope, *args)
+    def takes_loose(self) -> bool:
+        """Whether it can be called with a tensor in whatever format, and returns one so."""
+        forwards = self.forwards.get(Call(1))
+        return forwards is not None and forwards.variant("contiguous", True).returns_loose
+
+    def _look_at_formats(self) -> None:
+        """Which memory format eager's convolutions take from their weights."""
+        own = {
+            plan: any(
+                type(weight) is nn.Parameter and suggests_channels_last(weight)
+                for layer in plan.layers
+                if (weight := layer.conv._parameters.get("weight")) is not None
+            )
+            for plan in self._tree
+        }
+        for plan in self._tree:
+            plan._has_channels_last = any(own.get(within, False) for within in plan._tree)
+
+    def _run(
+        self,
+        call: Call,
+        scope: nn.Module,
+        args: tuple[Any, ...],
+        world: World | None,
+        lenient: bool,
+    ) -> Any:
+        forwards = self.forwards[call]
+        if torch.compiler.is_exporting():
+            return forwards.variant("exported", False).forward(scope, *args)
+        if world is None:
+            world = forwards.world_of(args, self._has_channels_last)
+        world, forward, straight, *_ = forwards.variant(world, lenient)
+        if straight is None or not args[0].is_cpu:
+            return forward(scope, *args)
         x = args[0]
         signature = (x.shape, x.stride(), x.dtype, torch._C._is_any_autocast_enabled())
-        if self._passed.get(call) == signature:
+        way = (call, world, lenient)
+        if self._passed.get(way) == signature:
             return straight(scope, x)
-        self._passed.pop(call, None)  # the steps are about to be bound to this input's dtype
+        for other in [other for other in self._passed if other[0] == call]:
+            del self._passed[other]  # the steps are about to be bound to this input's dtype
         before = self._detours()
-        result = self.forwards[call](scope, x)
+        result = forward(scope, x)
         if self._detours() == before and not signature[-1]:
-            self._passed[call] = signature
+            self._passed[way] = signature
         return result
 
     def _detours(self) -> int:
         return sum(layer.detours for layer in self._every)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], owns: bool) -> Call | None:
-        if kwargs or not args or not (are_plain(args) or _are_traced(args)):
+        if kwargs or not args or not (_are_traced(args) or are_plain(args)):
             return None
         call = Call(len(args), isinstance(args[0], list), owns)
         if owns and call not in self.forwards:
@@ -141,17 +196,63 @@ class Plan:
         return call
 
     def _forget_what_is_stale(self) -> None:
-        stamp = stamp_of(tensors_of(self._sources))
-        if stamp != self._stamp:
-            for plan in self._tree:
-                for layer in plan.layers:
+        origin, looks_closely = self._origin, self._suspect
+        if origin is not None and not looks_closely and self.frozen:
+            return
+        tensors = tensors_of(self._sources)
+        if origin is not None and origin.is_where_it_was(tensors):
+            readable = not looks_closely or origin.is_readable
+            same = origin.is_unchanged() if looks_closely else origin.seems_unchanged()
+            if same and readable:
+                self._suspect = False
+                return
+        self._look_at_every_layer(tensors)
+
+    def _look_at_every_layer(self, tensors: list[Tensor]) -> None:
+        """Forgets what is stale, layer by layer, and remembers what there is now."""
+        suspect, self._suspect = self._suspect, False
+        try:
+            self._origin = Origin(tensors)  # first: writes from now on are seen at the next call
+        except (RuntimeError, TypeError):  # something that is not memory: look again at every call
+            self._origin = None
+        for plan in self._tree:
+            for layer in plan.layers:
+                if suspect and not layer.is_readable():
+                    layer.forget()
+                else:
                     layer.forget_if_stale()
+            plan._passed.clear()
+        self._look_at_formats()
+
+    def suspect(self) -> None:
+        """Has the next call look at every byte: something may have written to the weights."""
+        for plan in self._root._tree:
+            plan._suspect = True
+
+    def forget_parameters(self, owned: set[int]) -> None:
+        """Forgets what was folded from parameters that an optimizer has just written to.
+
+        Args:
+            owned: their ids.
+        """
+        if self._root is not self:  # which is told, too
+            return
+        stepped = [
+            layer
+            for plan in self._tree
+            for layer in plan.layers
+            if any(id(tensor) in owned for tensor in tensors_of(layer.sources))
+        ]
+        for layer in stepped:
+            layer.forget()
+        if stepped:
+            for plan in self._tree:
+                plan._origin = None
                 plan._passed.clear()
-            self._stamp = stamp
 
     def has_discarded(self) -> bool:
-        """Whether a layer has lost its own weight."""
-        return any(layer.fold.discarded for layer in self.layers)
+        """Whether a layer, of the scope or of one within it, has lost its own weight."""
+        return any(layer.fold.discarded for plan in self._tree for layer in plan.layers)
 
     def discard_weights(self) -> None:
         """Frees the weight of every layer when it runs next, folded and laid out."""
@@ -160,19 +261,24 @@ class Plan:
         self._passed.clear()
 
     def fold_ahead(self) -> None:
-        """Folds what is not folded, for a graph compiled or exported next, which cannot."""
-        self._forget_what_is_stale()
-        for layer in self.layers:
-            weight = layer.conv._parameters["weight"]
-            if weight is not None:
-                layer.folded(weight.dtype)
+        """Folds what is not folded, for a graph compiled or exported next, which cannot.
+
+        The outermost scope looks after all within it.
+        """
+        if self._root is self:
+            self._forget_what_is_stale()
+        for plan in self._tree if self._root is self else [self]:
+            for layer in plan.layers:
+                weight = layer.conv._parameters.get("weight")
+                if isinstance(weight, nn.Parameter):
+                    layer.folded(weight.dtype)
 
     def forget_folded(self) -> None:
         """Frees what was folded: weights about to be trained would make it stale."""
         for layer in self._every:
             layer.forget()
         self._passed.clear()
-        self._stamp = ([], [])
+        self._origin = None
 
     def _needs_gradients(self, args: tuple[Any, ...]) -> bool:
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -220,18 +326,17 @@ def _functions_are_overridden() -> bool:
 
 
 def are_plain(args: tuple[Any, ...]) -> bool:
-    """Whether a graph of tensor operations takes the arguments: tensors of no subclass, but the
-    first may be a list of them.
+    """Whether a graph of tensor operations takes the arguments: tensors that are memory and nothing
+    else, but the first may be a list of them.
     """
     first, *others = args
-    if type(first) is list:
-        others += first
-    elif type(first) not in _PLAIN:
-        return False
-    return all(type(one) in _PLAIN for one in others)
+    several = type(first) is list
+    return all(
+        isinstance(one, Tensor) and is_plain(one)
+        for one in [*(first if several else (first,)), *others]
+    )
 
 
-_PLAIN = (Tensor, nn.Parameter)
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
     torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,

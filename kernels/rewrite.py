@@ -7,11 +7,10 @@ from torch import nn
 
 from resfuse.kernels.folded import Fold
 from resfuse.kernels.match import Chain
-from resfuse.kernels.plan import Forward
+from resfuse.kernels.plan import STEPS, Forward
 from resfuse.kernels.scope import has_hooks
 from resfuse.kernels.steps import ConvStep, NormStep, ProjectionStep, StemStep, Step
 
-STEPS = "_resfuse_steps"  # the attribute of a fused scope that holds its steps
 Folds = dict[tuple[nn.Module, nn.Module | None], Fold]  # of a convolution and its batch norm
 
 
@@ -41,7 +40,6 @@ def rewrite(
             nodes[node] = ConvStep(chain, fold)
     _merge_projections(graph, nodes)
     _merge_stem(graph, scope, nodes)
-    loosen_views(graph)
     return {attribute_of(node): step for node, step in nodes.items()}
 
 

@@ -22,16 +22,21 @@ from resfuse.kernels.folded import (
     Fold,
     Folded,
     Packed,
-    Stamp,
-    fold_layers,
+    fold,
+    lacks_statistics,
     require_weights,
-    sources_of,
-    stamp_of,
-    tensors_of,
 )
 from resfuse.kernels.folding import bn_scale_shift
 from resfuse.kernels.layers import geometry_of, slope_of
+from resfuse.kernels.layout import (
+    convolves_to_channels_last,
+    is_ambiguous,
+    laid_out,
+    strides_in,
+    suggests_channels_last,
+)
 from resfuse.kernels.match import Chain, Residual
+from resfuse.kernels.origin import Origin, is_plain, sources_of, tensors_of, why_not_followed
 from resfuse.kernels.problem import output_shape
 from resfuse.kernels.signature import is_unseen, signature_of
 
@@ -44,7 +49,8 @@ class ConvStep:
         self.chain = chain.summary()
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
-        self.keeps_dtype = chain.keeps_dtype
+        self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
+        self.adds_to = chain.adds_to
         self.geometry = geometry_of(self.conv)
         layers = (self.conv, self.norm, self.act)
         self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
@@ -67,9 +73,12 @@ class ConvStep:
         if not self.takes(x, residual):
             self.detours += 1
             return self.by_layers(x, residual)
-        if x.is_cuda:
-            return self._on_gpu(x, self.laid_out(x.dtype), residual)
         folded = self.folded(x.dtype)
+        if folded is None or not folded.finite:
+            self.detours += 1
+            return self.by_layers(x, residual)
+        if x.is_cuda:
+            return self._on_gpu(x, self.folded_for_gpu(x.dtype), residual)
         if folded.packed is None and x.is_cpu and onednn.supports(x.dtype):
             folded = self.fold.made = folded.pack(self.geometry, self.activation, x)
         if folded.packed is not None:
@@ -77,6 +86,23 @@ class ConvStep:
             return self._packed(x, folded.packed, residual)
         self.detours += 1
         return self._decomposed(x, folded, residual)
+
+    def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        if torch.compiler.is_exporting() or not self.takes(autocast(x), residual):
+            return self(x, residual)
+        channels_last = convolves_to_channels_last(autocast(x), self.conv.weight)
+        shape = self._output_shape(x)
+        odd = residual is not None and (
+            residual.shape != shape or residual.stride() != strides_in(shape, channels_last)
+        )
+        if odd or (channels_last and is_ambiguous(shape)):
+            self.detours += 1
+            return self.by_layers(x, residual)
+        made = self(x, residual)
+        y = laid_out(made, channels_last)
+        self.detours += y is not made
+        return y
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """As the modules themselves compute it."""
@@ -86,21 +112,19 @@ class ConvStep:
             y = self.norm(y)
         return _finish_by_layers(self, y, residual)
 
-    def folded(self, dtype: torch.dtype) -> Folded:
-        """The folded layers in that dtype; `forget_if_stale` sees to it that they are fresh."""
+    def folded(self, dtype: torch.dtype) -> Folded | None:
+        """The folded layers in that dtype, None where they cannot be folded; `forget_if_stale` sees
+        to it that they are fresh."""
         folded = self.fold.made
         if folded is None or (folded.dtype != dtype and not self.fold.discarded):
-            tensors = tensors_of(self.sources)
-            stamp = stamp_of(tensors)
-            with torch.no_grad():
-                weight, bias = fold_layers(self.conv, self.norm, dtype)
-                slope = slope_of(self.act, self.conv.out_channels)
-            folded = self.fold.made = Folded(tensors, stamp, dtype, weight, bias, slope)
-        return folded
+            self.fold.made = fold(self.sources, self.conv, self.norm, self.act, dtype)
+        return self.fold.made
 
-    def laid_out(self, dtype: torch.dtype) -> Folded:
-        """The same for a run on a GPU, where what is folded lies as kernels read it."""
+    def folded_for_gpu(self, dtype: torch.dtype) -> Folded:
+        """The same for a run on a GPU of layers that can be folded; what is folded lies as kernels
+        read it."""
         folded = self.folded(dtype)
+        assert folded is not None
         if torch.compiler.is_compiling():  # a graph cannot take a layer's weight away
             return folded
         self._discard_weight()
@@ -108,12 +132,22 @@ class ConvStep:
         return self.fold.made
 
     def forget_if_stale(self) -> None:
-        """Forgets what was folded from tensors that have changed."""
+        """Forgets what was folded from tensors that have changed.
+
+        Raises:
+            RuntimeError: they have, and the weight that it takes to fold again was discarded.
+        """
         made = self.fold.made
-        if made is None or self.fold.discarded:
+        if made is None:
             return
-        if stamp_of(tensors_of(self.sources)) != made.stamp:
-            self.fold.made = None
+        if made.origin.is_where_it_was(tensors_of(self.sources)) and made.origin.is_unchanged():
+            return
+        require_weights(self.fold.discarded)
+        self.fold.made = None
+
+    def is_readable(self) -> bool:
+        """Whether all that was folded lies where every byte of it can be looked at."""
+        return self.fold.made is None or self.fold.made.origin.is_readable
 
     def forget(self) -> None:
         """Forgets what was folded, and how it was run."""
@@ -129,15 +163,19 @@ class ConvStep:
         weight = self.conv._parameters["weight"]
         assert weight is not None
         self.conv._parameters["weight"] = nn.Parameter(weight.detach().to("meta"), False)
-        self.fold.made = replace(self.fold.made, made_from=[])
+        self.conv.register_state_dict_pre_hook(_refuse)
+        self.conv.register_load_state_dict_pre_hook(_refuse)
+        self.fold.made = replace(self.fold.made, origin=Origin(tensors_of(self.sources)))
         self.fold.discarded = True
 
     def takes(self, x: Tensor, residual: Tensor | None = None) -> bool:
         """Whether the layers' own checks would pass: then none of them is asked."""
-        weight = self.conv._parameters["weight"]
-        assert weight is not None
+        weight = self.conv._parameters.get("weight")
         return (
-            x.dim() == 4
+            type(weight) is nn.Parameter
+            and is_plain(x)
+            and (residual is None or is_plain(residual))
+            and x.dim() == 4
             and x.size(1) == self.conv.in_channels
             and (x.device == weight.device or self.fold.discarded)
             and (x.dtype == weight.dtype or torch._C._is_any_autocast_enabled())
@@ -190,7 +228,10 @@ class ConvStep:
         fresh = folded is not None and (self.fold.discarded or folded.is_fresh())
         if folded is None or folded.dtype != x.dtype or not fresh:
             return self.by_layers(x, residual)
-        return self._decomposed(x, folded, residual)
+        weight = folded.dense()
+        if not suggests_channels_last(self.conv.weight):  # formats go by the weight's
+            weight = weight.contiguous()
+        return self._decomposed(x, replace(folded, weight=weight), residual)
 
     def _decomposed(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
         """Convolution, add and activation in torch's own ops."""
@@ -215,9 +256,10 @@ class NormStep:
         self.chain = chain.summary()
         self.name, self.norm, self.act = chain.name, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
-        self.keeps_dtype = chain.keeps_dtype
+        self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
+        self.adds_to = chain.adds_to
         self._sources = sources_of(self.norm)
-        self._made: tuple[Stamp, Tensor, Tensor] | None = None
+        self._made: tuple[Origin, Tensor, Tensor] | None = None
         self._launches: dict[Any, Any] = {}  # of what was made (prepared.py)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -226,9 +268,11 @@ class NormStep:
         from resfuse.kernels.bn_act import bn_act, launch_of
         from resfuse.kernels.prepared import launched
 
-        stamp = stamp_of(tensors_of(self._sources))
-        if self._made is None or self._made[0] != stamp:
-            self._made = (stamp, *bn_scale_shift(self.norm))  # type: ignore[arg-type]
+        tensors = tensors_of(self._sources)
+        if self._made is None or not self._made[0].is_where_it_was(tensors):
+            if lacks_statistics(self.norm) or why_not_followed(self._sources) is not None:
+                return self.by_layers(x, residual)
+            self._made = (Origin(tensors), *bn_scale_shift(self.norm))  # type: ignore[arg-type]
             self._launches = {}
         _, scale, shift = self._made
         slope = slope_of(self.act, x.shape[1])
@@ -244,6 +288,17 @@ class NormStep:
             self._launches, (slope, *signature_of(x, residual)), x, residual,
             lambda: launch_of(x, scale, shift, residual, **settings),
         )  # fmt: skip
+
+    def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        if not x.is_cuda or torch.compiler.is_exporting():
+            return self(x, residual)
+        channels_last = suggests_channels_last(x)
+        if x.dim() != 4 or (
+            residual is not None and residual.stride() != strides_in(x.shape, channels_last)
+        ):
+            return self.by_layers(x, residual)
+        return laid_out(self(x, residual), channels_last)
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return _finish_by_layers(self, self.norm(x), residual)
@@ -262,6 +317,10 @@ class StemStep:
         assert self.conv.straight is not None
         return self.pool(self.conv.straight(x))
 
+    def exact(self, x: Tensor) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        return self.pool(self.conv.exact(x))
+
     def __call__(self, x: Tensor) -> Tensor:
         if not x.is_cuda or not self.conv.takes(autocast(x)):
             return self.pool(self.conv(x))
@@ -269,7 +328,10 @@ class StemStep:
         from resfuse.kernels.stem import launch_of, stem
 
         x = autocast(x)
-        folded = self.conv.laid_out(x.dtype)
+        folded = self.conv.folded(x.dtype)
+        if folded is None or not folded.finite:
+            return self.pool(self.conv(x))
+        folded = self.conv.folded_for_gpu(x.dtype)
         if not is_unseen(x, None):
             return stem(x, folded.dense(), folded.bias)
         x = channels_last(x)
@@ -293,6 +355,10 @@ class ProjectionStep:
         assert self.conv.straight is not None and self.projection.straight is not None
         return self.conv.straight(x, self.projection.straight(shortcut))
 
+    def exact(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        return self.conv.exact(x, self.projection.exact(shortcut))
+
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
         both = self.conv.takes(autocast(x)) and self.projection.takes(autocast(shortcut))
         if not x.is_cuda or not both:
@@ -301,7 +367,11 @@ class ProjectionStep:
         from resfuse.kernels.prepared import launched
 
         x, shortcut = autocast(x), autocast(shortcut)
-        main, side = self.conv.laid_out(x.dtype), self.projection.laid_out(shortcut.dtype)
+        folded = self.conv.folded(x.dtype), self.projection.folded(shortcut.dtype)
+        if any(one is None or not one.finite for one in folded):
+            return self.conv(x, self.projection(shortcut))
+        main = self.conv.folded_for_gpu(x.dtype)
+        side = self.projection.folded_for_gpu(shortcut.dtype)
         stride, activation = self.projection.geometry.stride, self.conv.activation
         if not is_unseen(x, shortcut):
             return conv1x1(
@@ -337,6 +407,11 @@ def convolutions(step: Step) -> list[ConvStep]:
     return [step.conv] if isinstance(step, StemStep) else []
 
 
+def _refuse(*_: Any) -> None:
+    """What a layer without a weight has to say to checkpoints."""
+    require_weights(True)
+
+
 def autocast(x: Tensor) -> Tensor:
     """As autocast would hand `x` to a convolution; differentiable."""
     if not torch._C._is_any_autocast_enabled():
@@ -346,19 +421,25 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def _finish(
-    y: Tensor, residual: Tensor | None, where: Residual, activation: str, slope: Slope
+    y: Tensor,
+    residual: Tensor | None,
+    where: Residual,
+    activation: str,
+    slope: Slope,
+    adds_to: bool = False,
 ) -> Tensor:
-    """Residual and activation, in torch's own ops."""
+    """Residual and activation, in torch's own ops, in the layers' order: strides go by it."""
     if residual is not None and where == "before":
-        y = y + residual
+        y = residual + y if adds_to else y + residual
     y = ACTIVATIONS[activation].forward(y, slope)
-    return y + residual if residual is not None and where == "after" else y
+    if residual is None or where != "after":
+        return y
+    return residual + y if adds_to else y + residual
 
 
 def _finish_by_layers(step: "ConvStep | NormStep", y: Tensor, residual: Tensor | None) -> Tensor:
     """The same after the norm itself has run, which may apply the activation already."""
-    done = step.norm is not None and isinstance(getattr(step.norm, "act", None), nn.Module)
-    activation = "identity" if done else step.activation
+    activation = "identity" if step.norm_activates else step.activation
     slope = slope_of(step.act, y.shape[1])
-    result = _finish(y, residual, step.residual, activation, slope)
+    result = _finish(y, residual, step.residual, activation, slope, step.adds_to)
     return result.to(y.dtype) if step.keeps_dtype else result

@@ -48,13 +48,16 @@ class Ceilings:
 
 
 def _multiply(device: torch.device, dtype: torch.dtype) -> float:
-    a, b = (torch.randn(_SIDE[device.type], _SIDE[device.type], device=device) for _ in range(2))
+    a, b = (
+        torch.randn(_SIDE[device.type], _SIDE[device.type], dtype=torch.float32, device=device)
+        for _ in range(2)
+    )
     a, b = a.to(dtype), b.to(dtype)
     return _least(lambda: torch.mm(a, b), device)
 
 
 def _copy(device: torch.device) -> float:
-    a = torch.ones(_BYTES[device.type] // 4, device=device)
+    a = torch.ones(_BYTES[device.type] // 4, dtype=torch.float32, device=device)
     b = torch.empty_like(a)
     return _least(lambda: b.copy_(a), device)
 

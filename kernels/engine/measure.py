@@ -74,7 +74,9 @@ class Measurer:
         self._arena = any(TACTICS[name].in_arena for name in tactics)
         self._graph, self._state, self._device, self._cache = graph, state, device, cache
         self.measured = 0  # how many were not in the cache
-        self._swept = torch.zeros(_SWEPT_BYTES[device.type] // 4, device=device)
+        self._swept = torch.zeros(
+            _SWEPT_BYTES[device.type] // 4, dtype=torch.float32, device=device
+        )
         self._warmth = warmth_of(graph, state, device)
         self._copied: tuple[frozenset[str], list[tuple[dict[str, Tensor], Laid]]] | None = None
         self._least: dict[str, float] = {}
@@ -347,7 +349,9 @@ def _random(value: Value, generator: torch.Generator) -> Tensor:
     device = generator.device
     if not value.dtype.is_floating_point:
         return torch.ones(value.shape, dtype=value.dtype, device=device)
-    x = torch.randn(value.shape, generator=generator, device=device).to(value.dtype)
+    x = torch.randn(value.shape, generator=generator, dtype=torch.float32, device=device).to(
+        value.dtype
+    )
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 

@@ -143,8 +143,8 @@ def _nearest(read: Captured, node: fx.Node) -> bool:
     if not read.is_map(x) or len(x.meta["val"].shape) != 4 or node.kwargs:
         return False
     h, w = x.meta["val"].shape[2:]
-    rows = torch.arange(h).float()[:, None].expand(1, 1, h, w)
-    columns = torch.arange(w).float().expand(1, 1, h, w)
+    rows = torch.arange(h, dtype=torch.float32, device="cpu")[:, None].expand(1, 1, h, w)
+    columns = torch.arange(w, dtype=torch.float32, device="cpu").expand(1, 1, h, w)
     picked = node.target(rows, *how)[0, 0, :, 0], node.target(columns, *how)[0, 0, 0]  # type: ignore[operator]
     of_rows, of_columns = (tuple(map(int, each.tolist())) for each in picked)
     read.add(node, Pick(of_rows, of_columns), x)

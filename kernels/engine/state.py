@@ -28,7 +28,8 @@ def scale_and_shift(
 ) -> tuple[Tensor, Tensor]:
     """Both [C]; one and zero without a batch norm."""
     if op.norm is None:
-        return torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
+        zeros = torch.zeros(channels, dtype=dtype, device="cpu")
+        return torch.ones_like(zeros), zeros
     scale, shift = _exact(op.norm, state)
     return scale.to(dtype), shift.to(dtype)
 

@@ -16,6 +16,7 @@ from resfuse.kernels.native.library import why_unavailable
 from resfuse.kernels.native.step import ACTIVATIONS, Step, lanes, runner, threads
 from resfuse.kernels.native.weights import direct_from, direct_weights, per_channel, slopes
 from resfuse.kernels.onednn import Geometry
+from resfuse.kernels.origin import is_plain
 from resfuse.kernels.problem import ConvProblem
 
 
@@ -32,12 +33,12 @@ class _Workspace(threading.local):
     """Scratch memory of a calling thread, for whichever convolution it runs: one at a time."""
 
     def __init__(self) -> None:
-        self._held = torch.empty(0)
+        self._held = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def of(self, floats: int) -> int:
         """The address of so many floats."""
         if floats > self._held.numel():
-            self._held = torch.empty(floats)
+            self._held = torch.empty(floats, dtype=torch.float32, device="cpu")
         return self._held.data_ptr()
 
 
@@ -48,6 +49,9 @@ class NativeConv:
     """act(conv(x) + bias + residual): x [N, C, H, W] of any format -> [N, K, P, Q], channels_last.
 
     Any number of threads may call it; each has memory of its own for sums.
+
+    Raises:
+        ValueError: at a call: x is no plain float32 tensor [N, C, H, W] in the CPU's memory.
 
     Args:
         weight: [K, C, R, S], float32; not kept.
@@ -69,31 +73,56 @@ class NativeConv:
         self._here = threading.local()
 
     def __call__(self, x: Tensor) -> Tensor:
+        self._require(x)
+        return self._computed(x)
+
+    def add(self, x: Tensor, residual: Tensor, overwrite: bool = False) -> Tensor:
+        """With a residual of the output's shape, written over it if `overwrite`.
+
+        Raises:
+            ValueError: an argument is not what `__call__` takes, or the residual has another shape.
+        """
+        self._require(x)
+        _require_memory("residual", residual)
+        _, shape = self._step(x, True)
+        if residual.shape != shape:
+            raise ValueError(
+                f"argument residual: {list(residual.shape)}; accepted: the output's {list(shape)}"
+            )
+        return self._added(x, residual, overwrite)
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        """`self(x)`, without looking at what x is."""
+        return self._computed
+
+    def bound_add(self, overwrite: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """`self.add(x, residual, overwrite)` likewise."""
+        return lambda x, residual: self._added(x, residual, overwrite)
+
+    def _require(self, x: Tensor) -> None:
+        """What the native step cannot tell from an address."""
+        _require_memory("x", x)
+        if x.dim() != 4 or x.size(1) != self._shape[1] or x.numel() == 0:
+            wanted = f"[N, {self._shape[1]}, H, W], none of them 0"
+            raise ValueError(f"argument x: {list(x.shape)}; accepted: {wanted}")
+
+    def _computed(self, x: Tensor) -> Tensor:
         step, shape = self._step(x, False)
         x = _nhwc(x)
-        y = torch.empty(shape, memory_format=torch.channels_last)
+        y = _empty(shape)
         step.x, step.y = x.data_ptr(), y.data_ptr()
         step.scratch = _workspace.of(step.scratch_pitch * threads())
         self._run(step, 1, threads())
         return y
 
-    def add(self, x: Tensor, residual: Tensor, overwrite: bool = False) -> Tensor:
-        """With a residual of the output's shape, written over it if `overwrite`."""
+    def _added(self, x: Tensor, residual: Tensor, overwrite: bool) -> Tensor:
         step, shape = self._step(x, True)
         x, residual = _nhwc(x), _nhwc(residual)
-        y = residual if overwrite else torch.empty(shape, memory_format=torch.channels_last)
+        y = residual if overwrite else _empty(shape)
         step.x, step.residual, step.y = x.data_ptr(), residual.data_ptr(), y.data_ptr()
         step.scratch = _workspace.of(step.scratch_pitch * threads())
         self._run(step, 1, threads())
         return y
-
-    def bound(self) -> Callable[[Tensor], Tensor]:
-        """`self(x)`."""
-        return self
-
-    def bound_add(self, overwrite: bool) -> Callable[[Tensor, Tensor], Tensor]:
-        """`self.add(x, residual, overwrite)`."""
-        return lambda x, residual: self.add(x, residual, overwrite)
 
     def _step(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:
         """This thread's step for inputs like `x`, and the shape of its output."""
@@ -125,6 +154,19 @@ class NativeConv:
     def dense_weight(self) -> Tensor:
         """The weight as it was given."""
         return direct_from(self._weight, self._shape)
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """Memory for an output, whatever the process's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
+def _require_memory(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not is_plain(tensor):
+        raise ValueError(f"argument {name}: a {type(tensor).__name__}; accepted: a plain tensor")
+    if not tensor.is_cpu or tensor.dtype != torch.float32:
+        found = f"{tensor.dtype} on {tensor.device}"
+        raise ValueError(f"argument {name}: {found}; accepted: torch.float32 on the CPU")
 
 
 def _nhwc(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def allocate(size: int) -> Tensor:
     """`size` bytes of zeros at the start of a page; the system may still decide on small ones."""
     whole = -(-size // _PAGE) * _PAGE
     if not hasattr(mmap, "MADV_HUGEPAGE") or size < _PAGE:
-        held = torch.zeros(size + _ALIGNMENT, dtype=torch.uint8)
+        held = torch.zeros(size + _ALIGNMENT, dtype=torch.uint8, device="cpu")
         start = -held.data_ptr() % _ALIGNMENT
     else:
         memory = mmap.mmap(-1, whole + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -32,7 +32,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._free = torch.empty(0, dtype=torch.uint8)
+        self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.size = 0  # bytes in use
 
     def put(self, tensor: Tensor) -> Tensor:

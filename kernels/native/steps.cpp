@@ -6,6 +6,7 @@
 
 #include "affine.h"
 #include "chain.h"
+#include "digest.h"
 #include "direct.h"
 #include "grouped.h"
 #include "pool.h"
@@ -48,8 +49,24 @@ extern "C" void resfuse_run(const Step* steps, long count, long threads) {
   }
 }
 
+extern "C" void resfuse_digest(Watched* parts, long count) {
+  for (long i = 0; i < count; ++i) parts[i].digest = digest_of(parts[i]);
+}
+
+// Whether parts [0, always) and [from, to) have the digests they had.
+extern "C" long resfuse_unchanged(const Watched* parts, long always, long from, long to) {
+  for (long i = 0; i < always; ++i) {
+    if (digest_of(parts[i]) != parts[i].digest) return 0;
+  }
+  for (long i = from; i < to; ++i) {
+    if (digest_of(parts[i]) != parts[i].digest) return 0;
+  }
+  return 1;
+}
+
 // What Python must know to lay memory out.
 extern "C" long resfuse_lanes() { return LANES; }
 extern "C" long resfuse_panel() { return PANEL; }
 extern "C" long resfuse_pixels() { return PIXELS; }
 extern "C" long resfuse_step_bytes() { return sizeof(Step); }
+extern "C" long resfuse_held_bytes() { return sizeof(Watched); }

@@ -7,7 +7,7 @@ from torch import Tensor
 from resfuse.kernels.native.step import lanes, panel
 
 # Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015: F(2, 3)
-_G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+_G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 
 
 def direct_weights(w: Tensor, groups: int = 1) -> Tensor:
@@ -31,14 +31,16 @@ def direct_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
 
 def winograd_weights(w: Tensor) -> Tensor:
     """[K, C, 3, 3] -> for each panel of channels [16, C, panel] of G w G^T, computed in fp64."""
-    u = torch.einsum("ir,kcrs,js->ijck", _G, w.double(), _G).float().flatten(0, 1)
+    g = torch.tensor(_G, dtype=torch.float64, device=w.device)
+    u = torch.einsum("ir,kcrs,js->ijck", g, w.double(), g).float().flatten(0, 1)
     return torch.cat([part.reshape(-1) for part in _to_lanes(u, -1).split(panel(), -1)])
 
 
 def grouped_weights(w: Tensor) -> Tensor:
     """[K, C / groups, R, S] -> for each vector of channels [R, S, i, lanes]: what lane l multiplies
     with input channel l ^ i of all."""
-    k, i = torch.arange(w.shape[0])[:, None], torch.arange(w.shape[1])
+    k, i = (torch.arange(size, dtype=torch.int64, device=w.device) for size in w.shape[:2])
+    k = k[:, None]
     by_lane = w[k, (k % len(i)) ^ i]
     return by_lane.unflatten(0, (-1, lanes())).permute(0, 3, 4, 2, 1).reshape(-1)
 
@@ -57,5 +59,6 @@ def _to_lanes(t: Tensor, dim: int = 0) -> Tensor:
 
 def slopes(slope: Tensor | float, channels: int) -> Tensor:
     """A slope for each channel, from those, from one in a tensor, or from a number."""
-    each = slope if isinstance(slope, Tensor) else torch.tensor(slope)
-    return per_channel(each.reshape(-1).expand(channels))
+    if not isinstance(slope, Tensor):
+        slope = torch.tensor(slope, dtype=torch.float32, device="cpu")
+    return per_channel(slope.reshape(-1).expand(channels))

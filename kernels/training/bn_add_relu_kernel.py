@@ -331,12 +331,12 @@ def shipped() -> Iterator[tuple[str, Launch]]:
     for mode in ("ieee", "fp16", "bf16"):  # nothing is multiplied by a tensor core: no tf32
         like = torch.empty(0, dtype=MATH_MODES[mode][0], device="meta")
         x = empty_channels_last((256, 256, 56, 56), like)
-        vector = torch.empty(256, device="meta")
+        vector = torch.empty(256, dtype=torch.float32, device="meta")
         main = Normed(x, vector, vector, vector, vector, batch=True)
         label = f"{mode} {{}} 256x256x56x56 + {{}}"
         for config in DISTINCT:
             parts = config.grid(problem_of(x))[0]
-            sums = torch.empty(3, parts, 256, device="meta")
+            sums = torch.empty(3, parts, 256, dtype=torch.float32, device="meta")
             grads = sums[:, 0]
             for kernel, made in (
                 ("forward", launch_forward(x, main, shortcut=main, config=config)),

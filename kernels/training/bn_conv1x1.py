@@ -198,7 +198,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
         like = torch.empty(0, dtype=MATH_MODES[mode][0], device="meta")
         x = empty_channels_last((256, 64, 56, 56), like)
         y, filters = (empty_channels_last(s, like) for s in ((256, 256, 56, 56), (256, 64, 1, 1)))
-        vectors = (torch.empty(64, device="meta"),) * 4
+        vectors = (torch.empty(64, dtype=torch.float32, device="meta"),) * 4
         for config in configs:
             parts = config.tiles(problem_of(x, filters, mode))[0]
             partials = empty_partials(y, parts)

@@ -243,9 +243,9 @@ def shipped() -> Iterator[tuple[str, Launch]]:
             partials = empty_partials(x, config.grid(problem_of(x))[0])
             made = launch_partials(x, partials, config)
             yield f"{mode} partials 256x256x56x56 {config.label()}", made
-    mean = torch.empty(256, device="meta")
+    mean = torch.empty(256, dtype=torch.float32, device="meta")
     yield "merge 256 channels", launch_merge(partials, mean, mean, mean, mean, 0.1, 1e-5)
-    packed = torch.empty(8, 513, device="meta")
+    packed = torch.empty(8, 513, dtype=torch.float32, device="meta")
     yield "pack 256 channels", launch_pack(partials, packed[0])
     gathered = unpacked(packed)
     merge = launch_merge(gathered, mean, mean, mean, mean, 0.1, 1e-5)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from resfuse.kernels.activation import ACTIVATIONS
 from resfuse.kernels.layers import (
     FROZEN_NORMS,
-    activation_in_norm,
     channels_of,
     geometry_of,
 )
@@ -38,8 +37,7 @@ class TrainingStep:
         self.keeps_dtype = chain.keeps_dtype
         self.before: TrainingStep | None = None  # computed by this one, too
         self.geometry = None if chain.conv is None else geometry_of(chain.conv)
-        inner = activation_in_norm(chain.norm)
-        self.norm_activates = inner is not None and not isinstance(inner, nn.Identity)
+        self.norm_activates = chain.norm_activates
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not runs_operations(x) or not self.takes(x):

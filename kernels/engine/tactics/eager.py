@@ -175,7 +175,9 @@ def _pick(op: Pick) -> Function:
 
     def run(x: Tensor) -> Tensor:
         if x.device not in indices:
-            indices[x.device] = [torch.tensor(at, device=x.device) for at in (op.rows, op.columns)]
+            indices[x.device] = [
+                torch.tensor(at, dtype=torch.int64, device=x.device) for at in (op.rows, op.columns)
+            ]
         rows, columns = indices[x.device]
         y = x.index_select(2, rows).index_select(3, columns)
         if op.zeros:
