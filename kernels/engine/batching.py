@@ -57,8 +57,8 @@ def images_of_outputs(graph: Graph, state: State) -> tuple[Images, ...]:
         known = proofs[name]
         images = known.images if isinstance(known, Operand) else None
         if images is None:
-            why = str(known) if isinstance(known, Unproved) else "it does not depend on the input"
-            raise ValueError(f"argument other_batches: 'pad' is not possible: output {i}: {why}")
+            said = str(known) if isinstance(known, Unproved) else "it does not depend on the input"
+            raise ValueError(f"argument other_batches: 'pad' is not possible: output {i}: {said}")
         found.append(images)
     return tuple(found)
 
@@ -359,7 +359,8 @@ def _product(a: Operand, b: Operand, shape: tuple[int, ...]) -> Images:
 
 
 def _matmul(call: Call) -> Images:
-    return _product(*call.operands[:2], call.shape)
+    a, b = call.operands[:2]
+    return _product(a, b, call.shape)
 
 
 def _added_matmul(call: Call) -> Images:

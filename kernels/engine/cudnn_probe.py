@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.kernels.cudnn_relu import FORMS, Geometry, Way, conv_relu, searching, zeros_for
-from resfuse.kernels.engine.cuda_graph import record, warm_up
+from resfuse.kernels.engine.cuda_graph import Replay, record, warm_up
 from resfuse.kernels.engine.timing_cache import TimingCache
 from resfuse.kernels.problem import MATH_MODES, ConvProblem
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
@@ -366,19 +366,18 @@ def _error_and_times(layer: _Layer, way: Way) -> tuple[float, float, float]:
         del y
         stream = torch.cuda.Stream()
         warm_up(run, stream)
-        once, y = record(run, stream)
-        y.fill_(math.nan)
-        once.replay()
-        errors.append(layer.error(y))
-        many, _ = record(lambda: [run() for _ in range(_IN_A_ROW)][-1], stream)
+        once = record(run, stream)
+        once.made.fill_(math.nan)
+        errors.append(layer.error(once()))
+        many = record(lambda: [run() for _ in range(_IN_A_ROW)][-1], stream)
         ms = min(_timed(many) for _ in range(_ROUNDS)) / _IN_A_ROW
     return max(errors, key=lambda e: e if math.isfinite(e) else math.inf), first_ms, ms
 
 
-def _timed(graph: torch.cuda.CUDAGraph) -> float:
+def _timed(replay: Replay[Tensor]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    graph.replay()
+    replay()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end)

@@ -7,7 +7,6 @@ place in one arena (homes.py, memory.py), and everything is bound to it (executo
 """
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from resfuse.kernels.engine.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.explain import table
 from resfuse.kernels.engine.fallback import tensors_of, with_weights
+from resfuse.kernels.engine.forks import forks, watch
 from resfuse.kernels.engine.graph import Graph, state_names
 from resfuse.kernels.engine.held import storages
 from resfuse.kernels.engine.input import require_input
@@ -109,7 +109,8 @@ class Engine:
         self._images = images_at_all_sizes(graphs, state) if other_batches == "pad" else None
         self._model = model
         self._ceilings = ceilings
-        self._lock, self._process = threading.Lock(), os.getpid()
+        watch()
+        self._lock, self._forks = threading.Lock(), forks()
         on_gpu = self._device.type == "cuda"
         self._turns = Turns(self._device) if on_gpu else contextlib.nullcontext()
         self.cuda_graph = cuda_graph and on_gpu
@@ -157,17 +158,20 @@ class Engine:
 
     def _run(self, size: int, x: Tensor, count: int | None = None) -> Any:
         """What a batch of a size that was built for gives, or `count` images of it."""
+        if x.requires_grad:  # an output may be the input
+            x = x.detach()
         in_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        if os.getpid() != self._process:
+        if forks() != self._forks:
             self._settle_after_fork()
-        with self._lock, torch.no_grad(), self._turns:
+        with self._lock, self._turns:
             with torch.inference_mode():
                 run = self._built[size].executor
                 made = self._recorded(size, x) if self._recorded else run(x)
             if count is not None and self._images:
                 pairs = zip(made, self._images, strict=True)
                 made = [y.narrow(at.dim, 0, count * at.each) for y, at in pairs]
-            outputs = [  # none of inference mode's: autograd may save them
+            # outside of inference mode: autograd may save these
+            outputs = [
                 y.clone(memory_format=in_format if y.dim() == 4 else torch.contiguous_format)
                 for y in made
             ]
@@ -181,7 +185,7 @@ class Engine:
                 "this engine is on a GPU, which a forked process cannot use; start it by spawn and "
                 "load the engine there"
             )
-        self._lock, self._process = threading.Lock(), os.getpid()
+        self._lock, self._forks = threading.Lock(), forks()
         torch.set_num_threads(1)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -242,7 +242,7 @@ class _Inference:
         if op.bias is not None:
             self._require_state(node, op.bias, [(p.k,)], self._dtype)
         self._require_epilogue(node, op, p.k, p.residual)
-        shape = (p.n, p.k, p.p, p.q)
+        shape: tuple[int, ...] = (p.n, p.k, p.p, p.q)
         accepted = [shape, shape[:2]] if (p.p, p.q) == (1, 1) else [shape]
         own = self._graph.values[node.name].shape
         if p.residual and shapes[-1] != own:

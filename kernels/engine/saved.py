@@ -156,7 +156,7 @@ def _digest(plan: str, state: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256(plan.encode())
     for name, tensor in sorted(state.items()):
         found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
