@@ -156,7 +156,8 @@ class Laid:
             self.restores_input |= node.op == "placeholder"
             with self.graph.inserting_after(node):
                 restored = self.graph.call_function(contiguous, (node,))
-            node.replace_all_uses_with(restored, lambda user, own=restored: user is not own)
+            node.replace_all_uses_with(restored)
+            restored.args = (node,)
 
     def _read_by_sensitive(
         self, kinds: dict[fx.Node, Kind], restored: set[fx.Node]
