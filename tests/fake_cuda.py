@@ -158,6 +158,33 @@ class _Generator(torch.Generator):
         return super().__new__(cls, "cpu")
 
 
+class _Stream:
+    def wait_stream(self, other: "_Stream") -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def fake_graphs(patch: pytest.MonkeyPatch, gpu: Fake | None = None) -> None:
+    """CUDA graphs and streams alone: of tensors that are on the CPU and say so."""
+    gpu = gpu or Fake()
+
+    @contextlib.contextmanager
+    def recorded(graph: Graph) -> Iterator[None]:
+        graph.capture_begin()
+        yield
+        graph.capture_end()
+
+    stand_ins: dict[str, Any] = {
+        "Stream": _Stream, "CUDAGraph": lambda: Graph(gpu), "graph": recorded,
+        "current_stream": lambda device=None: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "device": lambda device: contextlib.nullcontext(),
+        "synchronize": lambda device=None: None, "empty_cache": lambda: None,
+    }  # fmt: skip
+    for name, instead in stand_ins.items():
+        patch.setattr(torch.cuda, name, instead)
+
+
 @contextlib.contextmanager
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, l2_bytes: int = 60 << 20) -> Iterator[Fake]:
     """An H200 as GPU, within."""
@@ -189,9 +216,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, l2_bytes: int = 60 << 20) -> Iter
         def elapsed_time(self, other: "Event") -> float:
             return other.at - self.at
 
-    class Stream:
-        def wait_stream(self, other: "Stream") -> None: ...
-
+    class Stream(_Stream):
         def wait_event(self, event: Event) -> None:
             gpu.said.append("the caller waits")
 
@@ -199,22 +224,18 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, l2_bytes: int = 60 << 20) -> Iter
             gpu.said.append("a run ends")
             return Event()
 
-        def synchronize(self) -> None: ...
-
     stand_ins: dict[str, Any] = {
-        "Event": Event, "Stream": Stream, "CUDAGraph": lambda: Graph(gpu),
+        "Event": Event, "Stream": Stream, "current_stream": lambda device=None: Stream(),
         "is_available": lambda: True,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: H200.name,
         "get_device_properties":
             lambda device=None: SimpleNamespace(**vars(H200) | {"L2_cache_size": l2_bytes}),
         "graph_pool_handle": lambda: (0, 7), "memory_snapshot": list,
-        "current_stream": lambda device=None: Stream(), "current_device": lambda: 0,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "device": lambda device: contextlib.nullcontext(),
-        "synchronize": lambda device=None: None, "empty_cache": lambda: None,
+        "current_device": lambda: 0,
     }  # fmt: skip
     with monkeypatch.context() as patch, _OnTheCpu(), torch.no_grad():
+        fake_graphs(patch, gpu)
         for name, instead in stand_ins.items():
             patch.setattr(torch.cuda, name, instead)
         patch.setattr(torch, "Generator", _Generator)

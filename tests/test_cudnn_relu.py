@@ -11,10 +11,10 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-import address_graph
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import fake_graphs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,7 +97,7 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     made = Gpu()
-    address_graph.stand_in(monkeypatch)
+    fake_graphs(monkeypatch)
     monkeypatch.setattr(torch.cuda, "synchronize", made.synchronize)
     monkeypatch.setattr(torch, "cudnn_convolution_relu", made.conv_relu)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", made.conv_add_relu)

@@ -22,15 +22,8 @@ from resfuse.kernels.engine.tactics import (
     stem,
     tactics_for,
     triton_conv,
-    triton_kernels,
 )
 from resfuse.resnet_ref import create
-
-
-@pytest.fixture(autouse=True)
-def _an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "capability", lambda: (9, 0))
-    monkeypatch.setattr(triton_kernels, "multiprocessors", lambda: 132)
 
 
 @cache
