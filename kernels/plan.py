@@ -158,14 +158,15 @@ class Plan:
             return forwards.variant("exported", False).forward(scope, *args)
         if world is None:
             world = forwards.world_of(args, self._has_channels_last)
-        world, forward, straight, *_ = forwards.variant(world, lenient)
-        if straight is None or not args[0].is_cpu:
-            return forward(scope, *args)
+        world, forward, straight, bare, *_ = forwards.variant(world, lenient)
         x = args[0]
+        again = straight if isinstance(x, Tensor) and x.is_cpu else bare
+        if again is None or torch.compiler.is_compiling():
+            return forward(scope, *args)
         signature = (x.shape, x.stride(), x.dtype, torch._C._is_any_autocast_enabled())
         way = (call, world, lenient)
         if self._passed.get(way) == signature:
-            return straight(scope, x)
+            return again(scope, x)
         for other in [other for other in self._passed if other[0] == call]:
             del self._passed[other]  # the steps are about to be bound to this input's dtype
         before = self._detours()

@@ -6,7 +6,7 @@ from torch import nn
 
 from resfuse.kernels.plan import Plan, plan_of
 from resfuse.kernels.scope import Call, is_plain_sequence, original_class
-from resfuse.kernels.variants import SequenceForwards
+from resfuse.kernels.variants import Forwards, SequenceForwards
 
 
 def sequence_plan(module: nn.Module) -> Plan | None:
@@ -22,5 +22,5 @@ def sequence_plan(module: nn.Module) -> Plan | None:
     plans = [plan_of(child) for child in module]
     if not any(a is not None and b is not None for a, b in pairwise(plans)):
         return None
-    forwards = {Call(1): SequenceForwards(module)}
+    forwards: dict[Call, Forwards] = {Call(1): SequenceForwards(module)}
     return Plan(module, forwards, {}, list(module._modules), {}, children=[module])

@@ -104,6 +104,14 @@ class ConvStep:
         self.detours += y is not made
         return y
 
+    def makes_channels_last(self, x: Tensor) -> bool:
+        """Whether eager's result for x is channels_last, and nothing else."""
+        return (
+            self.takes(x)
+            and convolves_to_channels_last(x, self.conv.weight)
+            and not is_ambiguous(self._output_shape(x))
+        )
+
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """As the modules themselves compute it."""
         require_weights(self.fold.discarded)
@@ -319,7 +327,14 @@ class StemStep:
 
     def exact(self, x: Tensor) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
-        return self.pool(self.conv.exact(x))
+        if not x.is_cuda or not self.conv.makes_channels_last(autocast(x)):
+            return self.pool(self.conv.exact(x))
+        made = self(x)
+        if is_ambiguous(made.shape):
+            return self.pool(self.conv.exact(x))
+        y = laid_out(made, True)
+        self.conv.detours += y is not made
+        return y
 
     def __call__(self, x: Tensor) -> Tensor:
         if not x.is_cuda or not self.conv.takes(autocast(x)):
@@ -357,7 +372,13 @@ class ProjectionStep:
 
     def exact(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
-        return self.conv.exact(x, self.projection.exact(shortcut))
+        read = (self.conv, autocast(x)), (self.projection, autocast(shortcut))
+        if not x.is_cuda or not all(step.makes_channels_last(seen) for step, seen in read):
+            return self.conv.exact(x, self.projection.exact(shortcut))
+        made = self(x, shortcut)
+        y = laid_out(made, True)
+        self.conv.detours += y is not made
+        return y
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
         both = self.conv.takes(autocast(x)) and self.projection.takes(autocast(shortcut))

@@ -28,7 +28,8 @@ class Variant(NamedTuple):
 
     world: World
     forward: Forward
-    straight: Forward | None  # the same without the steps' own checks
+    straight: Forward | None  # the same on a CPU, without the steps' own checks
+    bare: Forward | None  # the same on a GPU, where nothing had to be laid out
     returns_loose: bool  # what a step has made, in NHWC whatever eager's is
     children: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # where found, and which
     hooks: list[dict[int, Any]]  # of children that are handed what lies otherwise
@@ -121,14 +122,16 @@ class GraphForwards:
             holder = self._scope.get_submodule(parent)._modules
             children.append((holder, last, self._scope.get_submodule(passed)))
         forward = compile_forward(one.graph, name)
-        straight = None
+        straight = bare = None
         if self._runs_straight and world != "exported":
             # where checked runs found nothing to lay out, there is nothing
-            bare = one.graph if world == "contiguous" else laid("exported").graph
-            if straighten(bare, self._steps):
-                straight = compile_forward(bare, f"{name} straight")
+            plain = one.graph if world == "contiguous" else laid("exported").graph
+            if straighten(plain, self._steps):
+                straight = compile_forward(plain, f"{name} straight")
+                if world == "any":
+                    bare = compile_forward(laid("exported").graph, f"{name} bare")
         takes = one.returns_loose and not one.restores_input
-        return Variant(world, forward, straight, takes, children, hooks)
+        return Variant(world, forward, straight, bare, takes, children, hooks)
 
     def _is_step(self, node: fx.Node) -> bool:
         return node.op == "call_module" and str(node.target).startswith(f"{STEPS}.")
@@ -186,7 +189,9 @@ class SequenceForwards:
         def forward(sequence: nn.Sequential, x: Any) -> Any:
             return _run_sequence(sequence, x, world, lenient)
 
-        return Variant(world, forward, None, world == "contiguous" and self._stays_loose(), [], [])
+        return Variant(
+            world, forward, None, None, world == "contiguous" and self._stays_loose(), [], []
+        )
 
     def world_of(self, args: tuple[Any, ...], has_channels_last: bool) -> World:
         x = args[0]
