@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resfuse.kernels.engine import cudnn_probe
 from resfuse.kernels.launch import Launch
+from resfuse.kernels.prepared import Prepared
 
 GPU = torch.device("cuda", 0)
 H200 = SimpleNamespace(
@@ -203,6 +204,10 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, l2_bytes: int = 60 << 20) -> Iter
             lambda: run(replace(bare, args={name: back() for name, back in places.items()}))
         )
 
+    def prepared(self: Prepared, values: list[Any]) -> None:
+        names = self._launch.kernel.arg_names
+        launched(replace(self._launch, args=dict(zip(names, values, strict=True))))
+
     class Event:
         def __init__(self, enable_timing: bool = False) -> None:
             self.at = 0.0
@@ -246,6 +251,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, l2_bytes: int = 60 << 20) -> Iter
         patch.setattr(torch, "cudnn_convolution_relu", _conv_relu)
         patch.setattr(torch, "cudnn_convolution_add_relu", _conv_add_relu)
         patch.setattr(Launch, "run", launched)
+        patch.setattr(Prepared, "_through_front_door", prepared)
         yield gpu
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from fake_cuda import fake_cuda
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -399,6 +400,21 @@ def test_a_network_runs_again_without_a_description(described: list[launch.Launc
             m[0].bn1.weight.mul_(2)
         assert torch.allclose(fused(x), model(x), rtol=1e-3, atol=1e-4)
     assert len(described) == 7  # of the one layer whose weights have changed
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_graph_has_the_launches_that_were_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, _ = step_of(Layer(16, 16, 3, padding=1))
+    x, other = tensors(((1, 16, 4, 4),) * 2, torch.float32)
+    with fake_cuda(monkeypatch), torch.inference_mode():
+        want = [fused(other), fused(x)][0]
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        y = fused(x)
+        graph.capture_end()
+        x.copy_(other)
+        graph.replay()
+        assert torch.allclose(y, want, atol=1e-5)
 
 
 @pytest.mark.usefixtures("as_on_gpu")

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from resfuse.kernels.conv_arguments import Tensors
     from resfuse.kernels.launch import Launch
 
-_H200 = (9, 0), 132  # what is planned for where there is no GPU
 _DESCRIPTOR_BYTES = 16  # tensors that come by descriptors start at multiples of it
 _written: "ContextVar[list[Launch] | None]" = ContextVar("written", default=None)
 
@@ -49,18 +48,16 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def capability(graph: Graph) -> tuple[int, int]:
     """Of the GPU that is planned for: the graph's, whichever is the current one."""
-    device = graph.device
-    if device is None or device.type != "cuda":
-        return _H200[0]
-    return torch.cuda.get_device_capability(device)
+    from resfuse.kernels import launch
+
+    return launch.capability(graph.device or torch.device("meta"))
 
 
 def multiprocessors(graph: Graph) -> int:
     """Likewise."""
-    device = graph.device
-    if device is None or device.type != "cuda":
-        return _H200[1]
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    from resfuse.kernels import launch
+
+    return launch.multiprocessors(graph.device or torch.device("meta"))
 
 
 def weights(op: Conv, state: State, room: Room) -> tuple[Tensor, Tensor]:
