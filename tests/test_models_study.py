@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from resfuse.bench.studies.models import command, compare, networks
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def deadly(network: str, img_size: int) -> dict[str, Value]:
+def deadly(network: str, img_size: int, kinds: Sequence[str]) -> dict[str, Value]:
     """Stands for `compare` in a process of its own."""
     if network == "dies":
         os.abort()

@@ -155,6 +155,13 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         help="some of the study's networks; wildcards allowed ('timm rep*')",
     )
     parser.add_argument(
+        "--kinds",
+        type=names,
+        default=["fuse", "engine"],
+        metavar="NAMES",
+        help="fuse or engine: one of them alone; rows of both add up (default: fuse,engine)",
+    )
+    parser.add_argument(
         "--img-size",
         type=rounds,
         default=64,

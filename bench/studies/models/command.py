@@ -44,50 +44,56 @@ def run(args: argparse.Namespace) -> int:
         UsageError: an unknown network, or a results folder that cannot be written.
     """
     wanted = pick("--model", args.model or ["*"], NETWORKS)
+    kinds = pick("--kinds", args.kinds, KINDS)
     facts = machine.facts("cpu", 0)
     where = {"env_id": machine.env_id(facts), "commit": machine.commit()}
     home = args.results / machine.folder_name(facts)
     results.check_writable(home, SHEET)
     if args.resume:
-        done = settled(home, where)
+        done = settled(home, where, kinds)
         wanted = [network for network in wanted if network not in done]
-    counts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
-    for row in rows(wanted, args.img_size, args.timeout):
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
+    for row in rows(wanted, args.img_size, args.timeout, kinds):
         results.append_row(home, {**dict.fromkeys(SHEET.columns), **row, **where}, SHEET)
-        for kind in KINDS:
+        for kind in kinds:
             counts[kind][str(row[f"{kind}_status"])] += 1
             if row[f"{kind}_status"] != "pass":
                 print(f"{row['network']}: {kind} {row[f'{kind}_status']}: {row[f'{kind}_error']}")
-    for kind in KINDS:
+    for kind in kinds:
         print(f"{kind}: {', '.join(f'{n} {how}' for how, n in counts[kind].most_common())}")
     print(f"appended to {home / SHEET.file}")
-    return int(any(counts[kind][how] for kind in KINDS for how in ("wrong", "crash", "error")))
+    return int(any(counts[kind][how] for kind in kinds for how in ("wrong", "crash", "error")))
 
 
-def settled(home: Path, where: dict[str, str]) -> set[str]:
-    """The networks that this environment and commit have a row of."""
-    if not (home / SHEET.file).exists():
+def settled(home: Path, where: dict[str, str], kinds: Sequence[str]) -> set[str]:
+    """The networks that this environment and commit have an answer of each kind of."""
+    if not results.has_rows(home, SHEET):
         return set()
-    known = results.read_rows(home, SHEET)
+    known = results.read_rows(home, SHEET, only_whole=True)
     ours = known[(known.env_id == where["env_id"]) & (known.commit == where["commit"])]
-    return set(ours.network)
+    done = [set(ours.network[ours[f"{kind}_status"] != ""]) for kind in kinds]
+    return set.intersection(*done)
 
 
-def rows(wanted: Sequence[str], img_size: int, timeout_s: float) -> Iterator[dict[str, Value]]:
+def rows(
+    wanted: Sequence[str], img_size: int, timeout_s: float, kinds: Sequence[str] = KINDS
+) -> Iterator[dict[str, Value]]:
     """A row for each network, also for one whose process died or took too long."""
     pool = _pool()
     try:
         for network in track(wanted, "Comparing", console=stderr()):
             try:
-                yield pool.submit(compare, network, img_size).result(timeout_s)
+                yield pool.submit(compare, network, img_size, kinds).result(timeout_s)
             except (BrokenProcessPool, TimeoutError) as failure:
                 timed_out = isinstance(failure, TimeoutError)
                 said = f"not done after {timeout_s:g} s" if timed_out else "the process died"
-                yield _failed(network, img_size, "timeout" if timed_out else "crash", said)
+                status = "timeout" if timed_out else "crash"
+                yield _failed(network, img_size, kinds, status, said)
                 _kill(pool)
                 pool = _pool()
             except Exception as failure:  # eager itself cannot run it
-                yield _failed(network, img_size, "no_reference", f"eager: {failure}"[:300])
+                said = f"eager: {failure}"[:300]
+                yield _failed(network, img_size, kinds, "no_reference", said)
     finally:
         _kill(pool)
 
@@ -102,7 +108,9 @@ def _kill(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(cancel_futures=True)
 
 
-def _failed(network: str, img_size: int, status: str, said: str) -> dict[str, Value]:
-    told = {f"{kind}_{column}": text for kind in KINDS
+def _failed(
+    network: str, img_size: int, kinds: Sequence[str], status: str, said: str
+) -> dict[str, Value]:
+    told = {f"{kind}_{column}": text for kind in kinds
             for column, text in (("status", status), ("error", said))}  # fmt: skip
     return {"network": network, "img_size": img_size, **told}
