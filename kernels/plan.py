@@ -167,8 +167,9 @@ class Plan:
         way = (call, world, lenient)
         if self._passed.get(way) == signature:
             return again(scope, x)
-        for other in [other for other in self._passed if other[0] == call]:
-            del self._passed[other]  # the steps are about to be bound to this input's dtype
+        for other in list(self._passed):  # other threads write to it, too
+            if other[0] == call:
+                self._passed.pop(other, None)  # steps are about to be bound to this input's dtype
         before = self._detours()
         result = forward(scope, x)
         if self._detours() == before and not signature[-1]:

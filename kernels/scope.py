@@ -70,7 +70,12 @@ def is_plain_sequence(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """True where calling the module does more than its forward."""
-    return any(hooks_of(module)) or "forward" in vars(module)
+    own = vars(module)
+    return (
+        any(hooks_of(module))
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None  # module.compile()
+    )
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:

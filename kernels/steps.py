@@ -56,7 +56,6 @@ class ConvStep:
         self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
         self.fold = fold
         self.overwrite = False  # the residual is nobody else's: it may be added in place
-        self.straight: Callable[..., Tensor] | None = None  # a run on a CPU, without the checks
         self.detours = 0  # runs that were something else
         self._id = object()  # among steps that share a fold
         self._bound: Packed | None = None
@@ -86,6 +85,11 @@ class ConvStep:
             return self._packed(x, folded.packed, residual)
         self.detours += 1
         return self._decomposed(x, folded, residual)
+
+    def straight(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """A run on a CPU: an instance that is bound to packed weights has one without the checks,
+        which another thread may take away (`forget`)."""
+        return self(x, residual)
 
     def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
@@ -123,10 +127,11 @@ class ConvStep:
     def folded(self, dtype: torch.dtype) -> Folded | None:
         """The folded layers in that dtype, None where they cannot be folded; `forget_if_stale` sees
         to it that they are fresh."""
-        folded = self.fold.made
+        folded = self.fold.made  # which another thread may replace at any moment
         if folded is None or (folded.dtype != dtype and not self.fold.discarded):
-            self.fold.made = fold(self.sources, self.conv, self.norm, self.act, dtype)
-        return self.fold.made
+            folded = fold(self.sources, self.conv, self.norm, self.act, dtype)
+            self.fold.made = folded
+        return folded
 
     def folded_for_gpu(self, dtype: torch.dtype) -> Folded:
         """The same for a run on a GPU of layers that can be folded; what is folded lies as kernels
@@ -136,8 +141,7 @@ class ConvStep:
         if torch.compiler.is_compiling():  # a graph cannot take a layer's weight away
             return folded
         self._discard_weight()
-        assert self.fold.made is not None
-        return self.fold.made
+        return folded
 
     def forget_if_stale(self) -> None:
         """Forgets what was folded from tensors that have changed.
@@ -160,20 +164,20 @@ class ConvStep:
     def forget(self) -> None:
         """Forgets what was folded, and how it was run."""
         if not self.fold.discarded:
-            self.fold.made = self._bound = self.straight = None
+            self.fold.made = self._bound = None
+            vars(self).pop("straight", None)
 
     def _discard_weight(self) -> None:
         """Leaves the shape of the layer's weight, and frees its memory, once, where that was asked
         for. It may have been asked for long after the weight was folded."""
         if not self.fold.discard or self.fold.discarded:
             return
-        assert self.fold.made is not None
-        weight = self.conv._parameters["weight"]
-        assert weight is not None
+        made, weight = self.fold.made, self.conv._parameters["weight"]
+        assert made is not None and weight is not None
         self.conv._parameters["weight"] = nn.Parameter(weight.detach().to("meta"), False)
         self.conv.register_state_dict_pre_hook(_refuse)
         self.conv.register_load_state_dict_pre_hook(_refuse)
-        self.fold.made = replace(self.fold.made, origin=Origin(tensors_of(self.sources)))
+        self.fold.made = replace(made, origin=Origin(tensors_of(self.sources)))
         self.fold.discarded = True
 
     def takes(self, x: Tensor, residual: Tensor | None = None) -> bool:
@@ -192,10 +196,12 @@ class ConvStep:
         )
 
     def _packed(self, x: Tensor, packed: Packed, residual: Tensor | None) -> Tensor:
-        if packed is not self._bound:
-            self._bound = packed
+        # Only calls without autocast run straight, while others may run with it in other threads.
+        if packed is not self._bound and not torch._C._is_any_autocast_enabled():
             adds = self.residual != "none"
-            self.straight = packed.bound_add(self.overwrite) if adds else packed.bound()
+            run = packed.bound_add(self.overwrite) if adds else packed.bound()
+            vars(self)["straight"] = run
+            self._bound = packed
         if residual is None:
             return packed(x)
         if self.residual == "after":
@@ -267,8 +273,9 @@ class NormStep:
         self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
         self.adds_to = chain.adds_to
         self._sources = sources_of(self.norm)
-        self._made: tuple[Origin, Tensor, Tensor] | None = None
-        self._launches: dict[Any, Any] = {}  # of what was made (prepared.py)
+        # Scale, shift, and launches prepared with them (prepared.py): replaced at once, since other
+        # threads read them.
+        self._made: tuple[Origin, Tensor, Tensor, dict[Any, Any]] | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not x.is_cuda or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
@@ -277,12 +284,13 @@ class NormStep:
         from resfuse.kernels.prepared import launched
 
         tensors = tensors_of(self._sources)
-        if self._made is None or not self._made[0].is_where_it_was(tensors):
+        made = self._made
+        if made is None or not made[0].is_where_it_was(tensors):
             if lacks_statistics(self.norm) or why_not_followed(self._sources) is not None:
                 return self.by_layers(x, residual)
-            self._made = (Origin(tensors), *bn_scale_shift(self.norm))  # type: ignore[arg-type]
-            self._launches = {}
-        _, scale, shift = self._made
+            made = (Origin(tensors), *bn_scale_shift(self.norm), {})  # type: ignore[arg-type]
+            self._made = made
+        _, scale, shift, launches = made
         slope = slope_of(self.act, x.shape[1])
         settings: dict[str, Any] = {
             "activation": self.activation, "slope": slope,
@@ -293,7 +301,7 @@ class NormStep:
             return bn_act(x, scale, shift, residual, **settings)
         x, residual = channels_last(x), None if residual is None else channels_last(residual)
         return launched(
-            self._launches, (slope, *signature_of(x, residual)), x, residual,
+            launches, (slope, *signature_of(x, residual)), x, residual,
             lambda: launch_of(x, scale, shift, residual, **settings),
         )  # fmt: skip
 
@@ -322,7 +330,6 @@ class StemStep:
 
     def straight(self, x: Tensor) -> Tensor:
         """A run on a CPU, without the checks."""
-        assert self.conv.straight is not None
         return self.pool(self.conv.straight(x))
 
     def exact(self, x: Tensor) -> Tensor:
@@ -367,7 +374,6 @@ class ProjectionStep:
 
     def straight(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """A run on a CPU, without the checks."""
-        assert self.conv.straight is not None and self.projection.straight is not None
         return self.conv.straight(x, self.projection.straight(shortcut))
 
     def exact(self, x: Tensor, shortcut: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from resfuse.kernels.layout import (
 )
 from resfuse.kernels.plan import NOT_RUN, Plan, plan_of
 from resfuse.kernels.rewrite import STEPS, attribute_of, compile_forward, straighten
-from resfuse.kernels.scope import hooks_of, original_class
+from resfuse.kernels.scope import has_hooks, original_class
 from resfuse.kernels.steps import ConvStep, StemStep, Step
 
 
@@ -32,7 +32,6 @@ class Variant(NamedTuple):
     bare: Forward | None  # the same on a GPU, where nothing had to be laid out
     returns_loose: bool  # what a step has made, in NHWC whatever eager's is
     children: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # where found, and which
-    hooks: list[dict[int, Any]]  # of children that are handed what lies otherwise
 
 
 class Forwards(Protocol):
@@ -74,9 +73,9 @@ class GraphForwards:
     def variant(self, world: World, lenient: bool) -> Variant:
         found = self._variants[world, lenient]
         for holder, name, module in found.children:
-            if holder.get(name) is not module:
+            if holder.get(name) is not module or has_hooks(module):
                 return self._variants["any", False]
-        return self._variants["any", False] if any(found.hooks) else found
+        return found
 
     def world_of(self, args: tuple[Any, ...], has_channels_last: bool) -> World:
         """That of a call with exact arguments.
@@ -115,9 +114,7 @@ class GraphForwards:
             assert plan is not None
             calls[attribute] = LooseCall(child, plan, world)
             node.target = f"{STEPS}.{attribute}"
-        hooks: list[dict[int, Any]] = []
         for passed in one.passed:
-            hooks += hooks_of(self._scope.get_submodule(passed))
             parent, _, last = passed.rpartition(".")
             holder = self._scope.get_submodule(parent)._modules
             children.append((holder, last, self._scope.get_submodule(passed)))
@@ -131,7 +128,7 @@ class GraphForwards:
                 if world == "any":
                     bare = compile_forward(laid("exported").graph, f"{name} bare")
         takes = one.returns_loose and not one.restores_input
-        return Variant(world, forward, straight, bare, takes, children, hooks)
+        return Variant(world, forward, straight, bare, takes, children)
 
     def _is_step(self, node: fx.Node) -> bool:
         return node.op == "call_module" and str(node.target).startswith(f"{STEPS}.")
@@ -147,17 +144,14 @@ class LooseCall:
 
     def __init__(self, child: nn.Module, plan: Plan, world: World) -> None:
         self._child, self._plan, self._world = child, plan, world
-        self._hooks = hooks_of(child)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return run_loosely(self._child, self._plan, x, self._world, False, self._hooks)
+        return run_loosely(self._child, self._plan, x, self._world, False)
 
 
-def run_loosely(
-    child: nn.Module, plan: Plan, x: Tensor, world: World, owned: bool, hooks: Any
-) -> Tensor:
+def run_loosely(child: nn.Module, plan: Plan, x: Tensor, world: World, owned: bool) -> Tensor:
     """A fused child's result of a loose value, loose."""
-    if not (child.training or any(hooks) or plan_of(child) is not plan):
+    if not (child.training or has_hooks(child) or plan_of(child) is not plan):
         result = plan.run(child, (x,), {}, owned, world, lenient=True)
         if result is not NOT_RUN:
             return result
@@ -190,7 +184,7 @@ class SequenceForwards:
             return _run_sequence(sequence, x, world, lenient)
 
         return Variant(
-            world, forward, None, None, world == "contiguous" and self._stays_loose(), [], []
+            world, forward, None, None, world == "contiguous" and self._stays_loose(), []
         )
 
     def world_of(self, args: tuple[Any, ...], has_channels_last: bool) -> World:
@@ -217,7 +211,7 @@ def _run_sequence(sequence: nn.Sequential, x: Any, world: World, lenient: bool) 
         assert child is not None
         plan = plan_of(child)
         if plan is not None and lies_as_known and plan.takes_loose():
-            x = run_loosely(child, plan, x, world, owned, hooks_of(child))
+            x = run_loosely(child, plan, x, world, owned)
             loose, owned = True, plan.returns_fresh
         elif loose and plan is None and passes(child) and not getattr(child, "inplace", False):
             x, owned = child(x), False

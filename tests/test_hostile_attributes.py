@@ -278,3 +278,30 @@ def test_a_new_head_keeps_the_stem_fused() -> None:
     for model in (plain, fused):
         model.fc = nn.Identity()
     require_alike(plain, fused)
+
+
+class Nested(nn.Module):
+    """Fused children, a layer between them that takes any memory format, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.between = nn.Sequential(Block(), Block()), nn.ReLU6()
+        self.second, self.third = Block(), nn.Sequential(Block(), Block())
+        self.conv, self.bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.between(self.first(self.bn(self.conv(x))))))
+
+
+@pytest.mark.parametrize("name", ["first", "first.1", "between", "second", "third", "third.0"])
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_child_gets_a_forward_of_its_own(name: str, asks: bool) -> None:
+    plain, fused = pair_of(Nested)
+    for model in (plain, fused):
+        child = model.get_submodule(name)
+
+        def forward(x: Tensor, old: Any = child.forward) -> Any:
+            return old(x) * (x.stride(1) if asks else 3)
+
+        child.forward = forward
+    require_alike(plain, fused)

@@ -41,7 +41,7 @@ class Digest:
 
     def __init__(self, tensors: Sequence[Tensor], in_full: Sequence[Tensor] = ()) -> None:
         lib = library()
-        if lib.resfuse_held_bytes() != ctypes.sizeof(_Watched):
+        if lib.resfuse_watched_bytes() != ctypes.sizeof(_Watched):
             raise NativeUnavailable("the library's parts are laid out otherwise on this platform")
         rows = [(t, t.numel() * t.element_size()) for t in tensors if t.numel() > 0]
         few = sum(size for _, size in rows) <= _ALL

@@ -69,4 +69,4 @@ extern "C" long resfuse_lanes() { return LANES; }
 extern "C" long resfuse_panel() { return PANEL; }
 extern "C" long resfuse_pixels() { return PIXELS; }
 extern "C" long resfuse_step_bytes() { return sizeof(Step); }
-extern "C" long resfuse_held_bytes() { return sizeof(Watched); }
+extern "C" long resfuse_watched_bytes() { return sizeof(Watched); }
