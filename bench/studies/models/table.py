@@ -1,7 +1,7 @@
 """models.csv -> MODELS.md: counts, and a line for each network."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +12,7 @@ FILE = "MODELS.md"
 _TITLES = ("network", "pixels", "conv", "MACs fused", "eager", "fuse", "engine")
 _LONGEST = 90  # characters of a reason: the CSV has the whole
 
-Row = Mapping[str, object]
+Row = Mapping[Hashable, object]
 
 
 def write(home: Path, rows: pd.DataFrame, kinds: Sequence[str]) -> Path:
@@ -48,12 +48,11 @@ def page(rows: pd.DataFrame, kinds: Sequence[str]) -> str:
 
 def _merged(answers: pd.DataFrame, kinds: Sequence[str]) -> Row:
     """One row of several: each kind's answer from the last that has it, the rest what is known."""
-    merged: dict[str, object] = dict(answers.ffill().iloc[-1])
+    merged: dict[Hashable, object] = dict(answers.ffill().to_dict("records")[-1])
     for kind in kinds:
-        asked = answers[answers[f"{kind}_status"] != ""]
-        if len(asked):
-            own = [name for name in asked if name.startswith(f"{kind}_")]
-            merged |= {name: asked.iloc[-1][name] for name in own}
+        asked = answers[answers[f"{kind}_status"] != ""].to_dict("records")
+        if asked:
+            merged |= {name: v for name, v in asked[-1].items() if str(name).startswith(kind)}
     return merged
 
 
