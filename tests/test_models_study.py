@@ -177,3 +177,17 @@ def test_the_table_has_the_newest_commit_and_adds_up_the_kinds() -> None:
             for line in page.splitlines()[-2:]]  # fmt: skip
     assert a == ["timm a", "64", "", "", "2.0e-06", "wrong: 5.00", ""]
     assert b == ["timm b", "64", "20", "88 %", "2.0e-06", "0.50", r"refused: no \| &lt;b&gt;"]
+
+
+def test_nothing_hides_a_branch() -> None:
+    """A residual branch behind a scale of 0 or 1e-6 could compute anything."""
+    model = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)])
+    zero, one, conv = model
+    assert isinstance(zero, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d)
+    nn.init.zeros_(zero.weight)
+    before = conv.weight.clone()
+    compare.spread(model)
+    for parameter in (zero.weight, zero.bias, one.weight):
+        assert isinstance(parameter, Tensor)
+        assert len(parameter.unique()) == 4 and float(parameter.detach().abs().max()) > 0.05
+    assert torch.equal(conv.weight, before)  # drawn at random already
