@@ -1,8 +1,9 @@
 """`resfuse study models`: what a row says of a network that is right, wrong, refused or deadly."""
 
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from resfuse.bench.cli import main
 from resfuse.bench.measured import Value
-from resfuse.bench.studies.models import command, compare, networks
+from resfuse.bench.studies.models import command, compare, networks, table
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -114,6 +115,8 @@ def test_the_command_appends_rows_and_resumes(
     assert main(asked) == 0
     assert "fuse: 1 pass\nengine: 1 pass" in capsys.readouterr().out
     assert main([*asked, "--resume"]) == 0
+    [page] = tmp_path.glob("*/MODELS.md")
+    assert "- fuse: 1 pass\n- engine: 1 pass\n" in page.read_text()
     [file] = tmp_path.glob("*/models.csv")
     assert list(pd.read_csv(file).network) == ["torchvision squeezenet1_1"]
     assert main(["study", "models", "-m", "nosuch", "--results", str(tmp_path)]) == 2
@@ -128,3 +131,63 @@ def test_calibrated_statistics_are_those_of_the_images() -> None:
     conv, norm = model[0], model[1]
     assert isinstance(norm, nn.BatchNorm2d) and not norm.training
     torch.testing.assert_close(norm.running_mean, conv(images).mean((0, 2, 3)).detach())
+
+
+def test_kinds_asked_one_at_a_time_add_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers(
+        wanted: Sequence[str], size: int, timeout: float, kinds: Sequence[str]
+    ) -> Iterator[dict[str, Value]]:
+        for name in wanted:
+            yield {"network": name, **{f"{kind}_status": "pass" for kind in kinds}}
+
+    monkeypatch.setattr(command, "rows", answers)
+    asked = ["study", "models", "-m", "torchvision resnet18", "--results", str(tmp_path)]
+    assert main([*asked, "--kinds", "fuse"]) == 0
+    assert "engine" not in capsys.readouterr().out
+    assert main([*asked, "--kinds", "engine", "--resume"]) == 0
+    assert main([*asked, "--resume"]) == 0
+    [file] = tmp_path.glob("*/models.csv")
+    assert len(pd.read_csv(file)) == 2
+    assert "- fuse: 1 pass\n- engine: 1 pass\n" in (file.parent / table.FILE).read_text()
+
+
+def sheet(*given: dict[str, Value]) -> pd.DataFrame:
+    """Rows as results.read_rows gives them."""
+    known = command.SHEET
+    empty = {name: "" if name in known.text else float("nan") for name in known.columns}
+    return pd.DataFrame([{**empty, **row} for row in given])
+
+
+def test_the_table_has_the_newest_commit_and_adds_up_the_kinds() -> None:
+    new = {"env_id": "e", "commit": "new", "eager_rel_l2": 2e-6, "img_size": 64}
+    rows = sheet(
+        {"network": "timm gone", "fuse_status": "wrong", "env_id": "e", "commit": "old"},
+        {"network": "timm b", "fuse_status": "crash", "fuse_error": "died", **new},
+        {"network": "timm b", "fuse_status": "pass", "fuse_rel_l2": 1e-6, "macs_fused_pct": 87.6,
+         "convolutions": 20, **new},
+        {"network": "timm b", "engine_status": "refused", "engine_error": "no | <b>", **new},
+        {"network": "timm a", "fuse_status": "wrong", "fuse_rel_l2": 1e-5, **new},
+    )  # fmt: skip
+    page = table.page(rows, command.KINDS)
+    assert "gone" not in page and "commit new." in page
+    assert "- fuse: 1 wrong, 1 pass\n- engine: 1 not compared, 1 refused\n" in page
+    a, b = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in page.splitlines()[-2:]]  # fmt: skip
+    assert a == ["timm a", "64", "", "", "2.0e-06", "wrong: 5.00", ""]
+    assert b == ["timm b", "64", "20", "88 %", "2.0e-06", "0.50", r"refused: no \| &lt;b&gt;"]
+
+
+def test_nothing_hides_a_branch() -> None:
+    """A residual branch behind a scale of 0 or 1e-6 could compute anything."""
+    model = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)])
+    zero, one, conv = model
+    assert isinstance(zero, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d)
+    nn.init.zeros_(zero.weight)
+    before = conv.weight.clone()
+    compare.spread(model)
+    for parameter in (zero.weight, zero.bias, one.weight):
+        assert isinstance(parameter, Tensor)
+        assert len(parameter.unique()) == 4 and float(parameter.detach().abs().max()) > 0.05
+    assert torch.equal(conv.weight, before)  # drawn at random already

@@ -18,6 +18,7 @@ from resfuse.bench.console import stderr
 from resfuse.bench.measured import Value
 from resfuse.bench.results import Sheet
 from resfuse.bench.selection import pick
+from resfuse.bench.studies.models import table
 from resfuse.bench.studies.models.compare import compare
 from resfuse.bench.studies.models.networks import NETWORKS
 
@@ -61,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{row['network']}: {kind} {row[f'{kind}_status']}: {row[f'{kind}_error']}")
     for kind in kinds:
         print(f"{kind}: {', '.join(f'{n} {how}' for how, n in counts[kind].most_common())}")
-    print(f"appended to {home / SHEET.file}")
+    if results.has_rows(home, SHEET):
+        table.write(home, results.read_rows(home, SHEET, only_whole=True), KINDS)
+        print(f"appended to {home / SHEET.file}, and written out in {table.FILE}")
     return int(any(counts[kind][how] for kind in kinds for how in ("wrong", "crash", "error")))
 
 

@@ -28,6 +28,7 @@ def compare(
     """
     torch.manual_seed(0)
     model = networks.create(network)
+    spread(model)
     size = networks.image_size(network, model, wanted_size)
     calibrate(model, inputs.batch(inputs.BUNDLED, CALIBRATION_IMAGES, size, seed=7))
     batches = [inputs.batch(inputs.BUNDLED, count, size, seed=count) for count in (IMAGES, 3)]
@@ -85,6 +86,20 @@ def judged(what: str, answer: Callable[[], float], allowed: float) -> dict[str, 
         return {f"{what}_status": "error", f"{what}_error": said}
     status = "pass" if found <= allowed else "wrong"  # NaN is wrong, too
     return {f"{what}_status": status, f"{what}_rel_l2": found, f"{what}_error": ""}
+
+
+def spread(model: nn.Module) -> None:
+    """Draws anew what starts constant: a last norm's scale of 0 or a layer scale of 1e-6 would
+    hide whatever its branch computes, and a scale of 1 whatever is folded wrongly.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+                tiny = abs(float(parameter.flatten()[0])) < 0.1
+                if tiny:
+                    parameter.normal_(std=0.2 if parameter.dim() < 2 else 0.02)
+                else:
+                    parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
 
 
 def calibrate(model: nn.Module, images: Tensor) -> None:
