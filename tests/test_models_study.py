@@ -195,7 +195,7 @@ def test_a_network_that_amplifies_rounding_is_no_yardstick(monkeypatch: pytest.M
             return torch.sin(1e9 * x.mean((2, 3)))
 
     monkeypatch.setattr(networks, "create", lambda name: Chaos())
-    with pytest.raises(ArithmeticError, match="off by .* from fp64"):
+    with pytest.raises(ArithmeticError, match=r"off by .* from fp64"):
         compare.compare("timm chaos", 32)
 
 
