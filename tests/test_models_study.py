@@ -179,6 +179,26 @@ def test_the_table_has_the_newest_commit_and_adds_up_the_kinds() -> None:
     assert b == ["timm b", "64", "20", "88 %", "2.0e-06", "0.50", r"refused: no \| &lt;b&gt;"]
 
 
+def test_a_channel_that_was_dead_is_not_multiplied_by_hundreds() -> None:
+    norm = nn.BatchNorm2d(2)
+    images = torch.randn(8, 2, 4, 4) * torch.tensor([1.0, 1e-6]).view(1, 2, 1, 1)
+    compare.calibrate(nn.Sequential(norm), images)
+    assert norm.running_var is not None
+    alive, dead = norm.running_var.tolist()
+    assert alive == pytest.approx(1, rel=0.3)
+    assert dead == pytest.approx(0.1 * alive / 2, rel=1e-3)
+
+
+def test_a_network_that_amplifies_rounding_is_no_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Chaos(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(1e9 * x.mean((2, 3)))
+
+    monkeypatch.setattr(networks, "create", lambda name: Chaos())
+    with pytest.raises(ArithmeticError, match=r"off by .* from fp64"):
+        compare.compare("timm chaos", 32)
+
+
 def test_nothing_hides_a_branch() -> None:
     """A residual branch behind a scale of 0 or 1e-6 could compute anything."""
     model = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)])
