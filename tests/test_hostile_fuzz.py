@@ -5,6 +5,7 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from hostile import images, outcome, require_same, spread
 from resfuse.kernels import explain, fuse
+from resfuse.kernels.engine.engine import build_engine
 
 CHANNELS = 4
 FLAGS = {"on": True}
@@ -259,6 +261,49 @@ def answer_alike(plain: nn.Module, fused: nn.Module) -> None:
             if isinstance(want, str):  # what was written before an error is nobody's promise
                 return
         require_same(state_of(fused), state_of(plain))
+
+
+@settings(
+    max_examples=25, deadline=None, derandomize=True,
+    suppress_health_check=[
+        HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture,
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("own_cache")
+@given(cases())
+def test_engines_of_habits(case: Any) -> None:
+    """An engine answers as the model did when it was built, or is refused; later changes to the
+    model change nothing."""
+    run_engine(case)
+
+
+def run_engine(case: Any) -> bool:
+    """Whether there was an engine."""
+    kind, count, in_place, source, changes = case
+    FLAGS["on"] = True
+    torch.manual_seed(0)
+    model = spread(kind(count, in_place))
+    shape, before = (2, CHANNELS, 5, 6), copy.deepcopy(state_of(model))
+    plain = copy.deepcopy(model)
+    try:
+        engine = build_engine(model, images(1, shape))
+    except ValueError:
+        return False
+    try:
+        require_same(state_of(model), before)
+        inputs = [images(1, shape), images(2, shape), images(2, shape)]
+        inputs.append(images(3, shape).contiguous(memory_format=torch.channels_last))
+        for round_ in range(2):
+            for x in inputs:
+                given = x.clone()
+                require_same(outcome(engine, given), outcome(plain, x.clone()))
+                torch.testing.assert_close(given, x, rtol=0, atol=0)
+            for change in changes if not round_ else ():
+                if change not in ("copy", "global", "class"):
+                    _raises(CHANGES[change], model)
+    except AssertionError as error:
+        raise AssertionError(f"{source}\n{changes} {in_place=}\n{error}") from error
+    return True
 
 
 assert F is not None  # the forwards' sources read it
