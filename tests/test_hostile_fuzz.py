@@ -5,14 +5,17 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hostile import images, outcome, require_same, spread
 from resfuse.kernels import explain, fuse
+from resfuse.kernels.engine.engine import build_engine
 
 CHANNELS = 4
 FLAGS = {"on": True}
@@ -128,6 +131,18 @@ def a_hook(m: nn.Module, args: Any, y: Any) -> Any:
     return y * 1.5 if isinstance(y, Tensor) else None
 
 
+def stepped(model: nn.Module) -> None:
+    """A step that torch does not count."""
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.1)
+    torch.optim.SGD(model.parameters(), lr=0.5, fused=True).step()
+
+
+def written_in_inference_mode(model: Any) -> None:
+    with torch.inference_mode():
+        model.conv0.weight.mul_(2)
+
+
 CHANGES: dict[str, Any] = {
     "flag": lambda m: setattr(m, "flag", False),
     "number": lambda m: setattr(m, "number", 2.5),
@@ -155,6 +170,11 @@ CHANGES: dict[str, Any] = {
     "class": lambda m: setattr(type(m), "gain_of_class", 3.0),
     "own method": lambda m: setattr(m.relu0, "forward", torch.tanh),
     "global": lambda m: FLAGS.update(on=not FLAGS["on"]),
+    "optimizer": lambda m: stepped(m),
+    "written in inference mode": lambda m: written_in_inference_mode(m),
+    "numpy": lambda m: m.conv0.weight.detach().numpy().__imul__(1.5),
+    "channels last": lambda m: m.to(memory_format=torch.channels_last),
+    "a weight in channels last": lambda m: m.conv0.to(memory_format=torch.channels_last),
     "copy": lambda m: None,
 }
 
@@ -176,12 +196,16 @@ def cases(draw: st.DrawFn) -> tuple[type[nn.Module], int, bool, str, list[str]]:
     return kind, len(lines), draw(st.booleans()), source, changes
 
 
+def strides_of(answer: Any) -> list[tuple[int, ...]]:
+    return [leaf.stride() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)]
+
+
 def state_of(m: Any) -> list[Any]:
     return [m.kept, m.cache, m.calls, m.count, m.tensor, m.number, m.flag]
 
 
 @settings(
-    max_examples=100, deadline=None, derandomize=True,
+    max_examples=120, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 @given(cases())
@@ -225,15 +249,61 @@ def _raises(change: Any, model: nn.Module) -> str | None:
 
 def answer_alike(plain: nn.Module, fused: nn.Module) -> None:
     shapes = ((2, CHANNELS, 5, 6), (1, CHANNELS, 4, 4))
-    for x in (*(images(1, shape) for shape in shapes), {"image": images(2, shapes[0])}):
+    inputs = [*(images(1, shape) for shape in shapes), {"image": images(2, shapes[0])}]
+    inputs.append(images(3, shapes[0]).contiguous(memory_format=torch.channels_last))
+    for x in inputs:
         for _ in range(2):
             given, too = copy.deepcopy(x), copy.deepcopy(x)
             want, got = outcome(plain, given), outcome(fused, too)
             require_same(got, want)
+            assert strides_of(got) == strides_of(want)
             require_same(too, given)
             if isinstance(want, str):  # what was written before an error is nobody's promise
                 return
         require_same(state_of(fused), state_of(plain))
+
+
+@settings(
+    max_examples=25, deadline=None, derandomize=True,
+    suppress_health_check=[
+        HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture,
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("own_cache")
+@given(cases())
+def test_engines_of_habits(case: Any) -> None:
+    """An engine answers as the model did when it was built, or is refused; later changes to the
+    model change nothing."""
+    run_engine(case)
+
+
+def run_engine(case: Any) -> bool:
+    """Whether there was an engine."""
+    kind, count, in_place, source, changes = case
+    FLAGS["on"] = True
+    torch.manual_seed(0)
+    model = spread(kind(count, in_place))
+    shape, before = (2, CHANNELS, 5, 6), copy.deepcopy(state_of(model))
+    plain = copy.deepcopy(model)
+    try:
+        engine = build_engine(model, images(1, shape))
+    except ValueError:
+        return False
+    try:
+        require_same(state_of(model), before)
+        inputs = [images(1, shape), images(2, shape), images(2, shape)]
+        inputs.append(images(3, shape).contiguous(memory_format=torch.channels_last))
+        for round_ in range(2):
+            for x in inputs:
+                given = x.clone()
+                require_same(outcome(engine, given), outcome(plain, x.clone()))
+                torch.testing.assert_close(given, x, rtol=0, atol=0)
+            for change in changes if not round_ else ():
+                if change not in ("copy", "global", "class"):
+                    _raises(CHANGES[change], model)
+    except AssertionError as error:
+        raise AssertionError(f"{source}\n{changes} {in_place=}\n{error}") from error
+    return True
 
 
 assert F is not None  # the forwards' sources read it
