@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import Freed, fake_graphs
 from torch import Tensor, nn
 
+from fake_cuda import Freed, fake_graphs
 from resfuse.bench import inputs, memory
 from resfuse.bench.backends import BACKENDS, cudnn_fused, load_build, load_trainable, onnxrt
 from resfuse.bench.backends.onnx_export import exported

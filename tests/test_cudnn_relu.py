@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import fake_graphs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fake_cuda import fake_graphs
 from resfuse.bench.kernels.layer import inputs, layer
 from resfuse.bench.kernels.providers import cudnn as provider
 from resfuse.kernels.cudnn_relu import FORMS, Way, conv_relu, searching, zeros_for

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import GPU, Fake, fake_cuda
 from test_engine_cuda_graph import Small
 from torch import Tensor, nn
 
+from fake_cuda import GPU, Fake, fake_cuda
 from kernel_inputs import DEVICE
 from resfuse.kernels.engine import compile_ahead, cuda_graph, engine, measure, warm_timing
 from resfuse.kernels.engine.capture import capture

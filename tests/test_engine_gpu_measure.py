@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import GPU, Fake, Freed, fake_cuda
 from test_engine_planner import Fails, Untouched, Wrong, plant
 
+from fake_cuda import GPU, Fake, Freed, fake_cuda
 from graphs import conv_graph, conv_state, one_node
 from kernel_inputs import DEVICE
 from resfuse.kernels.engine import cuda_graph, warm_timing

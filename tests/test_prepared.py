@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import triton
-from fake_cuda import fake_cuda
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fake_cuda import fake_cuda
 from resfuse.kernels import fuse, launch, prepared, steps
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.signature import is_unseen

@@ -16,7 +16,6 @@ its transpose, whose right operand is never read from registers.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -76,7 +75,6 @@ def candidates(problem: ConvProblem) -> list[Config]:
     return [c for c in configs if c.block_n < 2 * problem.k] or [configs[-1]]
 
 
-@lru_cache(maxsize=4096)
 def choose(problem: ConvProblem, multiprocessors: int) -> Config:
     """The largest tile that gives every multiprocessor one; else the smallest. Not measured."""
     fit = candidates(problem)

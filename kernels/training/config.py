@@ -5,7 +5,6 @@ Pure Python; no GPU is asked.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from resfuse.kernels.problem import MATH_MODES
 
@@ -103,7 +102,6 @@ def candidates(problem: NormProblem) -> list[Config]:
     return [config for config in CONFIGS if config.block_c < 2 * width]
 
 
-@lru_cache(maxsize=4096)
 def choose(problem: NormProblem, multiprocessors: int) -> Config:
     """The widest tiles, and of those the most a CTA that still give every multiprocessor four CTAs,
     whose loads overlap. A heuristic: it has not been measured.
