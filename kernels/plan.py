@@ -180,7 +180,10 @@ class Plan:
         return sum(layer.detours for layer in self._every)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], owns: bool) -> Call | None:
-        if kwargs or not args or not (_are_traced(args) or are_plain(args)):
+        if kwargs or not args:
+            return None
+        # first whether somebody looks on, who would see the arguments being looked at
+        if not _are_traced(args) and (is_watched() or not are_plain(args)):
             return None
         call = Call(len(args), isinstance(args[0], list), owns)
         if owns and call not in self.forwards:
@@ -191,7 +194,7 @@ class Plan:
             return None if torch.compiler.is_dynamo_compiling() else call
         if torch.compiler.is_compiling():  # on a CPU inductor fuses and packs the layers itself
             return call if _on_cuda(args) else None
-        if is_watched() or not self._guards.hold():
+        if not self._guards.hold():
             return None
         if torch.is_grad_enabled() and self._needs_gradients(args):
             return None

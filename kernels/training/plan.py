@@ -40,7 +40,7 @@ class TrainingPlan:
         call = Call(len(args))
         if kwargs or call not in self.forwards or torch.compiler.is_compiling():
             return NOT_RUN
-        if not are_plain(args) or is_watched() or not self._guards.hold():
+        if is_watched() or not are_plain(args) or not self._guards.hold():
             return NOT_RUN
         return self.forwards[call](scope, *args)
 
