@@ -5,9 +5,9 @@ The check runs at every call of every fused module, so it compares whole dicts i
 were; only where they differ it looks whether the difference matters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import CellType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ _METHODS = ("forward", "__call__", "_conv_forward", "_check_input_dim")  # what 
 _SHADOWS = ("forward", "_compiled_call_impl")  # what a call runs instead, if an instance has it
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _UNRELATED = ("training", "_is_full_backward_hook")
+_T = TypeVar("_T")
 
 
 class _Now(NamedTuple):
@@ -86,6 +87,46 @@ class Guards:
         self._cells: list[tuple[CellType, Any]] = list(observed.snapshot.cells())
         self._now = self._look()
 
+    @classmethod
+    def joined(cls, guards: "Sequence[Guards]") -> "Guards":
+        """Those of several plans, checked at once: what they share is looked at once.
+
+        Raises:
+            ValueError: they do not hold now.
+        """
+        one = cls.__new__(cls)
+        for name in ("_modal", "_whole", "_reads", "_families", "_kinds", "_cells"):
+            setattr(one, name, [value for each in guards for value in getattr(each, name)])
+        one._fixed = set().union(*(each._fixed for each in guards))
+        one._modules = _once(module for each in guards for module in each._modules)
+        one._hooks = _once(hooks for each in guards for hooks in each._hooks)
+        pairs = {id(container): (container, copy) for g in guards for container, copy in g._pairs}
+        one._pairs = list(pairs.values())
+        methods = {
+            (kind, name): value
+            for each in guards
+            for kind, name, value in zip(
+                each._class_of, each._class_names, each._class_values, strict=True
+            )
+        }
+        one._class_of = [kind for kind, _ in methods]
+        one._class_names = [name for _, name in methods]
+        one._class_values = list(methods.values())
+        spaces = {
+            (id(space), name): (space, name, value)
+            for each in guards
+            for space, name, value in zip(
+                each._spaces, each._globals, each._global_values, strict=True
+            )
+        }
+        one._spaces = [space for space, *_ in spaces.values()]
+        one._globals = [name for _, name, _ in spaces.values()]
+        one._global_values = [value for *_, value in spaces.values()]
+        one._now = _Now([], [], [])
+        if any(one._hooks) or not one._hold_exactly():
+            raise ValueError("the guards do not hold")
+        return one
+
     def hold(self) -> bool:
         """Whether the rewritten forward computes what the original would."""
         if any(self._hooks):
@@ -150,6 +191,11 @@ class Guards:
             return True
         alike = isinstance(now, nn.Module) and kind_of(now) is kind_of(then)
         return alike and id(then) not in self._fixed
+
+
+def _once(values: Iterable[_T]) -> list[_T]:
+    """Each object once."""
+    return list({id(value): value for value in values}.values())
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

@@ -24,6 +24,7 @@ from resfuse.kernels.optimizer_steps import tell_of_steps
 from resfuse.kernels.origin import Origin, is_plain, tensors_of
 from resfuse.kernels.scope import Call
 from resfuse.kernels.steps import Step, convolutions
+from resfuse.kernels.tree_guards import TreeCheck
 
 if TYPE_CHECKING:
     from resfuse.kernels.variants import Forwards
@@ -69,7 +70,8 @@ class Plan:
         self.frozen = False  # a call need not look at them: nobody writes to them, as was promised
         places = [watch(scope, name) for name in watched]
         self._layers = [layer for *_, layer in places]
-        self._guards = Guards(
+        self._tree_check = TreeCheck(PLAN)
+        self.guards = Guards(
             Observed() if observed is None else observed,
             layers=() if observed is None else self._layers,
             children=children,
@@ -98,17 +100,38 @@ class Plan:
                 arguments lie as eager's do.
             lenient: the argument need not lie so, nor need the result.
         """
+        if self.is_guarded():
+            if not kwargs and all(type(arg) is Tensor for arg in args) and self._scope() is scope:
+                call = Call(len(args), False, owns)
+                if owns and call not in self.forwards:
+                    call = Call(len(args))
+                if call in self.forwards:
+                    return self._run(call, scope, args, world, lenient, guarded=True)
+            _running.guarded = None  # the scope's own forward may change anything
         call = self._call(args, kwargs, owns)
         if call is None or self._scope() is not scope:
             return NOT_RUN
         if _running.root is self._root or torch.compiler.is_compiling():
             return self._run(call, scope, args, world, lenient)
         self._forget_what_is_stale()
-        _running.root, outer = self, _running.root
+        outer = _running.root, _running.guarded
+        _running.root, _running.guarded = self, self if self._tree_holds(scope) else None
         try:
             return self._run(call, scope, args, world, lenient)
         finally:
-            _running.root = outer
+            _running.root, _running.guarded = outer
+
+    def is_guarded(self) -> bool:
+        """Whether its guards, and all other conditions, were checked with the outermost's."""
+        return _running.guarded is self._root
+
+    def _tree_holds(self, scope: nn.Module) -> bool:
+        """Whether no scope within needs to check its guards in this call (tree_guards.py)."""
+        if self._root is not self or len(self._tree) < 2:
+            return False
+        if torch.is_grad_enabled() and any(plan._has_trainable() for plan in self._tree):
+            return False
+        return self._tree_check.holds(scope, self._tree)
 
     def adopt(self, scope: nn.Module) -> None:
         """Looks after the weights of all scopes within: at once, when this one is called.
@@ -122,6 +145,7 @@ class Plan:
         self._sources = [s for plan in self._tree for layer in plan.layers for s in layer.sources]
         self._origin = None
         tell_of_steps(self)
+        self._tree_check = TreeCheck(PLAN)
         self._look_at_formats()
         for forwards in self.forwards.values():
             self.calls |= forwards.lay_out()
@@ -130,7 +154,10 @@ class Plan:
     def takes_loose(self) -> bool:
         """Whether it can be called with a tensor in whatever format, and returns one so."""
         forwards = self.forwards.get(Call(1))
-        return forwards is not None and forwards.variant("contiguous", True).returns_loose
+        return (
+            forwards is not None
+            and forwards.variant("contiguous", True, guarded=self.is_guarded()).returns_loose
+        )
 
     def _look_at_formats(self) -> None:
         """Which memory format eager's convolutions take from their weights."""
@@ -152,13 +179,15 @@ class Plan:
         args: tuple[Any, ...],
         world: World | None,
         lenient: bool,
+        *,
+        guarded: bool = False,
     ) -> Any:
         forwards = self.forwards[call]
         if torch.compiler.is_exporting():
             return forwards.variant("exported", False).forward(scope, *args)
         if world is None:
-            world = forwards.world_of(args, self._has_channels_last)
-        world, forward, straight, bare, *_ = forwards.variant(world, lenient)
+            world = "any" if self._has_channels_last else forwards.world_of(args)
+        world, forward, straight, bare, *_ = forwards.variant(world, lenient, guarded=guarded)
         x = args[0]
         again = straight if isinstance(x, Tensor) and x.is_cpu else bare
         if again is None or torch.compiler.is_compiling():
@@ -194,7 +223,7 @@ class Plan:
             return None if torch.compiler.is_dynamo_compiling() else call
         if torch.compiler.is_compiling():  # on a CPU inductor fuses and packs the layers itself
             return call if _on_cuda(args) else None
-        if not self._guards.hold():
+        if not self.guards.hold():
             return None
         if torch.is_grad_enabled() and self._needs_gradients(args):
             return None
@@ -288,8 +317,7 @@ class Plan:
     def _needs_gradients(self, args: tuple[Any, ...]) -> bool:
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return True
-        parameters = (holder[name] for holder, name in self._parameters)
-        needs = any(p is not None and p.requires_grad for p in parameters)
+        needs = self._has_trainable()
         if needs:
             warnings.warn(
                 "gradients are enabled, so fused layers compute as the original ones did; "
@@ -298,11 +326,18 @@ class Plan:
             )
         return needs
 
+    def _has_trainable(self) -> bool:
+        parameters = (holder[name] for holder, name in self._parameters)
+        return any(p is not None and p.requires_grad for p in parameters)
+
 
 class _Running(threading.local):
     """The plan whose scope is being called, with those of all scopes within it looked after."""
 
     root: Plan | None = None
+    guarded: Plan | None = (
+        None  # the same, if the guards of all scopes within it hold until it ends
+    )
 
 
 _running = _Running()

@@ -1,5 +1,6 @@
 """A rewritten forward compiled for the memory formats it may be called with (layout.py)."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -37,11 +38,13 @@ class Variant(NamedTuple):
 class Forwards(Protocol):
     """What a plan asks of a forward that is called in one way."""
 
-    def variant(self, world: World, lenient: bool) -> Variant: ...
+    def variant(self, world: World, lenient: bool, *, guarded: bool = False) -> Variant: ...
 
-    def world_of(self, args: tuple[Any, ...], has_channels_last: bool) -> World: ...
+    def world_of(self, args: tuple[Any, ...]) -> World: ...
 
     def lay_out(self) -> dict[str, Any]: ...
+
+    def called_modules(self) -> list[nn.Module]: ...
 
 
 class GraphForwards:
@@ -70,23 +73,42 @@ class GraphForwards:
                 self._variants[world, lenient] = self._variant(world, lenient, calls)
         return calls
 
-    def variant(self, world: World, lenient: bool) -> Variant:
+    def called_modules(self) -> list[nn.Module]:
+        """The modules that the forward calls, besides steps.
+
+        Raises:
+            ValueError: it runs functions that are not torch's, too.
+        """
+        for node in self._graph.nodes:
+            if node.op == "get_attr" or (
+                node.op == "call_function" and not _is_torchs(node.target)
+            ):
+                raise ValueError(f"{node.target} may run code that is not torch's")
+        return [
+            self._scope.get_submodule(str(node.target))
+            for node in self._graph.nodes
+            if node.op == "call_module" and not self._is_step(node)
+        ]
+
+    def variant(self, world: World, lenient: bool, *, guarded: bool = False) -> Variant:
+        """The forward for a world.
+
+        Args:
+            guarded: the modules that it was made for are known to be in their places.
+        """
         found = self._variants[world, lenient]
+        if guarded:
+            return found
         for holder, name, module in found.children:
             if holder.get(name) is not module or has_hooks(module):
                 return self._variants["any", False]
         return found
 
-    def world_of(self, args: tuple[Any, ...], has_channels_last: bool) -> World:
-        """That of a call with exact arguments.
-
-        Args:
-            has_channels_last: a convolution's weight is channels_last, here or in a child.
-        """
+    def world_of(self, args: tuple[Any, ...]) -> World:
+        """That of a call with exact arguments, where no convolution's weight is channels_last, here
+        or in a child; else it is "any"."""
         tensors = list(_tensors(args))
         if not tensors or any(x.dim() != 4 or x.numel() == 0 for x in tensors):
-            return "any"
-        if has_channels_last:
             return "any"
         only_suggests = self._only_convolves and not suggests_channels_last(tensors[0])
         return "contiguous" if only_suggests or _are_contiguous(tensors) else "any"
@@ -151,7 +173,7 @@ class LooseCall:
 
 def run_loosely(child: nn.Module, plan: Plan, x: Tensor, world: World, owned: bool) -> Tensor:
     """A fused child's result of a loose value, loose."""
-    if not (child.training or has_hooks(child) or plan_of(child) is not plan):
+    if plan.is_guarded() or not (child.training or has_hooks(child) or plan_of(child) is not plan):
         result = plan.run(child, (x,), {}, owned, world, lenient=True)
         if result is not NOT_RUN:
             return result
@@ -179,7 +201,10 @@ class SequenceForwards:
     def lay_out(self) -> dict[str, Any]:
         return {}
 
-    def variant(self, world: World, lenient: bool) -> Variant:
+    def called_modules(self) -> list[nn.Module]:
+        return [child for child in self._sequence._modules.values() if child is not None]
+
+    def variant(self, world: World, lenient: bool, *, guarded: bool = False) -> Variant:
         def forward(sequence: nn.Sequential, x: Any) -> Any:
             return _run_sequence(sequence, x, world, lenient)
 
@@ -187,11 +212,9 @@ class SequenceForwards:
             world, forward, None, None, world == "contiguous" and self._stays_loose(), []
         )
 
-    def world_of(self, args: tuple[Any, ...], has_channels_last: bool) -> World:
+    def world_of(self, args: tuple[Any, ...]) -> World:
         x = args[0]
         if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
-            return "any"
-        if has_channels_last:
             return "any"
         return "contiguous" if _are_contiguous([x]) else "any"
 
@@ -232,6 +255,15 @@ def _run_exactly(sequence: nn.Sequential, x: Any) -> Any:
         else:
             x, owned = result, plan.returns_fresh
     return x
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether a function is one of torch's or of Python's operators."""
+    return getattr(function, "__module__", None) in _TORCHS or function in _BUILTINS
+
+
+_TORCHS = ("torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator")
+_BUILTINS = (getattr, max, min, sum, int, float, bool, abs, round, math.floor, math.ceil)
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
