@@ -258,9 +258,14 @@ class Observer:
             static = getattr(kind, name, MISSING)
             if static is not MISSING:
                 self.seen.read_class(kind, name, static)
-        if isinstance(found, nn.Module):
-            self.touch(found)
+        self._touch_found()
         return found
+
+    def _touch_found(self) -> None:
+        """Watches the modules that values read so far hold: in a list, an object, a closure."""
+        modules = self.seen.snapshot.modules
+        while modules:
+            self.touch(modules.pop())
 
     def read_children(self, module: nn.Module) -> None:
         """The forward goes through a module's children."""
@@ -302,6 +307,7 @@ class Observer:
         try:
             for chain in facts.reads:
                 self.seen.read_global(frame.f_globals, chain)
+            self._touch_found()
         except Refused as reason:
             self.refuse(str(reason))
         frees = [free for free in facts.frees if free != "__class__"]

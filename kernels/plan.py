@@ -102,11 +102,11 @@ class Plan:
         """
         if self.is_guarded():
             if not kwargs and all(type(arg) is Tensor for arg in args) and self._scope() is scope:
-                call = Call(len(args), False, owns)
-                if owns and call not in self.forwards:
-                    call = Call(len(args))
-                if call in self.forwards:
-                    return self._run(call, scope, args, world, lenient, guarded=True)
+                known = Call(len(args), False, owns)
+                if owns and known not in self.forwards:
+                    known = Call(len(args))
+                if known in self.forwards:
+                    return self._run(known, scope, args, world, lenient, guarded=True)
             _running.guarded = None  # the scope's own forward may change anything
         call = self._call(args, kwargs, owns)
         if call is None or self._scope() is not scope:

@@ -45,6 +45,7 @@ class Snapshot:
     def __init__(self) -> None:
         self.pairs: list[Pair] = []
         self.functions: dict[types.CodeType, types.FunctionType] = {}
+        self.modules: list[nn.Module] = []  # found on the way, whose attributes are no part of it
         self._seen: dict[int, Any] = {}  # keeps what it names alive
 
     def add(self, value: Any) -> None:
@@ -60,7 +61,9 @@ class Snapshot:
         self._seen[id(value)] = value
         if isinstance(value, types.FunctionType):
             self._add_function(value)
-        elif not isinstance(value, (*_CODE, slice, nn.Module)):
+        elif isinstance(value, nn.Module):
+            self.modules.append(value)
+        elif not isinstance(value, (*_CODE, slice)):
             for part in self._parts(value):
                 self.add(part)
 

@@ -419,3 +419,38 @@ def test_a_pure_gate_does_not_break_a_chain() -> None:
         return model
 
     assert explain(pair_of(make)[1]).lines[0].how == "conv + bn + add + relu"
+
+
+class ThroughAList(nn.Module):
+    """Writes to a layer that it holds in a list, where torch does not see it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.blocks = [block]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            block.scale += 0.5
+        return x * 0.5
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.scale = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)) * self.scale)
+
+
+def test_modules_found_in_lists_are_neither_changed_nor_baked_in() -> None:
+    torch.manual_seed(0)
+    block = Scaled()
+    plain = nn.Sequential(ThroughAList(block), block, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    copy = fuse(plain)
+    assert copy[1].scale == 1.0
+    with torch.inference_mode():
+        for _ in range(3):
+            torch.testing.assert_close(copy(x), plain(x))
+    assert copy[1].scale == plain[1].scale == 2.5
