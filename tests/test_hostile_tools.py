@@ -1,7 +1,7 @@
 """Tools that look into a fused model, and tools that make another model of it."""
 
-import cProfile
 import copy
+import cProfile
 import io
 import pickle
 import pstats
