@@ -14,7 +14,7 @@ from resfuse.kernels.folding import fold_conv_bn
 from resfuse.kernels.layers import slope_of
 from resfuse.kernels.native import packed as native
 from resfuse.kernels.native.packed import NativeConv
-from resfuse.kernels.origin import Origin, Source, tensors_of, why_not_followed
+from resfuse.kernels.origin import Origin, Source, sources_of, tensors_of, why_not_followed
 
 Packed = onednn.PackedConv | NativeConv
 
@@ -98,7 +98,7 @@ def fold(
     Args:
         sources: of those layers.
     """
-    if why_not_followed(sources) is not None or lacks_statistics(norm):
+    if why_not_followed(sources) is not None or lacks_statistics(norm) or mixes(conv, norm):
         return None
     origin = Origin(tensors_of(sources))  # before its tensors are read: a write in between is seen
     with torch.no_grad():
@@ -113,6 +113,20 @@ def fold(
 def lacks_statistics(norm: nn.Module | None) -> bool:
     """Whether a batch norm normalises with the batch's own statistics, having lost its others."""
     return norm is not None and (norm.running_mean is None or norm.running_var is None)
+
+
+def mixes(conv: nn.Conv2d, norm: nn.Module | None) -> bool:
+    """Whether the layers are in dtypes that torch refuses to compute together, or answers in another
+    than the convolution's: all must be in one, but that a batch norm in float32 takes 16 bits."""
+    given = conv.weight.dtype
+    if conv.bias is not None and conv.bias.dtype != given:
+        return True
+    found = set() if norm is None else {tensor.dtype for tensor in tensors_of(sources_of(norm))}
+    found = {dtype for dtype in found if dtype.is_floating_point}
+    takes_16_bits = isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+    if takes_16_bits and given.itemsize == 2 and found == {torch.float32}:
+        return False
+    return not found <= {given}
 
 
 def require_weights(discarded: bool) -> None:

@@ -6,6 +6,7 @@ while it is watched; what Python functions run, and which of C, by a profile fun
 """
 
 import builtins
+import cProfile
 import gc
 import random
 import sys
@@ -149,6 +150,21 @@ class Refused(Exception):
     """What a forward does is no matter of a graph; the message ends "forward ..."."""
 
 
+def _pause_profiler() -> Callable[[], None]:
+    """Stops the caller's profiler; returns what starts it again.
+
+    Raises:
+        Refused: it is written in C, of a kind that only its owner can start again.
+    """
+    profiler = sys.getprofile()
+    if isinstance(profiler, cProfile.Profile):
+        profiler.disable()
+        return profiler.enable
+    if profiler is not None and not callable(profiler):
+        raise Refused(f"was traced while a profiler ran ({type(profiler).__module__}): fuse first")
+    return lambda: sys.setprofile(profiler)
+
+
 class _Watch(threading.local):
     observer: "Observer | None" = None
 
@@ -177,16 +193,18 @@ class Observer:
         Raises:
             Refused: for what happened.
         """
+        resume = _pause_profiler()
         _watch.observer, outer = self, _watch.observer
         self.touch(scope)
-        profile, dice = sys.getprofile(), _dice()
+        dice = _dice()
         collects = gc.isenabled()
         gc.disable()  # callbacks of a collection are no part of the forward
         sys.setprofile(self._profile)
         try:
             yield
         finally:
-            sys.setprofile(profile)
+            sys.setprofile(None)
+            resume()
             gc.enable() if collects else None
             _watch.observer = outer
             for module, kind in self._classes.items():

@@ -1,8 +1,11 @@
 """Tools that look into a fused model, and tools that make another model of it."""
 
 import copy
+import cProfile
 import io
 import pickle
+import pstats
+import sys
 from typing import Any
 
 import pytest
@@ -292,3 +295,45 @@ def test_an_output_is_a_plain_tensor() -> None:
     fused = pair_of(Block)[1]
     with torch.inference_mode():
         assert type(fused(images())) is Tensor
+
+
+# Profilers that run while a model is fused: capture has a profile function of its own
+
+
+def test_cprofile_goes_on_after_fuse_and_the_model_is_fused() -> None:
+    plain = spread(Block())
+    with cProfile.Profile() as profiler:
+        fused = fuse(plain)
+        assert sys.getprofile() in (profiler, None)  # None: since Python 3.12 it is no function
+        require_alike(plain, fused)
+    assert is_fused(fused)
+    assert {type(module).__module__ for module in plain.modules()} == {
+        type(module).__module__ for module in spread(Block()).modules()
+    }
+    assert "forward" in {name for _, _, name in pstats.Stats(profiler).stats}  # type: ignore[attr-defined]
+
+
+def test_a_profile_function_goes_on_after_fuse() -> None:
+    seen: list[str] = []
+
+    def profile(*_: Any) -> None:
+        seen.append("")
+
+    sys.setprofile(profile)
+    try:
+        fused = fuse(spread(Block()))
+        assert sys.getprofile() is profile
+    finally:
+        sys.setprofile(None)
+    assert is_fused(fused) and seen
+
+
+def test_a_profiler_that_cannot_be_paused_leaves_the_model_unfused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = spread(Block())
+    monkeypatch.setattr(sys, "getprofile", object)  # as of other profilers written in C
+    fused = fuse(plain)
+    assert "while a profiler ran" in str(explain(fused))
+    monkeypatch.undo()
+    require_alike(plain, fused)
