@@ -17,7 +17,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from resfuse.kernels.barred import known
 from resfuse.kernels.engine.alive import Alive
 from resfuse.kernels.engine.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.batching import images_at_all_sizes
@@ -44,7 +43,7 @@ from resfuse.kernels.engine.planner import Segment, plan
 from resfuse.kernels.engine.room import Laid
 from resfuse.kernels.engine.saved import save
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_on
-from resfuse.kernels.engine.timing_cache import TimingCache
+from resfuse.kernels.engine.timing_cache import TimingCache, known
 from resfuse.kernels.native.step import lanes
 
 OtherBatches = Literal["error", "pad", "eager"]
