@@ -247,10 +247,8 @@ class Engine:
             OSError: it cannot be written; what was there before is as it was.
             ValueError: the engine was built with keep_weights=False.
         """
-        save(
-            Path(path), self._device, self._built, self._weights(), self.other_batches,
-            self.cuda_graph,
-        )  # fmt: skip
+        plans = {size: (b.graph, b.segments) for size, b in self._built.items()}
+        save(Path(path), self._device, plans, self._weights(), self.other_batches, self.cuda_graph)
 
     def _built_for(self, batch_size: int | None) -> Built:
         if batch_size is not None and batch_size not in self._built:
