@@ -1,14 +1,14 @@
 """A rewritten forward compiled for the memory formats it may be called with (layout.py)."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from resfuse.kernels.forwards import Variant
 from resfuse.kernels.layout import (
-    Forward,
     Laid,
     World,
     feeds_convolutions_only,
@@ -21,27 +21,6 @@ from resfuse.kernels.plan import NOT_RUN, Plan, plan_of
 from resfuse.kernels.rewrite import STEPS, attribute_of, compile_forward, straighten
 from resfuse.kernels.scope import has_hooks, original_class
 from resfuse.kernels.steps import ConvStep, StemStep, Step
-
-
-class Variant(NamedTuple):
-    """A forward for one world, and what it holds of that its caller must know."""
-
-    world: World
-    forward: Forward
-    straight: Forward | None  # the same on a CPU, without the steps' own checks
-    bare: Forward | None  # the same on a GPU, where nothing had to be laid out
-    returns_loose: bool  # what a step has made, in NHWC whatever eager's is
-    children: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # where found, and which
-
-
-class Forwards(Protocol):
-    """What a plan asks of a forward that is called in one way."""
-
-    def variant(self, world: World, lenient: bool) -> Variant: ...
-
-    def world_of(self, args: tuple[Any, ...], has_channels_last: bool) -> World: ...
-
-    def lay_out(self) -> dict[str, Any]: ...
 
 
 class GraphForwards:

@@ -33,7 +33,7 @@ def _engine(saved: Saved) -> Engine:
     built = {
         size: Built(
             graph,
-            tuple(segments),
+            segments,
             Executor(graph, [segment.choice for segment in segments], saved.state, laid),
         )
         for size, (graph, segments) in saved.plans.items()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from resfuse.kernels.engine.plan_json import (
 )
 from resfuse.kernels.engine.planner import Segment
 
-Plans = Mapping[int, tuple[Graph, Sequence[Segment]]]  # by batch size
+Plans = Mapping[int, tuple[Graph, tuple[Segment, ...]]]  # by batch size
 
 SCHEMA = 2  # 1 had no digest
 _MOST_PLAN = 64 << 20  # bytes of JSON: ResNet-152's has 0.3 million
