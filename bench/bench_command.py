@@ -1,7 +1,6 @@
 """`resfuse bench`: what its flags ask for, and how cases are measured with a word on each."""
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,25 +22,16 @@ from resfuse.bench import results, sweep
 from resfuse.bench.backends import backend
 from resfuse.bench.case import Case, Options
 from resfuse.bench.console import stderr, stdout
-from resfuse.bench.distributed.world import launched
 from resfuse.bench.errors import UsageError
-from resfuse.bench.isolate import run_case, survey
+from resfuse.bench.isolate import run_case
 from resfuse.bench.listing import cases_table
 from resfuse.bench.row import Outcome
+from resfuse.bench.survey import survey
 
 AB_CI = 0.02
 # With --ci the interval ends a case, and these only where it does not. 2000 rounds: the bootstrap
 # of more takes longer than it is worth.
 CI_SECONDS, CI_ROUNDS = 60.0, 2000
-
-
-def bench(args: argparse.Namespace) -> int:
-    """`resfuse bench`, by itself or as one of the processes that torchrun has started."""
-    if launched(os.environ):
-        from resfuse.bench.distributed.command import bench as bench_together
-
-        return bench_together(args)
-    return bench_request(args)
 
 
 def bench_request(args: argparse.Namespace, measure: sweep.Measure = run_case) -> int:

@@ -12,7 +12,7 @@ from resfuse.bench.errors import UsageError
 from resfuse.bench.flags.bench import add_bench, add_sweep
 from resfuse.bench.flags.engine import add_engine, add_roofline
 from resfuse.bench.flags.kernels import add_check, add_inspect, add_kernels, add_layers
-from resfuse.bench.flags.machine import add_doctor, add_gpu_plan
+from resfuse.bench.flags.machine import add_doctor
 from resfuse.bench.flags.results import LISTED, add_compare, add_list, add_report
 from resfuse.bench.studies import add_studies
 from resfuse.bench.subcommand import Subcommand
@@ -21,7 +21,9 @@ INTERRUPTED = 130
 
 COMMANDS: dict[str, Subcommand] = {
     "bench": Subcommand(
-        "resfuse.bench.bench_command:bench", add_bench, "measure networks and write the report"
+        "resfuse.bench.distributed.bench_entry:bench",
+        add_bench,
+        "measure networks and write the report",
     ),
     "kernels": Subcommand(
         "resfuse.bench.kernels.command:kernels",
@@ -79,7 +81,7 @@ COMMANDS: dict[str, Subcommand] = {
     ),
     "gpu-plan": Subcommand(
         "resfuse.bench.gpu_plan.command:gpu_plan",
-        add_gpu_plan,
+        "resfuse.bench.gpu_plan.gpu_plan_flags:add_gpu_plan",
         "all there is to measure on a GPU, most valuable first, in one command",
     ),
 }
@@ -114,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     names = top.add_subparsers(required=True, metavar="COMMAND")  # of the parser's own class
     for name, command in COMMANDS.items():
         own = names.add_parser(name, help=command.does)
-        command.add_flags(own)
+        command.flags(own)
         own.set_defaults(command=name)
     return top
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from resfuse.bench import network, timing
 from resfuse.bench.case import PRECISIONS, Case, Options
+from resfuse.bench.device import resolve_device
 from resfuse.bench.engine_facts import FORMAT, EngineFacts, Speed, build, facts
 from resfuse.bench.errors import Unavailable, UsageError
 from resfuse.bench.output_file import require_place
 from resfuse.bench.precision import set_math_mode
 from resfuse.bench.selection import pick_one
 from resfuse.bench.sweep import require_positive
-from resfuse.bench.worker import resolve_device
 from resfuse.kernels import Engine, load_engine
 from resfuse.resnet_ref import MODELS, input_size
 

@@ -13,190 +13,53 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import inf
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from resfuse.bench import allocator
-from resfuse.bench.case import Case, Options, Request
+from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import UsageError
 from resfuse.bench.row import Outcome
 from resfuse.bench.timing import Watch, seconds
 
-if TYPE_CHECKING:
-    from resfuse.bench.kernels.convolutions import Convolution
-    from resfuse.bench.studies.learning.run import Run
-
-SURVEY_TIMEOUT_S = 300.0
-TRIAL_TIMEOUT_S = 60.0  # of one configuration, compilation included
+MEASURE = "resfuse.bench.measure:measure_task"
 GRACE_S = 5.0
 # The parent shares two cores with the work it watches, and wakes late at times.
 WATCH_SLACK_S, WATCH_SLACK = 0.5, 0.1
-
-
-def survey(
-    request: Request,
-    threads: int,
-    ceilings: bool,
-    limit_s: float = SURVEY_TIMEOUT_S,
-    known: Sequence[Mapping[str, str]] = (),
-) -> dict[str, Any]:
-    """Device, environment, commit, ceilings, and why backends cannot run here, from a process that
-    is gone before the first case starts.
-
-    Args:
-        request: whose precisions' ceilings are measured, and whose backends are asked.
-        known: facts and ceilings of environments; what this device has reached in one of them is
-            not measured again.
-
-    Raises:
-        UsageError: the device, weights or images cannot be used.
-        RuntimeError: the process died.
-    """
-    job = {
-        "task": "survey",
-        "request": asdict(request),
-        "threads": threads,
-        "ceilings": ceilings,
-        "known": [dict(facts) for facts in known],
-    }
-    result = _converse(job, limit_s)
-    if isinstance(result, Outcome):
-        raise RuntimeError(f"the survey of this machine failed: {result.error}")
-    return result
 
 
 def run_case(
     case: Case,
     options: Options,
     ceilings: dict[str, float],
-    together: str = "",
     backends: Mapping[str, str] | None = None,
+    task: str = MEASURE,
+    **more: str,
 ) -> Outcome:
     """Measures a case in a subprocess of its own, within the time limit.
 
     Args:
-        together: what the processes that share a case call it, see bench/distributed.
         backends: name -> "module:function" that the case may name beside BACKENDS; for studies.
+        task: "module:function" that measures it in the subprocess, and takes `more` as well.
 
     Raises:
         UsageError: the subprocess found the user's input at fault.
         KeyboardInterrupt: after the subprocess was killed.
     """
-    job = {
-        "task": "measure",
+    payload = {
         "case": asdict(case),
         "options": asdict(options),
         "ceilings": ceilings,
         "backends": dict(backends or {}),
-        "together": together,
+        **more,
     }
-    result = _converse(job, options.timeout_s)
+    result = run_task(task, payload, options.timeout_s)
     if isinstance(result, Outcome):
         return result
     outcome = Outcome(**result["outcome"])
     return compare_watches(outcome, result["span_s"], result["watched_s"])
-
-
-def run_convolution(
-    convolution: "Convolution",
-    providers: Sequence[str],
-    options: Options,
-    ceilings: Mapping[str, float],
-) -> dict[str, Outcome]:
-    """Measures providers on one convolution, in turns in one subprocess, within the time limit.
-
-    Returns:
-        provider -> outcome; the same one for all where the subprocess did not come to an end.
-
-    Raises:
-        KeyboardInterrupt: after the subprocess was killed.
-    """
-    job = {
-        "task": "convolution",
-        "convolution": asdict(convolution),
-        "providers": list(providers),
-        "options": asdict(options),
-        "ceilings": dict(ceilings),
-    }
-    result = _converse(job, options.timeout_s)
-    if isinstance(result, Outcome):
-        return dict.fromkeys(providers, result)
-    return {
-        name: compare_watches(Outcome(**told), result["span_s"], result["watched_s"])
-        for name, told in result["outcomes"].items()
-    }
-
-
-def run_trials(
-    kernels: Sequence[str],
-    modes: Sequence[str],
-    device: str,
-    skip: Sequence[str],
-    timeout_s: float,
-    heard: Callable[[dict[str, Any]], None],
-) -> Outcome | None:
-    """Checks configurations of kernels in a subprocess, which may leave off before the last, and
-    may be silent for TRIAL_TIMEOUT_S.
-
-    Args:
-        skip: keys (kernels.judge.key) of those not to be tried.
-        heard: told {"began": key} and {"key": ..., ...} as it happens, see kernels.judge.
-
-    Returns:
-        how the subprocess died, or None where it came to its end.
-
-    Raises:
-        KeyboardInterrupt: after the subprocess was killed.
-    """
-    job = {
-        "task": "trials",
-        "kernels": list(kernels),
-        "modes": list(modes),
-        "device": device,
-        "skip": list(skip),
-    }
-    result = _converse(job, timeout_s, heard, TRIAL_TIMEOUT_S)
-    return result if isinstance(result, Outcome) else None
-
-
-def run_probe(
-    device: str,
-    skip: Sequence[str],
-    timeout_s: float,
-    heard: Callable[[dict[str, Any]], None],
-) -> Outcome | None:
-    """Asks the open questions about a GPU in a subprocess (gpu_plan/probe.py).
-
-    Args:
-        skip: names of questions not to be asked.
-        heard: told {"began": name} and {"name": name, "answer": ...} as it happens.
-
-    Returns:
-        how the subprocess died, or None where it came to its end.
-    """
-    job = {"task": "probe", "device": device, "skip": list(skip)}
-    result = _converse(job, timeout_s, heard)
-    return result if isinstance(result, Outcome) else None
-
-
-def run_training(
-    run: "Run",
-    source: str,
-    device: str,
-    timeout_s: float,
-    heard: Callable[[dict[str, Any]], None],
-) -> Outcome:
-    """Trains a network on one CPU thread (or on a GPU) in a subprocess, within the time limit.
-
-    Args:
-        source: as studies.learning.data.load takes it.
-        heard: told {"share": 0 to 1} some times an epoch; what it raises ends the training.
-    """
-    job = {"task": "training", "run": asdict(run), "source": source, "device": device}
-    result = _converse(job, timeout_s, heard)
-    return result if isinstance(result, Outcome) else Outcome("pass", "", result["metrics"])
 
 
 def compare_watches(outcome: Outcome, claimed_s: float, seen_s: float) -> Outcome:
@@ -219,17 +82,25 @@ def _ignore(message: dict[str, Any]) -> None:
     pass
 
 
-def _converse(
-    job: dict[str, Any],
+def run_task(
+    task: str,
+    payload: Mapping[str, Any],
     timeout_s: float,
     heard: Callable[[dict[str, Any]], None] = _ignore,
     silence_s: float = inf,
 ) -> dict[str, Any] | Outcome:
-    """Sends the job, waits for the result; an Outcome where there is none.
+    """Runs a function in a subprocess and waits for what it returns; where that never comes, an
+    Outcome that says how the subprocess ended.
 
     Args:
+        task: "module:function", see worker.py.
+        payload: what the function is given; it must go through JSON.
         heard: gets what is told on the way.
         silence_s: the longest time between two messages.
+
+    Raises:
+        UsageError: the function found the user's input at fault.
+        KeyboardInterrupt: after the subprocess was killed.
     """
     read, write = os.pipe()
     with tempfile.TemporaryFile() as log:
@@ -242,7 +113,7 @@ def _converse(
         grace_s = GRACE_S  # for a process that is done, or dying on its own
         try:
             assert process.stdin is not None
-            process.stdin.write(json.dumps(job).encode())
+            process.stdin.write(json.dumps({"task": task, "payload": payload}).encode())
             process.stdin.close()
             result = _listen(read, timeout_s, heard, silence_s)
         except BrokenPipeError:

@@ -13,7 +13,6 @@ from resfuse.bench import results, sweep
 from resfuse.bench.bench_command import run_cases
 from resfuse.bench.case import PRECISIONS, Case, Options, Request
 from resfuse.bench.console import stderr, stdout
-from resfuse.bench.isolate import survey
 from resfuse.bench.kernels.command import ROUNDS, run_convolutions
 from resfuse.bench.kernels.convolutions import every
 from resfuse.bench.kernels.providers import PROVIDERS
@@ -24,6 +23,7 @@ from resfuse.bench.report.reconcile import Reconciled, reconcile
 from resfuse.bench.report.select import read_folders
 from resfuse.bench.report.workload import Workload
 from resfuse.bench.selection import pick, pick_one
+from resfuse.bench.survey import survey
 from resfuse.resnet_ref import MODELS
 
 LEAST_COLUMNS = 200  # in fewer, rich leaves numbers out; a terminal wraps the lines instead

@@ -8,12 +8,14 @@ afterwards on a batch nobody has seen. Memory, energy and set-up are taken in ru
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from resfuse.bench import check, energy, memory, network, nvml, roofline, timing
+from resfuse.bench.backends import BACKENDS, Backend
 from resfuse.bench.case import PRECISIONS, Case, Options
 from resfuse.bench.errors import Unavailable
 from resfuse.bench.failure import blame, blamed, outcome_of
@@ -56,6 +58,15 @@ def measure(
         return _measure(case, options, ceilings, tell)
     except Exception as error:  # a backend may raise anything: it costs its row, not the sweep
         return outcome_of(error), 0.0
+
+
+def measure_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    """`measure` for a worker; what it returns goes through JSON."""
+    for name, build in job["backends"].items():
+        BACKENDS[name] = Backend(build, "a study's own")
+    case, options = Case(**job["case"]), Options(**job["options"])
+    outcome, span_s = measure(case, options, job["ceilings"], tell)
+    return {"outcome": asdict(outcome), "span_s": span_s}
 
 
 def _measure(

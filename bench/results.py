@@ -184,7 +184,7 @@ def _speed(text: str) -> float:
 
 
 def record_survey(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Writes down the environment that a survey found (see isolate.survey).
+    """Writes down the environment that a survey found (see survey.py).
 
     Returns:
         the survey, its ceilings the fastest that the folder knows of: beside a busy neighbour this

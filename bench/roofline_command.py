@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from resfuse.bench import isolate, results
+from resfuse.bench import results, survey
 from resfuse.bench.case import PRECISIONS, Request
 from resfuse.bench.console import stderr, stdout
 from resfuse.bench.errors import UsageError
@@ -151,7 +151,7 @@ def _measured(
         img_size=None, baseline="eager", baseline_memory_format="contiguous", weights="seeded",
         images="bundled",
     )  # fmt: skip
-    found = isolate.survey(request, args.threads, ceilings=True)
+    found = survey.survey(request, args.threads, ceilings=True)
     kind = str(found["device"]).split(":")[0]
     precisions = precisions or ["float32" if kind == "cpu" else "float16"]
     ceilings = {key: float(value) for key, value in found["ceilings"].items()}

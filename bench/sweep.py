@@ -82,7 +82,7 @@ def run(
     once more; its row says so.
 
     Args:
-        found: the survey of this machine (see isolate.survey).
+        found: the survey of this machine (see survey.py).
         started, finished: called around each case, for progress.
         time_left: seconds the cases may still take. One that is cut off by it leaves no row, since
             it may well pass with more time.

@@ -1,8 +1,8 @@
 """Fused operations for residual networks, and `fuse` for whole models."""
 
 from resfuse.kernels.engine.engine import Engine, build_engine
+from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.predict import plan_for
-from resfuse.kernels.engine.saved import load_engine
 from resfuse.kernels.explain import explain
 from resfuse.kernels.folding import fold_conv_bn
 from resfuse.kernels.fuse import fuse, fused, unfuse

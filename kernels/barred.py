@@ -4,13 +4,10 @@
 software; a kernel's `choose` is told of them, and the engine leaves them out.
 """
 
-import functools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, TypeVar
-
-import torch
 
 Config = TypeVar("Config")
 Key = tuple[str, str]
@@ -50,11 +47,3 @@ def allowed(kernel: str, math_mode: str, configs: Iterable[Config], barred: Barr
             f"{math_mode}; accepted: one that `resfuse check` found right on this device"
         )
     return left
-
-
-@functools.cache
-def known(device: torch.device) -> Barred:
-    """What is barred on a device, as this process first found it."""
-    from resfuse.kernels.engine.timing_cache import TimingCache
-
-    return TimingCache(device).barred if device.type in ("cuda", "cpu") else NONE

@@ -27,9 +27,9 @@ from resfuse.kernels.arguments import (
     require_4d,
     require_like,
 )
-from resfuse.kernels.barred import known
 from resfuse.kernels.block_tail_config import TailProblem, choose, supports
 from resfuse.kernels.block_tail_kernel import launch
+from resfuse.kernels.engine.timing_cache import known
 from resfuse.kernels.gradient import conv_bn_act_backward
 from resfuse.kernels.launch import multiprocessors, runs_triton
 from resfuse.kernels.problem import math_mode_of

@@ -27,8 +27,8 @@ from resfuse.kernels.arguments import (
     require_4d,
     require_like,
 )
-from resfuse.kernels.barred import known
 from resfuse.kernels.bn_act_config import CONFIGS, BnActProblem, Config, choose
+from resfuse.kernels.engine.timing_cache import known
 from resfuse.kernels.launch import Launch, multiprocessors, runs_triton
 from resfuse.kernels.problem import MATH_MODES, math_mode_of
 

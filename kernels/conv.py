@@ -22,7 +22,6 @@ from torch import Tensor
 from resfuse.kernels import depthwise
 from resfuse.kernels.activation import ACTIVATIONS, Slope
 from resfuse.kernels.arguments import channels_last
-from resfuse.kernels.barred import known
 from resfuse.kernels.conv_arguments import (
     Tensors,
     gemm_arguments,
@@ -41,6 +40,7 @@ from resfuse.kernels.conv_config import (
     resnet_problems,
 )
 from resfuse.kernels.conv_registration import declare
+from resfuse.kernels.engine.timing_cache import known
 from resfuse.kernels.implicit_gemm import output_channels, store_output, sum_of_tile, swizzle
 from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem

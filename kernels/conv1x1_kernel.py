@@ -22,7 +22,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resfuse.kernels import epilogue
 from resfuse.kernels.activation import Slope
-from resfuse.kernels.barred import known
 from resfuse.kernels.conv1x1_config import (
     Config,
     Conv1x1Problem,
@@ -31,6 +30,7 @@ from resfuse.kernels.conv1x1_config import (
     choose,
     is_row_aligned,
 )
+from resfuse.kernels.engine.timing_cache import known
 from resfuse.kernels.launch import Argument, Launch, capability, interpreting, multiprocessors
 from resfuse.kernels.problem import MATH_MODES, math_mode_of
 

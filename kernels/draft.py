@@ -9,6 +9,7 @@ import torch.fx as fx
 from torch import nn
 
 from resfuse.kernels.effects import Effects, draws
+from resfuse.kernels.forwards import Forwards
 from resfuse.kernels.layers import is_norm
 from resfuse.kernels.match import LeftAlone, drop_idle, find_chains
 from resfuse.kernels.plan import Plan
@@ -29,7 +30,7 @@ from resfuse.kernels.scope import (
     trace,
 )
 from resfuse.kernels.steps import StemStep, Step
-from resfuse.kernels.variants import Forwards, GraphForwards
+from resfuse.kernels.variants import GraphForwards
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
+from resfuse.kernels.forwards import Forwards
 from resfuse.kernels.guards import Guards
 from resfuse.kernels.layers import differs_in_training
 from resfuse.kernels.layout import World, suggests_channels_last
@@ -25,9 +26,6 @@ from resfuse.kernels.origin import Origin, is_plain, tensors_of
 from resfuse.kernels.scope import Call
 from resfuse.kernels.steps import Step, convolutions
 from resfuse.kernels.tree_guards import TreeCheck
-
-if TYPE_CHECKING:
-    from resfuse.kernels.variants import Forwards
 
 STEPS = "_resfuse_steps"  # the attribute of a fused scope that holds its steps
 PLAN = "_resfuse_plan"  # the attribute of a fused scope that holds its plan

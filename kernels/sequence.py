@@ -4,9 +4,10 @@ from itertools import pairwise
 
 from torch import nn
 
+from resfuse.kernels.forwards import Forwards
 from resfuse.kernels.plan import Plan, plan_of
 from resfuse.kernels.scope import Call, is_plain_sequence, original_class
-from resfuse.kernels.variants import Forwards, SequenceForwards
+from resfuse.kernels.variants import SequenceForwards
 
 
 def sequence_plan(module: nn.Module) -> Plan | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from resfuse.kernels.barred import known
+from resfuse.kernels.engine.timing_cache import known
 from resfuse.kernels.problem import math_mode_of
 
 ALIGNMENT = 16  # bytes; Triton compiles one kernel for addresses that are multiples, one for others

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from resfuse.kernels import conv, conv_config
 from resfuse.kernels.activation import Slope
-from resfuse.kernels.barred import known
 from resfuse.kernels.conv import conv_bn_act_ref
 from resfuse.kernels.conv_arguments import (
     Tensors,
@@ -35,6 +34,7 @@ from resfuse.kernels.conv_arguments import (
 )
 from resfuse.kernels.conv_config import resnet_problems
 from resfuse.kernels.conv_registration import declare
+from resfuse.kernels.engine.timing_cache import known
 from resfuse.kernels.implicit_gemm import multiply, output_channels, store_output, swizzle
 from resfuse.kernels.launch import Launch, multiprocessors
 from resfuse.kernels.problem import ConvProblem

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from resfuse.kernels import epilogue
 from resfuse.kernels.arguments import empty_channels_last
-from resfuse.kernels.barred import known
+from resfuse.kernels.engine.timing_cache import known
 from resfuse.kernels.launch import Launch, capability, interpreting, multiprocessors
 from resfuse.kernels.problem import MATH_MODES, math_mode_of
 from resfuse.kernels.stem_config import ROWS, Config, StemProblem, candidates, choose

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from resfuse.kernels.forwards import Variant
 from resfuse.kernels.layout import (
-    Forward,
     Laid,
     World,
     feeds_convolutions_only,
@@ -22,29 +22,6 @@ from resfuse.kernels.plan import NOT_RUN, Plan, plan_of
 from resfuse.kernels.rewrite import STEPS, attribute_of, compile_forward, straighten
 from resfuse.kernels.scope import has_hooks, original_class
 from resfuse.kernels.steps import ConvStep, StemStep, Step
-
-
-class Variant(NamedTuple):
-    """A forward for one world, and what it holds of that its caller must know."""
-
-    world: World
-    forward: Forward
-    straight: Forward | None  # the same on a CPU, without the steps' own checks
-    bare: Forward | None  # the same on a GPU, where nothing had to be laid out
-    returns_loose: bool  # what a step has made, in NHWC whatever eager's is
-    children: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # where found, and which
-
-
-class Forwards(Protocol):
-    """What a plan asks of a forward that is called in one way."""
-
-    def variant(self, world: World, lenient: bool, *, guarded: bool = False) -> Variant: ...
-
-    def world_of(self, args: tuple[Any, ...]) -> World: ...
-
-    def lay_out(self) -> dict[str, Any]: ...
-
-    def called_modules(self) -> list[nn.Module]: ...
 
 
 class GraphForwards:

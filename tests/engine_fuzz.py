@@ -24,7 +24,8 @@ from torch import Tensor
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.engine import Engine
 from resfuse.kernels.engine.executor import Executor
-from resfuse.kernels.engine.saved import _digest, load_engine
+from resfuse.kernels.engine.load import load_engine
+from resfuse.kernels.engine.saved import _digest
 
 _PATIENCE_S = 30
 # Operations that are no part of these networks, with the text of one that is

@@ -26,11 +26,11 @@ from resfuse.kernels import (
     split_k_config,
     stem_config,
 )
-from resfuse.kernels.barred import NONE, Barred, key_of, known
+from resfuse.kernels.barred import NONE, Barred, key_of
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.measure import Measurer
 from resfuse.kernels.engine.tactics import TACTICS
-from resfuse.kernels.engine.timing_cache import TimingCache
+from resfuse.kernels.engine.timing_cache import TimingCache, known
 from resfuse.kernels.problem import ConvProblem
 from resfuse.kernels.registry import KERNELS
 

@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from triton.runtime.errors import InterpreterError
 
-from resfuse.bench import isolate, results
+from resfuse.bench import results
 from resfuse.bench.cli import main
 from resfuse.bench.errors import Unavailable
+from resfuse.bench.kernels import trials_process
 from resfuse.bench.kernels.check_command import SHEET, check_configs
 from resfuse.bench.kernels.judge import judge, key
 from resfuse.bench.kernels.trials import TRIALS, Place, Trial
@@ -123,7 +124,7 @@ def test_who_crashes_costs_its_own_row(tmp_path: Path, monkeypatch: pytest.Monke
         heard({"began": "stem|fp16|second"})
         return Outcome("fail_to_run", "the subprocess was killed by SIGSEGV")
 
-    monkeypatch.setattr(isolate, "run_trials", fake)
+    monkeypatch.setattr(trials_process, "run_trials", fake)
     counts, finished = check_configs(["stem"], ["fp16"], tmp_path, FOUND, CONSOLE, resume=False)
     assert finished
     assert skipped == [[], ["stem|fp16|first", "stem|fp16|second"]]
@@ -149,7 +150,7 @@ def test_who_is_cut_off_by_the_time_leaves_no_row(
         left[0] = 0.0
         return Outcome("timeout", "not done after 100 s")
 
-    monkeypatch.setattr(isolate, "run_trials", fake)
+    monkeypatch.setattr(trials_process, "run_trials", fake)
     _, finished = check_configs(
         ["stem"], ["fp16"], tmp_path, FOUND, CONSOLE, False, lambda: left[0]
     )
@@ -160,7 +161,7 @@ def test_who_is_cut_off_by_the_time_leaves_no_row(
 def test_a_subprocess_that_tries_nothing_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isolate, "run_trials", lambda *_: Outcome("fail_to_run", "no torch"))
+    monkeypatch.setattr(trials_process, "run_trials", lambda *_: Outcome("fail_to_run", "no torch"))
     with pytest.raises(RuntimeError, match="no configuration can be tried: no torch"):
         check_configs(["stem"], ["fp16"], tmp_path, FOUND, CONSOLE, resume=False)
 

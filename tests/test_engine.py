@@ -16,8 +16,8 @@ from engine_models import AS_FUSED, SHAPE, images, leaves, made, maps, require_a
 from graphs import error
 from resfuse.kernels.engine import engine as engine_module
 from resfuse.kernels.engine.engine import Engine, build_engine
+from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.measure import Measurer
-from resfuse.kernels.engine.saved import load_engine
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
 from resfuse.resnet_ref import create
 

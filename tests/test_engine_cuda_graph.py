@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from agreement import require_close
 from kernel_inputs import DEVICE, NEEDS_GPU
-from resfuse.kernels import Engine, build_engine, load_engine
-from resfuse.kernels.engine import cuda_graph
+from resfuse.kernels import Engine, build_engine, graph_capture, load_engine
 from resfuse.kernels.engine.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.graph import Graph, Value
 
@@ -356,14 +355,14 @@ def test_a_failure_ends_the_capture_and_is_explained(said: list[str]) -> None:
 
 def test_a_clock_gets_the_graph_or_what_cannot_be_one(said: list[str]) -> None:
     made = object()
-    assert cuda_graph.replayed(lambda: made, torch.device("cpu"))() is made
+    assert graph_capture.replayed(lambda: made, torch.device("cpu"))() is made
     assert said[-1] == "replay"
 
     def fails() -> None:
         if said[-1].startswith("begin"):
             raise RuntimeError("synchronises")
 
-    assert cuda_graph.replayed(fails, torch.device("cpu")) is fails
+    assert graph_capture.replayed(fails, torch.device("cpu")) is fails
 
 
 def test_turns_wait_for_the_run_before(said: list[str]) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from fake_cuda import GPU, Fake, fake_cuda
 from kernel_inputs import DEVICE
-from resfuse.kernels.engine import compile_ahead, cuda_graph, engine, measure, warm_timing
+from resfuse.kernels import graph_capture
+from resfuse.kernels.engine import compile_ahead, engine, measure, warm_timing
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.choice import Choice
-from resfuse.kernels.engine.cuda_graph import Recorded, Replay, Turns
+from resfuse.kernels.engine.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.engine import Built, Engine
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.graph import Graph, State, state_names
@@ -34,6 +35,7 @@ from resfuse.kernels.engine.tactics import (
     triton_conv1x1,
 )
 from resfuse.kernels.engine.timing_cache import TimingCache
+from resfuse.kernels.graph_capture import Replay
 from resfuse.kernels.launch import Launch
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="of machines without a GPU")
@@ -70,7 +72,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         cheapest = -1 if tactic is stem else 0
         monkeypatch.setattr(tactic, "segments", _one_of(tactic.segments, cheapest))
     monkeypatch.setattr(measure, "_ROUNDS", 1)
-    monkeypatch.setattr(cuda_graph, "_WARM_UPS", 1)
+    monkeypatch.setattr(graph_capture, "_WARM_UPS", 1)
     monkeypatch.setattr(warm_timing, "IN_A_ROW", 2)
 
 
@@ -167,9 +169,9 @@ def test_a_replay_keeps_alive_what_it_reads_and_writes(gpu: Fake, way: str) -> N
     """A CUDA graph holds addresses only: a clock replayed graphs whose weights had been freed."""
     run = Reading()
     if way == "record":
-        replay = cuda_graph.record(run, torch.cuda.Stream())
+        replay = graph_capture.record(run, torch.cuda.Stream())
     else:
-        replay = cuda_graph.replayed(run, GPU)
+        replay = graph_capture.replayed(run, GPU)
     read, wrote = weakref.ref(run.read), run.wrote
     del run
     gc.collect()

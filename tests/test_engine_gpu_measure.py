@@ -14,7 +14,8 @@ from test_engine_planner import Fails, Untouched, Wrong, plant
 from fake_cuda import GPU, Fake, Freed, fake_cuda
 from graphs import conv_graph, conv_state, one_node
 from kernel_inputs import DEVICE
-from resfuse.kernels.engine import cuda_graph, warm_timing
+from resfuse.kernels import graph_capture
+from resfuse.kernels.engine import warm_timing
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.graph import Graph, Pick, State
@@ -145,7 +146,7 @@ def test_the_stand_in_finds_out_what_has_been_freed(gpu: Fake) -> None:
     def adding(weight: torch.Tensor) -> Run:
         return lambda: out.add_(weight)
 
-    recorded = cuda_graph.record(adding(torch.ones(3)), torch.cuda.Stream())
+    recorded = graph_capture.record(adding(torch.ones(3)), torch.cuda.Stream())
     recorded()
     assert torch.equal(out, torch.full((3,), 2.0))  # once by the capture, on this machine
     bare = recorded._graph
@@ -188,7 +189,7 @@ def test_a_choice_is_timed_as_warm_as_it_will_run(
 ) -> None:  # fmt: skip
     tactic = Noted()
     plant(monkeypatch, tactic)
-    monkeypatch.setattr(cuda_graph, "_WARM_UPS", 0)
+    monkeypatch.setattr(graph_capture, "_WARM_UPS", 0)
     with fake_cuda(monkeypatch, l2_bytes) as gpu:
         measurer = measurer_of(tmp_path, tactic="wrong")
         ms = measurer(Choice("wrong", 0, 1))

@@ -17,8 +17,8 @@ from graphs import error
 from resfuse.kernels.engine import engine as engine_module
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.engine import Engine, build_engine
+from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.planner import Segment, plan
-from resfuse.kernels.engine.saved import load_engine
 from resfuse.kernels.native.pages import Shelf
 
 pytestmark = pytest.mark.usefixtures("own_cache")

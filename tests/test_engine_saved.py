@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from engine_models import SHAPE, images, made, require_answers, small
 from resfuse.kernels.engine.engine import Engine, build_engine
-from resfuse.kernels.engine.saved import _digest, load_engine
+from resfuse.kernels.engine.load import load_engine
+from resfuse.kernels.engine.saved import _digest
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -160,7 +161,8 @@ def test_load_refuses_what_is_not_there(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, sys
-from resfuse.kernels.engine.saved import _digest, load_engine
+from resfuse.kernels.engine.load import load_engine
+from resfuse.kernels.engine.saved import _digest
 engine = load_engine(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from resfuse.bench import isolate, machine, results, sweep
+from resfuse.bench import machine, results, sweep
 from resfuse.bench.case import Case, Options
 from resfuse.bench.cli import main
 from resfuse.bench.errors import UsageError
@@ -28,6 +28,7 @@ from resfuse.bench.gpu_plan.steps import BUDGET_S, PARTS, PROBE, STEPS, SURVEY_S
 from resfuse.bench.kernels.check_command import SHEET as CONFIGS
 from resfuse.bench.kernels.check_command import kernels_of, math_modes_of
 from resfuse.bench.row import Outcome, Stamp, record
+from resfuse.bench.survey import survey
 from resfuse.kernels.engine.measure import BrokenDevice
 
 BENCHES = [step for step in STEPS if step.line.startswith("bench")]
@@ -304,13 +305,13 @@ def test_a_backend_that_the_survey_found_missing_costs_no_process(tmp_path: Path
 
 def test_the_survey_asks_backends_and_measures_no_ceiling_twice() -> None:
     request = replace(command._request("cpu", STEPS), backends=["eager", "cudnn_fused"])
-    found = isolate.survey(request, 0, ceilings=False)
+    found = survey(request, 0, ceilings=False)
     assert set(found["unavailable"]) == {"cudnn_fused"}
     assert "need an NVIDIA GPU" in found["unavailable"]["cudnn_fused"]
     known = {"ceiling_copy_gb_s": "12.5", "ceiling_ieee_tflops": "1.5"}
     slower = {**known, "ceiling_ieee_tflops": "1.2", "triton": "another"}
     there = [{**found["facts"], **ceilings} for ceilings in (slower, known)]
-    again = isolate.survey(request, 0, ceilings=True, known=there)
+    again = survey(request, 0, ceilings=True, known=there)
     assert again["ceilings"] == known
     other = {**found["facts"], **known, "torch": "another"}
     assert machine.known_ceilings(found["facts"], [other]) == {}

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from engine_models import conv, images, made
 from graphs import error
 from resfuse.kernels.engine.engine import Engine, build_engine
-from resfuse.kernels.engine.saved import load_engine
+from resfuse.kernels.engine.load import load_engine
 from scope import Scope
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from resfuse.bench import isolate, results
+from resfuse.bench import results, survey
 from resfuse.bench.case import Request
 from resfuse.bench.cli import main
 from resfuse.kernels.engine.gpus import GPUS
@@ -42,9 +42,9 @@ def test_measured_rates_and_the_highest_on_record(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The survey is real, but for the ceilings; a recorded one that is higher counts."""
-    found = isolate.survey(_request(), 0, ceilings=False)
+    found = survey.survey(_request(), 0, ceilings=False)
     found["ceilings"] = {"ceiling_copy_gb_s": "10", "ceiling_ieee_tflops": "0.1"}
-    monkeypatch.setattr(isolate, "survey", lambda request, threads, ceilings: found)
+    monkeypatch.setattr(survey, "survey", lambda request, threads, ceilings: found)
     ask = [*ASK, "--device", "cpu", "--results", str(tmp_path)]
     assert main(ask) == 0
     said = capsys.readouterr().out

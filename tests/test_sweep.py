@@ -250,12 +250,13 @@ def _workers_of(checkout: Path) -> list[int]:
 def test_the_worker_speaks_plain_json(contributed: Path) -> None:
     """The protocol between the processes: one JSON message a line."""
     read, write = os.pipe()
-    job = {"task": "survey", "threads": 1, "ceilings": False, "request": {
+    payload = {"threads": 1, "ceilings": False, "request": {
         "profile": "quick", "device": "cpu", "models": ["tiny"], "backends": ["twin"],
         "batch_sizes": [1], "precisions": [], "memory_formats": [], "modes": ["inference"],
         "img_size": None, "baseline": "eager", "baseline_memory_format": "contiguous",
         "weights": "seeded", "images": "bundled",
     }}  # fmt: skip
+    job = {"task": "resfuse.bench.survey:take_survey", "payload": payload}
     environment = {**os.environ, "PYTHONPATH": str(contributed)}
     command = [sys.executable, "-m", "resfuse.bench.worker", str(write)]
     subprocess.run(

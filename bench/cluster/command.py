@@ -17,9 +17,9 @@ from resfuse.bench.cluster.collect import Cells, collect
 from resfuse.bench.cluster.launchers import LAUNCHERS, Launcher, Resources, require_submitit
 from resfuse.bench.cluster.shard import Shard
 from resfuse.bench.console import stderr, stdout
+from resfuse.bench.device import resolve_device
 from resfuse.bench.errors import UsageError
 from resfuse.bench.listing import cases_table
-from resfuse.bench.worker import resolve_device
 
 JOBS = "jobs"  # in the results folder: a folder for each launch, and in it one for each job
 LOGS = "submitit"

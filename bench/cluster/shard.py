@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from resfuse.bench import results, sweep
 from resfuse.bench.case import Case, Options, Request
 from resfuse.bench.errors import UsageError
-from resfuse.bench.isolate import survey
 from resfuse.bench.row import Outcome
+from resfuse.bench.survey import survey
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.distributed import Store
 
+from resfuse.bench.bench_command import bench_request
 from resfuse.bench.case import Case, Options
 from resfuse.bench.distributed.store import appears, connect
 from resfuse.bench.distributed.world import World, world_of
@@ -20,6 +21,7 @@ DEVICES = ("auto", "cpu", "cuda")
 PATIENCE_S = 30.0  # over a case's own time limit, for starting and ending its process
 # What a row says of several failures: the first of these that one of them has.
 GRAVITY = ("oom", "fail_accuracy", "unavailable", "fail_to_run", "timeout")
+MEASURE = "resfuse.bench.distributed.measure:together_task"
 ENDED = "ended because another process failed"
 
 
@@ -37,9 +39,7 @@ def bench(args: argparse.Namespace) -> int:
     try:
         leader = Leader(world, store)
         _complete(args, world)
-        from resfuse.bench import bench_command
-
-        code = bench_command.bench_request(args, leader.measure)
+        code = bench_request(args, leader.measure)
         return code
     finally:
         if leader is not None:
@@ -115,7 +115,7 @@ def _run(
 ) -> Outcome:
     """This process's part of a case; its failure ends the others' (see distributed.measure)."""
     try:
-        outcome = run_case(case, options, ceilings, together=key)
+        outcome = run_case(case, options, ceilings, task=MEASURE, key=key)
     except UsageError as error:
         outcome = Outcome("fail_to_run", str(error))
     if outcome.status != "pass":

@@ -68,6 +68,13 @@ def measure_together(
         return outcome_of(error), 0.0
 
 
+def together_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    """`measure_together` for a worker; what it returns goes through JSON."""
+    case, options = Case(**job["case"]), Options(**job["options"])
+    outcome, span_s = measure_together(case, options, job["ceilings"], tell, job["key"])
+    return {"outcome": asdict(outcome), "span_s": span_s}
+
+
 def _end_with_others(world: World, key: str, tell: Any) -> None:
     store = connect(world)  # its own: a connection serves one thread at a time
 

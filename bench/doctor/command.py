@@ -22,7 +22,7 @@ def doctor(args: argparse.Namespace) -> int:
     if any(one.name == "torch" and one.state == BROKEN for one in software):
         show("Software", software)
         return close(found)
-    from resfuse.bench.worker import resolve_device
+    from resfuse.bench.device import resolve_device
 
     device = resolve_device(args.device)
     for look in (providers, compilers, ptxas):

@@ -65,7 +65,7 @@ def bound_s(step: Step) -> float:
 class Plan:
     """Where the steps run and where their rows go. `kept` is called after every row."""
 
-    found: dict[str, Any]  # isolate.survey
+    found: dict[str, Any]  # survey.py
     folder: Path
     console: Console
     means: Means

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resfuse.bench import isolate, sweep, timing
+from resfuse.bench import sweep, timing
 from resfuse.bench.backends import load
+from resfuse.bench.gpu_plan.probe_process import run_probe
 from resfuse.bench.gpu_plan.progress import Clock
+from resfuse.bench.isolate import run_case
 from resfuse.bench.kernels.check_command import Heard, RunTrials
+from resfuse.bench.kernels.trials_process import run_trials
 from resfuse.bench.row import Outcome
+from resfuse.bench.survey import survey
 
 UNPACK_S = 60.0
-# isolate.run_probe: device, questions to skip, seconds, heard
+# run_probe: device, questions to skip, seconds, heard
 RunProbe = Callable[[str, Sequence[str], float, Heard], Outcome | None]
 
 
@@ -37,10 +41,10 @@ def real() -> Means:
     watch = timing.Watch()
     return Means(
         lambda: timing.seconds(watch.elapsed()),
-        isolate.survey,
-        isolate.run_case,
-        isolate.run_trials,
-        isolate.run_probe,
+        survey,
+        run_case,
+        run_trials,
+        run_probe,
         _unpack,
     )
 

@@ -25,7 +25,7 @@ def ask_all(
     the others are asked in the next.
 
     Args:
-        found: the survey of this machine (isolate.survey).
+        found: the survey of this machine (survey.py).
         resume: keep the answers of this environment and commit.
 
     Returns:

@@ -15,13 +15,15 @@ from typing import Any
 
 from rich.console import Console
 
-from resfuse.bench import isolate, results
+from resfuse.bench import results
 from resfuse.bench.case import Request
 from resfuse.bench.console import stderr
 from resfuse.bench.errors import Unavailable, UsageError
+from resfuse.bench.kernels import trials_process
 from resfuse.bench.results import SETTLED, Sheet
 from resfuse.bench.row import Outcome
 from resfuse.bench.selection import pick
+from resfuse.bench.survey import survey
 
 SCHEMA_VERSION = 1
 TRIED = ("kernel", "label", "math_mode")
@@ -33,7 +35,7 @@ NUMBERS = frozenset(("rel_l2_err", "max_abs_err", "schema_version"))
 SHEET = Sheet("configs.csv", COLUMNS, frozenset(COLUMNS) - NUMBERS, "resfuse check")
 LEAST_S = 5.0  # about what the subprocess needs to import torch
 Heard = Callable[[dict[str, Any]], None]
-# isolate.run_trials: kernels, math modes, device, keys to skip, seconds, heard
+# trials_process.run_trials: kernels, math modes, device, keys to skip, seconds, heard
 RunTrials = Callable[
     [Sequence[str], Sequence[str], str, Sequence[str], float, Heard], Outcome | None
 ]
@@ -45,7 +47,7 @@ def check(args: argparse.Namespace) -> int:
     kernels, modes = kernels_of(args), math_modes_of(args)
     results.check_writable(args.results, SHEET)
     with console.status("Looking at this machine: device, versions"):
-        found = isolate.survey(_request(args.device), 0, ceilings=False)
+        found = survey(_request(args.device), 0, ceilings=False)
     folder = args.results / found["folder"]
     results.record_environment(folder, found["env_id"], found["facts"])
     try:
@@ -82,10 +84,10 @@ def check_configs(
     """Tries every configuration of the kernels in those math modes and appends a row for each.
 
     Args:
-        found: the survey of this machine (isolate.survey).
+        found: the survey of this machine (survey.py).
         resume: skip what this environment and commit have settled.
         time_left: seconds it may still take; what is cut off by it leaves no row.
-        run_trials: what tries them (default: isolate.run_trials).
+        run_trials: what tries them (default: trials_process.run_trials).
 
     Returns:
         how many ended with which status; whether all were tried.
@@ -126,7 +128,7 @@ def check_configs(
     finished = False
     while not finished and time_left() >= LEAST_S:
         before = len(skip)
-        died = (run_trials or isolate.run_trials)(
+        died = (run_trials or trials_process.run_trials)(
             kernels, modes, found["device"], sorted(skip), time_left(), heard
         )
         if died is None:

@@ -34,7 +34,7 @@ ROUNDS = {"cpu": 20, "cuda": 100}
 
 def kernels(args: argparse.Namespace) -> int:
     """Measures every distinct convolution of the models; returns the exit code."""
-    from resfuse.bench.isolate import survey
+    from resfuse.bench.survey import survey
 
     console = stderr()
     request = _request(args)

@@ -6,8 +6,9 @@ machine. On a GPU each call starts with a cold L2 cache, on a CPU with the input
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -97,6 +98,15 @@ def measure(
     except Exception as error:
         return outcomes | dict.fromkeys(ready, outcome_of(error)), 0.0
     return outcomes | timed, span_s
+
+
+def measure_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    """`measure` for a worker; what it returns goes through JSON."""
+    convolution = Convolution.from_plain(job["convolution"])
+    options = Options(**job["options"])
+    outcomes, span_s = measure(convolution, job["providers"], options, job["ceilings"], tell)
+    told = {name: asdict(outcome) for name, outcome in outcomes.items()}
+    return {"outcomes": told, "span_s": span_s}
 
 
 def _set_out(convolution: Convolution, options: Options) -> _Task:

@@ -1,20 +1,21 @@
 """Through the convolutions of a request: measure, append rows, show progress."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from resfuse.bench import results, sweep
 from resfuse.bench.case import Options, Request
-from resfuse.bench.isolate import run_convolution
+from resfuse.bench.isolate import compare_watches, run_task
 from resfuse.bench.kernels.convolutions import Convolution, every
 from resfuse.bench.kernels.row import SHEET, record
 from resfuse.bench.measured import Value
 from resfuse.bench.row import Outcome, Stamp
 
 Row = dict[str, Value]
+TASK = "resfuse.bench.kernels.measure:measure_task"
 
 
 def expand(request: Request) -> list[Convolution]:
@@ -39,7 +40,7 @@ def run(
     """Measures one convolution after the other and appends its rows as soon as they exist.
 
     Args:
-        found: the survey of this machine (see isolate.survey), recorded in the folder.
+        found: the survey of this machine (see survey.py), recorded in the folder.
         started, finished: called around each convolution, for progress.
 
     Raises:
@@ -84,3 +85,32 @@ def _measure(
         if outcomes[name].status in ("timeout", "oom", "fail_to_run"):
             loners.add(name)
     return outcomes
+
+
+def run_convolution(
+    convolution: Convolution,
+    providers: Sequence[str],
+    options: Options,
+    ceilings: Mapping[str, float],
+) -> dict[str, Outcome]:
+    """Measures providers on one convolution, in turns in one subprocess, within the time limit.
+
+    Returns:
+        provider -> outcome; the same one for all where the subprocess did not come to an end.
+
+    Raises:
+        KeyboardInterrupt: after the subprocess was killed.
+    """
+    payload = {
+        "convolution": asdict(convolution),
+        "providers": list(providers),
+        "options": asdict(options),
+        "ceilings": dict(ceilings),
+    }
+    result = run_task(TASK, payload, options.timeout_s)
+    if isinstance(result, Outcome):
+        return dict.fromkeys(providers, result)
+    return {
+        name: compare_watches(Outcome(**told), result["span_s"], result["watched_s"])
+        for name, told in result["outcomes"].items()
+    }

@@ -54,7 +54,7 @@ def add_studies(parser: argparse.ArgumentParser) -> None:
     names = parser.add_subparsers(required=True, metavar="NAME")
     for name, study in STUDIES.items():
         own = names.add_parser(name, help=study.does, description=study.does)
-        study.add_flags(own)
+        study.flags(own)
         own.set_defaults(study=name)
 
 

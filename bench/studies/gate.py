@@ -18,12 +18,13 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 from rich.progress import track
 
-from resfuse.bench import machine, results, worker
+from resfuse.bench import machine, results
 from resfuse.bench.case import Case, Options
 from resfuse.bench.compare.command import decide
 from resfuse.bench.compare.side import side
 from resfuse.bench.compare.verdict import Verdict
 from resfuse.bench.console import stderr
+from resfuse.bench.device import resolve_device
 from resfuse.bench.errors import UsageError
 from resfuse.bench.isolate import run_case
 from resfuse.bench.measured import Value
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: the results folder cannot be written, or too few runs passed.
     """
-    device = worker.resolve_device(args.device)
+    device = resolve_device(args.device)
     results.check_writable(args.results / machine.folder_name(machine.facts(device, 0)), HARNESS)
     rows, runs = measure(device, CYCLES)
     found = [

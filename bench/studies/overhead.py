@@ -10,8 +10,9 @@ from statistics import median
 
 import torch
 
-from resfuse.bench import machine, network, results, worker
+from resfuse.bench import machine, network, results
 from resfuse.bench.case import Case
+from resfuse.bench.device import resolve_device
 from resfuse.bench.inference import Inference, answers
 from resfuse.bench.measured import Value
 from resfuse.bench.statistics import paired_speedup
@@ -25,7 +26,7 @@ MODELS = ("resnet18", "resnet50")
 
 def run(args: argparse.Namespace) -> int:
     """`resfuse study overhead`: every model of MODELS at batch 1; prints a line each."""
-    device = worker.resolve_device(args.device)
+    device = resolve_device(args.device)
     home = args.results / machine.folder_name(machine.facts(device, 0))
     results.check_writable(home, HARNESS)
     rows = [_measure(model, device) for model in MODELS]

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.kernels.cudnn_relu import FORMS, Geometry, Way, conv_relu, searching, zeros_for
-from resfuse.kernels.engine.cuda_graph import Replay, record, warm_up
 from resfuse.kernels.engine.timing_cache import TimingCache
+from resfuse.kernels.graph_capture import Replay, record, warm_up
 from resfuse.kernels.problem import MATH_MODES, ConvProblem
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
 

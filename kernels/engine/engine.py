@@ -17,7 +17,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from resfuse.kernels.barred import known
 from resfuse.kernels.engine.alive import Alive
 from resfuse.kernels.engine.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.batching import images_at_all_sizes
@@ -44,7 +43,7 @@ from resfuse.kernels.engine.planner import Segment, plan
 from resfuse.kernels.engine.room import Laid
 from resfuse.kernels.engine.saved import save
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_on
-from resfuse.kernels.engine.timing_cache import TimingCache
+from resfuse.kernels.engine.timing_cache import TimingCache, known
 from resfuse.kernels.native.step import lanes
 
 OtherBatches = Literal["error", "pad", "eager"]
@@ -248,10 +247,8 @@ class Engine:
             OSError: it cannot be written; what was there before is as it was.
             ValueError: the engine was built with keep_weights=False.
         """
-        save(
-            Path(path), self._device, self._built, self._weights(), self.other_batches,
-            self.cuda_graph,
-        )  # fmt: skip
+        plans = {size: (b.graph, b.segments) for size, b in self._built.items()}
+        save(Path(path), self._device, plans, self._weights(), self.other_batches, self.cuda_graph)
 
     def _built_for(self, batch_size: int | None) -> Built:
         if batch_size is not None and batch_size not in self._built:

@@ -38,7 +38,7 @@ class Executor:
         scratch = {c.start: size for c in choices if (size := _scratch(graph, c)) > 0}
         self._laid = laid or Laid()
         layout = lay_out(graph, placed, scratch, segments, lanes() if placed else 1)
-        self.room = Room(graph, layout, self._laid)
+        self.room = Room(graph, layout, self._laid, Executor)
         self._views = {name: self.room.view(name) for name in placed}
         self._items: list[Item] = []
         self._copies: list[Item] = []  # those of the items that bring values into the arena

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from resfuse.kernels.barred import NONE, Barred
 from resfuse.kernels.engine.choice import Choice, key_of
-from resfuse.kernels.engine.cuda_graph import replayed
 from resfuse.kernels.engine.cudnn_probe import as_decided
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.graph import Graph, State, Value, state_names
@@ -25,6 +24,7 @@ from resfuse.kernels.engine.tactics import TACTICS, eager
 from resfuse.kernels.engine.timing_cache import TimingCache
 from resfuse.kernels.engine.torch_operations import takes_made_up_inputs
 from resfuse.kernels.engine.warm_timing import copies, warmth_of
+from resfuse.kernels.graph_capture import replayed
 from resfuse.kernels.problem import math_mode_of
 from resfuse.kernels.tolerance import EAGER_FACTOR, TOLERANCES
 

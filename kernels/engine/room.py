@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resfuse.kernels.engine.graph import Graph
+from resfuse.kernels.engine.choice import Choice
+from resfuse.kernels.engine.graph import Graph, State
 from resfuse.kernels.engine.held import storages
 from resfuse.kernels.engine.homes import Home, find_homes
 from resfuse.kernels.engine.memory import ALIGNMENT, Buffer, arrange, least_size
@@ -93,15 +94,21 @@ def lay_out(
     return Layout(homes.of, arena.offsets, offsets, arena.size, least)
 
 
+# A graph, the choices for its nodes, the network's state and weights laid out for it -> what runs
+# the graph on its inputs: an Executor, which a tactic for many nodes may want of its own.
+Bind = Callable[[Graph, Sequence[Choice], State, Laid], Callable[..., list[Tensor]]]
+
+
 class Room:
     """The arena of a graph, its memory included, and the weights that its tactics lay out."""
 
-    def __init__(self, graph: Graph, layout: Layout, laid: Laid) -> None:
+    def __init__(self, graph: Graph, layout: Layout, laid: Laid, bind: Bind) -> None:
         """
         Args:
             laid: weights that have been laid out before; others are added.
+            bind: makes what runs a part of the graph by itself.
         """
-        self._graph, self._layout, self.laid = graph, layout, laid
+        self._graph, self._layout, self.laid, self.bind = graph, layout, laid, bind
         # the end may be read as part of a vector
         self._floats = allocate(layout.size + ALIGNMENT).view(torch.float32)
         self.pointer = self._floats.untyped_storage().data_ptr()

@@ -11,14 +11,15 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resfuse.kernels.engine.environment import environment
-from resfuse.kernels.engine.executor import Executor
+from resfuse.kernels.engine.graph import Graph
 from resfuse.kernels.engine.own_weights import require_usable
 from resfuse.kernels.engine.plan_check import sound
 from resfuse.kernels.engine.plan_json import (
@@ -27,19 +28,28 @@ from resfuse.kernels.engine.plan_json import (
     segments_from_json,
     segments_to_json,
 )
-from resfuse.kernels.engine.room import Laid
+from resfuse.kernels.engine.planner import Segment
 
-if TYPE_CHECKING:
-    from resfuse.kernels.engine.engine import Built, Engine
+Plans = Mapping[int, tuple[Graph, tuple[Segment, ...]]]  # by batch size
 
 SCHEMA = 2  # 1 had no digest
 _MOST_PLAN = 64 << 20  # bytes of JSON: ResNet-152's has 0.3 million
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds, checked, on the device it is for."""
+
+    plans: Plans
+    state: Mapping[str, Tensor]
+    other_batches: Any  # as build_engine takes it
+    cuda_graph: bool
+
+
 def save(
     path: Path,
     device: torch.device,
-    built: Mapping[int, "Built"],
+    plans: Plans,
     state: Mapping[str, Tensor],
     other_batches: str,
     cuda_graph: bool,
@@ -59,8 +69,8 @@ def save(
         "other_batches": other_batches,
         "cuda_graph": cuda_graph,
         "plans": {
-            str(size): {"graph": graph_to_json(b.graph), "segments": segments_to_json(b.segments)}
-            for size, b in built.items()
+            str(size): {"graph": graph_to_json(graph), "segments": segments_to_json(segments)}
+            for size, (graph, segments) in plans.items()
         },
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
@@ -76,21 +86,10 @@ def save(
         Path(name).unlink(missing_ok=True)
 
 
-def load_engine(path: str | Path, *, allow: Collection[str] = ()) -> "Engine":
-    """The engine that was saved, on the device it was planned for; nothing is measured.
-
-    Args:
-        allow: operations that the engine may run beside those of torch's that only compute, as
-            `explain` names them: "torchvision.roi_align.default", say.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no engine, damaged, of another schema, or of another device or software;
-            or its plan does not fit together, or runs what is not allowed.
-    """
+def read(path: Path, allow: Collection[str]) -> Saved:
+    """What was saved. Raises what load_engine does (load.py), which takes the same."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"argument path: {path} does not exist")
     try:
@@ -111,23 +110,26 @@ def load_engine(path: str | Path, *, allow: Collection[str] = ()) -> "Engine":
             raise _Damaged(
                 f"argument path: {path} is damaged: its digest is that of something else"
             )
-        return _engine(told, {n: tensor.to(device) for n, tensor in state.items()}, device, allow)
+        return _saved(told, {n: tensor.to(device) for n, tensor in state.items()}, device, allow)
     except _Damaged as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # what a stranger's numbers lead to may be anything
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"argument path: {path} holds no plan that can be run: {said}") from error
+        raise cannot_run(path, error) from error
+
+
+def cannot_run(path: Path, error: Exception) -> ValueError:
+    """What to raise where a plan has led to an error."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"argument path: {path} holds no plan that can be run: {said}")
 
 
 class _Damaged(ValueError):
     """A sentence that is whole."""
 
 
-def _engine(
+def _saved(
     told: dict[str, Any], state: dict[str, Tensor], device: torch.device, allow: Collection[str]
-) -> "Engine":
-    from resfuse.kernels.engine.engine import Built, Engine
-
+) -> Saved:
     plans = sound(
         {
             int(size): (graph_from_json(p["graph"]), segments_from_json(p["segments"]))
@@ -143,12 +145,7 @@ def _engine(
         raise ValueError(f"other batches: {told['other_batches']!r}")
     if type(told["cuda_graph"]) is not bool:
         raise ValueError(f"CUDA graphs: {told['cuda_graph']!r}")
-    laid = Laid()
-    built = {
-        size: Built(graph, segs, Executor(graph, [s.choice for s in segs], state, laid))
-        for size, (graph, segs) in plans.items()
-    }
-    return Engine(built, state, other_batches=told["other_batches"], cuda_graph=told["cuda_graph"])
+    return Saved(plans, state, told["other_batches"], told["cuda_graph"])
 
 
 def _digest(plan: str, state: Mapping[str, Tensor]) -> str:

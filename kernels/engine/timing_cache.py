@@ -6,6 +6,7 @@ measured elsewhere, is left out with a warning.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import warnings
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from resfuse.kernels.barred import Barred, is_configuration
+from resfuse.kernels.barred import NONE, Barred, is_configuration
 from resfuse.kernels.engine.environment import environment
 from resfuse.kernels.native.library import cache_folder
 
@@ -113,6 +114,12 @@ class TimingCache:
             else:
                 known[key] = row["ms"]
         return known
+
+
+@functools.cache
+def known(device: torch.device) -> Barred:
+    """What is barred on a device, as this process first found it."""
+    return TimingCache(device).barred if device.type in ("cuda", "cpu") else NONE
 
 
 def _parsed(line: str) -> dict | None:

@@ -28,7 +28,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from resfuse.bench import isolate, results
+from resfuse.bench import results
 from resfuse.bench.case import Request
 from resfuse.bench.console import stderr, stdout
 from resfuse.bench.results import Sheet
@@ -36,6 +36,8 @@ from resfuse.bench.row import Outcome, Stamp
 from resfuse.bench.studies.learning import data
 from resfuse.bench.studies.learning.row import key, record, settled
 from resfuse.bench.studies.learning.run import Run
+from resfuse.bench.studies.learning.training_process import run_training
+from resfuse.bench.survey import survey
 from resfuse.kernels.native.library import cache_folder
 
 RunsOn = Callable[[str], Sequence[Run]]
@@ -63,7 +65,7 @@ def study(args: argparse.Namespace, runs_on: RunsOn, sheet: Sheet) -> int:
             source = str(data.download(cache_folder()))
         data.load(source)  # a damaged file is found before the first minute is spent
     with console.status("Looking at this machine: device, versions"):
-        found = isolate.survey(_request(args.device), 0, ceilings=False)
+        found = survey(_request(args.device), 0, ceilings=False)
     folder = args.results / found["folder"]
     runs, skipped = runs_on(found["device"]), 0
     if args.resume:
@@ -81,7 +83,7 @@ def study(args: argparse.Namespace, runs_on: RunsOn, sheet: Sheet) -> int:
     )
 
     def trainer(one: Run, heard: Callable[[dict[str, Any]], None]) -> Outcome:
-        return isolate.run_training(one, source, found["device"], args.timeout, heard)
+        return run_training(one, source, found["device"], args.timeout, heard)
 
     counts = train_all(runs, trainer, jobs, folder, found, sheet, console)
     if not args.no_report and results.has_rows(folder, sheet):
@@ -113,7 +115,7 @@ def train_all(
     Args:
         trainer: trains one network; tells {"share": 0 to 1} on the way.
         jobs: trainings at once.
-        found: the survey of this machine (isolate.survey).
+        found: the survey of this machine (survey.py).
         sheet: where in the folder the rows go.
 
     Returns:

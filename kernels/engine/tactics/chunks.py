@@ -29,11 +29,9 @@ def scratch(graph: Graph, choice: Choice) -> int:
 
 
 def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
-    from resfuse.kernels.engine.executor import Executor
-
     part = chunk_of(graph, choice)
     images = next(iter(part.values.values())).shape[0]
-    inside = Executor(part, inner_choices(choice), state, room.laid)
+    inside = room.bind(part, inner_choices(choice), state, room.laid)
     shapes = [graph.values[name].shape for name in part.outputs]
 
     def run(values: Values) -> None:

@@ -1,0 +1,43 @@
+"""load_engine: an engine from the file that `Engine.save` has written."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from resfuse.kernels.engine.engine import Built, Engine
+from resfuse.kernels.engine.executor import Executor
+from resfuse.kernels.engine.room import Laid
+from resfuse.kernels.engine.saved import Saved, cannot_run, read
+
+
+def load_engine(path: str | Path, *, allow: Collection[str] = ()) -> Engine:
+    """The engine that was saved, on the device it was planned for; nothing is measured.
+
+    Args:
+        allow: operations that the engine may run beside those of torch's that only compute, as
+            `explain` names them: "torchvision.roi_align.default", say.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no engine, damaged, of another schema, or of another device or software;
+            or its plan does not fit together, or runs what is not allowed.
+    """
+    saved = read(Path(path), allow)
+    try:
+        return _engine(saved)
+    except Exception as error:  # what a stranger's numbers lead to may be anything
+        raise cannot_run(Path(path), error) from error
+
+
+def _engine(saved: Saved) -> Engine:
+    laid = Laid()
+    built = {
+        size: Built(
+            graph,
+            segments,
+            Executor(graph, [segment.choice for segment in segments], saved.state, laid),
+        )
+        for size, (graph, segments) in saved.plans.items()
+    }
+    return Engine(
+        built, saved.state, other_batches=saved.other_batches, cuda_graph=saved.cuda_graph
+    )
