@@ -18,10 +18,10 @@ from dataclasses import asdict
 from math import inf
 from typing import IO, TYPE_CHECKING, Any
 
-from resfuse.bench import allocator
+from resfuse.bench import allocator, json_file
 from resfuse.bench.case import Case, Options, Request
 from resfuse.bench.errors import UsageError
-from resfuse.bench.row import Outcome
+from resfuse.bench.row import Outcome, outcome_from
 from resfuse.bench.timing import Watch, seconds
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ TRIAL_TIMEOUT_S = 60.0  # of one configuration, compilation included
 GRACE_S = 5.0
 # The parent shares two cores with the work it watches, and wakes late at times.
 WATCH_SLACK_S, WATCH_SLACK = 0.5, 0.1
+EVENTS = ("timing", "timed", "news", "usage", "result")
+# Something in the subprocess writes to every descriptor that is open.
+NO_SENSE = Outcome("fail_to_run", "the subprocess sent something that is no message of ours")
 
 
 def survey(
@@ -95,8 +98,11 @@ def run_case(
     result = _converse(job, options.timeout_s)
     if isinstance(result, Outcome):
         return result
-    outcome = Outcome(**result["outcome"])
-    return compare_watches(outcome, result["span_s"], result["watched_s"])
+    try:
+        outcome, span_s = outcome_from(result["outcome"]), float(result["span_s"])
+    except (ValueError, KeyError, TypeError):
+        return NO_SENSE
+    return compare_watches(outcome, span_s, result["watched_s"])
 
 
 def run_convolution(
@@ -123,10 +129,13 @@ def run_convolution(
     result = _converse(job, options.timeout_s)
     if isinstance(result, Outcome):
         return dict.fromkeys(providers, result)
-    return {
-        name: compare_watches(Outcome(**told), result["span_s"], result["watched_s"])
-        for name, told in result["outcomes"].items()
-    }
+    try:
+        span_s, told = float(result["span_s"]), result["outcomes"]
+        outcomes = {name: outcome_from(told[name]) for name in providers}
+    except (ValueError, KeyError, TypeError):
+        return dict.fromkeys(providers, NO_SENSE)
+    watched_s = result["watched_s"]
+    return {name: compare_watches(one, span_s, watched_s) for name, one in outcomes.items()}
 
 
 def run_trials(
@@ -247,6 +256,11 @@ def _converse(
             result = _listen(read, timeout_s, heard, silence_s)
         except BrokenPipeError:
             result = None
+        except ValueError as error:
+            if isinstance(error, UsageError):
+                raise
+            grace_s = 0.0
+            return NO_SENSE
         except TimeoutError:
             grace_s = 0.0
             return Outcome("timeout", f"not done after {timeout_s:g} s")
@@ -262,7 +276,11 @@ def _converse(
 def _listen(
     read: int, timeout_s: float, heard: Callable[[dict[str, Any]], None], silence_s: float
 ) -> dict[str, Any] | None:
-    """The result message with `watched_s` added; None where the process ended without one."""
+    """The result message with `watched_s` added; None where the process ended without one.
+
+    Raises:
+        ValueError: what came is no message.
+    """
     watch = Watch()
     pending, began, watched_s, last = b"", 0.0, 0.0, 0.0
     while True:
@@ -275,8 +293,12 @@ def _listen(
             return None
         last = seconds(watch.elapsed())
         *lines, pending = (pending + received).split(b"\n")
+        if len(pending) > json_file.MOST_BYTES:
+            raise ValueError("a message without an end")
         for line in lines:
-            message = json.loads(line)
+            message = json_file.parse(line)
+            if not isinstance(message, dict) or message.get("event") not in EVENTS:
+                raise ValueError("no message")
             event = message.pop("event")
             if event == "timing":
                 began = seconds(watch.elapsed())
@@ -285,7 +307,7 @@ def _listen(
             elif event == "news":
                 heard(message)
             elif event == "usage":
-                raise UsageError(message["message"])
+                raise UsageError(str(message.get("message")))
             else:
                 return {**message, "watched_s": watched_s}
 

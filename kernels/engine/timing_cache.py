@@ -25,7 +25,7 @@ from resfuse.kernels.regular_file import TooLargeError, open_regular, read_regul
 
 SCHEMA = 1
 # 200 networks built in one environment make a file of 2 MB, whose longest line has 2 KB.
-_MOST_BYTES = 32 << 20
+MOST_BYTES = 32 << 20
 _MOST_LINE_BYTES = 1 << 20
 _SENSIBLE_MS = 1e-6, 1e6
 Key = tuple[str, str]
@@ -103,7 +103,7 @@ class TimingCache:
 
     def _read(self) -> dict[Key, float | None]:
         try:
-            data = read_regular(self.path, _MOST_BYTES)
+            data = read_regular(self.path, MOST_BYTES)
         except FileNotFoundError:
             return {}
         except TooLargeError as error:
