@@ -69,7 +69,8 @@ def read(
         raise UsageError(f"results file {path} cannot be read as CSV: {error}") from None
     finally:
         csv.field_size_limit(limit)
-    if not data.endswith((b"\n", b"\r")) and whole == len(data) and len(cells) < len(header):
+    cut_off = whole == len(data) and not data.endswith((b"\n", b"\r"))
+    if cut_off and number and len(cells) < len(header):
         left_out.pop()  # nobody's damage: it was being written; whoever reads it sees that
         lines.append(cells + [""] * (len(header) - len(cells)))
         places.append(number)

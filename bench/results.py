@@ -40,6 +40,9 @@ COUNTS = frozenset(
      "rounds", "count", "depth", "seed", "epochs", "batch_size", "threads", "train_images",
      "test_images", "schema_version")
 )  # fmt: skip
+ASKED = frozenset(  # without which nobody knows what was measured
+    ("requested_batch_size", "count", "depth", "seed", "epochs", "batch_size", "learning_rate")
+)
 SIGNED = frozenset(("train_comm_time",))
 MOST_COUNT = 2.0**31
 MOST_CEILING = 1e6  # TFLOP/s or GB/s
@@ -272,7 +275,9 @@ def _read_csv(
 def _odd_number(sheet: Sheet, header: Sequence[str], cells: Sequence[str]) -> str:
     """Which cell holds no number that its column can hold; "" where all do."""
     for name, cell in zip(header, cells, strict=True):
-        if not cell or name in sheet.text or name not in sheet.columns:
+        if name in sheet.text or name not in sheet.columns:
+            continue
+        if not cell and name not in ASKED:
             continue
         value = csv_file.number_in(cell)
         odd = value is None or (value < 0 and name not in SIGNED)
