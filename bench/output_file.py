@@ -16,6 +16,14 @@ def require_place(flag: str, file: Path | None, replaced: bool = False) -> None:
     """
     if file is None:
         return
+    try:
+        _require_place(flag, file, replaced)
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"argument {flag}: {file} cannot be written: {why}") from None
+
+
+def _require_place(flag: str, file: Path, replaced: bool) -> None:
     if file.is_dir():
         raise UsageError(f"argument {flag}: {file} is a folder")
     if not file.parent.is_dir():
@@ -25,8 +33,5 @@ def require_place(flag: str, file: Path | None, replaced: bool = False) -> None:
     if replaced and file.exists() and not file.is_file():
         raise UsageError(f"argument {flag}: {file} is no file, and would be replaced by one")
     if replaced or not file.exists():
-        try:  # /proc says that it can be written, and nothing can be made there
-            tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}.").close()
-        except OSError as error:
-            why = error.strerror or error
-            raise UsageError(f"argument {flag}: {file} cannot be written: {why}") from None
+        # /proc says that it can be written, and nothing can be made there.
+        tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}.").close()
