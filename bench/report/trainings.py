@@ -143,9 +143,9 @@ def _require_known(row: Mapping[object, object], path: Path) -> None:
             raise UsageError(
                 f"{path}: column {column}: '{row[column]}'; accepted: {', '.join(known)}"
             )
-    for column in row.keys() & set(CURVES):
-        if odd := [word for word in str(row[column]).split() if number_in(word) is None]:
-            raise UsageError(f"{path}: column {column}: '{odd[0][:40]}'; accepted: numbers")
+    for curve in set(CURVES).intersection(map(str, row)):
+        if odd := [word for word in str(row[curve]).split() if number_in(word) is None]:
+            raise UsageError(f"{path}: column {curve}: '{odd[0][:40]}'; accepted: numbers")
 
 
 def experiments(rows: Sequence[Row]) -> tuple[Experiment, ...]:
