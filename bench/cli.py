@@ -4,11 +4,13 @@ Nothing heavy is imported until a command runs, so that `resfuse --help` answers
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
-from resfuse.bench.errors import UsageError
+from resfuse.bench.errors import LeftOutWarning, UsageError
 from resfuse.bench.flags.bench import add_bench, add_sweep
 from resfuse.bench.flags.engine import add_engine, add_roofline
 from resfuse.bench.flags.kernels import add_check, add_inspect, add_kernels, add_layers
@@ -99,13 +101,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     regression, 2 for bad input, 130 after Ctrl-C."""
     try:
         parsed = parser().parse_args(arguments)
-        return COMMANDS[parsed.command].load()(parsed)
+        with _warnings_in_a_sentence():
+            return COMMANDS[parsed.command].load()(parsed)
     except UsageError as error:
         print(f"resfuse: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("resfuse: interrupted; the rows measured so far are kept", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _warnings_in_a_sentence() -> Iterator[None]:
+    """What is left out is said without the line of code that found it."""
+    before = warnings.formatwarning
+
+    def told(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> str:
+        if issubclass(category, LeftOutWarning):
+            return f"resfuse: warning: {message}\n"
+        return before(message, category, *rest, **named)
+
+    warnings.formatwarning = told
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def parser() -> argparse.ArgumentParser:

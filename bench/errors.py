@@ -7,3 +7,7 @@ class UsageError(ValueError):
 
 class Unavailable(RuntimeError):
     """A backend cannot run this case on this machine; the message says why in one sentence."""
+
+
+class LeftOutWarning(UserWarning):
+    """Something damaged is not used; `resfuse` prints it as one sentence and goes on."""

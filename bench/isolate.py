@@ -18,16 +18,19 @@ from dataclasses import asdict
 from math import inf
 from typing import IO, Any
 
-from resfuse.bench import allocator
+from resfuse.bench import allocator, json_file
 from resfuse.bench.case import Case, Options
 from resfuse.bench.errors import UsageError
-from resfuse.bench.row import Outcome
+from resfuse.bench.row import Outcome, outcome_from
 from resfuse.bench.timing import Watch, seconds
 
 MEASURE = "resfuse.bench.measure:measure_task"
 GRACE_S = 5.0
 # The parent shares two cores with the work it watches, and wakes late at times.
 WATCH_SLACK_S, WATCH_SLACK = 0.5, 0.1
+EVENTS = ("timing", "timed", "news", "usage", "result")
+# Something in the subprocess writes to every descriptor that is open.
+NO_SENSE = Outcome("fail_to_run", "the subprocess sent something that is no message of ours")
 
 
 def run_case(
@@ -58,8 +61,11 @@ def run_case(
     result = run_task(task, payload, options.timeout_s)
     if isinstance(result, Outcome):
         return result
-    outcome = Outcome(**result["outcome"])
-    return compare_watches(outcome, result["span_s"], result["watched_s"])
+    try:
+        outcome, span_s = outcome_from(result["outcome"]), float(result["span_s"])
+    except (ValueError, KeyError, TypeError):
+        return NO_SENSE
+    return compare_watches(outcome, span_s, result["watched_s"])
 
 
 def compare_watches(outcome: Outcome, claimed_s: float, seen_s: float) -> Outcome:
@@ -118,6 +124,11 @@ def run_task(
             result = _listen(read, timeout_s, heard, silence_s)
         except BrokenPipeError:
             result = None
+        except ValueError as error:
+            if isinstance(error, UsageError):
+                raise
+            grace_s = 0.0
+            return NO_SENSE
         except TimeoutError:
             grace_s = 0.0
             return Outcome("timeout", f"not done after {timeout_s:g} s")
@@ -133,7 +144,11 @@ def run_task(
 def _listen(
     read: int, timeout_s: float, heard: Callable[[dict[str, Any]], None], silence_s: float
 ) -> dict[str, Any] | None:
-    """The result message with `watched_s` added; None where the process ended without one."""
+    """The result message with `watched_s` added; None where the process ended without one.
+
+    Raises:
+        ValueError: what came is no message.
+    """
     watch = Watch()
     pending, began, watched_s, last = b"", 0.0, 0.0, 0.0
     while True:
@@ -146,8 +161,12 @@ def _listen(
             return None
         last = seconds(watch.elapsed())
         *lines, pending = (pending + received).split(b"\n")
+        if len(pending) > json_file.MOST_BYTES:
+            raise ValueError("a message without an end")
         for line in lines:
-            message = json.loads(line)
+            message = json_file.parse(line)
+            if not isinstance(message, dict) or message.get("event") not in EVENTS:
+                raise ValueError("no message")
             event = message.pop("event")
             if event == "timing":
                 began = seconds(watch.elapsed())
@@ -156,7 +175,7 @@ def _listen(
             elif event == "news":
                 heard(message)
             elif event == "usage":
-                raise UsageError(message["message"])
+                raise UsageError(str(message.get("message")))
             else:
                 return {**message, "watched_s": watched_s}
 

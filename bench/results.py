@@ -7,23 +7,25 @@ the facts behind each `env_id`, one a line.
 
 import errno
 import fcntl
-import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from resfuse.bench import csv_file
 from resfuse.bench.case import Case
 from resfuse.bench.csv_text import line, neutral, original
 from resfuse.bench.errors import UsageError
 from resfuse.bench.measured import Value
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.row import SCHEMA_VERSION, columns
+from resfuse.kernels.regular_file import read_regular
 
 ROWS = "rows.csv"
 ENVIRONMENTS = "environments.csv"
@@ -31,6 +33,19 @@ ENVIRONMENT_COLUMNS = ("env_id", "key", "value")
 # Outcomes that a second attempt would only repeat; a case that ran out of time or crashed is tried
 # again.
 SETTLED = ("pass", "unavailable", "oom", "fail_accuracy")
+
+# Columns of whole numbers, in any sheet, and those that may be below zero.
+COUNTS = frozenset(
+    ("requested_batch_size", "infer_img_size", "train_img_size", "img_size", "world_size",
+     "rounds", "count", "depth", "seed", "epochs", "batch_size", "threads", "train_images",
+     "test_images", "schema_version")
+)  # fmt: skip
+ASKED = frozenset(  # without which nobody knows what was measured
+    ("requested_batch_size", "count", "depth", "seed", "epochs", "batch_size", "learning_rate")
+)
+SIGNED = frozenset(("train_comm_time",))
+MOST_COUNT = 2.0**31
+MOST_CEILING = 1e6  # TFLOP/s or GB/s
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,8 @@ CASES = Sheet(
 
 def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> pd.DataFrame:
     """All rows of a sheet in a results folder, in the order they were measured; text columns hold
-    "" where a cell is empty, the others numbers or NaN.
+    "" where a cell is empty, the others numbers or NaN. A line that is damaged (another number of
+    cells, something else where a number belongs) is left out with a LeftOutWarning.
 
     Columns are known by name: their order in the file does not matter, others may stand among them,
     and a metric that the file does not have yet is empty. No column was ever renamed; the day one
@@ -81,7 +97,7 @@ def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> p
     """
     path = folder / sheet.file
     needed = tuple(name for name in sheet.columns if name not in sheet.measured)
-    table = _read_csv(path, needed, sheet.command, only_whole)
+    table = _read_csv(path, needed, sheet.command, only_whole, partial(_odd_number, sheet))
     for name in sheet.measured.difference(table.columns):
         table[name] = ""
     for name in table.columns:
@@ -108,7 +124,8 @@ def read_cells(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> 
         UsageError: as `read_rows`.
     """
     needed = tuple(name for name in sheet.columns if name not in sheet.measured)
-    return _read_csv(folder / sheet.file, needed, sheet.command, only_whole).fillna("")
+    check = partial(_odd_number, sheet)
+    return _read_csv(folder / sheet.file, needed, sheet.command, only_whole, check)
 
 
 def has_rows(folder: Path, sheet: Sheet = CASES) -> bool:
@@ -123,7 +140,8 @@ def read_environments(folder: Path) -> dict[str, dict[str, str]]:
     Raises:
         UsageError: environments.csv is missing or not such a file.
     """
-    table = _read_csv(folder / ENVIRONMENTS, ENVIRONMENT_COLUMNS, CASES.command)
+    path = folder / ENVIRONMENTS
+    table = _read_csv(path, ENVIRONMENT_COLUMNS, CASES.command, check=_odd_ceiling)
     facts: dict[str, dict[str, str]] = {}
     for env_id, key, value in table[list(ENVIRONMENT_COLUMNS)].itertuples(index=False):
         facts.setdefault(env_id, {})[key] = value
@@ -236,10 +254,14 @@ def _plain(value: object) -> str:
 
 
 def _read_csv(
-    path: Path, needed: tuple[str, ...], command: str, only_whole: bool = False
+    path: Path,
+    needed: tuple[str, ...],
+    command: str,
+    only_whole: bool = False,
+    check: csv_file.Check = lambda header, cells: "",
 ) -> pd.DataFrame:
     try:
-        table = _cells(path, only_whole=only_whole)
+        table = csv_file.read(path, check, only_whole)
     except FileNotFoundError:
         raise UsageError(f"no results file {path}; `{command} --results DIR` makes one") from None
     except OSError as error:
@@ -250,20 +272,29 @@ def _read_csv(
     return table.map(original)
 
 
-def _cells(path: Path, rows: int | None = None, only_whole: bool = False) -> pd.DataFrame:
-    """Every cell as it stands in the file, or in its first rows.
+def _odd_number(sheet: Sheet, header: Sequence[str], cells: Sequence[str]) -> str:
+    """Which cell holds no number that its column can hold; "" where all do."""
+    for name, cell in zip(header, cells, strict=True):
+        if name in sheet.text or name not in sheet.columns:
+            continue
+        if not cell and name not in ASKED:
+            continue
+        value = csv_file.number_in(cell)
+        odd = value is None or (value < 0 and name not in SIGNED)
+        if value is not None and name in COUNTS:
+            odd = odd or not value.is_integer() or value > MOST_COUNT
+        if odd:
+            return f"'{cell[:40]}' in column {name}"
+    return ""
 
-    Args:
-        only_whole: leaves out a last line without an end: a crash may have cut it off. One cut off
-            within quotes is always left out, since no reader gets past it.
-    """
-    data = path.read_bytes()
-    if only_whole or data.count(b'"') % 2:
-        data = data[: _whole_lines(data)]
-    try:
-        return pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, nrows=rows)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UsageError(f"results file {path} cannot be read as CSV: {error}") from None
+
+def _odd_ceiling(header: Sequence[str], cells: Sequence[str]) -> str:
+    """What is wrong with a line of environments.csv: a speed that nothing has; or ""."""
+    if not set(ENVIRONMENT_COLUMNS) <= set(header):
+        return ""
+    key, cell = cells[header.index("key")], cells[header.index("value")]
+    fast = _speed(cell) if key.startswith("ceiling_") else 1.0
+    return "" if 0 < fast < MOST_CEILING else f"'{cell[:40]}' as {key[:40]}"
 
 
 @contextmanager
@@ -305,13 +336,19 @@ def _adopt_columns(path: Path, wanted: tuple[str, ...]) -> None:
     """Cuts a torn last line, and gives older rows the columns this version has added."""
     if not path.exists():
         return
-    data = path.read_bytes()
-    whole = _whole_lines(data)
+    data = read_regular(path, csv_file.MOST_BYTES)
+    whole = csv_file.whole_lines(data)
+    if csv_file.hides_rows(data, whole):
+        newlines = data.count(b"\n", 0, whole)
+        raise UsageError(
+            f"results file {path}: a quotation mark that is not closed hides rows behind line "
+            f"{newlines}; mend it, or use another --results folder"
+        )
     if whole < len(data):
         os.truncate(path, whole)
     if not whole:
         return
-    header = _cells(path, rows=0).columns
+    header = csv_file.header_of(path, data[:whole])
     foreign = [name for name in header if name not in wanted]
     if foreign:
         raise UsageError(
@@ -319,16 +356,8 @@ def _adopt_columns(path: Path, wanted: tuple[str, ...]) -> None:
             "use another --results folder"
         )
     if tuple(header) != wanted:
-        table = _cells(path, only_whole=True).reindex(columns=list(wanted))
+        table = csv_file.read(path, strict=True).reindex(columns=list(wanted))
         _replace(path, [wanted, *table.itertuples(index=False, name=None)])
-
-
-def _whole_lines(data: bytes) -> int:
-    """How many bytes of a CSV are whole lines; a line break within quotes ends none."""
-    end = data.rfind(b"\n") + 1
-    while end and data.count(b'"', 0, end) % 2:
-        end = data.rfind(b"\n", 0, end - 1) + 1
-    return end
 
 
 def _replace(path: Path, lines: Iterable[Iterable[object]]) -> None:

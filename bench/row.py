@@ -6,7 +6,7 @@ what readers may find.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from resfuse.bench.case import Case
 from resfuse.bench.measured import Value
@@ -42,6 +42,27 @@ class Outcome:
     metrics: Mapping[str, Value] = field(default_factory=dict)
     again: bool = False
     explanation: str = ""
+
+
+def outcome_from(told: object) -> Outcome:
+    """What another process has sent as JSON.
+
+    Raises:
+        ValueError: it is no outcome.
+    """
+    if not isinstance(told, dict) or not set(told) <= {field.name for field in fields(Outcome)}:
+        raise ValueError("no outcome of a case")
+    metrics = told.get("metrics", {})
+    values = metrics.values() if isinstance(metrics, dict) else [metrics]
+    texts = [told.get(name, "") for name in ("error", "explanation")]
+    if (
+        told.get("status") not in STATUSES
+        or not all(isinstance(text, str) for text in texts)
+        or not all(value is None or isinstance(value, int | float | str) for value in values)
+        or type(told.get("again", False)) is not bool
+    ):
+        raise ValueError("no outcome of a case")
+    return Outcome(**told)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from resfuse.bench.case import Case
 from resfuse.bench.cli import main
 from resfuse.bench.compare import verdict
 from resfuse.bench.compare.side import Key, Run, Runs
+from resfuse.bench.errors import LeftOutWarning
 from resfuse.bench.row import Outcome, Stamp, record
 
 CASE = Case("resnet18", "fused", "inference", "cpu", "float32", "channels_last", 8, 224)
@@ -211,7 +212,18 @@ def test_a_file_that_grew_is_compared_by_what_is_new(
     assert main(["compare", str(before), str(before)]) == 0
 
 
-@pytest.mark.parametrize("value", ["", "nan", "inf", "-1.5", "0", "fast"])
+@pytest.mark.parametrize("value", ["-1.5", "fast"])
+def test_a_row_whose_speed_is_no_number_is_left_out(
+    value: str, after: Path, compare: Callable[..., Said]
+) -> None:
+    add(after, CASE, 1.125)
+    path = after / results.ROWS
+    path.write_text(path.read_text().replace(",1.125,", f",{value},"))
+    with pytest.warns(LeftOutWarning, match=f"left out line 3: '{value}' in column speedup"):
+        assert compare()[0] == 2
+
+
+@pytest.mark.parametrize("value", ["", "nan", "inf", "0"])
 def test_speeds_that_are_none(value: str, after: Path, compare: Callable[..., Said]) -> None:
     add(after, CASE, 1.125)
     path = after / results.ROWS
@@ -248,6 +260,9 @@ def test_files_that_cannot_be_read_get_a_sentence(
         "was written by a newer resfuse (schema_version 2); this one reads versions up to 1" in said
     )
     path.write_text(whole + "a,row,with,far,too" + ",many" * 200 + "\n")
+    with pytest.warns(LeftOutWarning, match=r"rows\.csv: left out line 4: 205 cells for 59 col"):
+        assert compare()[0] == 0
+    path.write_bytes(whole.encode() + b"\xff\n")
     assert "cannot be read as CSV" in compare()[1]
     assert main(["compare", str(before / "none.csv"), str(after)]) == 2
 

@@ -48,13 +48,15 @@ def _number(text: str) -> bool:
 def test_rows_and_environments_keep_any_name(text: str, tmp_path: Path) -> None:
     case = Case(**{**vars(CASE), "images": text, "weights": f"{text},{text}"})
     stamp = Stamp(text, "env", "-1e5x", "2026-01-02T03:04:05+00:00")
-    results.append_row(tmp_path, record(case, Outcome("oom", text, {"speedup": -1.5}), stamp))
+    results.append_row(
+        tmp_path, record(case, Outcome("oom", text, {"train_comm_time": -1.5}), stamp)
+    )
     results.record_environment(tmp_path, "env", {"cpu": text, text or "key": "x"})
     results.record_environment(tmp_path, "other", {"cpu": "y"})  # writes the first once more
     row = results.read_rows(tmp_path).iloc[0]
     assert (row.images, row.error, row.device_name) == (text, text, text)
     assert row.weights == f"{text},{text}"
-    assert (row.commit, row.speedup) == ("-1e5x", -1.5)  # a number stays one
+    assert (row.commit, row.train_comm_time) == ("-1e5x", -1.5)  # a number stays one
     assert results.read_environments(tmp_path)["env"] == {"cpu": text, text or "key": "x"}
     for path in tmp_path.glob("*.csv"):
         with path.open(newline="") as file:

@@ -255,3 +255,21 @@ def test_the_script_runs_without_an_installation_and_sigterm_leaves_an_archive(
     assert told["steps"]["probe"] == "done"
     assert told["commit"].startswith("v")
     assert "+" in told["commit"]
+
+
+@pytest.mark.parametrize("file", ["/proc/x", "/dev/null", "a" * 300, "no/such/folder/x"])
+def test_a_place_where_no_archive_can_be_is_refused_before_anything_runs(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["gpu-plan", "--dry-run", "--results", str(tmp_path / "results"), "--archive"]
+    assert main([*command, str(tmp_path / file)]) == 2
+    assert "argument --archive: " in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("flag", ["--from", "--archive", "--carried"])
+def test_an_archive_is_restored_alone(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["gpu-plan", "--restore", "a.tar.xz", flag, str(tmp_path / "b.tar.xz")]) == 2
+    assert f"argument --restore: not with {flag}" in capsys.readouterr().err

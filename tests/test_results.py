@@ -12,7 +12,7 @@ import pytest
 
 from resfuse.bench import bench_command, cli, results
 from resfuse.bench.case import Case, Options
-from resfuse.bench.errors import UsageError
+from resfuse.bench.errors import LeftOutWarning, UsageError
 from resfuse.bench.row import ENDED, Outcome, Stamp, columns, record
 
 CASE = Case("resnet18", "eager", "inference", "cpu", "float32", "contiguous", 8, 224)
@@ -86,22 +86,34 @@ def test_files_that_are_no_tables_get_a_sentence(tmp_path: Path, content: bytes)
         results.read_rows(tmp_path)
 
 
-@pytest.mark.parametrize("cell", ["inf", "1e999", "-inf", "nan", "", "9" * 400, "two"])
+@pytest.mark.parametrize("cell", ["inf", "1e999", "-inf", "nan", "9" * 400, "two", "-1", "2.5"])
 @pytest.mark.parametrize("column", ["world_size", "infer_img_size", "requested_batch_size"])
-def test_numbers_that_are_none_are_no_traceback(tmp_path: Path, column: str, cell: str) -> None:
+def test_a_row_without_a_number_is_left_out_and_told(
+    tmp_path: Path, column: str, cell: str
+) -> None:
     results.append_row(tmp_path, row())
     table = pd.read_csv(tmp_path / "rows.csv", dtype=str, keep_default_na=False)
     table[column] = cell
     table.to_csv(tmp_path / "rows.csv", index=False)
-    read = results.read_rows(tmp_path)
-    assert len(read) == 1 and read["world_size"].iloc[0] >= 1
-    results.settled_cases(tmp_path, STAMP.env_id, STAMP.commit)
+    with pytest.warns(LeftOutWarning, match=f"rows.csv: left out line 2: .* in column {column}"):
+        read = results.read_rows(tmp_path)
+    assert read.empty
+    with pytest.warns(LeftOutWarning):
+        assert results.settled_cases(tmp_path, STAMP.env_id, STAMP.commit) == set()
+
+
+def test_the_world_of_an_older_row_is_one_process(tmp_path: Path) -> None:
+    results.append_row(tmp_path, row())
+    table = pd.read_csv(tmp_path / "rows.csv", dtype=str, keep_default_na=False)
+    table.drop(columns="world_size").to_csv(tmp_path / "rows.csv", index=False)
+    assert list(results.read_rows(tmp_path).world_size) == [1]
 
 
 @pytest.mark.parametrize("known", ["", "fast", "inf", "nan"])
 def test_a_ceiling_that_is_no_number_gives_way(tmp_path: Path, known: str) -> None:
     results.record_environment(tmp_path, "e", {"cpu": "x", "ceiling_gflops": known})
-    results.record_environment(tmp_path, "e", {"cpu": "x", "ceiling_gflops": "3.5"})
+    with pytest.warns(LeftOutWarning, match="as ceiling_gflops"):
+        results.record_environment(tmp_path, "e", {"cpu": "x", "ceiling_gflops": "3.5"})
     assert results.read_environments(tmp_path)["e"]["ceiling_gflops"] == "3.5"
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from resfuse.bench.cli import main
 from resfuse.bench.errors import UsageError
 from resfuse.bench.selection import pick
 
@@ -23,3 +24,13 @@ def test_what_matches_nothing_is_named_with_what_is_close_and_what_is_known() ->
         pick("-m", ["vgg19", "resnet81"], KNOWN)
     with pytest.raises(UsageError, match=r"known: resnet18, resnet50, resnet18_v1, vgg19$"):
         pick("-m", ["dense*"], KNOWN)
+
+
+def test_many_names_are_not_shown_but_where_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "models", "-m", "nosuch"]) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 200 and "`resfuse study models --list` shows the" in said
+    assert main(["study", "models", "-m", "resnet18"]) == 2
+    assert "did you mean timm resnet18" in capsys.readouterr().err
+    assert main(["study", "models", "-m", "timm rep*", "--list"]) == 0
+    assert "timm repvgg_a0" in capsys.readouterr().out.splitlines()

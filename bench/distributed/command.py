@@ -9,13 +9,14 @@ from typing import Any
 
 from torch.distributed import Store
 
+from resfuse.bench import json_file
 from resfuse.bench.bench_command import bench_request
 from resfuse.bench.case import Case, Options
 from resfuse.bench.distributed.store import appears, connect
 from resfuse.bench.distributed.world import World, world_of
 from resfuse.bench.errors import UsageError
 from resfuse.bench.isolate import run_case
-from resfuse.bench.row import Outcome
+from resfuse.bench.row import Outcome, outcome_from
 
 DEVICES = ("auto", "cpu", "cuda")
 PATIENCE_S = 30.0  # over a case's own time limit, for starting and ending its process
@@ -88,7 +89,10 @@ class Leader:
         name = f"{key}/ended/{rank}"
         if not appears(self._store, name, limit_s):
             return Outcome("timeout", f"no answer within {limit_s:g} s")
-        return Outcome(**json.loads(self._store.get(name)))
+        try:
+            return outcome_from(json_file.parse(self._store.get(name)))
+        except ValueError as error:
+            return Outcome("fail_to_run", f"it answered with {error}")
 
 
 def _follow(world: World) -> int:
@@ -96,11 +100,15 @@ def _follow(world: World) -> int:
     while True:
         key = f"told/{told}"
         appears(store, key)  # a leader that is gone takes the store or, by torchrun, this process
-        message = json.loads(store.get(key))
-        if "end" in message:
-            return int(message["end"])
-        case, options = Case(**message["case"]), Options(**message["options"])
-        outcome = _run(store, key, world.rank, case, options, message["ceilings"])
+        try:
+            message = json_file.parse(store.get(key))
+            if "end" in message:
+                return int(message["end"])
+            case, options = Case(**message["case"]), Options(**message["options"])
+            ceilings = {str(name): float(rate) for name, rate in message["ceilings"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"the process that leads sent no case: {error}") from None
+        outcome = _run(store, key, world.rank, case, options, ceilings)
         store.set(f"{key}/ended/{world.rank}", json.dumps(asdict(outcome)))
         told += 1
 

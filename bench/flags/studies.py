@@ -154,6 +154,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="some of the study's networks; wildcards allowed ('timm rep*')",
     )
+    parser.add_argument("--list", action="store_true", help="show the networks and stop")
     parser.add_argument(
         "--kinds",
         type=names,

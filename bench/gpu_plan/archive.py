@@ -19,8 +19,11 @@ from pathlib import Path, PurePosixPath
 
 from resfuse.bench.errors import UsageError
 from resfuse.bench.gpu_plan.steps import LIMIT_MB
+from resfuse.kernels.regular_file import read_regular
 
 LIMIT_BYTES = LIMIT_MB << 20
+MOST_PACKED_BYTES = 4 * LIMIT_BYTES  # what is read back: somebody may have raised the limit
+MOST_BYTES = 512 << 20
 SUFFIXES = (".csv", ".json", ".md", ".txt")  # of a results folder; plots are drawn from the rows
 PRESET = 1  # of xz: level 6 takes six times as long for a sixth less, and a GPU waits
 RESULTS, TIMINGS, INDUCTOR = "results", "timings", "inductor"
@@ -99,22 +102,37 @@ def unpack(archive: Path) -> dict[str, bytes]:
     """Name -> content of every file in an archive.
 
     Raises:
-        UsageError: it cannot be read, or a name in it leads elsewhere.
+        UsageError: it cannot be read, unpacks to more than MOST_BYTES, or a name in it leads
+            elsewhere.
     """
     try:
-        with tarfile.open(archive, "r:xz") as tar:
+        data = _unpacked(read_regular(archive, MOST_PACKED_BYTES))
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             found = {member.name: _content(tar, member) for member in tar if member.isfile()}
-    except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        said = getattr(error, "strerror", None) or error
+    except (OSError, tarfile.TarError, lzma.LZMAError, EOFError, ValueError) as error:
+        said = getattr(error, "strerror", None) or str(error) or "it is cut off"
         raise UsageError(f"archive {archive} cannot be read: {said}") from None
     for name in found:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise UsageError(f"archive {archive} holds '{name}', which leads elsewhere")
+        if path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise UsageError(f"archive {archive} holds {name[:80]!r}, which leads elsewhere")
     return found
 
 
+def _unpacked(data: bytes) -> bytes:
+    """Raises ValueError where there is more than MOST_BYTES, and LZMAError where it is damaged."""
+    reader = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MOST_BYTES)
+    unpacked = reader.decompress(data, MOST_BYTES + 1)
+    if len(unpacked) > MOST_BYTES:
+        raise ValueError(f"it unpacks to more than {MOST_BYTES >> 20} MB")
+    if not reader.eof:
+        raise EOFError
+    return unpacked
+
+
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > MOST_BYTES:  # a sparse file says what it likes
+        raise ValueError(f"it holds a file of more than {MOST_BYTES >> 20} MB")
     file = tar.extractfile(member)
     assert file is not None  # a regular file has a content
     return file.read()

@@ -14,6 +14,8 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from resfuse.kernels.regular_file import read_regular
+
 MANIFEST, CACHE, PTXAS, WHEELS = "manifest.json", "cache", "ptxas", "wheels"
 LIMIT_BYTES = 64 << 20  # what a lent machine takes with it, working tree included
 MOST_BYTES = 1 << 30  # unpacked: ResNet-50's kernels and ptxas are 0.1 GB
@@ -61,7 +63,8 @@ def extract(archive: Path, to: Path) -> None:
         OSError, EOFError, lzma.LZMAError, tarfile.TarError: it cannot be read, or is damaged.
     """
     size = 0
-    with tarfile.open(archive, "r:xz") as tar:
+    packed = io.BytesIO(read_regular(archive, 2 * LIMIT_BYTES))
+    with tarfile.open(fileobj=packed, mode="r:xz") as tar:
         for member in tar:
             if not member.isreg() or _NAMES.fullmatch(member.name) is None:
                 raise Foreign(f"it holds {member.name[:80]!r}")

@@ -39,12 +39,24 @@ def gpu_plan(args: argparse.Namespace) -> int:
     """Runs the steps, or lists them, or restores an archive; returns 1 if a step failed."""
     console = stderr()
     if args.restore is not None:
+        _require_alone(args)
         return _restore(args.restore, args.results or Path("results"), args.no_report, console)
     steps = chosen_steps(args)
     if args.list:
         print(listing(steps))
         return 0
     return go(args, steps, console, real())
+
+
+def _require_alone(args: argparse.Namespace) -> None:
+    """Raises UsageError for what an archive is not restored with: nothing is measured then."""
+    beside = {"--from": args.go_on_from, "--archive": args.archive, "--carried": args.carried}
+    for flag, file in beside.items():
+        if file is not None:
+            raise UsageError(
+                f"argument --restore: not with {flag}: --restore puts an archive in its place and "
+                "stops, --from goes on measuring from one"
+            )
 
 
 def chosen_steps(args: argparse.Namespace) -> list[Step]:
@@ -77,7 +89,7 @@ def listing(steps: Sequence[Step]) -> str:
 
 def go(args: argparse.Namespace, steps: Sequence[Step], console: Console, means: Means) -> int:
     """The plan itself."""
-    require_place("--archive", args.archive)
+    require_place("--archive", args.archive, replaced=True)
     root = args.results or _default_results(args.dry_run)
     results.check_writable(root)
     device = "cpu" if args.dry_run else "cuda"

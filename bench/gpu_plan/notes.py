@@ -10,8 +10,9 @@ import torch
 
 from resfuse.bench import results, roofline
 from resfuse.bench.case import PRECISIONS, Case
+from resfuse.bench.errors import UsageError
 from resfuse.bench.kernels.convolutions import convolutions
-from resfuse.resnet_ref import create
+from resfuse.resnet_ref import MODELS, create
 
 FILE = "NOTES.md"
 GROUP = ["model", "precision", "requested_batch_size", "infer_img_size"]
@@ -35,16 +36,20 @@ def write_if_missing(folder: Path) -> Path | None:
     if path.exists():
         return None
     rows = results.read_rows(folder)
+    if rows.empty:
+        return None
     here = rows[(rows.env_id == rows.env_id.iloc[-1]) & (rows.commit == rows.commit.iloc[-1])]
     passed = here[(here.status == "pass") & (here["mode"] == "inference")]
     if passed.empty:
         return None
     env_id = str(passed.env_id.iloc[-1])
-    facts = results.read_environments(folder)[env_id]
+    facts = results.read_environments(folder).get(env_id)
+    if facts is None:
+        raise UsageError(f"{folder / results.ENVIRONMENTS} lacks the environment {env_id}")
     ceilings = {key: float(value) for key, value in facts.items() if key.startswith("ceiling_")}
     groups = passed.groupby(GROUP, sort=False)
     parts = [
-        f"# {facts['device_name']}",
+        f"# {facts.get('device_name', env_id)}",
         f"From the rows of environment {env_id}, commit {passed.commit.iloc[-1]}. Ceilings: "
         + ", ".join(f"{key.removeprefix('ceiling_')} {value:g}" for key, value in ceilings.items())
         + ".",
@@ -72,6 +77,8 @@ MEASURED_HEADINGS = (
 
 def _limits(key: tuple, ceilings: dict[str, float]) -> list[str]:
     model, precision, batch_size, img_size = key[0], key[1], int(key[2]), int(key[3])
+    if model not in MODELS or precision not in PRECISIONS:  # a newer version's, or a damaged row
+        return [_network(key), *["unknown"] * 4]
     chosen = PRECISIONS[precision]
     rate = ceilings.get(f"ceiling_{chosen.math_mode}_tflops")
     copy = ceilings.get("ceiling_copy_gb_s")

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from resfuse.bench import json_file
 from resfuse.bench.errors import UsageError
 from resfuse.bench.gpu_plan.steps import Step
 
 FILE = "gpu-plan.json"
-DONE, CUT, FAILED = "done", "cut short", "failed"
+ENDINGS = DONE, CUT, FAILED = "done", "cut short", "failed"
 Clock = Callable[[], float]  # seconds since the plan began
 TimeLeft = Callable[[], float]
 Runner = Callable[[Step, TimeLeft], str]  # takes a step as far as it goes -> DONE, CUT or FAILED
@@ -44,9 +45,10 @@ def load(folder: Path, env_id: str, commit: str) -> Progress:
     other sources', or the file is damaged."""
     progress = Progress(folder / FILE, env_id, commit)
     try:
-        told = json.loads(progress.file.read_text())
+        told = json_file.read(progress.file)
         if (told["env_id"], told["commit"]) == (env_id, commit):
-            progress.ended.update({str(name): str(how) for name, how in told["steps"].items()})
+            known = {name: how for name, how in told["steps"].items() if how in ENDINGS}
+            progress.ended.update(known)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return progress

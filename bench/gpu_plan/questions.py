@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from resfuse.bench import json_file
 from resfuse.bench.gpu_plan.means import RunProbe
 
 FILE = "probe.json"
@@ -67,9 +68,10 @@ def ask_all(
 def _read(folder: Path, where: dict[str, str]) -> dict[str, Any]:
     """Nothing where the file is another environment's or other sources', or damaged."""
     try:
-        told = json.loads((folder / FILE).read_text())
-        if {name: told[name] for name in where} == where:
-            return dict(told["answers"])
+        told = json_file.read(folder / FILE)
+        answers = told["answers"]
+        if {name: told[name] for name in where} == where and isinstance(answers, dict):
+            return answers
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return {}

@@ -1,15 +1,18 @@
 """Puts an archive where its parts belong: rows into results/, times and compiled kernels into the
 caches. What is there already stays; nothing is doubled."""
 
-import json
 import tempfile
 from pathlib import Path
 
 from resfuse.bench import results
+from resfuse.bench.errors import UsageError
 from resfuse.bench.gpu_plan import archive as archives
-from resfuse.bench.gpu_plan.archive import INDUCTOR, RESULTS, TIMINGS, Places
+from resfuse.bench.gpu_plan.archive import INDUCTOR, RESULTS, SUFFIXES, TIMINGS, Places
 from resfuse.bench.kernels.check_command import SHEET as CONFIGS
 from resfuse.bench.results import ENVIRONMENTS, Sheet
+from resfuse.kernels.engine.timing_cache import MOST_BYTES as MOST_CACHE_BYTES
+from resfuse.kernels.engine.timing_cache import lines_from
+from resfuse.kernels.regular_file import read_regular
 
 SHEETS: tuple[Sheet, ...] = (results.CASES, CONFIGS)
 THEIRS = ("NOTES.md",)  # people write in it: an archive's is taken where there is none
@@ -29,18 +32,29 @@ def restore(archive: Path, where: Places) -> tuple[list[Path], list[str]]:
         UsageError: the archive or a folder cannot be read or written.
     """
     found = archives.unpack(archive)
+    try:
+        return _restored(found, where)
+    except UsageError as error:
+        raise UsageError(f"archive {archive}: {error}") from None
+    except OSError as error:  # a name that no file can have, a full disk
+        said = f"{error.strerror or error}: {str(error.filename)[-80:]}"
+        raise UsageError(f"archive {archive} cannot be put into its places: {said}") from None
+
+
+def _restored(found: dict[str, bytes], where: Places) -> tuple[list[Path], list[str]]:
     names = sorted({Path(name).parts[1] for name in found if name.startswith(f"{RESULTS}/")})
     said = []
     for name in names:
         prefix = f"{RESULTS}/{name}/"
         files = {n.removeprefix(prefix): c for n, c in found.items() if n.startswith(prefix)}
         said.append(_merge_folder(where.results / name, files))
-    times = {Path(n).name: c for n, c in found.items() if n.startswith(f"{TIMINGS}/")}
+    times = {Path(n).name: c for n, c in found.items()
+             if n.startswith(f"{TIMINGS}/") and n.endswith(".jsonl")}  # fmt: skip
     if times:
         new = sum(_merge_lines(where.timings / name, told) for name, told in times.items())
         said.append(f"{new} new times of the engine's in {where.timings}")
     kernels = {
-        n.removeprefix(f"{INDUCTOR}/"): c for n, c in found.items() if n.startswith(INDUCTOR)
+        n.removeprefix(f"{INDUCTOR}/"): c for n, c in found.items() if n.startswith(f"{INDUCTOR}/")
     }
     if kernels and where.inductor is not None:
         for name, content in kernels.items():
@@ -62,7 +76,9 @@ def _merge_folder(folder: Path, files: dict[str, bytes]) -> str:
                   for sheet in SHEETS if results.has_rows(there, sheet)]  # fmt: skip
     sheets = {sheet.file for sheet in SHEETS} | {ENVIRONMENTS}
     for file, content in files.items():
-        if file not in sheets and not (file in THEIRS and (folder / file).exists()):
+        if file in sheets or Path(file).suffix not in SUFFIXES:
+            continue
+        if not (file in THEIRS and (folder / file).exists()):
             _put(folder / Path(file).name, content)
     return ", ".join(counts) or f"no rows for {folder}"
 
@@ -85,9 +101,9 @@ def _rows(folder: Path, sheet: Sheet) -> list[tuple[str, ...]]:
 
 def _merge_lines(file: Path, told: bytes) -> int:
     """Appends the lines of a timing cache that the one here has not, in their order: of two times
-    for a choice the last counts. A line that a crash cut off is left out."""
-    lines = [line for line in told.split(b"\n")[:-1] if _is_json(line)]
-    here = file.read_bytes() if file.exists() else b""
+    for a choice the last counts. What a TimingCache would not use is left out."""
+    lines = lines_from(file.name, told)
+    here = read_regular(file, MOST_CACHE_BYTES) if file.exists() else b""
     known = set(here.split(b"\n"))
     new = [line for line in lines if line not in known]
     if new:
@@ -96,14 +112,6 @@ def _merge_lines(file: Path, told: bytes) -> int:
         with file.open("ab", buffering=0) as out:
             out.write(start + b"\n".join(new) + b"\n")
     return len(new)
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _put(path: Path, content: bytes) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from resfuse.bench import results, sweep
 from resfuse.bench.case import Options, Request
-from resfuse.bench.isolate import compare_watches, run_task
+from resfuse.bench.isolate import NO_SENSE, compare_watches, run_task
 from resfuse.bench.kernels.convolutions import Convolution, every
 from resfuse.bench.kernels.row import SHEET, record
 from resfuse.bench.measured import Value
-from resfuse.bench.row import Outcome, Stamp
+from resfuse.bench.row import Outcome, Stamp, outcome_from
 
 Row = dict[str, Value]
 TASK = "resfuse.bench.kernels.measure:measure_task"
@@ -110,7 +110,10 @@ def run_convolution(
     result = run_task(TASK, payload, options.timeout_s)
     if isinstance(result, Outcome):
         return dict.fromkeys(providers, result)
-    return {
-        name: compare_watches(Outcome(**told), result["span_s"], result["watched_s"])
-        for name, told in result["outcomes"].items()
-    }
+    try:
+        span_s, told = float(result["span_s"]), result["outcomes"]
+        outcomes = {name: outcome_from(told[name]) for name in providers}
+    except (ValueError, KeyError, TypeError):
+        return dict.fromkeys(providers, NO_SENSE)
+    watched_s = result["watched_s"]
+    return {name: compare_watches(one, span_s, watched_s) for name, one in outcomes.items()}

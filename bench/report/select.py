@@ -67,7 +67,7 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
             rows = [
                 {str(name): value for name, value in row.items()}
                 | {PLACE: f"row {number} of {folder.name}/{ROWS}"}
-                for number, row in enumerate(read_rows(folder).to_dict("records"), start=1)
+                for number, row in read_rows(folder).to_dict("index").items()
             ]
         facts = read_environments(folder) if rows or others else {}
         entry = _Gathered()  # holds what comes before the first whole row, which is nothing

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resfuse.bench.csv_file import number_in
 from resfuse.bench.errors import UsageError
 from resfuse.bench.results import Sheet, read_rows
 from resfuse.bench.row import STATUSES
@@ -142,6 +143,9 @@ def _require_known(row: Mapping[object, object], path: Path) -> None:
             raise UsageError(
                 f"{path}: column {column}: '{row[column]}'; accepted: {', '.join(known)}"
             )
+    for curve in set(CURVES).intersection(map(str, row)):
+        if odd := [word for word in str(row[curve]).split() if number_in(word) is None]:
+            raise UsageError(f"{path}: column {curve}: '{odd[0][:40]}'; accepted: numbers")
 
 
 def experiments(rows: Sequence[Row]) -> tuple[Experiment, ...]:

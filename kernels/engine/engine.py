@@ -352,9 +352,13 @@ def _build(
         for choices in _same_nodes(graph, tactics):
             measured.time_in_turns(choices)
     memory = _memory(graph, tactics)
-    segments = plan(graph, tactics, measured, memory)
-    if tiling if tiling is not None else device.type != "cuda":
-        segments = with_chunks(graph, segments, tactics, measured, memory)
+    tiled = tiling if tiling is not None else device.type != "cuda"
+    while True:
+        segments = plan(graph, tactics, measured, memory)
+        if tiled:
+            segments = with_chunks(graph, segments, tactics, measured, memory)
+        if measured.confirm(segment.choice for segment in segments):
+            break  # otherwise plan without those that are barred now
     executor = Executor(graph, [s.choice for s in segments], state, laid)
     return Built(graph, tuple(segments), executor)
 

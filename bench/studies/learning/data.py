@@ -25,6 +25,7 @@ from resfuse.bench.errors import UsageError
 DIGITS, CIFAR, DOWNLOAD = "digits", "cifar10", "download"
 DIGITS_FOR_TESTING = 360
 TRAIN_FILES, TEST_FILE = tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch"
+MOST_BYTES = 256 << 20  # of a batch, which has 30 MB
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes of a label and an image in the binary version
 ALLOWED = {
     ("numpy", "dtype"),
@@ -135,6 +136,8 @@ def _read(folder: Path, names: tuple[str, ...]) -> Split:
             raise UsageError(f"argument --data: {folder} lacks {name} (or {name}.bin) of CIFAR-10")
         read: Callable[[Path], Split] = _read_binary if path.suffix == ".bin" else _read_pickle
         try:
+            if path.stat().st_size > MOST_BYTES:
+                raise ValueError(f"it has more than {MOST_BYTES >> 20} MB")
             splits.append(read(path))
         except Exception as error:  # a damaged pickle may raise anything
             raise UsageError(

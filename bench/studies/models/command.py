@@ -44,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: an unknown network, or a results folder that cannot be written.
     """
-    wanted = pick("--model", args.model or ["*"], NETWORKS)
+    wanted = pick("--model", args.model or ["*"], NETWORKS, "resfuse study models --list")
+    if args.list:
+        print("\n".join(wanted))
+        return 0
     kinds = pick("--kinds", args.kinds, KINDS)
     facts = machine.facts("cpu", 0)
     where = {"env_id": machine.env_id(facts), "commit": machine.commit()}
