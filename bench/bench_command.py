@@ -117,8 +117,10 @@ def measure_all(
 def _conclude(measured: Sequence[tuple[Case, Outcome]]) -> None:
     """The short table, and how many of its rows to doubt."""
     if any(outcome.status == "pass" for _, outcome in measured):
-        for table in short_tables(measured):
-            stdout().print(table)
+        title, tables = short_tables(measured)
+        stdout().print(f"\n{title}", highlight=False, style="bold")
+        for table in tables:
+            stdout().print(table, highlight=False)
     if text := beside_other_work(measured):
         stderr().print(text, highlight=False, soft_wrap=True)
 

@@ -42,13 +42,16 @@ def conditions(found: Mapping[str, Any]) -> str:
     )
 
 
-def short_tables(measured: Measured) -> list[Table]:
-    """How many times faster than the baseline each backend was, a column a network and batch."""
+def short_tables(measured: Measured) -> tuple[str, list[Table]]:
+    """How many times faster than the baseline each backend was, a column a network and batch; a
+    title, and tables that fit 80 characters."""
+    baselines = dict.fromkeys(label(c.baseline, c.baseline_memory_format) for c, _ in measured)
+    title = f"Times faster than {' or '.join(baselines)} (±: half of the 95 % interval)"
     columns = list(dict.fromkeys(_column(case) for case, _ in measured))
     several = {
         name: len({getattr(c, name) for c, _ in measured}) > 1 for name in ("precision", "mode")
     }
-    return [
+    return title, [
         _table(measured, columns[first : first + MOST_COLUMNS], several)
         for first in range(0, len(columns), MOST_COLUMNS)
     ]
@@ -75,9 +78,7 @@ def _table(
     columns: Sequence[tuple[str, int, int, str, str]],
     several: Mapping[str, bool],
 ) -> Table:
-    baselines = dict.fromkeys(label(c.baseline, c.baseline_memory_format) for c, _ in measured)
-    title = f"Times faster than {' or '.join(baselines)} (±: half of the 95 % interval)"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, header_style="")
     table.add_column("", no_wrap=True)
     for model, _, batch, precision, mode in columns:
         more = [precision] * several["precision"] + [mode] * several["mode"]

@@ -6,6 +6,7 @@ would be timed as well.
 """
 
 import os
+from collections import Counter
 from contextlib import suppress
 
 import psutil
@@ -74,13 +75,12 @@ class OtherWork:
         return max(0.0, _others_s() - self._before) / max(seconds, 1e-6)
 
     def busiest(self, seconds: float, most: int = 3) -> list[tuple[str, float]]:
-        """Names and cores of the processes that used most, from a tenth of a core up; those of
+        """Names and cores of the programs that used most, from a tenth of a core up. Processes of
         other guests, containers or, without permission, users have no name."""
-        found = [
-            (name, (spent - self._by_process.get(key, ("", 0.0))[1]) / max(seconds, 1e-6))
-            for key, (name, spent) in _by_process().items()
-        ]
-        return sorted((each for each in found if each[1] >= 0.1), key=lambda e: -e[1])[:most]
+        found: Counter[str] = Counter()
+        for key, (name, spent) in _by_process().items():
+            found[name] += (spent - self._by_process.get(key, ("", 0.0))[1]) / max(seconds, 1e-6)
+        return [each for each in found.most_common(most) if each[1] >= 0.1]
 
 
 def _others_s() -> float:

@@ -18,7 +18,7 @@ def images_until(setup_s: float, times_ms: tuple[float, ...], case=FAST) -> floa
         baseline_ms=(100.0, 101.0, 99.0, 100.0), ended_by="rounds", phases_ms={},
         accuracy=Accuracy(0.0, 0.0, 0.0, 1.0), memory=Memory(None, None), setup_s=setup_s,
         baseline_setup_s=0.5, floor_ms=None, joules=None, sm_clock_mhz=None, throttle=None,
-        step=lambda: None,
+        other_load=None, step=lambda: None,
     )  # fmt: skip
     value = METRICS["break_even_images"].compute(measured)
     assert value is None or isinstance(value, float)

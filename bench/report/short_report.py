@@ -212,6 +212,7 @@ def _not_passed(results: Sequence[Result]) -> list[str]:
         failed = [result for result in own if result.status != "pass"]
         if failed:
             lines.append(f"- {escape(backend)}: {_why(failed, len(own))}")
+    lines.sort(key=lambda line: ": cannot run here: " in line)
     return ["## Failures and backends that cannot run here", "\n".join(lines)] if lines else []
 
 
