@@ -6,7 +6,6 @@ would be timed as well.
 """
 
 import os
-from collections import Counter
 from contextlib import suppress
 
 import psutil
@@ -77,10 +76,11 @@ class OtherWork:
     def busiest(self, seconds: float, most: int = 3) -> list[tuple[str, float]]:
         """Names and cores of the programs that used most, from a tenth of a core up. Processes of
         other guests, containers or, without permission, users have no name."""
-        found: Counter[str] = Counter()
+        found: dict[str, float] = {}
         for key, (name, spent) in _by_process().items():
-            found[name] += (spent - self._by_process.get(key, ("", 0.0))[1]) / max(seconds, 1e-6)
-        return [each for each in found.most_common(most) if each[1] >= 0.1]
+            own = (spent - self._by_process.get(key, ("", 0.0))[1]) / max(seconds, 1e-6)
+            found[name] = found.get(name, 0.0) + own
+        return sorted((e for e in found.items() if e[1] >= 0.1), key=lambda e: -e[1])[:most]
 
 
 def _others_s() -> float:

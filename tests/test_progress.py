@@ -197,8 +197,8 @@ def test_the_busiest_processes_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
     readings = iter([
         [process(7, "cc1plus", 50.0), process(8, "cron", 1.0)],
-        [process(7, "cc1plus", 59.0), process(8, "cron", 1.1), process(9, "python", 3.0), process(10, "python", 1.0),
-         process(os.getpid(), "resfuse", 90.0)],
+        [process(7, "cc1plus", 59.0), process(8, "cron", 1.1), process(9, "python", 3.0),
+         process(10, "python", 1.0), process(os.getpid(), "resfuse", 90.0)],
     ])  # fmt: skip
     monkeypatch.setattr(quiet.psutil, "process_iter", lambda: next(readings))
     assert quiet.OtherWork().busiest(10.0) == [("cc1plus", 0.9), ("python", 0.4)]

@@ -9,6 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from resfuse.bench.processor import microarchitecture
 from resfuse.bench.report import cells, markdown
 from resfuse.bench.report.headline import noise
 from resfuse.bench.report.ladder import Line, Network, baseline_rows, networks
@@ -51,7 +52,7 @@ def short_report(environment: Environment, images: Mapping[str, str]) -> list[st
     """
     found = networks(environment)
     before = [
-        f"# resfuse on {listing([escape(name) for name in environment.device_names])}",
+        f"# resfuse on {_device(environment)}",
         f"{opening(environment)} {_measured(environment.results)}".strip(),
         "## How to read this",
         "\n".join(_bullets(GUIDE)),
@@ -227,6 +228,15 @@ def _why(failed: Sequence[Result], measured: int) -> str:
     told = listing([f"{n} {status}" for status, n in statuses.most_common()])
     often = "" if number == len(failed) else " (the most frequent reason)"
     return f"{told} of {count(measured, 'case')}: {reason}{often}"
+
+
+def _device(environment: Environment) -> str:
+    """The device, with the design of a processor whose name does not say it."""
+    chip = microarchitecture(environment.facts)
+    is_named = environment.facts.get("device") == "cpu" and chip
+    return listing([escape(name) for name in environment.device_names]) + (
+        f" ({chip})" if is_named else ""
+    )
 
 
 def _measured(results: Sequence[Result]) -> str:
