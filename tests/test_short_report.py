@@ -176,3 +176,14 @@ def test_two_pictures_at_most_stand_beside_the_page(ladder: Path) -> None:
     write_report(ladder)
     assert {path.name for path in ladder.glob("*.png")} == {"headline.png"}
     assert "](headline.png)" in (ladder / "REPORT.md").read_text()
+
+
+def test_on_a_gpu_eager_is_the_format_that_rows_took_turns_with(tmp_path: Path) -> None:
+    beside = {"baseline_memory_format": "channels_last", "memory_format": "channels_last"}
+    add(tmp_path, replace(CASE, **beside), speedup=1.0, speedup_ci_low=0.99, speedup_ci_high=1.01)
+    fused = replace(CASE, backend="fused", **beside)
+    add(tmp_path, fused, speedup=1.7, speedup_ci_low=1.6, speedup_ci_high=1.8)
+    (lines,) = [rows for title, rows in tables(short(tmp_path)) if title == "resnet18, 224 px"]
+    assert {line["backend"]: line["faster than eager"] for line in lines} == {
+        "fused channels_last": "1.70 ±0.10", "eager channels_last": "1",
+    }  # fmt: skip

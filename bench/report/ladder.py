@@ -8,6 +8,7 @@ ratio is marked as indirect, and its interval is wider.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,7 +51,7 @@ class Line:
 
     @property
     def is_beside_eager(self) -> bool:
-        return self.result.baseline == EAGER
+        return self.result.baseline.startswith("eager ")
 
 
 @dataclass(frozen=True)
@@ -105,28 +106,30 @@ def _lines(results: Sequence[Result]) -> tuple[Line, ...]:
             rows.setdefault(result.label, {})[result.baseline] = result
         references = _references(rows)
         own = [
-            Line(_standing(beside), _ratios(name, rows, references))
+            Line(_standing(beside, references["eager"]), _ratios(name, rows, references))
             for name, beside in rows.items()
         ]
         lines += sorted(own, key=_fastest_first)
     return tuple(lines)
 
 
-def _standing(beside: Mapping[str, Result]) -> Result:
+def _standing(beside: Mapping[str, Result], eager: str) -> Result:
     """The row whose time is shown: the one beside eager, or else the latest."""
-    return beside.get(EAGER) or max(beside.values(), key=lambda r: r.timestamp)
+    return max(beside.values(), key=lambda r: (_label(r.baseline) == eager, r.timestamp))
 
 
 def _references(rows: Mapping[str, Mapping[str, Result]]) -> dict[str, str]:
-    """baseline -> the label that stands for it: eager is contiguous eager; of the others, the
-    memory format that is faster here, or else one that rows were paired with."""
+    """baseline -> the label that stands for it: of eager, the memory format that most rows were
+    paired with; of the others, the one that is faster here, or else one that rows were paired
+    with."""
     every = [result for beside in rows.values() for result in beside.values()]
-    found = {"eager": "eager"}
+    eager = Counter(_label(r.baseline) for r in every if r.baseline.startswith("eager "))
+    found = {"eager": eager.most_common(1)[0][0] if eager else "eager"}
     for name in BASELINES[1:]:
         timed = {
             own: ratio.value
             for own in {result.label for result in every if result.backend == name}
-            if (ratio := _turns(own, "eager", rows))
+            if (ratio := _turns(own, found["eager"], rows))
         }
         asked = sorted(_label(r.baseline) for r in every if r.baseline.startswith(f"{name} "))
         if timed or asked:
@@ -141,27 +144,29 @@ def _ratios(
     for baseline, reference in references.items():
         if name == reference:
             found[baseline] = None
-        elif ratio := _over(name, reference, rows):
+        elif ratio := _over(name, reference, rows, references["eager"]):
             found[baseline] = ratio
     return found
 
 
-def _over(name: str, reference: str, rows: Mapping[str, Mapping[str, Result]]) -> Ratio | None:
+def _over(
+    name: str, reference: str, rows: Mapping[str, Mapping[str, Result]], eager: str
+) -> Ratio | None:
     """`name` over `reference`: from their turns, or from what both took turns with."""
     if turns := _turns(name, reference, rows):
         return turns
-    mine, other = _over_eager(name, rows), _over_eager(reference, rows)
+    mine, other = _over_eager(name, rows, eager), _over_eager(reference, rows, eager)
     return None if mine is None or other is None else divided(mine, other)
 
 
-def _over_eager(name: str, rows: Mapping[str, Mapping[str, Result]]) -> Ratio | None:
+def _over_eager(name: str, rows: Mapping[str, Mapping[str, Result]], eager: str) -> Ratio | None:
     """From turns with eager, or by way of a backend that took turns with both."""
-    if name == "eager":  # its own row says how noisy the run was, which belongs to no ratio
+    if name == eager:  # its own row says how noisy the run was, which belongs to no ratio
         return Ratio(1.0, 1.0, 1.0)
-    if turns := _turns(name, "eager", rows):
+    if turns := _turns(name, eager, rows):
         return turns
     for between in sorted(_label(result.baseline) for result in rows.get(name, {}).values()):
-        first, second = _turns(name, between, rows), _turns(between, "eager", rows)
+        first, second = _turns(name, between, rows), _turns(between, eager, rows)
         if first and second:
             return divided(first, Ratio(1 / second.value, 1 / second.high, 1 / second.low))
     return None
