@@ -335,10 +335,12 @@ def test_processors_of_one_name_are_told_apart(
 @pytest.mark.parametrize(
     ("cpu", "model", "name"),
     [
-        ("Intel Xeon Processor", "family 6 model 207 stepping 2", "intel-xeon-emerald-rapids-2-cores"),
+        ("Intel Xeon Processor", "family 6 model 207 stepping 2",
+         "intel-xeon-emerald-rapids-2-cores"),
         ("Intel Xeon Processor", "", "intel-xeon-2-cores"),
         ("AMD EPYC", "family 25 model 17 stepping 1", "amd-epyc-genoa-2-cores"),
-        ("Intel Xeon CPU @ 2.20GHz", "family 6 model 85 stepping 7", "intel-xeon-cascade-lake-2-cores"),
+        ("Intel Xeon CPU @ 2.20GHz", "family 6 model 85 stepping 7",
+         "intel-xeon-cascade-lake-2-cores"),
         ("AMD EPYC 7763 64-Core Processor", "family 25 model 1 stepping 1",
          "amd-epyc-7763-milan-2-cores"),
         ("ARM Neoverse-V1", "implementer 0x41 part 0xd40", "arm-neoverse-v1-2-cores"),

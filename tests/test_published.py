@@ -89,7 +89,7 @@ def test_a_reader_finds_the_readme_short() -> None:
 
 
 def test_a_machine_has_four_pictures_at_most_and_a_page_of_150_lines() -> None:
-    """Plots that DETAILS.md needs are made by `resfuse report`; older rows are in results/archive."""
+    """Other plots are made by `resfuse report`; older rows are in results/archive."""
     files = committed("ls-tree", "-r", "--name-only", "HEAD", "results").splitlines()
     pictures = Counter(str(Path(name).parent) for name in files if name.endswith(".png"))
     assert pictures and max(pictures.values()) <= 4
