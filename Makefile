@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,cluster,openvino,test,dev]'
 	@touch $@
 
-bench: $(STAMP)  ## measure networks here and write results/<device>/REPORT.md; ARGS="-m resnet50 -b 32"
+bench: $(STAMP)  ## measure networks here and write results/<machine>/REPORT.md; ARGS="-m resnet50 -b 32"
 	$(BIN)/resfuse bench $(ARGS)
 
 test: $(STAMP)  ## run the tests, one process a core; benchmarks check their answers and time nothing; ARGS="-k native"

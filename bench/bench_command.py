@@ -1,30 +1,26 @@
-"""`resfuse bench`: what its flags ask for, and how cases are measured with a word on each."""
+"""`resfuse bench`: turns flags into cases, measures them, writes the report."""
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from resfuse.bench import results, sweep
 from resfuse.bench.backends import backend
 from resfuse.bench.case import Case, Options
+from resfuse.bench.conclusion import beside_other_work, cannot_run, conditions, short_tables
 from resfuse.bench.console import stderr, stdout
 from resfuse.bench.errors import UsageError
 from resfuse.bench.isolate import run_case
 from resfuse.bench.listing import cases_table
+from resfuse.bench.progress import TimeLeft, bar, expected_s, line, minutes
+from resfuse.bench.quiet import BUSY_CORES
 from resfuse.bench.row import Outcome
 from resfuse.bench.survey import survey
 
@@ -79,23 +75,44 @@ def measure_all(
         stdout().print(cases_table(cases, skipped))
         return 0
     found = results.record_survey(folder, found)
+    options = options_of(args, wanted[0])
+    guess = guess_of(options, found)
     console.print(
         f"{found['facts']['device_name']}: {len(cases)} cases"
         + (f", {skipped} already settled" if skipped else "")
+        + f", {minutes(sum(map(guess, cases)))}"
     )
-    options = options_of(args, wanted[0])
-    left_out = run_cases(cases, options, folder, found, console, time_left, measure)
+    for text in [*cannot_run(found.get("unavailable", {})), conditions(found)]:
+        if text:
+            console.print(text, highlight=False, soft_wrap=True)
+    measured: list[tuple[Case, Outcome]] = []
+    left_out = run_cases(
+        cases, options, folder, found, console, time_left, measure,
+        heard=lambda case, outcome: measured.append((case, outcome)),
+    )  # fmt: skip
     if left_out:
         console.print(
             f"{left_out} {'case is' if left_out == 1 else 'cases are'} left out for want of time; "
             "the same command with --resume goes on from here.",
             soft_wrap=True,
         )
+    _conclude(measured)
     if not args.no_report and results.has_rows(folder):
         from resfuse.bench.report import write_report, written
 
         console.print(written(write_report(folder)))
     return 0
+
+
+def _conclude(measured: Sequence[tuple[Case, Outcome]]) -> None:
+    """The short table, and how many of its rows to doubt."""
+    if any(outcome.status == "pass" for _, outcome in measured):
+        title, tables = short_tables(measured)
+        stdout().print(f"\n{title}", highlight=False, style="bold")
+        for table in tables:
+            stdout().print(table, highlight=False)
+    if text := beside_other_work(measured):
+        stderr().print(text, highlight=False, soft_wrap=True)
 
 
 def request_of(args: argparse.Namespace) -> sweep.Request:
@@ -178,26 +195,36 @@ def run_cases(
         time_left, expected: as sweep.run takes them.
         heard: told each outcome, after its row has been written.
     """
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
     counts: Counter[str] = Counter()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(cases))
+    told: set[tuple[str, str]] = set(found.get("unavailable", {}).items())  # at the top
+    left = TimeLeft(cases, guess_of(options, found))
+    with bar(console) as progress:
+        running: list[tuple[Case, float]] = []
+
+        def left_s() -> float:
+            case, began = running[-1] if running else (None, 0.0)
+            return left.seconds(case, progress.get_time() - began)
+
+        task = progress.add_task("", total=len(cases), left=left_s)
 
         def started(case: Case) -> None:
+            running.append((case, progress.get_time()))
             progress.update(task, description=case.label())
 
         def finished(case: Case, outcome: Outcome) -> None:
             counts[outcome.status] += 1
-            line = _line(case, outcome, options.ci)
-            progress.console.print(line, highlight=False, soft_wrap=True)
+            _, began = running.pop()
+            unable = outcome.status == "unavailable"
+            left.done(case, 0.0 if unable else progress.get_time() - began)
+            if not unable or (case.backend, outcome.error) not in told:
+                say(line(case, outcome, options.ci))
+            if unable:
+                told.add((case.backend, outcome.error))
             progress.advance(task)
             heard(case, outcome)
 
-        def say(line: str) -> None:
-            progress.console.print(line, highlight=False, soft_wrap=True)
+        def say(text: str) -> None:
+            progress.console.print(text, highlight=False, soft_wrap=True)
 
         left_out = sweep.run(
             cases, options, folder, found, started, finished, time_left, measure, expected, say
@@ -213,29 +240,21 @@ def run_cases(
     return left_out
 
 
-def _line(case: Case, outcome: Outcome, ci: float | None) -> str:
-    """A case's result as one line: what a reader wants to know before the report is there."""
-    if outcome.status != "pass":
-        return f"{case.label():<58} {outcome.status}: {outcome.error}"
-    speed = outcome.metrics["infer_samples_per_sec"] or outcome.metrics["train_samples_per_sec"]
-    low, mid, high = (
-        outcome.metrics[name] for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
-    )
-    told = f"{case.label():<58} {speed:8.1f} images/s  {mid:.2f}x [{low:.2f}, {high:.2f}]"
-    return f"{told} {_ended(case, outcome, ci)}" if ci else told
+def guess_of(options: Options, found: Mapping[str, Any]) -> Callable[[Case], float]:
+    """A guess at the seconds a case takes on the machine that a survey found."""
+    from resfuse.bench.roofline import cost
+    from resfuse.resnet_ref import create
 
+    unable = found.get("unavailable", {})
+    is_busy = found.get("other_load", 0.0) > BUSY_CORES
 
-def _ended(case: Case, outcome: Outcome, ci: float) -> str:
-    """Against what, and whether the interval's width or the budget ended the rounds."""
-    metrics = outcome.metrics
-    low, ratio, high = (
-        float(metrics[name] or 0) for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
-    )
-    width = (high - low) / ratio
-    ended = {
-        "interval": f"narrower than {100 * ci:g} %",
-        "seconds": f"the time budget ended it, {100 * width:.1f} % wide",
-        "rounds": f"the most rounds ended it, {100 * width:.1f} % wide",
-    }
-    beside = f"{case.baseline} {case.baseline_memory_format}"
-    return f"against {beside} after {metrics['rounds']} rounds: {ended[str(metrics['ended_by'])]}"
+    @cache
+    def gmacs(model: str, img_size: int) -> float:
+        return cost(create(model, device="meta").eval(), img_size).macs / 1e9
+
+    def guess(case: Case) -> float:
+        if case.backend in unable:
+            return 0.0
+        return expected_s(case, options.seconds, gmacs(case.model, case.img_size), is_busy)
+
+    return guess

@@ -8,7 +8,7 @@ file: `resfuse --help` stays quick.
 from dataclasses import dataclass
 
 MODES = ("inference", "train")
-MEMORY_FORMATS = ("contiguous", "channels_last")
+MEMORY_FORMATS = ("contiguous", "channels_last")  # the faster one of a convolution last
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -15,7 +16,7 @@ import torch
 from resfuse.bench import allocator
 from resfuse.bench.case import PRECISIONS
 from resfuse.bench.precision import set_math_mode
-from resfuse.bench.processor import cpu_facts, cpu_name
+from resfuse.bench.processor import cpu_facts, cpu_name, microarchitecture
 from resfuse.bench.timing import CpuStopwatch, CudaStopwatch
 from resfuse.kernels import ptxas
 
@@ -33,6 +34,8 @@ PACKAGES = (
 NO_RESULTS = ":!results"  # git's way of saying "but these"
 # What ceilings depend on.
 REACHES = ("device_name", "gpu_memory_gb", "gpu_sms", "driver", "cuda", "cudnn", "torch", "threads")
+# What a processor's name says that does not tell machines apart.
+_NOISE = re.compile(r"\b(Processor|CPU|\d+-Core)\b|@ ?[\d.]+ ?GHz", re.IGNORECASE)
 SOURCES = Path(__file__).resolve().parent.parent
 
 
@@ -69,12 +72,14 @@ def env_id(found: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def folder_name(found: dict[str, str]) -> str:
-    """`<device>-torch<v>-triton<v>`, the results folder of an environment."""
-    plain = "".join(c if c.isalnum() or c == "." else "-" for c in found["device_name"].lower())
-    device = "-".join(part for part in plain.split("-") if part)
-    torch_version = found["torch"].split("+")[0]
-    return f"{device}-torch{torch_version}-triton{found.get('triton', 'none')}"
+def folder_name(found: Mapping[str, str]) -> str:
+    """The results folder of a machine, in words a person would use: `nvidia-h200`,
+    `intel-xeon-emerald-rapids-2-cores`. Versions are told apart by env_id, within the folder."""
+    name = found["device_name"]
+    if found.get("device") == "cpu":
+        cores = f"{found['cpu_cores']} cores"
+        name = _NOISE.sub(" ", f"{found['cpu']} {microarchitecture(found)} {cores}")
+    return "-".join(re.findall(r"[a-z0-9.]+", name.lower()))
 
 
 def device_name(device: str) -> str:

@@ -23,7 +23,7 @@ from resfuse.bench.inference import Inference, answers
 from resfuse.bench.measured import Measured, Memory, Value
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.precision import set_math_mode
-from resfuse.bench.quiet import limit_s, wait_for_quiet
+from resfuse.bench.quiet import OtherWork, limit_s, wait_for_quiet
 from resfuse.bench.row import Outcome
 from resfuse.bench.stopping import Narrow
 from resfuse.bench.training import Training
@@ -98,6 +98,7 @@ def _measure(
 
     quiet = wait_for_quiet(limit_s(device))
     narrow = Narrow(options.ci or 0.0)
+    others = OtherWork()
     tell("timing")
     laps, span = timing.interleave(
         [candidate.timed(), blamed(baseline.timed(), case.baseline)],
@@ -109,6 +110,7 @@ def _measure(
     )
     tell("timed")
     span_s = timing.seconds(span)
+    other_load = others.cores(span_s)
     clock = nvml.sm_clock_mhz() if device == "cuda" else None
     throttle = nvml.throttle() if device == "cuda" else None
     if not quiet:
@@ -138,6 +140,7 @@ def _measure(
         joules=energy.joules_of(candidate.step_once, device),
         sm_clock_mhz=clock,
         throttle=throttle,
+        other_load=other_load,
         step=candidate.step_once,
     )
     told = candidate.explain() if isinstance(candidate, Inference) else ""

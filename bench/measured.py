@@ -12,10 +12,10 @@ Value = str | int | float | None
 class Memory:
     """Peak of a run of its own, in bytes. GPU: the allocator's. CPU: resident memory."""
 
-    peak: (
-        int | None
-    )  # above what the process held before the model was made: weights + activations + workspace
-    reserved: int | None  # everything the allocator (GPU) or the process (CPU) held at that moment
+    # Above what the process held before the model was made: weights, activations, workspace.
+    peak: int | None
+    # Everything the allocator (GPU) or the process (CPU) held at that moment.
+    reserved: int | None
     # Training only: parameters, as many gradients, and the optimizer's state.
     state: int | None = None
 
@@ -41,9 +41,8 @@ class Measured:
     times_ms: tuple[float, ...]  # one a round
     baseline_ms: tuple[float, ...]  # the baseline's, same round
     ended_by: str  # what ended the rounds: "seconds", "rounds" or "interval"
-    phases_ms: dict[
-        str, tuple[float, ...]
-    ]  # training only: forward, backward, optimizer; one a round
+    # Training only: forward, backward, optimizer; one a round.
+    phases_ms: dict[str, tuple[float, ...]]
     accuracy: Accuracy
     memory: Memory
     setup_s: float
@@ -52,6 +51,7 @@ class Measured:
     joules: float | None  # of one step
     sm_clock_mhz: int | None
     throttle: str | None
+    other_load: float | None  # cores that other processes kept busy during the timed rounds
     step: Callable[[], None]  # one more run, for a metric that must watch one
     # On several processes only: the same step by one process while the others rest, a time each;
     alone_ms: tuple[float, ...] = ()

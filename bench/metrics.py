@@ -149,9 +149,11 @@ METRICS: dict[str, Metric] = {
         _break_even_images, "images", "images until set-up beyond the baseline's is paid back"
     ),
     "floor_ms": Metric(
-        lambda m: m.floor_ms, "ms", "least time by the ceilings measured on this device"
+        lambda m: m.floor_ms,
+        "ms",
+        "time at the ceilings measured on this device with every convolution computed directly",
     ),
-    "sol_pct": Metric(_sol_pct, "%", "floor_ms / p50_ms: share of the speed of light reached"),
+    "sol_pct": Metric(_sol_pct, "%", "floor_ms / p50_ms; Winograd's algorithm may pass 100"),
     "joules_per_image": Metric(_joules_per_image, "J", "energy, from the device's counter"),
     "rel_l2_err": Metric(
         lambda m: m.accuracy.rel_l2, "", "relative L2 error against fp64, worst image"
@@ -174,5 +176,10 @@ METRICS: dict[str, Metric] = {
     ),
     "throttle": Metric(
         lambda m: m.throttle, "", "what slowed the device: the GPU's reasons, other processes"
+    ),
+    "other_load": Metric(
+        lambda m: m.other_load,
+        "cores",
+        "processors that other processes kept busy during the timed rounds",
     ),
 }

@@ -5,6 +5,7 @@ and the instructions that multiply matrices say which.
 """
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -16,6 +17,16 @@ INSTRUCTION_SETS = (
     "sme2", "sme", "sve2", "sve", "i8mm", "bf16", "asimddp", "asimdhp", "asimd",
 )  # fmt: skip
 MOST_NAMED = 4
+# Server chips, whose names in virtual machines stand for many years of them, by family and model:
+# Linux's arch/x86/include/asm/intel-family.h and arch/x86/kernel/cpu/amd.c.
+MICROARCHITECTURES = {
+    ("6", "63"): "Haswell", ("6", "79"): "Broadwell", ("6", "106"): "Ice Lake",
+    ("6", "143"): "Sapphire Rapids", ("6", "207"): "Emerald Rapids",
+    ("6", "173"): "Granite Rapids", ("6", "175"): "Sierra Forest",
+    ("23", "1"): "Naples", ("23", "49"): "Rome", ("25", "1"): "Milan", ("25", "17"): "Genoa",
+    ("25", "160"): "Bergamo", ("26", "2"): "Turin",
+}  # fmt: skip
+SKYLAKE = ("6", "85")  # its steppings are three chips
 
 
 def cpu_name() -> str:
@@ -40,6 +51,17 @@ def cpu_facts() -> dict[str, str]:
     widest = [name for name in INSTRUCTION_SETS if name in here][:MOST_NAMED]
     found = {"cpu": cpu_name(), "cpu_model": " ".join(number), "cpu_isa": " ".join(widest)}
     return {key: value for key, value in found.items() if value}
+
+
+def microarchitecture(facts: Mapping[str, str]) -> str:
+    """The name of a server chip's design by the fact `cpu_model`; "" where that says nothing."""
+    words = facts.get("cpu_model", "").split()
+    number = dict(zip(words[::2], words[1::2], strict=False))
+    chip = number.get("family", ""), number.get("model", "")
+    if chip == SKYLAKE:
+        stepping = int(number.get("stepping", "0"))
+        return "Skylake" if stepping < 5 else "Cascade Lake" if stepping < 10 else "Cooper Lake"
+    return MICROARCHITECTURES.get(chip, "")
 
 
 def _first() -> dict[str, str]:

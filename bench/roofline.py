@@ -85,10 +85,12 @@ def cost(model: nn.Module, img_size: int) -> Cost:
 
 @dataclass(frozen=True)
 class Floor:
-    """Least times of a step in ms."""
+    """Times of a step in ms at the ceilings of a device."""
 
-    ms: float  # direct convolution: what `sol_pct` refers to
-    possible_ms: float  # below this, no algorithm in use explains the time: a bug
+    # With every convolution computed directly: what `sol_pct` refers to. Winograd may pass it.
+    ms: float
+    # Winograd's F(4x4, 3x3) granted to every 3x3: below this a time is a bug and fails the row.
+    possible_ms: float
 
 
 def floor(

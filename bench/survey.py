@@ -61,6 +61,8 @@ def take_survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
 
     from resfuse.bench import inputs, machine, quiet, sweep
     from resfuse.bench.distributed.world import require_devices, world_of
+    from resfuse.bench.doctor.noise import expected_interval
+    from resfuse.bench.timing import Watch
 
     request = Request(**job["request"])
     request = replace(request, device=resolve_device(request.device))
@@ -80,13 +82,25 @@ def take_survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     device = torch.device(request.device)
     backends = dict.fromkeys(case.backend for case in cases)
     reasons = {name: _reason(name, device) for name in backends}
+    ceilings, conditions = {}, {}
+    if job["ceilings"]:
+        others, watch = quiet.OtherWork(), Watch()
+        ceilings = machine.ceilings(request.device, precisions, known)
+        interval = expected_interval(request.device)
+        elapsed_s = watch.elapsed().ms / 1e3
+        conditions = {
+            "other_load": others.cores(elapsed_s),
+            "busy_with": others.busiest(elapsed_s),
+            "interval": interval,
+        }
     return {
         "device": request.device,
         "facts": facts,
         "env_id": env_id,
         "folder": machine.folder_name(facts),
         "commit": machine.commit(),
-        "ceilings": machine.ceilings(request.device, precisions, known) if job["ceilings"] else {},
+        "ceilings": ceilings,
+        **conditions,
         "unavailable": {name: reason for name, reason in reasons.items() if reason is not None},
     }
 

@@ -13,12 +13,11 @@ from resfuse.bench.backends import BACKENDS
 from resfuse.bench.case import MEMORY_FORMATS, MODES, PRECISIONS, Case, Options, Request
 from resfuse.bench.errors import UsageError
 from resfuse.bench.isolate import run_case
-from resfuse.bench.profiles import PROFILES, Profile
+from resfuse.bench.profiles import LEAST_S, PROFILES, Profile
 from resfuse.bench.row import Outcome, Stamp, record
 from resfuse.bench.selection import pick
 
 Measure = Callable[[Case, Options, dict[str, float]], Outcome]
-LEAST_S = 5.0  # about what the subprocess of a case needs to import torch
 
 
 def profile(request: Request) -> Profile:
@@ -48,6 +47,8 @@ def expand(request: Request) -> list[Case]:
     baseline_format = pick(
         "--baseline-memory-format", [request.baseline_memory_format], MEMORY_FORMATS
     )[0]
+    is_open = not request.backends and not request.memory_formats
+    fastest_only = is_open and default.is_fastest_format_only
     batch_sizes = request.batch_sizes or default.batch_sizes
     require_positive("--batch-size", batch_sizes)
     if request.img_size is not None:
@@ -60,7 +61,7 @@ def expand(request: Request) -> list[Case]:
         )
         for mode, precision, model, batch_size in product(modes, precisions, models, batch_sizes)
         for backend in backends
-        for memory_format in _formats_of(backend, formats)
+        for memory_format in _formats_of(backend, formats, fastest_only)
     ]  # fmt: skip
 
 
@@ -179,8 +180,9 @@ def unsettled(cases: list[Case], folder: Path, found: dict[str, Any]) -> list[Ca
     return [case for case in cases if results.identity_key(case) not in settled]
 
 
-def _formats_of(backend: str, asked: list[str]) -> list[str]:
-    return [name for name in asked if name in BACKENDS[backend].memory_formats] or asked[:1]
+def _formats_of(backend: str, asked: list[str], fastest_only: bool) -> list[str]:
+    taken = [name for name in asked if name in BACKENDS[backend].memory_formats] or asked[:1]
+    return taken if backend == "eager" or not fastest_only else taken[-1:]
 
 
 def _unsupported(case: Case, unavailable: Mapping[str, str]) -> Outcome | None:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from resfuse.bench.case import Case
 from resfuse.bench.report import write_report
+from resfuse.bench.report.page import DETAILS
 from resfuse.bench.results import ROWS, append_row, record_environment
 from resfuse.bench.row import Outcome, Stamp, columns, record
 
@@ -48,9 +49,14 @@ def add_failed(folder: Path, case: Case, status: str, error: str, **metrics: flo
 
 
 def text_of(folder: Path) -> str:
-    """The page without its plots, which take most of the time."""
+    """DETAILS.md without its plots, which take most of the time."""
     with patch("resfuse.bench.report.page.PLOTS", {}):
-        return write_report(folder).read_text()
+        return details(folder)
+
+
+def details(folder: Path) -> str:
+    """Writes the report; returns DETAILS.md, which has everything."""
+    return write_report(folder).with_name(DETAILS).read_text()
 
 
 def build_core(folder: Path) -> Path:

@@ -18,7 +18,7 @@ def images_until(setup_s: float, times_ms: tuple[float, ...], case=FAST) -> floa
         baseline_ms=(100.0, 101.0, 99.0, 100.0), ended_by="rounds", phases_ms={},
         accuracy=Accuracy(0.0, 0.0, 0.0, 1.0), memory=Memory(None, None), setup_s=setup_s,
         baseline_setup_s=0.5, floor_ms=None, joules=None, sm_clock_mhz=None, throttle=None,
-        step=lambda: None,
+        other_load=None, step=lambda: None,
     )  # fmt: skip
     value = METRICS["break_even_images"].compute(measured)
     assert value is None or isinstance(value, float)
@@ -41,8 +41,8 @@ def test_the_report_tells_when_and_who_never(tmp_path: Path) -> None:
     add(tmp_path, setup_s=0.5)
     add(tmp_path, FAST, rate=100.0, setup_s=10.5, break_even_images=4000.4)
     add(tmp_path, replace(CASE, backend="onnxrt"), rate=20.0, setup_s=5.0)
-    found = dict(tables(text_of(tmp_path)))["When set-up is paid back"]
+    found = dict(tables(text_of(tmp_path)))["Break-even: when set-up is recovered"]
     assert [row["backend"] for row in found] == ["compiled", "onnxrt"]
-    assert found[0]["images until it is paid back"] == "4000"
-    assert found[0]["which take, s"] == "40.0"
-    assert found[1]["images until it is paid back"] == "never: not faster"
+    assert found[0]["images until set-up is recovered"] == "4000"
+    assert found[0]["seconds until then"] == "40.0"
+    assert found[1]["images until set-up is recovered"] == "never: not faster"

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from trainings import FOUND, QUIET, keep
 
+from report_rows import details
 from resfuse.bench import results
 from resfuse.bench.cli import main
 from resfuse.bench.errors import UsageError
-from resfuse.bench.report import write_report
 from resfuse.bench.report.degradation_section import verdicts
 from resfuse.bench.report.plot_degradation import errors, gradients
 from resfuse.bench.report.trainings import experiments, read_training_rows
@@ -130,7 +130,7 @@ def test_a_failed_training_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
     assert counts == {"timeout": 2}
     assert command.unsettled(runs, tmp_path, FOUND, SHEET) == runs
     results.record_environment(tmp_path, FOUND["env_id"], FOUND["facts"])
-    page = write_report(tmp_path).read_text()
+    page = details(tmp_path)
     assert "cifar_plain8, seed 0: timeout, not done after 3 s" in page
 
 
@@ -149,10 +149,10 @@ def test_the_command_trains_and_resumes(
     done = recipe.train(plain, data.load("digits"), "cpu")
     assert rows.train_loss["cifar_plain8"] == pytest.approx(done.train_loss, rel=1e-12)
     assert rows.gradient_norm_by_layer["cifar_plain8"] == row.joined(done.gradient_norms)
-    assert {path.name for path in folder.glob("*.png")} == {
+    assert {path.name for path in folder.glob("details/*.png")} == {
         f"degradation-{name}-digits.png" for name in ("errors", "curves", "gradients")
     }
-    page = (folder / "REPORT.md").read_text()
+    page = (folder / "DETAILS.md").read_text()
     assert "## Degradation: scikit-learn's digits (8x8 pixels), 1 epoch" in page
 
 
@@ -196,7 +196,7 @@ def test_one_seed_tells_no_difference(tmp_path: Path) -> None:
         add(tmp_path, replace(RUN, shortcut=PLAIN, depth=depth), error)
     (experiment,) = experiments(read_training_rows(tmp_path, SHEET)[FOUND["env_id"]])
     assert "one seed cannot tell whether" in verdicts(experiment)[0]
-    assert "60.00 (one seed)" in write_report(tmp_path).read_text()
+    assert "60.00 (one seed)" in details(tmp_path)
 
 
 def test_the_latest_row_of_a_training_stands(study: Path) -> None:
@@ -210,9 +210,9 @@ def test_experiments_of_another_length_stand_apart(study: Path) -> None:
     add(study, replace(RUN, epochs=9), 5.0)
     found = experiments(read_training_rows(study, SHEET)[FOUND["env_id"]])
     assert [(e.epochs, len(e.finished)) for e in found] == [(2, 12), (9, 1)]
-    page = write_report(study).read_text()
+    page = details(study)
     assert len(re.findall(r"^## Degradation", page, re.MULTILINE)) == 2
-    assert len(list(study.glob("degradation-*.png"))) == 6
+    assert len(list(study.glob("details/degradation-*.png"))) == 6
 
 
 def test_plots_show_the_means_and_every_layer(study: Path) -> None:

@@ -64,7 +64,7 @@ def _of_ours(graph: Graph, at: int) -> bool:
     return any(list(tactics_for("cuda")[name].segments(graph, at)) for name in names)
 
 
-# results/nvidia-h200-torch2.11.0-triton3.6.0/NOTES.md: H and W, channels, stride, the fastest tile
+# results/nvidia-h200/NOTES.md: H and W, channels, stride, the fastest tile
 MEASURED = [
     (56, 64, 1, Config(128, 64, 64, 4, 3, loop="taps inner")),
     (28, 128, 1, Config(128, 128, 64, 4, 3, loop="taps inner")),

@@ -74,7 +74,7 @@ def choose(page: Any, value: str) -> None:
 def test_the_table_says_what_the_markdown_says(browser: Any, core: Path) -> None:
     page, complaints = opened(browser, core / HTML)
     shown = {(r["model"], int(r["batch"]), r["backend"]): r for r in lines(page)}
-    told = headline((core / "REPORT.md").read_text())
+    told = headline((core / "DETAILS.md").read_text())
     assert len(told) == 17 and set(told) < set(shown)
     for key, line in told.items():
         for title, text in line.items():
@@ -255,7 +255,7 @@ def test_no_row_at_all_is_said(browser: Any, tmp_path: Path) -> None:
 
 def test_failures_are_those_of_the_markdown(browser: Any, core: Path) -> None:
     page, _ = opened(browser, core / HTML)
-    told = dict(tables((core / "REPORT.md").read_text()))["What could not run or failed"]
+    told = dict(tables((core / "DETAILS.md").read_text()))["Failures and unavailable backends"]
     shown = page.locator("#failures tbody tr").all_inner_texts()
     assert len(told) == len(shown) == 2
     for line, text in zip(told, shown, strict=True):

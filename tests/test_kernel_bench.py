@@ -301,6 +301,6 @@ def test_a_crash_costs_a_row_and_the_rest_is_measured(
     expected = {"eager": "pass", "fused": "pass", "abort": "fail_to_run"}
     assert told == {(shape, name): expected[name] for shape in shapes for name in expected}
     assert "killed by SIGABRT: famous last words" in rows[rows.provider == "abort"].error.iloc[0]
-    page = (folder / "REPORT.md").read_text()
+    page = (folder / "DETAILS.md").read_text()
     assert "### two, 32 px, batch 2: convolutions" in page and "famous last words" in page
     assert set(rows.env_id) == set(results.read_environments(folder))

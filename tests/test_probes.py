@@ -332,11 +332,30 @@ def test_processors_of_one_name_are_told_apart(
     assert processor.cpu_facts().keys() == {"cpu"}
 
 
-def test_the_folders_name_says_device_and_versions() -> None:
-    facts = {"device_name": "NVIDIA H200 (SXM)", "torch": "2.11.0+cu128", "triton": "3.6.0"}
-    assert machine.folder_name(facts) == "nvidia-h200-sxm-torch2.11.0-triton3.6.0"
-    del facts["triton"]
-    assert machine.folder_name(facts).endswith("-tritonnone")
+@pytest.mark.parametrize(
+    ("cpu", "model", "name"),
+    [
+        ("Intel Xeon Processor", "family 6 model 207 stepping 2",
+         "intel-xeon-emerald-rapids-2-cores"),
+        ("Intel Xeon Processor", "", "intel-xeon-2-cores"),
+        ("AMD EPYC", "family 25 model 17 stepping 1", "amd-epyc-genoa-2-cores"),
+        ("Intel Xeon CPU @ 2.20GHz", "family 6 model 85 stepping 7",
+         "intel-xeon-cascade-lake-2-cores"),
+        ("AMD EPYC 7763 64-Core Processor", "family 25 model 1 stepping 1",
+         "amd-epyc-7763-milan-2-cores"),
+        ("ARM Neoverse-V1", "implementer 0x41 part 0xd40", "arm-neoverse-v1-2-cores"),
+    ],
+)  # fmt: skip
+def test_a_results_folder_is_named_as_a_person_would(cpu: str, model: str, name: str) -> None:
+    facts = {"device": "cpu", "device_name": f"{cpu}, 2 cores", "cpu": cpu, "cpu_cores": "2"}
+    assert machine.folder_name(facts | {"cpu_model": model}) == name
+
+
+def test_a_gpu_gives_its_folder_the_name() -> None:
+    """Of the processor beside it there is no word; versions are other environments in it."""
+    facts = {"device": "cuda", "device_name": "NVIDIA H200 (SXM)", "cpu": "Intel Xeon Processor",
+             "cpu_cores": "16", "torch": "2.11.0+cu128"}  # fmt: skip
+    assert machine.folder_name(facts) == "nvidia-h200-sxm"
 
 
 def test_a_commit_names_uncommitted_changes_but_not_results(

@@ -3,12 +3,15 @@
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from report_rows import tables
 from resfuse.bench import results
 from resfuse.bench.report import write_report
+from resfuse.bench.report.short_report import LONGEST
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob(f"*/{results.ROWS}"))
@@ -36,26 +39,70 @@ def test_passed_rows_are_complete_and_failed_ones_have_no_speed(folder: Path) ->
     assert set(rows.env_id) <= set(results.read_environments(folder))
 
 
-def test_the_readme_quotes_the_report() -> None:
-    """Every line of its results table stands in the report it links to, as both are committed.
-
-    `make bench` on a machine like ours appends to that folder and writes its report anew.
-    """
-    report = re.search(r"\]\((results/[^)]*)/REPORT\.md\)", README)
-    assert report
-    show = ["git", "show", f"HEAD:{report[1]}/REPORT.md"]
-    committed = subprocess.run(show, cwd=ROOT, capture_output=True, text=True)
-    if committed.returncode != 0:
+def committed(*command: str) -> str:
+    """What git says of the last commit: `make bench` on a machine like ours changes the folder."""
+    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
         pytest.skip("not a git checkout")
-    page = committed.stdout.splitlines()
-    table = [line for line in README.splitlines() if line.startswith("|") and "[" in line]
-    quoted = [line for line in table if "](" not in line]
-    assert len(quoted) >= 6
-    assert set(quoted) <= set(page)
+    return done.stdout
 
 
-def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
-    assert len(README.splitlines()) < 120
+def test_the_readme_quotes_the_report() -> None:
+    """Each cell of its table, and each ratio below it, stands in the report that it links to."""
+    link = re.search(r"\]\((results/[^)]*)/REPORT\.md\)", README)
+    assert link
+    page = committed("show", f"HEAD:{link[1]}/REPORT.md")
+    report = {
+        (line["batch"], line["backend"]): line
+        for title, lines in tables(page)
+        if title == "resnet50, 224 px"
+        for line in lines
+    }
+    (quoted,) = [rows for title, rows in tables(README) if title == "What it gains"]
+    assert len(quoted) == 6
+    for row in quoted:
+        own = report["1", row["backend"]]
+        assert row["times faster than eager"] == own["faster than eager"]
+        assert [row[k] for k in ("ms", "peak, MB", "error")] == [
+            own[k] for k in ("ms", "peak, MB", "error")
+        ]
+    told = " ".join(README.split())
+    for batch, baseline, name in (
+        ("1", "openvino", "faster than OpenVINO"), ("1", "onnxrt", "than ONNX Runtime"),
+        ("1", "compiled", "than torch.compile"), ("8", "openvino", "faster than OpenVINO"),
+        ("8", "onnxrt", "than ONNX Runtime"),
+    ):  # fmt: skip
+        ratio = report[batch, "engine channels_last"][f"than {baseline}"].split()[0]
+        assert re.search(rf"{ratio} (times )?{name}", told), (batch, baseline, ratio)
+
+
+def test_a_reader_finds_the_readme_short() -> None:
+    """A minute: no paragraph of more than four lines, none wider than a screen."""
+    prose = re.sub(r"```.*?```|<!--.*?-->", "", README, flags=re.S)
+    paragraphs = [p for p in prose.split("\n\n") if not p.lstrip().startswith(("|", "-", "#", "!"))]
+    assert max(len(p.strip().splitlines()) for p in paragraphs) <= 4
+    assert all(len(line) <= 122 for p in paragraphs for line in p.splitlines())
+    assert len(README.splitlines()) <= 125
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert len(targets) > 5
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_a_machine_has_four_pictures_at_most_and_a_page_of_150_lines() -> None:
+    """Other plots are made by `resfuse report`; older rows are in results/archive."""
+    files = committed("ls-tree", "-r", "--name-only", "HEAD", "results").splitlines()
+    pictures = Counter(str(Path(name).parent) for name in files if name.endswith(".png"))
+    assert pictures and max(pictures.values()) <= 4
+    assert not [name for name in files if name.endswith(("DETAILS.md", "report.html"))]
+    for name in files:
+        if re.fullmatch(r"results/[^/]+/REPORT\.md", name):
+            assert len(committed("show", f"HEAD:{name}").splitlines()) <= LONGEST
+
+
+def test_rows_that_were_archived_are_still_read(tmp_path: Path) -> None:
+    archived = sorted((ROOT / "results/archive").glob(f"*/{results.ROWS}"))
+    assert archived
+    for file in archived:
+        rows = results.read_rows(file.parent)
+        assert set(rows.env_id) <= set(results.read_environments(file.parent))
+        assert (rows.status == "pass").sum() > 100

@@ -17,6 +17,7 @@ from report_rows import (
     add,
     add_failed,
     build_core,
+    details,
     headline,
     tables,
     text_of,
@@ -43,7 +44,7 @@ SHOWN = {
     "peak, MB": "peak_mem_mb",
     "error vs fp64": "rel_l2_err",
     "set-up, s": "setup_s",
-    "light speed, %": "sol_pct",
+    "% of roofline (direct)": "sol_pct",
     "rounds": "rounds",
 }
 
@@ -54,7 +55,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_headline_number_is_the_rows(core: Path) -> None:
-    lines, rows = headline((core / "REPORT.md").read_text()), read_rows(core)
+    lines, rows = headline((core / "DETAILS.md").read_text()), read_rows(core)
     ran = rows[rows.status != "unavailable"].to_dict("records")
     assert len(lines) == len(ran) == 17
     for row in ran:
@@ -74,14 +75,14 @@ def test_every_headline_number_is_the_rows(core: Path) -> None:
 
 
 def test_groups_are_by_batch_fastest_first_and_failures_last(core: Path) -> None:
-    rows = dict(tables((core / "REPORT.md").read_text()))["resnet18, 224 px"]
+    rows = dict(tables((core / "DETAILS.md").read_text()))["resnet18, 224 px"]
     order = ["compiled", "onnxrt", "eager", "eager channels_last"]
     assert [row["batch"] for row in rows] == ["1"] * 4 + ["8"] * 5
     assert [row["backend"] for row in rows] == [*order, *order, "fused"]
 
 
 def test_depth_table_derives_flops_and_share_of_the_ceiling(core: Path) -> None:
-    found = dict(tables((core / "REPORT.md").read_text()))["resnet18..152, batch 8"]
+    found = dict(tables((core / "DETAILS.md").read_text()))["resnet18..152, batch 8"]
     assert [r["model"] for r in found] == ["resnet18", "resnet152"] * 4
     assert [r["backend"] for r in found[::2]] == [
         "eager", "eager channels_last", "compiled", "onnxrt",
@@ -163,7 +164,7 @@ def test_what_differs_in_more_than_the_backend_is_never_put_together(
         drawn.append({result.images_per_s for result in comparison.results})
 
     with patch("resfuse.bench.report.page.PLOTS", {"any": Plot(draw, "")}):
-        page = write_report(tmp_path).read_text()
+        page = write_merged_report([tmp_path], tmp_path / "all.md").read_text()
     assert sorted(drawn, key=str) == [{51.7}, {83.9}]
     rates = [{row["images/s"] for row in rows} for _, rows in tables(page) if "images/s" in rows[0]]
     # for each of the two, a headline table a model and one depth table
@@ -205,26 +206,26 @@ def test_the_baseline_against_itself_is_told_as_noise(tmp_path: Path) -> None:
 
 
 def test_failures_are_listed_once_a_reason_with_their_cases(core: Path, tmp_path: Path) -> None:
-    found = dict(tables((core / "REPORT.md").read_text()))["What could not run or failed"]
+    found = dict(tables((core / "DETAILS.md").read_text()))["Failures and unavailable backends"]
     assert [(r["status"], r["cases"], r["which"], r["reason"]) for r in found] == [
         ("fail_accuracy", "1", "fused: resnet18 at batch 8", "error 3.1e-2 is too large"),
         ("unavailable", "4", "tensorrt: resnet18, resnet152 at batch 1, 8",
          "the package torch_tensorrt is not installed"),
     ]  # fmt: skip
     add(tmp_path)
-    assert "Nothing: 1 case ran and passed every check." in text_of(tmp_path)
+    assert "Failures" not in text_of(tmp_path)  # no section that says nothing
 
 
 def test_a_row_that_did_not_pass_has_no_speed(tmp_path: Path) -> None:
     """Even if its columns hold one, it reaches no table and no plot."""
     add(tmp_path)
     write_report(tmp_path)
-    plots = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    plots = {p.name: p.read_bytes() for p in tmp_path.rglob("*.png")}
     speed = {"infer_samples_per_sec": 987.0, "p50_ms": 8.1, "p90_ms": 8.2, "speedup": 9.87}
     add_failed(tmp_path, replace(CASE, backend="fused"), "fail_accuracy", "wrong", **speed)
-    line = headline(write_report(tmp_path).read_text())["resnet18", 8, "fused"]
+    line = headline(details(tmp_path))["resnet18", 8, "fused"]
     assert [line[t] for t in ("images/s", "p50, ms", "p90, ms", SPEEDUP)] == ["-"] * 4
-    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == plots
+    assert plots and {p.name: p.read_bytes() for p in tmp_path.rglob("*.png")} == plots
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_merged_page_has_a_section_for_each_environment(tmp_path: Path) -> None:
 def test_the_environment_that_was_measured_last_comes_first(tmp_path: Path) -> None:
     for env_id, day in ("old", 1), ("new", 3), ("older", 2):
         add(tmp_path, stamp=replace(STAMP, env_id=env_id, timestamp=f"2026-11-0{day}T10:00:00"))
-    page = write_report(tmp_path).read_text()
+    page = write_merged_report([tmp_path], tmp_path / "all.md").read_text()
     assert re.findall(r"^## .*environment (.*)", page, re.M) == ["new", "older", "old"]
 
 
@@ -293,21 +294,21 @@ def test_one_environment_in_two_folders_is_one_section(tmp_path: Path) -> None:
 
 def test_nothing_measured_is_said_plainly(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(",".join(columns()) + "\n")
-    page = write_report(tmp_path).read_text()
+    page = details(tmp_path)
     assert "There is nothing to report" in page
-    assert not list(tmp_path.glob("*.png"))
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_nothing_passed_is_said_plainly(tmp_path: Path) -> None:
     for batch in (1, 8):
         case = replace(CASE, batch_size=batch)
         add_failed(tmp_path, case, "timeout", "no answer in 300 s")
-    page = write_report(tmp_path).read_text()
+    page = details(tmp_path)
     assert "none of 2 cases passed" in page
     assert "0 of 2 cases passed every check, 2 failed" in page
-    (failed,) = dict(tables(page))["What could not run or failed"]
+    (failed,) = dict(tables(page))["Failures and unavailable backends"]
     assert (failed["cases"], failed["reason"]) == ("2", "no answer in 300 s")
-    assert not list(tmp_path.glob("*.png"))
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_bad_input_is_a_usage_error(tmp_path: Path) -> None:
@@ -348,7 +349,7 @@ def test_without_plotly_there_is_a_report_and_a_sentence(
     assert said.out == f"{tmp_path / 'REPORT.md'}\n"
     assert "no report.html for want of plotly on this machine" in said.err
     assert not (tmp_path / "report.html").exists()
-    assert "](speedup-inference-float32.png)" in (tmp_path / "REPORT.md").read_text()
+    assert "](details/speedup-inference-float32.png)" in (tmp_path / "DETAILS.md").read_text()
     with pytest.raises(UsageError, match="cannot be written for want of plotly"):
         write_merged_report([tmp_path], tmp_path / "all.html")
 
@@ -365,5 +366,5 @@ def test_without_matplotlib_there_is_a_report_without_plots(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert "no plots and no report.html for want of plotly and matplotlib" in done.stdout
-    assert "resnet18" in (tmp_path / "REPORT.md").read_text()
-    assert not list(tmp_path.glob("*.png"))
+    assert "resnet18" in (tmp_path / "DETAILS.md").read_text()
+    assert not list(tmp_path.rglob("*.png"))

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from report_rows import CASE, add, add_failed, build_core, headline
+from report_rows import CASE, add, add_failed, build_core, details, headline
 from resfuse.bench.report import write_report
 from resfuse.bench.report.palette import LOOKS, SPARE, looks
 from resfuse.bench.report.plot_latency import latency as latency_plot
@@ -32,7 +32,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_same_bytes_whatever_the_process_around_it(core: Path, tmp_path: Path) -> None:
     """Another hash seed, time zone and matplotlibrc; the plots were drawn once in this process."""
-    before = {path.name: path.read_bytes() for path in core.iterdir()}
+    before = {path.name: path.read_bytes() for path in core.rglob("*.*")}
     (tmp_path / "matplotlibrc").write_text("font.size: 20\nsavefig.dpi: 31\naxes.grid: True\n")
     code = (
         "import pathlib, sys; from resfuse.bench.report import write_report; "
@@ -40,13 +40,15 @@ def test_same_bytes_whatever_the_process_around_it(core: Path, tmp_path: Path) -
     )
     surroundings = {"PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo", "MATPLOTLIBRC": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code, core], check=True, env=os.environ | surroundings)
-    assert {path.name: path.read_bytes() for path in core.iterdir()} == before
-    assert len([name for name in before if name.endswith(".png")]) == 4
+    assert {path.name: path.read_bytes() for path in core.rglob("*.*")} == before
+    assert len([name for name in before if name.endswith(".png")]) == 5
 
 
 def test_plots_are_embedded_and_of_a_legible_size(core: Path) -> None:
-    embedded = re.findall(r"!\[(.+)\]\((.+)\)", (core / "REPORT.md").read_text())
-    assert sorted(name for _, name in embedded) == sorted(p.name for p in core.glob("*.png"))
+    embedded = re.findall(r"!\[(.+)\]\((.+)\)", (core / "DETAILS.md").read_text())
+    assert sorted(name for _, name in embedded) == sorted(
+        f"details/{p.name}" for p in core.glob("details/*.png")
+    )
     for alt, name in embedded:
         with Image.open(core / name) as image:
             assert image.format == "PNG"
@@ -75,7 +77,7 @@ def test_each_plot_shows_what_it_is_about(
             add(folder, replace(CASE, model=model), **metrics)
         with patch("resfuse.bench.report.page.PLOTS", {plot: PLOTS[plot]}):
             write_report(folder)
-        drawn.append((folder / f"{plot}-inference-float32.png").read_bytes())
+        drawn.append((folder / f"details/{plot}-inference-float32.png").read_bytes())
     assert drawn[0] != drawn[1]
 
 
@@ -91,17 +93,17 @@ def test_roofline_points_use_the_least_bytes(tmp_path: Path) -> None:
 def test_no_ceiling_no_roofline_and_no_percentage(tmp_path: Path) -> None:
     for model in ("resnet18", "resnet50"):
         add(tmp_path, replace(CASE, model=model, precision="bfloat16"))  # FACTS know ieee only
-    page = write_report(tmp_path).read_text()
+    page = details(tmp_path)
     assert "No ceilings" not in page and "12.0 GB/s" in page  # the copy ceiling is known
     assert "Roofline" not in page and "of ceiling, %" not in page
-    assert not list(tmp_path.glob("roofline*"))
+    assert not list(tmp_path.rglob("roofline*"))
 
 
 def test_a_passed_row_without_a_speed_stays_out_of_plots(tmp_path: Path) -> None:
     add(tmp_path, p50_ms=math.nan, infer_samples_per_sec=math.nan, speedup=math.inf)
-    page = write_report(tmp_path).read_text()
+    page = details(tmp_path)
     assert headline(page)["resnet18", 8, "eager"]["images/s"] == "-"
-    assert not list(tmp_path.glob("*.png"))
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_many_batches_continue_below(tmp_path: Path) -> None:

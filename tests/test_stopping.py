@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from resfuse.bench import bench_command, measure
+from resfuse.bench import bench_command, measure, progress
 from resfuse.bench.case import Case, Options
 from resfuse.bench.cli import main, parser
 from resfuse.bench.row import Outcome
@@ -92,7 +92,7 @@ def test_a_row_says_what_ended_it(options: Options, ended_by: str) -> None:
     outcome, _ = measure.measure(CASE, options, {}, lambda event: None)
     assert outcome.status == "pass", outcome.error
     assert outcome.metrics["ended_by"] == ended_by
-    line = bench_command._line(CASE, outcome, 0.02)
+    line = progress.line(CASE, outcome, 0.02)
     assert f"against eager contiguous after {outcome.metrics['rounds']} rounds: " in line
     said = {"interval": "narrower than 2 %", "seconds": "the time budget ended it, "}
     assert said[ended_by] in line
@@ -152,5 +152,5 @@ def test_bad_arguments(
 
 
 def test_a_failed_case_has_no_interval_to_tell() -> None:
-    line = bench_command._line(replace(CASE, backend="fused"), Outcome("timeout", "not done"), 0.02)
+    line = progress.line(replace(CASE, backend="fused"), Outcome("timeout", "not done"), 0.02)
     assert line.endswith("timeout: not done")

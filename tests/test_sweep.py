@@ -151,7 +151,7 @@ def test_a_model_a_backend_and_a_metric_are_a_file_and_a_line_each(rows: pd.Data
 def test_the_report_is_written_and_lists_the_failures(
     sweep: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    page = (sweep[0] / "REPORT.md").read_text()
+    page = (sweep[0] / "DETAILS.md").read_text()
     assert "famous last words" in page
     assert "twin" in page
     assert "6 rows" in sweep[1].stderr

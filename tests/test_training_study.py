@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from trainings import FOUND, QUIET, keep
 
 from conftest import ROOT
+from report_rows import details
 from resfuse.bench import results
 from resfuse.bench.cli import main
 from resfuse.bench.errors import UsageError
-from resfuse.bench.report import write_report
 from resfuse.bench.report.agreement import agreement, apart, change, is_equal, seeds_apart
 from resfuse.bench.report.agreement_section import verdicts
 from resfuse.bench.report.plot_agreement import curves
@@ -183,8 +183,8 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 trainings, 2 already settled" in capsys.readouterr().out
     (folder,) = tmp_path.iterdir()
     assert results.read_rows(folder, SHEET).way.tolist() == [EAGER, TWINS]
-    assert [path.name for path in folder.glob("*.png")] == ["training-curves-digits.png"]
-    page = (folder / "REPORT.md").read_text()
+    assert [path.name for path in folder.glob("details/*.png")] == ["training-curves-digits.png"]
+    page = (folder / "DETAILS.md").read_text()
     assert "## Training fused and unfused: cifar_resnet8 on scikit-learn's digits" in page
     assert "twins: one seed has no spread to compare with." in page
     assert main(["report", "--results", str(tmp_path)]) == 0  # a folder of nothing else
@@ -254,7 +254,7 @@ def test_verdicts_follow_the_curves(study: Path) -> None:
     assert "of eager's in training (a difference) and 1.28 [" in twins
     assert "of eager's in testing (a difference)." in twins
     assert "+3.10 [+2.85, +3.35] points: a difference" in twins
-    page = write_report(study).read_text()
+    page = details(study)
     assert f"- {fused}" in page and f"- {twins}" in page
     assert "twins runs the fused operations" in page
 
@@ -293,7 +293,7 @@ def test_networks_stand_apart_and_other_sheets_too(study: Path) -> None:
     for way in (EAGER, TWINS):
         keep(study, replace(other, way=way), hung, SHEET)
     keep(study, other, hung, DEGRADATION)
-    page = write_report(study).read_text()
+    page = details(study)
     assert page.count("## Training fused and unfused: ") == 2
     assert page.count("## Degradation: ") == 1
     assert "cifar_resnet14, twins, seed 0: timeout, not done after 3 s" in page

@@ -157,6 +157,7 @@ def _measure(
         joules=None,
         sm_clock_mhz=clock,
         throttle=throttle,
+        other_load=None,  # to each process the others of the group are other work
         step=candidate.step_once,
         alone_ms=alone_ms,
         apart_ms=apart_ms,

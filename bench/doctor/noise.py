@@ -7,12 +7,31 @@ from resfuse.bench.doctor.finding import NOTE, Finding
 
 SECONDS = 1.5
 LEAST_ROUNDS = 20
+# Of `expected_interval`: 40 loops of some 20 ms on two cores.
+ROUNDS, REPEATS = 20, 40
 SIDE = {"cpu": 384, "cuda": 4096}  # of a square matrix product: some milliseconds
 LOUD = 0.05  # an interval this far from 1 hides most of what tuning gains
 
 
 def noise(device: str, budget_s: float = SECONDS) -> list[Finding]:
     """Times two copies of one loop in turns, as the harness times a backend and its baseline."""
+    return judged(*_paired_times(device, LEAST_ROUNDS, budget_s, 1))
+
+
+def expected_interval(device: str) -> float:
+    """About how wide the 95 % intervals of speed-ups will be, as half of the width over the ratio:
+    that of two copies of a loop as long as a step of a small network, in as many rounds as a case
+    of a quick sweep has."""
+    from resfuse.bench.statistics import paired_speedup
+
+    ratio, low, high = paired_speedup(*_paired_times(device, ROUNDS, 0.0, REPEATS))
+    return max(high - ratio, ratio - low) / ratio
+
+
+def _paired_times(
+    device: str, rounds: int, budget_s: float, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Times (ms) of two copies of a loop of `repeats` matrix products, taken in turns."""
     import torch
 
     from resfuse.bench.timing import STOPWATCHES, Watch, seconds
@@ -22,14 +41,15 @@ def noise(device: str, budget_s: float = SECONDS) -> list[Finding]:
     times: tuple[list[float], list[float]] = ([], [])
     spent = Watch()
     torch.mm(a, b)
-    while len(times[0]) < LEAST_ROUNDS or _spent(spent, seconds) < budget_s:
+    while len(times[0]) < rounds or _spent(spent, seconds) < budget_s:
         for own in times:
             stopwatch = STOPWATCHES[kind]()
             stopwatch.mark()
-            torch.mm(a, b)
+            for _ in range(repeats):
+                torch.mm(a, b)
             stopwatch.mark()
             own.append(stopwatch.laps()[0])
-    return judged(*times)
+    return times
 
 
 def judged(first: Sequence[float], second: Sequence[float]) -> list[Finding]:

@@ -52,9 +52,9 @@ KERNEL_METRICS: dict[str, KernelMetric] = {
         lambda t: t.problem.flops / median(t.times_ms) / 1e6, "GFLOP/s", "2 x GMACs / time"
     ),
     "floor_ms": KernelMetric(
-        lambda t: t.floor_ms, "ms", "least time by the ceilings measured on this device"
+        lambda t: t.floor_ms, "ms", "time at the ceilings of this device, computed directly"
     ),
-    "sol_pct": KernelMetric(_sol_pct, "%", "floor_ms / p50_ms"),
+    "sol_pct": KernelMetric(_sol_pct, "%", "floor_ms / p50_ms; Winograd's algorithm may pass 100"),
     "rel_l2_err": KernelMetric(
         lambda t: t.accuracy.rel_l2, "", "relative L2 error against fp64, worst image"
     ),

@@ -1,4 +1,4 @@
-"""rows.csv in; REPORT.md with its plots and report.html out."""
+"""rows.csv in; REPORT.md, DETAILS.md with its plots and report.html out."""
 
 from resfuse.bench.report.page import HTML, write_merged_report, write_report, written
 

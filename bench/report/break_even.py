@@ -1,4 +1,4 @@
-"""After how many images a backend's set-up is paid back, and whose never is."""
+"""After how many images a backend's set-up time is recovered by its speed, if ever."""
 
 from itertools import groupby
 
@@ -25,8 +25,8 @@ COLUMNS: tuple[Column, ...] = (
     BATCH,
     BACKEND,
     of_metric("set-up, s", "setup_s"),
-    Column("images until it is paid back", _images, ("break_even_images",)),
-    Column("which take, s", _after),
+    Column("images until set-up is recovered", _images, ("break_even_images",)),
+    Column("seconds until then", _after),
 )
 
 

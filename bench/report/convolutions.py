@@ -28,8 +28,8 @@ def convolution_sections(environment: Environment) -> list[str]:
         blocks.append(_introduction(together))
         for workload in together:
             blocks += _workload(workload, environment)
-        blocks += ["### What could not run or failed, convolution by convolution"]
-        blocks.append(_failures(together))
+        if failed := _failures(together):
+            blocks += ["### Failures and unavailable providers, convolution by convolution", failed]
     return blocks
 
 
@@ -41,9 +41,10 @@ def _introduction(workloads: Sequence[Workload]) -> str:
         "of them have once batch norm is folded. Adds, pooling and the classifier are not in it. "
         f"A cell is the p50 in ms and the paired speed-up over {BASELINE} with its 95 % interval; "
         f"{NOT_ONE} (not significant) where that contains 1. {BASELINE.capitalize()}'s own is the "
-        "noise. Lost is count x (p50 - the fastest provider's p50). Light speed is the floor "
-        "(arithmetic, or every tensor moved once, by the ceilings of this device) divided by the "
-        "fastest p50; on a CPU, tensors that fit a cache may pass it. On a GPU each call starts "
+        "noise. Lost is count x (p50 - the fastest provider's p50). % of roofline is the floor "
+        "(the arithmetic of a direct convolution, or every tensor moved once, at the ceilings of "
+        "this device) divided by the fastest p50; Winograd's algorithm, which multiplies less, and "
+        "on a CPU tensors that fit a cache may pass 100. On a GPU each call starts "
         "with a cold L2 cache, on a CPU with its input just written. "
         f"Made from {markdown.count(rows, 'row')} in {SHEET.file}, commit "
         f"{markdown.listing([escape(commit) for commit in commits])}."
@@ -90,7 +91,7 @@ def _shapes(workload: Workload) -> str:
     return markdown.table(
         [
             "convolution", "count", *(f"{escape(name)}, ms" for name in providers), "fastest",
-            "light speed, %", f"{BASELINE} x count, ms", f"share of {BASELINE}, %",
+            "% of roofline (direct)", f"{BASELINE} x count, ms", f"share of {BASELINE}, %",
             f"lost by {BASELINE}, ms",
         ],
         [False, True, *(False for _ in providers), False, True, True, True, True],
@@ -142,11 +143,11 @@ def _cell(result: KernelResult | None) -> str:
 
 
 def _failures(workloads: Sequence[Workload]) -> str:
-    """Status, how many, who and why; a sentence where everything passed."""
+    """A table of status, provider, count and reason; "" where everything passed."""
     every = [(workload, result) for workload in workloads for result in workload.results]
     failed = [pair for pair in every if pair[1].status != "pass"]
     if not failed:
-        return f"Nothing: {markdown.count(len(every), 'row')} passed every check."
+        return ""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for workload, result in sorted(failed, key=lambda pair: STATUSES.index(pair[1].status)):
         reason = " ".join(result.error.split()) or "no reason was recorded"

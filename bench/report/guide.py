@@ -27,10 +27,11 @@ RULES = (
     "divided by p50.",
     "Error is measured against fp64 with the same weights and inputs. A case that fails this check "
     "has no speed.",
-    "Light speed is the floor (least time by the ceilings measured on this device) divided by p50. "
-    "GFLOP/s = 2 x GMACs x images/s (1 MAC = 2 FLOP); a training step counts as three forward "
-    "passes. Both count convolutions directly, so an algorithm that multiplies less, such as "
-    "Winograd's, may pass 100 %.",
+    "% of roofline (direct) divides p50 into the time that the network takes at the ceilings "
+    "measured on this device if every convolution is computed directly. GFLOP/s = 2 x GMACs x "
+    "images/s (1 MAC = 2 FLOP); a training step counts as three forward passes. Winograd's "
+    "algorithm multiplies up to four times less in a 3x3 convolution with stride 1, so both may "
+    "pass 100 %; a time below what even that needs fails the row.",
     "A backend is named with its memory format unless that is contiguous (NCHW). "
     "MB = 2^20 bytes, GB = 10^9 bytes.",
     "A dash is a value that does not exist or was not measured, never a zero.",

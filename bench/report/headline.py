@@ -26,7 +26,7 @@ COLUMNS: tuple[Column, ...] = (
     of_metric("peak, MB", "peak_mem_mb"),
     of_metric("error vs fp64", "rel_l2_err"),
     of_metric("set-up, s", "setup_s"),
-    of_metric("light speed, %", "sol_pct"),
+    of_metric("% of roofline (direct)", "sol_pct"),
     of_metric("J/image", "joules_per_image", optional=True),
     of_count("rounds", "rounds"),
     THROTTLE,

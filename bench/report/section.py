@@ -11,6 +11,7 @@ from resfuse.bench.report.depth import ceiling_sentence, depth_scaling
 from resfuse.bench.report.failures import failures
 from resfuse.bench.report.growth import growth_tables
 from resfuse.bench.report.headline import headline, noise
+from resfuse.bench.report.ladder import EAGER
 from resfuse.bench.report.markdown import escape
 from resfuse.bench.report.palette import Look
 from resfuse.bench.report.result import Comparison, Setting
@@ -72,14 +73,21 @@ def section(comparison: Comparison, images: Mapping[str, str]) -> list[str]:
     """
     depths = depth_scaling(comparison)
     split = training_split(comparison)
-    blocks = [f"## {title(comparison.setting)}", _introduction(comparison), noise(comparison)]
+    name = title(comparison.setting)
+    beside = (
+        ""
+        if comparison.setting.baseline == EAGER
+        else f", beside {escape(comparison.setting.baseline)}"
+    )
+    blocks = [f"## {name}{beside}", _introduction(comparison), noise(comparison)]
     blocks += [images.get("speedup", ""), *headline(comparison), images.get("throughput", "")]
     paid = break_even(comparison)
     if paid:
-        blocks += ["### When set-up is paid back", paid]
+        blocks += ["### Break-even: when set-up is recovered", paid]
     if split:
         blocks += ["### Where a training step's time goes", split]
-    blocks += ["### What could not run or failed", failures(comparison.results)]
+    if failed := failures(comparison.results):
+        blocks += ["### Failures and unavailable backends", failed]
     if depths:
         blocks += ["### Depth scaling", ceiling_sentence(comparison), *depths]
         blocks.append(images.get("latency", ""))

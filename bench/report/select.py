@@ -15,6 +15,7 @@ from resfuse.bench.case import MODES, PRECISIONS
 from resfuse.bench.metrics import METRICS
 from resfuse.bench.report.families import depth, family
 from resfuse.bench.report.kernel_rows import read_kernel_rows, workloads
+from resfuse.bench.report.ladder import EAGER
 from resfuse.bench.report.palette import backend_rank
 from resfuse.bench.report.result import Comparison, Environment, Result, Setting
 from resfuse.bench.report.trainings import experiments, read_training_rows
@@ -159,6 +160,7 @@ def _setting_order(setting: Setting) -> tuple[str | int, ...]:
     precisions = [*PRECISIONS, setting.precision]
     return (
         setting.device_name, MODES.index(setting.mode), precisions.index(setting.precision),
-        setting.precision, setting.math_mode, setting.weights, setting.images, setting.baseline,
+        setting.precision, setting.math_mode, setting.weights, setting.images,
+        setting.baseline != EAGER, setting.baseline,
         setting.parallel, int(setting.world_size),
     )  # fmt: skip

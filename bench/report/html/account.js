@@ -32,7 +32,7 @@ function drawAccount() {
 function accountFor(environment) {
   byId("opening").textContent = environment.opening;
   byId("made-from").textContent = environment.madeFrom
-    + (environment.convolutions ? " Convolutions measured one by one are in REPORT.md." : "")
+    + (environment.convolutions ? " Convolutions measured one by one are in DETAILS.md." : "")
     + (DATA.environments.length > 1 ? " Rows of other environments are never put beside these: choose another on the left." : "")
     + (environment.note ? ` ${environment.note}` : "");
   byId("facts").replaceChildren(...facts(Object.entries(environment.facts)).childNodes);

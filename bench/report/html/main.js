@@ -45,7 +45,7 @@ function nothing() {
   byId("device").textContent = "No network has been measured";
   byId("empty").hidden = false;
   byId("empty").textContent = environment
-    ? "Convolutions measured one by one are in REPORT.md beside this page."
+    ? "Convolutions measured one by one are in DETAILS.md beside this page."
     : "There is nothing to report: rows.csv holds no rows.";
   if (environment) accountFor(environment);
   else byId("provenance").querySelector("h2").hidden = true;

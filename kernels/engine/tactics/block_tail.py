@@ -74,7 +74,7 @@ def _most(problem: TailProblem) -> int | None:
     """How many tiles are offered, of the first ones; None for all.
 
     Tails of 128 and 256 channels took 1.2 to 2.5 times as long as cuDNN's convolutions on an H200,
-    in every tile tried (results/nvidia-h200-*/NOTES.md). One is offered, for other GPUs.
+    in every tile tried (results/nvidia-h200/NOTES.md). One is offered, for other GPUs.
     """
     return 1 if problem.c > 64 else None
 

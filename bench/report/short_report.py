@@ -1,0 +1,269 @@
+"""REPORT.md: one environment on at most LONGEST lines, to be read in two minutes.
+
+How to read it stands first, then a table for each network, as many as fit, those that most backends
+were measured on before the others; the rest have a line each. Everything else is in DETAILS.md and
+report.html.
+"""
+
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from resfuse.bench.processor import microarchitecture
+from resfuse.bench.report import cells, markdown
+from resfuse.bench.report.headline import noise
+from resfuse.bench.report.ladder import Line, Network, baseline_rows, networks
+from resfuse.bench.report.markdown import count, escape, listing
+from resfuse.bench.report.provenance import facts, opening
+from resfuse.bench.report.result import Environment, Result
+from resfuse.bench.report.section import title
+
+LONGEST = 150  # lines
+WIDTH = 110  # characters of a line of prose
+BUSY_CORES = 0.25  # as bench/quiet.py has it: more than the background load of an idle system
+MADE_HERE = (
+    "`make report` writes DETAILS.md (every row, depth scaling, rooflines, convolutions, studies) "
+    "and report.html (the same rows, to sort and filter) beside this page."
+)
+GUIDE = (
+    "`1.25 ±0.02` under *than onnxrt*: 1.25 times faster than ONNX Runtime, with a 95 % interval "
+    "of 1.23 to 1.27. The two took turns in one process; it is the median of the paired ratios.",
+    "`~` marks an indirect ratio: the two took turns with eager in processes of their own, and "
+    "their speed-ups are divided. `same`: the interval contains 1. A dash was not measured.",
+    "ms is the median time of a batch, taken beside eager. Rows were taken at different times: "
+    "compare them by their ratios, not by ms.",
+    "Error is relative, against fp64 with the same weights, of the worst photograph; a backend "
+    "fails that is off by more than twice eager's own error. Peak MB is taken in a run of its own.",
+    "Set-up is everything before the first answer, with caches as they were (an engine's first "
+    "build measures its candidates and takes longer).",
+)
+FACTS = (
+    "cpu", "cpu_model", "cpu_isa", "threads", "memory_gb", "gpu_memory_gb", "driver", "system",
+    "python", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "openvino", "commit",
+)  # fmt: skip
+
+
+def short_report(environment: Environment, images: Mapping[str, str]) -> list[str]:
+    """The blocks of the page.
+
+    Args:
+        environment: the only one on the page.
+        images: "headline" and "growth" -> markdown of the image, where they could be drawn.
+    """
+    found = networks(environment)
+    before = [
+        f"# resfuse on {_device(environment)}",
+        f"{opening(environment)} {_measured(environment.results)}".strip(),
+        "## How to read this",
+        "\n".join(_bullets(GUIDE)),
+        images.get("headline", ""),
+    ]
+    after = [
+        images.get("growth", ""),
+        *_conditions(environment),
+        *_not_passed(environment.results),
+        "## Machine and versions",
+        _machine(environment),
+        MADE_HERE,
+    ]
+    room = LONGEST - _lines([*before, *after])
+    return [block for block in (*before, *_tables(found, room), *after) if block]
+
+
+def _tables(found: Sequence[Network], room: int) -> list[str]:
+    """Tables of the networks that most was measured on, and a line for each of the others."""
+    order = sorted(range(len(found)), key=lambda i: -len(found[i].lines) * len(found[i].baselines))
+    most = max((len(network.baselines) for network in found), default=0)
+    order = [i for i in order if len(found[i].baselines) >= most - 1]
+    blocks: list[str] = []
+    for number in range(len(order), -1, -1):
+        chosen = sorted(order[:number])
+        full = [found[i] for i in chosen]
+        rest = [network for i, network in enumerate(found) if i not in chosen]
+        blocks = [*_full(full), *_rest(rest)]
+        if _lines(blocks) <= room:
+            break
+    else:  # not even a line for each fits
+        spare = _lines(blocks) - room
+        blocks = _rest(found, leave_out=spare + 2)
+    return blocks
+
+
+def _full(found: Sequence[Network]) -> list[str]:
+    blocks, last = [], None
+    for network in found:
+        if network.setting != last:
+            blocks.append(f"## {title(network.setting)}")
+            last = network.setting
+            if (network.setting.weights, network.setting.images) != ("seeded", "bundled"):
+                blocks.append(
+                    f"Weights: {escape(network.setting.weights)}. "
+                    f"Images: {escape(network.setting.images)}."
+                )
+        blocks += [f"### {escape(network.model)}, {network.img_size} px", table(network)]
+    return blocks
+
+
+def table(network: Network, batches: Sequence[int] | None = None) -> str:
+    """The markdown table of a network, or of some of its batches."""
+    lines = [line for line in network.lines if batches is None or line.result.batch_size in batches]
+    beside_eager = any(line.is_beside_eager for line in lines)
+    columns = [("batch", True), ("backend", False), ("ms", True)]
+    columns += [(f"than {name}", True) for name in network.baselines]
+    columns += [
+        ("peak, MB", True),
+        ("error", True),
+        ("set-up, s", True),
+        ("other load, cores", True),
+    ]
+    columns[3] = (f"faster {columns[3][0]}", True) if network.baselines else columns[3]
+    rows = []
+    for line in lines:
+        result = line.result
+        comparable = line.is_beside_eager or not beside_eager
+        ms = _number(result, "p50_ms") if comparable else cells.EMPTY
+        row = [str(result.batch_size), escape(line.label), ms]
+        row += [_ratio(line, name) for name in network.baselines]
+        row += [_number(result, name) for name in ("peak_mem_mb", "rel_l2_err", "setup_s")]
+        rows.append([*row, other_load(result)])
+    if all(row[-1] == cells.EMPTY for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    titles, right = zip(*columns, strict=True)
+    return markdown.table(titles, right, rows)
+
+
+def _ratio(line: Line, baseline: str) -> str:
+    if baseline not in line.ratios:
+        return cells.EMPTY
+    ratio = line.ratios[baseline]
+    return "1" if ratio is None else ratio.told()
+
+
+def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
+    """The fastest backend of each network and batch, in one table."""
+    if not found:
+        return []
+    baselines = list(dict.fromkeys(name for network in found for name in network.baselines))
+    usual = Counter(network.setting for network in found).most_common(1)[0][0]
+    rows = []
+    for network in found:
+        for batch in network.batches:
+            line = network.at(batch)[0]
+            told = f" ({title(network.setting)})" if network.setting != usual else ""
+            rows.append([
+                f"{escape(network.model)}, {network.img_size} px{told}", str(batch),
+                escape(line.label), _number(line.result, "p50_ms"),
+                *(_ratio(line, name) for name in baselines),
+            ])  # fmt: skip
+    shown = rows[: max(0, len(rows) - leave_out)]
+    titles = ["network", "batch", "fastest", "ms", *(f"than {name}" for name in baselines)]
+    blocks = ["## Other networks, the fastest backend of each"]
+    if shown:
+        right = [False, True, False, *(True for _ in titles[3:])]
+        blocks.append(markdown.table(titles, right, shown))
+    if left := len(rows) - len(shown):
+        blocks.append(f"{count(left, 'more line')}: see DETAILS.md.")
+    return blocks
+
+
+def _conditions(environment: Environment) -> list[str]:
+    """Noise, and what else ran beside the rows."""
+    told = [text for comparison in baseline_rows(environment) if (text := noise(comparison))]
+    if text := beside_other_work(environment.results):
+        told.append(text)
+    return ["## Noise", "\n".join(_bullets(told))] if told else []
+
+
+def beside_other_work(results: Sequence[Result]) -> str:
+    """How many of these rows were taken while other processes used the machine; "" where none."""
+    measured = [result for result in results if result.measured]
+    busy = [r for r in measured if is_beside_other_work(r)]
+    if not busy:
+        return ""
+    loads = [r.numbers["other_load"] for r in busy if "other_load" in r.numbers]
+    most = f", at most {max(loads):.1f} cores" if loads else ""
+    return (
+        f"{len(busy)} of {count(len(measured), 'row')} {'was' if len(busy) == 1 else 'were'} taken "
+        f"beside other work (other processes kept more than {BUSY_CORES:g} cores busy{most}): "
+        "their times are too long and their intervals wide."
+    )
+
+
+def is_beside_other_work(result: Result) -> bool:
+    """By the load measured during the timed rounds; rows older than that column say only whether
+    the machine came to rest before them."""
+    if "other_load" in result.numbers:
+        return result.numbers["other_load"] > BUSY_CORES
+    return "other processes" in result.throttle
+
+
+def other_load(result: Result) -> str:
+    """The cell of a row: cores that other processes used while it was timed."""
+    load = result.numbers.get("other_load")
+    if load is None:
+        return "busy" if is_beside_other_work(result) else cells.EMPTY
+    return f"{load:.2f}"
+
+
+def _not_passed(results: Sequence[Result]) -> list[str]:
+    """A line for each backend that failed or cannot run here."""
+    lines = []
+    for backend in dict.fromkeys(result.backend for result in results):
+        own = [result for result in results if result.backend == backend]
+        failed = [result for result in own if result.status != "pass"]
+        if failed:
+            lines.append(f"- {escape(backend)}: {_why(failed, len(own))}")
+    lines.sort(key=lambda line: ": cannot run here: " in line)
+    return ["## Failures and backends that cannot run here", "\n".join(lines)] if lines else []
+
+
+def _why(failed: Sequence[Result], measured: int) -> str:
+    reason, number = Counter(" ".join(r.error.split()) for r in failed).most_common(1)[0]
+    reason = (
+        escape(reason if len(reason) <= WIDTH else f"{reason[:WIDTH]} ...") or "no reason given"
+    )
+    if all(result.status == "unavailable" for result in failed) and len(failed) == measured:
+        return f"cannot run here: {reason}"
+    statuses = Counter(result.status for result in failed)
+    told = listing([f"{n} {status}" for status, n in statuses.most_common()])
+    often = "" if number == len(failed) else " (the most frequent reason)"
+    return f"{told} of {count(measured, 'case')}: {reason}{often}"
+
+
+def _device(environment: Environment) -> str:
+    """The device, with the design of a processor whose name does not say it."""
+    chip = microarchitecture(environment.facts)
+    is_named = environment.facts.get("device") == "cpu" and chip
+    return listing([escape(name) for name in environment.device_names]) + (
+        f" ({chip})" if is_named else ""
+    )
+
+
+def _measured(results: Sequence[Result]) -> str:
+    """On which days."""
+    days = sorted(result.timestamp[:10] for result in results)
+    if not days:
+        return ""
+    return f"Measured on {escape(days[0])}{f' to {escape(days[-1])}' * (days[0] != days[-1])}."
+
+
+def _machine(environment: Environment) -> str:
+    known = facts(environment)
+    told = [f"{key} {escape(known[key])}" for key in FACTS if key in known]
+    return "\n".join(textwrap.wrap("; ".join(told) + ".", WIDTH, break_on_hyphens=False))
+
+
+def _number(result: Result, name: str) -> str:
+    return cells.number(result.numbers.get(name))
+
+
+def _bullets(texts: Sequence[str]) -> list[str]:
+    return [
+        textwrap.fill(f"- {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        for text in texts
+    ]
+
+
+def _lines(blocks: Sequence[str]) -> int:
+    """Lines that these blocks take on the page, each followed by an empty one."""
+    return sum(block.count("\n") + 2 for block in blocks if block)
