@@ -171,9 +171,17 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=positive,
-        default=240.0,
+        default=600.0,
         metavar="S",
         help="limit of one network (default: %(default)g)",
+    )
+    parser.add_argument(
+        "-j",
+        "--jobs",
+        type=rounds,
+        default=1,
+        metavar="N",
+        help="networks at a time, which share the CPU's cores (default: %(default)s)",
     )
     add_results(parser)
     add_resume(parser)
