@@ -122,6 +122,10 @@ def rows(
             worker.kill()
 
 
+def _started() -> None:
+    """Nothing, once a process has imported this module."""
+
+
 class _Worker:
     """A process that compares networks, replaced when it dies."""
 
@@ -137,6 +141,7 @@ class _Worker:
                 1, multiprocessing.get_context("spawn"), torch.set_num_threads, (self._threads,)
             )
         try:
+            self._pool.submit(_started).result()  # importing torch is not the network's time
             return self._pool.submit(compare, network, img_size, kinds).result(timeout_s)
         except BrokenProcessPool:
             self.kill()
