@@ -116,6 +116,8 @@ def rows(
         asked = [waiters.submit(row, network) for network in wanted]
         for done in track(as_completed(asked), "Comparing", len(asked), console=stderr()):
             yield done.result()
+        for worker in workers:
+            worker.end()
     finally:
         waiters.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
@@ -153,6 +155,12 @@ class _Worker:
         except Exception as failure:  # eager itself cannot run it
             said = f"eager: {failure}"[:300]
             return _failed(network, img_size, kinds, "no_reference", said)
+
+    def end(self) -> None:
+        """Lets the process clean up after itself: a killed one leaves semaphores of tqdm's."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
 
     def kill(self) -> None:
         pool, self._pool = self._pool, None
