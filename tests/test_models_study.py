@@ -25,6 +25,8 @@ def deadly(network: str, img_size: int, kinds: Sequence[str]) -> dict[str, Value
         os.abort()
     if network == "hangs":
         time.sleep(600)
+    while network == "spins":
+        pass
     if network == "raises":
         raise RuntimeError("eager refuses")
     return {"network": network, "img_size": img_size, "fuse_status": "pass"}
@@ -35,12 +37,26 @@ def test_a_network_that_dies_or_hangs_costs_its_own_row(
     monkeypatch: pytest.MonkeyPatch, jobs: int
 ) -> None:
     monkeypatch.setattr(command, "compare", deadly)
-    asked = ["lives", "dies", "lives", "raises", "hangs", "lives"]
-    found = list(command.rows(asked, 32, 20.0, jobs=jobs))
+    asked = ["lives", "dies", "lives", "raises", "hangs", "spins", "lives"]
+    found = list(command.rows(asked, 32, 5.0, jobs=jobs))
     statuses = sorted((str(row["network"]), str(row["fuse_status"])) for row in found)
     lives = [("lives", "pass")] * 3
-    ends = [("dies", "crash"), ("hangs", "timeout"), ("raises", "no_reference")]
+    ends = [("dies", "crash"), ("hangs", "timeout"), ("spins", "timeout")]
+    ends += [("raises", "no_reference")]
     assert statuses == sorted(lives + ends)
+
+
+def waits(network: str, img_size: int, kinds: Sequence[str]) -> dict[str, Value]:
+    """Stands for `compare` beside many other processes: little of its time is the CPU's."""
+    for _ in range(8):
+        time.sleep(0.5)
+        sum(range(2_000_000))
+    return {"network": network, "fuse_status": "pass"}
+
+
+def test_other_processes_do_not_use_up_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "compare", waits)
+    assert [row["fuse_status"] for row in command.rows(["slow"], 32, 3.0)] == ["pass"]
 
 
 def network() -> nn.Module:

@@ -171,9 +171,9 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=positive,
-        default=600.0,
+        default=240.0,
         metavar="S",
-        help="limit of one network (default: %(default)g)",
+        help="CPU seconds for one network (default: %(default)g)",
     )
     parser.add_argument(
         "-j",
