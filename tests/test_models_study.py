@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from resfuse.bench import results
 from resfuse.bench.cli import main
 from resfuse.bench.measured import Value
 from resfuse.bench.studies.models import command, compare, networks, table
@@ -24,18 +25,38 @@ def deadly(network: str, img_size: int, kinds: Sequence[str]) -> dict[str, Value
         os.abort()
     if network == "hangs":
         time.sleep(600)
+    while network == "spins":
+        pass
     if network == "raises":
         raise RuntimeError("eager refuses")
     return {"network": network, "img_size": img_size, "fuse_status": "pass"}
 
 
-def test_a_network_that_dies_or_hangs_costs_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_network_that_dies_or_hangs_costs_its_own_row(
+    monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
     monkeypatch.setattr(command, "compare", deadly)
-    asked = ["lives", "dies", "lives", "raises", "hangs", "lives"]
-    found = list(command.rows(asked, 32, 20.0))
-    assert [row["network"] for row in found] == asked
-    statuses = [row["fuse_status"] for row in found]
-    assert statuses == ["pass", "crash", "pass", "no_reference", "timeout", "pass"]
+    asked = ["lives", "dies", "lives", "raises", "hangs", "spins", "lives"]
+    found = list(command.rows(asked, 32, 5.0, jobs=jobs))
+    statuses = sorted((str(row["network"]), str(row["fuse_status"])) for row in found)
+    lives = [("lives", "pass")] * 3
+    ends = [("dies", "crash"), ("hangs", "timeout"), ("spins", "timeout")]
+    ends += [("raises", "no_reference")]
+    assert statuses == sorted(lives + ends)
+
+
+def waits(network: str, img_size: int, kinds: Sequence[str]) -> dict[str, Value]:
+    """Stands for `compare` beside many other processes: little of its time is the CPU's."""
+    for _ in range(8):
+        time.sleep(0.5)
+        sum(range(2_000_000))
+    return {"network": network, "fuse_status": "pass"}
+
+
+def test_other_processes_do_not_use_up_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "compare", waits)
+    assert [row["fuse_status"] for row in command.rows(["slow"], 32, 3.0)] == ["pass"]
 
 
 def network() -> nn.Module:
@@ -137,7 +158,7 @@ def test_kinds_asked_one_at_a_time_add_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answers(
-        wanted: Sequence[str], size: int, timeout: float, kinds: Sequence[str]
+        wanted: Sequence[str], size: int, timeout: float, kinds: Sequence[str], jobs: int
     ) -> Iterator[dict[str, Value]]:
         for name in wanted:
             yield {"network": name, **{f"{kind}_status": "pass" for kind in kinds}}
@@ -173,10 +194,64 @@ def test_the_table_has_the_newest_commit_and_adds_up_the_kinds() -> None:
     page = table.page(rows, command.KINDS)
     assert "gone" not in page and "commit new." in page
     assert "- fuse: 1 wrong, 1 pass\n- engine: 1 not compared, 1 refused\n" in page
-    a, b = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            for line in page.splitlines()[-2:]]  # fmt: skip
-    assert a == ["timm a", "64", "", "", "2.0e-06", "wrong: 5.00", ""]
-    assert b == ["timm b", "64", "20", "88 %", "2.0e-06", "0.50", r"refused: no \| &lt;b&gt;"]
+    _, families, failures, every = page.split("\n## ")
+    assert cells(every)[2:] == [
+        ["timm a", "64", "", "", "2.0e-06", "wrong", "not compared"],
+        ["timm b", "64", "20", "88 %", "2.0e-06", "0.50", "refused"],
+    ]
+    assert cells(families)[2:] == [
+        ["others", "2", "88 %", "1 wrong, 1 pass", "1 not compared, 1 refused", "0.50"]
+    ]
+    assert failures.splitlines()[2:4] == [
+        "- timm a, fuse: wrong: 5.00 times eager's error",
+        r"- timm b, engine: refused: no \| &lt;b&gt;",
+    ]
+
+
+def cells(text: str) -> list[list[str]]:
+    """Of the one table in a text."""
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+
+
+def test_a_family_has_a_line_of_all_its_networks() -> None:
+    here = {"env_id": "e", "commit": "c", "eager_rel_l2": 1e-6}
+    rows = sheet(
+        {"network": "timm dla34", "fuse_status": "pass", "fuse_rel_l2": 1.5e-6,
+         "engine_status": "timeout", "engine_error": "not done", "macs_fused_pct": 90.0, **here},
+        {"network": "timm dla60x", "fuse_status": "timeout", "fuse_error": "not done",
+         "engine_status": "timeout", "engine_error": "not done", **here},
+        {"network": "timm dla46_c", "fuse_status": "pass", "fuse_rel_l2": 1e-6,
+         "engine_status": "pass", "engine_rel_l2": 0.5e-6, "macs_fused_pct": 100.0, **here},
+        {"network": "timm repvgg_a0", "fuse_status": "pass", "fuse_rel_l2": 1e-6,
+         "engine_status": "pass", "engine_rel_l2": 0.7e-6, "macs_fused_pct": 100.0, **here},
+    )  # fmt: skip
+    _, families, failures, _ = table.page(rows, command.KINDS).split("\n## ")
+    assert cells(families)[2:] == [
+        ["RepVGG", "1", "100 %", "1 pass", "1 pass", "1.00"],
+        ["DLA", "3", "90 to 100 %", "2 pass, 1 took too long", "2 took too long, 1 pass", "1.50"],
+    ]
+    assert "- timm dla60x, fuse and engine: took too long: not done\n" in failures
+
+
+def test_what_ran_out_of_time_is_tried_again(tmp_path: Path) -> None:
+    where = {"env_id": "e", "commit": "c"}
+    for name, status in (("slow", "timeout"), ("dead", "crash"), ("no", "refused")):
+        row = {"network": name, "fuse_status": status, "engine_status": status, **where}
+        results.append_row(tmp_path, row, command.SHEET)
+    assert command.settled(tmp_path, where, command.KINDS) == {"no"}
+    late = {"network": "slow", "fuse_status": "pass", "engine_status": "pass", **where}
+    results.append_row(tmp_path, late, command.SHEET)
+    assert command.settled(tmp_path, where, command.KINDS) == {"no", "slow"}
+
+
+def test_a_deep_network_is_calibrated_on_the_images_it_is_asked() -> None:
+    """Statistics of other images made its activations grow from block to block."""
+    row = compare.compare("torchvision efficientnet_v2_s", 64, kinds=())
+    assert float(str(row["eager_rel_l2"])) < 1e-4
 
 
 def test_a_channel_that_was_dead_is_not_multiplied_by_hundreds() -> None:

@@ -174,7 +174,15 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=240.0,
         metavar="S",
-        help="limit of one network (default: %(default)g)",
+        help="CPU seconds for one network (default: %(default)g)",
+    )
+    parser.add_argument(
+        "-j",
+        "--jobs",
+        type=rounds,
+        default=1,
+        metavar="N",
+        help="networks at a time, which share the CPU's cores (default: %(default)s)",
     )
     add_results(parser)
     add_resume(parser)

@@ -1,16 +1,22 @@
-"""`resfuse study models`, once its arguments are parsed: a process for many networks, a row each.
+"""`resfuse study models`, once its arguments are parsed: a row for each network, from processes
+that compare one network after another.
 
-A network that kills the process, or hangs it, costs its own row: the next one gets a new process.
+A network that kills its process, or hangs it, costs its own row: the next one gets a new process.
 """
 
 import argparse
+import contextlib
 import multiprocessing
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from queue import SimpleQueue
 
+import psutil
+import torch
 from rich.progress import track
 
 from resfuse.bench import machine, results
@@ -23,6 +29,9 @@ from resfuse.bench.studies.models.compare import compare
 from resfuse.bench.studies.models.networks import NETWORKS
 
 KINDS = ("fuse", "engine")
+# What a second attempt may change: on a busy machine a network runs out of time.
+AGAIN = ("timeout", "crash")
+FAILURES = ("wrong", "error", *AGAIN)
 SHEET = Sheet(
     "models.csv",
     (
@@ -49,15 +58,16 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(wanted))
         return 0
     kinds = pick("--kinds", args.kinds, KINDS)
-    facts = machine.facts("cpu", 0)
+    facts = machine.facts("cpu", max(1, torch.get_num_threads() // args.jobs))
     where = {"env_id": machine.env_id(facts), "commit": machine.commit()}
     home = args.results / machine.folder_name(facts)
     results.check_writable(home, SHEET)
+    results.record_environment(home, where["env_id"], facts)
     if args.resume:
         done = settled(home, where, kinds)
         wanted = [network for network in wanted if network not in done]
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
-    for row in rows(wanted, args.img_size, args.timeout, kinds):
+    for row in rows(wanted, args.img_size, args.timeout, kinds, args.jobs):
         results.append_row(home, {**dict.fromkeys(SHEET.columns), **row, **where}, SHEET)
         for kind in kinds:
             counts[kind][str(row[f"{kind}_status"])] += 1
@@ -68,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if results.has_rows(home, SHEET):
         table.write(home, results.read_rows(home, SHEET, only_whole=True), KINDS)
         print(f"appended to {home / SHEET.file}, and written out in {table.FILE}")
-    return int(any(counts[kind][how] for kind in kinds for how in ("wrong", "crash", "error")))
+    return int(any(counts[kind][how] for kind in kinds for how in FAILURES))
 
 
 def settled(home: Path, where: dict[str, str], kinds: Sequence[str]) -> set[str]:
@@ -77,41 +87,114 @@ def settled(home: Path, where: dict[str, str], kinds: Sequence[str]) -> set[str]
         return set()
     known = results.read_rows(home, SHEET, only_whole=True)
     ours = known[(known.env_id == where["env_id"]) & (known.commit == where["commit"])]
-    done = [set(ours.network[ours[f"{kind}_status"] != ""]) for kind in kinds]
+    done = [set(ours.network[~ours[f"{kind}_status"].isin(["", *AGAIN])]) for kind in kinds]
     return set.intersection(*done)
 
 
 def rows(
-    wanted: Sequence[str], img_size: int, timeout_s: float, kinds: Sequence[str] = KINDS
+    wanted: Sequence[str],
+    img_size: int,
+    timeout_s: float,
+    kinds: Sequence[str] = KINDS,
+    jobs: int = 1,
 ) -> Iterator[dict[str, Value]]:
-    """A row for each network, also for one whose process died or took too long."""
-    pool = _pool()
+    """A row for each network as soon as it is known, also for one whose process died or took too
+    long.
+
+    Args:
+        jobs: how many processes compare at a time; they share the CPU's cores.
+    """
+    threads = max(1, torch.get_num_threads() // jobs)
+    workers = [_Worker(threads) for _ in range(jobs)]
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def row(network: str) -> dict[str, Value]:
+        worker = idle.get()
+        try:
+            return worker.row(network, img_size, timeout_s, kinds)
+        finally:
+            idle.put(worker)
+
+    waiters = ThreadPoolExecutor(jobs)
     try:
-        for network in track(wanted, "Comparing", console=stderr()):
-            try:
-                yield pool.submit(compare, network, img_size, kinds).result(timeout_s)
-            except (BrokenProcessPool, TimeoutError) as failure:
-                timed_out = isinstance(failure, TimeoutError)
-                said = f"not done after {timeout_s:g} s" if timed_out else "the process died"
-                status = "timeout" if timed_out else "crash"
-                yield _failed(network, img_size, kinds, status, said)
-                _kill(pool)
-                pool = _pool()
-            except Exception as failure:  # eager itself cannot run it
-                said = f"eager: {failure}"[:300]
-                yield _failed(network, img_size, kinds, "no_reference", said)
+        asked = [waiters.submit(row, network) for network in wanted]
+        for done in track(as_completed(asked), "Comparing", len(asked), console=stderr()):
+            yield done.result()
+        for worker in workers:
+            worker.end()
     finally:
-        _kill(pool)
+        waiters.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.kill()
 
 
-def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+def _result(asked: Future[dict[str, Value]], pid: int, limit_s: float) -> dict[str, Value]:
+    """What a process answers within `limit_s` of CPU time: on a busy machine a clock would tell
+    of the others.
+
+    Raises:
+        TimeoutError: it has used that much, or has waited as long without using any.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):  # it died: `asked` says so
+        process = psutil.Process(pid)
+        began = moved = sum(process.cpu_times()[:2])
+        moved_at = time.monotonic()
+        while not wait([asked], min(1.0, limit_s)).done:
+            used_s = sum(process.cpu_times()[:2])
+            if used_s - moved > 0.01:
+                moved, moved_at = used_s, time.monotonic()
+            if used_s - began > limit_s or time.monotonic() - moved_at > limit_s:
+                raise TimeoutError
+    return asked.result()
 
 
-def _kill(pool: ProcessPoolExecutor) -> None:
-    for process in list((pool._processes or {}).values()):
-        process.kill()
-    pool.shutdown(cancel_futures=True)
+def _started() -> None:
+    """Nothing, once a process has imported this module."""
+
+
+class _Worker:
+    """A process that compares networks, replaced when it dies."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool: ProcessPoolExecutor | None = None
+
+    def row(
+        self, network: str, img_size: int, timeout_s: float, kinds: Sequence[str]
+    ) -> dict[str, Value]:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), torch.set_num_threads, (self._threads,)
+            )
+        try:
+            self._pool.submit(_started).result()  # importing torch is not the network's time
+            (pid,) = self._pool._processes
+            return _result(self._pool.submit(compare, network, img_size, kinds), pid, timeout_s)
+        except BrokenProcessPool:
+            self.kill()
+            return _failed(network, img_size, kinds, "crash", "the process died")
+        except TimeoutError:
+            self.kill()
+            said = f"not done after {timeout_s:g} s of CPU time, or as long without any"
+            return _failed(network, img_size, kinds, "timeout", said)
+        except Exception as failure:  # eager itself cannot run it
+            said = f"eager: {failure}"[:300]
+            return _failed(network, img_size, kinds, "no_reference", said)
+
+    def end(self) -> None:
+        """Lets the process clean up after itself: a killed one leaves semaphores of tqdm's."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
+
+    def kill(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            pool.shutdown(cancel_futures=True)
 
 
 def _failed(

@@ -34,8 +34,9 @@ def compare(
     model = networks.create(network)
     spread(model)
     size = networks.image_size(network, model, wanted_size)
-    calibrate(model, inputs.batch(inputs.BUNDLED, CALIBRATION_IMAGES, size, seed=7))
     batches = [inputs.batch(inputs.BUNDLED, count, size, seed=count) for count in (IMAGES, 3)]
+    others = inputs.batch(inputs.BUNDLED, CALIBRATION_IMAGES, size, seed=7)
+    calibrate(model, torch.cat([*batches, others]))
     with torch.no_grad():
         nhwc = deepcopy(model).to(memory_format=torch.channels_last)
         eager = [y for x in batches for y in leaves(model, x)]
@@ -111,6 +112,10 @@ def spread(model: nn.Module) -> None:
 def calibrate(model: nn.Module, images: Tensor) -> None:
     """Statistics of these images for every batch norm, so that roundings do not grow from layer to
     layer as they do in a network whose activations explode; the model is in eval mode afterwards.
+
+    The images that are compared must be among them. Statistics of a few images, at two pixels a
+    side, fit no others: without, activations of torchvision's EfficientNetV2-S grew 400 times, and
+    eager's own error was 2e-3 instead of 9e-6.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     model.eval()
