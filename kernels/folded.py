@@ -116,8 +116,8 @@ def lacks_statistics(norm: nn.Module | None) -> bool:
 
 
 def mixes(conv: nn.Conv2d, norm: nn.Module | None) -> bool:
-    """Whether the layers are in dtypes that torch refuses to compute together, or answers in another
-    than the convolution's: all must be in one, but that a batch norm in float32 takes 16 bits."""
+    """Whether torch refuses to compute these dtypes together, or answers in another than the
+    convolution's: all must be in one, but a batch norm in float32 takes 16 bits."""
     given = conv.weight.dtype
     if conv.bias is not None and conv.bias.dtype != given:
         return True
