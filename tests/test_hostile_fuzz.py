@@ -224,13 +224,14 @@ def equal(answer: Any, then: list[Tensor]) -> bool:
     return all(torch.equal(now.detach().nan_to_num(), was.nan_to_num()) for now, was in pairs)
 
 
-def examples(run_one: Callable[[Case], Any], number: int, count: int) -> None:
+def examples(run_one: Callable[[Case], Any], number: int, count: int, shrink: bool = True) -> None:
     """Runs the examples of a seed."""
+    phases = (Phase.generate, Phase.shrink)[: 1 + shrink]
 
     @seed(number)
     @settings(
         max_examples=count, deadline=None, database=None, report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink),
+        phases=phases,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
     @given(cases())
@@ -291,7 +292,7 @@ def main(what: str, first: int, last: int) -> None:
     for number in range(first, last):
         began = time.process_time()
         try:
-            examples(run_one, number, count)
+            examples(run_one, number, count, shrink=False)
             said = f"{count} examples hold"
         except Exception as error:
             said = f"FAILED\n{error}"

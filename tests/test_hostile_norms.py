@@ -183,3 +183,21 @@ def test_a_norm_of_another_dtype(conv: torch.dtype, norm: torch.dtype, early: bo
         else:
             assert got.dtype == want.dtype
             torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("model", DTYPES)
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_float64_and_whole_numbers_alone(
+    cast: torch.dtype, model: torch.dtype
+) -> None:
+    plain, fused = pair_of(
+        lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).to(model)
+    )
+    for dtype in (*DTYPES, torch.int64):
+        with torch.autocast("cpu", cast):
+            want, got = outcome(plain, X.to(dtype)), outcome(fused, X.to(dtype))
+        if isinstance(want, str):
+            assert got == want
+        else:
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=5e-2)
