@@ -98,7 +98,7 @@ def fold(
     Args:
         sources: of those layers.
     """
-    if why_not_followed(sources) is not None or lacks_statistics(norm) or mixes(conv, norm):
+    if why_not_followed(sources) is not None or lacks_statistics(norm) or mixes(conv, norm, dtype):
         return None
     origin = Origin(tensors_of(sources))  # before its tensors are read: a write in between is seen
     with torch.no_grad():
@@ -115,18 +115,21 @@ def lacks_statistics(norm: nn.Module | None) -> bool:
     return norm is not None and (norm.running_mean is None or norm.running_var is None)
 
 
-def mixes(conv: nn.Conv2d, norm: nn.Module | None) -> bool:
-    """Whether the layers are in dtypes that torch refuses to compute together, or answers in another
-    than the convolution's: all must be in one, but that a batch norm in float32 takes 16 bits."""
-    given = conv.weight.dtype
-    if conv.bias is not None and conv.bias.dtype != given:
+def mixes(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype) -> bool:
+    """Whether torch refuses to compute these layers in `dtype`, or answers in another: all must be
+    in it, but what autocast casts (not float64), and batch norms in float32, which take 16 bits.
+    """
+    found = {parameter.dtype for parameter in (conv.weight, conv.bias) if parameter is not None}
+    castable = {torch.float32, torch.float16, torch.bfloat16}
+    casts = torch.is_autocast_enabled(conv.weight.device.type) and dtype in castable
+    if found != {dtype} and not (casts and found <= castable):
         return True
-    found = set() if norm is None else {tensor.dtype for tensor in tensors_of(sources_of(norm))}
-    found = {dtype for dtype in found if dtype.is_floating_point}
+    held = set() if norm is None else {tensor.dtype for tensor in tensors_of(sources_of(norm))}
+    held = {each for each in held if each.is_floating_point}
     takes_16_bits = isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
-    if takes_16_bits and given.itemsize == 2 and found == {torch.float32}:
+    if takes_16_bits and dtype in castable and held == {torch.float32}:
         return False
-    return not found <= {given}
+    return not held <= {dtype}
 
 
 def require_weights(discarded: bool) -> None:

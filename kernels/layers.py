@@ -40,6 +40,8 @@ def why_not_conv(conv: nn.Conv2d) -> str | None:
         return f"it pads with {conv.padding_mode}"
     if padding_of(conv) is None:
         return "it pads one side more than the other"
+    if conv.padding == "same" and set(conv.stride) != {1}:
+        return "torch has no strided convolution whose padding is same"
     weight = conv._parameters.get("weight")
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(getattr(conv, 'weight', None)).__name__}"

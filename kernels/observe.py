@@ -44,6 +44,8 @@ _STATE = frozenset(  # of torch, which may be another when the graph runs
         "is_autocast_cpu_enabled", "get_autocast_gpu_dtype", "get_autocast_dtype",
         "get_autocast_cpu_dtype", "get_default_dtype", "_get_default_device", "get_num_threads",
         "is_anomaly_enabled", "is_autocast_cache_enabled", "is_deterministic",
+        "set_autocast_enabled", "set_autocast_cpu_enabled", "set_autocast_dtype",
+        "set_autocast_cpu_dtype", "set_autocast_gpu_dtype",
     }
 )  # fmt: skip
 _PYTHON_STATE = frozenset(
@@ -51,6 +53,12 @@ _PYTHON_STATE = frozenset(
         "is_compiling", "is_dynamo_compiling", "is_exporting", "is_in_onnx_export", "initial_seed",
         "get_float32_matmul_precision", "are_deterministic_algorithms_enabled", "get_rank",
         "get_world_size", "is_initialized", "get_default_device", "current_stream",
+    }
+)  # fmt: skip
+_CONTEXTS = frozenset(  # entered: another state of torch, even where it is the one there was
+    {
+        torch.autocast.__enter__.__code__, torch.enable_grad.__enter__.__code__,
+        torch.set_grad_enabled.__init__.__code__, torch.inference_mode.__enter__.__code__,
     }
 )  # fmt: skip
 _TENSOR_HOLDERS = ("_parameters", "_buffers")
@@ -136,6 +144,15 @@ class Observed:
         self.spaces.update(other.spaces)
         self.snapshot.pairs += other.snapshot.pairs
         self.snapshot.functions.update(other.snapshot.functions)
+
+
+def _called_by_user(frame: types.FrameType | None) -> bool:
+    """Whether it is a user's code, and not ours, that torch was called by."""
+    name = "torch"
+    while frame is not None and (name.partition(".")[0] in ("torch", "contextlib")):
+        frame = frame.f_back
+        name = (frame and frame.f_globals.get("__name__")) or ""
+    return not name.startswith(_OURS)
 
 
 def _as_it_was(value: Any) -> Any:
@@ -310,6 +327,10 @@ class Observer:
     def _enter(self, frame: types.FrameType, code: types.CodeType) -> None:
         name = frame.f_globals.get("__name__") or ""
         if is_known(name):
+            if code in _CONTEXTS:
+                self._codes.discard(code)
+                if _called_by_user(frame):
+                    self.refuse("changes autocast or whether gradients are kept")
             if code.co_name in _PYTHON_STATE and name.startswith("torch"):
                 self._asked(frame, f"asks torch for {code.co_name}()")
             return

@@ -161,7 +161,7 @@ class Plan:
         """Which memory format eager's convolutions take from their weights."""
         own = {
             plan: any(
-                type(weight) is nn.Parameter and suggests_channels_last(weight)
+                type(weight) in (Tensor, nn.Parameter) and suggests_channels_last(weight)
                 for layer in plan.layers
                 if (weight := layer.conv._parameters.get("weight")) is not None
             )

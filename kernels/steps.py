@@ -443,6 +443,8 @@ def autocast(x: Tensor) -> Tensor:
     """As autocast would hand `x` to a convolution; differentiable."""
     if not torch._C._is_any_autocast_enabled():
         return x
+    if x.dtype == torch.float64 or not x.is_floating_point():  # which it leaves alone
+        return x
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: F401 - the lines read it
 from torch import Tensor, nn
 
 CHANNELS = 16  # as many as our own convolutions take
@@ -97,6 +98,13 @@ LINES = {
     "pool": "y = F.max_pool2d(self.conv{k}(y), 3, 1, 1)",
     "resized": "y = F.interpolate(self.conv{k}(y), scale_factor=2.0)[..., ::2, ::2]",
 }  # fmt: skip
+NO_GRAPH = frozenset(  # lines with which a forward is no matter of a graph; its layers' may be
+    {
+        "set item", "list", "dict", "attribute", "counter", "buffer", "type", "dtype",
+        "wants gradients", "gradients on", "value", "while", "shape", "batch", "images", "assert",
+        "contiguous", "noise", "try", "zeros", "without gradients", "without autocast",
+    }
+)  # fmt: skip
 RETURNED = ["y"] * 5 + ["(y, x)", "{'y': y}", "[y, y + 1]", "(y, y[:, :2])", "y.mean((2, 3))"]
 TAKEN = ["y = x"] * 5 + ["y = x = x['image'] if 'image' in x else x", "x = x + 0; y = x"]
 

@@ -305,3 +305,14 @@ def test_a_child_gets_a_forward_of_its_own(name: str, asks: bool) -> None:
 
         child.forward = forward
     require_alike(plain, fused)
+
+
+def test_a_stride_that_padding_same_does_not_have() -> None:
+    """torch refuses to run it."""
+
+    def strided() -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(8, 16, 3, padding="same"), nn.BatchNorm2d(16), nn.ReLU())
+        model[0].stride = (2, 2)
+        return model
+
+    require_alike(*pair_of(strided))

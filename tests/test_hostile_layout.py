@@ -362,3 +362,17 @@ def test_a_convolutions_format_goes_by_input_and_weight(
                 y = F.conv2d(x, filters, padding=r // 2, groups=groups)
                 if not is_ambiguous(y.shape):
                     assert y.stride() == strides_in(y.shape, convolves_to_channels_last(x, filters))
+
+
+def test_functional_call_with_weights_in_channels_last() -> None:
+    plain = nn.Sequential(Block(16, 16)).eval()
+    fused = fuse(plain)
+    x = torch.randn(2, 16, 5, 6)
+    with torch.no_grad():
+        fused(x)
+        for model in (plain, fused):
+            model.to(memory_format=torch.channels_last)
+        weights = {name: weight * 1.5 for name, weight in plain.named_parameters()}
+        want, got = (torch.func.functional_call(m, weights, (x,)) for m in (plain, fused))
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionsFrozen
 
+from hostile import outcome, pair_of
 from resfuse.kernels import fuse
 from resfuse.kernels.folding import bn_scale_shift
 
 timm_norms = pytest.importorskip("timm.layers.norm_act")
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -151,3 +153,51 @@ def test_variances_that_divide_by_zero(variance: float, eps: float) -> None:
     )
     scale, _ = bn_scale_shift(plain[1])
     assert bool(scale[3].isfinite()) == bool(exact[:, 3].isfinite().all())
+
+
+# Dtypes that torch refuses to compute together
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("norm", DTYPES)
+@pytest.mark.parametrize("conv", DTYPES)
+def test_a_norm_of_another_dtype(conv: torch.dtype, norm: torch.dtype, early: bool) -> None:
+    """The same answer, or the same refusal; float32 norms take 16 bits."""
+
+    def changed(model: Any) -> Any:
+        model[0].to(conv)
+        model[1].to(norm)
+        return model
+
+    def make() -> Any:
+        model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        return changed(model) if early else model
+
+    plain, fused = pair_of(make)
+    if not early:
+        changed(plain), changed(fused)
+    for dtype in DTYPES:
+        want, got = outcome(plain, X.to(dtype)), outcome(fused, X.to(dtype))
+        if isinstance(want, str):
+            assert got == want
+        else:
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("model", DTYPES)
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_float64_and_whole_numbers_alone(
+    cast: torch.dtype, model: torch.dtype
+) -> None:
+    plain, fused = pair_of(
+        lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).to(model)
+    )
+    for dtype in (*DTYPES, torch.int64):
+        with torch.autocast("cpu", cast):
+            want, got = outcome(plain, X.to(dtype)), outcome(fused, X.to(dtype))
+        if isinstance(want, str):
+            assert got == want
+        else:
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=5e-2)

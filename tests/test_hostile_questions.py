@@ -196,6 +196,11 @@ def _autocast_set(m: Any, x: Any) -> Any:
         return m.body(x).float()
 
 
+def _in_float32(m: Any, x: Any) -> Any:
+    with torch.autocast("cpu", enabled=False):
+        return m.body(x.float())
+
+
 def _default_dtype(m: Any, x: Any) -> Any:
     return m.body(x) * (1 if torch.get_default_dtype() is torch.float32 else 2)
 
@@ -295,3 +300,13 @@ def test_a_subclass_of_tensor_keeps_its_type() -> None:
     with torch.no_grad():
         x = images().as_subclass(Tracked)
         assert type(fused(x)) is type(plain(x)) is Tracked
+
+
+def test_a_context_that_changes_nothing_while_it_is_traced() -> None:
+    """It does when the model is called within autocast."""
+    plain, fused = pair_of(lambda: type("Asks", (Layers,), {"forward": _in_float32})())
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            want, got = plain(images()), fused(images())
+        assert (got.dtype, got.requires_grad) == (want.dtype, want.requires_grad)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
