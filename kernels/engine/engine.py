@@ -80,8 +80,8 @@ class Engine:
     """A network that runs as planned; made by build_engine or load_engine.
 
     Its weights are its own: the model may train on. Calls from several threads take turns: an
-    engine has one arena. Two engines run side by side. In a forked process an engine for a CPU runs
-    on one thread, for the others stay behind.
+    engine has one arena. Two engines run side by side. In a forked process an engine for a CPU
+    starts threads of its own, and torch's operations run on one.
     The input is copied into the engine's memory and the outputs out of it, within the call. On a
     GPU a call runs on the caller's stream, behind the engine's previous call on whichever stream,
     as one CUDA graph unless the engine was built without; it cannot itself be captured in another.

@@ -25,17 +25,40 @@ static void first_in(const Step& s, const Part& part, float* scratch) {
   }
 }
 
-static void chain(const Step* steps, long t, long threads) {
+// A thread's range: of the first step's units, in whole pixels or rows of tiles, block by block.
+struct ChainRange {
+  Part all;
+  Cut cut;
+
+  ChainRange(const Step* steps, long range, long ranges)
+      : all(units(*steps), steps->kind == WINOGRAD ? (steps->Q + 1) / 2 : PIXELS, range, ranges),
+        cut(all.blocks(steps->block), 1, multiplications(steps) * all.count() / units(*steps)) {}
+
+ private:
+  static long units(const Step& first) {
+    return first.kind == WINOGRAD ? winograd_tiles(first) : first.N * first.P * first.Q;
+  }
+
+  static double multiplications(const Step* steps) {
+    double all = 0;
+    for (long i = 0; i <= steps->joined; i++) {
+      const Step& s = steps[i];
+      all += static_cast<double>(s.N * s.P * s.Q) * s.K * s.R * s.S * (s.C / s.groups);
+    }
+    return all;
+  }
+};
+
+static void chain_piece(const Step* steps, long range, long ranges, long piece, int slot) {
   const Step& first = steps[0];
-  const bool in_tiles = first.kind == WINOGRAD;
-  const long units = in_tiles ? winograd_tiles(first) : first.N * first.P * first.Q;
-  const Part all(units, in_tiles ? (first.Q + 1) / 2 : PIXELS, t, threads);
+  const ChainRange cut(steps, range, ranges);
+  const Part all = cut.all.of(cut.cut.block(piece), first.block);
   for (long from = all.from; from < all.to; from += first.block) {
     const long to = least(from + first.block, all.to);
     const Part pixels(first_pixel(first, from), first_pixel(first, to));
     for (long i = 0; i <= first.joined; i++) {
       Step s = steps[i];
-      float* const scratch = s.scratch + t * s.scratch_pitch;
+      float* const scratch = s.scratch + slot * s.scratch_pitch;
       // pixel 0 would lie before it: steps count from the first pixel of all
       if (s.x_local) s.x = scratch + s.x_local - pixels.from * s.x_pitch;
       if (s.residual_local) s.residual = scratch + s.residual_local - pixels.from * s.residual_pitch;

@@ -152,8 +152,20 @@ static void direct_in(const Step& s, const Part& all_pixels, const Part& all_pan
   }
 }
 
-static void direct(const Step& s, long t, long threads) {
-  const Part pixels(s.N * s.P * s.Q, PIXELS, s.by_channel ? 0 : t, s.by_channel ? 1 : threads);
-  const Part panels(direct_panels(s), 1, s.by_channel ? t : 0, s.by_channel ? threads : 1);
-  direct_in(s, pixels, panels, s.scratch + t * s.scratch_pitch);
+// A thread's range: of pixels through all panels, or of panels over all pixels.
+struct DirectRange {
+  Part pixels, panels;
+  Cut cut;
+
+  DirectRange(const Step& s, long range, long ranges)
+      : pixels(s.N * s.P * s.Q, PIXELS, s.by_channel ? 0 : range, s.by_channel ? 1 : ranges),
+        panels(direct_panels(s), 1, s.by_channel ? range : 0, s.by_channel ? ranges : 1),
+        cut(pixels.blocks(s.block), panels.count(),
+            static_cast<double>(pixels.count()) * panels.count() * PANEL * s.R * s.S *
+                (s.C / s.groups)) {}
+};
+
+static void direct_piece(const Step& s, long range, long ranges, long i, float* scratch) {
+  const DirectRange all(s, range, ranges);
+  direct_in(s, all.pixels.of(all.cut.block(i), s.block), all.panels.of(all.cut.panels(all.panels.count(), i)), scratch);
 }

@@ -113,6 +113,24 @@ static void grouped_in(const Step& s, const Part& pixels) {
   }
 }
 
-static void grouped(const Step& s, long t, long threads) {
-  grouped_in(s, Part(s.N * s.P * s.Q, PIXELS, t, threads));
+// A thread's range, cut where rows end.
+struct GroupedRange {
+  Part pixels;
+  Cut cut;
+
+  GroupedRange(const Step& s, long range, long ranges)
+      : pixels(s.N * s.P * s.Q, PIXELS, range, ranges),
+        cut(pixels.blocks(s.Q), 1,
+            static_cast<double>(pixels.count()) * s.K * s.R * s.S * (s.C / s.groups)) {}
+
+  Part piece(const Step& s, long i) const {
+    const Part rows = cut.block(i);
+    const long before = pixels.from / s.Q;  // whole rows
+    return Part(i ? (before + rows.from) * s.Q : pixels.from,
+                i + 1 < cut.pieces ? (before + rows.to) * s.Q : pixels.to);
+  }
+};
+
+static void grouped_piece(const Step& s, long range, long ranges, long i) {
+  grouped_in(s, GroupedRange(s, range, ranges).piece(s, i));
 }

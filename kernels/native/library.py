@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 # Not -ffast-math: NaN and infinity must come out as torch has them.
-_FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-std=c++20", "-O3", "-pthread", "-fPIC", "-shared")
 _COMPILERS = ("g++", "c++", "clang++")
 
 
@@ -25,17 +25,18 @@ class NativeUnavailable(RuntimeError):
 
 
 @functools.cache
-def library(architecture: str = "native") -> ctypes.CDLL:
+def library(architecture: str = "native", *further: str) -> ctypes.CDLL:
     """The library, compiled if need be (about 15 s).
 
     Args:
         architecture: what the compiler's -march takes; tests have it make vectors of other widths.
+        further: flags for the compiler, of tests, too.
 
     Raises:
         NativeUnavailable: no compiler, one that fails, or a processor without vectors.
     """
     compiler = _compiler()
-    flags = _flags(architecture)
+    flags = (*_flags(architecture), *further)
     built = cache_folder() / "native" / f"{_key(compiler, flags)}.so"
     if not built.exists():
         _compile(compiler, flags, built)

@@ -13,7 +13,7 @@ from torch import Tensor
 from resfuse.kernels.activation import Slope
 from resfuse.kernels.native import convolution
 from resfuse.kernels.native.library import why_unavailable
-from resfuse.kernels.native.step import ACTIVATIONS, Step, lanes, runner, threads
+from resfuse.kernels.native.step import ACTIVATIONS, Step, lanes, require_done, runner, threads
 from resfuse.kernels.native.weights import direct_from, direct_weights, per_channel, slopes
 from resfuse.kernels.onednn import Geometry
 from resfuse.kernels.origin import is_plain
@@ -112,7 +112,7 @@ class NativeConv:
         y = _empty(shape)
         step.x, step.y = x.data_ptr(), y.data_ptr()
         step.scratch = _workspace.of(step.scratch_pitch * threads())
-        self._run(step, 1, threads())
+        require_done(self._run(step, 1, threads()))
         return y
 
     def _added(self, x: Tensor, residual: Tensor, overwrite: bool) -> Tensor:
@@ -121,7 +121,7 @@ class NativeConv:
         y = residual if overwrite else _empty(shape)
         step.x, step.residual, step.y = x.data_ptr(), residual.data_ptr(), y.data_ptr()
         step.scratch = _workspace.of(step.scratch_pitch * threads())
-        self._run(step, 1, threads())
+        require_done(self._run(step, 1, threads()))
         return y
 
     def _step(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:

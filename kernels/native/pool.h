@@ -29,13 +29,20 @@ static void max_pool_in(const Step& s, const Part& rows) {
   }
 }
 
-static void max_pool(const Step& s, long t, long threads) {
-  max_pool_in(s, Part(s.N * s.P, 1, t, threads));
+// Of rows of y, each of which reads windows of R * S pixels.
+static Rows pool_range(const Step& s, long range, long ranges) {
+  const double window = s.kind == PICK ? 1 : s.R * s.S;
+  return Rows(s.N * s.P, 1, range, ranges, 4 * window * s.Q * s.K);
 }
 
-static void mean(const Step& s, long t, long threads) {
+// Of vectors of channels.
+static Rows mean_range(const Step& s, long range, long ranges) {
+  const long vectors = (s.K + LANES - 1) / LANES;
+  return Rows(s.N * vectors, 1, range, ranges, 4.0 * LANES * s.H * s.W);
+}
+
+static void mean_in(const Step& s, const Part& part) {
   const long vectors = (s.K + LANES - 1) / LANES, pixels = s.H * s.W;
-  const Part part(s.N * vectors, 1, t, threads);
   for (long i = part.from; i < part.to; i++) {
     const long image = i / vectors, k = i % vectors * LANES;
     const float* x = s.x + image * pixels * s.x_pitch + k;
@@ -47,8 +54,7 @@ static void mean(const Step& s, long t, long threads) {
 
 // Sums of windows, divided by w[p] * slope[q]: what counts of a window over the edge is Python's
 // to say.
-static void average_pool(const Step& s, long t, long threads) {
-  const Part rows(s.N * s.P, 1, t, threads);
+static void average_pool_in(const Step& s, const Part& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long top = row % s.P * s.stride_h - s.pad_h;
     const long first = top < 0 ? 0 : top, last = least(top + s.R, s.H);
@@ -70,8 +76,7 @@ static void average_pool(const Step& s, long t, long threads) {
 }
 
 // A pixel of y is the one of x in row w[p] and column slope[q], with zeros where x has no channels.
-static void pick(const Step& s, long t, long threads) {
-  const Part rows(s.N * s.P, 1, t, threads);
+static void pick_in(const Step& s, const Part& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long h = row / s.P * s.H + static_cast<long>(s.w[row % s.P]);
     for (long q = 0; q < s.Q; q++) {

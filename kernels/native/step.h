@@ -32,4 +32,6 @@ struct Step {
   long joined;                            // so many of the next steps take each block of this one
   long rows;                              // of a strip, where this step reads the one before so
   long x_local, residual_local, y_local;  // floats into the scratch memory, 0: not there
+
+  bool rows_joined() const { return this[1].rows; }  // strips.h, else chain.h
 };

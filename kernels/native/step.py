@@ -44,12 +44,14 @@ class Step(ctypes.Structure):
 
 
 def runner() -> Any:
-    """The library's function (steps, count, threads) that runs them."""
+    """The library's function (steps, count, threads) that runs them; `require_done` judges what it
+    returns.
+    """
     lib = library()
     if lib.resfuse_step_bytes() != ctypes.sizeof(Step):
         raise NativeUnavailable("the library's steps are laid out otherwise on this platform")
     run = lib.resfuse_run
-    run.restype, run.argtypes = None, [ctypes.POINTER(Step), ctypes.c_long, ctypes.c_long]
+    run.restype, run.argtypes = ctypes.c_long, [ctypes.POINTER(Step), ctypes.c_long, ctypes.c_long]
     return run
 
 
@@ -65,7 +67,13 @@ class Program:
         self._run = runner()
 
     def __call__(self) -> None:
-        self._run(self._steps, len(self._steps), self._threads)
+        require_done(self._run(self._steps, len(self._steps), self._threads))
+
+
+def require_done(failed: int) -> None:
+    """Raises RuntimeError where the library's function says that a thread has failed."""
+    if failed:
+        raise RuntimeError("a thread of the native steps has failed; the results are incomplete")
 
 
 def lanes() -> int:

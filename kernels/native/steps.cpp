@@ -1,9 +1,4 @@
 // Runs the steps of a network one after another, each on all threads, within one call.
-#include <omp.h>
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
-
 #include "affine.h"
 #include "chain.h"
 #include "digest.h"
@@ -12,41 +7,93 @@
 #include "pool.h"
 #include "step.h"
 #include "strips.h"
+#include "team.h"
 #include "winograd.h"
 
-static void run_part(const Step& step, long t, long threads) {
-  if (step.joined) {
-    return (&step)[1].rows ? strips(&step, t, threads) : chain(&step, t, threads);
-  }
-  switch (step.kind) {
-    case DIRECT: direct(step, t, threads); break;
-    case WINOGRAD:
-    case WINOGRAD_INLINE: winograd(step, t, threads); break;
-    case GROUPED: grouped(step, t, threads); break;
-    case MAX_POOL: max_pool(step, t, threads); break;
-    case MEAN: mean(step, t, threads); break;
-    case AFFINE: affine(step, t, threads); break;
-    case AVERAGE_POOL: average_pool(step, t, threads); break;
-    case PICK: pick(step, t, threads); break;
-  }
-}
+// What a thread's scratch memory holds of the step it computed last: the next piece may need it.
+struct Memory {
+  uint64_t step = 0;
+  Transformed transformed;
+  Strip strip;
+};
 
-// A forked process has none of its parent's threads, and OpenMP would wait for them for ever: its
-// steps run on the thread that calls. (They part themselves by the threads there are.)
-static bool forked = false;
-#if defined(__unix__) || defined(__APPLE__)
-static const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-#endif
+static thread_local Memory remembered;
 
-extern "C" void resfuse_run(const Step* steps, long count, long threads) {
-#pragma omp parallel num_threads(forked ? 1 : threads)
-  {
-    const long t = omp_get_thread_num(), of = omp_get_num_threads();
-    for (long i = 0; i < count; i += 1 + steps[i].joined) {
-      run_part(steps[i], t, of);
-#pragma omp barrier
+// A step, or several that are joined, to be shared out.
+class StepWork final : public team::Work {
+  const Step* const step_;
+
+ public:
+  explicit StepWork(const Step* step) : step_(step) {}
+
+  // Others begin later than the caller is done, where there are a few microseconds of work.
+  bool worth_sharing() const override {
+    const Step& s = *step_;
+    const double values = static_cast<double>(s.N) * s.K * (s.kind == MEAN ? s.H * s.W : s.P * s.Q);
+    const bool sums = s.kind <= GROUPED || s.kind == WINOGRAD_INLINE;
+    return s.joined || (sums ? values * s.R * s.S * (s.C / s.groups) > 1 << 17 : values > 1 << 14);
+  }
+
+  long pieces(long range, long ranges) const override {
+    const Step& s = *step_;
+    if (s.joined) {
+      return s.rows_joined() ? StripsRange(&s, range, ranges).cut.pieces
+                             : ChainRange(&s, range, ranges).cut.pieces;
+    }
+    switch (s.kind) {
+      case DIRECT: return DirectRange(s, range, ranges).cut.pieces;
+      case WINOGRAD:
+      case WINOGRAD_INLINE: return WinogradRange(s, range, ranges).cut.pieces;
+      case GROUPED: return GroupedRange(s, range, ranges).cut.pieces;
+      case MEAN: return mean_range(s, range, ranges).cut.pieces;
+      case AFFINE: return affine_range(s, range, ranges).cut.pieces;
+      case MAX_POOL:
+      case AVERAGE_POOL:
+      case PICK: return pool_range(s, range, ranges).cut.pieces;
+    }
+    return 0;
+  }
+
+  void compute(const team::Piece& at) const override {
+    const Step& s = *step_;
+    const long range = at.range, ranges = at.ranges, i = at.index;
+    if (remembered.step != at.step) remembered = {at.step, {}, {}};
+    if (s.joined) {
+      if (s.rows_joined()) return strips_piece(&s, range, ranges, i, at.slot, remembered.strip);
+      return chain_piece(&s, range, ranges, i, at.slot);
+    }
+    float* const scratch = s.scratch + at.slot * s.scratch_pitch;
+    switch (s.kind) {
+      case DIRECT: return direct_piece(s, range, ranges, i, scratch);
+      case WINOGRAD:
+      case WINOGRAD_INLINE:
+        return winograd_piece(s, range, ranges, i, scratch, remembered.transformed);
+      case GROUPED: return grouped_piece(s, range, ranges, i);
+      case MAX_POOL: return max_pool_in(s, pool_range(s, range, ranges).piece(i));
+      case MEAN: return mean_in(s, mean_range(s, range, ranges).piece(i));
+      case AFFINE: return affine_in(s, affine_range(s, range, ranges).piece(i));
+      case AVERAGE_POOL: return average_pool_in(s, pool_range(s, range, ranges).piece(i));
+      case PICK: return pick_in(s, pool_range(s, range, ranges).piece(i));
     }
   }
+};
+
+struct Steps {
+  const Step* steps;
+  long count;
+
+  template <class Do>
+  bool each(const Do& run) const {
+    for (long i = 0; i < count; i += 1 + steps[i].joined) {
+      if (!run(StepWork(steps + i))) return false;
+    }
+    return true;
+  }
+};
+
+// 0, or 1 if a piece threw.
+extern "C" long resfuse_run(const Step* steps, long count, long threads) {
+  return team::here->run(Steps{steps, count}, threads) ? 0 : 1;
 }
 
 extern "C" void resfuse_digest(Watched* parts, long count) {
@@ -70,3 +117,7 @@ extern "C" long resfuse_panel() { return PANEL; }
 extern "C" long resfuse_pixels() { return PIXELS; }
 extern "C" long resfuse_step_bytes() { return sizeof(Step); }
 extern "C" long resfuse_watched_bytes() { return sizeof(Watched); }
+
+#if defined(RESFUSE_DISTURBED)
+extern "C" void resfuse_fail_on(long slot) { team::failing_slot.store(slot); }
+#endif

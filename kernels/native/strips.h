@@ -15,25 +15,68 @@ static void reader_in(const Step& s, const Part& rows, float* scratch) {
   first_in(s, Part(rows.from * s.Q, rows.to * s.Q), scratch);
 }
 
-static void strips(const Step* steps, long t, long threads) {
+// The rows of the convolution that are in a thread's scratch memory, of all images' as if one lay
+// below the other, and the reader's row that reads on from them.
+struct Strip {
+  long first = 0, last = 0, next = -1;
+};
+
+// A thread's range, of the reader's rows.
+struct StripsRange {
+  Part rows;
+  Cut cut;
+
+  StripsRange(const Step* steps, long range, long ranges)
+      : rows(steps[1].N * steps[1].P, 1, range, ranges),
+        cut(strips(steps[1]), 1, static_cast<double>(steps->Q) * rows.count() *
+                                     steps[1].stride_h * steps->K * steps->R * steps->S *
+                                     (steps->C / steps->groups)) {}
+
+  // Where the strip that begins at a row ends: each image has its own.
+  long end(const Step& reader, long from) const {
+    return least(least(from + reader.rows, rows.to), (from / reader.P + 1) * reader.P);
+  }
+
+  Part piece(const Step& reader, long i) const {
+    const Part wanted = cut.block(i);
+    long from = rows.from, strip = 0;
+    for (; strip < wanted.from; strip++) from = end(reader, from);
+    long to = from;
+    for (; strip < wanted.to; strip++) to = end(reader, to);
+    return Part(from, to);
+  }
+
+ private:
+  long strips(const Step& reader) const {
+    long count = 0;
+    for (long from = rows.from; from < rows.to; from = end(reader, from)) count++;
+    return count;
+  }
+};
+
+static void strips_piece(const Step* steps, long range, long ranges, long piece, int slot,
+                         Strip& there) {
   Step conv = steps[0], reader = steps[1];
-  float* const local = conv.scratch + t * conv.scratch_pitch + conv.y_local;
+  float* const own = conv.scratch + slot * conv.scratch_pitch;
+  float* const local = own + conv.y_local;
   const long line = conv.Q * conv.y_pitch, reach = (reader.R - 1) * reader.dilation_h + 1;
-  const Part rows(reader.N * reader.P, 1, t, threads);
-  long first = 0, last = 0;  // rows that are there, of all images' as if one lay below the other
+  const StripsRange all(steps, range, ranges);
+  const Part rows = all.piece(reader, piece);
+  if (there.next != rows.from) there = Strip{};
   for (long from = rows.from, to; from < rows.to; from = to) {
     const long image = from / reader.P, above = image * conv.P;
-    to = least(least(from + reader.rows, rows.to), (image + 1) * reader.P);
+    to = all.end(reader, from);
     const long top = from % reader.P * reader.stride_h - reader.pad_h;
     const long bottom = (to - 1) % reader.P * reader.stride_h - reader.pad_h + reach;
     const long needed = above + (top < 0 ? 0 : top), end = above + least(bottom, conv.P);
-    const long kept = last > needed ? last - needed : 0;
-    if (kept) std::memmove(local, local + (needed - first) * line, kept * line * sizeof(float));
+    const long kept = there.last > needed ? there.last - needed : 0;
+    if (kept) {
+      std::memmove(local, local + (needed - there.first) * line, kept * line * sizeof(float));
+    }
     conv.y = local - needed * line;  // row 0 would lie before it: steps count from the first of all
     reader.x = conv.y;
-    first_in(conv, Part((needed + kept) * conv.Q, end * conv.Q),
-             conv.scratch + t * conv.scratch_pitch);
-    reader_in(reader, Part(from, to), reader.scratch + t * reader.scratch_pitch);
-    first = needed, last = end;
+    first_in(conv, Part((needed + kept) * conv.Q, end * conv.Q), own);
+    reader_in(reader, Part(from, to), reader.scratch + slot * reader.scratch_pitch);
+    there = {needed, end, to};
   }
 }

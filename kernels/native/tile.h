@@ -144,4 +144,48 @@ struct Part {
     from = units * t / threads * unit;
     to = least(count, units * (t + 1) / threads * unit);
   }
+
+  long count() const { return to - from; }
+  long blocks(long size) const { return (count() + size - 1) / size; }
+  // Some of its blocks of `size`.
+  Part of(const Part& blocks, long size = 1) const {
+    return Part(from + blocks.from * size, least(to, from + blocks.to * size));
+  }
+};
+
+// How a thread's range of a step is cut: into pieces of whole blocks, or of one block's panels.
+constexpr long PIECES = 16;           // enough for others to take over from a thread that halts
+constexpr double SMALLEST = 1 << 20;  // multiplications of a piece: some 10 us
+
+struct Cut {
+  long blocks, groups, pieces;
+
+  Cut(long blocks, long panels, double multiplications) : blocks(blocks), groups(1) {
+    const double enough = multiplications / SMALLEST;
+    const long wanted = enough < 1 ? 1 : enough < PIECES ? static_cast<long>(enough) : PIECES;
+    if (0 < blocks && blocks < wanted) groups = least(panels, (wanted + blocks - 1) / blocks);
+    pieces = blocks < wanted ? blocks * groups : least(blocks, wanted);
+  }
+
+  // The blocks, and the panels, of piece `i`.
+  Part block(long i) const {
+    return groups > 1 ? Part(i / groups, i / groups + 1) : Part(blocks, 1, i, pieces);
+  }
+  Part panels(long panels, long i) const { return Part(panels, 1, i % groups, groups); }
+};
+
+// A thread's range of rows, pixels or vectors that are all alike.
+struct Rows {
+  Part all;
+  Cut cut;
+
+  Rows(long count, long unit, long range, long ranges, double multiplications_of_each)
+      : all(count, unit, range, ranges),
+        cut(all.blocks(unit), 1, all.count() * multiplications_of_each),
+        unit_(unit) {}
+
+  Part piece(long i) const { return all.of(cut.block(i), unit_); }
+
+ private:
+  long unit_;
 };

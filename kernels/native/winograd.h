@@ -210,13 +210,22 @@ static inline long evenly(long tiles, long block) {
   return least(block, (each + PIXELS - 1) / PIXELS * PIXELS);
 }
 
-static void winograd_in(const Step& s, const Part& tiles, const Part& panels, float* scratch) {
+// The tiles whose transformed input is in a thread's scratch memory.
+struct Transformed {
+  long from = -1, count = 0;
+};
+
+static void winograd_in(const Step& s, const Part& tiles, const Part& panels, float* scratch,
+                        Transformed* there = nullptr) {
   const Kept kept(s, scratch);
-  const long block = evenly(tiles.to - tiles.from, s.block);
+  const long block = evenly(tiles.count(), s.block);
   for (long from = tiles.from; from < tiles.to; from += block) {
     const long count = least(block, tiles.to - from);
-    for (long i = 0; i < count; i++) {
-      gather(s, Patch(s, from + i), kept.input_plane, kept.input + i * s.C);
+    if (!there || there->from != from || there->count != count) {
+      for (long i = 0; i < count; i++) {
+        gather(s, Patch(s, from + i), kept.input_plane, kept.input + i * s.C);
+      }
+      if (there) *there = {from, count};
     }
     for (long p = panels.from; p < panels.to; p++) {
       if (s.kind == WINOGRAD) {
@@ -232,8 +241,23 @@ static void winograd_in(const Step& s, const Part& tiles, const Part& panels, fl
   }
 }
 
-static void winograd(const Step& s, long t, long threads) {
-  const Part tiles(winograd_tiles(s), PIXELS, s.by_channel ? 0 : t, s.by_channel ? 1 : threads);
-  const Part panels(winograd_panels(s), 1, s.by_channel ? t : 0, s.by_channel ? threads : 1);
-  winograd_in(s, tiles, panels, s.scratch + t * s.scratch_pitch);
+// A thread's range: of tiles through all panels, or of panels over all tiles.
+struct WinogradRange {
+  Part tiles, panels;
+  long block;
+  Cut cut;
+
+  WinogradRange(const Step& s, long range, long ranges)
+      : tiles(winograd_tiles(s), PIXELS, s.by_channel ? 0 : range, s.by_channel ? 1 : ranges),
+        panels(winograd_panels(s), 1, s.by_channel ? range : 0, s.by_channel ? ranges : 1),
+        block(evenly(tiles.count(), s.block)),
+        cut(tiles.blocks(block), panels.count(),
+            16.0 * tiles.count() * panels.count() * PANEL * s.C) {}
+};
+
+static void winograd_piece(const Step& s, long range, long ranges, long i, float* scratch,
+                           Transformed& there) {
+  const WinogradRange all(s, range, ranges);
+  const Part panels = all.panels.of(all.cut.panels(all.panels.count(), i));
+  winograd_in(s, all.tiles.of(all.cut.block(i), all.block), panels, scratch, &there);
 }
