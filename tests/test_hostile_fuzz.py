@@ -30,6 +30,7 @@ SEEDS_OF_FUSE, EXAMPLES_OF_FUSE = 9, 50
 SEEDS_OF_ENGINES, EXAMPLES_OF_ENGINES = 5, 10
 STORES = ("self.kept", "self.cache", "self.last", "self.count")
 # Engines are captured for contiguous inputs and objects as they are: a known gap, not tried here
+LOST_IN_COPIES = ("of inference mode", "hook of a weight")  # and fuse makes one
 NOT_OF_ENGINES = ("stride", "contiguous", "y.view(", "self.calls")
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {  # of a fused model, instead of a change
     "copy": copy.deepcopy,
@@ -67,8 +68,8 @@ def cases(draw: st.DrawFn) -> Case:
         lines.insert(draw(st.integers(0, len(lines))), line)
     body = [LINES[line].replace("{k}", str(k)) for k, line in enumerate(lines)]
     body = [draw(st.sampled_from(TAKEN)), *body, "return " + draw(st.sampled_from(RETURNED))]
-    # a copy's weights are none of inference mode, so that less is refused later
-    early = [change for change in CHANGES if change != "of inference mode"]
+
+    early = [change for change in CHANGES if change not in LOST_IN_COPIES]
     change = st.tuples(st.sampled_from(early), st.integers(0, 7))
     later = st.tuples(st.sampled_from([*CHANGES, *COPIES, *COPIES]), st.integers(0, 7))
     call = st.tuples(st.sampled_from(list(INPUTS)), st.sampled_from(list(CALLS)))
