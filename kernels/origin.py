@@ -41,13 +41,20 @@ def stamp_of(tensors: list[Tensor]) -> Stamp:
     try:
         versions = [tensor._version for tensor in tensors]
     except RuntimeError:  # there are inference tensors among them
-        versions = [_UNCOUNTED if t.is_inference() else t._version for t in tensors]
+        versions = list(map(_version_of, tensors))
     return (
         list(map(id, tensors)),
         [tensor.data_ptr() for tensor in tensors],
         versions,
         [tensor.stride() for tensor in tensors],
     )
+
+
+def _version_of(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # nor has one that was given other data, which is_inference() denies then
+        return _UNCOUNTED
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -75,7 +82,7 @@ def why_not_followed(sources: list[Source]) -> str | None:
             return f"{name} is a {type(tensor).__name__} on {tensor.device}"
         if not _is_dense(tensor):
             return f"{name} has gaps or overlaps in memory"
-        if tensor.is_cuda and tensor.is_inference():
+        if tensor.is_cuda and _version_of(tensor) == _UNCOUNTED:
             return f"{name} is an inference tensor: nothing counts the writes to it"
     return None
 
@@ -105,7 +112,7 @@ class Origin:
         self.is_readable = all(tensor.is_cpu for tensor in tensors)
         here = [t for t in self._memory if t.is_cpu and t.numel() > 0 and is_plain(t)]
         here = [tensor for tensor in here if _is_dense(tensor)]
-        uncounted = [tensor for tensor in here if tensor.is_inference()]
+        uncounted = [tensor for tensor in here if _version_of(tensor) == _UNCOUNTED]
         self._digest: Digest | Copies | None = None
         if here:
             self._digest = (

@@ -63,6 +63,32 @@ def hook_with_keywords(m: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
     return y + 1 if isinstance(y, Tensor) else None
 
 
+def hooked_with_keywords(layer: nn.Module) -> None:
+    layer.register_forward_hook(hook_with_keywords, with_kwargs=True)
+
+
+def restrided(layer: Any) -> None:
+    layer.weight.data = layer.weight.data.mT.contiguous().mT
+
+
+def shifted(layer: nn.Module) -> None:
+    if isinstance(bias := getattr(layer, "bias", None), Tensor):
+        bias.data.add_(0.1)
+
+
+def pruned_for_good(layer: nn.Module) -> None:
+    prune.remove(prune.l1_unstructured(layer, "weight", 0.4), "weight")
+
+
+def parametrized(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+def parametrized_once(layer: nn.Module) -> None:
+    parametrized(layer)
+    parametrize.remove_parametrizations(layer, "weight")
+
+
 def on(change: Callable[[Any], object]) -> Callable[[nn.Module, str], object]:
     """A change of the module itself, which does not ask what it is called."""
     return lambda model, name: change(model.get_submodule(name))
@@ -110,7 +136,7 @@ CHANGES: dict[str, Change] = {
     "hook": (MODULE, on(lambda m: m.register_forward_hook(a_hook))),
     "hook of a norm": (BN, on(lambda m: m.register_forward_hook(a_hook))),
     "pre-hook": (CONV, on(lambda m: m.register_forward_pre_hook(a_pre_hook))),
-    "keyword hook": (BN, on(lambda m: m.register_forward_hook(hook_with_keywords, with_kwargs=True))),
+    "keyword hook": (BN, on(hooked_with_keywords)),
     "backward hook": (CONV, on(lambda m: m.register_full_backward_hook(lambda *_: None))),
     "removed hook": (BN, on(lambda m: m.register_forward_hook(a_hook).remove())),
     "hook of a weight": (CONV, on(lambda m: m.weight.register_hook(lambda g: g * 2))),
@@ -118,7 +144,7 @@ CHANGES: dict[str, Change] = {
     "data": (CONV, on(lambda m: m.weight.data.mul_(1.5))),
     "one number": (CONV, on(lambda m: m.weight.data.view(-1)[3].add_(0.5))),
     "other data": (CONV, on(lambda m: setattr(m.weight, "data", m.weight.data * 1.5))),
-    "other strides": (CONV, on(lambda m: setattr(m.weight, "data", m.weight.data.mT.contiguous().mT))),
+    "other strides": (CONV, on(restrided)),
     "set": (CONV, on(lambda m: m.weight.data.set_(m.weight.data * 1.5))),
     "numpy": (CONV, on(lambda m: m.weight.detach().numpy().__imul__(1.5))),
     "another weight": (CONV, on(lambda m: setattr(m, "weight", nn.Parameter(m.weight.data * 1.5)))),
@@ -142,13 +168,12 @@ CHANGES: dict[str, Change] = {
     "assign": (Base, on(lambda m: loaded(m, assign=True))),
     "swap": (CONV, on(lambda m: swap_tensors(m.weight, nn.Parameter(m.weight.data * 1.5)))),
     "shared memory": (Base, on(lambda m: m.share_memory())),
-    "apply": (Base, on(lambda m: m.apply(lambda n: n.bias.data.add_(0.1) if hasattr(n, "weight") and n.bias is not None else 0))),
+    "apply": (Base, on(lambda m: m.apply(shifted))),
     "freeze": (Base, on(lambda m: m.requires_grad_(False))),
-    "tied": (Base, on(lambda m: [setattr(n, "bias", next(m.parameters())) for n in []])),
     "prune": (CONV, on(lambda m: prune.l1_unstructured(m, "weight", 0.4))),
-    "pruned for good": (CONV, on(lambda m: prune.remove(prune.l1_unstructured(m, "weight", 0.4), "weight"))),
-    "parametrize": (CONV, on(lambda m: parametrize.register_parametrization(m, "weight", Doubled()))),
-    "parametrized once": (CONV, on(lambda m: parametrize.remove_parametrizations(parametrize.register_parametrization(m, "weight", Doubled()), "weight"))),
+    "pruned for good": (CONV, on(pruned_for_good)),
+    "parametrize": (CONV, on(parametrized)),
+    "parametrized once": (CONV, on(parametrized_once)),
     "weight norm": (CONV, on(lambda m: parametrizations.weight_norm(m))),
     "channels last": (Base, on(lambda m: m.to(memory_format=torch.channels_last))),
     "a conv in channels last": (CONV, on(lambda m: m.to(memory_format=torch.channels_last))),

@@ -57,7 +57,7 @@ LINES = {
     "written buffer": "self.count.copy_(y.mean()); y = y + self.count",
     "tensor": "y = y * self.tensor",
     "weight": "y = y + self.conv{k}.weight.mean()",
-    "functional conv": "y = F.conv2d(y, self.conv{k}.weight, padding='same', groups=self.conv{k}.groups)",
+    "functional conv": "c = self.conv{k}; y = F.conv2d(y, c.weight, None, 1, 'same', 1, c.groups)",
     "is tensor": "y = y * (2 if isinstance(x, torch.Tensor) else 3)",
     "is tuple": "y = y * (2 if isinstance(y, (tuple, list, dict)) else 1)",
     "type": "y = y * (2 if type(y) is torch.Tensor else 3)",

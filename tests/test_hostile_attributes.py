@@ -316,3 +316,16 @@ def test_a_stride_that_padding_same_does_not_have() -> None:
         return model
 
     require_alike(*pair_of(strided))
+
+
+def test_other_data_in_a_weight_of_inference_mode() -> None:
+    """It is no inference tensor any more, says torch, but has no count of writes either."""
+    plain, fused = pair_of(lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)))
+    for model in (plain, fused):
+        with torch.inference_mode():
+            model[0].weight = nn.Parameter(model[0].weight * 1.5, requires_grad=False)
+        model.double()
+    require_alike(plain, fused, images().double())
+    for model in (plain, fused):
+        model[0].weight.data.mul_(2)
+    require_alike(plain, fused, images().double())
