@@ -43,7 +43,7 @@ def test_the_row_says_what_design_says() -> None:
     math_mode memory_format device_name requested_batch_size p50_ms p90_ms p99_ms rounds peak_mem_mb
     reserved_mem_mb setup_s break_even_images floor_ms sol_pct joules_per_image rel_l2_err
     max_abs_err top1_agree err_vs_eager baseline speedup speedup_ci_low speedup_ci_high sm_clock_mhz
-    throttle status error env_id commit timestamp schema_version"""
+    throttle other_load status error env_id commit timestamp schema_version"""
     assert set(promised.split()) <= set(names)
     assert names[-6:] == ENDED
 

@@ -267,4 +267,4 @@ def test_the_worker_speaks_plain_json(contributed: Path) -> None:
         message = json.loads(messages.read())
     assert message["event"] == "result"
     assert message["facts"]["threads"] == "1"
-    assert message["folder"].endswith(f"-triton{message['facts']['triton']}")
+    assert message["folder"].endswith(f"-{message['facts']['cpu_cores']}-cores")
