@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +37,9 @@ from resfuse.kernels.engine.tactics import eager, native
 from resfuse.kernels.native import step
 from resfuse.kernels.native.convolution import Form, NativeConfig, choose, refusal
 from resfuse.kernels.native.library import library, processor
+from resfuse.kernels.native.packed import NativeConv, supports
 from resfuse.kernels.native.step import ACTIVATIONS
+from resfuse.kernels.onednn import Geometry
 from resfuse.kernels.problem import ConvProblem
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -224,3 +227,28 @@ def test_this_processors_widest_vectors_are_used() -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("what the processor can do is looked up by x86-64's names")
     assert step.lanes() == widest
+
+
+# One convolution by itself, as `fuse` calls it
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("channels", "groups"), [(32, 32), (144, 144), (64, 16), (128, 32)])
+def test_a_grouped_convolution_runs_by_itself(channels: int, groups: int, stride: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(channels, channels // groups, 3, 3, generator=generator)
+    bias = torch.randn(channels, generator=generator)
+    geometry = Geometry((stride, stride), (1, 1), (1, 1), groups)
+    assert supports(weight, geometry, "relu6")
+    conv = NativeConv(weight, bias, geometry, "relu6", None)
+    x = torch.randn(2, channels, 15, 14, generator=generator)
+    want = F.conv2d(x.double(), weight.double(), bias.double(), stride, 1, 1, groups).clamp(0, 6)
+    torch.testing.assert_close(conv(x).double(), want, rtol=1e-5, atol=1e-5)
+    residual = torch.randn(want.shape, generator=generator)
+    added = F.conv2d(x.double(), weight.double(), bias.double(), stride, 1, 1, groups)
+    torch.testing.assert_close(
+        conv.add(x, residual).double(), (added + residual).clamp(0, 6), rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(conv.dense_weight(), weight)
+    with pytest.raises(ValueError, match=str(channels)):
+        conv(x[:, : channels // 2])

@@ -166,14 +166,13 @@ def _is_winograd(problem: ConvProblem) -> bool:
 
 
 def _is_grouped(problem: ConvProblem) -> bool:
-    of_each = problem.c // problem.groups
-    return (
-        problem.groups > 1
-        and problem.c == problem.k
-        and problem.c % lanes() == 0
-        and lanes() % of_each == 0
-        and problem.r * problem.s <= _MOST_TAPS
-    )
+    return fits_grouped(problem.c, problem.k, problem.groups, problem.r * problem.s)
+
+
+def fits_grouped(c: int, k: int, groups: int, taps: int) -> bool:
+    """Whether the grouped form computes a convolution from `c` to `k` channels."""
+    whole_groups = groups > 1 and c == k and c % lanes() == 0 and lanes() % (c // groups) == 0
+    return whole_groups and taps <= _MOST_TAPS
 
 
 def _fills_vectors(problem: ConvProblem) -> bool:

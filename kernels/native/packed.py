@@ -14,7 +14,14 @@ from resfuse.kernels.activation import Slope
 from resfuse.kernels.native import convolution
 from resfuse.kernels.native.library import why_unavailable
 from resfuse.kernels.native.step import ACTIVATIONS, Step, lanes, require_done, runner, threads
-from resfuse.kernels.native.weights import direct_from, direct_weights, per_channel, slopes
+from resfuse.kernels.native.weights import (
+    direct_from,
+    direct_weights,
+    grouped_from,
+    grouped_weights,
+    per_channel,
+    slopes,
+)
 from resfuse.kernels.onednn import Geometry
 from resfuse.kernels.origin import is_plain
 from resfuse.kernels.problem import ConvProblem
@@ -22,9 +29,12 @@ from resfuse.kernels.problem import ConvProblem
 
 def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
     """Whether there is a native step for the convolution here."""
-    fits = weight.dtype == torch.float32 and geometry.groups == 1 and activation in ACTIVATIONS
+    fits = weight.dtype == torch.float32 and activation in ACTIVATIONS
     if not fits or weight.shape[0] < 16 or why_unavailable() is not None:
         return False
+    if geometry.groups > 1:
+        k, of_each, r, s = weight.shape
+        return convolution.fits_grouped(of_each * geometry.groups, k, geometry.groups, r * s)
     row = weight.shape[1] * weight.shape[3]
     return weight.shape[0] % lanes() == 0 and row <= convolution.LONGEST_ROW
 
@@ -54,9 +64,9 @@ class NativeConv:
         ValueError: at a call: x is no plain float32 tensor [N, C, H, W] in the CPU's memory.
 
     Args:
-        weight: [K, C, R, S], float32; not kept.
+        weight: [K, C / groups, R, S], float32; not kept.
         bias: [K].
-        geometry: of the convolution; groups must be one.
+        geometry: of the convolution.
         activation: a name of ACTIVATIONS that `supports` allows.
         slope: of leaky_relu (a number) or prelu (a tensor [K]).
     """
@@ -66,7 +76,10 @@ class NativeConv:
     ) -> None:
         self._shape = weight.shape
         self._geometry, self._activation = geometry, activation
-        self._weight = direct_weights(weight)  # the inline Winograd reads them, too
+        self._channels = weight.shape[1] * geometry.groups
+        # the inline Winograd reads the direct form's, too
+        lay_out = grouped_weights if geometry.groups > 1 else direct_weights
+        self._weight = lay_out(weight)
         self._bias = per_channel(bias)
         self._slope = None if slope is None else slopes(slope, weight.shape[0])
         self._run = runner()
@@ -102,8 +115,8 @@ class NativeConv:
     def _require(self, x: Tensor) -> None:
         """What the native step cannot tell from an address."""
         _require_memory("x", x)
-        if x.dim() != 4 or x.size(1) != self._shape[1] or x.numel() == 0:
-            wanted = f"[N, {self._shape[1]}, H, W], none of them 0"
+        if x.dim() != 4 or x.size(1) != self._channels or x.numel() == 0:
+            wanted = f"[N, {self._channels}, H, W], none of them 0"
             raise ValueError(f"argument x: {list(x.shape)}; accepted: {wanted}")
 
     def _computed(self, x: Tensor) -> Tensor:
@@ -139,7 +152,7 @@ class NativeConv:
         k, _, r, s = self._shape
         g = self._geometry
         problem = ConvProblem(
-            n, c, h, w, k, r, s, g.stride, g.padding, g.dilation,
+            n, c, h, w, k, r, s, g.stride, g.padding, g.dilation, g.groups,
             math_mode="ieee", activation=self._activation, residual=residual,
         )  # fmt: skip
         config = convolution.choose(problem)
@@ -153,7 +166,8 @@ class NativeConv:
 
     def dense_weight(self) -> Tensor:
         """The weight as it was given."""
-        return direct_from(self._weight, self._shape)
+        back = grouped_from if self._geometry.groups > 1 else direct_from
+        return back(self._weight, self._shape)
 
 
 def _empty(shape: tuple[int, ...]) -> Tensor:

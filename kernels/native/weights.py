@@ -39,10 +39,23 @@ def winograd_weights(w: Tensor) -> Tensor:
 def grouped_weights(w: Tensor) -> Tensor:
     """[K, C / groups, R, S] -> for each vector of channels [R, S, i, lanes]: what lane l multiplies
     with input channel l ^ i of all."""
-    k, i = (torch.arange(size, dtype=torch.int64, device=w.device) for size in w.shape[:2])
-    k = k[:, None]
-    by_lane = w[k, (k % len(i)) ^ i]
+    by_lane = w[_shuffled(w.shape, w.device)]
     return by_lane.unflatten(0, (-1, lanes())).permute(0, 3, 4, 2, 1).reshape(-1)
+
+
+def grouped_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
+    """The weight [K, C / groups, R, S] that grouped_weights laid out."""
+    _, of_each, r, s = shape
+    by_lane = laid_out.view(-1, r, s, of_each, lanes()).permute(0, 4, 3, 1, 2).flatten(0, 1)
+    weight = by_lane[_shuffled(shape, laid_out.device)]  # which undoes itself
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def _shuffled(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of w[k, k ^ i]."""
+    k, i = (torch.arange(size, dtype=torch.int64, device=device) for size in shape[:2])
+    k = k[:, None]
+    return k, (k % len(i)) ^ i
 
 
 def per_channel(v: Tensor) -> Tensor:
