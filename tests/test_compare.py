@@ -260,7 +260,7 @@ def test_files_that_cannot_be_read_get_a_sentence(
         "was written by a newer resfuse (schema_version 2); this one reads versions up to 1" in said
     )
     path.write_text(whole + "a,row,with,far,too" + ",many" * 200 + "\n")
-    with pytest.warns(LeftOutWarning, match=r"rows\.csv: left out line 4: 205 cells for 59 col"):
+    with pytest.warns(LeftOutWarning, match=r"rows\.csv: left out line 4: 205 cells for \d+ col"):
         assert compare()[0] == 0
     path.write_bytes(whole.encode() + b"\xff\n")
     assert "cannot be read as CSV" in compare()[1]
