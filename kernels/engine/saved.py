@@ -28,6 +28,7 @@ from resfuse.kernels.engine.plan_json import (
     segments_to_json,
 )
 from resfuse.kernels.engine.room import Laid
+from resfuse.kernels.native.cpus import asking, require_threads
 
 if TYPE_CHECKING:
     from resfuse.kernels.engine.engine import Built, Engine
@@ -43,6 +44,7 @@ def save(
     state: Mapping[str, Tensor],
     other_batches: str,
     cuda_graph: bool,
+    threads: int | None = None,
 ) -> None:
     """Writes the file; on failure there is none, or the one that was there.
 
@@ -55,7 +57,8 @@ def save(
     told = {
         "schema": SCHEMA,
         "device_type": device.type,
-        "environment": environment(device),
+        "environment": _environment(device, threads),
+        "threads": threads,
         "other_batches": other_batches,
         "cuda_graph": cuda_graph,
         "plans": {
@@ -143,12 +146,26 @@ def _engine(
         raise ValueError(f"other batches: {told['other_batches']!r}")
     if type(told["cuda_graph"]) is not bool:
         raise ValueError(f"CUDA graphs: {told['cuda_graph']!r}")
-    laid = Laid()
-    built = {
-        size: Built(graph, segs, Executor(graph, [s.choice for s in segs], state, laid))
-        for size, (graph, segs) in plans.items()
-    }
-    return Engine(built, state, other_batches=told["other_batches"], cuda_graph=told["cuda_graph"])
+    laid, threads = Laid(), told.get("threads")
+    with asking(threads):
+        built = {
+            size: Built(graph, segs, Executor(graph, [s.choice for s in segs], state, laid))
+            for size, (graph, segs) in plans.items()
+        }
+    return Engine(
+        built,
+        state,
+        other_batches=told["other_batches"],
+        cuda_graph=told["cuda_graph"],
+        threads=threads,
+    )
+
+
+def _environment(device: torch.device, threads: int | None) -> dict[str, str]:
+    """As it is for an engine that was asked to run on so many threads."""
+    require_threads(threads)
+    with asking(threads):
+        return environment(device)
 
 
 def _digest(plan: str, state: Mapping[str, Tensor]) -> str:
@@ -171,7 +188,7 @@ def _same_device(path: Path, told: dict[str, Any]) -> torch.device:
     if told["device_type"] == "cuda" and not torch.cuda.is_available():
         raise _Damaged(f"argument path: {path} was built on a GPU; there is none here")
     device = torch.device(told["device_type"])
-    here = environment(device)
+    here = _environment(device, told.get("threads"))
     for fact in {**told["environment"], **here}:
         there = told["environment"].get(fact)
         if here.get(fact) != there:
