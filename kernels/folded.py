@@ -41,9 +41,11 @@ class Folded:
         with _disable_current_modes():  # an export must see a weight, not how it was unpacked
             return self.packed.dense_weight()
 
-    def pack(self, geometry: onednn.Geometry, activation: str, x: Tensor) -> "Folded":
+    def pack(
+        self, geometry: onednn.Geometry, activation: str, x: Tensor, threads: int | None = None
+    ) -> "Folded":
         """The same, laid out for a native step, or for oneDNN and inputs like x."""
-        packed = pack(self.dense(), self.bias, geometry, activation, self.slope, x.shape)
+        packed = pack(self.dense(), self.bias, geometry, activation, self.slope, x.shape, threads)
         return replace(self, weight=None, packed=packed)
 
     def is_fresh(self) -> bool:
@@ -58,12 +60,13 @@ def pack(
     activation: str,
     slope: Slope,
     shape: torch.Size,
+    threads: int | None = None,
 ) -> Packed:
     """A convolution on the CPU: a native step where there is one, else oneDNN's for inputs of
     `shape`.
     """
     if native.supports(weight, geometry, activation):
-        return NativeConv(weight, bias, geometry, activation, slope)
+        return NativeConv(weight, bias, geometry, activation, slope, threads)
     return onednn.PackedConv(weight, bias, geometry, activation, slope, shape)
 
 
@@ -73,6 +76,7 @@ class Fold:
     made: Folded | None = None
     discard = False  # the layer's own weight, as soon as it is not needed any more
     discarded = False
+    threads: int | None = None  # that native steps run on
 
 
 def fold_layers(

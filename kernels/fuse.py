@@ -17,6 +17,7 @@ from resfuse.kernels.draft import scopes
 from resfuse.kernels.folded import require_weights
 from resfuse.kernels.fused_scope import attach, detach, empty_plan
 from resfuse.kernels.layers import DTYPES, copied
+from resfuse.kernels.native.cpus import require_threads
 from resfuse.kernels.parity import require_parity
 from resfuse.kernels.plan import plan_of
 from resfuse.kernels.sequence import sequence_plan
@@ -32,6 +33,7 @@ def fuse(
     discard_weights: bool = False,
     training: bool = False,
     weights: Literal["follow", "frozen"] = "follow",
+    threads: int | None = None,
 ) -> nn.Module:
     """Fuses every conv-BN(-activation)(-add) it understands; `explain` says which.
 
@@ -63,12 +65,16 @@ def fuse(
             place where nobody can tell. Compiled models train on their layers.
         weights: "follow" them, as above; or "frozen": nobody writes to them, as you promise, so a
             call does not look. train(), eval(), to() and load_state_dict() still do.
+        threads: that convolutions run on, on a CPU; by default as many as there are CPUs to use,
+            and no more than torch.get_num_threads() says at the call.
 
     Raises:
         ValueError: `model` is no module, is on the meta device or on several, or has weights of a
             dtype that no kernel computes in; `example` does not fit it; the answers differ;
-            weights are to be discarded and trained; or `weights` is neither of the two.
+            weights are to be discarded and trained; `weights` is neither of the two; or `threads`
+            is no number of them.
     """
+    require_threads(threads)
     if weights not in ("follow", "frozen"):
         raise ValueError(f'argument weights: {weights!r}; accepted: "follow", "frozen"')
     _require_fusible(model)
@@ -90,6 +96,8 @@ def fuse(
     for module in reversed(list(fused_model.modules())):  # the outermost plan comes last, and wins
         if (plan := plan_of(module)) is not None:
             plan.frozen = weights == "frozen"
+            for layer in plan.layers:
+                layer.fold.threads = threads
             plan.adopt(module)
     if example is not None:
         try:

@@ -79,7 +79,9 @@ class ConvStep:
         if x.is_cuda:
             return self._on_gpu(x, self.folded_for_gpu(x.dtype), residual)
         if folded.packed is None and x.is_cpu and onednn.supports(x.dtype):
-            folded = self.fold.made = folded.pack(self.geometry, self.activation, x)
+            folded = self.fold.made = folded.pack(
+                self.geometry, self.activation, x, self.fold.threads
+            )
         if folded.packed is not None:
             self._discard_weight()
             return self._packed(x, folded.packed, residual)

@@ -175,7 +175,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.fixture(params=[1, 2, 3])
 def thread_counts(request: pytest.FixtureRequest) -> Iterator[int]:
     """One thread, two, and more than there are cores here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    from resfuse.kernels.native.cpus import asking
+
+    with asking(request.param):
+        yield request.param

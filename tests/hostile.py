@@ -82,7 +82,7 @@ def plans_run(model: nn.Module, x: Any = None) -> int:
     runs = []
     run = Plan._run
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(Plan, "_run", lambda *args: runs.append(args) or run(*args))
+        patch.setattr(Plan, "_run", lambda *args, **how: runs.append(args) or run(*args, **how))
         model(images() if x is None else x)
     return len(runs)
 

@@ -36,6 +36,7 @@ from resfuse.kernels.engine.graph import Affine, Conv, Graph, Mean, Node, Value
 from resfuse.kernels.engine.tactics import eager, native
 from resfuse.kernels.native import step
 from resfuse.kernels.native.convolution import Form, NativeConfig, choose, refusal
+from resfuse.kernels.native.cpus import asking
 from resfuse.kernels.native.library import library, processor
 from resfuse.kernels.native.packed import NativeConv, supports
 from resfuse.kernels.native.step import ACTIVATIONS
@@ -49,10 +50,8 @@ WIDTHS = {"x86-64-v3": ("avx2", 8), "x86-64-v2": ("sse4_2", 4)}  # -march: what 
 
 @pytest.fixture(params=[2, 3, 4])
 def several_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with asking(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=WIDTHS)

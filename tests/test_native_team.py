@@ -26,6 +26,7 @@ from resfuse.kernels.engine.graph import Graph, MaxPool, Mean, State
 from resfuse.kernels.engine.tactics import native, native_chain, native_strips
 from resfuse.kernels.native import step
 from resfuse.kernels.native.convolution import refusal
+from resfuse.kernels.native.cpus import asking
 from resfuse.kernels.native.library import library
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -50,20 +51,14 @@ def disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with asking(2):
+        yield
 
 
 def answers(graph: Graph, state: State, choices: list[Choice], threads: int) -> list[Tensor]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with asking(threads):
         executor = Executor(graph, choices, state)
         return [y.clone() for y in executor(*inputs_of(graph))]
-    finally:
-        torch.set_num_threads(before)
 
 
 def require_same_bits(graph: Graph, state: State, choice: Choice) -> None:

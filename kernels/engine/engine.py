@@ -44,6 +44,7 @@ from resfuse.kernels.engine.room import Laid
 from resfuse.kernels.engine.saved import save
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_on
 from resfuse.kernels.engine.timing_cache import TimingCache, known
+from resfuse.kernels.native.cpus import asking, keep_torch_threads, require_threads
 from resfuse.kernels.native.step import lanes
 
 OtherBatches = Literal["error", "pad", "eager"]
@@ -97,7 +98,9 @@ class Engine:
         ceilings: Ceilings | None = None,
         keep_weights: bool = True,
         cuda_graph: bool = True,
+        threads: int | None = None,
     ) -> None:
+        self.threads = threads
         self._built = dict(sorted(built.items()))
         self._constants = {name for b in built.values() for name in b.graph.constants}
         weights = [*(t for n, t in state.items() if n not in self._constants), *state.values()]
@@ -185,6 +188,7 @@ class Engine:
                 "load the engine there"
             )
         self._lock, self._forks = threading.Lock(), forks()
+        keep_torch_threads()
         torch.set_num_threads(1)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -229,10 +233,11 @@ class Engine:
             unread = {name: t for name, t in tensors_of(model) if name not in fresh}
             model = with_weights(model, refreshed(unread, unread, state_dict) | fresh)
         laid = Laid()
-        built = {
-            size: Built(b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, laid))
-            for size, b in self._built.items()
-        }
+        with asking(self.threads):
+            built = {
+                size: Built(b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, laid))
+                for size, b in self._built.items()
+            }
         recorded = self._record(built)
         with self._lock:
             if isinstance(self._turns, Turns):
@@ -248,7 +253,10 @@ class Engine:
             ValueError: the engine was built with keep_weights=False.
         """
         plans = {size: (b.graph, b.segments) for size, b in self._built.items()}
-        save(Path(path), self._device, plans, self._weights(), self.other_batches, self.cuda_graph)
+        save(
+            Path(path), self._device, plans, self._weights(), self.other_batches,
+            self.cuda_graph, self.threads,
+        )  # fmt: skip
 
     def _built_for(self, batch_size: int | None) -> Built:
         if batch_size is not None and batch_size not in self._built:
@@ -279,6 +287,7 @@ def build_engine(
     keep_weights: bool = True,
     cuda_graph: bool = True,
     tiling: bool | None = None,
+    threads: int | None = None,
 ) -> Engine:
     """Compiles a model in eval mode for the shape, dtype and device of `example`.
 
@@ -296,11 +305,16 @@ def build_engine(
             between layers stays in a cache (TensorRT's tiling optimization). Whole stages are built
             and timed to find out, in four ways each: seconds on a CPU, where it is on by default,
             and on a GPU, where it is off, an estimated 10 to 25 s for ResNet-50 at batch 256.
+        threads: that native steps run on, on a CPU; torch's own operations run on torch's. By
+            default as many as there are CPUs to use (affinity, cgroup quota), and no more than
+            torch.get_num_threads() says now, and at each call.
 
     Raises:
         ValueError: a model in training mode, one that cannot be captured, a weight that is not
-            finite, or a batch size below one; or one that no CUDA graph can record.
+            finite, or a batch size or number of threads below one; or one that no CUDA graph can
+            record.
     """
+    require_threads(threads)
     usable = isinstance(example, Tensor) and example.layout == torch.strided
     if not usable or example.dim() < 2 or not example.shape[0]:
         raise ValueError("argument example: accepted: one dense tensor [N, C, H, W], not empty")
@@ -311,6 +325,23 @@ def build_engine(
         raise ValueError(f"argument batch_sizes: {sizes[0]}; accepted: 1 and more")
     if other_batches not in ("error", "pad", "eager"):
         raise ValueError(f"argument other_batches: {other_batches!r}; accepted: error, pad, eager")
+    with asking(threads):
+        return _built_engine(
+            model, example, sizes, other_batches, timings, keep_weights, cuda_graph, tiling, threads
+        )
+
+
+def _built_engine(
+    model: nn.Module,
+    example: Tensor,
+    sizes: Sequence[int],
+    other_batches: OtherBatches,
+    timings: Path | None,
+    keep_weights: bool,
+    cuda_graph: bool,
+    tiling: bool | None,
+    threads: int | None,
+) -> Engine:
     cache = TimingCache(example.device, timings)
     built: dict[int, Built] = {}
     state: dict[str, Tensor] = {}
@@ -332,6 +363,7 @@ def build_engine(
         ceilings=Ceilings(example.device, example.dtype, cache),
         keep_weights=keep_weights,
         cuda_graph=cuda_graph,
+        threads=threads,
     )
 
 

@@ -8,18 +8,21 @@ import sys
 
 import torch
 
+from resfuse.kernels.native.cpus import threads
 from resfuse.kernels.native.library import fingerprint, processor
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name; or the processor's, with a hash of what it can do, and torch's threads."""
+    """The GPU's name; or the processor's, with a hash of what it can do, and the threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     described = processor()
     names = [line.split(":")[1] for line in described.splitlines() if line.startswith("model name")]
     name = names[0].strip() if names else platform.processor() or platform.machine()
     abilities = hashlib.sha256(described.encode()).hexdigest()[:8]
-    return f"{name} ({abilities}), {torch.get_num_threads()} threads"
+    torch_threads, own = torch.get_num_threads(), threads()
+    ours = f", {own} for native steps" if own != torch_threads else ""
+    return f"{name} ({abilities}), {torch_threads} threads{ours}"
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -10,7 +10,8 @@ from resfuse.kernels.engine.graph import Graph, State
 from resfuse.kernels.engine.room import Laid, Room, lay_out
 from resfuse.kernels.engine.tactics import TACTICS
 from resfuse.kernels.engine.work import Call, Native, Values
-from resfuse.kernels.native.step import Program, Step, lanes, threads
+from resfuse.kernels.native.cpus import threads
+from resfuse.kernels.native.step import Program, Step, lanes
 
 Item = Callable[[Values], None]
 

@@ -7,6 +7,7 @@ from resfuse.kernels.engine.engine import Built, Engine
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.room import Laid
 from resfuse.kernels.engine.saved import Saved, cannot_run, read
+from resfuse.kernels.native.cpus import asking
 
 
 def load_engine(path: str | Path, *, allow: Collection[str] = ()) -> Engine:
@@ -30,14 +31,12 @@ def load_engine(path: str | Path, *, allow: Collection[str] = ()) -> Engine:
 
 def _engine(saved: Saved) -> Engine:
     laid = Laid()
-    built = {
-        size: Built(
-            graph,
-            segments,
-            Executor(graph, [segment.choice for segment in segments], saved.state, laid),
-        )
-        for size, (graph, segments) in saved.plans.items()
-    }
+    with asking(saved.threads):
+        built = {
+            size: Built(graph, segs, Executor(graph, [s.choice for s in segs], saved.state, laid))
+            for size, (graph, segs) in saved.plans.items()
+        }
     return Engine(
-        built, saved.state, other_batches=saved.other_batches, cuda_graph=saved.cuda_graph
-    )
+        built, saved.state, other_batches=saved.other_batches, cuda_graph=saved.cuda_graph,
+        threads=saved.threads,
+    )  # fmt: skip

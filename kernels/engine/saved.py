@@ -29,6 +29,7 @@ from resfuse.kernels.engine.plan_json import (
     segments_to_json,
 )
 from resfuse.kernels.engine.planner import Segment
+from resfuse.kernels.native.cpus import asking, require_threads
 
 Plans = Mapping[int, tuple[Graph, tuple[Segment, ...]]]  # by batch size
 
@@ -44,6 +45,7 @@ class Saved:
     state: Mapping[str, Tensor]
     other_batches: Any  # as build_engine takes it
     cuda_graph: bool
+    threads: int | None
 
 
 def save(
@@ -53,6 +55,7 @@ def save(
     state: Mapping[str, Tensor],
     other_batches: str,
     cuda_graph: bool,
+    threads: int | None = None,
 ) -> None:
     """Writes the file; on failure there is none, or the one that was there.
 
@@ -65,7 +68,8 @@ def save(
     told = {
         "schema": SCHEMA,
         "device_type": device.type,
-        "environment": environment(device),
+        "environment": _environment(device, threads),
+        "threads": threads,
         "other_batches": other_batches,
         "cuda_graph": cuda_graph,
         "plans": {
@@ -145,7 +149,14 @@ def _saved(
         raise ValueError(f"other batches: {told['other_batches']!r}")
     if type(told["cuda_graph"]) is not bool:
         raise ValueError(f"CUDA graphs: {told['cuda_graph']!r}")
-    return Saved(plans, state, told["other_batches"], told["cuda_graph"])
+    return Saved(plans, state, told["other_batches"], told["cuda_graph"], told.get("threads"))
+
+
+def _environment(device: torch.device, threads: int | None) -> dict[str, str]:
+    """As it is for an engine that was asked to run on so many threads."""
+    require_threads(threads)
+    with asking(threads):
+        return environment(device)
 
 
 def _digest(plan: str, state: Mapping[str, Tensor]) -> str:
@@ -168,7 +179,7 @@ def _same_device(path: Path, told: dict[str, Any]) -> torch.device:
     if told["device_type"] == "cuda" and not torch.cuda.is_available():
         raise _Damaged(f"argument path: {path} was built on a GPU; there is none here")
     device = torch.device(told["device_type"])
-    here = environment(device)
+    here = _environment(device, told.get("threads"))
     for fact in {**told["environment"], **here}:
         there = told["environment"].get(fact)
         if here.get(fact) != there:

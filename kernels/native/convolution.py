@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, panel, pixels, threads
+from resfuse.kernels.native.cpus import threads
+from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, panel, pixels
 from resfuse.kernels.native.weights import direct_weights, grouped_weights, winograd_weights
 from resfuse.kernels.problem import ConvProblem
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from resfuse.kernels.activation import Slope
 from resfuse.kernels.native import convolution
+from resfuse.kernels.native.cpus import asking, threads
 from resfuse.kernels.native.library import why_unavailable
-from resfuse.kernels.native.step import ACTIVATIONS, Step, lanes, require_done, runner, threads
+from resfuse.kernels.native.step import ACTIVATIONS, Step, lanes, require_done, runner
 from resfuse.kernels.native.weights import (
     direct_from,
     direct_weights,
@@ -69,10 +70,17 @@ class NativeConv:
         geometry: of the convolution.
         activation: a name of ACTIVATIONS that `supports` allows.
         slope: of leaky_relu (a number) or prelu (a tensor [K]).
+        threads: to run on; by default those of cpus.py.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, geometry: Geometry, activation: str, slope: Slope
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        geometry: Geometry,
+        activation: str,
+        slope: Slope,
+        threads: int | None = None,
     ) -> None:
         self._shape = weight.shape
         self._geometry, self._activation = geometry, activation
@@ -83,6 +91,7 @@ class NativeConv:
         self._bias = per_channel(bias)
         self._slope = None if slope is None else slopes(slope, weight.shape[0])
         self._run = runner()
+        self._asked = threads
         self._here = threading.local()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -124,8 +133,7 @@ class NativeConv:
         x = _nhwc(x)
         y = _empty(shape)
         step.x, step.y = x.data_ptr(), y.data_ptr()
-        step.scratch = _workspace.of(step.scratch_pitch * threads())
-        require_done(self._run(step, 1, threads()))
+        self._compute(step)
         return y
 
     def _added(self, x: Tensor, residual: Tensor, overwrite: bool) -> Tensor:
@@ -133,15 +141,22 @@ class NativeConv:
         x, residual = _nhwc(x), _nhwc(residual)
         y = residual if overwrite else _empty(shape)
         step.x, step.residual, step.y = x.data_ptr(), residual.data_ptr(), y.data_ptr()
-        step.scratch = _workspace.of(step.scratch_pitch * threads())
-        require_done(self._run(step, 1, threads()))
+        self._compute(step)
         return y
+
+    def _compute(self, step: Step) -> None:
+        count = self._threads()
+        step.scratch = _workspace.of(step.scratch_pitch * count)
+        require_done(self._run(step, 1, count))
+
+    def _threads(self) -> int:
+        return self._asked or threads()
 
     def _step(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:
         """This thread's step for inputs like `x`, and the shape of its output."""
         kept = self._here.__dict__.setdefault("steps", {})
         made = kept.get(residual)
-        key = x.shape, threads()
+        key = x.shape, self._threads()
         if made is None or made[0] != key:
             made = key, *self._make(x, residual)
             kept[residual] = made
@@ -155,7 +170,8 @@ class NativeConv:
             n, c, h, w, k, r, s, g.stride, g.padding, g.dilation, g.groups,
             math_mode="ieee", activation=self._activation, residual=residual,
         )  # fmt: skip
-        config = convolution.choose(problem)
+        with asking(self._asked):
+            config = convolution.choose(problem)
         step = convolution.conv_step(
             problem, config, residual_last=False,
             w=self._weight.data_ptr(), bias=self._bias.data_ptr(),

@@ -7,8 +7,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from resfuse.kernels.native.cpus import asked_for, threads
 from resfuse.kernels.native.library import NativeUnavailable, library
 
 KINDS = (
@@ -58,16 +57,21 @@ def runner() -> Any:
 class Program:
     """Steps to be run one after another by one call.
 
-    The memory they point to must outlive the program; it is the caller's.
+    The memory they point to must outlive the program; it is the caller's. Where their number was
+    not asked for, threads become fewer with those that there are.
+
+    Args:
+        threads: those that there is scratch memory for.
     """
 
     def __init__(self, steps: Sequence[Step], threads: int) -> None:
         self._steps = (Step * len(steps))(*steps)
-        self._threads = threads
+        self._threads, self._asked = threads, asked_for() is not None
         self._run = runner()
 
     def __call__(self) -> None:
-        require_done(self._run(self._steps, len(self._steps), self._threads))
+        count = self._threads if self._asked else min(self._threads, threads())
+        require_done(self._run(self._steps, len(self._steps), count))
 
 
 def require_done(failed: int) -> None:
@@ -94,8 +98,3 @@ def panel() -> int:
 def pixels() -> int:
     """Pixels that are computed together."""
     return library().resfuse_pixels()
-
-
-def threads() -> int:
-    """As many as torch uses."""
-    return torch.get_num_threads()

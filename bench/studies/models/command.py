@@ -7,7 +7,6 @@ A network that kills its process, or hangs it, costs its own row: the next one g
 import argparse
 import contextlib
 import multiprocessing
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
@@ -27,6 +26,7 @@ from resfuse.bench.selection import pick
 from resfuse.bench.studies.models import table
 from resfuse.bench.studies.models.compare import compare
 from resfuse.bench.studies.models.networks import NETWORKS
+from resfuse.bench.timing import Watch
 
 KINDS = ("fuse", "engine")
 # What a second attempt may change: on a busy machine a network runs out of time.
@@ -140,12 +140,12 @@ def _result(asked: Future[dict[str, Value]], pid: int, limit_s: float) -> dict[s
     with contextlib.suppress(psutil.NoSuchProcess):  # it died: `asked` says so
         process = psutil.Process(pid)
         began = moved = sum(process.cpu_times()[:2])
-        moved_at = time.monotonic()
+        idle = Watch()
         while not wait([asked], min(1.0, limit_s)).done:
             used_s = sum(process.cpu_times()[:2])
             if used_s - moved > 0.01:
-                moved, moved_at = used_s, time.monotonic()
-            if used_s - began > limit_s or time.monotonic() - moved_at > limit_s:
+                moved, idle = used_s, Watch()
+            if used_s - began > limit_s or idle.elapsed().ms > 1e3 * limit_s:
                 raise TimeoutError
     return asked.result()
 

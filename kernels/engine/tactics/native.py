@@ -28,8 +28,9 @@ from resfuse.kernels.engine.tactics import native_maps
 from resfuse.kernels.engine.work import Native
 from resfuse.kernels.native import convolution
 from resfuse.kernels.native.convolution import NativeConfig
+from resfuse.kernels.native.cpus import threads
 from resfuse.kernels.native.library import why_unavailable
-from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes, threads
+from resfuse.kernels.native.step import ACTIVATIONS, KINDS, Step, lanes
 from resfuse.kernels.native.weights import per_channel, slopes
 
 _NOWHERE: Mapping[str, int] = MappingProxyType({})

@@ -15,7 +15,8 @@ from resfuse.kernels.engine.tactics import native
 from resfuse.kernels.engine.work import Native
 from resfuse.kernels.native import convolution
 from resfuse.kernels.native.convolution import NativeConfig
-from resfuse.kernels.native.step import pixels, threads, whole_vectors
+from resfuse.kernels.native.cpus import threads
+from resfuse.kernels.native.step import pixels, whole_vectors
 from resfuse.kernels.problem import ConvProblem
 
 _LONGEST = 4  # a 3x3, a projection, the 1x1 that adds it, the next block's 1x1

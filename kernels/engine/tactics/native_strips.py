@@ -13,7 +13,8 @@ from resfuse.kernels.engine.tactics import native
 from resfuse.kernels.engine.work import Native
 from resfuse.kernels.native import convolution
 from resfuse.kernels.native.convolution import NativeConfig
-from resfuse.kernels.native.step import threads, whole_vectors
+from resfuse.kernels.native.cpus import threads
+from resfuse.kernels.native.step import whole_vectors
 from resfuse.kernels.problem import ConvProblem
 
 # Bytes of the convolution's rows in a strip: from a quarter of a second-level cache on.
