@@ -13,8 +13,10 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from resfuse.kernels.engine.captured import Captured
 from resfuse.kernels.engine.graph import Graph, Node, Torch
+from resfuse.kernels.engine.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.merge import merge
 from resfuse.kernels.engine.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
+from resfuse.kernels.engine.side_effects import SideEffects
 
 aten = torch.ops.aten
 
@@ -24,11 +26,37 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
 
     Raises:
         ValueError: the model cannot be exported, most often because its control flow depends on
-            data; or it writes to its buffers in eval mode.
+            data; or it writes to its buffers in eval mode, or changes anything else.
     """
+    effects, questions, settled = SideEffects(model), LayoutQuestions(), False
+    with effects.watched():
+        program = _exported(model, example, questions)
+        if effects.change is not None:
+            effects.undo()
+            settled = _settles(model, example, effects)
+    if effects.change is not None and not settled:
+        raise ValueError(
+            f"argument model: {effects.change} in its forward; an engine would answer with the "
+            "value it had; accepted: models that only compute"
+        )
+    if questions.by_address is not None:
+        raise ValueError(
+            f"argument model: {type(model).__name__} calls {questions.by_address}() in its "
+            "forward, and an engine's tensors lie elsewhere; accepted: models that only compute"
+        )
+    reader = _Reader(program)
+    layout = questions.layout_of(example)
+    graph = merge(replace(reader.graph(), device=example.device, layout=layout))
+    return graph, reader.read.state
+
+
+def _exported(
+    model: nn.Module, example: Tensor, questions: LayoutQuestions
+) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (example,), strict=False)
+            with questions:
+                program = torch.export.export(model, (example,), strict=False)
             program = program.run_decompositions({})  # batch norms and in-place operations as ATen
     except Exception as error:  # export raises whatever it meets
         said = str(error).strip().splitlines()
@@ -42,9 +70,20 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
                 f"argument model: {type(model).__name__} writes to {spec.target} in eval mode; "
                 "accepted: models that only compute"
             )
-    reader = _Reader(program)
-    graph = merge(replace(reader.graph(), device=example.device))
-    return graph, reader.read.state
+    return program
+
+
+def _settles(model: nn.Module, example: Tensor, effects: SideEffects) -> bool:
+    """Whether the model writes things down at its first forward only, and answers the same."""
+    x = example.detach()
+    if x.is_floating_point():
+        generator = torch.Generator(x.device).manual_seed(0) if not x.is_meta else None
+        x = x + torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    try:
+        with torch.no_grad():
+            return effects.settle(lambda: model(x.clone()))
+    except Exception:  # a forward that raises, and torch's capture of it did not
+        return False
 
 
 class _Reader:
