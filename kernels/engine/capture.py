@@ -2,6 +2,7 @@
 
 import hashlib
 import operator
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from resfuse.kernels.engine.graph import Graph, Node, Torch
 from resfuse.kernels.engine.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.merge import merge
 from resfuse.kernels.engine.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
-from resfuse.kernels.engine.side_effects import SideEffects
+from resfuse.kernels.engine.side_effects import SideEffects, Unreadable
 
 aten = torch.ops.aten
 
@@ -39,11 +40,6 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
             f"argument model: {effects.change} in its forward; an engine would answer with the "
             "value it had; accepted: models that only compute"
         )
-    if questions.by_address is not None:
-        raise ValueError(
-            f"argument model: {type(model).__name__} calls {questions.by_address}() in its "
-            "forward, and an engine's tensors lie elsewhere; accepted: models that only compute"
-        )
     reader = _Reader(program)
     layout = questions.layout_of(example)
     graph = merge(replace(reader.graph(), device=example.device, layout=layout))
@@ -55,15 +51,20 @@ def _exported(
 ) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad():
-            with questions:
+            with questions, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*was assigned during export", UserWarning)
                 program = torch.export.export(model, (example,), strict=False)
             program = program.run_decompositions({})  # batch norms and in-place operations as ATen
+    except Unreadable:
+        raise
     except Exception as error:  # export raises whatever it meets
+        _require_no_address(model, questions)
         said = str(error).strip().splitlines()
         raise ValueError(
             f"argument model: {type(model).__name__} cannot be exported: "
             f"{said[0] if said else type(error).__name__}"
         ) from error
+    _require_no_address(model, questions)
     for spec in program.graph_signature.output_specs:
         if spec.kind != OutputKind.USER_OUTPUT:
             raise ValueError(
@@ -71,6 +72,14 @@ def _exported(
                 "accepted: models that only compute"
             )
     return program
+
+
+def _require_no_address(model: nn.Module, questions: LayoutQuestions) -> None:
+    if questions.by_address is not None:
+        raise ValueError(
+            f"argument model: {type(model).__name__} calls {questions.by_address}() in its "
+            "forward, and an engine's tensors lie elsewhere; accepted: models that only compute"
+        )
 
 
 def _settles(model: nn.Module, example: Tensor, effects: SideEffects) -> bool:

@@ -25,6 +25,7 @@ from resfuse.kernels.engine.ceilings import Ceilings
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.chunking import with_chunks
 from resfuse.kernels.engine.cuda_graph import Recorded, Turns
+from resfuse.kernels.engine.default_device import without_meta
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.explain import table
 from resfuse.kernels.engine.fallback import tensors_of, with_weights
@@ -214,6 +215,7 @@ class Engine:
         built = self._built_for(batch_size)
         return table(built.graph, built.segments, self._ceilings)
 
+    @without_meta()
     def refresh(self, state_dict: Mapping[str, Tensor]) -> None:
         """New weights, without planning anew; for other_batches="eager", too.
 
@@ -273,6 +275,7 @@ class Engine:
         return self._state
 
 
+@without_meta()
 def build_engine(
     model: nn.Module,
     example: Tensor,

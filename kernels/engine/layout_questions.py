@@ -1,5 +1,5 @@
-"""Whether a forward asks how a tensor lies in memory: `y.is_contiguous()`, `x.stride()`. Captured, it
-has the example's answers built in, so the engine takes inputs only that lie as the example did.
+"""Whether a forward asks how a tensor lies in memory: `y.is_contiguous()`, `x.stride()`. What was
+captured has the example's answers built in: the engine takes inputs only that lie as that did.
 """
 
 import sys

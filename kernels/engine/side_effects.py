@@ -41,8 +41,13 @@ _CALL_FORWARDS = (
     "torch.nn.", "torch.utils.checkpoint", "torch.utils._pytree", "torch.autograd.function",
     "torch.fx.graph_module", _OUR_LAYERS,
 )  # fmt: skip
+_OPAQUE = ("torch", "weakref", "logging", "_io", "threading", "_thread")  # others' classes
 Place = tuple[str, str]  # whose forward, and what it would change
 _OF_TENSORS = ("_parameters", "_buffers")  # torch.export's own, and it says what is written there
+
+
+class Unreadable(ValueError):
+    """Something that the forward may read cannot be put back afterwards."""
 
 
 class SideEffects:
@@ -212,7 +217,7 @@ class SideEffects:
         self._add_found()
 
     def _by_forward(self, caller: types.FrameType | None) -> bool:
-        """Whether it is a part of the forward that calls, not torch's machinery for its own ends."""
+        """Whether a part of the forward calls, and not torch's machinery for its own ends."""
         while caller is not None and caller.f_code not in self._users:
             name = caller.f_globals.get("__name__") or ""
             if name.startswith(_CALL_FORWARDS):
@@ -276,12 +281,13 @@ class _Held(Snapshot):
             if kind is Tensor and value.layout == torch.strided and not value.is_inference():
                 self.tensors.append((value, value._version, value.detach().clone()))
             return []
-        if kind.__module__.partition(".")[0] in ("torch", "weakref") or kind is SideEffects:
+        if kind.__module__.partition(".")[0] in _OPAQUE or kind is SideEffects:
             return []
-        if hasattr(kind, "__next__"):
-            raise ValueError(
-                f"argument model: {(self._place or ('', 'it'))[1]} holds a {kind.__name__}, which cannot be read "
-                "without a change; accepted: models that only compute"
+        if hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
+            where = self._place[1] if self._place else "it"
+            raise Unreadable(
+                f"argument model: {where} holds a {kind.__name__}, which changes when it is read; "
+                "accepted: models that only compute"
             )
         names = [name for each in kind.__mro__ for name in _slots_of(each)]
         if names and not hasattr(value, "__dict__"):
