@@ -318,6 +318,25 @@ def test_a_file_without_a_layout_is_read(timings: Path, tmp_path: Path) -> None:
     load_engine(tmp_path / "plain.engine")(LYING["channels last"]())
 
 
+TYPES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "type": lambda s, y: y * (2 if type(y) is Tensor else 3),
+    "class": lambda s, y: y * (2 if y.__class__ is Tensor else 3),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_tensors_type_is_not_torchs_while_it_captures(name: str, timings: Path) -> None:
+    model = made(lambda: Net(TYPES[name]))
+    with pytest.raises(ValueError, match=r"argument model: Net asks type\(\) in its forward"):
+        build_engine(model, images(*SHAPE), timings=timings)
+
+
+def test_the_type_of_something_else_may_be_asked(timings: Path) -> None:
+    model, x = made(lambda: Net(lambda s, y: y * len(type(s).__name__))), images(*SHAPE)
+    with torch.no_grad():
+        assert error(build_engine(model, x, timings=timings)(x), model(x)) < 2e-6
+
+
 # torch's default device
 
 

@@ -18,6 +18,7 @@ from resfuse.kernels.engine.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.merge import merge
 from resfuse.kernels.engine.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
 from resfuse.kernels.engine.side_effects import SideEffects, Unreadable
+from resfuse.kernels.observe import undrawn
 
 aten = torch.ops.aten
 
@@ -35,6 +36,8 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
         if effects.change is not None:
             effects.undo()
             settled = _settles(model, example, effects)
+        elif effects.asks_type and not example.is_meta:
+            _require_equal(model, example, program)
     if effects.change is not None and not settled:
         raise ValueError(
             f"argument model: {effects.change} in its forward; an engine would answer with the "
@@ -84,15 +87,40 @@ def _require_no_address(model: nn.Module, questions: LayoutQuestions) -> None:
 
 def _settles(model: nn.Module, example: Tensor, effects: SideEffects) -> bool:
     """Whether the model writes things down at its first forward only, and answers the same."""
-    x = example.detach()
-    if x.is_floating_point():
-        generator = torch.Generator(x.device).manual_seed(0) if not x.is_meta else None
-        x = x + torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    x = _other_numbers(example)
     try:
         with torch.no_grad():
             return effects.settle(lambda: model(x.clone()))
     except Exception:  # a forward that raises, and torch's capture of it did not
         return False
+
+
+def _require_equal(
+    model: nn.Module, example: Tensor, program: torch.export.ExportedProgram
+) -> None:
+    """Raises ValueError unless what was captured answers as the model does."""
+    x = _other_numbers(example)
+    with torch.no_grad(), undrawn():
+        torch.manual_seed(0)
+        want = pytree.tree_leaves(model(x.clone()))
+        torch.manual_seed(0)
+        found = pytree.tree_leaves(program.module()(x.clone()))
+    for one, other in zip(found, want, strict=True):
+        if isinstance(other, Tensor) and not torch.allclose(
+            one, other, rtol=1e-3, atol=1e-3, equal_nan=True
+        ):
+            raise ValueError(
+                f"argument model: {type(model).__name__} asks type() in its forward, and torch "
+                "answers otherwise while it captures; accepted: isinstance()"
+            )
+
+
+def _other_numbers(example: Tensor) -> Tensor:
+    x = example.detach()
+    if not x.is_floating_point():
+        return x
+    generator = None if x.is_meta else torch.Generator(x.device).manual_seed(0)
+    return x + torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
 class _Reader:

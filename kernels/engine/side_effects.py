@@ -55,6 +55,9 @@ class SideEffects:
 
     def __init__(self, model: nn.Module) -> None:
         self.change: str | None = None  # "<Class> changes self.calls", once something has changed
+        self.asks_type = (
+            False  # of tensors, perhaps: while torch captures they are of its own types
+        )
         self._model, self._name = model, type(model).__name__
         self._held = _Held()
         self._codes: set[types.CodeType] = set()
@@ -210,6 +213,7 @@ class SideEffects:
             return
         self._codes.add(code)
         self._users.add(code)
+        self.asks_type = self.asks_type or "type" in code.co_names or "__class__" in code.co_names
         for chain in facts_of(code).reads:
             self._add_global(space, chain)
         for name in _sets(code):
