@@ -167,7 +167,7 @@ class Refused(Exception):
     """What a forward does is no matter of a graph; the message ends "forward ..."."""
 
 
-def _pause_profiler() -> Callable[[], None]:
+def pause_profiler() -> Callable[[], None]:
     """Stops the caller's profiler; returns what starts it again.
 
     Raises:
@@ -210,10 +210,10 @@ class Observer:
         Raises:
             Refused: for what happened.
         """
-        resume = _pause_profiler()
+        resume = pause_profiler()
         _watch.observer, outer = self, _watch.observer
         self.touch(scope)
-        dice = _dice()
+        dice = shared_generators()
         collects = gc.isenabled()
         gc.disable()  # callbacks of a collection are no part of the forward
         sys.setprofile(self._profile)
@@ -226,7 +226,7 @@ class Observer:
             _watch.observer = outer
             for module, kind in self._classes.items():
                 module.__class__ = kind
-            changed, thrown = self.seen.undo(), _put_back(dice)
+            changed, thrown = self.seen.undo(), put_back(dice)
             if (name := self._release()) is not None:
                 own = name.startswith("_tensor_constant")
                 reason = "makes a tensor of its own" if own else f"sets self.{name}"
@@ -449,23 +449,23 @@ def _watched_class(kind: type[nn.Module]) -> type[nn.Module]:
 @contextmanager
 def undrawn() -> Iterator[None]:
     """Sets the random generators back that everything shares."""
-    before = _dice()
+    before = shared_generators()
     try:
         yield
     finally:
-        _put_back(before)
+        put_back(before)
 
 
-def _dice() -> tuple[Any, ...]:
+def shared_generators() -> tuple[Any, ...]:
     """The states of the generators that everything shares."""
     numpy = sys.modules.get("numpy")
     state = numpy.random.get_state() if numpy is not None else None
     return random.getstate(), torch.get_rng_state(), state
 
 
-def _put_back(before: tuple[Any, ...]) -> bool:
+def put_back(before: tuple[Any, ...]) -> bool:
     """Sets the generators back; returns whether one had been used."""
-    now = _dice()
+    now = shared_generators()
     thrown = now[0] != before[0] or not torch.equal(now[1], before[1])
     if before[2] is not None:
         thrown = thrown or now[2][2:] != before[2][2:] or (now[2][1] != before[2][1]).any()

@@ -99,7 +99,7 @@ class Snapshot:
     def _pair(self, container: Any) -> None:
         if len(self.pairs) == LIMIT:
             raise Unwatchable(f"more than {LIMIT} objects")
-        self.pairs.append((container, _copy(container)))
+        self.pairs.append((container, copy_of(container)))
 
     def cells(self) -> Iterator[tuple[types.CellType, Any]]:
         """Closures' cells, and what is in them now."""
@@ -153,7 +153,7 @@ def restore(container: Any, before: Any) -> None:
     container.extend(before) if isinstance(container, list | deque) else container.update(before)
 
 
-def _copy(container: Any) -> Any:
+def copy_of(container: Any) -> Any:
     for kind in _CONTAINERS:
         if isinstance(container, kind):
             return kind(container)

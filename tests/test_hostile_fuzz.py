@@ -29,9 +29,8 @@ from resfuse.kernels.engine.engine import build_engine
 SEEDS_OF_FUSE, EXAMPLES_OF_FUSE = 9, 50
 SEEDS_OF_ENGINES, EXAMPLES_OF_ENGINES = 5, 10
 STORES = ("self.kept", "self.cache", "self.last", "self.count")
-# Engines are captured for contiguous inputs and objects as they are: a known gap, not tried here
 LOST_IN_COPIES = ("of inference mode", "hook of a weight")  # and fuse makes one
-NOT_OF_ENGINES = ("stride", "contiguous", "y.view(", "self.calls")
+NOT_OF_ENGINES = ("y.view(",)  # an engine answers where a plain one raises, for strided inputs
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {  # of a fused model, instead of a change
     "copy": copy.deepcopy,
     "pickle": lambda fused: pickle.loads(pickle.dumps(fused)),
@@ -263,8 +262,9 @@ def test_engines_of_habits(number: int) -> None:
 
 
 def run_engine(case: Case) -> bool:
-    """An engine answers as the model did when it was built, or is refused; what is done later to
-    the model changes nothing. Returns whether there was an engine."""
+    """An engine answers as the model did when it was built, or is refused, as inputs of
+    other strides may be; what is done later to the model changes nothing. Returns whether there was
+    an engine."""
     if any(words in case.source for words in NOT_OF_ENGINES):
         return False
     model = case.make()
@@ -284,7 +284,13 @@ def run_engine(case: Case) -> bool:
                 FLAGS.update(flags)
                 torch.manual_seed(2)
                 with torch.no_grad():
-                    want, got = plain(given), engine(too)
+                    want = plain(given)
+                torch.manual_seed(2)
+                try:
+                    got = engine(too)
+                except ValueError as refusal:
+                    assert name != "image" and "how its tensors lie in memory" in str(refusal)
+                    continue
                 same(got, want, is_coarse(plain, given, ""), strides=False)
                 same(too, input_of(name, plain))
             for change in case.later if not round_ else ():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from resfuse.kernels.engine.batching import Images, images_at_all_sizes
 from resfuse.kernels.engine.capture import capture
 from resfuse.kernels.engine.graph import Conv, Graph, Node, State, Torch
+from resfuse.kernels.engine.side_effects import SideEffects
 
 aten = torch.ops.aten
 _NOT_POSSIBLE = "argument other_batches: 'pad' is not possible: "
@@ -26,7 +27,10 @@ _SIZED = _SHAPED | {"view", "_unsafe_view", "sym_size"}
 
 def batch_of(example: Tensor, size: int) -> Tensor:
     """As many images, those of the example again and again."""
-    return torch.cat([example] * -(-size // example.shape[0]))[:size]
+    batch = torch.cat([example] * -(-size // example.shape[0]))[:size]
+    if size == example.shape[0] and batch.stride() != example.stride():
+        return example.detach()  # a model may ask how it lies in memory
+    return batch
 
 
 def require_paddable(
@@ -47,7 +51,8 @@ def require_any_batch(model: nn.Module, example: Tensor, most: int) -> None:
     several = batch_of(example, most)
     batch = torch.export.Dim("batch", max=most)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        undone = SideEffects(model).watched()
+        with torch.no_grad(), warnings.catch_warnings(), undone:
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 model, (several,), dynamic_shapes=({0: batch},), strict=False

@@ -2,6 +2,7 @@
 
 import hashlib
 import operator
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from resfuse.kernels.engine.captured import Captured
 from resfuse.kernels.engine.graph import Graph, Node, Torch
+from resfuse.kernels.engine.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.merge import merge
 from resfuse.kernels.engine.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
+from resfuse.kernels.engine.side_effects import SideEffects, Unreadable
+from resfuse.kernels.observe import undrawn
 
 aten = torch.ops.aten
 
@@ -24,27 +28,99 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
 
     Raises:
         ValueError: the model cannot be exported, most often because its control flow depends on
-            data; or it writes to its buffers in eval mode.
+            data; or it writes to its buffers in eval mode, or changes anything else.
     """
+    effects, questions, settled = SideEffects(model), LayoutQuestions(), False
+    with effects.watched():
+        program = _exported(model, example, questions)
+        if effects.change is not None:
+            effects.undo()
+            settled = _settles(model, example, effects)
+        elif effects.asks_type and not example.is_meta:
+            _require_equal(model, example, program)
+    if effects.change is not None and not settled:
+        raise ValueError(
+            f"argument model: {effects.change} in its forward; an engine would answer with the "
+            "value it had; accepted: models that only compute"
+        )
+    reader = _Reader(program)
+    layout = questions.layout_of(example)
+    graph = merge(replace(reader.graph(), device=example.device, layout=layout))
+    return graph, reader.read.state
+
+
+def _exported(
+    model: nn.Module, example: Tensor, questions: LayoutQuestions
+) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (example,), strict=False)
+            with questions, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*was assigned during export", UserWarning)
+                program = torch.export.export(model, (example,), strict=False)
             program = program.run_decompositions({})  # batch norms and in-place operations as ATen
+    except Unreadable:
+        raise
     except Exception as error:  # export raises whatever it meets
+        _require_no_address(model, questions)
         said = str(error).strip().splitlines()
         raise ValueError(
             f"argument model: {type(model).__name__} cannot be exported: "
             f"{said[0] if said else type(error).__name__}"
         ) from error
+    _require_no_address(model, questions)
     for spec in program.graph_signature.output_specs:
         if spec.kind != OutputKind.USER_OUTPUT:
             raise ValueError(
                 f"argument model: {type(model).__name__} writes to {spec.target} in eval mode; "
                 "accepted: models that only compute"
             )
-    reader = _Reader(program)
-    graph = merge(replace(reader.graph(), device=example.device))
-    return graph, reader.read.state
+    return program
+
+
+def _require_no_address(model: nn.Module, questions: LayoutQuestions) -> None:
+    if questions.by_address is not None:
+        raise ValueError(
+            f"argument model: {type(model).__name__} calls {questions.by_address}() in its "
+            "forward, and an engine's tensors lie elsewhere; accepted: models that only compute"
+        )
+
+
+def _settles(model: nn.Module, example: Tensor, effects: SideEffects) -> bool:
+    """Whether the model writes things down at its first forward only, and answers the same."""
+    x = _other_numbers(example)
+    try:
+        with torch.no_grad():
+            return effects.settle(lambda: model(x.clone()))
+    except Exception:  # a forward that raises, and torch's capture of it did not
+        return False
+
+
+def _require_equal(
+    model: nn.Module, example: Tensor, program: torch.export.ExportedProgram
+) -> None:
+    """Raises ValueError unless what was captured answers as the model does."""
+    x = _other_numbers(example)
+    with torch.no_grad(), undrawn():
+        torch.manual_seed(0)
+        want = pytree.tree_leaves(model(x.clone()))
+        torch.manual_seed(0)
+        found = pytree.tree_leaves(program.module()(x.clone()))
+    for one, other in zip(found, want, strict=True):
+        if isinstance(other, Tensor) and not torch.allclose(
+            one, other, rtol=1e-3, atol=1e-3, equal_nan=True
+        ):
+            raise ValueError(
+                f"argument model: {type(model).__name__} asks type() in its forward, and torch "
+                "answers otherwise while it captures; accepted: isinstance()"
+            )
+
+
+def _other_numbers(example: Tensor) -> Tensor:
+    x = example.detach()
+    if not x.is_floating_point():
+        return x
+    generator = None if x.is_meta else torch.Generator(x.device).manual_seed(0)
+    return x + torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
 class _Reader:

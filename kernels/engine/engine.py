@@ -25,6 +25,7 @@ from resfuse.kernels.engine.ceilings import Ceilings
 from resfuse.kernels.engine.choice import Choice
 from resfuse.kernels.engine.chunking import with_chunks
 from resfuse.kernels.engine.cuda_graph import Recorded, Turns
+from resfuse.kernels.engine.default_device import without_meta
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.explain import table
 from resfuse.kernels.engine.fallback import tensors_of, with_weights
@@ -32,6 +33,7 @@ from resfuse.kernels.engine.forks import forks, watch
 from resfuse.kernels.engine.graph import Graph, state_names
 from resfuse.kernels.engine.held import storages
 from resfuse.kernels.engine.input import require_input
+from resfuse.kernels.engine.layout_questions import require_layout
 from resfuse.kernels.engine.measure import Measurer
 from resfuse.kernels.engine.own_weights import (
     copies,
@@ -131,14 +133,17 @@ class Engine:
         """What the model returns, in new tensors of the input's memory format.
 
         Raises:
-            ValueError: an input of another shape, dtype or device than the engine was built for.
+            ValueError: an input of another shape, dtype or device than the engine was built for,
+                or of other strides where the model asks for strides.
         """
         require_input(x, self._input, self._device)
         count = x.shape[0]
         if count in self._built:
+            require_layout(x, self._built[count].graph.layout)
             return self._run(count, x)
         larger = [size for size in self._built if size > count]
         if self._images and larger and count:
+            require_layout(x, self._built[larger[0]].graph.layout)
             padded = x.new_zeros(larger[0], *x.shape[1:])
             if _is_channels_last(x):
                 padded = padded.contiguous(memory_format=torch.channels_last)
@@ -214,6 +219,7 @@ class Engine:
         built = self._built_for(batch_size)
         return table(built.graph, built.segments, self._ceilings)
 
+    @without_meta()
     def refresh(self, state_dict: Mapping[str, Tensor]) -> None:
         """New weights, without planning anew; for other_batches="eager", too.
 
@@ -277,6 +283,7 @@ class Engine:
         return self._state
 
 
+@without_meta()
 def build_engine(
     model: nn.Module,
     example: Tensor,

@@ -182,6 +182,7 @@ class Graph:
     values: dict[str, Value]
     spec: str = ""  # how the outputs make up the model's result (torch.utils._pytree, as JSON)
     constants: tuple[str, ...] = ()  # of the state, what the model's state_dict does not have
+    layout: tuple[int, ...] | None = None  # of the input, strides and offset, if they matter
     spent: frozenset[str] = frozenset()  # of `reads`, what nobody needs afterwards
     device: torch.device | None = field(default=None, compare=False)  # where it was captured
 

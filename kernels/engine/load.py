@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from resfuse.kernels.engine.default_device import without_meta
 from resfuse.kernels.engine.engine import Built, Engine
 from resfuse.kernels.engine.executor import Executor
 from resfuse.kernels.engine.room import Laid
@@ -10,6 +11,7 @@ from resfuse.kernels.engine.saved import Saved, cannot_run, read
 from resfuse.kernels.native.cpus import asking
 
 
+@without_meta()
 def load_engine(path: str | Path, *, allow: Collection[str] = ()) -> Engine:
     """The engine that was saved, on the device it was planned for; nothing is measured.
 

@@ -89,6 +89,11 @@ def _require_wired(graph: Graph) -> None:
     names = (graph.input, *graph.outputs, *graph.constants, graph.spec)
     if not all(isinstance(name, str) for name in names) or not graph.input:
         raise Unsound("names that are no text")
+    if graph.layout is not None:
+        rank = len(graph.values[graph.input].shape)
+        numbers = all(type(n) is int and n >= 0 for n in graph.layout)
+        if not numbers or len(graph.layout) not in (rank, rank + 1):
+            raise Unsound(f"an input that lies as {graph.layout}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name, value in graph.values.items():
         if not all(type(n) is int and 0 <= n < _MOST for n in value.shape):

@@ -49,6 +49,7 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
             }
             for node in graph.nodes
         ],
+        **({"layout": list(graph.layout)} if graph.layout is not None else {}),
     }
 
 
@@ -61,6 +62,7 @@ def graph_from_json(data: dict[str, Any]) -> Graph:
         {name: Value(tuple(v["shape"]), _dtype(v["dtype"])) for name, v in data["values"].items()},
         data["spec"],
         tuple(data.get("constants", [])),
+        tuple(data["layout"]) if "layout" in data else None,
     )
 
 
