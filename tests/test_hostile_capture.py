@@ -189,7 +189,8 @@ def test_what_a_forward_changes_is_refused_and_undone(
 
 
 def test_a_list_that_two_modules_share_stays_one(timings: Path) -> None:
-    first, second = made(lambda: Net(lambda s, y: y * len(s.kept))), made(lambda: conv(16, 16))
+    first: Any = made(lambda: Net(lambda s, y: y * len(s.kept)))
+    second: Any = made(lambda: conv(16, 16))
     shared = first.kept = second.kept = [1, 2]
     build_engine(nn.Sequential(first, second).eval(), images(*SHAPE), timings=timings)
     assert first.kept is shared and second.kept is shared

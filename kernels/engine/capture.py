@@ -33,8 +33,8 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
     effects, questions, settled = SideEffects(model), LayoutQuestions(), False
     with effects.watched():
         program = _exported(model, example, questions)
+        effects.undo()  # torch has put back copies of lists
         if effects.change is not None:
-            effects.undo()
             settled = _settles(model, example, effects)
         elif effects.asks_type and not example.is_meta:
             _require_equal(model, example, program)

@@ -40,7 +40,12 @@ class LayoutQuestions(TorchFunctionMode):
             self.asked = self.asked or name in _QUESTIONS
             self.by_address = self.by_address or (name if name in _BY_ADDRESS else None)
             self.offset = self.offset or name == "storage_offset"
-        return func(*args, **(kwargs or {}))
+        profiler = sys.getprofile()
+        sys.setprofile(None)  # the forward is watched, and not what torch does for it
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            sys.setprofile(profiler)
 
     def layout_of(self, example: Tensor) -> tuple[int, ...] | None:
         """What inputs must have in common with the example: strides, and where it was asked for,

@@ -96,12 +96,14 @@ class SideEffects:
             put_back(generators)
 
     def look(self) -> None:
-        """Notes the first thing that is not as it was."""
+        """Notes the first thing that is not as it was, once the forward has returned."""
+        sys.setprofile(None)
         self.change = self.change or next(self._changes(), None)
 
     def settle(self, forward: Callable[[], Any]) -> bool:
         """Whether what a first forward writes is there for good, and a second one, which finds it,
         answers the same: a cache, or a note of the input's shape."""
+        sys.setprofile(self._profile)
         first = forward()
         again = SideEffects(self._model)
         with again.watched():
