@@ -14,7 +14,7 @@ from torch import nn
 
 from resfuse.kernels.engine.engine import build_engine
 from resfuse.kernels.engine.environment import device_name
-from resfuse.kernels.engine.saved import load_engine
+from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.fuse import fuse
 from resfuse.kernels.native import cpus
 from resfuse.kernels.native.cpus import asking, threads, usable

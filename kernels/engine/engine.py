@@ -46,7 +46,7 @@ from resfuse.kernels.engine.room import Laid
 from resfuse.kernels.engine.saved import save
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_on
 from resfuse.kernels.engine.timing_cache import TimingCache, known
-from resfuse.kernels.native.cpus import asking, keep_torch_threads, require_threads
+from resfuse.kernels.native.cpus import asking, require_threads
 from resfuse.kernels.native.step import lanes
 
 OtherBatches = Literal["error", "pad", "eager"]
@@ -84,7 +84,7 @@ class Engine:
 
     Its weights are its own: the model may train on. Calls from several threads take turns: an
     engine has one arena. Two engines run side by side. In a forked process an engine for a CPU
-    starts threads of its own, and torch's operations run on one.
+    runs on one thread, for OpenMP's others stay behind.
     The input is copied into the engine's memory and the outputs out of it, within the call. On a
     GPU a call runs on the caller's stream, behind the engine's previous call on whichever stream,
     as one CUDA graph unless the engine was built without; it cannot itself be captured in another.
@@ -193,7 +193,6 @@ class Engine:
                 "load the engine there"
             )
         self._lock, self._forks = threading.Lock(), forks()
-        keep_torch_threads()
         torch.set_num_threads(1)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -24,12 +24,6 @@ class _Known(threading.local):
     cpus, until = 0, 0.0
 
 
-class _Parent:
-    """The process that this one was forked off from."""
-
-    torch_threads: int | None = None
-
-
 class _Asked(threading.local):
     threads: int | None = None
 
@@ -41,10 +35,7 @@ def threads() -> int:
     """As many as asked for (`asking`), else the fewer of torch's threads and the CPUs to use."""
     if _asked.threads is not None:
         return _asked.threads
-    torch_threads = torch.get_num_threads()
-    if torch_threads == 1 and _Parent.torch_threads is not None:
-        torch_threads = _Parent.torch_threads
-    return min(torch_threads, usable())
+    return min(torch.get_num_threads(), usable())
 
 
 def asked_for() -> int | None:
@@ -79,12 +70,6 @@ def require_threads(count: int | None) -> None:
             "threads take turns",
             stacklevel=3,
         )
-
-
-def keep_torch_threads() -> None:
-    """Remembers torch's threads in a process that was forked off, where its operations have to run
-    on one: its pool stayed behind, and native steps have one of their own."""
-    _Parent.torch_threads = torch.get_num_threads()
 
 
 def usable() -> int:

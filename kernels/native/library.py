@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 # Not -ffast-math: NaN and infinity must come out as torch has them.
-_FLAGS = ("-std=c++20", "-O3", "-pthread", "-fPIC", "-shared")
+_FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared")
 _COMPILERS = ("g++", "c++", "clang++")
 
 

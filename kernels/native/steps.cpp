@@ -82,6 +82,8 @@ struct Steps {
   const Step* steps;
   long count;
 
+  bool is_one() const { return count == 1 + steps->joined; }
+
   template <class Do>
   bool each(const Do& run) const {
     for (long i = 0; i < count; i += 1 + steps[i].joined) {
@@ -93,7 +95,7 @@ struct Steps {
 
 // 0, or 1 if a piece threw.
 extern "C" long resfuse_run(const Step* steps, long count, long threads) {
-  return team::here->run(Steps{steps, count}, threads) ? 0 : 1;
+  return team::run(Steps{steps, count}, static_cast<int>(threads)) ? 0 : 1;
 }
 
 extern "C" void resfuse_digest(Watched* parts, long count) {

@@ -1,40 +1,33 @@
-// The threads that compute steps: one team for the whole process.
+// How the steps of a run are shared out among OpenMP's threads, those that torch computes on, too:
+// threads of our own would have to share the cores with them, which look for work for some 4 ms after
+// each of torch's operations (ResNet-50 then takes 1.15 times as long, MobileNetV2 twice).
 //
-// A step is cut into a range of pieces for each thread. A thread takes the pieces of its own range
-// one after another and then what is left of the others', so that undisturbed each computes the
-// same part of every layer, and what it reads next is in its cache. Nobody waits for a thread that
-// has not begun: the caller computes what no helper takes, and waits at a step's end only for pieces
-// that a helper is computing.
+// All steps of a run are one parallel region. A step is cut into a range of pieces for each thread. A
+// thread takes the pieces of its own range one after another and then what is left of the others', so
+// that undisturbed each computes the same part of every layer, and what it reads next is in its
+// cache. Within the region nobody waits for a thread that is not running: the caller computes what
+// no helper takes, and waits at a step's end only for pieces that a helper is computing. Only at the
+// region's end does OpenMP wait for all its threads.
 //
 // Which thread computes a piece makes no difference to the result.
 #pragma once
 
+#include <omp.h>
 #include <pthread.h>
-#include <signal.h>
-
+#include <sched.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <atomic>
-#include <climits>
 #include <cstdint>
-#include <new>
-
-#include "openmp.h"
-
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace team {
 
 constexpr int MOST_THREADS = 256;
-constexpr int MOST_JOBS = 32;  // callers with helpers at a time; others compute alone
 
-// Microseconds that a thread without work looks for some before it sleeps: a helper, a caller whose
-// step a helper still computes, and either before it takes the last piece of another's range.
-constexpr long HELPER_LOOKS = 200, CALLER_LOOKS = 200, LAST_PIECE = 10;
+// Microseconds that a thread without work looks for some before it gives way to other processes at
+// each look, and before it takes the last piece of another's range.
+constexpr long LOOKS = 200, LAST_PIECE = 10;
 
 static inline long now() {
   timespec at;
@@ -47,23 +40,6 @@ static inline void pause() {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("isb" ::: "memory");
-#endif
-}
-
-// Sleeps while `word` is `value`; may also return earlier.
-static void sleep_on(std::atomic<uint32_t>& word, uint32_t value) {
-#if defined(__linux__)
-  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
-#else
-  word.wait(value);
-#endif
-}
-
-static void wake(std::atomic<uint32_t>& word) {
-#if defined(__linux__)
-  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-#else
-  word.notify_all();
 #endif
 }
 
@@ -130,19 +106,17 @@ struct alignas(64) Range {
 // A caller's step. What is no atomic changes only while no piece is being computed, so whoever has
 // taken one may read it.
 struct alignas(64) Job {
-  std::atomic<bool> taken{false};  // by a caller
+  std::atomic<bool> over{false};  // the caller has come to its last step's end
   std::atomic<int> ranges{0};
   const Work* work = nullptr;
   uint64_t step = 0;
   std::atomic<bool> failed{false};
   alignas(64) std::atomic<long> unfinished{0};  // pieces
-  std::atomic<uint32_t> awaited{0};             // the caller sleeps until there are none
   Range range[MOST_THREADS];
 
   // Computes what is there to be taken, beginning with the thread's own range; of the others' at
   // least `least` pieces must be left. Returns how many it computed.
-  template <class Leave>
-  long help(int slot, long least, const Leave& leave) {
+  long help(int slot, long least) {
     const int of = ranges.load(std::memory_order_relaxed);
     long done = 0;
     for (int i = 0; i < of; i++) {
@@ -156,208 +130,135 @@ struct alignas(64) Job {
           failed.store(true, std::memory_order_relaxed);
         }
         done++;
-        if (leave()) return done;
       }
     }
     return done;
   }
 
-  void finish(long pieces) {
-    if (unfinished.fetch_sub(pieces) == pieces && awaited.exchange(0)) wake(awaited);
-  }
+  void finish(long pieces) { unfinished.fetch_sub(pieces, std::memory_order_acq_rel); }
 };
 
-struct Helper {
-  alignas(64) std::atomic<uint32_t> asleep{0};
-  int id = 0;
-};
+// Threads that compute for callers now; in a forked process OpenMP's others stayed behind.
+static std::atomic<int> active{0};
+static std::atomic<uint64_t> last_step{0};
+static bool forked = false;
+static const int watching = pthread_atfork(nullptr, nullptr, [] {
+  forked = true;
+  active.store(0);
+});
 
-class Team;
-static Team* here;
+static inline long next_step() { return last_step.fetch_add(1) + 1; }
 
-class Team {
- public:
-  explicit Team(uint64_t steps) : steps_(steps) {}
-
-  uint64_t steps() const { return steps_.load(); }
-
-  // Computes the steps one after another on at most `threads` threads; false: a piece threw.
-  template <class Steps>
-  bool run(const Steps& steps, int threads) {
-    threads = threads < MOST_THREADS ? threads : MOST_THREADS;
-    active_.fetch_add(1);
-    Job* const job = threads > 1 ? take() : nullptr;
-    if (job) grow(threads - 1);
-    const bool well = job ? steps.each([&](const Work& work) { return share(*job, work, threads); })
-                          : steps.each([&](const Work& work) { return alone(work); });
-    active_.fetch_sub(1);
-    if (job) job->taken.store(false, std::memory_order_release);
-    return well;
-  }
-
- private:
-  bool alone(const Work& work) {
-    const uint64_t step = steps_.fetch_add(1) + 1;
-    const long pieces = work.pieces(0, 1);
-    try {
-      for (long i = 0; i < pieces; i++) {
-        disturb({step, 0, 1, i, 0});
-        work.compute({step, 0, 1, i, 0});
-      }
-    } catch (...) {
-      return false;
+static bool alone(const Work& work) {
+  const uint64_t step = next_step();
+  const long pieces = work.pieces(0, 1);
+  try {
+    for (long i = 0; i < pieces; i++) {
+      disturb({step, 0, 1, i, 0});
+      work.compute({step, 0, 1, i, 0});
     }
-    return true;
+  } catch (...) {
+    return false;
   }
+  return true;
+}
 
-  bool share(Job& job, const Work& work, int threads) {
-    if (!work.worth_sharing()) return alone(work);
-    long pieces[MOST_THREADS], all = 0;
-    for (int i = 0; i < threads; i++) all += pieces[i] = work.pieces(i, threads);
-    job.work = &work;
-    job.step = steps_.fetch_add(1) + 1;
-    job.failed.store(false, std::memory_order_relaxed);
-    job.ranges.store(threads, std::memory_order_relaxed);
-    job.unfinished.store(all, std::memory_order_relaxed);
-    for (int i = 0; i < threads; i++) job.range[i].open(job.step, threads, pieces[i]);
-    news_.fetch_add(1);
-    if (sleeping_.load() > 0) rouse(threads);
-    const auto never = [] { return false; };
-    job.finish(job.help(0, 2, never));
-    await(job, never);
-    return !job.failed.load(std::memory_order_relaxed);
+// A single step: each thread computes its range. Handing over what is left of another's costs more
+// than it saves where OpenMP waits for all threads right afterwards.
+static bool by_ranges(const Work& work, int threads) {
+  if (!work.worth_sharing()) return alone(work);
+  std::atomic<bool> failed{false};
+  const uint64_t step = next_step();
+#pragma omp parallel num_threads(threads)
+  try {
+    const int range = omp_get_thread_num(), ranges = omp_get_num_threads();
+    const long pieces = work.pieces(range, ranges);
+    for (long i = 0; i < pieces; i++) {
+      disturb({step, range, ranges, i, range});
+      work.compute({step, range, ranges, i, range});
+    }
+  } catch (...) {
+    failed.store(true, std::memory_order_relaxed);
   }
+  return !failed.load();
+}
 
-  // Until all pieces are computed; those that nobody takes, by the caller.
-  template <class Stay>
-  void await(Job& job, const Stay& stay) {
-    const long start = now();
-    for (long tries = 0; job.unfinished.load(std::memory_order_acquire) > 0; tries++) {
+// Waits for pieces that a helper computes; those that nobody has taken, the caller computes.
+static void await(Job& job) {
+  const long start = now();
+  for (long tries = 1; job.unfinished.load(std::memory_order_acquire) > 0; tries++) {
+    pause();
+    if (tries % 16) continue;
+    const long waited = now() - start;
+    if (waited >= LAST_PIECE) job.finish(job.help(0, 1));
+    if (waited >= LOOKS) sched_yield();
+  }
+}
+
+static bool share(Job& job, const Work& work, int threads) {
+  if (!work.worth_sharing()) return alone(work);
+  long pieces[MOST_THREADS], all = 0;
+  for (int i = 0; i < threads; i++) all += pieces[i] = work.pieces(i, threads);
+  job.work = &work;
+  job.step = next_step();
+  job.failed.store(false, std::memory_order_relaxed);
+  job.ranges.store(threads, std::memory_order_relaxed);
+  job.unfinished.store(all, std::memory_order_relaxed);
+  for (int i = 0; i < threads; i++) job.range[i].open(job.step, threads, pieces[i]);
+  job.finish(job.help(0, 2));
+  await(job);
+  return !job.failed.load(std::memory_order_relaxed);
+}
+
+// What the other threads do until the caller has come to its last step's end.
+static void help(Job& job, int id) {
+  long idle_since = now();
+  for (long tries = 1; !job.over.load(std::memory_order_acquire); tries++) {
+    const bool waited = tries % 64 == 0 && now() - idle_since >= LAST_PIECE;
+    const bool open = job.unfinished.load(std::memory_order_acquire) > 0;
+    const long done = open ? job.help(id, waited ? 1 : 2) : 0;
+    if (done) {
+      job.finish(done);
+      idle_since = now();
+      tries = 0;
+    } else {
       pause();
-      if (tries % 16) continue;
-      const long waited = now() - start;
-      if (waited >= LAST_PIECE) {
-        if (const long done = job.help(0, 1, stay)) job.finish(done);
-      }
-      if (waited >= CALLER_LOOKS) {
-        job.awaited.store(1);
-        if (job.unfinished.load() > 0) sleep_on(job.awaited, 1);
-        job.awaited.store(0);
-      }
+      if (tries % 64 == 0 && now() - idle_since >= LOOKS) sched_yield();
     }
   }
+}
 
-  Job* take() {
-    for (int i = 0; i < MOST_JOBS; i++) {
-      bool free = false;
-      if (jobs_[i].taken.compare_exchange_strong(free, true)) {
-        int known = used_.load();
-        while (known < i + 1 && !used_.compare_exchange_weak(known, i + 1)) {}
-        return &jobs_[i];
-      }
+// Computes the steps one after another on at most `threads` threads, fewer where other callers
+// compute at the same time; false: a piece threw.
+template <class Steps>
+bool run(const Steps& steps, int threads) {
+  threads = threads < MOST_THREADS ? threads : MOST_THREADS;
+  const int others = active.fetch_add(1);
+  const int room = forked ? 1 : threads - others;
+  bool well = true;
+  if (room < 2) {
+    well = steps.each([](const Work& work) { return alone(work); });
+  } else {
+    active.fetch_add(room - 1);
+    if (steps.is_one()) {
+      well = steps.each([&](const Work& work) { return by_ranges(work, room); });
+      active.fetch_sub(room);
+      return well;
     }
-    return nullptr;
-  }
-
-  // Wakes helpers that sleep, as far as there is room for them beside those that compute.
-  void rouse(int threads) {
-    int room = threads - active_.load();
-    for (int id = 1; id < threads && room > 0; id++) {
-      uint32_t asleep = 1;
-      if (helpers_[id].asleep.compare_exchange_strong(asleep, 0)) {
-        sleeping_.fetch_sub(1);
-        wake(helpers_[id].asleep);
-        room--;
-      }
+    static thread_local Job own;
+    Job& job = own;
+    job.over.store(false, std::memory_order_relaxed);
+#pragma omp parallel num_threads(room)
+    if (const int id = omp_get_thread_num()) {
+      help(job, id);
+    } else {
+      well = steps.each([&](const Work& work) { return share(job, work, room); });
+      job.over.store(true, std::memory_order_release);
     }
+    active.fetch_sub(room - 1);
   }
-
-  void grow(int helpers) {
-    if (spawned_.load(std::memory_order_acquire) >= helpers || growing_.exchange(true)) return;
-    sigset_t every, before;
-    sigfillset(&every);
-    pthread_sigmask(SIG_SETMASK, &every, &before);  // signals are Python's
-    if (!spawned_.load()) openmp::let_sleep();
-    while (spawned_.load() < helpers && spawn()) {}
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    growing_.store(false);
-  }
-
-  // Without a further thread, those that there are do the work.
-  bool spawn() {
-    const int id = spawned_.load() + 1;
-    helpers_[id].id = id;
-    pthread_t thread;
-    const auto begin = [](void* helper) -> void* { here->help(static_cast<Helper*>(helper)->id); };
-    if (pthread_create(&thread, nullptr, begin, &helpers_[id])) return false;
-    pthread_detach(thread);
-    spawned_.store(id, std::memory_order_release);
-    return true;
-  }
-
-  [[noreturn]] void help(int id) {
-    long idle_since = now();
-    for (long tries = 0;; tries++) {
-      const uint32_t news = news_.load();
-      bool worked = false;
-      const long least = tries % 64 == 63 && now() - idle_since >= LAST_PIECE ? 1 : 2;
-      for (int i = 0, used = used_.load(std::memory_order_acquire); i < used; i++) {
-        worked |= help(jobs_[i], id, least);
-      }
-      if (worked) {
-        idle_since = now();
-        tries = 0;
-      } else {
-        pause();
-        if (tries % 64 == 63 && now() - idle_since >= HELPER_LOOKS) {
-          sleep(id, news);
-          idle_since = now();
-          tries = 0;
-        }
-      }
-    }
-  }
-
-  bool help(Job& job, int id, long least) {
-    const int threads = job.ranges.load(std::memory_order_relaxed);
-    if (id >= threads || job.unfinished.load(std::memory_order_relaxed) <= 0) return false;
-    const auto crowded = [&] { return active_.load(std::memory_order_relaxed) > threads; };
-    active_.fetch_add(1);
-    const long done = crowded() ? 0 : job.help(id, least, crowded);
-    if (done) job.finish(done);
-    active_.fetch_sub(1);
-    return done > 0;
-  }
-
-  // Until there is news later than `news`.
-  void sleep(int id, uint32_t news) {
-    std::atomic<uint32_t>& asleep = helpers_[id].asleep;
-    asleep.store(1);
-    sleeping_.fetch_add(1);
-    if (news_.load() == news) {
-      while (asleep.load() == 1) sleep_on(asleep, 1);
-      return;  // whoever woke it has counted it
-    }
-    uint32_t still = 1;
-    if (asleep.compare_exchange_strong(still, 0)) sleeping_.fetch_sub(1);
-  }
-
-  alignas(64) std::atomic<uint32_t> news_{0};    // steps that were opened
-  alignas(64) std::atomic<uint64_t> steps_;      // and those of callers without helpers
-  alignas(64) std::atomic<int> active_{0};       // callers, and helpers that compute
-  alignas(64) std::atomic<int> sleeping_{0};     // helpers
-  std::atomic<int> spawned_{0}, used_{0};        // helpers; jobs [0, used_)
-  std::atomic<bool> growing_{false};
-  Job jobs_[MOST_JOBS];
-  Helper helpers_[MOST_THREADS];
-};
-
-// Never destroyed, as its helpers run to the end of the process. A forked process has none of its
-// parent's threads, and makes a team of its own.
-alignas(Team) static unsigned char memory[sizeof(Team)];
-static const int watching = [] {
-  here = new (memory) Team(0);
-  return pthread_atfork(nullptr, nullptr, [] { here = new (memory) Team(here->steps()); });
-}();
+  active.fetch_sub(1);
+  return well;
+}
 
 }  // namespace team
