@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchvision.models import densenet121, resnet18, vgg11_bn
 from torchvision.models._utils import IntermediateLayerGetter
 
+from hostile import images, is_fused, require_alike, require_same, spread
 from resfuse.kernels import fuse
-from tests.hostile import images, is_fused, require_alike, require_same, spread
 
 PICTURE = (2, 3, 32, 32)
 
