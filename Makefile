@@ -27,7 +27,7 @@ report: $(STAMP)  ## write the reports of results/ again, from the rows alone
 	$(BIN)/resfuse report $(ARGS)
 
 gpu: $(STAMP)  ## measure what matters most on the GPU here, in nine minutes; ARGS="--resume", ARGS=--dry-run on a CPU
-	PYTHON=$(CURDIR)/$(BIN)/python sh bench/gpu_plan/run.sh $(ARGS)
+	PYTHON=$(CURDIR)/$(BIN)/python sh tools/gpu_plan/run.sh $(ARGS)
 
 inspect: $(STAMP)  ## compile every kernel for GPUs that need not be here; ARGS="--kernel conv1x1"
 	$(BIN)/resfuse inspect $(ARGS)
@@ -42,7 +42,7 @@ format: $(STAMP)  ## let ruff edit
 
 types: $(STAMP)  ## mypy; it needs the packages where their names say, so they are linked there
 	mkdir -p build/types/resfuse
-	for package in bench kernels resnet_ref; do ln -sfn ../../../$$package build/types/resfuse/$$package; done
+	for package in bench kernels resnet_ref tools; do ln -sfn ../../../$$package build/types/resfuse/$$package; done
 	MYPYPATH=build/types $(BIN)/mypy
 
 clean:  ## remove what the targets made, results excepted

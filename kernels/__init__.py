@@ -3,10 +3,10 @@
 from resfuse.kernels.engine.engine import Engine, build_engine
 from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.predict import plan_for
-from resfuse.kernels.explain import explain
-from resfuse.kernels.folding import fold_conv_bn
-from resfuse.kernels.fuse import fuse, fused, unfuse
-from resfuse.kernels.modules import FusedBasicBlock, FusedBottleneck, FusedConvBNAct
+from resfuse.kernels.fusion.explain import explain
+from resfuse.kernels.fusion.fuse import fuse, fused, unfuse
+from resfuse.kernels.fusion.modules import FusedBasicBlock, FusedBottleneck, FusedConvBNAct
+from resfuse.kernels.ops.bn_folding import fold_conv_bn
 
 __all__ = [
     "Engine",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from resfuse.bench.studies.learning import data
+    from resfuse.bench.trainings import data
 
 
 def _index_of_scalars_in_the_interpreter() -> None:
@@ -98,7 +98,7 @@ def timings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def few() -> "data.Data":
     """192 of scikit-learn's digits to train on and 100 to test on."""
-    from resfuse.bench.studies.learning import data
+    from resfuse.bench.trainings import data
 
     every = data.load("digits")
     train = data.Split(every.train.images[:192], every.train.labels[:192])
@@ -117,16 +117,16 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=["native", "onednn"])
 def conv_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
     """What computes convolutions on this CPU: native steps, or oneDNN where there are none."""
-    from resfuse.kernels.native import packed
-    from resfuse.kernels.native.library import why_unavailable
-    from resfuse.kernels.onednn import PackedConv
+    from resfuse.kernels.cpu import packed_conv
+    from resfuse.kernels.cpu.library import why_unavailable
+    from resfuse.kernels.cpu.onednn import PackedConv
 
     if request.param == "onednn":
-        monkeypatch.setattr(packed, "supports", lambda *layer: False)
+        monkeypatch.setattr(packed_conv, "supports", lambda *layer: False)
         return PackedConv
     if (reason := why_unavailable()) is not None:
         pytest.skip(reason)
-    return packed.NativeConv
+    return packed_conv.NativeConv
 
 
 def insert_after(file: Path, line: str, added: str) -> None:
@@ -140,7 +140,7 @@ def insert_after(file: Path, line: str, added: str) -> None:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources under their import name, for tests that plant something in them."""
     home = tmp_path_factory.mktemp("checkout")
-    for package in ("bench", "kernels", "resnet_ref"):
+    for package in ("bench", "kernels", "resnet_ref", "tools"):
         source, target = ROOT / package, home / "resfuse" / package
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     return home
@@ -166,7 +166,7 @@ def resfuse_in() -> Callable[[Path], Resfuse]:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """CPU or GPU facts beside pytest-benchmark's own, so that a saved run says where it ran."""
-    from resfuse.bench import machine
+    from resfuse.bench.measuring.probes import machine
 
     facts = machine.facts("cuda" if torch.cuda.is_available() else "cpu", 0)
     machine_info["resfuse"] = {**facts, "env_id": machine.env_id(facts)}
@@ -175,7 +175,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.fixture(params=[1, 2, 3])
 def thread_counts(request: pytest.FixtureRequest) -> Iterator[int]:
     """One thread, two, and more than there are cores here."""
-    from resfuse.kernels.native.cpus import asking
+    from resfuse.kernels.cpu.cpus import asking
 
     with asking(request.param):
         yield request.param

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from resfuse.bench.errors import Unavailable
-from resfuse.bench.selection import pick
+from resfuse.bench.common.errors import Unavailable
+from resfuse.bench.common.selection import pick
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ BACKENDS: dict[str, Backend] = {
     ),
     "fused": Backend(
         "resfuse.bench.backends.fused:build",
-        "resfuse.kernels.fuse: our kernels on a GPU, native steps or oneDNN on a CPU",
+        "resfuse.kernels.fusion.fuse: our kernels on a GPU, native steps or oneDNN on a CPU",
         ("channels_last",),  # it computes in that, whatever it is given
         "resfuse.bench.backends.fused:trainable",
         require="resfuse.bench.backends.fused:require",

@@ -7,7 +7,7 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
 
-from resfuse.bench.errors import Unavailable
+from resfuse.bench.common.errors import Unavailable
 
 
 def require(device: torch.device) -> None:

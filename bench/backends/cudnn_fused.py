@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from resfuse.bench.errors import Unavailable
-from resfuse.kernels.cudnn_relu import conv_relu, searching, zeros_for
-from resfuse.kernels.engine.cudnn_probe import decided
-from resfuse.kernels.folding import fold_conv_bn
-from resfuse.kernels.problem import math_mode_of, output_shape
+from resfuse.bench.common.errors import Unavailable
+from resfuse.kernels.gpu.cudnn.cudnn_probe import decided
+from resfuse.kernels.gpu.cudnn.cudnn_relu import conv_relu, searching, zeros_for
+from resfuse.kernels.ops.bn_folding import fold_conv_bn
+from resfuse.kernels.ops.conv_problem import math_mode_of, output_shape
 
 Kind = TypeVar("Kind", bound=nn.Module)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends.onnx_export import INPUT, OUTPUT, exported, require_exporter
-from resfuse.bench.errors import Unavailable
-from resfuse.bench.precision import tf32_allowed
+from resfuse.bench.common.errors import Unavailable
+from resfuse.bench.common.precision import tf32_allowed
 
 ELEMENT_TYPES = {
     torch.float32: 1,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends.onnx_export import INPUT, exported, require_exporter
-from resfuse.bench.errors import Unavailable
+from resfuse.bench.common.errors import Unavailable
 
 HINTS = {torch.float32: "f32", torch.float16: "f16"}
 

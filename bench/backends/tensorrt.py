@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.errors import Unavailable
+from resfuse.bench.common.errors import Unavailable
 
 
 def require(device: torch.device) -> None:
@@ -25,7 +25,7 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     require(example.device)
     import torch_tensorrt
 
-    from resfuse.bench.precision import tf32_allowed
+    from resfuse.bench.common.precision import tf32_allowed
 
     compiled = torch_tensorrt.compile(
         model,

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from resfuse.bench import results
-from resfuse.bench.row import ENDED
+from resfuse.bench.records import results
+from resfuse.bench.records.case_row import ENDED
 
 Cells = dict[str, str]
 

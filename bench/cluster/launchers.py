@@ -10,7 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from resfuse.bench.errors import UsageError
+from resfuse.bench.common.errors import UsageError
 
 MOST_PREEMPTIONS = 100  # of one job by its own time limit; each time it has got further
 NOTICE_S = 60  # before its time is up, a job is told

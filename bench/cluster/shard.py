@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resfuse.bench import results, sweep
-from resfuse.bench.case import Case, Options, Request
-from resfuse.bench.errors import UsageError
-from resfuse.bench.row import Outcome
-from resfuse.bench.survey import survey
+from resfuse.bench.common.errors import UsageError
+from resfuse.bench.records import results
+from resfuse.bench.records.case import Case, Options, Request
+from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.running import sweep
+from resfuse.bench.running.survey import survey
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission

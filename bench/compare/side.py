@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from resfuse.bench import results
-from resfuse.bench.case import MODES
-from resfuse.bench.row import STATUSES
+from resfuse.bench.records import results
+from resfuse.bench.records.case import MODES
+from resfuse.bench.records.case_row import STATUSES
 
 IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
 NORMAL_95 = 1.96  # half a 95 % interval, in standard errors

@@ -6,8 +6,8 @@ from threading import Event
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from resfuse.bench.distributed.world import World
-from resfuse.bench.timing import Watch, seconds
+from resfuse.bench.measuring.clock.timing import Watch, seconds
+from resfuse.bench.running.world import World
 
 CONNECT_S = 60.0
 LOOK_S = 0.2

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from resfuse.bench.doctor.finding import BROKEN, NOTE, Finding
+from resfuse.bench.common.finding import BROKEN, NOTE, Finding
 
 CGROUP = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
@@ -12,7 +12,7 @@ GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 def device_part(device: str) -> list[Finding]:
     """What would be measured on, and its clocks."""
-    from resfuse.bench import nvml
+    from resfuse.bench.measuring.probes import nvml
 
     facts = facts_of_rows(device)
     found = [Finding("device", facts["device_name"])]
@@ -99,8 +99,9 @@ def arithmetic(device: str) -> list[Finding]:
 
 def rates(device: str, folder: Path) -> list[Finding]:
     """Ceilings on record for this environment, and whether the results folder can be written."""
-    from resfuse.bench import machine, results
-    from resfuse.bench.errors import UsageError
+    from resfuse.bench.common.errors import UsageError
+    from resfuse.bench.measuring.probes import machine
+    from resfuse.bench.records import results
 
     facts = facts_of_rows(device)
     own = folder / machine.folder_name(facts)
@@ -130,7 +131,7 @@ def rates(device: str, folder: Path) -> list[Finding]:
 
 def facts_of_rows(device: str) -> dict[str, str]:
     """The environment that rows would have, whose processes get settings of the allocator."""
-    from resfuse.bench import allocator, machine
+    from resfuse.bench.measuring.probes import allocator, machine
 
     malloc = allocator.described(allocator.keeping(os.environ))
     return {**machine.facts(device, 0), "malloc": malloc}

@@ -5,7 +5,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-from resfuse.bench.doctor.finding import BROKEN, NOTE, Finding
+from resfuse.bench.common.finding import BROKEN, NOTE, Finding
 
 # import name -> distribution. The harness cannot do without these ...
 NEEDED = {
@@ -66,7 +66,7 @@ def providers() -> list[Finding]:
 
 def compilers() -> list[Finding]:
     """The C++ compiler of the native steps, and what it has built."""
-    from resfuse.kernels.native.library import cache_folder, why_unavailable
+    from resfuse.kernels.cpu.library import cache_folder, why_unavailable
 
     reason = why_unavailable()
     folder = cache_folder()
@@ -87,7 +87,7 @@ def ptxas() -> list[Finding]:
     import torch
     from triton.backends.nvidia.compiler import get_ptxas
 
-    from resfuse.kernels.engine.tactics.block_tail import refusal_of_ptxas
+    from resfuse.kernels.engine.tactics.gpu.triton_block_tail import refusal_of_ptxas
 
     found = get_ptxas(90)
     refused = refusal_of_ptxas(found.version)

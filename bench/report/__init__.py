@@ -1,5 +1,5 @@
 """rows.csv in; REPORT.md, DETAILS.md with its plots and report.html out."""
 
-from resfuse.bench.report.page import HTML, write_merged_report, write_report, written
+from resfuse.bench.report.report_page import HTML, write_merged_report, write_report, written
 
 __all__ = ["HTML", "write_merged_report", "write_report", "written"]

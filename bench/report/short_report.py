@@ -9,18 +9,20 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from resfuse.bench.processor import microarchitecture
-from resfuse.bench.report import cells, markdown
-from resfuse.bench.report.headline import noise
-from resfuse.bench.report.ladder import Line, Network, baseline_rows, networks
-from resfuse.bench.report.markdown import count, escape, listing
-from resfuse.bench.report.provenance import facts, opening
-from resfuse.bench.report.result import Environment, Result
-from resfuse.bench.report.section import title
+from resfuse.bench.measuring.probes.processor import microarchitecture
+from resfuse.bench.report.data import cells
+from resfuse.bench.report.data.ladder import Line, Network, baseline_rows, networks
+from resfuse.bench.report.data.result import Environment, Result
+from resfuse.bench.report.sections.comparison_section import title
+from resfuse.bench.report.tables import markdown
+from resfuse.bench.report.tables.headline import noise
+from resfuse.bench.report.tables.markdown import count, escape, listing
+from resfuse.bench.report.tables.provenance import facts, opening
 
 LONGEST = 150  # lines
 WIDTH = 110  # characters of a line of prose
-BUSY_CORES = 0.25  # as bench/quiet.py has it: more than the background load of an idle system
+# as bench/measuring/probes/idle.py has it: more than the background load of an idle system
+BUSY_CORES = 0.25
 MADE_HERE = (
     "`make report` writes DETAILS.md (every row, depth scaling, rooflines, convolutions, studies) "
     "and report.html (the same rows, to sort and filter) beside this page."
@@ -38,9 +40,22 @@ GUIDE = (
     "build measures its candidates and takes longer).",
 )
 FACTS = (
-    "cpu", "cpu_model", "cpu_isa", "threads", "memory_gb", "gpu_memory_gb", "driver", "system",
-    "python", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "openvino", "commit",
-)  # fmt: skip
+    "cpu",
+    "cpu_model",
+    "cpu_isa",
+    "threads",
+    "memory_gb",
+    "gpu_memory_gb",
+    "driver",
+    "system",
+    "python",
+    "torch",
+    "triton",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "commit",
+)
 
 
 def short_report(environment: Environment, images: Mapping[str, str]) -> list[str]:

@@ -1,11 +1,13 @@
 """STUDIES: questions answered by measurement, `resfuse study NAME`.
 
-A study is an entry here, its flags in bench/flags/studies.py, and a file or a package of its name.
+A study is an entry here, its flags in bench/flags/studies_flags.py, and a file or a package of its
+name.
 """
 
 import argparse
 
-from resfuse.bench.flags.studies import (
+from resfuse.bench.common.subcommand import Subcommand
+from resfuse.bench.flags.studies_flags import (
     add_degradation,
     add_depth,
     add_gate,
@@ -13,36 +15,35 @@ from resfuse.bench.flags.studies import (
     add_overhead,
     add_training,
 )
-from resfuse.bench.subcommand import Subcommand
 
 STUDIES: dict[str, Subcommand] = {
     "overhead": Subcommand(
-        "resfuse.bench.studies.overhead:run",
+        "resfuse.bench.studies.overhead_study:run",
         add_overhead,
         "does the harness slow down what it measures?",
     ),
     "gate": Subcommand(
-        "resfuse.bench.studies.gate:run",
+        "resfuse.bench.studies.gate_study:run",
         add_gate,
         "how often does `resfuse compare` cry wolf, and what does it miss?",
     ),
     "depth": Subcommand(
-        "resfuse.bench.studies.depth:run",
+        "resfuse.bench.studies.depth_study:run",
         add_depth,
         "time, memory and error from 18 to 1202 layers, by backend",
     ),
     "degradation": Subcommand(
-        "resfuse.bench.studies.degradation.command:run",
+        "resfuse.bench.studies.degradation_study:run",
         add_degradation,
         "plain against residual networks of growing depth, trained on real data",
     ),
     "training": Subcommand(
-        "resfuse.bench.studies.training.command:run",
+        "resfuse.bench.studies.training_study:run",
         add_training,
         "does a network trained fused learn as it does unfused?",
     ),
     "models": Subcommand(
-        "resfuse.bench.studies.models.command:run",
+        "resfuse.bench.studies.models.models_study:run",
         add_models,
         "do fuse and the engine answer as 200 networks of timm and torchvision do?",
     ),

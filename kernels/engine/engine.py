@@ -1,9 +1,9 @@
 """build_engine: a whole network compiled for its shapes and the device at hand.
 
-TensorRT's idea, and words: the network is captured as a graph (capture.py, merge.py), every segment
+TensorRT's idea, and words: the network is captured as a graph (export.py, merge.py), every segment
 of which several *tactics* can compute (tactics/); each is checked, timed where there is a device
-(measure.py, timing_cache.py), and the cheapest cover is planned (planner.py). The values get a
-place in one arena (homes.py, memory.py), and everything is bound to it (executor.py).
+(tuner.py, timing_cache.py), and the cheapest cover is planned (planner.py). The values get a
+place in one arena (aliasing.py, arena_planner.py), and everything is bound to it (executor.py).
 """
 
 import contextlib
@@ -17,37 +17,32 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from resfuse.kernels.engine.alive import Alive
-from resfuse.kernels.engine.any_batch import batch_of, require_paddable
-from resfuse.kernels.engine.batching import images_at_all_sizes
-from resfuse.kernels.engine.capture import capture
-from resfuse.kernels.engine.ceilings import Ceilings
-from resfuse.kernels.engine.choice import Choice
-from resfuse.kernels.engine.chunking import with_chunks
-from resfuse.kernels.engine.cuda_graph import Recorded, Turns
-from resfuse.kernels.engine.default_device import without_meta
-from resfuse.kernels.engine.executor import Executor
-from resfuse.kernels.engine.explain import table
-from resfuse.kernels.engine.fallback import tensors_of, with_weights
-from resfuse.kernels.engine.forks import forks, watch
-from resfuse.kernels.engine.graph import Graph, state_names
-from resfuse.kernels.engine.held import storages
-from resfuse.kernels.engine.input import require_input
-from resfuse.kernels.engine.layout_questions import require_layout
-from resfuse.kernels.engine.measure import Measurer
-from resfuse.kernels.engine.own_weights import (
-    copies,
-    kept_names,
-    refreshed,
-    require_usable,
-)
-from resfuse.kernels.engine.planner import Segment, plan
-from resfuse.kernels.engine.room import Laid
-from resfuse.kernels.engine.saved import save
+from resfuse.kernels.cpu.cpus import asking, require_threads
+from resfuse.kernels.cpu.program import lanes
+from resfuse.kernels.engine.cost.ceilings import Ceilings
+from resfuse.kernels.engine.frontend.any_batch import batch_of, require_paddable
+from resfuse.kernels.engine.frontend.batching import images_at_all_sizes
+from resfuse.kernels.engine.frontend.export import capture
+from resfuse.kernels.engine.frontend.layout_questions import require_layout
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Graph, state_names
+from resfuse.kernels.engine.memory.buffers import WeightStore
+from resfuse.kernels.engine.memory.storage_bytes import storages
+from resfuse.kernels.engine.plan_table import table
+from resfuse.kernels.engine.planning.chunking import with_chunks
+from resfuse.kernels.engine.planning.liveness import Liveness
+from resfuse.kernels.engine.planning.planner import Segment, plan
+from resfuse.kernels.engine.runtime.cuda_graph import Recorded, Turns
+from resfuse.kernels.engine.runtime.default_device import without_meta
+from resfuse.kernels.engine.runtime.executor import Executor
+from resfuse.kernels.engine.runtime.fallback import tensors_of, with_weights
+from resfuse.kernels.engine.runtime.forks import forks, watch
+from resfuse.kernels.engine.runtime.input_check import require_input
+from resfuse.kernels.engine.runtime.own_weights import copies, kept_names, refreshed, require_usable
+from resfuse.kernels.engine.saving.engine_file import save
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_on
-from resfuse.kernels.engine.timing_cache import TimingCache, known
-from resfuse.kernels.native.cpus import asking, require_threads
-from resfuse.kernels.native.step import lanes
+from resfuse.kernels.engine.tuning.tuner import Tuner
+from resfuse.kernels.tuning_cache.timing_cache import TimingCache, known
 
 OtherBatches = Literal["error", "pad", "eager"]
 
@@ -208,10 +203,10 @@ class Engine:
         pool, inputs = (
             (self._recorded.pool_bytes, self._recorded.input_bytes) if self._recorded else (0, 0)
         )
-        room = executor.room
+        arena = executor.arena
         originals = self._originals()
         weights, kept = executor.held_bytes(originals), sum(storages(originals).values())
-        return Memory(room.size, room.least_size, weights, kept, pool, inputs)
+        return Memory(arena.size, arena.least_size, weights, kept, pool, inputs)
 
     def explain(self, batch_size: int | None = None) -> str:
         """A table of the segments: tactic, runner-up, time, floor, bytes."""
@@ -237,10 +232,12 @@ class Engine:
         if model is not None:
             unread = {name: t for name, t in tensors_of(model) if name not in fresh}
             model = with_weights(model, refreshed(unread, unread, state_dict) | fresh)
-        laid = Laid()
+        weight_store = WeightStore()
         with asking(self.threads):
             built = {
-                size: Built(b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, laid))
+                size: Built(
+                    b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, weight_store)
+                )
                 for size, b in self._built.items()
             }
         recorded = self._record(built)
@@ -351,13 +348,13 @@ def _built_engine(
     cache = TimingCache(example.device, timings)
     built: dict[int, Built] = {}
     state: dict[str, Tensor] = {}
-    laid = Laid()
+    weight_store = WeightStore()
     for size in sizes:
         graph, captured = capture(model, batch_of(example, size))
         new = {name: captured[name] for name in sorted(state_names(graph)) if name not in state}
         state |= copies(new, kept_names(graph, keep_weights))
         require_usable([graph], state, graph.constants, "model")
-        built[size] = _build(graph, state, laid, example.device, cache, tiling)
+        built[size] = _build(graph, state, weight_store, example.device, cache, tiling)
     if other_batches == "pad":
         require_paddable(model, example, {size: b.graph for size, b in built.items()}, state)
     eager = other_batches == "eager"
@@ -376,14 +373,14 @@ def _built_engine(
 def _build(
     graph: Graph,
     state: Mapping[str, Tensor],
-    laid: Laid,
+    weight_store: WeightStore,
     device: torch.device,
     cache: TimingCache,
     tiling: bool | None = None,
 ) -> Built:
     dtype = graph.values[graph.input].dtype
     tactics = tactics_on(device, dtype)
-    measured = Measurer(graph, state, device, tactics, cache, known(device))
+    measured = Tuner(graph, state, device, tactics, cache, known(device))
     if device.type == "cuda":
         _compile_ahead(graph, state, tactics, measured, device)
     else:
@@ -397,7 +394,7 @@ def _build(
             segments = with_chunks(graph, segments, tactics, measured, memory)
         if measured.confirm(segment.choice for segment in segments):
             break  # otherwise plan without those that are barred now
-    executor = Executor(graph, [s.choice for s in segments], state, laid)
+    executor = Executor(graph, [s.choice for s in segments], state, weight_store)
     return Built(graph, tuple(segments), executor)
 
 
@@ -405,11 +402,11 @@ def _compile_ahead(
     graph: Graph,
     state: Mapping[str, Tensor],
     tactics: Mapping[str, TacticModule],
-    measured: Measurer,
+    measured: Tuner,
     device: torch.device,
 ) -> None:
     """What is to be measured, as far as it takes Triton."""
-    from resfuse.kernels.engine.compile_ahead import compile_ahead
+    from resfuse.kernels.engine.tuning.compile_ahead import compile_ahead
 
     every = (choice for choices in _same_nodes(graph, tactics) for choice in choices)
     offered = (choice for choice in every if not measured.knows(choice))
@@ -417,22 +414,22 @@ def _compile_ahead(
     compile_ahead(graph, state, offered, 10 * major + minor)
 
 
-def _same_nodes(graph: Graph, tactics: Mapping[str, TacticModule]) -> Iterator[list[Choice]]:
+def _same_nodes(graph: Graph, tactics: Mapping[str, TacticModule]) -> Iterator[list[Candidate]]:
     """What may be planned with: the choices for each run of nodes."""
     for at in range(len(graph.nodes)):
-        found: dict[int, list[Choice]] = {}
+        found: dict[int, list[Candidate]] = {}
         for tactic in tactics.values():
             for choice in tactic.segments(graph, at):
                 found.setdefault(choice.stop, []).append(choice)
         yield from found.values()
 
 
-def _memory(graph: Graph, tactics: Mapping[str, TacticModule]) -> Callable[[Choice], int]:
+def _memory(graph: Graph, tactics: Mapping[str, TacticModule]) -> Callable[[Candidate], int]:
     """Of a choice: the bytes of an arena in use while it runs; without an arena, the allocator has
     the last word and time the only one."""
     if not any(TACTICS[name].in_arena for name in tactics):
         return lambda choice: 0
-    alive = Alive(graph, lanes())
+    alive = Liveness(graph, lanes())
     return lambda choice: alive.bytes_of(choice, tactics[choice.tactic])
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from resfuse.kernels.engine.default_device import without_meta
+from resfuse.kernels.cpu.cpus import asking
 from resfuse.kernels.engine.engine import Built, Engine
-from resfuse.kernels.engine.executor import Executor
-from resfuse.kernels.engine.room import Laid
-from resfuse.kernels.engine.saved import Saved, cannot_run, read
-from resfuse.kernels.native.cpus import asking
+from resfuse.kernels.engine.memory.buffers import WeightStore
+from resfuse.kernels.engine.runtime.default_device import without_meta
+from resfuse.kernels.engine.runtime.executor import Executor
+from resfuse.kernels.engine.saving.engine_file import Saved, cannot_run, read
 
 
 @without_meta()
@@ -32,10 +32,12 @@ def load_engine(path: str | Path, *, allow: Collection[str] = ()) -> Engine:
 
 
 def _engine(saved: Saved) -> Engine:
-    laid = Laid()
+    weight_store = WeightStore()
     with asking(saved.threads):
         built = {
-            size: Built(graph, segs, Executor(graph, [s.choice for s in segs], saved.state, laid))
+            size: Built(
+                graph, segs, Executor(graph, [s.choice for s in segs], saved.state, weight_store)
+            )
             for size, (graph, segs) in saved.plans.items()
         }
     return Engine(

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from resfuse.kernels.engine.capture import capture
-from resfuse.kernels.engine.explain import table
-from resfuse.kernels.engine.gpus import Gpu, gpu_named
-from resfuse.kernels.engine.graph import Graph
-from resfuse.kernels.engine.planner import Segment, plan
-from resfuse.kernels.engine.roofline_cost import RooflineCost
+from resfuse.kernels.engine.cost.gpus import Gpu, gpu_named
+from resfuse.kernels.engine.cost.roofline_cost import RooflineCost
+from resfuse.kernels.engine.frontend.export import capture
+from resfuse.kernels.engine.ir.graph import Graph
+from resfuse.kernels.engine.plan_table import table
+from resfuse.kernels.engine.planning.planner import Segment, plan
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_for
-from resfuse.kernels.problem import math_mode_of
+from resfuse.kernels.ops.conv_problem import math_mode_of
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,28 @@ the page is of one. So rows of two environments, precisions or math modes cannot
 from collections.abc import Sequence
 from typing import Any
 
-from resfuse.bench.metrics import METRICS
-from resfuse.bench.report import cells, headline
-from resfuse.bench.report.column import Column
-from resfuse.bench.report.depth import ceiling_sentence, depth_series, gflop_per_s
-from resfuse.bench.report.failures import failure_groups, nothing_failed, which
-from resfuse.bench.report.families import depth
-from resfuse.bench.report.guide import RULES, STATUS_MEANING
-from resfuse.bench.report.html.command import command_line
-from resfuse.bench.report.palette import looks
-from resfuse.bench.report.plot_roofline import least_byte_points, measured_roof
-from resfuse.bench.report.plot_throughput import rounds
-from resfuse.bench.report.provenance import NO_FACTS, facts, made_from, opening
-from resfuse.bench.report.result import Comparison, Environment, Result, label, labels, model_name
-from resfuse.bench.report.section import MODE_TITLES
+from resfuse.bench.records.metrics import METRICS
+from resfuse.bench.report.data import cells
+from resfuse.bench.report.data.families import depth
+from resfuse.bench.report.data.palette import looks
+from resfuse.bench.report.data.result import (
+    Comparison,
+    Environment,
+    Result,
+    label,
+    labels,
+    model_name,
+)
+from resfuse.bench.report.html.measure_again import command_line
+from resfuse.bench.report.plots.plot_roofline import least_byte_points, measured_roof
+from resfuse.bench.report.plots.plot_throughput import rounds
+from resfuse.bench.report.sections.comparison_section import MODE_TITLES
+from resfuse.bench.report.tables import headline
+from resfuse.bench.report.tables.column import Column
+from resfuse.bench.report.tables.depth import ceiling_sentence, depth_series, gflop_per_s
+from resfuse.bench.report.tables.failures import failure_groups, nothing_failed, which
+from resfuse.bench.report.tables.guide import RULES, STATUS_MEANING
+from resfuse.bench.report.tables.provenance import NO_FACTS, facts, made_from, opening
 
 LONGEST_ERROR = 600  # characters of a row's error; a compiler's whole output is in rows.csv
 SYMBOLS = {  # matplotlib's markers by plotly's names

@@ -2,11 +2,12 @@
 
 A tactic's module has
 - `refusal(device, dtype) -> str | None`: why it cannot run there, in one sentence;
-- `segments(graph, at) -> Iterable[Choice]`: what it can do that starts with node `at`;
+- `segments(graph, at) -> Iterable[Candidate]`: what it can do that starts with node `at`;
 - `scratch(graph, choice) -> int`: bytes it needs while it runs (tactics in the arena only);
-- `lower(graph, choice, state, room) -> Work`: the segment, ready to run;
+- `lower(graph, choice, state, arena) -> Work`: the segment, ready to run;
 - `kernels(graph, choice) -> list[Graph]`, only where a segment takes several kernels: their parts;
-- `configuration(graph, choice) -> Key`, only where it is a kernel's: see resfuse/kernels/barred.py.
+- `configuration(graph, choice) -> Key`, only where it is a kernel's: see
+  resfuse/kernels/tuning_cache/denylist.py.
 
 Tactics on a GPU pass values on as torch's tensors, [N, C, H, W] in channels_last.
 """
@@ -18,10 +19,10 @@ from typing import Protocol, cast
 
 import torch
 
-from resfuse.kernels.engine.choice import Choice
-from resfuse.kernels.engine.graph import Graph, State
-from resfuse.kernels.engine.room import Room
-from resfuse.kernels.engine.work import Work
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Graph, State
+from resfuse.kernels.engine.ir.lowered import Work
+from resfuse.kernels.engine.memory.buffers import Arena
 
 
 class TacticModule(Protocol):
@@ -29,11 +30,11 @@ class TacticModule(Protocol):
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
 
-    def segments(self, graph: Graph, at: int) -> Iterable[Choice]: ...
+    def segments(self, graph: Graph, at: int) -> Iterable[Candidate]: ...
 
-    def scratch(self, graph: Graph, choice: Choice) -> int: ...
+    def scratch(self, graph: Graph, choice: Candidate) -> int: ...
 
-    def lower(self, graph: Graph, choice: Choice, state: State, room: Room) -> Work: ...
+    def lower(self, graph: Graph, choice: Candidate, state: State, arena: Arena) -> Work: ...
 
 
 @dataclass(frozen=True)
@@ -51,68 +52,69 @@ class Tactic:
 
 TACTICS: dict[str, Tactic] = {
     "native": Tactic(
-        "resfuse.kernels.engine.tactics.native",
+        "resfuse.kernels.engine.tactics.cpu.native",
         "C++ for this processor: direct, Winograd and grouped convolutions, pools; float32, CPU",
         in_arena=True,
     ),
     "native_chain": Tactic(
-        "resfuse.kernels.engine.tactics.native_chain",
+        "resfuse.kernels.engine.tactics.cpu.native_chain",
         "3x3, 1x1 + residual and the next block's 1x1 in C++, block by block of pixels",
         in_arena=True,
         devices=("cpu",),
     ),
     "native_strips": Tactic(
-        "resfuse.kernels.engine.tactics.native_strips",
+        "resfuse.kernels.engine.tactics.cpu.native_rows",
         "convolution and the max-pool or 3x3 behind it in C++, strip by strip of rows",
         in_arena=True,
         devices=("cpu",),
     ),
     "native_chunks": Tactic(
-        "resfuse.kernels.engine.tactics.native_chunks",
+        "resfuse.kernels.engine.tactics.cpu.native_chunks",
         "early stages in C++, a few images at a time",
         in_arena=True,
         devices=("cpu",),
     ),
     "onednn": Tactic(
-        "resfuse.kernels.engine.tactics.onednn", "oneDNN's fused convolutions, packed weights; CPU"
+        "resfuse.kernels.engine.tactics.cpu.onednn_conv",
+        "oneDNN's fused convolutions, packed weights; CPU",
     ),
     "cudnn": Tactic(
-        "resfuse.kernels.engine.tactics.cudnn",
+        "resfuse.kernels.engine.tactics.gpu.cudnn_conv",
         "cuDNN's convolution + bias + sum + ReLU",
         devices=("cuda",),
     ),
     "triton_conv": Tactic(
-        "resfuse.kernels.engine.tactics.triton_conv",
+        "resfuse.kernels.engine.tactics.gpu.triton_conv",
         "any convolution as an implicit GEMM, and depthwise",
         devices=("cuda",),
     ),
     "triton_conv1x1": Tactic(
-        "resfuse.kernels.engine.tactics.triton_conv1x1",
+        "resfuse.kernels.engine.tactics.gpu.triton_conv1x1",
         "1x1 convolution as one GEMM",
         devices=("cuda",),
     ),
     "split_k": Tactic(
-        "resfuse.kernels.engine.tactics.split_k",
+        "resfuse.kernels.engine.tactics.gpu.triton_split_k",
         "convolution for small batches, the reduction split",
         devices=("cuda",),
     ),
     "projection": Tactic(
-        "resfuse.kernels.engine.tactics.projection",
+        "resfuse.kernels.engine.tactics.gpu.triton_projection",
         "1x1 convolution with the block's projection shortcut folded in",
         devices=("cuda",),
     ),
     "stem": Tactic(
-        "resfuse.kernels.engine.tactics.stem",
+        "resfuse.kernels.engine.tactics.gpu.triton_stem",
         "7x7/2 convolution, ReLU and max-pool",
         devices=("cuda",),
     ),
     "block_tail": Tactic(
-        "resfuse.kernels.engine.tactics.block_tail",
+        "resfuse.kernels.engine.tactics.gpu.triton_block_tail",
         "3x3, 1x1 + residual + ReLU, and the next block's 1x1",
         devices=("cuda",),
     ),
     "chunks": Tactic(
-        "resfuse.kernels.engine.tactics.chunks",
+        "resfuse.kernels.engine.tactics.gpu.torch_chunks",
         "early stages, a few images at a time",
         devices=("cuda",),
     ),

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfuse.kernels.activation import ACTIVATIONS
-from resfuse.kernels.engine.choice import Choice
-from resfuse.kernels.engine.graph import (
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift
+from resfuse.kernels.engine.ir.graph import (
     Affine,
     AveragePool,
     Concat,
@@ -24,30 +24,30 @@ from resfuse.kernels.engine.graph import (
     Value,
     state_read_by,
 )
-from resfuse.kernels.engine.room import Room
-from resfuse.kernels.engine.state import conv_weights, scale_and_shift
-from resfuse.kernels.engine.torch_operations import operation_named
-from resfuse.kernels.engine.work import Call, Values
+from resfuse.kernels.engine.ir.lowered import Call, Values
+from resfuse.kernels.engine.ir.torch_operations import operation_named
+from resfuse.kernels.engine.memory.buffers import Arena
+from resfuse.kernels.ops.activation import ACTIVATIONS
 
 Function = Callable[..., Tensor]
-Keep = Callable[[Hashable, Callable[[], list[Tensor]]], list[Tensor]]  # as Room.tensors
+Keep = Callable[[Hashable, Callable[[], list[Tensor]]], list[Tensor]]  # as Arena.tensors
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def segments(graph: Graph, at: int) -> Iterable[Choice]:
-    yield Choice("eager", at, at + 1)
+def segments(graph: Graph, at: int) -> Iterable[Candidate]:
+    yield Candidate("eager", at, at + 1)
 
 
-def scratch(graph: Graph, choice: Choice) -> int:
+def scratch(graph: Graph, choice: Candidate) -> int:
     return 0
 
 
-def lower(graph: Graph, choice: Choice, state: State, room: Room) -> Call:
+def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
     functions = [
-        (node, function_of(node, graph.values, state, room=room))
+        (node, function_of(node, graph.values, state, arena=arena))
         for node in graph.nodes[choice.start : choice.stop]
     ]
 
@@ -73,15 +73,15 @@ def function_of(
     values: dict[str, Value],
     state: State,
     dtype: torch.dtype | None = None,
-    room: Room | None = None,
+    arena: Arena | None = None,
 ) -> Function:
     """The node as a function of its inputs, in the graph's dtype or in another.
 
     Args:
-        room: keeps the weights, for all that share them.
+        arena: keeps the weights, for all that share them.
     """
     op = node.op
-    keep = room.tensors if room is not None else _make
+    keep = arena.tensors if arena is not None else _make
     if isinstance(op, Conv):
         return _conv(op, values[node.name].shape, state, dtype, keep)
     if isinstance(op, Affine):

@@ -1,0 +1,1 @@
+"""Errors, consoles, selections, statistics: what every part of the harness uses."""

@@ -1,0 +1,1 @@
+"""`resfuse engine`, `resfuse roofline`: one network's plan, and the least time it can take."""

@@ -1,0 +1,181 @@
+"""`resfuse bench`, and `resfuse sweep`, which takes the same and a cluster's."""
+
+import argparse
+
+from resfuse.bench.flags.flag_values import names, numbers, pair, positive, rounds, share
+from resfuse.bench.flags.shared_flags import (
+    add_device,
+    add_img_size,
+    add_precisions,
+    add_results,
+    add_resumable,
+    add_seed,
+    add_threads,
+)
+from resfuse.bench.records.case import MEMORY_FORMATS, MODES, Options
+from resfuse.bench.running.profiles import NAMES
+from resfuse.bench.running.world import PARALLEL
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--profile",
+        choices=NAMES,
+        default="quick",
+        help="a ready-made sweep; the flags below replace its parts (default: quick)",
+    )
+    what.add_argument(
+        "-m",
+        "--model",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="networks; wildcards allowed (resnet*)",
+    )
+    backends = what.add_mutually_exclusive_group()
+    backends.add_argument(
+        "--backend",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="ways to run them; see `resfuse list backends`",
+    )
+    _add_ab(backends)
+    what.add_argument(
+        "-b",
+        "--batch-size",
+        type=numbers,
+        default=[],
+        metavar="N",
+        help="images; never changed behind your back",
+    )
+    add_precisions(what)
+    formats = what.add_mutually_exclusive_group()
+    formats.add_argument(
+        "--memory-format",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help=f"{', '.join(MEMORY_FORMATS)} (default: both)",
+    )
+    formats.add_argument(
+        "--channels-last",
+        dest="memory_format",
+        action="store_const",
+        const=["channels_last"],
+        help="channels_last alone",
+    )
+    what.add_argument(
+        "--bench",
+        type=names,
+        default=["inference"],
+        metavar="MODES",
+        help=f"{', '.join(MODES)} (default: inference)",
+    )
+    add_img_size(what)
+    add_device(what)
+    _add_parallel(what)
+    weights = what.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights",
+        default="seeded",
+        metavar="FILE",
+        help="safetensors or torch checkpoint (default: seeded, calibrated on photographs)",
+    )
+    weights.add_argument(
+        "--pretrained",
+        dest="weights",
+        action="store_const",
+        const="pretrained",
+        help="torchvision's weights; needs a network",
+    )
+    what.add_argument(
+        "--images",
+        default="bundled",
+        metavar="DIR",
+        help="your own images instead of the bundled photographs",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--baseline",
+        default="eager",
+        metavar="NAME",
+        help="what speed-ups are measured against, in the same rounds (default: eager)",
+    )
+    how.add_argument(
+        "--baseline-memory-format", default="contiguous", metavar="NAME", help="default: contiguous"
+    )
+    how.add_argument(
+        "--seconds",
+        type=positive,
+        metavar="S",
+        help="timed seconds a case (default: the profile's; at most 60 with --ci)",
+    )
+    _add_ci(how)
+    how.add_argument(
+        "--timeout",
+        type=positive,
+        default=Options.timeout_s,
+        metavar="S",
+        help="limit of a case, set-up included (default: %(default)g)",
+    )
+    add_threads(how)
+    add_seed(how)
+    out = parser.add_argument_group("results")
+    add_results(out)
+    add_resumable(out, "cases")
+
+
+def _add_ab(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument(
+        "--ab",
+        type=pair,
+        metavar="A,B",
+        help="two backends against each other: A is the baseline; stops by --ci (default: 2%%)",
+    )
+
+
+def _add_parallel(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--parallel",
+        choices=PARALLEL,
+        help="how processes that torchrun has started share a training step; the batch is each "
+        "one's (default: ddp)",
+    )
+    parser.set_defaults(world_size=0)
+
+
+def _add_ci(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ci",
+        type=share,
+        metavar="P",
+        help="stop a case once its speed-up's 95 %% interval is narrower than this, e.g. 2%%",
+    )
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    add_bench(parser)
+    jobs = parser.add_argument_group("jobs")
+    jobs.add_argument(
+        "--launcher",
+        choices=("local", "slurm"),
+        required=True,
+        help="slurm: a cluster's jobs; local: the same jobs on this machine, one after the other",
+    )
+    jobs.add_argument(
+        "--shard", type=rounds, default=1, metavar="N", help="cases a job (default: %(default)s)"
+    )
+    jobs.add_argument("--partition", metavar="NAME", help="Slurm's (default: the cluster's)")
+    jobs.add_argument("--account", metavar="NAME", help="who pays (default: the cluster's)")
+    jobs.add_argument("--cpus", type=rounds, metavar="N", help="cores a job")
+    jobs.add_argument("--gpus", type=rounds, metavar="N", help="GPUs a job; without, the CPU")
+    jobs.add_argument(
+        "--minutes",
+        type=rounds,
+        default=60,
+        metavar="N",
+        help="a job's time limit; one that reaches it is queued again (default: %(default)s)",
+    )
+    jobs.add_argument("--exclusive", action="store_true", help="no other job on the same machine")

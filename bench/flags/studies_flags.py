@@ -1,0 +1,188 @@
+"""The studies: `resfuse study overhead`, `gate`, `depth`, `degradation`, `training`,
+`models`."""
+
+import argparse
+
+from resfuse.bench.flags.flag_values import names, numbers, positive, rounds
+from resfuse.bench.flags.shared_flags import (
+    add_device,
+    add_precisions,
+    add_results,
+    add_resumable,
+    add_resume,
+    add_seed,
+    add_threads,
+)
+
+
+def add_overhead(parser: argparse.ArgumentParser) -> None:
+    add_results(parser)
+    add_device(parser)
+
+
+def add_gate(parser: argparse.ArgumentParser) -> None:
+    add_overhead(parser)
+
+
+def add_depth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m",
+        "--model",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="some of the study's networks; wildcards allowed (cifar*)",
+    )
+    parser.add_argument(
+        "--backend",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="ways to run every network (default: eager, fused, engine; and compiled up to 56 "
+        "layers)",
+    )
+    parser.add_argument(
+        "-b",
+        "--batch-size",
+        type=numbers,
+        default=[],
+        metavar="N",
+        help="images (default: 8 small or 1 large one on a CPU, 128 or 32 on a GPU)",
+    )
+    add_precisions(parser)
+    add_device(parser)
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=1.0,
+        metavar="S",
+        help="timed seconds a case (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=240.0,
+        metavar="S",
+        help="limit of a case, set-up included (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        default=840.0,
+        metavar="S",
+        help="seconds for all of it; --resume goes on where they ended (default: %(default)g)",
+    )
+    add_threads(parser)
+    add_seed(parser)
+    parser.set_defaults(ab=None, ci=None)  # of `resfuse bench`, whose options these are, too
+    add_results(parser)
+    add_resumable(parser, "cases")
+
+
+def add_degradation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        default="digits",
+        metavar="WHAT",
+        help="digits (scikit-learn's, offline), download (CIFAR-10, by torchvision), or a folder "
+        "with CIFAR-10's batches (default: digits)",
+    )
+    parser.add_argument(
+        "--depths",
+        type=numbers,
+        default="20,32,44,56,110",
+        metavar="N",
+        help="layers, 6n + 2; several with commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shortcuts",
+        type=names,
+        default=["A"],
+        metavar="NAMES",
+        help="of the residual networks: A pads with zeros, B projects where the shape changes, C "
+        "in every block; A,B,C compares them (default: A)",
+    )
+    parser.add_argument(
+        "--seeds", type=rounds, default=3, metavar="N", help="networks of each kind and depth "
+        "(default: %(default)s)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--epochs",
+        type=rounds,
+        metavar="N",
+        help="passes over the training images (default: 30 for digits, 164 for CIFAR-10)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=rounds,
+        metavar="N",
+        help="networks trained at once, each on one thread (default: one a CPU core, or 1 on a "
+        "GPU)",
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=86400.0,
+        metavar="S",
+        help="limit of one training (default: a day)",
+    )
+    add_results(parser)
+    add_resumable(parser, "trainings")
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    add_degradation(parser)
+    parser.set_defaults(depths="20", seeds=8)
+    parser.add_argument(
+        "--ways",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="float64 and eager (the layers), fused (after fuse with training=True), twins (fused, "
+        "each operation by its kernel's twin in plain torch, on a CPU); several with commas "
+        "(default: all that differ on the device)",
+    )
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m",
+        "--model",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="some of the study's networks; wildcards allowed ('timm rep*')",
+    )
+    parser.add_argument("--list", action="store_true", help="show the networks and stop")
+    parser.add_argument(
+        "--kinds",
+        type=names,
+        default=["fuse", "engine"],
+        metavar="NAMES",
+        help="fuse or engine: one of them alone; rows of both add up (default: fuse,engine)",
+    )
+    parser.add_argument(
+        "--img-size",
+        type=rounds,
+        default=64,
+        metavar="N",
+        help="pixels a side, more where a network needs them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=240.0,
+        metavar="S",
+        help="CPU seconds for one network (default: %(default)g)",
+    )
+    parser.add_argument(
+        "-j",
+        "--jobs",
+        type=rounds,
+        default=1,
+        metavar="N",
+        help="networks at a time, which share the CPU's cores (default: %(default)s)",
+    )
+    add_results(parser)
+    add_resume(parser)

@@ -1,0 +1,1 @@
+"""`resfuse check`: is every configuration of every kernel right on this device?"""

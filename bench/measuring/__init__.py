@@ -1,0 +1,1 @@
+"""Measures one case in this process: build, check, time, check again, probe."""

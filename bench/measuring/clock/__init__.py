@@ -1,0 +1,1 @@
+"""The only clock, and when to stop looking at it."""

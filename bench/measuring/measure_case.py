@@ -1,0 +1,264 @@
+"""Measures one case in this process: build, check, time, check again, probe, and work out the
+metrics.
+
+The order is the point. The answer is checked before the clock starts, in every timed round, and
+afterwards on a batch nobody has seen. Memory, energy and set-up are taken in runs of their own.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from resfuse.bench.backends import BACKENDS, Backend
+from resfuse.bench.common.errors import Unavailable
+from resfuse.bench.common.precision import set_math_mode
+from resfuse.bench.measuring import correctness, network
+from resfuse.bench.measuring.clock import timing
+from resfuse.bench.measuring.clock.stopping import Narrow
+from resfuse.bench.measuring.failure import blame, blamed, outcome_of
+from resfuse.bench.measuring.inference import Inference, answers
+from resfuse.bench.measuring.probes import energy, nvml, peak_memory, roofline
+from resfuse.bench.measuring.probes.idle import OtherWork, limit_s, wait_for_quiet
+from resfuse.bench.measuring.training_step import Training
+from resfuse.bench.records.case import PRECISIONS, Case, Options
+from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.metrics import METRICS
+from resfuse.bench.records.sample import Measured, Memory, Value
+from resfuse.resnet_ref import create
+
+Subject = Inference | Training
+Tell = Callable[
+    [str], None
+]  # the parent process's own watch starts at "timing" and stops at "timed"
+
+# Time of an input that was not seen before over that of one that was. Without memory the least of
+# five is 1 and a little less; a memory that saves less than a third of the time goes unnoticed.
+FIRST_SIGHT, SIGHTS = 1.5, 5
+
+
+def measure(
+    case: Case, options: Options, ceilings: Mapping[str, float], tell: Tell
+) -> tuple[Outcome, float]:
+    """One case from start to end; whatever goes wrong in the backend becomes the outcome's status.
+
+    Args:
+        case: what to measure.
+        options: how.
+        ceilings: this device's measured rates, keyed as in environments.csv.
+        tell: called with "timing" and "timed" around the timed rounds.
+
+    Returns:
+        the outcome, and the seconds between the two calls of `tell` by this process's clocks (0
+        where there were none).
+    """
+    try:
+        return _measure(case, options, ceilings, tell)
+    except Exception as error:  # a backend may raise anything: it costs its row, not the sweep
+        return outcome_of(error), 0.0
+
+
+def measure_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    """`measure` for a worker; what it returns goes through JSON."""
+    for name, build in job["backends"].items():
+        BACKENDS[name] = Backend(build, "a study's own")
+    case, options = Case(**job["case"]), Options(**job["options"])
+    outcome, span_s = measure(case, options, job["ceilings"], tell)
+    return {"outcome": asdict(outcome), "span_s": span_s}
+
+
+def _measure(
+    case: Case, options: Options, ceilings: Mapping[str, float], tell: Tell
+) -> tuple[Outcome, float]:
+    device = begin(case, options)
+    rehearse(case, device)
+    model, batches = network.master(case, options.seed), network.batches(case)
+    before = peak_memory.held(device)
+    candidate = subject(case, case.backend, case.memory_format, model, batches)
+    watch = timing.Watch()
+    candidate.set_up()
+    synchronize(device)
+    setup_s = timing.seconds(watch.elapsed())
+    peak = peak_of(candidate, device, before)
+
+    baseline = subject(case, case.baseline, case.baseline_memory_format, model, batches)
+    watch = timing.Watch()
+    baseline.set_up()
+    synchronize(device)
+    baseline_setup_s = timing.seconds(watch.elapsed())
+    if isinstance(candidate, Inference) and isinstance(baseline, Inference):
+        expected = answers(model, batches, case.math_mode)
+        candidate.expect(expected)
+        baseline.expect(expected)
+    checks = [candidate.check(i, "before timing") for i in range(network.TIMED_BATCHES)]
+    with blame(case.baseline):
+        baseline.check(0, "before timing")
+
+    quiet = wait_for_quiet(limit_s(device))
+    narrow = Narrow(options.ci or 0.0)
+    others = OtherWork()
+    tell("timing")
+    laps, span = timing.interleave(
+        [candidate.timed(), blamed(baseline.timed(), case.baseline)],
+        device,
+        options.seconds,
+        options.min_rounds,
+        options.max_rounds,
+        narrow if options.ci else lambda laps: False,
+    )
+    tell("timed")
+    span_s = timing.seconds(span)
+    other_load = others.cores(span_s)
+    clock = nvml.sm_clock_mhz() if device == "cuda" else None
+    throttle = nvml.throttle() if device == "cuda" else None
+    if not quiet:
+        throttle = " + ".join(filter(None, (throttle, "other processes")))
+    if isinstance(candidate, Inference):
+        require_no_memory(candidate, device)
+    checks.append(candidate.check(network.TIMED_BATCHES, "after timing, on a new batch"))
+
+    cost = cost_of(case)
+    floor = roofline.floor(
+        cost, case.batch_size, case.mode, batches[0].element_size(), ceilings, case.math_mode
+    )
+    measured = Measured(
+        case=case,
+        param_count=cost.param_count,
+        macs=cost.macs,
+        activations=cost.activations,
+        times_ms=tuple(sum(lap) for lap in laps[0]),
+        baseline_ms=tuple(sum(lap) for lap in laps[1]),
+        ended_by=_ended_by(narrow, len(laps[0]), options),
+        phases_ms=phases(candidate, laps[0]),
+        accuracy=correctness.worst(checks),
+        memory=peak,
+        setup_s=setup_s,
+        baseline_setup_s=baseline_setup_s,
+        floor_ms=floor.ms if floor else None,
+        joules=energy.joules_of(candidate.step_once, device),
+        sm_clock_mhz=clock,
+        throttle=throttle,
+        other_load=other_load,
+        step=candidate.step_once,
+    )
+    told = candidate.explain() if isinstance(candidate, Inference) else ""
+    return replace(conclude(measured, floor), explanation=told), span_s
+
+
+def begin(case: Case, options: Options) -> str:
+    """Settles threads, seed and arithmetic of this process; returns the kind of device.
+
+    Raises:
+        Unavailable: the case cannot run here.
+    """
+    device = torch.device(case.device).type
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    set_math_mode(case.math_mode, device)
+    require_device(device)
+    if PRECISIONS[case.precision].autocast and case.mode != "train":
+        raise Unavailable(f"{case.precision} is a way to train; bfloat16 and float16 infer")
+    return device
+
+
+def rehearse(case: Case, device: str) -> None:
+    """Sets up a small network as the case's backends will set up theirs.
+
+    On a CPU memory is the process's: code that is loaded on the way, up to 200 MB with torch's
+    compiler, would be taken for the network's. A GPU's allocator counts no code.
+    """
+    if device != "cpu":
+        return
+    layers = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 10)).eval().to(network.dtype(case))
+    images = [torch.randn(2, 3, 8, 8, dtype=network.dtype(case))]
+    backends = (case.backend, case.memory_format), (case.baseline, case.baseline_memory_format)
+    for backend, memory_format in backends:
+        with suppress(Exception):  # what stands in the way of this will be told of the case itself
+            subject(case, backend, memory_format, model, images).set_up()
+
+
+def conclude(measured: Measured, floor: roofline.Floor | None) -> Outcome:
+    """The outcome of a case that passed its checks.
+
+    Raises:
+        RuntimeError: it was faster than possible.
+    """
+    metrics: dict[str, Value] = {name: metric.compute(measured) for name, metric in METRICS.items()}
+    if floor and float(metrics["p50_ms"] or 0) < floor.possible_ms:
+        raise RuntimeError(
+            f"{metrics['p50_ms']:.3g} ms is faster than possible: the arithmetic alone takes "
+            f"{floor.possible_ms:.3g} ms at the fastest rate seen on this device"
+        )
+    return Outcome("pass", "", metrics)
+
+
+def require_no_memory(candidate: Inference, device: str) -> None:
+    """Makes sure that inputs nobody has seen take no longer than those of the timed rounds.
+
+    A backend that remembers answers by what the inputs hold, exactly or roughly, gives right ones
+    in every check. Pairs cancel what slows the machine, and the least of them what slows one run.
+
+    Raises:
+        RuntimeError: new inputs took longer by more than FIRST_SIGHT in every pair.
+    """
+    ratios = timing.paired_ratios(candidate.timed(), candidate.unseen(), device, SIGHTS)
+    if min(ratios) > FIRST_SIGHT:
+        raise RuntimeError(
+            f"inputs it has not seen before take at least {min(ratios):.2f} times as long as those "
+            "of the timed rounds: it remembers answers"
+        )
+
+
+def _ended_by(narrow: Narrow, rounds: int, options: Options) -> str:
+    if narrow.met:
+        return "interval"
+    return "rounds" if rounds >= options.max_rounds else "seconds"
+
+
+def peak_of(subject: Subject, device: str, before: int | None) -> Memory:
+    """The peak of a step, and how much of it stays from one training step to the next."""
+    peak = peak_memory.peak_of(subject.step_once, device, before)
+    return replace(peak, state=subject.state_bytes()) if isinstance(subject, Training) else peak
+
+
+def phases(subject: Subject, laps: list[list[float]]) -> dict[str, tuple[float, ...]]:
+    """The laps of all rounds by phase; empty where a step has no phases."""
+    if not subject.phases:
+        return {}
+    return dict(zip(subject.phases, zip(*laps, strict=True), strict=True))
+
+
+def subject(
+    case: Case,
+    backend: str,
+    memory_format: str,
+    model: nn.Module,
+    batches: list[torch.Tensor],
+    training: type[Training] = Training,
+) -> Subject:
+    """A copy of the model as a backend runs it in the case's mode."""
+    copy = deepcopy(model)
+    if case.mode == "train":
+        return training(backend, memory_format, copy, batches, case)
+    return Inference(backend, memory_format, copy, batches)
+
+
+def cost_of(case: Case) -> roofline.Cost:
+    """Parameters, MACs and activations of a case's network, counted on the meta device."""
+    return roofline.cost(create(case.model, device="meta").eval(), case.img_size)
+
+
+def require_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Unavailable("torch finds no CUDA device")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,1 @@
+"""The machine: memory, energy, clocks, ceilings, and whether it is idle."""

@@ -1,0 +1,125 @@
+"""What a network costs at the least: multiply-accumulates, bytes, and their time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from resfuse.kernels.ops.conv_problem import output_shape
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one image's forward pass."""
+
+    param_count: int
+    macs: int
+    # With stride-1 3x3 convolutions by F(4x4, 3x3): a quarter of their MACs (Lavin & Gray 2016).
+    winograd_macs: int
+    activations: int  # output elements of convolutions and matrix products
+    inputs: int  # elements
+    outputs: int
+
+
+class _Counter(TorchFunctionMode):
+    """Counts the products of a forward pass on the meta device.
+
+    Most layers are given their shapes here: torch would work those out in Python, and import its
+    compiler to do so, which takes longer than all the rest of a small case.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+        self.winograd_macs = 0
+        self.activations = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.batch_norm:
+            return args[0]
+        if func is F.adaptive_avg_pool2d:
+            return args[0].new_empty((*args[0].shape[:2], args[1], args[1]))
+        if func is F.conv2d:
+            images, weight, _, stride, padding, dilation, _ = args
+            out = images.new_empty(
+                output_shape(images.shape, weight.shape, stride, padding, dilation)
+            )
+            dense = set(stride) == set(dilation) == {1}
+            self._count(out, weight, dense and weight.shape[2:] == (3, 3))
+            return out
+        if func is F.linear:
+            features, weight = args[:2]
+            out = features.new_empty((*features.shape[:-1], weight.shape[0]))
+            self._count(out, weight)
+            return out
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, out: Tensor, weight: Tensor, winograd: bool = False) -> None:
+        macs = out.numel() * weight[0].numel()
+        self.macs += macs
+        self.winograd_macs += macs // 4 if winograd else macs
+        self.activations += out.numel()
+
+
+def cost(model: nn.Module, img_size: int) -> Cost:
+    """Counts one image through a network of MODELS on the meta device; nothing is computed.
+
+    Convolutions and linear layers count, as for everybody (1 MAC = 2 FLOP).
+    """
+    image = torch.empty(1, 3, img_size, img_size, device="meta")
+    counter = _Counter()
+    with torch.no_grad(), counter:
+        out = model(image)
+    return Cost(
+        param_count=sum(p.numel() for p in model.parameters()),
+        macs=counter.macs,
+        winograd_macs=counter.winograd_macs,
+        activations=counter.activations,
+        inputs=image.numel(),
+        outputs=out.numel(),
+    )
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Times of a step in ms at the ceilings of a device."""
+
+    # With every convolution computed directly: what `sol_pct` refers to. Winograd may pass it.
+    ms: float
+    # Winograd's F(4x4, 3x3) granted to every 3x3: below this a time is a bug and fails the row.
+    possible_ms: float
+
+
+def floor(
+    cost: Cost,
+    batch_size: int,
+    mode: str,
+    element_bytes: int,
+    ceilings: Mapping[str, float],
+    math_mode: str,
+) -> Floor | None:
+    """The time the arithmetic, or reading the weights and input and writing the output once, takes
+    at the ceilings.
+
+    A training step computes three times the forward pass's MACs (output, input gradient, weight
+    gradient).
+
+    Returns:
+        None where this device's ceilings are not known.
+    """
+    rate, copy = ceilings.get(f"ceiling_{math_mode}_tflops"), ceilings.get("ceiling_copy_gb_s")
+    if not rate or not copy:
+        return None
+    passes = 3 if mode == "train" else 1
+    moved = (cost.param_count + batch_size * (cost.inputs + cost.outputs)) * element_bytes * passes
+    memory_ms = moved / copy / 1e6
+
+    def at(macs: int) -> float:
+        return max(2 * macs * passes * batch_size / rate / 1e9, memory_ms)
+
+    # The memory side is left out of what is possible: weights may stay in a cache that a copy of
+    # that size does not fit.
+    return Floor(at(cost.macs), 2 * cost.winograd_macs * passes * batch_size / rate / 1e9)

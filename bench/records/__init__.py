@@ -1,0 +1,1 @@
+"""What is measured and how it is written down: cases, samples, metrics, rows."""

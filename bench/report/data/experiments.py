@@ -1,0 +1,202 @@
+"""From a study's CSV file to experiments: trainings that may stand side by side.
+
+The latest row of a training stands. Numbers only; the words are in degradation_section.py and
+agreement_section.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from resfuse.bench.common.csv_file import number_in
+from resfuse.bench.common.errors import UsageError
+from resfuse.bench.common.statistics import mean_interval
+from resfuse.bench.records.case_row import STATUSES
+from resfuse.bench.records.results import Sheet, read_rows
+from resfuse.bench.trainings.training_row import CURVES, IDENTITY
+from resfuse.bench.trainings.training_run import PLAIN, SHORTCUTS
+from resfuse.bench.trainings.variants import EAGER, WAYS
+
+NETWORKS = (PLAIN, *SHORTCUTS)  # what tells the networks of one depth apart, in order
+SHARED = ("device_name", "data", "epochs", "batch_size", "learning_rate")
+MOST = 100.0  # percent
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One network's; errors in percent of the images, curves by epoch and by layer."""
+
+    model: str
+    way: str  # a key of WAYS
+    shortcut: str  # one of NETWORKS
+    depth: int
+    seed: int
+    status: str
+    error: str
+    commit: str
+    numbers: Mapping[str, float]  # columns of the sheet, without the empty ones
+    curves: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Trainings on the same images for the same time; of one network, where each was run in several
+    ways."""
+
+    device_name: str
+    data: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    trainings: tuple[Training, ...]  # by network, depth, way, seed
+
+    @property
+    def finished(self) -> list[Training]:
+        return [training for training in self.trainings if training.status == "pass"]
+
+    @property
+    def networks(self) -> list[str]:
+        found = {training.shortcut for training in self.finished}
+        return [network for network in NETWORKS if network in found]
+
+    @property
+    def ways(self) -> list[str]:
+        found = {training.way for training in self.finished}
+        return [way for way in WAYS if way in found]
+
+    @property
+    def depths(self) -> list[int]:
+        return sorted({training.depth for training in self.finished})
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizer, in the longest training; 0 where none is finished."""
+        images = [int(t.numbers.get("train_images", 0)) for t in self.finished]
+        return self.epochs * -(-max(images, default=0) // self.batch_size)
+
+    def of(self, network: str, depth: int) -> list[Training]:
+        """The finished trainings of a network at a depth, a seed each."""
+        return [t for t in self.finished if (t.shortcut, t.depth) == (network, depth)]
+
+    def run_as(self, way: str) -> list[Training]:
+        """The finished trainings of a way, a seed each."""
+        return [t for t in self.finished if t.way == way]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval by Student's t, kept to 0 to 100 %; one seed has
+    none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    def above(self, other: "Estimate") -> bool:
+        """Whether the intervals are apart, this one's on the upper side."""
+        return self.low is not None and other.high is not None and self.low > other.high
+
+
+def estimate(trainings: Sequence[Training], column: str) -> Estimate | None:
+    """The error in `column` over the seeds; None where there is none."""
+    values = [t.numbers[column] for t in trainings if column in t.numbers]
+    if not values:
+        return None
+    mean, low, high = mean_interval(values)
+    if low is None or high is None:
+        return Estimate(mean, None, None, len(values))
+    return Estimate(mean, max(0.0, low), min(MOST, high), len(values))
+
+
+def stacked(trainings: Sequence[Training], curve: str) -> np.ndarray:
+    """A curve of each [seeds, points]; of equal length only, which those of an experiment are."""
+    found = [t.curves[curve] for t in trainings if t.curves.get(curve)]
+    return np.array([line for line in found if len(line) == len(found[0])])
+
+
+def read_training_rows(folder: Path, sheet: Sheet) -> dict[str, list[Row]]:
+    """env_id -> whole rows of a study's file in a folder, in the order of the file; nothing without
+    it.
+
+    Raises:
+        UsageError: the file cannot be read, or names a network or a way that is none.
+    """
+    if not (folder / sheet.file).exists():
+        return {}
+    found: dict[str, list[Row]] = {}
+    for row in read_rows(folder, sheet).to_dict("records"):
+        if row["status"] in STATUSES:  # otherwise a crash cut it off
+            _require_known(row, folder / sheet.file)
+            found.setdefault(str(row["env_id"]), []).append({str(k): v for k, v in row.items()})
+    return found
+
+
+def _require_known(row: Mapping[object, object], path: Path) -> None:
+    for column, known in (("shortcut", NETWORKS), ("way", tuple(WAYS))):
+        if column in row and row[column] not in known:
+            raise UsageError(
+                f"{path}: column {column}: '{row[column]}'; accepted: {', '.join(known)}"
+            )
+    for curve in set(CURVES).intersection(map(str, row)):
+        if odd := [word for word in str(row[curve]).split() if number_in(word) is None]:
+            raise UsageError(f"{path}: column {curve}: '{odd[0][:40]}'; accepted: numbers")
+
+
+def experiments(rows: Sequence[Row]) -> tuple[Experiment, ...]:
+    """The experiments of one environment's rows of one sheet, by data and length, and by network
+    where each was run in several ways."""
+    identity = ("device_name", *IDENTITY)
+    latest = {tuple(str(row.get(name)) for name in identity): row for row in rows}
+    grouped: dict[tuple[object, ...], list[Row]] = {}
+    for row in latest.values():
+        network = row["model"] if "way" in row else ""
+        grouped.setdefault((*(row[name] for name in SHARED), network), []).append(row)
+    made = (_experiment(group) for group in grouped.values())
+    return tuple(sorted(made, key=lambda e: (e.device_name, e.data, e.epochs)))
+
+
+def _experiment(rows: Sequence[Row]) -> Experiment:
+    first = rows[0]
+    trainings = sorted(
+        (_training(row) for row in rows),
+        key=lambda t: (NETWORKS.index(t.shortcut), t.depth, list(WAYS).index(t.way), t.seed),
+    )
+    return Experiment(
+        device_name=str(first["device_name"]),
+        data=str(first["data"]),
+        epochs=_whole(first["epochs"]),
+        batch_size=_whole(first["batch_size"]),
+        learning_rate=float(str(first["learning_rate"])),
+        trainings=tuple(trainings),
+    )
+
+
+def _training(row: Row) -> Training:
+    numbers, curves = {}, {}
+    for name, value in row.items():
+        if name in CURVES:
+            curves[name] = tuple(float(number) for number in str(value).split())
+        elif isinstance(value, int | float) and math.isfinite(value):
+            numbers[name] = float(value)
+    return Training(
+        model=str(row["model"]),
+        way=str(row.get("way", EAGER)),
+        shortcut=str(row["shortcut"]),
+        depth=_whole(row["depth"]),
+        seed=_whole(row["seed"]),
+        status=str(row["status"]),
+        error=str(row["error"]),
+        commit=str(row["commit"]),
+        numbers=numbers,
+        curves=curves,
+    )
+
+
+def _whole(value: object) -> int:
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0

@@ -1,0 +1,93 @@
+"""From kernels.csv to workloads: the latest row of a provider on a convolution stands."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from resfuse.bench.records.case import PRECISIONS
+from resfuse.bench.records.case_row import STATUSES
+from resfuse.bench.records.layer_metrics import KERNEL_METRICS
+from resfuse.bench.records.layer_row import SHEET
+from resfuse.bench.records.results import read_rows
+from resfuse.bench.report.data.families import depth, family
+from resfuse.bench.report.data.workload import KernelResult, Workload
+
+WORKLOAD = (
+    "device_name", "model", "infer_img_size", "requested_batch_size", "precision", "math_mode",
+)  # fmt: skip
+IDENTITY = (*WORKLOAD, "op", "shape", "provider")
+# What a row that did not pass may still say; a speed without a right answer is none.
+KEPT_WITHOUT_PASS = ("rel_l2_err", "max_abs_err", "err_vs_eager", "gmacs", "least_mb")
+NUMBERS = (*KERNEL_METRICS, "gmacs", "least_mb")
+
+Row = Mapping[str, object]
+
+
+def read_kernel_rows(folder: Path) -> dict[str, list[Row]]:
+    """env_id -> whole rows of a folder's kernels.csv, in the order of the file; nothing without it.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    if not (folder / SHEET.file).exists():
+        return {}
+    found: dict[str, list[Row]] = {}
+    for row in read_rows(folder, SHEET).to_dict("records"):
+        if row["status"] in STATUSES:  # otherwise a crash cut it off
+            found.setdefault(str(row["env_id"]), []).append({str(k): v for k, v in row.items()})
+    return found
+
+
+def workloads(rows: list[Row]) -> tuple[Workload, ...]:
+    """The workloads of one environment's rows, by precision, model in order of depth and batch."""
+    latest = {tuple(str(row[name]) for name in IDENTITY): row for row in rows}
+    grouped: dict[tuple[str, ...], list[Row]] = {}
+    for row in latest.values():
+        grouped.setdefault(tuple(str(row[name]) for name in WORKLOAD), []).append(row)
+    return tuple(sorted((_workload(group) for group in grouped.values()), key=_order))
+
+
+def _workload(rows: list[Row]) -> Workload:
+    first = rows[0]
+    return Workload(
+        device_name=str(first["device_name"]),
+        model=str(first["model"]),
+        img_size=_whole(first["infer_img_size"]),
+        batch_size=_whole(first["requested_batch_size"]),
+        precision=str(first["precision"]),
+        math_mode=str(first["math_mode"]),
+        results=tuple(_result(row) for row in rows),
+    )
+
+
+def _result(row: Row) -> KernelResult:
+    numbers = {}
+    for name in NUMBERS:
+        value = row.get(name)
+        if isinstance(value, int | float) and math.isfinite(value):
+            numbers[name] = float(value)
+    if row["status"] != "pass":
+        numbers = {name: value for name, value in numbers.items() if name in KEPT_WITHOUT_PASS}
+    return KernelResult(
+        shape=str(row["shape"]),
+        layer=str(row["layer"]),
+        provider=str(row["provider"]),
+        count=_whole(row["count"]),
+        status=str(row["status"]),
+        error=str(row["error"]),
+        commit=str(row["commit"]),
+        numbers=numbers,
+    )
+
+
+def _whole(value: object) -> int:
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0
+
+
+def _order(workload: Workload) -> tuple[str | int, ...]:
+    precisions = [*PRECISIONS, workload.precision]
+    return (
+        workload.device_name, precisions.index(workload.precision), workload.precision,
+        workload.math_mode, family(workload.model), depth(workload.model), workload.model,
+        workload.img_size, workload.batch_size,
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""Which rows a page shows, and which of them may stand side by side.
+
+The latest row of a case stands, by its place in the file; older ones stay in the CSV. Standing
+rows fall into comparisons: everything in one was measured in the same environment, mode, precision
+and math mode, on the same device, weights and images, and against the same baseline. Nothing on a
+page ever puts two comparisons together.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from resfuse.bench.records.case import MODES, PRECISIONS
+from resfuse.bench.records.case_row import STATUSES
+from resfuse.bench.records.metrics import METRICS
+from resfuse.bench.records.results import ROWS, read_environments, read_rows
+from resfuse.bench.report.data.experiments import experiments, read_training_rows
+from resfuse.bench.report.data.families import depth, family
+from resfuse.bench.report.data.kernel_rows import read_kernel_rows, workloads
+from resfuse.bench.report.data.ladder import EAGER
+from resfuse.bench.report.data.palette import backend_rank
+from resfuse.bench.report.data.result import Comparison, Environment, Result, Setting
+from resfuse.bench.trainings.degradation_sheet import SHEET as DEGRADATION
+from resfuse.bench.trainings.training_sheet import SHEET as TRAINING
+
+# With env_id and device_name: what makes two rows the same case.
+IDENTITY = (
+    "env_id", "device_name", "model", "backend", "mode", "precision", "math_mode", "memory_format",
+    "requested_batch_size", "infer_img_size", "train_img_size", "weights", "images", "baseline",
+    "parallel", "world_size",
+)  # fmt: skip
+# What a row that did not pass may still say; a speed without a right answer is none.
+KEPT_WITHOUT_PASS = (
+    "param_count", "infer_gmacs", "infer_macts", "peak_mem_mb", "reserved_mem_mb", "setup_s",
+    "rel_l2_err", "max_abs_err", "top1_agree", "err_vs_eager",
+)  # fmt: skip
+PLACE = "place"  # beside a row's columns: where it stands
+IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
+
+Row = Mapping[str, object]
+
+
+@dataclass
+class _Gathered:
+    facts: dict[str, str] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    kernel_rows: list[Row] = field(default_factory=list)
+    degradation_rows: list[Row] = field(default_factory=list)
+    training_rows: list[Row] = field(default_factory=list)
+    incomplete: int = 0
+
+
+def read_folders(folders: Sequence[Path]) -> list[Environment]:
+    """The environments of the folders, the last measured first; a folder given twice counts once.
+
+    Raises:
+        UsageError: a folder has no results, or a file in it cannot be read.
+    """
+    gathered: dict[str, _Gathered] = {}
+    for folder in {folder.resolve(): folder for folder in folders}.values():
+        kernel_rows = read_kernel_rows(folder)
+        degradation_rows = read_training_rows(folder, DEGRADATION)
+        training_rows = read_training_rows(folder, TRAINING)
+        others = kernel_rows or degradation_rows or training_rows
+        rows: list[Row] = []
+        if (folder / ROWS).exists() or not others:
+            rows = [
+                {str(name): value for name, value in row.items()}
+                | {PLACE: f"row {number} of {folder.name}/{ROWS}"}
+                for number, row in read_rows(folder).to_dict("index").items()
+            ]
+        facts = read_environments(folder) if rows or others else {}
+        entry = _Gathered()  # holds what comes before the first whole row, which is nothing
+        for row in rows:
+            if row["status"] in STATUSES and row["mode"] in MODES:
+                entry = gathered.setdefault(_text(row["env_id"]), _Gathered())
+                entry.rows.append(row)
+            else:  # a crash cut it off, after the rows of its own sweep
+                entry.incomplete += 1
+        for env_id, own in kernel_rows.items():
+            gathered.setdefault(env_id, _Gathered()).kernel_rows += own
+        for env_id, own in degradation_rows.items():
+            gathered.setdefault(env_id, _Gathered()).degradation_rows += own
+        for env_id, own in training_rows.items():
+            gathered.setdefault(env_id, _Gathered()).training_rows += own
+        for env_id, entry in gathered.items():
+            entry.facts |= facts.get(env_id, {})
+    newest_first = sorted(gathered.items(), key=lambda each: _last_time(each[1]), reverse=True)
+    return [_environment(env_id, entry) for env_id, entry in newest_first]
+
+
+def _last_time(entry: _Gathered) -> str:
+    """When its last row was measured, in ISO 8601."""
+    every = entry.rows, entry.kernel_rows, entry.degradation_rows, entry.training_rows
+    return max((_text(row["timestamp"]) for rows in every for row in rows), default="")
+
+
+def _environment(env_id: str, entry: _Gathered) -> Environment:
+    latest = {tuple(_text(row[name]) for name in IDENTITY): row for row in entry.rows}
+    grouped: dict[Setting, list[Result]] = {}
+    for row in latest.values():
+        setting = Setting(**{name: _text(row[name]) for name in Setting.__dataclass_fields__})
+        grouped.setdefault(setting, []).append(_result(row))
+    comparisons = tuple(
+        Comparison(setting, tuple(sorted(grouped[setting], key=_result_order)), entry.facts)
+        for setting in sorted(grouped, key=_setting_order)
+    )
+    rows_read = len(entry.rows) + entry.incomplete
+    return Environment(
+        env_id, entry.facts, comparisons, rows_read, entry.incomplete,
+        workloads(entry.kernel_rows), experiments(entry.degradation_rows),
+        experiments(entry.training_rows),
+    )  # fmt: skip
+
+
+def _result(row: Row) -> Result:
+    mode, status = _text(row["mode"]), _text(row["status"])
+    numbers = {}
+    for name in METRICS:
+        value = row.get(name)
+        if isinstance(value, int | float) and math.isfinite(value):
+            numbers[name] = float(value)
+    if status != "pass":
+        numbers = {name: value for name, value in numbers.items() if name in KEPT_WITHOUT_PASS}
+    return Result(
+        model=_text(row["model"]),
+        backend=_text(row["backend"]),
+        memory_format=_text(row["memory_format"]),
+        mode=mode,
+        batch_size=_whole(row["requested_batch_size"]),
+        img_size=_whole(row[IMG_SIZE[mode]]),
+        baseline=_text(row["baseline"]),
+        status=status,
+        error=_text(row["error"]),
+        throttle=_text(row["throttle"]),
+        commit=_text(row["commit"]),
+        timestamp=_text(row["timestamp"]),
+        numbers=numbers,
+        place=_text(row[PLACE]),
+    )
+
+
+def _text(value: object) -> str:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+
+def _whole(value: object) -> int:
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0
+
+
+def _result_order(result: Result) -> tuple[str | int, ...]:
+    return (
+        family(result.model), depth(result.model), result.model, result.img_size, result.batch_size,
+        *backend_rank(result.backend), result.label,
+    )  # fmt: skip
+
+
+def _setting_order(setting: Setting) -> tuple[str | int, ...]:
+    precisions = [*PRECISIONS, setting.precision]
+    return (
+        setting.device_name, MODES.index(setting.mode), precisions.index(setting.precision),
+        setting.precision, setting.math_mode, setting.weights, setting.images,
+        setting.baseline != EAGER, setting.baseline,
+        setting.parallel, int(setting.world_size),
+    )  # fmt: skip

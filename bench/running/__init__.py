@@ -1,0 +1,1 @@
+"""Through the cases: a subprocess each, rows as they come, progress."""

@@ -1,0 +1,108 @@
+"""How `resfuse bench` begins and ends on the screen: what can run and how busy the machine is; then
+a short table of how many times faster each backend is."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from resfuse.bench.measuring.probes.idle import BUSY_CORES
+from resfuse.bench.records.case import Case
+from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.report.data.result import label
+from resfuse.bench.running.progress import is_beside_other_work
+
+MOST_COLUMNS = 4  # networks side by side in 80 characters
+
+Measured = Sequence[tuple[Case, Outcome]]
+
+
+def cannot_run(unavailable: Mapping[str, str]) -> list[str]:
+    """A line for each reason why backends cannot run here."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in unavailable.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [f"Cannot run here: {', '.join(names)}: {why}" for why, names in by_reason.items()]
+
+
+def conditions(found: Mapping[str, Any]) -> str:
+    """What the survey saw of other work on this machine, and how wide intervals will be; "" where
+    it did not look."""
+    if "other_load" not in found:
+        return ""
+    load, width = found["other_load"], 100 * found["interval"]
+    expected = f"expect 95 % intervals of about ±{width:.1f} % of a speed-up"
+    if load <= BUSY_CORES:
+        return f"The machine is quiet: {expected}."
+    busy = ", ".join(f"{name} {cores:.1f}" for name, cores in found["busy_with"])
+    names = f" ({busy})" if busy else ""
+    return (
+        f"The machine is BUSY: other processes use {load:.1f} cores{names}. Times will be too long "
+        f"and this run may take twice as long; {expected}. Rows say how busy it was."
+    )
+
+
+def short_tables(measured: Measured) -> tuple[str, list[Table]]:
+    """How many times faster than the baseline each backend was, a column a network and batch; a
+    title, and tables that fit 80 characters."""
+    baselines = dict.fromkeys(label(c.baseline, c.baseline_memory_format) for c, _ in measured)
+    title = f"Times faster than {' or '.join(baselines)} (±: half of the 95 % interval)"
+    columns = list(dict.fromkeys(_column(case) for case, _ in measured))
+    several = {
+        name: len({getattr(c, name) for c, _ in measured}) > 1 for name in ("precision", "mode")
+    }
+    return title, [
+        _table(measured, columns[first : first + MOST_COLUMNS], several)
+        for first in range(0, len(columns), MOST_COLUMNS)
+    ]
+
+
+def beside_other_work(measured: Measured) -> str:
+    """How many rows were taken while other processes used the machine; "" where none."""
+    passed = [outcome for _, outcome in measured if outcome.status == "pass"]
+    busy = [float(o.metrics["other_load"] or 0) for o in passed if is_beside_other_work(o)]
+    if not busy:
+        return ""
+    return (
+        f"{len(busy)} of {len(passed)} rows were taken beside other work (up to {max(busy):.1f} "
+        "cores busy): measure again on a quiet machine before you quote them."
+    )
+
+
+def _column(case: Case) -> tuple[str, int, int, str, str]:
+    return case.model, case.img_size, case.batch_size, case.precision, case.mode
+
+
+def _table(
+    measured: Measured,
+    columns: Sequence[tuple[str, int, int, str, str]],
+    several: Mapping[str, bool],
+) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="")
+    table.add_column("", no_wrap=True)
+    for model, _, batch, precision, mode in columns:
+        more = [precision] * several["precision"] + [mode] * several["mode"]
+        table.add_column("\n".join([model, f"batch {batch}", *more]), justify="right")
+    cells: dict[str, dict[tuple[str, int, int, str, str], str]] = {}
+    order: dict[str, float] = {}
+    for case, outcome in measured:
+        name = label(case.backend, case.memory_format)
+        if outcome.status == "unavailable" or _column(case) not in columns:
+            continue
+        cells.setdefault(name, {})[_column(case)] = _cell(case, outcome)
+        speedup = 1.0 if case.is_baseline else float(outcome.metrics.get("speedup") or 0)
+        order[name] = max(order.get(name, 0.0), speedup)
+    for name in sorted(cells, key=lambda each: -order[each]):
+        table.add_row(name, *(cells[name].get(column, "-") for column in columns))
+    return table
+
+
+def _cell(case: Case, outcome: Outcome) -> str:
+    if outcome.status != "pass":
+        return outcome.status
+    low, ratio, high = (
+        float(outcome.metrics[name] or 0)
+        for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
+    )
+    half = max(high - ratio, ratio - low)
+    return f"1.00 ±{half:.2f}" if case.is_baseline else f"{ratio:.2f} ±{half:.2f}"

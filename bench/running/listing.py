@@ -1,0 +1,107 @@
+"""The registries and the cases of a sweep, as tables for the terminal."""
+
+from rich.table import Table
+
+from resfuse.bench.records.case import Case
+from resfuse.bench.running.profiles import PROFILES
+
+
+def cases_table(cases: list[Case], skipped: int) -> Table:
+    """What `--dry-run` shows."""
+    title = f"{len(cases)} cases" + (f", {skipped} already settled" if skipped else "")
+    table = _table(title, "model", "backend", "batch", "pixels")
+    for heading in ("memory format", "precision", "mode"):
+        table.add_column(heading)
+    for case in cases:
+        numbers = (str(case.batch_size), str(case.img_size))
+        table.add_row(
+            case.model, case.backend, *numbers, case.memory_format, case.precision, case.mode
+        )
+    return table
+
+
+def _models() -> Table:
+    from resfuse.bench.measuring.probes.roofline import cost
+    from resfuse.resnet_ref import MODELS, create, input_size
+
+    table = Table(title="models", title_justify="left", title_style="bold", box=None)
+    table.add_column("name", no_wrap=True)
+    for heading in ("pixels", "M parameters", "GMACs", "M activations"):
+        table.add_column(heading, justify="right")
+    for name in MODELS:
+        counted = cost(create(name, device="meta").eval(), input_size(name))
+        numbers = (counted.param_count / 1e6, counted.macs / 1e9, counted.activations / 1e6)
+        table.add_row(name, str(input_size(name)), *(f"{number:.2f}" for number in numbers))
+    return table
+
+
+def _backends() -> Table:
+    from resfuse.bench.backends import BACKENDS
+
+    table = _table("backends", "name", "what it is")
+    for name, backend in BACKENDS.items():
+        table.add_row(name, backend.does)
+    return table
+
+
+def _kernels() -> Table:
+    from resfuse.kernels.gpu.registry import KERNELS
+
+    table = _table("kernels", "name", "what it computes")
+    for name, spec in KERNELS.items():
+        table.add_row(name, spec.does)
+    return table
+
+
+def _providers() -> Table:
+    from resfuse.bench.backends.providers import PROVIDERS
+
+    table = _table("providers", "name", "how it computes a convolution")
+    for name, provider in PROVIDERS.items():
+        table.add_row(name, provider.does)
+    return table
+
+
+def _metrics() -> Table:
+    from resfuse.bench.records.metrics import METRICS
+
+    table = _table("metrics", "name", "meaning", "unit")
+    for name, metric in METRICS.items():
+        table.add_row(name, metric.meaning, metric.unit)
+    return table
+
+
+def _profiles() -> Table:
+    table = _table(
+        "profiles", "name", "what it measures", "device", "models", "batches", "precisions"
+    )
+    for (name, device), profile in PROFILES.items():
+        batches = ", ".join(map(str, profile.batch_sizes))
+        table.add_row(
+            name,
+            profile.does,
+            device,
+            str(len(profile.models)),
+            batches,
+            ", ".join(profile.precisions),
+        )
+    return table
+
+
+def _table(title: str, first: str, second: str, *rest: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table.add_column(first, no_wrap=True)
+    table.add_column(second)
+    for heading in rest:
+        table.add_column(heading, justify="right")
+    return table
+
+
+LISTS = {
+    "models": _models,
+    "backends": _backends,
+    "kernels": _kernels,
+    "providers": _providers,
+    "metrics": _metrics,
+    "profiles": _profiles,
+}

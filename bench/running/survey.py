@@ -1,0 +1,135 @@
+"""What a command must know of this machine before it measures, from a process that is gone before
+the first case starts."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resfuse.bench.common.errors import UsageError
+from resfuse.bench.measuring.device import resolve_device
+from resfuse.bench.records.case import Request
+from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.running.subprocess_runner import run_task
+
+if TYPE_CHECKING:
+    import torch
+
+SURVEY_TIMEOUT_S = 300.0
+TASK = "resfuse.bench.running.survey:take_survey"
+
+
+def survey(
+    request: Request,
+    threads: int,
+    ceilings: bool,
+    limit_s: float = SURVEY_TIMEOUT_S,
+    known: Sequence[Mapping[str, str]] = (),
+) -> dict[str, Any]:
+    """Device, environment, commit, ceilings, and why backends cannot run here, from a process that
+    is gone before the first case starts.
+
+    Args:
+        request: whose precisions' ceilings are measured, and whose backends are asked.
+        known: facts and ceilings of environments; what this device has reached in one of them is
+            not measured again.
+
+    Raises:
+        UsageError: the device, weights or images cannot be used.
+        RuntimeError: the process died.
+    """
+    payload = {
+        "request": asdict(request),
+        "threads": threads,
+        "ceilings": ceilings,
+        "known": [dict(facts) for facts in known],
+    }
+    result = run_task(TASK, payload, limit_s)
+    if isinstance(result, Outcome):
+        raise RuntimeError(f"the survey of this machine failed: {result.error}")
+    return result
+
+
+def take_survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    """What a sweep must know before it starts; runs in the subprocess.
+
+    Also reads the user's weights, images and environment once: what is bad is found now, not in
+    the middle.
+    """
+    import torch
+
+    from resfuse.bench.measuring import photographs
+    from resfuse.bench.measuring.clock.timing import Watch
+    from resfuse.bench.measuring.probes import idle, machine
+    from resfuse.bench.measuring.probes.noise import expected_interval
+    from resfuse.bench.running import sweep
+    from resfuse.bench.running.world import require_devices, world_of
+
+    request = Request(**job["request"])
+    request = replace(request, device=resolve_device(request.device))
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    cases = sweep.expand(request)
+    if request.parallel:
+        world = world_of(os.environ)
+        require_devices(request.device, world.local_size)
+    photographs.batch(request.images, 1, 32, 0)
+    idle.limit_s("cpu")
+    _try_weights(request.weights, {case.model for case in cases})
+    facts = machine.facts(request.device, job["threads"])
+    env_id = machine.env_id(facts)
+    precisions = sorted({case.precision for case in cases})
+    known = machine.known_ceilings(facts, job.get("known", []))
+    device = torch.device(request.device)
+    backends = dict.fromkeys(case.backend for case in cases)
+    reasons = {name: _reason(name, device) for name in backends}
+    ceilings, conditions = {}, {}
+    if job["ceilings"]:
+        others, watch = idle.OtherWork(), Watch()
+        ceilings = machine.ceilings(request.device, precisions, known)
+        interval = expected_interval(request.device)
+        elapsed_s = watch.elapsed().ms / 1e3
+        conditions = {
+            "other_load": others.cores(elapsed_s),
+            "busy_with": others.busiest(elapsed_s),
+            "interval": interval,
+        }
+    return {
+        "device": request.device,
+        "facts": facts,
+        "env_id": env_id,
+        "folder": machine.folder_name(facts),
+        "commit": machine.commit(),
+        "ceilings": ceilings,
+        **conditions,
+        "unavailable": {name: reason for name, reason in reasons.items() if reason is not None},
+    }
+
+
+def _reason(backend: str, device: "torch.device") -> str | None:
+    """Why a backend cannot run here, as far as that is known without a case. One that fails to
+    answer is asked again by its case, which has a row to say it in."""
+    from resfuse.bench.backends import why_unavailable
+
+    try:
+        return why_unavailable(backend, device)
+    except Exception:
+        return None
+
+
+def _try_weights(weights: str, models: set[str]) -> None:
+    from resfuse.resnet_ref import create, load_pretrained, load_weights
+
+    if weights == "seeded":
+        return
+    for name in sorted(models):
+        model = create(name)
+        try:
+            if weights == "pretrained":
+                load_pretrained(name, model)
+            else:
+                load_weights(model, Path(weights))
+        except (ValueError, RuntimeError, OSError) as error:
+            flag = "--pretrained" if weights == "pretrained" else "--weights"
+            raise UsageError(f"argument {flag}: {name}: {error}") from None

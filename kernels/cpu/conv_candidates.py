@@ -1,0 +1,208 @@
+"""Convolutions as native steps: which forms there are of one, and in what blocks.
+
+Every form takes float32, NHWC, with channels padded to whole vectors (`pitch`); see step.h.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from resfuse.kernels.cpu.cpus import threads
+from resfuse.kernels.cpu.program import ACTIVATIONS, KINDS, Step, lanes, panel, pixels
+from resfuse.kernels.cpu.weight_layout import direct_weights, grouped_weights, winograd_weights
+from resfuse.kernels.ops.conv_problem import ConvProblem
+
+Form = Literal["direct", "winograd", "winograd_inline", "grouped"]
+_LINE, _DEPTH = 16, 128  # as tile.h has them
+_SLICE, _APART = 64, 3 * _LINE  # as conv3x3_winograd.h has them
+LONGEST_ROW, _MOST_TAPS = 1 << 14, 128  # as conv_direct.h and conv_grouped.h have them
+
+# Bytes of input, or of transformed input, that a thread takes through all output channels at a
+# time: from half of a first-level cache that is large to twice a second-level one.
+_DIRECT_BLOCKS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
+_WINOGRAD_BLOCKS = (1 << 18, 1 << 20, 4 << 20)
+_TRANSFORM = 12  # tiles whose products take as long as the inline transform of their weights
+_INLINE_BLOCK = 11 * _TRANSFORM  # tiles; with more, scratch memory grows and no time is saved
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """How a convolution is parted."""
+
+    form: Form
+    by_channel: bool  # threads part the output channels, not the pixels
+    block: int  # pixels (Winograd: 2x2 tiles) taken through all output channels at a time
+
+
+def refusal(problem: ConvProblem) -> str | None:
+    """Why no form computes `problem`, or None."""
+    if problem.math_mode != "ieee":
+        return f"{problem.math_mode}; the native steps compute in float32"
+    if problem.activation not in ACTIVATIONS:
+        return f"no native {problem.activation}"
+    row = problem.c // problem.groups * problem.s
+    if row > LONGEST_ROW:
+        return f"rows of {row} values; at most {LONGEST_ROW}"
+    if problem.groups > 1 and not _fills_vectors(problem) and not _is_grouped(problem):
+        return "groups that fill no vector"
+    return None
+
+
+def candidates(problem: ConvProblem) -> Iterator[NativeConfig]:
+    """Every way to compute `problem` that may be the fastest."""
+    for form in forms(problem):
+        if form != "winograd_inline":  # which saves memory
+            yield from configs(form, problem)
+
+
+def forms(problem: ConvProblem) -> Iterator[Form]:
+    """Those that compute `problem`."""
+    if _is_grouped(problem):
+        yield "grouped"
+    if problem.groups == 1 or _fills_vectors(problem):
+        yield "direct"
+    if _is_winograd(problem):
+        yield "winograd"
+        yield "winograd_inline"
+
+
+def configs(form: Form, problem: ConvProblem) -> Iterator[NativeConfig]:
+    """Of one form, in blocks of several sizes."""
+    if form == "grouped":
+        yield NativeConfig("grouped", False, 0)
+    elif form == "direct":
+        yield from _parted(form, problem, pixels_of(problem), _direct_bytes(problem))
+    elif form == "winograd":  # the transformed input of a tile: 16 values a channel
+        yield from _parted(form, problem, tiles_of(problem), 16 * 4 * problem.c)
+    else:
+        for by_channel in _partings(problem):
+            tiles = tiles_of(problem) if by_channel else -(-tiles_of(problem) // threads())
+            yield NativeConfig(form, by_channel, min(_whole(tiles), _INLINE_BLOCK))
+
+
+def choose(problem: ConvProblem) -> NativeConfig:
+    """What is expected to be fastest, without measuring, of forms that share a layout of weights.
+
+    Winograd where its 16 products a tile and the transform are fewer than 9 a pixel.
+    """
+    saves = 16 * (tiles_of(problem) + _TRANSFORM) < 9 * pixels_of(problem)
+    first = next(forms(problem))
+    return _choose_blocks("winograd_inline" if saves and _is_winograd(problem) else first, problem)
+
+
+def _choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:
+    """The blocks of a form that are expected to be fastest.
+
+    Channels are parted where a thread would have few pixels.
+    """
+    every = list(configs(form, problem))
+    by_channel = pixels_of(problem) < 512 and problem.k >= 4 * panel()
+    preferred = [c for c in every if c.by_channel == by_channel] or every
+    return preferred[len(preferred) // 2]
+
+
+def layout_weight(form: Form, weight: Tensor, groups: int) -> Tensor:
+    """[K, C / groups, R, S] as the form reads it."""
+    if form == "winograd":
+        return winograd_weights(weight)
+    return grouped_weights(weight) if form == "grouped" else direct_weights(weight, groups)
+
+
+def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
+    """Scratch memory a thread needs, in floats."""
+    if config.form in ("winograd", "winograd_inline"):
+        kept = config.block * (problem.c + panel()) + 2 * _APART
+        weights = _SLICE * panel() + _APART if config.form == "winograd_inline" else 0
+        return 16 * (kept + weights)
+    return config.block * panel() if config.form == "direct" and _is_sliced(problem) else 0
+
+
+def _is_sliced(problem: ConvProblem) -> bool:
+    """Whether conv_direct.h takes the weights in several slices, and so keeps sums between them."""
+    c, taps = problem.c // problem.groups, problem.r * problem.s
+    if taps == 1:
+        return c > _DEPTH
+    k = -(-(problem.k // problem.groups) // lanes()) * lanes()
+    return c >= _LINE and taps * c * min(k, panel()) > 2 * _DEPTH * panel()
+
+
+def conv_step(
+    problem: ConvProblem, config: NativeConfig, *, residual_last: bool, **where: int
+) -> Step:
+    """The step; `where` has the pointers and pitches of step.h."""
+    whole_vectors = -(-problem.k // lanes()) * lanes()
+    return Step(
+        kind=KINDS.index(config.form),
+        N=problem.n, H=problem.h, W=problem.w, C=problem.c,
+        K=whole_vectors, R=problem.r, S=problem.s, P=problem.p, Q=problem.q,
+        stride_h=problem.stride[0], stride_w=problem.stride[1],
+        pad_h=problem.padding[0], pad_w=problem.padding[1],
+        dilation_h=problem.dilation[0], dilation_w=problem.dilation[1],
+        groups=problem.groups,
+        activation=ACTIVATIONS[problem.activation], residual_last=residual_last,
+        by_channel=config.by_channel, block=config.block,
+        scratch_pitch=scratch_floats(problem, config),
+        **where,
+    )  # fmt: skip
+
+
+def pixels_of(problem: ConvProblem) -> int:
+    """Output pixels of the batch."""
+    return problem.n * problem.p * problem.q
+
+
+def tiles_of(problem: ConvProblem) -> int:
+    """2x2 tiles of output pixels of the batch."""
+    return problem.n * -(-problem.p // 2) * -(-problem.q // 2)
+
+
+def _is_winograd(problem: ConvProblem) -> bool:
+    return (
+        (problem.r, problem.s, problem.groups) == (3, 3, 1)
+        and problem.stride == problem.dilation == (1, 1)
+        and problem.c % lanes() == 0
+    )
+
+
+def _is_grouped(problem: ConvProblem) -> bool:
+    return fits_grouped(problem.c, problem.k, problem.groups, problem.r * problem.s)
+
+
+def fits_grouped(c: int, k: int, groups: int, taps: int) -> bool:
+    """Whether the grouped form computes a convolution from `c` to `k` channels."""
+    whole_groups = groups > 1 and c == k and c % lanes() == 0 and lanes() % (c // groups) == 0
+    return whole_groups and taps <= _MOST_TAPS
+
+
+def _fills_vectors(problem: ConvProblem) -> bool:
+    return problem.k // problem.groups % lanes() == 0
+
+
+def _direct_bytes(problem: ConvProblem) -> int:
+    """Of input, for an output pixel."""
+    return 4 * problem.c * problem.stride[0] * problem.stride[1]
+
+
+def _parted(
+    form: Form, problem: ConvProblem, rows: int, bytes_of_each: int
+) -> Iterator[NativeConfig]:
+    budgets = _DIRECT_BLOCKS if form == "direct" else _WINOGRAD_BLOCKS
+    whole = _whole(rows)
+    blocks = {
+        max(pixels(), min(whole, budget // bytes_of_each // pixels() * pixels()))
+        for budget in budgets
+    }
+    for by_channel in _partings(problem):
+        for block in sorted(blocks):
+            yield NativeConfig(form, by_channel, block)
+
+
+def _partings(problem: ConvProblem) -> tuple[bool, ...]:
+    """Whether threads may part the pixels (False), the output channels (True)."""
+    return (False, True) if problem.k > panel() else (False,)
+
+
+def _whole(rows: int) -> int:
+    return -(-rows // pixels()) * pixels()

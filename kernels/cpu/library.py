@@ -1,0 +1,143 @@
+"""The shared library of native steps: compiled for this processor at first use, kept on disk.
+
+Like torch.compile and Triton, this needs a compiler where it runs; what uses it has another way
+where there is none. The file's name is a hash of everything it was made from, and it is moved into
+place whole, so processes that compile at once do no harm.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+# Not -ffast-math: NaN and infinity must come out as torch has them.
+_FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared")
+_COMPILERS = ("g++", "c++", "clang++")
+
+
+class NativeUnavailable(RuntimeError):
+    """The native steps cannot be had on this machine; the message says why in one sentence."""
+
+
+@functools.cache
+def library(architecture: str = "native", *further: str) -> ctypes.CDLL:
+    """The library, compiled if need be (about 15 s).
+
+    Args:
+        architecture: what the compiler's -march takes; tests have it make vectors of other widths.
+        further: flags for the compiler, of tests, too.
+
+    Raises:
+        NativeUnavailable: no compiler, one that fails, or a processor without vectors.
+    """
+    compiler = _compiler()
+    flags = (*_flags(architecture), *further)
+    built = cache_folder() / "native" / f"{_key(compiler, flags)}.so"
+    if not built.exists():
+        _compile(compiler, flags, built)
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise NativeUnavailable(f"the native library cannot be loaded: {error}") from None
+
+
+def cache_folder() -> Path:
+    """Where what is made once is kept: $RESFUSE_CACHE_DIR, or resfuse/ in the user's cache."""
+    own = os.environ.get("RESFUSE_CACHE_DIR")
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(shared) / "resfuse"
+
+
+def fingerprint() -> str:
+    """A hash of the library's sources, flags, compiler and processor; "none" without a compiler."""
+    try:
+        return _key(_compiler(), _flags("native"))
+    except NativeUnavailable:
+        return "none"
+
+
+def why_unavailable() -> str | None:
+    """The reason there is no library here, None where there is one."""
+    try:
+        library()
+    except NativeUnavailable as reason:
+        return str(reason)
+    return None
+
+
+_SOURCES = Path(__file__).with_name("src")
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for name in (named,) if named else _COMPILERS:
+        if (path := shutil.which(name)) is not None:
+            return path
+    sought = f"$CXX is {named!r}, which" if named else f"none of {', '.join(_COMPILERS)}"
+    raise NativeUnavailable(f"no C++ compiler: {sought} is on the path")
+
+
+def _flags(architecture: str) -> tuple[str, ...]:
+    return (*_FLAGS, f"-march={architecture}")
+
+
+def _sources() -> list[Path]:
+    return sorted(p for p in _SOURCES.iterdir() if p.suffix in (".h", ".cpp"))
+
+
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for source in _sources():
+        digest.update(source.read_bytes())
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    except OSError as error:
+        raise NativeUnavailable(f"{compiler} cannot be run: {error}") from None
+    digest.update(version + " ".join((*flags, processor())).encode())
+    return digest.hexdigest()[:20]
+
+
+def processor() -> str:
+    """What -march=native goes by."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    told = (
+        "vendor_id",
+        "model name",
+        "cpu family",
+        "model",
+        "stepping",
+        "flags",
+        "Features",
+        "CPU part",
+    )
+    return "\n".join(sorted({line for line in lines if line.startswith(told)}))
+
+
+def _compile(compiler: str, flags: tuple[str, ...], built: Path) -> None:
+    try:
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+            made = Path(folder) / built.name
+            source = str(_SOURCES / "steps.cpp")
+            command = [compiler, *flags, source, "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = _first_error(done.stderr)
+                raise NativeUnavailable(f"{compiler} cannot compile the native steps: {said}")
+            made.replace(built)
+    except OSError as error:
+        raise NativeUnavailable(f"the native library cannot be made: {error}") from None
+
+
+def _first_error(said: str) -> str:
+    """Of what a compiler said: clang's last line only counts its errors."""
+    lines = said.strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error:" in line), lines[-1])

@@ -1,0 +1,136 @@
+// Convolution with as many output channels as input ones in groups of 1 (depthwise), 2, 4, 8 or 16
+// that fill a vector: output channels stay in their lanes, input ones are shuffled within a group.
+// Product i of lane l takes input channel l ^ i, so that the first needs no shuffle.
+//
+// Weights: for each vector of output channels [R, S, i, LANES].
+#pragma once
+
+#include "conv_direct.h"
+#include "epilogue.h"
+#include "step.h"
+#include "tile.h"
+
+constexpr long MOST_TAPS = 128;
+
+static inline Floats input_of(Floats channels, long i) {
+  if (i == 0) return channels;
+  Ints lanes;
+  UNROLLED for (long lane = 0; lane < LANES; lane++) lanes[lane] = lane ^ i;
+  return shuffle(channels, lanes);
+}
+
+template <long GROUP>
+static void grouped_by(const Step& s, long from, long to) {
+  const long taps = s.R * s.S;
+  each_tile<1>(from, to, [&]<long M, long N>(long pixel) {
+    const float* x[MOST_TAPS][M];
+    const Windows<M> windows(s, pixel, 0);
+    for (long tap = 0; tap < taps; tap++) windows.tap(s, tap / s.S, tap % s.S, x[tap]);
+    const float* w = s.w;
+    for (long k = 0; k < s.K; k += LANES) {
+      Floats sum[M];
+      UNROLLED for (long m = 0; m < M; m++) sum[m] = load(s.bias + k);
+      for (long tap = 0; tap < taps; tap++) {
+        Floats value[M];
+        UNROLLED for (long m = 0; m < M; m++) value[m] = load(x[tap][m] + k);
+        UNROLLED for (long i = 0; i < GROUP; i++, w += LANES) {
+          const Floats weight = load(w);
+          UNROLLED for (long m = 0; m < M; m++) sum[m] += input_of(value[m], i) * weight;
+        }
+      }
+      UNROLLED for (long m = 0; m < M; m++) finish(s, sum[m], pixel + m, k);
+    }
+  });
+}
+
+// M pixels of a row, 3x3 windows next to each other: what is shuffled once serves three of them.
+// Shuffles and products share the same ports, so with 4 channels a group this takes 0.7 of the time.
+template <long GROUP, long M>
+static void grouped_row(const Step& s, long pixel) {
+  const long q = pixel % s.Q - s.pad_w, row = pixel / s.Q;
+  const long p = row % s.P * s.stride_h - s.pad_h, image = row / s.P;
+  const float* x[3][M + 2];
+  for (long r = 0; r < 3; r++) {
+    const long h = p + r * s.dilation_h;
+    for (long j = 0; j < M + 2; j++) {
+      const bool there = h >= 0 && h < s.H && q + j >= 0 && q + j < s.W;
+      x[r][j] = there ? s.x + ((image * s.H + h) * s.W + q + j) * s.x_pitch : zeros;
+    }
+  }
+  const float* w = s.w;
+  for (long k = 0; k < s.K; k += LANES) {
+    Floats sum[M];
+    UNROLLED for (long m = 0; m < M; m++) sum[m] = load(s.bias + k);
+    for (long r = 0; r < 3; r++, w += 3 * GROUP * LANES) {
+      UNROLLED for (long i = 0; i < GROUP; i++) {
+        Floats weight[3];
+        UNROLLED for (long t = 0; t < 3; t++) weight[t] = load(w + (t * GROUP + i) * LANES);
+        UNROLLED for (long j = 0; j < M + 2; j++) {
+          const Floats v = input_of(load(x[r][j] + k), i);
+          UNROLLED for (long t = 0; t < 3; t++) {
+            if (j - t >= 0 && j - t < M) sum[j - t] += v * weight[t];
+          }
+        }
+      }
+    }
+    UNROLLED for (long m = 0; m < M; m++) finish(s, sum[m], pixel + m, k);
+  }
+}
+
+template <long GROUP>
+static void grouped_rows(const Step& s, long from, long to) {
+  while (from < to) {
+    const long left = least(to - from, s.Q - from % s.Q);
+    switch (least(left, 8)) {
+      case 1: grouped_row<GROUP, 1>(s, from); from += 1; break;
+      case 2: grouped_row<GROUP, 2>(s, from); from += 2; break;
+      case 3: grouped_row<GROUP, 3>(s, from); from += 3; break;
+      case 4: grouped_row<GROUP, 4>(s, from); from += 4; break;
+      case 5: grouped_row<GROUP, 5>(s, from); from += 5; break;
+      case 6: grouped_row<GROUP, 6>(s, from); from += 6; break;
+      case 7: grouped_row<GROUP, 7>(s, from); from += 7; break;
+      default: grouped_row<GROUP, 8>(s, from); from += 8; break;
+    }
+  }
+}
+
+template <long GROUP>
+static void grouped_of(const Step& s, const Part& pixels) {
+  if (s.R == 3 && s.S == 3 && s.stride_w == 1 && s.dilation_w == 1) {
+    grouped_rows<GROUP>(s, pixels.from, pixels.to);
+  } else {
+    grouped_by<GROUP>(s, pixels.from, pixels.to);
+  }
+}
+
+static void grouped_in(const Step& s, const Part& pixels) {
+  switch (s.C / s.groups) {
+    case 1: grouped_of<1>(s, pixels); break;
+    case 2: grouped_of<2>(s, pixels); break;
+    case 4: grouped_of<4>(s, pixels); break;
+    case 8: grouped_of<8>(s, pixels); break;
+    case 16: grouped_of<16>(s, pixels); break;
+  }
+}
+
+// A thread's range, cut where rows end.
+struct GroupedRange {
+  Part pixels;
+  Cut cut;
+
+  GroupedRange(const Step& s, long range, long ranges)
+      : pixels(s.N * s.P * s.Q, PIXELS, range, ranges),
+        cut(pixels.blocks(s.Q), 1,
+            static_cast<double>(pixels.count()) * s.K * s.R * s.S * (s.C / s.groups)) {}
+
+  Part piece(const Step& s, long i) const {
+    const Part rows = cut.block(i);
+    const long before = pixels.from / s.Q;  // whole rows
+    return Part(i ? (before + rows.from) * s.Q : pixels.from,
+                i + 1 < cut.pieces ? (before + rows.to) * s.Q : pixels.to);
+  }
+};
+
+static void grouped_piece(const Step& s, long range, long ranges, long i) {
+  grouped_in(s, GroupedRange(s, range, ranges).piece(s, i));
+}

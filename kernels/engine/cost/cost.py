@@ -1,0 +1,49 @@
+"""What a part of a graph computes and moves at the least: FLOPs of its convolutions, and each
+tensor that it reads or leaves behind once, with its weights. Pixels that strides leave out are not
+read.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from resfuse.kernels.engine.ir.graph import Conv, Graph
+from resfuse.kernels.ops.conv_problem import MATH_MODES
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run."""
+
+    flops: int
+    moved: int  # bytes
+
+
+def cost_of(part: Graph) -> Cost:
+    """FLOPs as convolutions are defined; Winograd's needs fewer."""
+    flops = weights = 0
+    for node in part.nodes:
+        if isinstance(node.op, Conv):
+            problem = node.op.problem
+            size = MATH_MODES[problem.math_mode][1]
+            flops += problem.flops
+            weights += size * problem.k * (problem.c // problem.groups * problem.r * problem.s + 1)
+    read = sum(_read_bytes(part, name) for name in part.reads)
+    written = sum(_bytes(part, name) for name in part.outputs)
+    return Cost(flops, weights + read + written)
+
+
+def _read_bytes(part: Graph, name: str) -> int:
+    """Of a value from outside: the pixels that some node looks at."""
+    readers = [node for node in part.nodes if name in node.inputs]
+    seen = [
+        node.op.problem.pixels_read
+        if isinstance(node.op, Conv) and node.residual != name and len(part.values[name].shape) == 4
+        else 1.0
+        for node in readers
+    ]
+    return round(_bytes(part, name) * max(seen, default=1.0))
+
+
+def _bytes(part: Graph, name: str) -> int:
+    value = part.values[name]
+    return prod(value.shape) * value.dtype.itemsize

@@ -1,0 +1,178 @@
+"""CUTS: ways to cut a network into kernels, and the least that each can take on some device.
+
+Each kernel reads and writes every tensor that it shares with others once, and does all of its
+arithmetic or all of its traffic at the device's full rate, whichever takes longer. A cut is a limit
+for everybody who cuts that way, not a plan: nobody asks whether such a kernel could be built.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from resfuse.kernels.engine.cost.cost import Cost, cost_of
+from resfuse.kernels.engine.cost.gpus import Gpu
+from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, MaxPool, Mean, Node
+
+Kernels = list[list[Node]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`kernels(graph)` puts every node into one kernel."""
+
+    kernels: Callable[[Graph], Kernels]
+    does: str
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The least that a network takes when it is cut in some way."""
+
+    kernels: int
+    flops: int
+    moved: int  # bytes
+    ms: float
+    memory_ms: float  # of `ms`, in kernels that wait for memory
+
+    @property
+    def bound(self) -> str:
+        """What most of the time goes to."""
+        return "bytes" if 2 * self.memory_ms > self.ms else "FLOPs"
+
+
+def limit(graph: Graph, cut: str, device: Gpu, math_mode: str) -> Limit:
+    """The least time of a graph under a cut named in CUTS, by the device's rates."""
+    costs = [kernel_cost(graph, nodes) for nodes in CUTS[cut].kernels(graph)]
+    times = [device.ms(math_mode, cost.flops, cost.moved) for cost in costs]
+    waiting = [
+        ms
+        for ms, cost in zip(times, costs, strict=True)
+        if device.bound(math_mode, cost.flops, cost.moved) == "bytes"
+    ]
+    flops, moved = (
+        sum(column) for column in zip(*((c.flops, c.moved) for c in costs), strict=True)
+    )
+    return Limit(len(costs), flops, moved, sum(times), sum(waiting))
+
+
+def with_batch(graph: Graph, n: int) -> Graph:
+    """The graph for another batch size; every value begins with the batch, as a network's do."""
+
+    def resized(node: Node) -> Node:
+        if not isinstance(node.op, Conv):
+            return node
+        return replace(node, op=replace(node.op, problem=replace(node.op.problem, n=n)))
+
+    values = {name: replace(v, shape=(n, *v.shape[1:])) for name, v in graph.values.items()}
+    return replace(graph, nodes=tuple(map(resized, graph.nodes)), values=values)
+
+
+def kernel_cost(graph: Graph, nodes: Sequence[Node]) -> Cost:
+    """FLOPs and least bytes of some nodes as one kernel."""
+    within = Counter(name for node in nodes for name in node.inputs)
+    outputs = tuple(node.name for node in nodes if graph.readers[node.name] > within[node.name])
+    made = {node.name for node in nodes}
+    names = dict.fromkeys([*(name for name in within if name not in made), *made])
+    first = next(iter(names))
+    return cost_of(Graph(first, outputs, tuple(nodes), {n: graph.values[n] for n in names}))
+
+
+def _one_by_one(graph: Graph) -> Kernels:
+    return [[node] for node in graph.nodes]
+
+
+def _with_pixelwise(graph: Graph, most: int) -> Kernels:
+    """A convolution with a window takes in the 1x1 convolutions behind it, `most` of them: they
+    need a pixel's channels only. A projection goes where it is added, as more channels to sum."""
+    taken: set[str] = set()
+    kernels = []
+    for node in graph.nodes:
+        if node.name not in taken and isinstance(node.op, Conv) and not _is_pixelwise(node):
+            kernel = _followers(graph, node, most, taken)
+            if len(kernel) > 1:
+                kernels.append(kernel)
+                taken.update(one.name for one in kernel)
+    kernels += [[node] for node in graph.nodes if node.name not in taken]
+    return _with_pools(graph, kernels)
+
+
+def _with_pools(graph: Graph, kernels: Kernels) -> Kernels:
+    """Pooling where its input is made, unless somebody else reads that."""
+    makers = {node.name: kernel for kernel in kernels for node in kernel}
+    left = []
+    for kernel in kernels:
+        node = kernel[0]
+        pools = isinstance(node.op, MaxPool | Mean) and graph.readers[node.inputs[0]] == 1
+        maker = makers.get(node.inputs[0]) if pools and len(kernel) == 1 else None
+        if maker is None:
+            left.append(kernel)
+        else:
+            maker.append(node)
+            makers[node.name] = maker
+    return left
+
+
+def _followers(graph: Graph, first: Node, most: int, taken: set[str]) -> list[Node]:
+    kernel, convolutions = [first], 0
+    while convolutions < most:
+        behind = [
+            node
+            for node in graph.nodes
+            if node.inputs[:1] == (kernel[-1].name,)
+            and node.name not in taken
+            and _is_pixelwise(node)
+            and not _is_projection(graph, node)
+        ]
+        if not behind:
+            break
+        convolutions += isinstance(behind[0].op, Conv)
+        kernel.append(behind[0])
+    added = {node.residual for node in kernel}
+    folded = [node for node in graph.nodes if node.name in added and _is_projection(graph, node)]
+    return folded + kernel
+
+
+def _blocks(graph: Graph) -> Kernels:
+    """From one point where a single value is alive to the next: a residual block is one kernel."""
+    kernels: Kernels = [[]]
+    alive: set[str] = set()
+    for at, node in enumerate(graph.nodes):
+        kernels[-1].append(node)
+        alive.add(node.name)
+        alive = {name for name in alive if graph.last_read[name] > at}
+        reads_on = graph.input and graph.last_read[graph.input] > at
+        if len(alive) == 1 and not reads_on:
+            kernels.append([])
+    return _with_pools(graph, [nodes for nodes in kernels if nodes])
+
+
+def _is_pixelwise(node: Node) -> bool:
+    """An output pixel needs one pixel of its input."""
+    if isinstance(node.op, Affine):
+        return True
+    if not isinstance(node.op, Conv):
+        return False
+    p = node.op.problem
+    return (p.r, p.s, p.stride, p.padding) == (1, 1, (1, 1), (0, 0))
+
+
+def _is_projection(graph: Graph, node: Node) -> bool:
+    """A 1x1 convolution that is made for a sum alone."""
+    p = node.op.problem if isinstance(node.op, Conv) else None
+    only_read_once = graph.readers[node.name] == 1
+    window = p is not None and (p.r, p.s) == (1, 1) and not p.residual
+    return window and only_read_once and any(o.residual == node.name for o in graph.nodes)
+
+
+CUTS: dict[str, Cut] = {
+    "conv by conv": Cut(_one_by_one, "every convolution with its batch norm, activation and sum"),
+    "back to back": Cut(
+        lambda graph: _with_pixelwise(graph, 1),
+        "a 3x3 and the 1x1 behind it in one kernel; projections and pooling in it, too",
+    ),
+    "chain": Cut(
+        lambda graph: _with_pixelwise(graph, 2),
+        "the same, and the 1x1 that begins the next block",
+    ),
+    "whole block": Cut(_blocks, "each residual block in one kernel"),
+}

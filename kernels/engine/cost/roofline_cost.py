@@ -1,0 +1,63 @@
+"""RooflineCost: what a choice should take on a GPU that is not here, by data sheet and arithmetic.
+
+Every kernel is taken to reach the GPU's peak in FLOPs or bytes, whichever takes longer; so times
+are too short, and all configurations of a tactic alike. What the model tells apart is how often
+tensors go through memory: that is where the tactics for several nodes win.
+"""
+
+from math import prod
+
+from resfuse.kernels.engine.cost.cost import cost_of
+from resfuse.kernels.engine.cost.gpus import Gpu
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Node
+from resfuse.kernels.engine.tactics import TACTICS
+from resfuse.kernels.ops.conv_problem import math_mode_of
+
+LAUNCH_US = 1.3  # from one kernel of a CUDA graph to the next on Hopper; read, not measured
+
+
+class RooflineCost:
+    """ms of a choice, for `planner.plan`."""
+
+    def __init__(self, graph: Graph, gpu: Gpu, launch_us: float = LAUNCH_US) -> None:
+        self._graph, self._gpu, self._launch_us = graph, gpu, launch_us
+
+    def __call__(self, choice: Candidate) -> float:
+        kernels = getattr(TACTICS[choice.tactic].load(), "kernels", None)
+        if kernels is not None:
+            return sum(map(self._kernel_ms, kernels(self._graph, choice)))
+        part = self._graph.part(choice.start, choice.stop)
+        return self._kernel_ms(part) + self._passes_ms(choice.tactic, part)
+
+    def _kernel_ms(self, part: Graph) -> float:
+        cost = cost_of(part)
+        return self._launch_us / 1e3 + self._gpu.ms(self._math_mode, cost.flops, cost.moved)
+
+    def _passes_ms(self, tactic: str, part: Graph) -> float:
+        """Of the kernels beside the first, which read and write what it wrote."""
+        ms = 0.0
+        for node in part.nodes:
+            value = part.values[node.name]
+            moved = 2 * prod(value.shape) * value.dtype.itemsize
+            one = self._launch_us / 1e3 + self._gpu.ms(self._math_mode, 0, moved)
+            ms += _passes(tactic, node) * one
+        return ms
+
+    @property
+    def _math_mode(self) -> str:
+        dtype = self._graph.values[self._graph.input].dtype
+        return math_mode_of(dtype)
+
+
+def _passes(tactic: str, node: Node) -> int:
+    """How many elementwise operations follow in kernels of their own."""
+    op = node.op
+    if tactic == "cudnn":  # its fused operations take a bias only with a ReLU
+        return int(isinstance(op, Conv) and op.activation == "identity")
+    if tactic != "eager" or not isinstance(op, Conv | Affine):
+        return 0
+    ending = (op.activation != "identity") + (node.residual is not None)
+    if isinstance(op, Conv):
+        return 1 + ending  # the bias
+    return max(2 * (op.norm is not None) + ending - 1, 0)

@@ -1,0 +1,1 @@
+"""From a model to a graph: export, operations, merging, images of a batch."""

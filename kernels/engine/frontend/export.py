@@ -1,0 +1,248 @@
+"""Captures a model as a Graph, by torch.export."""
+
+import hashlib
+import operator
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+
+from resfuse.kernels.engine.frontend.graph_builder import Captured
+from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
+from resfuse.kernels.engine.frontend.merge import merge
+from resfuse.kernels.engine.frontend.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
+from resfuse.kernels.engine.frontend.side_effects import SideEffects, Unreadable
+from resfuse.kernels.engine.ir.graph import Graph, Node, Torch
+from resfuse.kernels.observation.observer import undrawn
+
+aten = torch.ops.aten
+
+
+def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]]:
+    """The graph of `model` in eval mode for inputs like `example`, and the state it needs.
+
+    Raises:
+        ValueError: the model cannot be exported, most often because its control flow depends on
+            data; or it writes to its buffers in eval mode, or changes anything else.
+    """
+    effects, questions, settled = SideEffects(model), LayoutQuestions(), False
+    with effects.watched():
+        program = _exported(model, example, questions)
+        effects.undo()  # torch has put back copies of lists
+        if effects.change is not None:
+            settled = _settles(model, example, effects)
+        elif effects.asks_type and not example.is_meta:
+            _require_equal(model, example, program)
+    if effects.change is not None and not settled:
+        raise ValueError(
+            f"argument model: {effects.change} in its forward; an engine would answer with the "
+            "value it had; accepted: models that only compute"
+        )
+    reader = _Reader(program)
+    layout = questions.layout_of(example)
+    graph = merge(replace(reader.graph(), device=example.device, layout=layout))
+    return graph, reader.read.state
+
+
+def _exported(
+    model: nn.Module, example: Tensor, questions: LayoutQuestions
+) -> torch.export.ExportedProgram:
+    try:
+        with torch.no_grad():
+            with questions, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*was assigned during export", UserWarning)
+                program = torch.export.export(model, (example,), strict=False)
+            program = program.run_decompositions({})  # batch norms and in-place operations as ATen
+    except Unreadable:
+        raise
+    except Exception as error:  # export raises whatever it meets
+        _require_no_address(model, questions)
+        said = str(error).strip().splitlines()
+        raise ValueError(
+            f"argument model: {type(model).__name__} cannot be exported: "
+            f"{said[0] if said else type(error).__name__}"
+        ) from error
+    _require_no_address(model, questions)
+    for spec in program.graph_signature.output_specs:
+        if spec.kind != OutputKind.USER_OUTPUT:
+            raise ValueError(
+                f"argument model: {type(model).__name__} writes to {spec.target} in eval mode; "
+                "accepted: models that only compute"
+            )
+    return program
+
+
+def _require_no_address(model: nn.Module, questions: LayoutQuestions) -> None:
+    if questions.by_address is not None:
+        raise ValueError(
+            f"argument model: {type(model).__name__} calls {questions.by_address}() in its "
+            "forward, and an engine's tensors lie elsewhere; accepted: models that only compute"
+        )
+
+
+def _settles(model: nn.Module, example: Tensor, effects: SideEffects) -> bool:
+    """Whether the model writes things down at its first forward only, and answers the same."""
+    x = _other_numbers(example)
+    try:
+        with torch.no_grad():
+            return effects.settle(lambda: model(x.clone()))
+    except Exception:  # a forward that raises, and torch's capture of it did not
+        return False
+
+
+def _require_equal(
+    model: nn.Module, example: Tensor, program: torch.export.ExportedProgram
+) -> None:
+    """Raises ValueError unless what was captured answers as the model does."""
+    x = _other_numbers(example)
+    with torch.no_grad(), undrawn():
+        torch.manual_seed(0)
+        want = pytree.tree_leaves(model(x.clone()))
+        torch.manual_seed(0)
+        found = pytree.tree_leaves(program.module()(x.clone()))
+    for one, other in zip(found, want, strict=True):
+        if isinstance(other, Tensor) and not torch.allclose(
+            one, other, rtol=1e-3, atol=1e-3, equal_nan=True
+        ):
+            raise ValueError(
+                f"argument model: {type(model).__name__} asks type() in its forward, and torch "
+                "answers otherwise while it captures; accepted: isinstance()"
+            )
+
+
+def _other_numbers(example: Tensor) -> Tensor:
+    x = example.detach()
+    if not x.is_floating_point():
+        return x
+    generator = None if x.is_meta else torch.Generator(x.device).manual_seed(0)
+    return x + torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+class _Reader:
+    """Reads an exported program, a node of ATen each."""
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        self.read = Captured({name: t.detach() for name, t in program.state_dict.items()})
+        self._constants: list[str] = []
+        self._program = program
+
+    def graph(self) -> Graph:
+        signature = self._program.graph_signature
+        inputs = {spec.arg.name: spec for spec in signature.input_specs}
+        for node in self._program.graph.nodes:
+            if node.op == "placeholder":
+                spec = inputs[node.name]
+                if spec.kind == InputKind.USER_INPUT:
+                    self.read.add_value(node, node.name)
+                else:
+                    self.read.states[node] = self._name_of(spec)
+            elif node.op == "call_function":
+                self._call(node)
+        (output,) = (node for node in self._program.graph.nodes if node.op == "output")
+        returned = [self._returned(item) for item in output.args[0]]
+        (input_name,) = signature.user_inputs
+        out_spec = self._program.call_spec.out_spec
+        try:
+            spec = pytree.treespec_dumps(out_spec)
+        except NotImplementedError as error:  # a named tuple of the model's own, say
+            raise ValueError(
+                f"argument model: it returns a {out_spec.type.__name__}; accepted: tensors, and "
+                "lists, tuples and dicts of them"
+            ) from error
+        return Graph(
+            str(input_name), tuple(returned), tuple(self.read.nodes), self.read.values, spec,
+            tuple(self._constants),
+        )  # fmt: skip
+
+    def _name_of(self, spec: InputSpec) -> str:
+        """In the state. A tensor that the forward makes of numbers may have others for other batch
+        sizes, though torch calls it the same: its content becomes part of its name.
+        """
+        name = str(spec.target)
+        if name in self._program.state_dict:
+            return name
+        constant = self._program.constants[name].detach()
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            content = constant.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            name = f"{name}:{hashlib.sha256(content).hexdigest()[:12]}"
+        self._constants.append(name)
+        self.read.state[name] = constant
+        return name
+
+    def _returned(self, item: Any) -> str:
+        if not isinstance(item, fx.Node) or item not in self.read.names:
+            raise ValueError(
+                f"argument model: it returns {item!r}, which does not depend on its input; "
+                "accepted: outputs computed from the input"
+            )
+        return self.read.names[item]
+
+    def _call(self, node: fx.Node) -> None:
+        read, target, args = self.read, node.target, arguments(node)
+        if target is operator.getitem:
+            if args[1] == 0 and read.names[args[0]] in read.values:
+                read.same(node, args[0])  # of a batch norm read as one
+            else:
+                self._one_of_several(node)
+        elif target is aten._assert_tensor_metadata.default:
+            pass  # held for the example; the engine takes inputs like it only
+        elif target in SAME_VALUES and args[0] in read.names:
+            read.same(node, args[0])
+        elif not (add := OPERATIONS.get(target)) or not add(read, node):
+            self._torch(node)
+
+    def _one_of_several(self, node: fx.Node) -> None:
+        """One result of an operation of torch's that has several: a call of its own."""
+        source, which = arguments(node)
+        made = next(n for n in self.read.nodes if n.name == self.read.names[source])
+        assert isinstance(made.op, Torch)
+        self.read.add_value(node, node.name)
+        one = Torch(made.op.target, made.op.args, made.op.kwargs, int(which))
+        self.read.nodes.append(Node(node.name, one, made.inputs))
+
+    def _torch(self, node: fx.Node) -> None:
+        """An operation that stays torch's; how to call it becomes plain data.
+
+        Views become reshapes: in the engine's own layouts not every shape is a view.
+        """
+        inputs: list[fx.Node] = []
+
+        def encode(arg: Any) -> Any:
+            if isinstance(arg, fx.Node):
+                if arg in self.read.states:
+                    return {"state": self.read.states[arg]}
+                inputs.append(arg)
+                return {"value": len(inputs) - 1}
+            if isinstance(arg, list | tuple):
+                return [encode(a) for a in arg]
+            if isinstance(arg, torch.dtype | torch.device | torch.memory_format | torch.layout):
+                return {type(arg).__name__: str(arg).removeprefix("torch.")}
+            if arg is None or isinstance(arg, bool | int | float | str):
+                return arg
+            raise ValueError(f"argument model: {node.target} takes {arg!r}, which cannot be kept")
+
+        target = aten.reshape.default if node.target in RESHAPES else node.target
+        args = tuple(encode(a) for a in node.args)
+        kwargs = tuple((key, encode(value)) for key, value in node.kwargs.items())
+        if not isinstance(target, torch._ops.OpOverload):
+            raise ValueError(
+                f"argument model: {target} is no operation of torch's; accepted: models without "
+                "data-dependent control flow"
+            )
+        meta = node.meta.get("val")
+        if isinstance(meta, Tensor):
+            self.read.add_value(node, node.name)
+        elif isinstance(meta, list | tuple):
+            self.read.names[node] = node.name  # each result is a node of its own
+        else:
+            raise ValueError(
+                f"argument model: {target} returns no tensor; accepted: models without "
+                "data-dependent control flow"
+            )
+        op = Torch(str(target), args, kwargs)
+        self.read.nodes.append(Node(node.name, op, tuple(self.read.names[x] for x in inputs)))

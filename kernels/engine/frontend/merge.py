@@ -1,0 +1,110 @@
+"""Merges into convolutions and batch norms what follows them, where nobody else reads what lies
+between: norm, activation, sum; and picks of picks into one. What remains is what the engine plans
+with.
+"""
+
+from dataclasses import replace
+
+from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Node, Pick
+
+
+def merge(graph: Graph) -> Graph:
+    """The same computation in fewer nodes; those that nobody reads are gone."""
+    nodes = _without_unread(graph)
+    at = 0
+    while at < len(nodes):
+        merged = _merge_at(replace(graph, nodes=tuple(nodes)), at)
+        if merged is None:
+            at += 1
+        else:
+            nodes, at = merged
+    nodes = _projections_where_added(replace(graph, nodes=tuple(nodes)))
+    values = {name: graph.values[name] for node in nodes for name in (*node.inputs, node.name)}
+    return replace(
+        graph, nodes=tuple(nodes), values={graph.input: graph.values[graph.input]} | values
+    )
+
+
+def _merge_at(graph: Graph, at: int) -> tuple[list[Node], int] | None:
+    """The nodes with node `at` merged into one before it, and where to go on."""
+    node = graph.nodes[at]
+    if not isinstance(node.op, Affine | Pick):
+        return None
+    makers = {made.name: i for i, made in enumerate(graph.nodes[:at])}
+    found = [
+        (maker, op)
+        for name in dict.fromkeys(node.inputs)
+        if (maker := makers.get(name)) is not None and graph.readers[name] == 1
+        if (op := _joined(graph.nodes[maker], node)) is not None
+    ]
+    if not found:
+        return None
+    # Of the two branches of a sum, the residual branch's convolution takes it: its input is its
+    # alone, where a projection's is the block's. So conv 3x3, conv 1x1 + sum stay neighbours.
+    maker, op = max(found, key=lambda f: (graph.readers[graph.nodes[f[0]].inputs[0]] == 1, f[0]))
+    first = graph.nodes[maker]
+    residual = [name for name in node.inputs if name != first.name]
+    merged = Node(node.name, op, (*first.inputs, *residual))
+    nodes = [n for i, n in enumerate(graph.nodes) if i not in (maker, at)]
+    nodes.insert(at - 1, merged)
+    return nodes, at - 1
+
+
+def _joined(first: Node, second: Node) -> Conv | Affine | Pick | None:
+    """One operation for both, None where there is none."""
+    op, then = first.op, second.op
+    if isinstance(then, Pick):
+        return op.then(then) if isinstance(op, Pick) else None
+    assert isinstance(then, Affine)
+    if then.gate:
+        return None
+    things = (then.norm is not None) + then.residual + (then.activation != "identity")
+    if things > 1 or not isinstance(op, Conv | Affine):  # several have their own order
+        return None
+    if then.residual and len(set(second.inputs)) == 1:
+        return None
+    ended = op.activation != "identity"
+    if then.norm is not None:
+        plain = isinstance(op, Conv) and op.norm is None and first.residual is None and not ended
+        return replace(op, norm=then.norm) if plain else None
+    if then.residual:
+        return None if first.residual is not None else op.adding()
+    if ended:
+        return None
+    return op.ending(then.activation, then.slope)
+
+
+def _projections_where_added(graph: Graph) -> list[Node]:
+    """A projection shortcut's 1x1 convolution directly before the one convolution that adds it:
+    neighbours can be one segment. What it reads has been made by then, whatever the order was.
+    """
+    adders = {node.residual: node for node in graph.nodes if isinstance(node.op, Conv)}
+    moved = {
+        id(adders[node.name]): node
+        for node in graph.nodes
+        if node.name in adders and _is_plain_1x1(node) and graph.readers[node.name] == 1
+    }
+    names = {node.name for node in moved.values()}
+    return [
+        placed
+        for node in graph.nodes
+        if node.name not in names
+        for placed in ([moved[id(node)], node] if id(node) in moved else [node])
+    ]
+
+
+def _is_plain_1x1(node: Node) -> bool:
+    op = node.op
+    if not isinstance(op, Conv) or op.problem.residual or op.activation != "identity":
+        return False
+    return (op.problem.r, op.problem.s) == (1, 1)
+
+
+def _without_unread(graph: Graph) -> list[Node]:
+    read = set(graph.outputs)
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node.name in read:
+            read.update(node.inputs)
+            kept.append(node)
+    return kept[::-1]

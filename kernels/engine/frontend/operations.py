@@ -1,0 +1,292 @@
+"""Which ATen operations the graph has operations of its own for, and how each is read as one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from resfuse.kernels.engine.frontend.decomposed_batch_norm import spelled_norm
+from resfuse.kernels.engine.frontend.graph_builder import Captured
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    AveragePool,
+    Concat,
+    Conv,
+    MaxPool,
+    Mean,
+    Norm,
+    Pick,
+)
+from resfuse.kernels.ops.conv_problem import ConvProblem, math_mode_of
+
+aten = torch.ops.aten
+
+# operation -> our name
+_ACTIVATIONS: dict[Any, str] = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.hardswish.default: "hardswish",
+    aten.leaky_relu.default: "leaky_relu",
+    aten.hardtanh.default: "relu6",
+    aten.prelu.default: "prelu",
+    aten._prelu_kernel.default: "prelu",
+}
+SAME_VALUES = (aten.dropout.default, aten.clone.default, aten.contiguous.default)
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+
+
+def _conv(read: Captured, node: fx.Node) -> bool:
+    x, w, b, stride, padding, dilation, groups = _with_defaults(
+        node, (None, [1, 1], [0, 0], [1, 1], 1)
+    )
+    weight, bias = read.state_of(w), read.state_of(b)
+    if weight is None or (b is not None and bias is None) or not read.is_map(x):
+        return False
+    n, c, h, width = x.meta["val"].shape
+    k, _, r, s = w.meta["val"].shape
+    problem = ConvProblem(
+        n, c, h, width, k, r, s, _pair(stride), _pair(padding), _pair(dilation), groups,
+        math_mode_of(x.meta["val"].dtype, x.meta["val"].device), "identity",
+    )  # fmt: skip
+    read.add(node, Conv(problem, weight, bias), x)
+    return True
+
+
+def _linear(read: Captured, node: fx.Node) -> bool:
+    x, w, b = _with_defaults(node, (None,))
+    weight, bias = read.state_of(w), read.state_of(b)
+    if weight is None or (b is not None and bias is None):
+        return False
+    # Over the last of more dimensions it is no convolution of [N, C, H, W] (ConvNeXt, Swin).
+    if len(x.meta["val"].shape) != 2 or len(w.meta["val"].shape) != 2:
+        return False
+    map_of = _flattened(x)
+    if not read.is_map(map_of):
+        return False
+    n, c, h, width = (*map_of.meta["val"].shape, 1, 1)[:4]
+    k = w.meta["val"].shape[0]
+    mode = math_mode_of(map_of.meta["val"].dtype, map_of.meta["val"].device)
+    problem = ConvProblem(n, c, h, width, k, h, width, math_mode=mode, activation="identity")
+    read.add(node, Conv(problem, weight, bias), map_of)
+    return True
+
+
+def _norm(read: Captured, node: fx.Node) -> bool:
+    x, weight, bias, mean, var, _, eps = arguments(node)
+    names = [read.state_of(arg) for arg in (mean, var)]
+    if None in names or not read.is_map(x):
+        return False
+    norm = Norm(str(names[0]), str(names[1]), read.state_of(weight), read.state_of(bias), eps)
+    read.add(node, Affine(norm), x)
+    return True
+
+
+def _activation(read: Captured, node: fx.Node) -> bool:
+    x, *rest = arguments(node)
+    if not read.is_map(x):
+        return False
+    name = _ACTIVATIONS[node.target]
+    slope: str | float | None = None
+    if name == "relu6" and [float(limit) for limit in rest] != [0, 6]:
+        return False
+    if name == "leaky_relu":
+        slope = float(rest[0]) if rest else 0.01
+    if name == "prelu":
+        slope = read.state_of(_reshaped(rest[0]))
+        if slope is None or read.state[slope].numel() != x.meta["val"].shape[1]:
+            return False
+    read.add(node, Affine(None, name, slope), x)
+    return True
+
+
+def _sum(read: Captured, node: fx.Node) -> bool:
+    if (spelled := spelled_norm(node, read.state_of)) is not None and read.is_map(spelled[0]):
+        x, norm = spelled
+        read.add(node, Affine(norm), x)
+        return True
+    a, b = arguments(node)
+    if not (read.is_map(a) and read.is_map(b)) or node.kwargs:
+        return False
+    if a.meta["val"].shape != b.meta["val"].shape or a.meta["val"].dtype != b.meta["val"].dtype:
+        return False
+    read.add(node, Affine(residual=True), a, b)
+    return True
+
+
+def _max_pool(read: Captured, node: fx.Node) -> bool:
+    x, kernel, stride, padding, dilation, ceil = _with_defaults(node, (None, [0, 0], [1, 1], False))
+    if not read.is_map(x):
+        return False
+    op = MaxPool(
+        _pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation), bool(ceil)
+    )
+    read.add(node, op, x)
+    return True
+
+
+def _average_pool(read: Captured, node: fx.Node) -> bool:
+    x, kernel, stride, padding, ceil, count_padding, divisor = _with_defaults(
+        node, ([], [0, 0], False, True, None)
+    )
+    if not read.is_map(x) or len(x.meta["val"].shape) != 4:
+        return False
+    window = _pair(kernel), _pair(stride or kernel), _pair(padding)
+    read.add(node, AveragePool(*window, bool(ceil), bool(count_padding), divisor), x)
+    return True
+
+
+def _nearest(read: Captured, node: fx.Node) -> bool:
+    """Which pixels are picked is found out by having torch pick numbers."""
+    x, *how = arguments(node)
+    if not read.is_map(x) or len(x.meta["val"].shape) != 4 or node.kwargs:
+        return False
+    h, w = x.meta["val"].shape[2:]
+    rows = torch.arange(h, dtype=torch.float32, device="cpu")[:, None].expand(1, 1, h, w)
+    columns = torch.arange(w, dtype=torch.float32, device="cpu").expand(1, 1, h, w)
+    picked = node.target(rows, *how)[0, 0, :, 0], node.target(columns, *how)[0, 0, 0]  # type: ignore[operator]
+    of_rows, of_columns = (tuple(map(int, each.tolist())) for each in picked)
+    read.add(node, Pick(of_rows, of_columns), x)
+    return True
+
+
+def _slice(read: Captured, node: fx.Node) -> bool:
+    """Rows or columns of a map: a crop, or every second one."""
+    x, dim, start, end, step = _with_defaults(node, (0, None, None, 1))
+    if not read.is_map(x) or len(x.meta["val"].shape) != 4:
+        return False
+    shape = x.meta["val"].shape
+    picked = [tuple(range(size)) for size in shape]
+    picked[dim] = picked[dim][start:end:step]
+    if len(picked[dim]) == shape[dim]:
+        read.same(node, x)
+    elif dim % 4 < 2 or not picked[dim]:
+        return False
+    else:
+        read.add(node, Pick(picked[2], picked[3]), x)
+    return True
+
+
+def _pad(read: Captured, node: fx.Node) -> bool:
+    """Channels of zeros behind those of a map."""
+    x, sides, mode, value = _with_defaults(node, ("constant", None))
+    if not read.is_map(x) or len(x.meta["val"].shape) != 4 or mode != "constant" or value:
+        return False
+    *others, zeros = sides
+    if len(sides) != 6 or any(others) or zeros < 0:
+        return False
+    h, w = x.meta["val"].shape[2:]
+    read.add(node, Pick(tuple(range(h)), tuple(range(w)), zeros), x)
+    return True
+
+
+def _product(read: Captured, node: fx.Node) -> bool:
+    """Maps times one number a channel, as of squeeze-and-excitation."""
+    for x, gate in (arguments(node), arguments(node)[::-1]):
+        gate = _unexpanded(gate)
+        if not (read.is_map(x) and read.is_map(gate)) or node.kwargs:
+            continue
+        of_x, of_gate = x.meta["val"], gate.meta["val"]
+        fits = of_x.dim() == 4 and of_gate.shape == (*of_x.shape[:2], 1, 1)
+        if fits and of_x.dtype == of_gate.dtype and x is not gate:
+            read.add(node, Affine(gate=True), x, gate)
+            return True
+    return False
+
+
+def _mean(read: Captured, node: fx.Node) -> bool:
+    x, *rest = arguments(node)
+    if not read.is_map(x) or len(x.meta["val"].shape) != 4:
+        return False
+    if node.target is aten.mean.dim:
+        if sorted(d % 4 for d in rest[0]) != [2, 3] or node.kwargs:
+            return False
+    elif tuple(x.meta["val"].shape[2:]) == _pair(rest[0]):
+        read.same(node, x)
+        return True
+    elif _pair(rest[0]) != (1, 1):
+        return _adaptive_pool(read, node, x, _pair(rest[0]))
+    read.add(node, Mean(), x)
+    return True
+
+
+def _adaptive_pool(read: Captured, node: fx.Node, x: fx.Node, to: tuple[int, int]) -> bool:
+    """To as many windows, where they are all alike."""
+    h, w = x.meta["val"].shape[2:]
+    if h % to[0] or w % to[1]:
+        return False
+    window = h // to[0], w // to[1]
+    read.add(node, AveragePool(window, window, (0, 0)), x)
+    return True
+
+
+def _concat(read: Captured, node: fx.Node) -> bool:
+    parts, dim = _with_defaults(node, (0,))
+    if dim not in (1, -3) or not all(read.is_map(part) for part in parts):
+        return False
+    read.add(node, Concat(), *parts)
+    return True
+
+
+# ATen's operation -> what adds it to what is read, or says False: it stays torch's
+OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
+    aten.conv2d.default: _conv,
+    aten.linear.default: _linear,
+    aten._native_batch_norm_legit_no_training.default: _norm,
+    aten.add.Tensor: _sum,
+    aten.max_pool2d.default: _max_pool,
+    aten.avg_pool2d.default: _average_pool,
+    aten.upsample_nearest2d.vec: _nearest,
+    aten.upsample_nearest2d.default: _nearest,
+    aten.slice.Tensor: _slice,
+    aten.pad.default: _pad,
+    aten.mul.Tensor: _product,
+    aten.adaptive_avg_pool2d.default: _mean,
+    aten.mean.dim: _mean,
+    aten.cat.default: _concat,
+    **dict.fromkeys(_ACTIVATIONS, _activation),
+}
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Those given by position; fx's own type for them has a dozen members."""
+    return node.args
+
+
+def _with_defaults(node: fx.Node, defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments by position, `defaults` standing for the last ones where they are left out."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = list(node.args) + [node.kwargs[n] for n in names[len(node.args) :] if n in node.kwargs]
+    return (*given, *defaults[len(defaults) - (len(names) - len(given)) :])
+
+
+def _pair(given: Any) -> tuple[int, int]:
+    first, *second = given if isinstance(given, list | tuple) else [given]
+    return int(first), int(second[0] if second else first)
+
+
+def _reshaped(arg: Any) -> Any:
+    """What a view of it shows."""
+    while isinstance(arg, fx.Node) and arg.target in RESHAPES:
+        arg = arg.args[0]
+    return arg
+
+
+def _unexpanded(arg: Any) -> Any:
+    """What is repeated in it."""
+    while isinstance(arg, fx.Node) and arg.target in (aten.expand.default, *SAME_VALUES):
+        arg = arg.args[0]
+    return arg
+
+
+def _flattened(arg: Any) -> Any:
+    """The map [N, C, H, W] that `arg` [N, C * H * W] is a flattened view of, or `arg` itself."""
+    source = _reshaped(arg)
+    while isinstance(source, fx.Node) and source.target in SAME_VALUES:
+        source = _reshaped(source.args[0])
+    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
+        return None
+    shape = source.meta["val"].shape
+    flat = (shape[0], shape[1:].numel())
+    return source if len(shape) == 4 and tuple(arg.meta["val"].shape) == flat else arg

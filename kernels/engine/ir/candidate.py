@@ -1,0 +1,70 @@
+"""Candidate: one tactic, in one configuration, for neighbouring nodes of a graph."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from resfuse.kernels.engine.ir.graph import Affine, Concat, Conv, Graph, Node, Pick, Torch
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Nodes [start, stop) are computed by `tactic`; `config` are its own settings, JSON's types."""
+
+    tactic: str
+    start: int
+    stop: int
+    config: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.config)
+
+    def at_start(self) -> "Candidate":
+        """The same for the part of a graph that it covers."""
+        return Candidate(self.tactic, 0, self.stop - self.start, self.config)
+
+    def label(self) -> str:
+        """`native direct by_channel=True`, say."""
+        words = [str(v) if k == "form" else f"{k}={_told(v)}" for k, v in self.config]
+        return " ".join([self.tactic, *words])
+
+
+def _told(value: Any) -> str:
+    """Of a plan within a choice, what tells it from others."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+
+
+def key_of(part: Graph) -> str:
+    """What the time of a part depends on: operations, shapes and what is in place, not names."""
+    numbers = {name: i for i, name in enumerate([*part.reads, *(n.name for n in part.nodes)])}
+    words = []
+    for node in part.nodes:
+        shapes = ["x".join(map(str, part.values[name].shape)) for name in node.inputs]
+        wires = ",".join(f"{numbers[n]}:{s}" for n, s in zip(node.inputs, shapes, strict=True))
+        words.append(f"{_describe(node)} ({wires}){' in place' * (node.over in part.spent)}")
+    dtype = str(part.values[part.nodes[0].name].dtype).removeprefix("torch.")
+    return f"{'; '.join(words)} {dtype}"
+
+
+def _describe(node: Node) -> str:
+    op = node.op
+    if isinstance(op, Conv):
+        problem = op.problem
+        windows = f"stride {problem.stride} pad {problem.padding} dilation {problem.dilation}"
+        rest = f"{windows} {problem.activation} {problem.math_mode}"
+        last = " residual_last" * op.residual_last
+        return f"conv {problem.label()} {rest}{' residual' * problem.residual}{last}"
+    if isinstance(op, Affine):
+        norm = "norm " * (op.norm is not None)
+        last = " residual_last" * op.residual_last + " gate" * op.gate
+        return f"affine {norm}{op.activation}{' residual' * op.residual}{last}"
+    if isinstance(op, Pick):
+        return f"Pick {len(op.rows)}x{len(op.columns)}" + f" zeros {op.zeros}" * (op.zeros > 0)
+    if isinstance(op, Torch):
+        return f"{op.target} {op.args} {dict(op.kwargs)}"
+    settings = " ".join(f"{k} {v}" for k, v in asdict(op).items())
+    return f"{type(op).__name__} {settings}".strip() if not isinstance(op, Concat) else "Concat"

@@ -1,0 +1,49 @@
+"""What operations need of a network's state: batch norms folded, in fp64, rounded once."""
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.engine.ir.graph import Affine, Conv, Norm, State
+
+
+def conv_weights(op: Conv, state: State, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Weight [K, C / groups, R, S] and bias [K] of the one convolution, in its math's dtype, or
+    in another.
+    """
+    dtype = dtype or op.problem.dtype
+    problem = op.problem
+    weight = state[op.weight].detach().double()
+    weight = weight.reshape(problem.k, problem.c // problem.groups, problem.r, problem.s)
+    bias = torch.zeros(problem.k, dtype=torch.float64, device=weight.device)
+    if op.bias is not None:
+        bias = bias + state[op.bias].detach().double()
+    if op.norm is not None:
+        scale, shift = _exact(op.norm, state)
+        weight, bias = weight * scale[:, None, None, None], bias * scale + shift
+    return weight.to(dtype), bias.to(dtype)
+
+
+def scale_and_shift(
+    op: Affine, channels: int, state: State, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Both [C]; one and zero without a batch norm."""
+    if op.norm is None:
+        zeros = torch.zeros(channels, dtype=dtype, device="cpu")
+        return torch.ones_like(zeros), zeros
+    scale, shift = _exact(op.norm, state)
+    return scale.to(dtype), shift.to(dtype)
+
+
+def slope_of(op: Conv | Affine, state: State) -> Tensor | float | None:
+    """The slope of leaky_relu, or prelu's [K], or of one value for all."""
+    return state[op.slope].detach() if isinstance(op.slope, str) else op.slope
+
+
+def _exact(norm: Norm, state: State) -> tuple[Tensor, Tensor]:
+    scale = (state[norm.var].double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * state[norm.weight].detach().double()
+    shift = -state[norm.mean].double() * scale
+    if norm.bias is not None:
+        shift = shift + state[norm.bias].detach().double()
+    return scale, shift

@@ -1,0 +1,272 @@
+"""Graph: a network as the engine sees it. Plain data that goes to JSON and back.
+
+Convolutions have taken in their batch norm, activation and sum; a linear layer is a convolution of
+a 1x1 map (or of the whole map, behind a flatten); what has no operation here is a `Torch` call.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.ops.conv_problem import ConvProblem
+
+State = Mapping[str, Tensor]  # parameters, buffers and constants by name
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor between operations: [N, C, H, W], or any shape where only torch handles it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Names of an inference batch norm's tensors in the state."""
+
+    mean: str
+    var: str
+    weight: str | None
+    bias: str | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Conv:
+    """y = act(norm(conv(x)) + residual), or act(norm(conv(x))) + residual."""
+
+    problem: ConvProblem
+    weight: str
+    bias: str | None = None
+    norm: Norm | None = None
+    slope: str | float | None = None  # of leaky_relu, or where prelu's is in the state
+    residual_last: bool = False
+
+    @property
+    def activation(self) -> str:
+        return self.problem.activation
+
+    def ending(self, activation: str, slope: str | float | None) -> "Conv":
+        """With an activation after it."""
+        return replace(self, problem=replace(self.problem, activation=activation), slope=slope)
+
+    def adding(self) -> "Conv":
+        """With a residual, after the activation if it has one."""
+        last = self.activation != "identity"
+        return replace(self, problem=replace(self.problem, residual=True), residual_last=last)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = act(norm(x) + residual): what follows no convolution that could take it in.
+
+    With a gate, the second input [N, C, 1, 1], x is multiplied by it and there is no norm.
+    """
+
+    norm: Norm | None = None
+    activation: str = "identity"
+    slope: str | float | None = None
+    residual: bool = False
+    residual_last: bool = False
+    gate: bool = False
+
+    def ending(self, activation: str, slope: str | float | None) -> "Affine":
+        """With an activation after it."""
+        return replace(self, activation=activation, slope=slope)
+
+    def adding(self) -> "Affine":
+        """With a residual, after the activation if it has one."""
+        return replace(self, residual=True, residual_last=self.activation != "identity")
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """The largest value of each window; what hangs over the edge does not count."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil: bool = False  # a last window that hangs over the far edge counts, too
+
+
+@dataclass(frozen=True)
+class AveragePool:
+    """The mean of each window. Zeros of the padding count as values if `count_padding`."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    ceil: bool = False
+    count_padding: bool = True
+    divisor: int | None = None  # instead of the number of values
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A map of pixels of another, y[:, p, q] = x[:, rows[p], columns[q]], with channels of zeros
+    behind: nearest upsampling, a crop, a ResNet's shortcut without parameters."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    zeros: int = 0  # channels
+
+    def then(self, other: "Pick") -> "Pick":
+        """What `other` picks of this one's result."""
+        rows, columns = (self.rows[p] for p in other.rows), (self.columns[q] for q in other.columns)
+        return Pick(tuple(rows), tuple(columns), self.zeros + other.zeros)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of each channel's map."""
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Channels one after another."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An ATen operation that torch runs.
+
+    Where `args` has {"value": i} the node's input i goes in, and for {"state": name} the state's.
+    """
+
+    target: str  # "aten.sigmoid.default"
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    result: int | None = None  # of an operation with several results, the one that is used
+
+
+Operation = Conv | Affine | MaxPool | AveragePool | Pick | Mean | Concat | Torch
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operation on values; the last input of a Conv or Affine with a residual is that."""
+
+    name: str  # what it computes, and its output's name
+    op: Operation
+    inputs: tuple[str, ...]
+
+    @property
+    def residual(self) -> str | None:
+        """The value that is added, if any."""
+        op = self.op
+        adds = op.problem.residual if isinstance(op, Conv) else getattr(op, "residual", False)
+        return self.inputs[-1] if adds else None
+
+    @property
+    def over(self) -> str | None:
+        """The value that may be overwritten with the output, once nobody else reads it."""
+        if isinstance(self.op, Affine) and not self.op.residual:
+            return self.inputs[0]
+        return self.residual
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in an order in which they can run."""
+
+    input: str  # "" where it reads none
+    outputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    values: dict[str, Value]
+    spec: str = ""  # how the outputs make up the model's result (torch.utils._pytree, as JSON)
+    constants: tuple[str, ...] = ()  # of the state, what the model's state_dict does not have
+    layout: tuple[int, ...] | None = None  # of the input, strides and offset, if they matter
+    spent: frozenset[str] = frozenset()  # of `reads`, what nobody needs afterwards
+    device: torch.device | None = field(default=None, compare=False)  # where it was captured
+
+    @cached_property
+    def readers(self) -> Counter[str]:
+        """How often each value is read, by nodes and as an output."""
+        return Counter([name for node in self.nodes for name in node.inputs] + list(self.outputs))
+
+    @cached_property
+    def last_read(self) -> dict[str, int]:
+        """The position of the node after which a value is no longer needed."""
+        last = {name: at for at, node in enumerate(self.nodes) for name in node.inputs}
+        return last | dict.fromkeys(self.outputs, len(self.nodes))
+
+    @property
+    def batch_size(self) -> int:
+        return self.values[self.input].shape[0]
+
+    def part(self, start: int, stop: int) -> "Graph":
+        """Nodes [start, stop) as a graph: what it reads from outside comes first in `reads`, and
+        is spent where this graph made it and no later node reads it."""
+        nodes = self.nodes[start:stop]
+        made = {node.name for node in nodes}
+        read_later = {name for node in self.nodes[stop:] for name in node.inputs}
+        read_later.update(self.outputs)
+        outputs = tuple(node.name for node in nodes if node.name in read_later)
+        reads = dict.fromkeys(name for node in nodes for name in node.inputs if name not in made)
+        names = [*reads, *made]
+        kept = {*read_later, *self.reads} - self.spent
+        return Graph(
+            next(iter(reads), ""),
+            outputs,
+            nodes,
+            {name: self.values[name] for name in names},
+            spent=frozenset(reads) - kept,
+            device=self.device,
+        )
+
+    def inner(self, start: int, stop: int) -> set[str]:
+        """What nodes [start, stop) make, and they alone read."""
+        nodes = self.nodes[start:stop]
+        here = Counter(name for node in nodes for name in node.inputs)
+        return {n.name for n in nodes if n.name in here and self.readers[n.name] == here[n.name]}
+
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        """Values that no node makes."""
+        made = {node.name for node in self.nodes}
+        used = [name for node in self.nodes for name in node.inputs if name not in made]
+        return tuple(dict.fromkeys([*filter(None, [self.input]), *used]))
+
+
+def state_names(graph: Graph) -> set[str]:
+    """What the graph needs of the state."""
+    return {name for node in graph.nodes for name in node_state(node)}
+
+
+def node_state(node: Node) -> set[str]:
+    """What a node needs of the state."""
+    op, names = node.op, set[str | None]()
+    if isinstance(op, Conv):
+        names.update((op.weight, op.bias))
+    if isinstance(op, Conv | Affine) and op.norm is not None:
+        names.update((op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias))
+    return {name for name in names if name is not None} | state_read_by(op)
+
+
+def read_at_calls(graph: Graph) -> set[str]:
+    """Of the state, what is read as it is when the graph runs; the rest is folded and laid out."""
+    return {name for node in graph.nodes for name in state_read_by(node.op)}
+
+
+def state_read_by(op: Operation) -> set[str]:
+    """What an operation reads of the state whenever it runs."""
+    if isinstance(op, Conv | Affine):
+        return {op.slope} if isinstance(op.slope, str) else set()
+    return _named_in([*op.args, *dict(op.kwargs).values()]) if isinstance(op, Torch) else set()
+
+
+def _named_in(args: list[Any]) -> set[str]:
+    found: set[str] = set()
+    for arg in args:
+        if isinstance(arg, dict) and "state" in arg:
+            found.add(arg["state"])
+        elif isinstance(arg, list | tuple):
+            found |= _named_in(list(arg))
+    return found

@@ -1,0 +1,112 @@
+"""Operations of torch's that a graph calls by name: what is known of them.
+
+A name is ATen's ("aten.sigmoid.default") or of a package that registered it with torch.library
+("torchvision.roi_align.default"). Of those listed here it is known that they only compute, and
+whether they take any numbers: trials of the engine are made up, and an index that is out of range
+raises an exception on a CPU and on a GPU ends the process.
+"""
+
+from functools import reduce
+from typing import Any
+
+import torch
+
+from resfuse.kernels.engine.ir.graph import Graph, Node, Torch
+
+
+def _names(listed: str) -> frozenset[str]:
+    return frozenset(listed.split())
+
+
+# ATen, without overloads: take whatever numbers they get
+_ANY_NUMBERS = _names(
+    """
+    abs add addcdiv addcmul amax amin aminmax any all arange argmax argmin atan atan2 bitwise_and
+    bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clone contiguous
+    copysign cos cumsum detach div elu eq erf exp expm1 eye fill floor
+    floor_divide fmod frac full full_like gelu ge gt hardshrink hardsigmoid hardswish hardtanh
+    isfinite isinf isnan le leaky_relu lerp log log10 log1p log2 log_sigmoid log_softmax
+    _log_softmax logical_and logical_not logical_or logical_xor logsumexp lt masked_fill max maximum
+    mean median min minimum mish mul nan_to_num ne neg new_full new_ones new_zeros norm ones
+    ones_like pow prelu _prelu_kernel prod real reciprocal relu relu6 remainder round rsqrt rsub
+    scalar_tensor selu sigmoid sign silu sin softmax _softmax softplus softshrink sqrt
+    square std sub sum tan tanh threshold to _to_copy tril triu trunc var var_mean where
+    xlogy zeros zeros_like
+
+    linear matmul mm bmm addmm addbmm baddbmm einsum dot mv outer bilinear tensordot
+    scaled_dot_product_attention linalg_vector_norm frobenius_norm cosine_similarity cdist
+
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution
+    batch_norm group_norm instance_norm layer_norm rms_norm native_batch_norm native_group_norm
+    native_layer_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+    adaptive_max_pool1d adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d
+    max_pool2d_with_indices max_pool3d fractional_max_pool2d im2col col2im grid_sampler
+    grid_sampler_2d affine_grid_generator upsample_bicubic2d _upsample_bicubic2d_aa
+    upsample_bilinear2d _upsample_bilinear2d_aa upsample_linear1d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d
+
+    alias broadcast_to cat channel_shuffle chunk constant_pad_nd diagonal expand flatten flip glu
+    hstack lift_fresh_copy meshgrid movedim narrow pad permute pixel_shuffle pixel_unshuffle
+    reflection_pad1d reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d
+    reshape roll rot90 select slice sort split split_with_sizes squeeze stack t topk transpose
+    unbind unflatten unfold unsafe_split unsqueeze view _unsafe_view view_as vstack
+    """
+)
+# likewise, where no integers are given: those are indices, and must be in range
+_ANY_FLOATS = _names(
+    "embedding gather index index_select one_hot scatter scatter_add take_along_dim index_put "
+    "_unsafe_index"
+)
+# only what suits them
+_PARTICULAR = _names(
+    """
+    acos asin atanh binary_cross_entropy bucketize erfinv histc linalg_cholesky linalg_cholesky_ex
+    linalg_det linalg_eigh linalg_householder_product linalg_inv linalg_inv_ex linalg_matrix_exp
+    matrix_exp linalg_matrix_norm linalg_qr linalg_solve linalg_solve_ex linalg_svd
+    linalg_solve_triangular logit
+    """
+)
+_PURE = _ANY_NUMBERS | _ANY_FLOATS | _PARTICULAR
+
+
+def operation_named(name: str) -> Any:
+    """The operation of torch's dispatcher, `aten.sigmoid.default` say.
+
+    Raises:
+        ValueError: nothing registered it here.
+    """
+    try:
+        found = reduce(getattr, name.split("."), torch.ops)
+    except (AttributeError, RuntimeError):
+        found = None
+    if not isinstance(found, torch._ops.OpOverload):
+        raise ValueError(f"there is no operation {name}; import the package that registers it")
+    return found
+
+
+def is_pure(name: str) -> bool:
+    """Whether the operation is known to compute its result and do nothing else: it writes to no
+    argument, draws no random numbers, and touches neither files nor the process."""
+    namespace, _, rest = name.partition(".")
+    if namespace != "aten" or rest.split(".")[0] not in _PURE:
+        return False
+    operation = operation_named(name)
+    return not operation._schema.is_mutable
+
+
+def takes_made_up_inputs(part: Graph) -> bool:
+    """Whether a graph may be run on random numbers and ones."""
+    return all(_takes(part, node) for node in part.nodes)
+
+
+def _takes(part: Graph, node: Node) -> bool:
+    if not isinstance(node.op, Torch) or not node.inputs:
+        return True  # what has no inputs reads the state
+    namespace, name, *_ = node.op.target.split(".")
+    if namespace != "aten":
+        return False
+    floats = all(part.values[i].dtype.is_floating_point for i in node.inputs)
+    return name in _ANY_NUMBERS or (name in _ANY_FLOATS and floats)

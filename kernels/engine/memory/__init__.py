@@ -1,0 +1,1 @@
+"""Where values live: buffers, their lifetimes and aliases, and one arena for them."""

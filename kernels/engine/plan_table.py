@@ -1,0 +1,142 @@
+"""The table Engine.explain prints: a line a segment, a line more for each operation joined to its
+first, and what the whole could be at best.
+"""
+
+from collections.abc import Sequence
+
+from resfuse.kernels.engine.cost.ceilings import Ceilings
+from resfuse.kernels.engine.cost.cost import cost_of
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.chunks import inner_choices
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    AveragePool,
+    Concat,
+    Conv,
+    Graph,
+    MaxPool,
+    Mean,
+    Node,
+    Pick,
+    Torch,
+)
+from resfuse.kernels.engine.memory.arena_planner import MB
+from resfuse.kernels.engine.planning.planner import Segment
+
+_HEADINGS = ("segment", "tactic", "ms", "%", "floor, ms", "% of floor", "MB", "next best")
+
+
+_NAMES = {
+    MaxPool: "max-pool",
+    AveragePool: "average pool",
+    Pick: "picked pixels",
+    Mean: "mean",
+    Concat: "concat",
+}
+_MEASURED = "Times were measured on this device, each segment by itself."
+
+
+def table(
+    graph: Graph,
+    segments: Sequence[Segment],
+    ceilings: Ceilings | None,
+    times: str = _MEASURED,
+) -> str:
+    """Aligned columns; floors only where the device's ceilings are known.
+
+    Args:
+        times: a sentence that says where they are from.
+    """
+    if not segments:
+        return "No segments: the outputs are the input."
+    total = sum(segment.ms for segment in segments)
+    rows = [_row(graph, segment, total, ceilings) for segment in segments]
+    floor = sum(float(row[4]) for row in rows) if ceilings else None
+    joined = [_joined(graph, segment.choice) for segment in segments]
+    widths = [max(len(row[i]) for row in [_HEADINGS, *rows]) for i in range(len(_HEADINGS))]
+    widths[0] = max([widths[0], *(len(name) for names in joined for name in names)])
+    lines = [_line(_HEADINGS, widths), _line(["-" * w for w in widths], widths)]
+    for row, names in zip(rows, joined, strict=True):
+        lines += [_line(row, widths), *names]
+    lines.append("")
+    batch = graph.batch_size
+    lines.append(
+        f"{len(segments)} segments, {total:.3f} ms one by one"
+        + (f", {floor:.3f} ms at this device's ceilings" if floor else "")
+        + f", for a batch of {batch}"
+        + (f": {batch / total * 1e3:.0f} samples/s." if total else ".")
+    )
+    lines.append(times)
+    if ceilings:
+        lines.append(
+            f"Ceilings: {ceilings.gflops:.0f} GFLOP/s, {ceilings.gb_per_s:.1f} GB/s copied. "
+            "Winograd needs 2.25 times fewer multiplications than the floor counts."
+        )
+    opaque = [s for s in segments if any(isinstance(n.op, Torch) for n in _nodes(graph, s))]
+    if opaque:
+        names = sorted({n.op.target for s in opaque for n in _nodes(graph, s)})  # type: ignore[union-attr]
+        lines.append(f"Run by torch, {len(opaque)} segments: {', '.join(names)}.")
+    if untimed := sum(segment.ms == 0 for segment in segments):
+        lines.append(
+            f"Neither timed nor checked: {untimed}, which torch alone computes, and not from any "
+            "numbers: indices, probabilities or the like."
+        )
+    return "\n".join(lines)
+
+
+def name_of(node: Node) -> str:
+    """`layer1.0.conv1 1x64x56x56 k64 3x3 relu`, say."""
+    op = node.op
+    if isinstance(op, Conv):
+        words = [op.weight.removesuffix(".weight"), op.problem.label()]
+        words += ["+ residual"] * op.problem.residual
+        return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
+    if isinstance(op, Affine):
+        words = [op.norm.mean.removesuffix(".running_mean")] if op.norm else []
+        words += ["gate"] * op.gate + ["+ residual"] * op.residual
+        return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
+    if isinstance(op, Torch):
+        return op.target
+    return _NAMES[type(op)]
+
+
+def _row(
+    graph: Graph, segment: Segment, total: float, ceilings: Ceilings | None
+) -> tuple[str, ...]:
+    cost = cost_of(graph.part(segment.choice.start, segment.choice.stop))
+    floor = ceilings.floor_ms(cost.flops, cost.moved) if ceilings else None
+    runner_up = (
+        f"{segment.runner_up_ms:.3f} {segment.runner_up.label()}" if segment.runner_up else ""
+    )
+    return (
+        name_of(_nodes(graph, segment)[0]),
+        segment.choice.label(),
+        f"{segment.ms:.3f}" if segment.ms else "",
+        f"{100 * segment.ms / total:.1f}" if segment.ms else "",
+        f"{floor:.3f}" if floor is not None else "",
+        f"{100 * floor / segment.ms:.0f}" if floor is not None and segment.ms else "",
+        f"{cost.moved / MB:.2f}",
+        runner_up,
+    )
+
+
+def _joined(graph: Graph, choice: Candidate) -> list[str]:
+    """What else a segment computes; of chunks, everything, and by which tactic."""
+    names = [name_of(node) for node in graph.nodes[choice.start : choice.stop]]
+    if "inner" not in choice.settings:
+        return [f"+ {name}" for name in names[1:]]
+    tactics = {inner.start: inner.label() for inner in inner_choices(choice)}
+    return [f"+ {name}{': ' * (i in tactics)}{tactics.get(i, '')}" for i, name in enumerate(names)]
+
+
+def _nodes(graph: Graph, segment: Segment) -> tuple[Node, ...]:
+    return graph.nodes[segment.choice.start : segment.choice.stop]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Numbers to the right, words to the left."""
+    aligned = [
+        cell.rjust(width) if 2 <= i <= 6 else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(aligned).rstrip()

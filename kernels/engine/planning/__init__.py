@@ -1,0 +1,1 @@
+"""From candidates and their costs to the cheapest cover of a graph."""

@@ -1,0 +1,1 @@
+"""A bound plan at work: executor, CUDA graphs, inputs, weights."""

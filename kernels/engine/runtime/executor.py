@@ -1,0 +1,136 @@
+"""Executor: a graph, every node lowered by the tactic chosen for it, ready to run."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.cpu.cpus import threads
+from resfuse.kernels.cpu.program import Program, Step, lanes
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Graph, State
+from resfuse.kernels.engine.ir.lowered import Call, Native, Values
+from resfuse.kernels.engine.memory.buffers import Arena, WeightStore, lay_out
+from resfuse.kernels.engine.tactics import TACTICS
+
+Item = Callable[[Values], None]
+
+
+class Executor:
+    """Runs a graph on values of fixed shapes.
+
+    What native steps write lives in one arena, and so does a copy of what they read of others. The
+    other values are torch's, and are let go of when nobody reads them any more.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        choices: Sequence[Candidate],
+        state: State,
+        weight_store: WeightStore | None = None,
+    ) -> None:
+        """
+        Args:
+            weight_store: weights laid out by executors of the same state, to share and add to.
+        """
+        self.graph, self.choices = graph, tuple(choices)
+        native = [n for c in choices if _in_arena(c) for n in graph.nodes[c.start : c.stop]]
+        inner = {name for c in choices if _in_arena(c) for name in graph.inner(c.start, c.stop)}
+        self._native = {node.name for node in native} - inner
+        placed = self._native | {name for node in native for name in node.inputs} - inner
+        segments = [(c.start, c.stop) for c in choices]
+        scratch = {c.start: size for c in choices if (size := _scratch(graph, c)) > 0}
+        self._weight_store = weight_store or WeightStore()
+        layout = lay_out(graph, placed, scratch, segments, lanes() if placed else 1)
+        self.arena = Arena(graph, layout, self._weight_store, Executor)
+        self._views = {name: self.arena.view(name) for name in placed}
+        self._items: list[Item] = []
+        self._copies: list[Item] = []  # those of the items that bring values into the arena
+        self._steps: list[Step] = []
+        self._copied: set[str] = set()
+        for choice in choices:
+            self._lower(choice, state)
+        self._flush()
+        self._made = {name: self._views[name] for name in self._native}
+
+    @torch.inference_mode()
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """The outputs, which may lie in the arena; inputs are in the order of `graph.reads`."""
+        values = self._made | dict(zip(self.graph.reads, inputs, strict=True))
+        for item in self._items:
+            item(values)
+        return [values[name] for name in self.graph.outputs]
+
+    def held_bytes(self, beside: Iterable[Tensor] = ()) -> int:
+        """Of weights as tactics keep them, for all that share them; without the tensors `beside`
+        them."""
+        return self._weight_store.size(beside)
+
+    def repeat(self, *inputs: Tensor) -> Callable[[], list[Tensor]]:
+        """Runs again what the last call ran, save copying the inputs: for timing a part."""
+        values = self._made | dict(zip(self.graph.reads, inputs, strict=True))
+        items = [item for item in self._items if item not in self._copies]
+
+        @torch.inference_mode()
+        def again() -> list[Tensor]:
+            here = dict(values)
+            for item in items:
+                item(here)
+            return [here[name] for name in self.graph.outputs]
+
+        return again
+
+    def _lower(self, choice: Candidate, state: State) -> None:
+        work = TACTICS[choice.tactic].load().lower(self.graph, choice, state, self.arena)
+        nodes = self.graph.nodes[choice.start : choice.stop]
+        if isinstance(work, Native):
+            inner = self.graph.inner(choice.start, choice.stop)
+            for name in dict.fromkeys(name for node in nodes for name in node.inputs):
+                if name not in self._native | inner and name not in self._copied:
+                    self._copy_in(name)
+            self._steps += work.steps
+        else:
+            self._flush()
+            self._items.append(self._call(work, [node.name for node in nodes], choice.stop))
+
+    def _copy_in(self, name: str) -> None:
+        self._flush()
+        self._copied.add(name)
+        view = self._views[name]
+
+        def copy(values: Values) -> None:
+            view.copy_(values[name])
+
+        self._items.append(copy)
+        self._copies.append(copy)
+
+    def _call(self, call: Call, made: list[str], stop: int) -> Item:
+        """`call`, with a copy of results that are views into the arena; then lets values go."""
+        arena = self.arena.pointer
+        last = self.graph.last_read
+        gone = [n for n, at in last.items() if at < stop and n not in self._native]
+
+        def run(values: Values) -> None:
+            call.run(values)
+            for name in made:
+                if name in values and values[name].untyped_storage().data_ptr() == arena:
+                    values[name] = values[name].clone()
+            for name in gone:
+                values.pop(name, None)
+
+        return run
+
+    def _flush(self) -> None:
+        if self._steps:
+            program = Program(self._steps, threads())
+            self._items.append(lambda values: program())
+            self._steps = []
+
+
+def _in_arena(choice: Candidate) -> bool:
+    return TACTICS[choice.tactic].in_arena
+
+
+def _scratch(graph: Graph, choice: Candidate) -> int:
+    return TACTICS[choice.tactic].load().scratch(graph, choice)

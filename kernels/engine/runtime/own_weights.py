@@ -1,0 +1,132 @@
+"""The weights an engine keeps: its own, whatever becomes of the model's or of a caller's.
+
+Native steps and folded convolutions read copies laid out for them. What torch's operations read at
+every call is copied here, and, to be saved and refreshed, everything else the graph needs.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    Conv,
+    Graph,
+    Node,
+    Norm,
+    node_state,
+    read_at_calls,
+    state_names,
+)
+from resfuse.kernels.engine.runtime.symbolic import is_wrapper
+
+
+def copies(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The state with those under `names` copied; names of one tensor share the copy."""
+    made: dict[Any, Tensor] = {}
+    return {
+        name: made.setdefault(_identity(t), t.detach().clone()) if name in names else t
+        for name, t in state.items()
+    }
+
+
+def _identity(t: Tensor) -> Any:
+    where = t.untyped_storage().data_ptr(), t.storage_offset()
+    return *where, t.dtype, t.device, tuple(t.shape), t.stride()
+
+
+def kept_names(graph: Graph, keep_weights: bool) -> set[str]:
+    """What an engine needs a copy of: what is read when it is called or, with `keep_weights`, all
+    of the state."""
+    return state_names(graph) if keep_weights else read_at_calls(graph)
+
+
+def refreshed(
+    state: Mapping[str, Tensor], constants: Collection[str], given: object
+) -> dict[str, Tensor]:
+    """A copy of `given` with the names, dtypes and device of `state`; constants it lacks stay.
+
+    Raises:
+        ValueError: it is no state_dict of dense tensors, or lacks one, or has another shape.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"argument state_dict: {type(given).__name__}; accepted: what model.state_dict() gives"
+        )
+    fresh = dict(state)
+    for name, old in state.items():
+        new = given.get(name)
+        if new is None and name in constants:
+            continue
+        if new is None:
+            raise ValueError(f"argument state_dict: {name} is missing{_beneath(given)}")
+        _require_dense(name, new)
+        if new.shape != old.shape:
+            raise ValueError(
+                f"argument state_dict: {name} has shape {tuple(new.shape)}; "
+                f"this engine takes {tuple(old.shape)}"
+            )
+        if new.is_complex() and not old.is_complex():
+            raise ValueError(f"argument state_dict: {name} is {new.dtype}; accepted: {old.dtype}")
+        fresh[name] = new.detach().to(old.device, old.dtype, copy=True)
+    return fresh
+
+
+def _beneath(given: Mapping[Any, Any]) -> str:
+    """A hint, where the state_dict is one of a checkpoint's entries."""
+    found = [key for key, value in given.items() if isinstance(value, Mapping)]
+    return f"; {found[0]!r} may hold the state_dict" if found else ""
+
+
+def _require_dense(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        said = type(tensor).__name__
+    elif tensor.layout != torch.strided:
+        said = str(tensor.layout)
+    elif tensor.is_meta:
+        said = "a tensor on meta, which has no numbers"
+    elif tensor.is_quantized:
+        said = f"a quantized tensor, {tensor.dtype}"
+    elif is_wrapper(tensor):
+        said = f"a {type(tensor).__name__}"
+    else:
+        return
+    raise ValueError(f"argument state_dict: {name} is {said}; accepted: dense tensors")
+
+
+def require_usable(
+    graphs: Iterable[Graph], state: Mapping[str, Tensor], constants: Collection[str], argument: str
+) -> None:
+    """Raises ValueError for weights that cannot be folded, or are broken.
+
+    What goes into a convolution or norm must be finite: the forms of a convolution add and multiply
+    in orders of their own, in which infinity becomes NaN. What torch alone reads may be infinite
+    (an attention mask), and if it is no parameter or buffer of the state_dict it may be NaN.
+    """
+    nodes = [node for graph in graphs for node in graph.nodes]
+    folded = {name for node in nodes for name in _folded(node)}
+    for name in sorted({name for node in nodes for name in node_state(node)}):
+        tensor = state[name]
+        broken = tensor.is_floating_point() and (
+            (name in folded and not tensor.isfinite().all())
+            or (name not in constants and tensor.isnan().any())
+        )
+        if broken:
+            raise ValueError(f"argument {argument}: {name} holds values that are not finite")
+    for norm in dict.fromkeys(filter(None, map(_norm_of, nodes))):
+        if not (state[norm.var].float() + norm.eps > 0).all():
+            raise ValueError(
+                f"argument {argument}: {norm.var} holds variances that {norm.eps:g} does not make "
+                "positive"
+            )
+
+
+def _norm_of(node: Node) -> Norm | None:
+    return node.op.norm if isinstance(node.op, Conv | Affine) else None
+
+
+def _folded(node: Node) -> set[str]:
+    """What is folded into a convolution or a norm, or is a slope."""
+    return node_state(node) if isinstance(node.op, Conv | Affine) else set()

@@ -1,0 +1,1 @@
+"""Engines on disk: written, read, and checked as a stranger's file."""

@@ -1,0 +1,190 @@
+"""Engines on disk: one safetensors file, the weights as tensors and the plan as JSON in its header.
+It is written beside its place and moved there when it is whole.
+
+A file may come from a stranger. Nothing is unpickled; a digest finds damage; everything that
+follows from the graph is inferred again and compared (plan_check.py), so that no number in it
+reaches memory that is not there; and only operations known to do nothing but compute are run.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.cpu.cpus import asking, require_threads
+from resfuse.kernels.engine.ir.graph import Graph
+from resfuse.kernels.engine.planning.planner import Segment
+from resfuse.kernels.engine.runtime.own_weights import require_usable
+from resfuse.kernels.engine.saving.plan_check import sound
+from resfuse.kernels.engine.saving.plan_json import (
+    graph_from_json,
+    graph_to_json,
+    segments_from_json,
+    segments_to_json,
+)
+from resfuse.kernels.tuning_cache.environment import environment
+
+Plans = Mapping[int, tuple[Graph, tuple[Segment, ...]]]  # by batch size
+
+SCHEMA = 2  # 1 had no digest
+_MOST_PLAN = 64 << 20  # bytes of JSON: ResNet-152's has 0.3 million
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds, checked, on the device it is for."""
+
+    plans: Plans
+    state: Mapping[str, Tensor]
+    other_batches: Any  # as build_engine takes it
+    cuda_graph: bool
+    threads: int | None
+
+
+def save(
+    path: Path,
+    device: torch.device,
+    plans: Plans,
+    state: Mapping[str, Tensor],
+    other_batches: str,
+    cuda_graph: bool,
+    threads: int | None = None,
+) -> None:
+    """Writes the file; on failure there is none, or the one that was there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    told = {
+        "schema": SCHEMA,
+        "device_type": device.type,
+        "environment": _environment(device, threads),
+        "threads": threads,
+        "other_batches": other_batches,
+        "cuda_graph": cuda_graph,
+        "plans": {
+            str(size): {"graph": graph_to_json(graph), "segments": segments_to_json(segments)}
+            for size, (graph, segments) in plans.items()
+        },
+    }
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        text = json.dumps(told)
+        save_file(tensors, name, metadata={"resfuse": text, "sha256": _digest(text, tensors)})
+        Path(name).replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def read(path: Path, allow: Collection[str]) -> Saved:
+    """What was saved. Raises what load_engine does (load.py), which takes the same."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FileNotFoundError(f"argument path: {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            text = metadata["resfuse"]
+            if len(text) > _MOST_PLAN:
+                raise ValueError(f"a plan of {len(text)} bytes")
+            told = json.loads(text)
+            if not isinstance(told, dict):
+                raise ValueError("no plan in its header")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"argument path: {path} is no engine, or a damaged one: {error}") from None
+    try:
+        device = _same_device(path, told)
+        if metadata.get("sha256") != _digest(text, state):
+            raise _Damaged(
+                f"argument path: {path} is damaged: its digest is that of something else"
+            )
+        return _saved(told, {n: tensor.to(device) for n, tensor in state.items()}, device, allow)
+    except _Damaged as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # what a stranger's numbers lead to may be anything
+        raise cannot_run(path, error) from error
+
+
+def cannot_run(path: Path, error: Exception) -> ValueError:
+    """What to raise where a plan has led to an error."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"argument path: {path} holds no plan that can be run: {said}")
+
+
+class _Damaged(ValueError):
+    """A sentence that is whole."""
+
+
+def _saved(
+    told: dict[str, Any], state: dict[str, Tensor], device: torch.device, allow: Collection[str]
+) -> Saved:
+    plans = sound(
+        {
+            int(size): (graph_from_json(p["graph"]), segments_from_json(p["segments"]))
+            for size, p in told["plans"].items()
+        },
+        state,
+        device,
+        allow,
+    )
+    constants = {name for graph, _ in plans.values() for name in graph.constants}
+    require_usable([graph for graph, _ in plans.values()], state, constants, "path")
+    if told["other_batches"] not in ("error", "pad", "eager"):
+        raise ValueError(f"other batches: {told['other_batches']!r}")
+    if type(told["cuda_graph"]) is not bool:
+        raise ValueError(f"CUDA graphs: {told['cuda_graph']!r}")
+    return Saved(plans, state, told["other_batches"], told["cuda_graph"], told.get("threads"))
+
+
+def _environment(device: torch.device, threads: int | None) -> dict[str, str]:
+    """As it is for an engine that was asked to run on so many threads."""
+    require_threads(threads)
+    with asking(threads):
+        return environment(device)
+
+
+def _digest(plan: str, state: Mapping[str, Tensor]) -> str:
+    """Of the plan, and each tensor's name, dtype, shape and bytes."""
+    found = hashlib.sha256(plan.encode())
+    for name, tensor in sorted(state.items()):
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _same_device(path: Path, told: dict[str, Any]) -> torch.device:
+    if told.get("schema") != SCHEMA:
+        raise _Damaged(
+            f"argument path: {path} has schema {told.get('schema')}; this version reads {SCHEMA}. "
+            "Build it again here"
+        )
+    if told["device_type"] not in ("cpu", "cuda"):
+        raise ValueError(f"a device {told['device_type']!r}")
+    if told["device_type"] == "cuda" and not torch.cuda.is_available():
+        raise _Damaged(f"argument path: {path} was built on a GPU; there is none here")
+    device = torch.device(told["device_type"])
+    here = _environment(device, told.get("threads"))
+    for fact in {**told["environment"], **here}:
+        there = told["environment"].get(fact)
+        if here.get(fact) != there:
+            raise _Damaged(
+                f"argument path: {path} was built with {fact} {there}; here it is "
+                f"{here.get(fact)}. Build it again here"
+            )
+    return device

@@ -1,0 +1,137 @@
+"""A graph and its segments as JSON: what a saved engine holds beside its weights."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    AveragePool,
+    Concat,
+    Conv,
+    Graph,
+    MaxPool,
+    Mean,
+    Node,
+    Norm,
+    Operation,
+    Pick,
+    Torch,
+    Value,
+)
+from resfuse.kernels.engine.planning.planner import Segment
+from resfuse.kernels.ops.conv_problem import ConvProblem
+
+_OPERATIONS = {
+    kind.__name__: kind for kind in (Conv, Affine, MaxPool, AveragePool, Pick, Mean, Concat, Torch)
+}
+
+
+def graph_to_json(graph: Graph) -> dict[str, Any]:
+    return {
+        "input": graph.input,
+        "outputs": list(graph.outputs),
+        "spec": graph.spec,
+        "constants": list(graph.constants),
+        "values": {
+            name: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")}
+            for name, v in graph.values.items()
+        },
+        "nodes": [
+            {
+                "name": node.name,
+                "inputs": list(node.inputs),
+                "operation": type(node.op).__name__,
+                **asdict(node.op),
+            }
+            for node in graph.nodes
+        ],
+        **({"layout": list(graph.layout)} if graph.layout is not None else {}),
+    }
+
+
+def graph_from_json(data: dict[str, Any]) -> Graph:
+    """Raises KeyError, TypeError or ValueError for what graph_to_json did not write."""
+    return Graph(
+        data["input"],
+        tuple(data["outputs"]),
+        tuple(_node(dict(node)) for node in data["nodes"]),
+        {name: Value(tuple(v["shape"]), _dtype(v["dtype"])) for name, v in data["values"].items()},
+        data["spec"],
+        tuple(data.get("constants", [])),
+        tuple(data["layout"]) if "layout" in data else None,
+    )
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"dtype {name!r}")
+    return found
+
+
+def segments_to_json(segments: tuple[Segment, ...]) -> list[dict[str, Any]]:
+    return [asdict(segment) for segment in segments]
+
+
+def segments_from_json(data: list[dict[str, Any]]) -> tuple[Segment, ...]:
+    """Raises KeyError, TypeError or ValueError for what segments_to_json did not write."""
+    return tuple(
+        Segment(
+            _choice(item["choice"]),
+            item["ms"],
+            _choice(item["runner_up"]) if item["runner_up"] else None,
+            item["runner_up_ms"],
+        )
+        for item in data
+    )
+
+
+def _choice(data: dict[str, Any]) -> Candidate:
+    return Candidate(data["tactic"], data["start"], data["stop"], _tuples(data["config"]))
+
+
+def _tuples(value: Any) -> Any:
+    """JSON knows lists only."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _node(data: dict[str, Any]) -> Node:
+    name, inputs, kind = data.pop("name"), data.pop("inputs"), data.pop("operation")
+    return Node(name, _READERS.get(kind, _plain(kind))(data), tuple(inputs))
+
+
+def _plain(kind: str) -> Callable[[dict[str, Any]], Operation]:
+    return lambda data: _OPERATIONS[kind](**{k: _tuple(v) for k, v in data.items()})
+
+
+def _conv(data: dict[str, Any]) -> Conv:
+    problem = {k: _tuple(v) for k, v in data.pop("problem").items()}
+    return Conv(ConvProblem(**problem), **_with_norm(data))
+
+
+def _affine(data: dict[str, Any]) -> Affine:
+    return Affine(**_with_norm(data))
+
+
+def _torch(data: dict[str, Any]) -> Torch:
+    kwargs = tuple((key, value) for key, value in data["kwargs"])
+    return Torch(data["target"], tuple(data["args"]), kwargs, data["result"])
+
+
+def _with_norm(data: dict[str, Any]) -> dict[str, Any]:
+    return data | {"norm": Norm(**data["norm"]) if data["norm"] else None}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], Operation]] = {
+    "Conv": _conv,
+    "Affine": _affine,
+    "Torch": _torch,
+}

@@ -1,0 +1,1 @@
+"""Tactics on the CPU: native programs and oneDNN."""

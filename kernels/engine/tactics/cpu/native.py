@@ -1,0 +1,212 @@
+"""Native steps on the CPU, in float32: see resfuse/kernels/native."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.cpu import conv_candidates
+from resfuse.kernels.cpu.conv_candidates import NativeConfig
+from resfuse.kernels.cpu.cpus import threads
+from resfuse.kernels.cpu.library import why_unavailable
+from resfuse.kernels.cpu.program import ACTIVATIONS, KINDS, Step, lanes
+from resfuse.kernels.cpu.weight_layout import per_channel, slopes
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift, slope_of
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    AveragePool,
+    Concat,
+    Conv,
+    Graph,
+    MaxPool,
+    Mean,
+    Node,
+    Pick,
+    State,
+)
+from resfuse.kernels.engine.ir.lowered import Native
+from resfuse.kernels.engine.memory.aliasing import channels_of, pixels_of
+from resfuse.kernels.engine.memory.buffers import Arena
+from resfuse.kernels.engine.tactics.cpu import native_maps
+
+_NOWHERE: Mapping[str, int] = MappingProxyType({})
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"native steps compute float32 on the CPU, not {dtype} on {device.type}"
+    return why_unavailable()
+
+
+def segments(graph: Graph, at: int) -> Iterable[Candidate]:
+    node = graph.nodes[at]
+    op = node.op
+    if isinstance(op, Conv):
+        if conv_candidates.refusal(op.problem) is None:
+            for config in conv_candidates.candidates(op.problem):
+                yield Candidate("native", at, at + 1, tuple(asdict(config).items()))
+    elif _is_done(graph, node):
+        yield Candidate("native", at, at + 1)
+
+
+def scratch(graph: Graph, choice: Candidate) -> int:
+    op = graph.nodes[choice.start].op
+    if not isinstance(op, Conv):
+        return 0
+    return (
+        4 * threads() * conv_candidates.scratch_floats(op.problem, NativeConfig(**choice.settings))
+    )
+
+
+def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native:
+    node = graph.nodes[choice.start]
+    op = node.op
+    if isinstance(op, Conv):
+        config = NativeConfig(**choice.settings)
+        step = conv_step(node, config, state, arena)
+        if conv_candidates.scratch_floats(op.problem, config) > 0:
+            step.scratch = arena.scratch(choice.start)
+        return Native([step])
+    if isinstance(op, Affine) and op.gate:
+        slopes_of_gate = _slopes(op, channels_of(graph, node.name), state)
+        return native_maps.gate(graph, node, op, arena, slopes_of_gate)
+    if isinstance(op, Affine):
+        return _affine(graph, node, op, state, arena)
+    if isinstance(op, AveragePool | Pick):
+        return native_maps.windows(graph, node, op, arena)
+    if isinstance(op, Concat):
+        return _concat(graph, node, arena)
+    if isinstance(op, MaxPool):
+        return Native([max_pool_step(graph, node, arena)])
+    assert isinstance(op, Mean)
+    n, c, h, w = graph.values[node.inputs[0]].shape
+    return Native([Step(kind=KINDS.index("mean"), N=n, C=c, K=c, H=h, W=w, **_places(node, arena))])
+
+
+def conv_step(
+    node: Node,
+    config: NativeConfig,
+    state: State,
+    arena: Arena,
+    local: Mapping[str, int] = _NOWHERE,
+) -> Step:
+    """A convolution, without its scratch memory; values that are not in the arena are `local`, with
+    the floats from one pixel to the next.
+    """
+    op = node.op
+    assert isinstance(op, Conv)
+
+    def lay_out() -> list[Tensor]:
+        weight, bias = conv_weights(op, state)
+        laid_out = conv_candidates.layout_weight(config.form, weight, op.problem.groups)
+        return [laid_out, per_channel(bias), *_slopes(op, op.problem.k, state)]
+
+    # a weight may be shared, under other norms and activations
+    key = (op.weight, op.bias, op.norm, op.slope, op.problem.groups, config.form)
+    weight, bias, *slope = arena.weights(key, lay_out)
+    return conv_candidates.conv_step(
+        op.problem,
+        config,
+        residual_last=op.residual_last,
+        w=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        slope=slope[0].data_ptr() if slope else 0,
+        **_places(node, arena, local),
+    )
+
+
+def _affine(graph: Graph, node: Node, op: Affine, state: State, arena: Arena) -> Native:
+    channels = channels_of(graph, node.name)
+
+    def lay_out() -> list[Tensor]:
+        both = scale_and_shift(op, channels, state)
+        return [*map(per_channel, both), *_slopes(op, channels, state)]
+
+    scale, shift, *slope = arena.weights((op.norm, op.slope, channels), lay_out)
+    step = Step(
+        kind=KINDS.index("affine"), N=1, P=1, Q=pixels_of(graph, node.name), K=channels,
+        w=scale.data_ptr(), bias=shift.data_ptr(),
+        slope=slope[0].data_ptr() if slope else 0,
+        activation=ACTIVATIONS[op.activation], residual_last=op.residual_last,
+        **_places(node, arena),
+    )  # fmt: skip
+    return Native([step])
+
+
+def max_pool_step(
+    graph: Graph, node: Node, arena: Arena, local: Mapping[str, int] = _NOWHERE
+) -> Step:
+    """A max-pool; values that are not in the arena are `local`, as for `conv_step`."""
+    op = node.op
+    assert isinstance(op, MaxPool)
+    n, c, h, w = graph.values[node.inputs[0]].shape
+    _, _, p, q = graph.values[node.name].shape
+    (r, s), (stride_h, stride_w) = op.kernel, op.stride
+    (pad_h, pad_w), (dilation_h, dilation_w) = op.padding, op.dilation
+    return Step(
+        kind=KINDS.index("max_pool"), N=n, C=c, K=c, H=h, W=w, P=p, Q=q, R=r, S=s,
+        stride_h=stride_h, stride_w=stride_w, pad_h=pad_h, pad_w=pad_w,
+        dilation_h=dilation_h, dilation_w=dilation_w, **_places(node, arena, local),
+    )  # fmt: skip
+
+
+def _concat(graph: Graph, node: Node, arena: Arena) -> Native:
+    """Nothing for the parts that were written where they belong; the others are copied."""
+    steps = []
+    to, pitch = arena.address(node.name), arena.pitch(node.name)
+    for part in node.inputs:
+        channels = channels_of(graph, part)
+        if arena.address(part) != to:
+            one, zero = arena.weights((None, None, channels), partial(_same, channels))
+            steps.append(
+                Step(
+                    kind=KINDS.index("affine"), N=1, P=1, Q=pixels_of(graph, part), K=channels,
+                    x=arena.address(part), x_pitch=arena.pitch(part), y=to, y_pitch=pitch,
+                    w=one.data_ptr(), bias=zero.data_ptr(),
+                )
+            )  # fmt: skip
+        to += 4 * channels
+    return Native(steps)
+
+
+def _same(channels: int) -> list[Tensor]:
+    """Scale and shift that change nothing."""
+    return [*map(per_channel, scale_and_shift(Affine(), channels, {}))]
+
+
+def _places(node: Node, arena: Arena, local: Mapping[str, int] = _NOWHERE) -> dict[str, int]:
+    """Where the inputs and the output of a node are."""
+    places = {}
+    for field, name in ("x", node.inputs[0]), ("y", node.name), ("residual", node.residual):
+        if name is not None:
+            places[field] = 0 if name in local else arena.address(name)
+            places[f"{field}_pitch"] = local[name] if name in local else arena.pitch(name)
+    return places
+
+
+def _slopes(op: Conv | Affine, channels: int, state: State) -> list[Tensor]:
+    """A slope for each channel, if the activation has one."""
+    slope = slope_of(op, state)
+    if slope is None:
+        return []
+    return [slopes(slope, channels)]
+
+
+def _is_done(graph: Graph, node: Node) -> bool:
+    """Whether there is a step for what is no convolution."""
+    op = node.op
+    if any(graph.values[name].dtype != torch.float32 for name in (node.name, *node.inputs)):
+        return False
+    if isinstance(op, Affine):
+        return op.activation in ACTIVATIONS
+    if isinstance(op, Concat):
+        return _in_whole_vectors(graph, node)
+    return isinstance(op, MaxPool | AveragePool | Pick | Mean)
+
+
+def _in_whole_vectors(graph: Graph, node: Node) -> bool:
+    return all(channels_of(graph, part) % lanes() == 0 for part in node.inputs)

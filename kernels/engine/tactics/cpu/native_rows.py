@@ -1,0 +1,161 @@
+"""A convolution and the max-pool or convolution with windows that alone reads it on the CPU, strip
+by strip of the reader's rows: what a stem computes at full size, and what a bottleneck's first 1x1
+hands to a 3x3 with stride or in groups, never reaches memory. See kernels/cpu/src/fused_rows.h.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from resfuse.kernels.cpu import conv_candidates
+from resfuse.kernels.cpu.conv_candidates import NativeConfig
+from resfuse.kernels.cpu.cpus import threads
+from resfuse.kernels.cpu.program import whole_vectors
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Conv, Graph, MaxPool, Node, State
+from resfuse.kernels.engine.ir.lowered import Native
+from resfuse.kernels.engine.memory.buffers import Arena
+from resfuse.kernels.engine.tactics.cpu import native
+from resfuse.kernels.ops.conv_problem import ConvProblem
+
+# Bytes of the convolution's rows in a strip: from a quarter of a second-level cache on.
+_STRIPS = (1 << 18, 1 << 19, 1 << 20)
+_LINE = 16  # floats
+
+refusal = native.refusal
+
+
+def segments(graph: Graph, at: int) -> Iterable[Candidate]:
+    if at + 1 >= len(graph.nodes):
+        return
+    node, behind = graph.nodes[at : at + 2]
+    if not isinstance(node.op, Conv) or not _reads_in_windows(behind):
+        return
+    problem = node.op.problem
+    if behind.inputs[0] != node.name or graph.readers[node.name] != 1 or problem.residual:
+        return
+    if conv_candidates.refusal(problem) is not None:
+        return
+    line = 4 * problem.q * whole_vectors(problem.k)
+    window = _window(behind)
+    strips = sorted({window.rows(problem, size // line) for size in _STRIPS})
+    offered = [
+        (
+            ("form", config.form),
+            ("block", min(config.block, window.pixels(problem, rows))),
+            ("rows", rows),
+        )
+        for config in _by_pixel(problem)
+        for rows in strips
+    ]
+    for settings in dict.fromkeys(offered):
+        yield Candidate("native_strips", at, at + 2, settings)
+
+
+def scratch(graph: Graph, choice: Candidate) -> int:
+    return 4 * threads() * _Parts(graph, choice).floats
+
+
+def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native:
+    parts = _Parts(graph, choice)
+    node, behind = graph.nodes[choice.start : choice.stop]
+    pitches = {node.name: whole_vectors(parts.problem.k)}
+    conv = native.conv_step(node, parts.config, state, arena, pitches)
+    if parts.reader is None:
+        reader = native.max_pool_step(graph, behind, arena, pitches)
+    else:
+        reader = native.conv_step(behind, parts.reader, state, arena, pitches)
+        reader.scratch = arena.scratch(choice.start) + 4 * parts.own
+    conv.scratch = arena.scratch(choice.start)
+    conv.scratch_pitch = reader.scratch_pitch = parts.floats
+    conv.y_local, conv.joined = parts.own + parts.readers, 1
+    reader.rows = choice.settings["rows"]
+    return Native([conv, reader])
+
+
+class _Parts:
+    """The convolution and its reader, as a choice has them, and a thread's scratch memory."""
+
+    def __init__(self, graph: Graph, choice: Candidate) -> None:
+        node, behind = graph.nodes[choice.start : choice.stop]
+        assert isinstance(node.op, Conv)
+        self.problem, rows = node.op.problem, choice.settings["rows"]
+        self.config = NativeConfig(choice.settings["form"], False, choice.settings["block"])
+        self.reader = _reader(behind, rows)
+        # floats: the convolution's own, never none, as a step's output that lies at 0 is not local;
+        self.own = max(
+            _LINE, _whole_lines(conv_candidates.scratch_floats(self.problem, self.config))
+        )
+        self.readers = 0  # the reader's;
+        if self.reader is not None:
+            assert isinstance(behind.op, Conv)
+            needed = conv_candidates.scratch_floats(behind.op.problem, self.reader)
+            self.readers = _whole_lines(needed)
+        # and what lies between
+        strip = _window(behind).pixels(self.problem, rows) * whole_vectors(self.problem.k)
+        self.floats = self.own + self.readers + strip
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Down a column: rows `dilation` apart, the next window `stride` below."""
+
+    kernel: int
+    stride: int
+    dilation: int
+
+    def pixels(self, problem: ConvProblem, rows: int) -> int:
+        """Of the convolution, that so many of the reader's rows read."""
+        reach = (rows - 1) * self.stride + (self.kernel - 1) * self.dilation + 1
+        return problem.q * min(reach, problem.p)
+
+    def rows(self, problem: ConvProblem, rows: int) -> int:
+        """The most rows of the reader that read no more than so many, at least one; no more than a
+        whole map has."""
+        whole = -(-problem.p // self.stride)
+        reach = (self.kernel - 1) * self.dilation
+        return max(1, min(whole, (rows - 1 - reach) // self.stride + 1))
+
+
+def _window(reader: Node) -> _Window:
+    if isinstance(reader.op, MaxPool):
+        return _Window(reader.op.kernel[0], reader.op.stride[0], reader.op.dilation[0])
+    assert isinstance(reader.op, Conv)
+    problem = reader.op.problem
+    return _Window(problem.r, problem.stride[0], problem.dilation[0])
+
+
+def _reads_in_windows(node: Node) -> bool:
+    """Winograd's form, where it can be had, is worth more than strips, and a 1x1 needs none."""
+    if not isinstance(node.op, Conv):
+        return isinstance(node.op, MaxPool)
+    problem = node.op.problem
+    return (
+        problem.r * problem.s > 1
+        and conv_candidates.refusal(problem) is None
+        and "winograd" not in conv_candidates.forms(problem)
+    )
+
+
+def _by_pixel(problem: ConvProblem) -> Iterator[NativeConfig]:
+    """Configurations that compute any range of pixels."""
+    for form in conv_candidates.forms(problem):
+        if form in ("direct", "grouped"):
+            for config in conv_candidates.configs(form, problem):
+                if not config.by_channel:
+                    yield config
+
+
+def _reader(node: Node, rows: int) -> NativeConfig | None:
+    """How a reader is computed, in blocks no larger than a strip; None of a max-pool."""
+    if not isinstance(node.op, Conv):
+        return None
+    problem = node.op.problem
+    every = list(_by_pixel(problem))
+    first = next(config.form for config in every)  # grouped, where it can be
+    of_form = [config for config in every if config.form == first]
+    config = of_form[len(of_form) // 2]
+    return NativeConfig(config.form, False, min(config.block, rows * problem.q))
+
+
+def _whole_lines(floats: int) -> int:
+    return -(-floats // _LINE) * _LINE

@@ -1,0 +1,67 @@
+"""oneDNN's fused convolutions on the CPU, with weights laid out once for them."""
+
+from collections.abc import Iterable
+
+import torch
+
+from resfuse.kernels.cpu import onednn
+from resfuse.kernels.cpu.onednn import Geometry, PackedConv
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.folded_weights import conv_weights, slope_of
+from resfuse.kernels.engine.ir.graph import Conv, Graph, State, Torch
+from resfuse.kernels.engine.ir.lowered import Call, Values
+from resfuse.kernels.engine.memory.buffers import Arena
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "oneDNN computes on the CPU"
+    return None if onednn.supports(dtype) else f"oneDNN has no fused convolution in {dtype} here"
+
+
+def segments(graph: Graph, at: int) -> Iterable[Candidate]:
+    op = graph.nodes[at].op
+    if isinstance(op, Conv) and not op.residual_last:
+        yield Candidate("onednn", at, at + 1)
+
+
+def scratch(graph: Graph, choice: Candidate) -> int:
+    return 0
+
+
+def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+    node = graph.nodes[choice.start]
+    op = node.op
+    assert isinstance(op, Conv)
+    problem = op.problem
+    input_shape = torch.Size((problem.n, problem.c, problem.h, problem.w))
+    output_shape = graph.values[node.name].shape
+    weight, bias = conv_weights(op, state)
+    geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
+    conv = PackedConv(weight, bias, geometry, problem.activation, slope_of(op, state), input_shape)
+    arena.hold(conv.tensors)
+    # a residual that is read here last and belongs to no one else is added in place
+    residual = node.residual
+    owned = residual is not None and residual not in arena and _is_no_view(graph, residual)
+    read_once = owned and graph.last_read[str(residual)] == choice.start
+    overwrite = read_once and node.inputs.count(str(residual)) == 1  # not what it convolves, too
+
+    def run(values: Values) -> None:
+        x = values[node.inputs[0]].reshape(input_shape)
+        if residual is None:
+            y = conv(x)
+        else:
+            y = conv.add(
+                x, values[residual].reshape(problem.n, problem.k, problem.p, problem.q), overwrite
+            )
+        values[node.name] = y.reshape(output_shape)
+
+    return Call(run)
+
+
+def _is_no_view(graph: Graph, name: str) -> bool:
+    """Whether a value's memory is its own: torch's operations may return, or keep, a view."""
+    related = [n for n in graph.nodes if n.name == name or name in n.inputs]
+    return any(n.name == name for n in related) and not any(
+        isinstance(n.op, Torch) for n in related
+    )

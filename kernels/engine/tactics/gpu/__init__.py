@@ -1,0 +1,1 @@
+"""Tactics on a GPU: Triton kernels and cuDNN."""

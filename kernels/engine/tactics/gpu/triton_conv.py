@@ -1,0 +1,92 @@
+"""Any convolution with its epilogue as an implicit GEMM, or depthwise: one Triton kernel.
+
+1x1 convolutions that are a GEMM as they stand are triton_conv1x1's. Of the tiles that a problem
+allows, those with the least estimated time are offered: each takes a compilation, a check and a
+measurement.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Conv, Graph, State
+from resfuse.kernels.engine.ir.lowered import Call
+from resfuse.kernels.engine.memory.buffers import Arena
+from resfuse.kernels.engine.tactics.gpu import triton_conv1x1, triton_kernels
+from resfuse.kernels.gpu.conv.conv_config import Config, candidates, cycles
+from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.tuning_cache.denylist import Key, key_of
+
+if TYPE_CHECKING:
+    from resfuse.kernels.gpu.conv import depthwise
+
+# On an H200 the estimate picked the fastest of 16 tiles for six of ResNet-50's 3x3 convolutions at
+# batch 256, and for the seventh one that was 5 % slower; the fastest is among these for all seven.
+MOST = 6
+# Of input, in a step of the sum: a dot takes 16 at least. Of three channels, as stems have, steps
+# of 32 and 64 are nearly empty: no such tile is pipelined, and some spill 624 bytes a thread.
+LEAST_CHANNELS = 16
+
+refusal = triton_kernels.refusal
+
+
+def segments(graph: Graph, at: int) -> Iterable[Candidate]:
+    op = graph.nodes[at].op
+    if not isinstance(op, Conv) or triton_conv1x1.is_gemm(op.problem):
+        return
+    if op.problem.c == op.problem.groups:
+        from resfuse.kernels.gpu.conv import depthwise
+
+        for narrow in depthwise.candidates(op.problem):
+            yield _choice(at, "depthwise", narrow)
+        return
+    for config in _tiles(op.problem, triton_kernels.multiprocessors(graph)):
+        yield _choice(at, "implicit_gemm", config)
+
+
+def _tiles(problem: ConvProblem, sms: int) -> list[Config]:
+    """Tiles that fill a step of their sum, the quickest by estimate first."""
+    filled = [
+        config
+        for config in candidates(problem)
+        if config.pack(problem) * problem.c // problem.groups >= LEAST_CHANNELS
+    ]
+    return sorted(filled, key=lambda config: cycles(problem, config, sms))[:MOST]
+
+
+def scratch(graph: Graph, choice: Candidate) -> int:
+    return 0
+
+
+def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+    from resfuse.kernels.gpu.conv import conv, depthwise
+
+    op = graph.nodes[choice.start].op
+    assert isinstance(op, Conv)
+    problem, last = op.problem, op.residual_last
+    config = _config(choice)
+    if isinstance(config, Config):
+        return triton_kernels.convolution(
+            graph, choice, state, arena, lambda t: conv.launch(problem, t, config, last)
+        )
+    return triton_kernels.convolution(
+        graph, choice, state, arena, lambda t: depthwise.launch(problem, t, config, last)
+    )
+
+
+def configuration(graph: Graph, choice: Candidate) -> Key:
+    return key_of("conv_bn_act", triton_kernels.math_mode(graph, choice), _config(choice))
+
+
+def _config(choice: Candidate) -> "Config | depthwise.Config":
+    from resfuse.kernels.gpu.conv import depthwise
+
+    settings = choice.settings
+    form = settings.pop("form")
+    return depthwise.Config(**settings) if form == "depthwise" else Config(**settings)
+
+
+def _choice(at: int, form: str, config: object) -> Candidate:
+    settings = asdict(config)  # type: ignore[call-overload]
+    return Candidate("triton_conv", at, at + 1, (("form", form), *settings.items()))

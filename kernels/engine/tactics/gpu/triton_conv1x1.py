@@ -1,0 +1,61 @@
+"""A 1x1 convolution with its epilogue as one GEMM: a Triton kernel, by tensor descriptors (TMA)
+where the GPU has them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Conv, Graph, State
+from resfuse.kernels.engine.ir.lowered import Call
+from resfuse.kernels.engine.memory.buffers import Arena
+from resfuse.kernels.engine.tactics.gpu import triton_kernels
+from resfuse.kernels.gpu.conv1x1.conv1x1_config import Config, Conv1x1Problem, candidates
+from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.tuning_cache.denylist import Key, key_of
+
+refusal = triton_kernels.refusal
+
+
+def is_gemm(problem: ConvProblem) -> bool:
+    """Whether it is a matrix product, of some rows of x where it has a stride."""
+    return (problem.r, problem.s, problem.groups) == (1, 1, 1) and problem.padding == (0, 0)
+
+
+def configs(problem: Conv1x1Problem, graph: Graph) -> list[Config]:
+    """Those that the graph's GPU can run: TMA came with Hopper."""
+    by_descriptors = triton_kernels.capability(graph) >= (9, 0)
+    return [c for c in candidates(problem) if by_descriptors or not c.descriptors]
+
+
+def segments(graph: Graph, at: int) -> Iterable[Candidate]:
+    op = graph.nodes[at].op
+    if isinstance(op, Conv) and is_gemm(op.problem):
+        for config in configs(Conv1x1Problem(**asdict(op.problem)), graph):
+            yield Candidate("triton_conv1x1", at, at + 1, tuple(asdict(config).items()))
+
+
+def configuration(graph: Graph, choice: Candidate) -> Key:
+    mode = triton_kernels.math_mode(graph, choice)
+    return key_of("conv1x1", mode, Config(**choice.settings))
+
+
+def scratch(graph: Graph, choice: Candidate) -> int:
+    return 0
+
+
+def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+    from resfuse.kernels.gpu.conv1x1.conv1x1_kernel import launch
+
+    op = graph.nodes[choice.start].op
+    assert isinstance(op, Conv)
+    problem, last = op.problem, op.residual_last
+    config = Config(**choice.settings)
+    return triton_kernels.convolution(
+        graph, choice, state, arena,
+        lambda t: launch(
+            t.y, t.x, t.weight, t.bias, t.residual, t.slope,
+            stride=problem.stride, activation=problem.activation, residual_last=last,
+            math_mode=problem.math_mode, config=config,
+        ),
+    )  # fmt: skip

@@ -1,0 +1,108 @@
+"""The end of a block that changes resolution, its projection shortcut folded in as more of the
+reduction, y = act([h, x strided] @ [W3; Wd] + bias): one Triton kernel for two nodes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.folded_weights import conv_weights
+from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, State
+from resfuse.kernels.engine.ir.lowered import Call, Values
+from resfuse.kernels.engine.memory.buffers import Arena
+from resfuse.kernels.engine.tactics.gpu import triton_conv1x1, triton_kernels
+from resfuse.kernels.gpu.common.arguments import channels_last, empty_channels_last
+from resfuse.kernels.gpu.conv1x1.conv1x1_config import Config, Conv1x1Problem
+
+refusal = triton_kernels.refusal
+
+
+def segments(graph: Graph, at: int) -> Iterable[Candidate]:
+    found = _pair(graph, at)
+    if found is None:
+        return
+    shortcut, main = found
+    problem = Conv1x1Problem(
+        **asdict(main.problem) | {"residual": False},
+        shortcut_c=shortcut.problem.c,
+        shortcut_stride=shortcut.problem.stride,
+    )
+    for config in triton_conv1x1.configs(problem, graph):
+        yield Candidate("projection", at, at + 2, tuple(asdict(config).items()))
+
+
+configuration = triton_conv1x1.configuration
+
+
+def scratch(graph: Graph, choice: Candidate) -> int:
+    return 0
+
+
+def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+    from resfuse.kernels.gpu.conv1x1.conv1x1_kernel import Shortcut, launch
+
+    side, node = graph.nodes[choice.start : choice.stop]
+    shortcut, main = side.op, node.op
+    assert isinstance(shortcut, Conv) and isinstance(main, Conv)
+
+    def lay_out() -> list[Tensor]:
+        (weight, bias), (side_weight, side_bias) = (
+            conv_weights(op, state, torch.float64) for op in (main, shortcut)
+        )
+        dtype = main.problem.dtype
+        both = [channels_last(w.to(dtype)) for w in (weight, side_weight)]
+        return [*both, (bias + side_bias).to(dtype)]  # rounded once
+
+    key = ("projection", *map(triton_kernels.key_of, (main, shortcut)))
+    weight, side_weight, bias = arena.tensors(key, lay_out)
+    slope = triton_kernels.slope_in(main, state, arena)
+    config = Config(**choice.settings)
+    inputs, side_inputs, outputs = (
+        triton_kernels.input_shape(main.problem),
+        triton_kernels.input_shape(shortcut.problem),
+        triton_kernels.output_shape(main.problem),
+    )
+    shape = graph.values[node.name].shape
+
+    def run(values: Values) -> None:
+        x = triton_kernels.as_map(values[node.inputs[0]], inputs)
+        side_x = triton_kernels.as_map(values[side.inputs[0]], side_inputs)
+        y = empty_channels_last(outputs, x)
+        made = launch(
+            y, x, weight, bias, None, slope,
+            stride=main.problem.stride,
+            shortcut=Shortcut(side_x, side_weight, shortcut.problem.stride),
+            activation=main.activation, math_mode=main.problem.math_mode, config=config,
+        )  # fmt: skip
+        triton_kernels.run(made)
+        values[node.name] = y.reshape(shape)
+
+    return Call(run)
+
+
+def is_projection(graph: Graph, side: Node, node: Node) -> bool:
+    """Whether `node` adds the 1x1 convolution `side`, which nobody else reads."""
+    op = side.op
+    return (
+        isinstance(op, Conv)
+        and triton_conv1x1.is_gemm(op.problem)
+        and op.activation == "identity"
+        and not op.problem.residual
+        and node.residual == side.name
+        and graph.readers[side.name] == 1
+    )
+
+
+def _pair(graph: Graph, at: int) -> tuple[Conv, Conv] | None:
+    """The projection at `at` and the 1x1 convolution behind it that adds it."""
+    if at + 1 >= len(graph.nodes):
+        return None
+    side, node = graph.nodes[at : at + 2]
+    shortcut, main = side.op, node.op
+    if not isinstance(shortcut, Conv) or not isinstance(main, Conv) or main.residual_last:
+        return None
+    fits = is_projection(graph, side, node) and triton_conv1x1.is_gemm(main.problem)
+    return (shortcut, main) if fits else None

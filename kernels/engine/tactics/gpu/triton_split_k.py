@@ -1,0 +1,89 @@
+"""A convolution of few output tiles, its reduction split over multiprocessors: one Triton kernel.
+
+Of the dozens of splits a problem allows, those with the least estimated time are offered: each
+takes a compilation and a measurement.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Conv, Graph, State
+from resfuse.kernels.engine.ir.lowered import Call
+from resfuse.kernels.engine.memory.buffers import Arena
+from resfuse.kernels.engine.tactics.gpu import triton_conv, triton_kernels
+from resfuse.kernels.gpu.conv import conv_config
+from resfuse.kernels.gpu.split_k.split_k_config import Config, candidates, cycles
+from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.tuning_cache.denylist import Key, key_of
+
+if TYPE_CHECKING:
+    from resfuse.kernels.gpu.common.launch import Launch
+    from resfuse.kernels.gpu.conv.conv_arguments import Tensors
+
+MOST = 4
+
+refusal = triton_kernels.refusal
+
+
+def segments(graph: Graph, at: int) -> Iterable[Candidate]:
+    op = graph.nodes[at].op
+    if not isinstance(op, Conv):
+        return
+    for config in _configs(op.problem, triton_kernels.multiprocessors(graph)):
+        settings = asdict(config)
+        flat = {**settings.pop("tile"), **settings}
+        yield Candidate("split_k", at, at + 1, tuple(flat.items()))
+
+
+def scratch(graph: Graph, choice: Candidate) -> int:
+    return 0
+
+
+def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+    from resfuse.kernels.gpu.split_k.split_k import Workspace, launch, workspace
+
+    op = graph.nodes[choice.start].op
+    assert isinstance(op, Conv)
+    problem, last = op.problem, op.residual_last
+    config = _config(choice)
+    made = workspace(problem, config, state[op.weight].device)
+    counters, partials = made.counters, made.partials.numel()  # counters end each run as zeros
+    arena.hold([counters])
+
+    def launch_of(t: "Tensors") -> "Launch":
+        # The parts of the sum are needed while the launch runs: then others have their memory.
+        parts = torch.empty(partials, dtype=torch.float32, device=counters.device)
+        return launch(problem, t, config, Workspace(parts, counters), last)
+
+    return triton_kernels.convolution(graph, choice, state, arena, launch_of)
+
+
+def configuration(graph: Graph, choice: Candidate) -> Key:
+    mode = triton_kernels.math_mode(graph, choice)
+    return key_of("conv_bn_act_split_k", mode, _config(choice))
+
+
+def _config(choice: Candidate) -> Config:
+    settings = choice.settings
+    splits = settings.pop("split_taps"), settings.pop("split_channels")
+    return Config(conv_config.Config(**settings), *splits)
+
+
+def _configs(problem: ConvProblem, sms: int) -> list[Config]:
+    """Splits of tiles too few to give every multiprocessor one, the quickest by estimate first."""
+    if problem.c < triton_conv.LEAST_CHANNELS:
+        return []
+    few = [
+        config
+        for config in candidates(problem)
+        if config.splits > 1 and _count(config.tile.tiles(problem)) < sms
+    ]
+    return sorted(few, key=lambda config: cycles(problem, config, sms))[:MOST]
+
+
+def _count(tiles: tuple[int, int]) -> int:
+    return tiles[0] * tiles[1]

@@ -1,0 +1,1 @@
+"""Checks and times candidates on the device at hand."""

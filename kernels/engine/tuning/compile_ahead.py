@@ -1,0 +1,130 @@
+"""Compiles what a build is about to measure, side by side, before anything is timed.
+
+A build tries some hundred configurations of Triton kernels, half a second of compilation each.
+Their launches are written down on meta tensors, which differ from the real ones in nothing but the
+device. Triton's cache on disk hands the results over, and what it has already costs a millisecond.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from resfuse.kernels.engine.ir.candidate import Candidate, key_of
+from resfuse.kernels.engine.ir.graph import Graph, State
+from resfuse.kernels.engine.runtime.executor import Executor
+from resfuse.kernels.engine.tactics import TACTICS
+from resfuse.kernels.engine.tactics.gpu import triton_kernels
+
+if TYPE_CHECKING:
+    from resfuse.kernels.gpu.common.launch import Launch
+    from resfuse.kernels.gpu.inspect.inspect import Specialized
+
+
+def compile_ahead(graph: Graph, state: State, choices: Iterable[Candidate], arch: int) -> int:
+    """Compiles the kernels of `choices` for the NVIDIA GPU `sm_<arch>`, and their launchers where
+    Triton has one for each; returns how many launches that were. What fails here fails again, and
+    is reported, where it is to be measured."""
+    found = list(launches(graph, state, choices))
+    compile_launches(found, arch)
+    return len(found)
+
+
+def compile_launches(found: "Iterable[Launch]", arch: int) -> None:
+    """The same of launches: each kernel once, those first that Triton's cache does not have."""
+    from triton.backends.compiler import GPUTarget
+
+    from resfuse.kernels.engine.tuning.compile_processes import compile_in_processes
+
+    gpu = GPUTarget("cuda", arch, 32)
+    kernels: dict[str, tuple[Specialized, Launch]] = {}
+    for launch in found:
+        kernel = _specialize(launch, gpu)
+        if kernel is not None:
+            kernels.setdefault(kernel.key, (kernel, launch))
+    missing = {key: both for key, both in kernels.items() if both[0].cached_metadata() is None}
+    compile_in_processes([launch for _, launch in missing.values()], arch, cores())
+    _side_by_side(lambda key: _compile(missing[key][0]), missing)
+    _build_launchers(kernel for kernel, _ in kernels.values())
+
+
+def cores() -> int:
+    """Those this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def launches(graph: Graph, state: State, choices: Iterable[Candidate]) -> "Iterator[Launch]":
+    """What the choices would launch, on meta tensors; of equal parts of the graph once."""
+    shapes = {name: tensor.to("meta") for name, tensor in state.items()}
+    seen = set()
+    for choice in choices:
+        part = graph.part(choice.start, choice.stop)
+        key = key_of(part), choice.label()
+        if is_triton(choice) and key not in seen:
+            seen.add(key)
+            yield from _launches(part, choice.at_start(), shapes)
+
+
+def is_triton(choice: Candidate) -> bool:
+    """Whether kernels of ours compute it."""
+    return hasattr(TACTICS[choice.tactic].load(), "configuration")
+
+
+def _launches(part: Graph, choice: Candidate, shapes: State) -> "list[Launch]":
+    values = (part.values[name] for name in part.reads)
+    inputs = [torch.empty(v.shape, dtype=v.dtype, device="meta") for v in values]
+    with triton_kernels.written_down() as found:
+        try:
+            Executor(part, [choice], shapes)(*inputs)
+        except (RuntimeError, ValueError):  # it will be said where it is measured
+            return []
+    return found
+
+
+def _specialize(launch: "Launch", gpu: Any) -> "Specialized | None":
+    from resfuse.kernels.gpu.inspect.inspect import specialize
+
+    try:
+        kernel = specialize(launch, gpu)
+        return kernel if kernel.key else None
+    except Exception:  # Triton may raise anything
+        return None
+
+
+def _compile(kernel: "Specialized") -> None:
+    """Nothing where a process has done it."""
+    if kernel.cached_metadata() is None:
+        kernel.compile()
+
+
+def _build_launchers(kernels: "Iterable[Specialized]") -> None:
+    """Compiles the C launchers of Triton 3.6 (c_launchers.py), each once."""
+    from resfuse.kernels.gpu.common import c_launchers
+
+    sources = set()
+    for kernel in kernels:
+        metadata = kernel.cached_metadata()  # None where it does not compile
+        if metadata is not None:
+            source = c_launchers.source_of(kernel.source, SimpleNamespace(**metadata))
+            if source is None:
+                return  # one for all
+            sources.add(source)
+    _side_by_side(c_launchers.build_ahead, sources)
+
+
+def _side_by_side(work: Callable[[str], object], keys: Iterable[str]) -> None:
+    """By threads: Triton's passes, ptxas and gcc let go of Python's lock."""
+
+    def attempt(key: str) -> None:
+        with contextlib.suppress(Exception):  # a compiler may raise anything
+            work(key)
+
+    with ThreadPoolExecutor(cores()) as threads:
+        for key in keys:
+            threads.submit(attempt, key)

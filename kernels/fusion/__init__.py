@@ -1,0 +1,1 @@
+"""fuse, unfuse and explain: other people's models on fused layers."""

@@ -1,0 +1,234 @@
+"""explain: what fuse did to a model, a line a convolution, and how much of the work that is."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resfuse.kernels.fusion.fuse import unfused
+from resfuse.kernels.fusion.layers.fused_layers import Step, convolutions
+from resfuse.kernels.fusion.matching.layer_kinds import copied
+from resfuse.kernels.fusion.planning.plan import plan_of
+from resfuse.kernels.fusion.planning.plan_builder import scopes
+from resfuse.kernels.fusion.training.training_layers import steps_of
+from resfuse.kernels.fusion.training.training_plan import training_plan_of
+from resfuse.kernels.fusion.training.training_plan_builder import training_scopes
+from resfuse.kernels.observation.observer import undrawn
+
+EXAMPLE_SIZE = 224  # pixels, where no example is given
+
+
+@dataclass(frozen=True)
+class Line:
+    """One convolution of a model."""
+
+    name: str
+    shape: str  # C -> K RxS /stride
+    fused: bool
+    how: str  # what it is fused with, or why it was left alone
+    macs: int | None  # multiply-accumulates an image; None where no example could be run
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every convolution of a model. `str()` is a table."""
+
+    lines: tuple[Line, ...]
+    norms: tuple[str, ...]  # batch norms that run with their activation, without a convolution
+    note: str = ""
+    fused_in_training: tuple[str, ...] | None = None  # chains' names; None: it was not asked for
+    left_in_training: tuple[tuple[str, str], ...] = ()  # a batch norm's name, and why it was left
+
+    @property
+    def share(self) -> float | None:
+        """Fused share of the convolutions' MACs, 0 to 1; None where MACs are unknown."""
+        if any(line.macs is None for line in self.lines):
+            return None
+        total = sum(line.macs or 0 for line in self.lines)
+        done = sum(line.macs or 0 for line in self.lines if line.fused)
+        return done / total if total else 0.0
+
+    def left(self) -> tuple[Line, ...]:
+        return tuple(line for line in self.lines if not line.fused)
+
+    def __str__(self) -> str:
+        left = (f"left in training mode: {name}: {why}" for name, why in self.left_in_training)
+        return "\n".join([*_table(self.lines), *left, self.summary()])
+
+    def summary(self) -> str:
+        if not self.lines:
+            return f"no 2-D convolution in this model: nothing was changed{self.note}"
+        fused = sum(line.fused for line in self.lines)
+        words = f"{fused} of {len(self.lines)} convolutions fused"
+        if self.share is not None:
+            words += f", {100 * self.share:.1f} % of their MACs"
+        if self.norms:
+            words += f"; {len(self.norms)} batch norms fused with what follows them"
+        if self.fused_in_training is not None:
+            fused = len(self.fused_in_training)
+            words += f"; in training mode {fused} of {fused + len(self.left_in_training)} batch"
+            words += " norms fused"
+        return f"{words}{self.note}"
+
+
+def explain(model: nn.Module, example: Any = None) -> Explanation:
+    """Says of every convolution what it was fused with, or why not, and its share of the MACs.
+
+    Args:
+        model: fused, or not: of an unfused model the lines say what `fuse` would do.
+        example: what the model takes, to count MACs: a tensor [N, C, H, W], or a tuple of
+            arguments. Without one a zero image of 224 x 224 is tried.
+
+    Raises:
+        ValueError: the model refuses the example given.
+    """
+    found = _what_is_done(model)
+    convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    macs, note = _count_macs(model, convs, example)
+    lines = tuple(
+        Line(name, _shape(conv), *found.of(name), macs[name] if macs is not None else None)
+        for name, conv in convs.items()
+    )
+    note += _not_read(model)
+    is_fused = any(plan_of(module) is not None for module in model.modules())
+    if lines and not is_fused:
+        note += "; this is what fuse would do: the model is not fused"
+    return Explanation(lines, tuple(found.norms), note, *_in_training(model))
+
+
+def _not_read(model: nn.Module) -> str:
+    """What else there is: convolutions of other dimensions, and what no forward shows."""
+    kinds = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    others = Counter(type(m).__name__ for m in model.modules() if isinstance(m, kinds))
+    words = "".join(f"; {number} {name} left as they are" for name, number in others.items())
+    scripted = sum(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    return f"{words}; {scripted} TorchScript modules not read" if scripted else words
+
+
+class _Found:
+    def __init__(self) -> None:
+        self.how: dict[str, str] = {}
+        self.left: dict[str, str] = {}
+        self.norms: dict[str, None] = {}  # in order, each once: a scope has a step for every call
+
+    def of(self, name: str) -> tuple[bool, str]:
+        if name in self.how:
+            return True, self.how[name]
+        return False, self.left.get(name, "no forward that could be read calls it")
+
+
+def _what_is_done(model: nn.Module) -> _Found:
+    found = _Found()
+    with unfused(model):
+        drafts = [(name, scope, drafted) for name, scope, drafted in scopes(model)]
+    for name, scope, drafted in drafts:
+        prefix = f"{name}." if name else ""
+        plan = plan_of(scope) or drafted.plan
+        for step in plan.steps.values() if plan is not None else ():
+            _add(found, prefix, step)
+        for layer, reason in drafted.left.items():
+            found.left[prefix + layer] = reason
+    return found
+
+
+def _in_training(
+    model: nn.Module,
+) -> tuple[tuple[str, ...] | None, tuple[tuple[str, str], ...]]:
+    """Names of what is fused in training mode, if that was asked for, and what is not."""
+    if all(training_plan_of(module) is None for module in model.modules()):
+        return None, ()
+    fused: dict[str, None] = {}
+    left: dict[str, str] = {}
+    with unfused(model):
+        drafts = list(training_scopes(model))
+    for name, _, plan in drafts:
+        prefix = f"{name}." if name else ""
+        fused |= {prefix + own.name: None for step in plan.steps.values() for own in steps_of(step)}
+        left |= {prefix + norm: reason for norm, reason in plan.left.items()}
+    return tuple(fused), tuple(left.items())
+
+
+def _add(found: _Found, prefix: str, step: Step) -> None:
+    layers = convolutions(step)
+    if not layers:
+        found.norms[prefix + step.name] = None
+    for layer in layers:
+        found.how[prefix + layer.name] = step.chain if layer is layers[0] else "projection inside"
+
+
+def _count_macs(
+    model: nn.Module, convs: dict[str, nn.Conv2d], example: Any
+) -> tuple[dict[str, int] | None, str]:
+    if not convs:
+        return {}, ""
+    with unfused(model):
+        model = _twin(model)
+    convs = {name: conv for name, conv in model.named_modules() if name in convs}
+    given = example is not None
+    if not given:
+        weight = next(iter(convs.values())).weight
+        shape = (1, next(iter(convs.values())).in_channels, EXAMPLE_SIZE, EXAMPLE_SIZE)
+        example = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+    arguments = example if isinstance(example, tuple) else (example,)
+    counts = dict.fromkeys(convs, 0)
+    hooks = [conv.register_forward_hook(_counter(counts, name)) for name, conv in convs.items()]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        with unfused(model), torch.no_grad(), undrawn():
+            model(*arguments)
+    except Exception as error:  # foreign models raise what they like
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if given:
+            raise ValueError(
+                f"argument example: the model refuses it ({reason}); accepted: what it takes"
+            ) from error
+        return None, "; give explain an example to count MACs"
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    images = next((a.shape[0] for a in arguments if isinstance(a, Tensor)), 1)
+    return {name: count // images for name, count in counts.items()}, ""
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy to run, whose forward may write to what it keeps; the model where it has none."""
+    try:
+        return copied(model)
+    except Exception:  # torch's, of parametrized and pruned layers
+        return model
+
+
+def _counter(counts: dict[str, int], name: str) -> Any:
+    def hook(conv: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        counts[name] += output.numel() * conv.weight[0].numel()
+
+    return hook
+
+
+def _shape(conv: nn.Conv2d) -> str:
+    words = f"{conv.in_channels} -> {conv.out_channels} {conv.kernel_size[0]}x{conv.kernel_size[1]}"
+    if conv.stride != (1, 1):
+        words += f" /{conv.stride[0]}"
+    return f"{words} groups {conv.groups}" if conv.groups != 1 else words
+
+
+def _table(lines: tuple[Line, ...]) -> Iterator[str]:
+    total = sum(line.macs or 0 for line in lines)
+    rows = [("convolution", "shape", "MACs", "", "")]
+    for line in lines:
+        share = f"{100 * line.macs / total:.1f} %" if line.macs is not None and total else ""
+        rows.append((line.name, line.shape, share, "fused" if line.fused else "left", line.how))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i == 2 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()

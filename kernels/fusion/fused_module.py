@@ -1,0 +1,234 @@
+"""A scope that has been fused: the same module object, of a class that runs a rewritten forward
+where that computes the same, and the original one everywhere else.
+
+Like torch.nn.utils.parametrize, this gives the instance a subclass of its own class: parameters,
+buffers, submodules, hooks and isinstance stay as they were, and taking the class back undoes it.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from resfuse.kernels.fusion.layers.fold_cache import require_weights
+from resfuse.kernels.fusion.planning.plan import NOT_RUN, PLAN, Forward, Plan
+from resfuse.kernels.fusion.planning.plan_builder import make_plan
+from resfuse.kernels.fusion.planning.rewrite import STEPS
+from resfuse.kernels.fusion.planning.sequential_inplace import sequence_plan
+from resfuse.kernels.fusion.tracing.module_tracing import ORIGINAL, original_class
+from resfuse.kernels.fusion.training.training_plan import (
+    TRAINING_PLAN,
+    TRAINING_STEPS,
+    TrainingPlan,
+)
+from resfuse.kernels.fusion.training.training_plan_builder import make_training_plan
+
+_LEFT = "_resfuse_left"
+# Reasons by layer, in eval mode and in training mode; and whether the weights are frozen.
+Left = tuple[dict[str, str], dict[str, str] | None, bool]
+
+
+class Steps:
+    """A scope's steps as attributes: the generated forward calls `self._resfuse_steps.conv1(x)`."""
+
+    def __init__(self, steps: Mapping[str, Any]) -> None:
+        vars(self).update(steps)
+
+
+class FusedScope(nn.Module):
+    """Mixed into the class of a scope while it is fused."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        plan = vars(self)[PLAN]
+        plan.suspect()
+        if not mode:
+            plan.fold_ahead()
+        elif TRAINING_PLAN in vars(self):
+            plan.forget_folded()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        require_weights(vars(self)[PLAN].has_discarded())
+        with torch.inference_mode(False):  # nothing would count the writes to inference tensors
+            super()._apply(fn, recurse)
+        vars(self)[PLAN].suspect()
+        self._resfuse_fold_ahead()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        require_weights(vars(self)[PLAN].has_discarded())
+        return super().load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        vars(self)[PLAN].suspect()
+
+    def _resfuse_fold_ahead(self) -> None:
+        """Folds, unless the weights are about to be trained: a copy of them would be no use."""
+        if not (self.training and TRAINING_PLAN in vars(self)):
+            vars(self)[PLAN].fold_ahead()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles hold the layers; a plan is made again from them."""
+        require_weights(vars(self)[PLAN].has_discarded())
+        state = {k: v for k, v in vars(self).items() if k not in _OURS}
+        return _empty, (original_class(self), self._resfuse_left()), state
+
+    def _resfuse_left(self) -> Left:
+        """What was left alone, and why: a copy of a part cannot see the whole."""
+        training = vars(self).get(TRAINING_PLAN)
+        plan = vars(self)[PLAN]
+        return plan.left, None if training is None else training.left, plan.frozen
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        left = vars(self).pop(_LEFT)
+        super().__setstate__(state)
+        _attach_anew(self, left)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            "a fused module cannot be scripted: call torch.jit.script on unfuse(model), or on what "
+            "was fused"
+        )
+
+
+class FusedGraphModule(FusedScope):
+    """A GraphModule has a class to itself, which `recompile` gives another forward, and ways of its
+    own to be copied and pickled: what they are told is that it is not fused."""
+
+    @contextmanager
+    def _resfuse_as_it_was(self) -> Iterator[None]:
+        require_weights(vars(self)[PLAN].has_discarded())
+        kind, ours = type(self), {k: v for k, v in vars(self).items() if k in _OURS}
+        detach(self)
+        try:
+            yield
+        finally:
+            self.__class__ = kind
+            vars(self).update(ours)
+
+    def recompile(self) -> Any:
+        """The graph has changed: so does the plan."""
+        with self._resfuse_as_it_was():
+            code = self.recompile()
+        left = self._resfuse_left()
+        detach(self)
+        _attach_anew(self, left)
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with self._resfuse_as_it_was():
+            twin = deepcopy(self, memo)
+        twin.training = self.training
+        return _attach_anew(twin, self._resfuse_left())
+
+    def __copy__(self) -> Any:
+        with self._resfuse_as_it_was():
+            twin = copy(self)
+        twin.training = self.training
+        return _attach_anew(twin, self._resfuse_left())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with self._resfuse_as_it_was():
+            reduced = self.__reduce__()
+        assert isinstance(reduced, tuple)
+        return _made_anew, (*reduced[:2], self.training, self._resfuse_left())
+
+
+def _made_anew(make: Any, arguments: Any, training: bool, left: Left) -> nn.Module:
+    """A fused GraphModule out of a pickle."""
+    module = make(*arguments)
+    module.training = training
+    return _attach_anew(module, left)
+
+
+def _attach_anew(scope: nn.Module, left: Left) -> nn.Module:
+    """Gives a scope the plans that it had, made again."""
+    left_alone, left_in_training, frozen = left
+    scope.__class__ = original_class(scope)
+    plan = make_plan(scope, _reasons(scope, left_alone).get).plan or sequence_plan(scope)
+    if left_in_training is not None:
+        training = make_training_plan(scope, _reasons(scope, left_in_training).get)
+        attach(scope, plan or empty_plan(scope), training)
+    elif plan is not None:
+        attach(scope, plan)
+    if plan is not None:
+        plan.frozen = frozen
+        plan.adopt(scope)
+    return scope
+
+
+def _reasons(scope: nn.Module, left: dict[str, str]) -> dict[nn.Module, str]:
+    named = dict(scope.named_modules())
+    return {named[name]: reason for name, reason in left.items() if name in named}
+
+
+def attach(scope: nn.Module, plan: Plan, training: TrainingPlan | None = None) -> None:
+    """Gives a scope a plan, and one for training mode."""
+    vars(scope)[PLAN] = plan
+    vars(scope)[STEPS] = Steps(plan.steps | plan.calls)
+    if training is not None:
+        vars(scope)[TRAINING_PLAN] = training
+        vars(scope)[TRAINING_STEPS] = Steps(training.steps)
+    if original_class(scope) is type(scope):
+        scope.__class__ = _fused_class(type(scope))
+    scope._resfuse_fold_ahead()  # type: ignore[operator]
+
+
+def detach(scope: nn.Module) -> None:
+    scope.__class__ = original_class(scope)
+    for name in _OURS:
+        vars(scope).pop(name, None)
+
+
+def empty_plan(scope: nn.Module) -> Plan:
+    """The plan of a scope that is fused in training mode only."""
+    return Plan(scope, {}, {}, [], {})
+
+
+_OURS = (PLAN, STEPS, TRAINING_PLAN, TRAINING_STEPS)
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _classes:
+        name = kind.__name__ if kind.__name__.startswith("Fused") else f"Fused{kind.__name__}"
+        body = {"__module__": kind.__module__, "forward": _forward_in(kind), ORIGINAL: kind}
+        if issubclass(kind, GraphModule):  # its class is its own, and goes with it
+            return type(name, (FusedGraphModule, kind), body)
+        _classes[kind] = type(name, (FusedScope, kind), body)
+    return _classes[kind]
+
+
+def _forward_in(kind: type[nn.Module]) -> Forward:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            result = vars(self)[PLAN].run(self, args, kwargs)
+            if result is not NOT_RUN:
+                return result
+        elif (training := vars(self).get(TRAINING_PLAN)) is not None:
+            result = training.run(self, args, kwargs)
+            if result is not NOT_RUN:
+                return result
+        require_weights(vars(self)[PLAN].has_discarded())
+        return kind.forward(self, *args, **kwargs)
+
+    # torch.fx and exporters match arguments by the signature of what is wrapped.
+    forward.__wrapped__ = kind.forward  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _empty(kind: type[nn.Module], left: Left) -> nn.Module:
+    fused = _fused_class(kind)
+    scope = fused.__new__(fused)
+    vars(scope)[_LEFT] = left
+    return scope

@@ -1,0 +1,1 @@
+"""What runs in place of a chain of layers, and the folded weights it keeps."""

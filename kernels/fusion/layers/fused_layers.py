@@ -1,0 +1,482 @@
+"""Steps: the callables a fused forward is made of. Each stands for a chain of layers (match.py),
+keeps what was folded from them, and folds again when one of their tensors has changed.
+
+x [N, C, H, W], residual [N, K, P, Q] -> y [N, K, P, Q], channels_last. On a GPU a step launches our
+kernels; on a CPU a native step, oneDNN's fused convolution, or torch's own on folded weights. What
+a step cannot do (another dtype, an empty batch, an image without a batch dimension) its layers do
+themselves, so that results and errors stay theirs.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resfuse.kernels.cpu import onednn
+from resfuse.kernels.cpu.weight_origin import (
+    Origin,
+    is_plain,
+    sources_of,
+    tensors_of,
+    why_not_followed,
+)
+from resfuse.kernels.fusion.layers.fold_cache import (
+    Fold,
+    Folded,
+    Packed,
+    fold,
+    lacks_statistics,
+    require_weights,
+)
+from resfuse.kernels.fusion.layers.launch_signature import is_unseen, signature_of
+from resfuse.kernels.fusion.matching.layer_kinds import geometry_of, slope_of
+from resfuse.kernels.fusion.matching.match import Chain, Residual
+from resfuse.kernels.fusion.tracing.memory_formats import (
+    convolves_to_channels_last,
+    is_ambiguous,
+    laid_out,
+    strides_in,
+    suggests_channels_last,
+)
+from resfuse.kernels.gpu.common.arguments import channels_last
+from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
+from resfuse.kernels.ops.bn_folding import bn_scale_shift
+from resfuse.kernels.ops.conv_problem import output_shape
+
+
+class ConvStep:
+    """act(bn(conv(x)) + residual), or act(bn(conv(x))) + residual."""
+
+    def __init__(self, chain: Chain, fold: Fold) -> None:
+        assert chain.conv is not None
+        self.chain = chain.summary()
+        self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
+        self.activation, self.residual = chain.activation, chain.residual
+        self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
+        self.adds_to = chain.adds_to
+        self.geometry = geometry_of(self.conv)
+        layers = (self.conv, self.norm, self.act)
+        self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
+        self.fold = fold
+        self.overwrite = False  # the residual is nobody else's: it may be added in place
+        self.detours = 0  # runs that were something else
+        self._id = object()  # among steps that share a fold
+        self._bound: Packed | None = None
+        self._shapes: tuple[Any, Any] = ((), ())  # of the last input, and of its output
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_exporting():
+            return self._exported(x, residual)
+        x = autocast(x)
+        if x.is_cuda and is_unseen(x, residual) and (made := self.fold.made) is not None:
+            prepared = made.launches.get((self._id, *signature_of(x, residual)))
+            if prepared is not None and (y := prepared(x, residual)) is not None:
+                return y
+        if not self.takes(x, residual):
+            self.detours += 1
+            return self.by_layers(x, residual)
+        folded = self.folded(x.dtype)
+        if folded is None or not folded.finite:
+            self.detours += 1
+            return self.by_layers(x, residual)
+        if x.is_cuda:
+            return self._on_gpu(x, self.folded_for_gpu(x.dtype), residual)
+        if folded.packed is None and x.is_cpu and onednn.supports(x.dtype):
+            folded = self.fold.made = folded.pack(
+                self.geometry, self.activation, x, self.fold.threads
+            )
+        if folded.packed is not None:
+            self._discard_weight()
+            return self._packed(x, folded.packed, residual)
+        self.detours += 1
+        return self._decomposed(x, folded, residual)
+
+    def straight(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """A run on a CPU: an instance that is bound to packed weights has one without the checks,
+        which another thread may take away (`forget`)."""
+        return self(x, residual)
+
+    def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        if torch.compiler.is_exporting() or not self.takes(autocast(x), residual):
+            return self(x, residual)
+        channels_last = convolves_to_channels_last(autocast(x), self.conv.weight)
+        shape = self._output_shape(x)
+        odd = residual is not None and (
+            residual.shape != shape or residual.stride() != strides_in(shape, channels_last)
+        )
+        if odd or (channels_last and is_ambiguous(shape)):
+            self.detours += 1
+            return self.by_layers(x, residual)
+        made = self(x, residual)
+        y = laid_out(made, channels_last)
+        self.detours += y is not made
+        return y
+
+    def makes_channels_last(self, x: Tensor) -> bool:
+        """Whether eager's result for x is channels_last, and nothing else."""
+        return (
+            self.takes(x)
+            and convolves_to_channels_last(x, self.conv.weight)
+            and not is_ambiguous(self._output_shape(x))
+        )
+
+    def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """As the modules themselves compute it."""
+        require_weights(self.fold.discarded)
+        y = self.conv(x)
+        if self.norm is not None:
+            y = self.norm(y)
+        return _finish_by_layers(self, y, residual)
+
+    def folded(self, dtype: torch.dtype) -> Folded | None:
+        """The folded layers in that dtype, None where they cannot be folded; `forget_if_stale` sees
+        to it that they are fresh."""
+        folded = self.fold.made  # which another thread may replace at any moment
+        if folded is None or (folded.dtype != dtype and not self.fold.discarded):
+            folded = fold(self.sources, self.conv, self.norm, self.act, dtype)
+            self.fold.made = folded
+        return folded
+
+    def folded_for_gpu(self, dtype: torch.dtype) -> Folded:
+        """The same for a run on a GPU of layers that can be folded; what is folded lies as kernels
+        read it."""
+        folded = self.folded(dtype)
+        assert folded is not None
+        if torch.compiler.is_compiling():  # a graph cannot take a layer's weight away
+            return folded
+        self._discard_weight()
+        return folded
+
+    def forget_if_stale(self) -> None:
+        """Forgets what was folded from tensors that have changed.
+
+        Raises:
+            RuntimeError: they have, and the weight that it takes to fold again was discarded.
+        """
+        made = self.fold.made
+        if made is None:
+            return
+        if made.origin.is_where_it_was(tensors_of(self.sources)) and made.origin.is_unchanged():
+            return
+        require_weights(self.fold.discarded)
+        self.fold.made = None
+
+    def is_readable(self) -> bool:
+        """Whether all that was folded lies where every byte of it can be looked at."""
+        return self.fold.made is None or self.fold.made.origin.is_readable
+
+    def forget(self) -> None:
+        """Forgets what was folded, and how it was run."""
+        if not self.fold.discarded:
+            self.fold.made = self._bound = None
+            vars(self).pop("straight", None)
+
+    def _discard_weight(self) -> None:
+        """Leaves the shape of the layer's weight, and frees its memory, once, where that was asked
+        for. It may have been asked for long after the weight was folded."""
+        if not self.fold.discard or self.fold.discarded:
+            return
+        made, weight = self.fold.made, self.conv._parameters["weight"]
+        assert made is not None and weight is not None
+        self.conv._parameters["weight"] = nn.Parameter(weight.detach().to("meta"), False)
+        self.conv.register_state_dict_pre_hook(_refuse)
+        self.conv.register_load_state_dict_pre_hook(_refuse)
+        self.fold.made = replace(made, origin=Origin(tensors_of(self.sources)))
+        self.fold.discarded = True
+
+    def takes(self, x: Tensor, residual: Tensor | None = None) -> bool:
+        """Whether the layers' own checks would pass: then none of them is asked."""
+        weight = self.conv._parameters.get("weight")
+        return (
+            type(weight) is nn.Parameter
+            and is_plain(x)
+            and (residual is None or is_plain(residual))
+            and x.dim() == 4
+            and x.size(1) == self.conv.in_channels
+            and (x.device == weight.device or self.fold.discarded)
+            and (x.dtype == weight.dtype or torch._C._is_any_autocast_enabled())
+            and x.numel() > 0
+            and (residual is None or residual.dtype == x.dtype)
+        )
+
+    def _packed(self, x: Tensor, packed: Packed, residual: Tensor | None) -> Tensor:
+        # Only calls without autocast run straight, while others may run with it in other threads.
+        if packed is not self._bound and not torch._C._is_any_autocast_enabled():
+            adds = self.residual != "none"
+            run = packed.bound_add(self.overwrite) if adds else packed.bound()
+            vars(self)["straight"] = run
+            self._bound = packed
+        if residual is None:
+            return packed(x)
+        if self.residual == "after":
+            self.detours += 1
+            return packed(x).add_(residual)
+        shape = self._output_shape(x)
+        in_nhwc = residual.is_contiguous(memory_format=torch.channels_last)
+        if residual.shape != shape or (self.overwrite and not in_nhwc):
+            self.detours += 1
+            return packed.add(x, residual.expand(shape))
+        return packed.add(x, residual, self.overwrite)
+
+    def _on_gpu(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
+        """By a kernel: as an op where torch looks on, else launched, and prepared for the next."""
+        from resfuse.kernels.fusion.layers.prepared_launch import launched
+        from resfuse.kernels.gpu.dispatch import conv_bn_act, launch_of
+
+        if residual is not None and residual.shape != self._output_shape(x):
+            return self._decomposed(x, folded, residual)
+        geometry = self.geometry
+        settings: dict[str, Any] = {
+            "stride": geometry.stride, "padding": geometry.padding,
+            "dilation": geometry.dilation, "groups": geometry.groups,
+            "activation": self.activation, "slope": folded.slope,
+            "residual_last": self.residual == "after",
+        }  # fmt: skip
+        if not is_unseen(x, residual):
+            return conv_bn_act(x, folded.dense(), folded.bias, residual, **settings)
+        x, residual = channels_last(x), None if residual is None else channels_last(residual)
+        return launched(
+            folded.launches, (self._id, *signature_of(x, residual)), x, residual,
+            lambda: launch_of(x, folded.dense(), folded.bias, residual, **settings),
+        )  # fmt: skip
+
+    def _exported(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Plain ops on the folded weight, which becomes a constant of the exported graph."""
+        folded = self.fold.made
+        fresh = folded is not None and (self.fold.discarded or folded.is_fresh())
+        if folded is None or folded.dtype != x.dtype or not fresh:
+            return self.by_layers(x, residual)
+        weight = folded.dense()
+        if not suggests_channels_last(self.conv.weight):  # formats go by the weight's
+            weight = weight.contiguous()
+        return self._decomposed(x, replace(folded, weight=weight), residual)
+
+    def _decomposed(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
+        """Convolution, add and activation in torch's own ops."""
+        g = self.geometry
+        y = F.conv2d(x, folded.dense(), folded.bias, g.stride, g.padding, g.dilation, g.groups)
+        return _finish(y, residual, self.residual, self.activation, folded.slope)
+
+    def _output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
+        if x.shape != self._shapes[0]:
+            g, conv = self.geometry, self.conv
+            weight = (conv.out_channels, conv.in_channels, *conv.kernel_size)
+            shape = output_shape(x.shape, weight, g.stride, g.padding, g.dilation)
+            self._shapes = (x.shape, shape)
+        return self._shapes[1]
+
+
+class NormStep:
+    """act(x * scale + shift + residual): a batch norm that no convolution can take in."""
+
+    def __init__(self, chain: Chain) -> None:
+        assert chain.norm is not None
+        self.chain = chain.summary()
+        self.name, self.norm, self.act = chain.name, chain.norm, chain.act
+        self.activation, self.residual = chain.activation, chain.residual
+        self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
+        self.adds_to = chain.adds_to
+        self._sources = sources_of(self.norm)
+        # Scale, shift, and launches prepared with them (prepared_launch.py): replaced at once,
+        # since other threads read them.
+        self._made: tuple[Origin, Tensor, Tensor, dict[Any, Any]] | None = None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not x.is_cuda or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
+            return self.by_layers(x, residual)
+        from resfuse.kernels.fusion.layers.prepared_launch import launched
+        from resfuse.kernels.gpu.bn_act.bn_act import bn_act, launch_of
+
+        tensors = tensors_of(self._sources)
+        made = self._made
+        if made is None or not made[0].is_where_it_was(tensors):
+            if lacks_statistics(self.norm) or why_not_followed(self._sources) is not None:
+                return self.by_layers(x, residual)
+            made = (Origin(tensors), *bn_scale_shift(self.norm), {})  # type: ignore[arg-type]
+            self._made = made
+        _, scale, shift, launches = made
+        slope = slope_of(self.act, x.shape[1])
+        settings: dict[str, Any] = {
+            "activation": self.activation, "slope": slope,
+            "residual_last": self.residual == "after",
+        }  # fmt: skip
+        # A slope that is a tensor is the activation's own, and no part of what was made.
+        if isinstance(slope, Tensor) or x.numel() == 0 or not is_unseen(x, residual):
+            return bn_act(x, scale, shift, residual, **settings)
+        x, residual = channels_last(x), None if residual is None else channels_last(residual)
+        return launched(
+            launches, (slope, *signature_of(x, residual)), x, residual,
+            lambda: launch_of(x, scale, shift, residual, **settings),
+        )  # fmt: skip
+
+    def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        if not x.is_cuda or torch.compiler.is_exporting():
+            return self(x, residual)
+        channels_last = suggests_channels_last(x)
+        if x.dim() != 4 or (
+            residual is not None and residual.stride() != strides_in(x.shape, channels_last)
+        ):
+            return self.by_layers(x, residual)
+        return laid_out(self(x, residual), channels_last)
+
+    def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return _finish_by_layers(self, self.norm(x), residual)
+
+
+class StemStep:
+    """max_pool(relu(bn(conv(x)))): one kernel on a GPU, two calls on a CPU."""
+
+    def __init__(self, conv: ConvStep, pool: Callable[[Tensor], Tensor]) -> None:
+        self.conv, self.pool = conv, pool
+        self.name, self.chain = conv.name, f"{conv.chain} + max_pool"
+        self._id = object()
+
+    def straight(self, x: Tensor) -> Tensor:
+        """A run on a CPU, without the checks."""
+        return self.pool(self.conv.straight(x))
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        if not x.is_cuda or not self.conv.makes_channels_last(autocast(x)):
+            return self.pool(self.conv.exact(x))
+        made = self(x)
+        if is_ambiguous(made.shape):
+            return self.pool(self.conv.exact(x))
+        y = laid_out(made, True)
+        self.conv.detours += y is not made
+        return y
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or not self.conv.takes(autocast(x)):
+            return self.pool(self.conv(x))
+        from resfuse.kernels.fusion.layers.prepared_launch import launched
+        from resfuse.kernels.gpu.stem.stem import launch_of, stem
+
+        x = autocast(x)
+        folded = self.conv.folded(x.dtype)
+        if folded is None or not folded.finite:
+            return self.pool(self.conv(x))
+        folded = self.conv.folded_for_gpu(x.dtype)
+        if not is_unseen(x, None):
+            return stem(x, folded.dense(), folded.bias)
+        x = channels_last(x)
+        return launched(
+            folded.launches, (self._id, *signature_of(x, None)), x, None,
+            lambda: launch_of(x, folded.dense(), folded.bias),
+        )  # fmt: skip
+
+
+class ProjectionStep:
+    """act(bn(conv(x)) + bn(projection(shortcut))): on a GPU the projection is more of K."""
+
+    def __init__(self, conv: ConvStep, projection: ConvStep) -> None:
+        self.conv, self.projection = conv, projection
+        self.name, self.chain = conv.name, f"{conv.chain}, projection inside"
+        self._id = object()
+        conv.overwrite = True
+
+    def straight(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """A run on a CPU, without the checks."""
+        return self.conv.straight(x, self.projection.straight(shortcut))
+
+    def exact(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The result in the strides that eager's layers would have given it."""
+        read = (self.conv, autocast(x)), (self.projection, autocast(shortcut))
+        if not x.is_cuda or not all(step.makes_channels_last(seen) for step, seen in read):
+            return self.conv.exact(x, self.projection.exact(shortcut))
+        made = self(x, shortcut)
+        y = laid_out(made, True)
+        self.conv.detours += y is not made
+        return y
+
+    def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        both = self.conv.takes(autocast(x)) and self.projection.takes(autocast(shortcut))
+        if not x.is_cuda or not both:
+            return self.conv(x, self.projection(shortcut))
+        from resfuse.kernels.fusion.layers.prepared_launch import launched
+        from resfuse.kernels.gpu.conv1x1.conv1x1 import Shortcut, conv1x1, launch_with_shortcut
+
+        x, shortcut = autocast(x), autocast(shortcut)
+        folded = self.conv.folded(x.dtype), self.projection.folded(shortcut.dtype)
+        if any(one is None or not one.finite for one in folded):
+            return self.conv(x, self.projection(shortcut))
+        main = self.conv.folded_for_gpu(x.dtype)
+        side = self.projection.folded_for_gpu(shortcut.dtype)
+        stride, activation = self.projection.geometry.stride, self.conv.activation
+        if not is_unseen(x, shortcut):
+            return conv1x1(
+                x, main.dense(), main.bias + side.bias, activation=activation, slope=main.slope,
+                shortcut=Shortcut(shortcut, side.dense(), stride),
+            )  # fmt: skip
+        x, shortcut = channels_last(x), channels_last(shortcut)
+        return launched(
+            self._launches(main, side), signature_of(x, shortcut), x, shortcut,
+            lambda: launch_with_shortcut(
+                x, main.dense(), main.bias + side.bias, activation, main.slope,
+                Shortcut(shortcut, side.dense(), stride),
+            ),
+        )  # fmt: skip
+
+    def _launches(self, main: Folded, side: Folded) -> dict[Any, Any]:
+        """Those prepared with both folded weights; kept with either, and gone with either."""
+        made: tuple[Folded, dict[Any, Any]] | None = main.launches.get(self._id)
+        if made is None or made[0] is not side:
+            made = main.launches[self._id] = (side, {})
+        return made[1]
+
+
+Step = ConvStep | NormStep | StemStep | ProjectionStep
+
+
+def convolutions(step: Step) -> list[ConvStep]:
+    """The convolutions a step computes."""
+    if isinstance(step, ConvStep):
+        return [step]
+    if isinstance(step, ProjectionStep):
+        return [step.conv, step.projection]
+    return [step.conv] if isinstance(step, StemStep) else []
+
+
+def _refuse(*_: Any) -> None:
+    """What a layer without a weight has to say to checkpoints."""
+    require_weights(True)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """As autocast would hand `x` to a convolution; differentiable."""
+    if not torch._C._is_any_autocast_enabled():
+        return x
+    if x.dtype == torch.float64 or not x.is_floating_point():  # which it leaves alone
+        return x
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _finish(
+    y: Tensor,
+    residual: Tensor | None,
+    where: Residual,
+    activation: str,
+    slope: Slope,
+    adds_to: bool = False,
+) -> Tensor:
+    """Residual and activation, in torch's own ops, in the layers' order: strides go by it."""
+    if residual is not None and where == "before":
+        y = residual + y if adds_to else y + residual
+    y = ACTIVATIONS[activation].forward(y, slope)
+    if residual is None or where != "after":
+        return y
+    return residual + y if adds_to else y + residual
+
+
+def _finish_by_layers(step: "ConvStep | NormStep", y: Tensor, residual: Tensor | None) -> Tensor:
+    """The same after the norm itself has run, which may apply the activation already."""
+    activation = "identity" if step.norm_activates else step.activation
+    slope = slope_of(step.act, y.shape[1])
+    result = _finish(y, residual, step.residual, activation, slope, step.adds_to)
+    return result.to(y.dtype) if step.keeps_dtype else result

@@ -1,0 +1,1 @@
+"""Which chains of layers one kernel can compute."""

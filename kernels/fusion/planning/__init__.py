@@ -1,0 +1,1 @@
+"""The rewritten forward of a module, and when it may run."""

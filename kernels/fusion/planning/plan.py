@@ -1,0 +1,400 @@
+"""Plans: the forwards a scope has been given, when one of them may run because it computes what the
+original would, and how folded weights that have become stale are found.
+"""
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from resfuse.kernels.cpu.weight_origin import Origin, is_plain, tensors_of
+from resfuse.kernels.fusion.layers.fused_layers import Step, convolutions
+from resfuse.kernels.fusion.matching.layer_kinds import differs_in_training
+from resfuse.kernels.fusion.planning.forwards import Forwards
+from resfuse.kernels.fusion.planning.optimizer_steps import tell_of_steps
+from resfuse.kernels.fusion.planning.tree_guards import TreeCheck
+from resfuse.kernels.fusion.tracing.guards import Guards
+from resfuse.kernels.fusion.tracing.memory_formats import World, suggests_channels_last
+from resfuse.kernels.fusion.tracing.module_tracing import Call
+from resfuse.kernels.observation.observer import Observed
+
+STEPS = "_resfuse_steps"  # the attribute of a fused scope that holds its steps
+PLAN = "_resfuse_plan"  # the attribute of a fused scope that holds its plan
+NOT_RUN = object()
+
+Forward = Callable[..., Any]
+Signature = tuple[Any, ...]  # shape, strides, dtype of an input, and whether autocast was on
+Watched = tuple[nn.Module, str, nn.Module]  # where a layer is found, and which
+
+
+class Plan:
+    """How a scope's forward runs, by how it is called, and when it may."""
+
+    def __init__(
+        self,
+        scope: nn.Module,
+        forwards: "dict[Call, Forwards]",
+        steps: dict[str, Step],
+        watched: list[str],
+        left: dict[str, str],
+        *,
+        returns_fresh: bool = False,
+        observed: Observed | None = None,
+        children: Sequence[nn.Module] = (),
+    ) -> None:
+        self._scope = weakref.ref(scope)
+        self.forwards, self.steps, self.left = forwards, steps, left
+        self.calls: dict[str, Any] = {}  # of fused children, by attribute: see forward_variants.py
+        self._has_channels_last = False  # a weight of this scope, or of one within it
+        self._passed: dict[Any, Signature] = {}  # what went through with all checks last
+        self.returns_fresh = returns_fresh  # the output is nobody else's
+        every = [layer for step in steps.values() for layer in convolutions(step)]
+        self.layers = list({layer.fold: layer for layer in every}.values())
+        self._every = every
+        self._tree: list[Plan] = [self]  # of the scope and all scopes in it
+        self._root = self
+        self._sources = [source for layer in self.layers for source in layer.sources]
+        self._origin: Origin | None = None  # of those sources, when they were looked at last
+        self._suspect = False  # something has happened since that may have written to weights
+        self.frozen = False  # a call need not look at them: nobody writes to them, as was promised
+        places = [watch(scope, name) for name in watched]
+        self._layers = [layer for *_, layer in places]
+        self._tree_check = TreeCheck(PLAN)
+        self.guards = Guards(
+            Observed() if observed is None else observed,
+            layers=() if observed is None else self._layers,
+            children=children,
+            called=self._layers if observed is None else (),
+            modal=[layer for layer in self._layers if differs_in_training(layer)],
+            places=places,
+            scope=scope,
+        )
+        self._parameters = [(m._parameters, name) for m in self._layers for name in m._parameters]
+
+    def run(
+        self,
+        scope: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        owns: bool = False,
+        world: World | None = None,
+        *,
+        lenient: bool = False,
+    ) -> Any:
+        """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
+
+        Args:
+            owns: the caller gives its argument away, which may be written over.
+            world: where the caller knows which memory format eager's argument would have; else the
+                arguments lie as eager's do.
+            lenient: the argument need not lie so, nor need the result.
+        """
+        if self.is_guarded():
+            if not kwargs and all(type(arg) is Tensor for arg in args) and self._scope() is scope:
+                known = Call(len(args), False, owns)
+                if owns and known not in self.forwards:
+                    known = Call(len(args))
+                if known in self.forwards:
+                    return self._run(known, scope, args, world, lenient, guarded=True)
+            _running.guarded = None  # the scope's own forward may change anything
+        call = self._call(args, kwargs, owns)
+        if call is None or self._scope() is not scope:
+            return NOT_RUN
+        if _running.root is self._root or torch.compiler.is_compiling():
+            return self._run(call, scope, args, world, lenient)
+        self._forget_what_is_stale()
+        outer = _running.root, _running.guarded
+        _running.root, _running.guarded = self, self if self._tree_holds(scope) else None
+        try:
+            return self._run(call, scope, args, world, lenient)
+        finally:
+            _running.root, _running.guarded = outer
+
+    def is_guarded(self) -> bool:
+        """Whether its guards, and all other conditions, were checked with the outermost's."""
+        return _running.guarded is self._root
+
+    def _tree_holds(self, scope: nn.Module) -> bool:
+        """Whether no scope within needs to check its guards in this call (tree_guards.py)."""
+        if self._root is not self or len(self._tree) < 2:
+            return False
+        if torch.is_grad_enabled() and any(plan._has_trainable() for plan in self._tree):
+            return False
+        return self._tree_check.holds(scope, self._tree)
+
+    def adopt(self, scope: nn.Module) -> None:
+        """Looks after the weights of all scopes within: at once, when this one is called.
+
+        One by one, between convolutions that have emptied the caches, looking at 265 tensors takes
+        1.1 ms of ResNet-50's 33 (two cores, batch 1).
+        """
+        self._tree = [plan for module in scope.modules() if (plan := plan_of(module)) is not None]
+        for plan in self._tree:
+            plan._root = self
+        self._sources = [s for plan in self._tree for layer in plan.layers for s in layer.sources]
+        self._origin = None
+        tell_of_steps(self)
+        self._tree_check = TreeCheck(PLAN)
+        self._look_at_formats()
+        for forwards in self.forwards.values():
+            self.calls |= forwards.lay_out()
+        vars(vars(scope)[STEPS]).update(self.calls)
+
+    def takes_loose(self) -> bool:
+        """Whether it can be called with a tensor in whatever format, and returns one so."""
+        forwards = self.forwards.get(Call(1))
+        return (
+            forwards is not None
+            and forwards.variant("contiguous", True, guarded=self.is_guarded()).returns_loose
+        )
+
+    def _look_at_formats(self) -> None:
+        """Which memory format eager's convolutions take from their weights."""
+        own = {
+            plan: any(
+                type(weight) in (Tensor, nn.Parameter) and suggests_channels_last(weight)
+                for layer in plan.layers
+                if (weight := layer.conv._parameters.get("weight")) is not None
+            )
+            for plan in self._tree
+        }
+        for plan in self._tree:
+            plan._has_channels_last = any(own.get(within, False) for within in plan._tree)
+
+    def _run(
+        self,
+        call: Call,
+        scope: nn.Module,
+        args: tuple[Any, ...],
+        world: World | None,
+        lenient: bool,
+        *,
+        guarded: bool = False,
+    ) -> Any:
+        forwards = self.forwards[call]
+        if torch.compiler.is_exporting():
+            return forwards.variant("exported", False).forward(scope, *args)
+        if world is None:
+            world = "any" if self._has_channels_last else forwards.world_of(args)
+        world, forward, straight, bare, *_ = forwards.variant(world, lenient, guarded=guarded)
+        x = args[0]
+        again = straight if isinstance(x, Tensor) and x.is_cpu else bare
+        if again is None or torch.compiler.is_compiling():
+            return forward(scope, *args)
+        signature = (x.shape, x.stride(), x.dtype, torch._C._is_any_autocast_enabled())
+        way = (call, world, lenient)
+        if self._passed.get(way) == signature:
+            return again(scope, x)
+        for other in list(self._passed):  # other threads write to it, too
+            if other[0] == call:
+                self._passed.pop(other, None)  # steps are about to be bound to this input's dtype
+        before = self._detours()
+        result = forward(scope, x)
+        if self._detours() == before and not signature[-1]:
+            self._passed[way] = signature
+        return result
+
+    def _detours(self) -> int:
+        return sum(layer.detours for layer in self._every)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], owns: bool) -> Call | None:
+        if kwargs or not args:
+            return None
+        # first whether somebody looks on, who would see the arguments being looked at
+        if not _are_traced(args) and (is_watched() or not are_plain(args)):
+            return None
+        call = Call(len(args), isinstance(args[0], list), owns)
+        if owns and call not in self.forwards:
+            call = call._replace(owns=False)
+        if call not in self.forwards:
+            return None
+        if torch.compiler.is_exporting():  # dynamo cannot see whether folded weights are fresh
+            return None if torch.compiler.is_dynamo_compiling() else call
+        if torch.compiler.is_compiling():  # on a CPU inductor fuses and packs the layers itself
+            return call if _on_cuda(args) else None
+        if not self.guards.hold():
+            return None
+        if torch.is_grad_enabled() and self._needs_gradients(args):
+            return None
+        return call
+
+    def _forget_what_is_stale(self) -> None:
+        origin, looks_closely = self._origin, self._suspect
+        if origin is not None and not looks_closely and self.frozen:
+            return
+        tensors = tensors_of(self._sources)
+        if origin is not None and origin.is_where_it_was(tensors):
+            readable = not looks_closely or origin.is_readable
+            same = origin.is_unchanged() if looks_closely else origin.seems_unchanged()
+            if same and readable:
+                self._suspect = False
+                return
+        self._look_at_every_layer(tensors)
+
+    def _look_at_every_layer(self, tensors: list[Tensor]) -> None:
+        """Forgets what is stale, layer by layer, and remembers what there is now."""
+        suspect, self._suspect = self._suspect, False
+        try:
+            self._origin = Origin(tensors)  # first: writes from now on are seen at the next call
+        except (RuntimeError, TypeError):  # something that is not memory: look again at every call
+            self._origin = None
+        for plan in self._tree:
+            for layer in plan.layers:
+                if suspect and not layer.is_readable():
+                    layer.forget()
+                else:
+                    layer.forget_if_stale()
+            plan._passed.clear()
+        self._look_at_formats()
+
+    def suspect(self) -> None:
+        """Has the next call look at every byte: something may have written to the weights."""
+        for plan in self._root._tree:
+            plan._suspect = True
+
+    def forget_parameters(self, owned: set[int]) -> None:
+        """Forgets what was folded from parameters that an optimizer has just written to.
+
+        Args:
+            owned: their ids.
+        """
+        if self._root is not self:  # which is told, too
+            return
+        stepped = [
+            layer
+            for plan in self._tree
+            for layer in plan.layers
+            if any(id(tensor) in owned for tensor in tensors_of(layer.sources))
+        ]
+        for layer in stepped:
+            layer.forget()
+        if stepped:
+            for plan in self._tree:
+                plan._origin = None
+                plan._passed.clear()
+
+    def has_discarded(self) -> bool:
+        """Whether a layer, of the scope or of one within it, has lost its own weight."""
+        return any(layer.fold.discarded for plan in self._tree for layer in plan.layers)
+
+    def discard_weights(self) -> None:
+        """Frees the weight of every layer when it runs next, folded and laid out."""
+        for layer in self.layers:
+            layer.fold.discard = True
+        self._passed.clear()
+
+    def fold_ahead(self) -> None:
+        """Folds what is not folded, for a graph compiled or exported next, which cannot.
+
+        The outermost scope looks after all within it.
+        """
+        if self._root is self:
+            self._forget_what_is_stale()
+        for plan in self._tree if self._root is self else [self]:
+            for layer in plan.layers:
+                weight = layer.conv._parameters.get("weight")
+                if isinstance(weight, nn.Parameter):
+                    layer.folded(weight.dtype)
+
+    def forget_folded(self) -> None:
+        """Frees what was folded: weights about to be trained would make it stale."""
+        for layer in self._every:
+            layer.forget()
+        self._passed.clear()
+        self._origin = None
+
+    def _needs_gradients(self, args: tuple[Any, ...]) -> bool:
+        if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return True
+        needs = self._has_trainable()
+        if needs:
+            warnings.warn(
+                "gradients are enabled, so fused layers compute as the original ones did; "
+                "run inference under torch.inference_mode()",
+                stacklevel=4,
+            )
+        return needs
+
+    def _has_trainable(self) -> bool:
+        parameters = (holder[name] for holder, name in self._parameters)
+        return any(p is not None and p.requires_grad for p in parameters)
+
+
+class _Running(threading.local):
+    """The plan whose scope is being called, with those of all scopes within it looked after."""
+
+    root: Plan | None = None
+    guarded: Plan | None = (
+        None  # the same, if the guards of all scopes within it hold until it ends
+    )
+
+
+_running = _Running()
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    return vars(module).get(PLAN)
+
+
+def is_watched() -> bool:
+    """True where a tool wants to see the layers: FlopCounterMode, vmap, torch.jit.trace, a mode
+    that overrides torch's functions, hooks on all modules, ...
+    """
+    return bool(
+        _len_torch_dispatch_stack() > 0
+        or any(_GLOBAL_HOOKS)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or (_len_torch_function_stack() > 0 and _functions_are_overridden())
+    )
+
+
+def _functions_are_overridden() -> bool:
+    """A default device is a mode, too, but leaves alone what is done to tensors."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether a graph of tensor operations takes the arguments: tensors that are memory and nothing
+    else, but the first may be a list of them.
+    """
+    first, *others = args
+    several = type(first) is list
+    return all(
+        isinstance(one, Tensor) and is_plain(one)
+        for one in [*(first if several else (first,)), *others]
+    )
+
+
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
+)  # fmt: skip
+
+
+def _are_traced(args: tuple[Any, ...]) -> bool:
+    """Whether they are the stand-ins of torch.compile and torch.export for tensors."""
+    return torch.compiler.is_compiling() and all(isinstance(a, Tensor) for a in args)
+
+
+def watch(scope: nn.Module, name: str) -> Watched:
+    """Where a layer of a scope is found, and which it is now."""
+    parent, _, last = name.rpartition(".")
+    holder = scope.get_submodule(parent)
+    layer = holder._modules[last]
+    assert layer is not None
+    return holder, last, layer
+
+
+def _on_cuda(args: tuple[Any, ...]) -> bool:
+    first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
+    return isinstance(first, Tensor) and first.is_cuda

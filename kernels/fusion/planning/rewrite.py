@@ -1,0 +1,204 @@
+"""Puts steps into a scope's graph in place of the chains they stand for, and compiles it."""
+
+import linecache
+
+import torch.fx as fx
+from torch import nn
+
+from resfuse.kernels.fusion.layers.fold_cache import Fold
+from resfuse.kernels.fusion.layers.fused_layers import (
+    ConvStep,
+    NormStep,
+    ProjectionStep,
+    StemStep,
+    Step,
+)
+from resfuse.kernels.fusion.matching.match import Chain
+from resfuse.kernels.fusion.planning.plan import STEPS, Forward
+from resfuse.kernels.fusion.tracing.module_tracing import has_hooks
+
+Folds = dict[tuple[nn.Module, nn.Module | None], Fold]  # of a convolution and its batch norm
+
+
+def rewrite(
+    graph: fx.Graph, scope: nn.Module, chains: list[Chain], prefix: str, folds: Folds
+) -> dict[str, Step]:
+    """Replaces every chain by a call of its step, in place.
+
+    Args:
+        graph: of the scope.
+        chains: found in it.
+        prefix: of the steps' attribute names.
+        folds: those of the scope's other graphs, added to.
+
+    Returns:
+        The steps by attribute name.
+    """
+    nodes: dict[fx.Node, Step] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
+    for chain in chains:
+        target = f"{STEPS}.{prefix}{chain.name.replace('.', '_')}"
+        node = replace_chain(graph, chain, target, replaced)
+        if chain.conv is None:
+            nodes[node] = NormStep(chain)
+        else:
+            fold = folds.setdefault((chain.conv, chain.norm), Fold())
+            nodes[node] = ConvStep(chain, fold)
+    _merge_projections(graph, nodes)
+    _merge_stem(graph, scope, nodes)
+    return {attribute_of(node): step for node, step in nodes.items()}
+
+
+def replace_chain(
+    graph: fx.Graph, chain: Chain, target: str, replaced: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """Puts one call of `target` where a chain was.
+
+    Args:
+        replaced: ends of chains replaced before -> what stands there now; added to.
+    """
+    read = [chain.source] if chain.added is None else [chain.source, chain.added]
+    inputs = [replaced.get(node, node) for node in read]  # the end of a chain done before
+    with graph.inserting_after(chain.end):
+        node = graph.create_node("call_module", target, tuple(inputs))
+    chain.end.replace_all_uses_with(node)
+    replaced[chain.end] = node
+    for layer in reversed(chain.nodes):
+        graph.erase_node(layer)
+    return node
+
+
+def _merge_projections(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
+    """[h, x strided] @ [W3; Wd]: a 1x1 convolution takes in the 1x1 projection it is added to."""
+    for node, step in list(nodes.items()):
+        if not isinstance(step, ConvStep) or step.residual != "before" or not _is_1x1(step):
+            continue
+        source, added = node.args
+        assert isinstance(added, fx.Node)
+        projection = nodes.get(added)
+        if (
+            isinstance(projection, ConvStep)
+            and _is_1x1(projection)
+            and projection.activation == "identity"
+            and projection.residual == "none"
+            and len(added.users) == 1
+            and step.geometry.stride == (1, 1)
+        ):
+            node.args = (source, added.args[0])
+            graph.erase_node(added)
+            del nodes[added]
+            nodes[node] = ProjectionStep(step, projection)
+
+
+def _merge_stem(graph: fx.Graph, scope: nn.Module, nodes: dict[fx.Node, Step]) -> None:
+    """7x7/2 of an image with ReLU, then a 3x3/2 max-pool nobody else reads."""
+    for node, step in list(nodes.items()):
+        if not isinstance(step, ConvStep) or not _is_stem(step) or len(node.users) != 1:
+            continue
+        (pool_node,) = node.users
+        if pool_node.op != "call_module" or len(pool_node.args) != 1 or pool_node.kwargs:
+            continue
+        pool = scope.get_submodule(str(pool_node.target))
+        if type(pool) is nn.MaxPool2d and not has_hooks(pool) and _is_stem_pool(pool):
+            pool_node.replace_all_uses_with(node)
+            graph.erase_node(pool_node)
+            nodes[node] = StemStep(step, pool)
+
+
+def returns_a_step(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+    """Whether the forward's result is what a convolution step has just made."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    made = output.args[0]
+    return isinstance(made, fx.Node) and isinstance(
+        steps.get(attribute_of(made)), ConvStep | ProjectionStep
+    )
+
+
+def overwrite_input(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+    """Lets the step that adds the forward's input write over it, if it reads it last.
+
+    Returns:
+        Whether there is such a step.
+    """
+    (x,) = (node for node in graph.nodes if node.op == "placeholder")
+    last = max(x.users, key=list(graph.nodes).index, default=None)
+    if last is None or len(last.args) != 2 or last.args[1] is not x or last.args[0] is x:
+        return False
+    step = steps.get(attribute_of(last))
+    if not isinstance(step, ConvStep) or step.residual != "before":
+        return False
+    step.overwrite = True
+    return True
+
+
+def straighten(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+    """Makes the graph call its steps without their checks.
+
+    That is right for an input like one that has gone through with all checks, if what the steps
+    read follows from it: each must read the forward's input or another step.
+
+    Returns:
+        Whether that is so; if not, the graph is as it was.
+    """
+    called = [node for node in graph.nodes if attribute_of(node) in steps]
+    for node in called:
+        if isinstance(steps[attribute_of(node)], NormStep):
+            return False
+        read = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if any(arg.op != "placeholder" and arg not in called for arg in read):
+            return False
+    for node in called:
+        node.target = f"{node.target}.straight"
+    return bool(called)
+
+
+def compile_forward(graph: fx.Graph, name: str) -> Forward:
+    """The graph as a function `forward(self, ...)`, with its source where tracebacks find it."""
+    code = graph.python_code(root_module="self")
+    file = f"<resfuse {name}>"
+    linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
+    space = dict(code.globals)
+    exec(compile(code.src, file, "exec"), space)
+    return space["forward"]
+
+
+def loosen_views(graph: fx.Graph) -> None:
+    """x.view(...) of a channels_last tensor may not exist where x.reshape(...) does."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"
+
+
+def _is_1x1(step: ConvStep) -> bool:
+    geometry = step.geometry
+    return step.conv.kernel_size == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+
+
+def _is_stem(step: ConvStep) -> bool:
+    conv, geometry = step.conv, step.geometry
+    return (
+        conv.kernel_size == (7, 7)
+        and geometry == type(geometry)((2, 2), (3, 3), (1, 1), 1)
+        and conv.in_channels <= 4
+        and step.activation == "relu"
+        and step.residual == "none"
+    )
+
+
+def _is_stem_pool(pool: nn.MaxPool2d) -> bool:
+    def pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return (value, value) if isinstance(value, int) else tuple(value)
+
+    return (
+        pair(pool.kernel_size) == (3, 3)
+        and pair(pool.stride) == (2, 2)
+        and pair(pool.padding) == (1, 1)
+        and pair(pool.dilation) == (1, 1)
+        and not pool.ceil_mode
+        and not pool.return_indices
+    )
+
+
+def attribute_of(node: fx.Node) -> str:
+    """The name a step has among its scope's steps, of the node that calls it."""
+    return str(node.target).rpartition(".")[2]

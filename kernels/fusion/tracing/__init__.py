@@ -1,0 +1,1 @@
+"""One module's forward as a graph, its guards and memory formats."""

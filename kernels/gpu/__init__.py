@@ -1,0 +1,1 @@
+"""Triton kernels, a folder an operation; experimental, see README.md."""

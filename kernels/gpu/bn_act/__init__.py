@@ -1,0 +1,1 @@
+"""Batch norm in eval mode with an activation, where no convolution stands before it."""

@@ -1,0 +1,1 @@
+"""Any convolution with its epilogue: an implicit GEMM, or depthwise."""

@@ -1,0 +1,1 @@
+"""1x1 convolutions with their epilogue: one GEMM."""

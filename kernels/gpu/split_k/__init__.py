@@ -1,0 +1,1 @@
+"""Convolutions of few output tiles, their reduction split over multiprocessors."""

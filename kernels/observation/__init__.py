@@ -1,0 +1,1 @@
+"""What a forward reads and changes besides tensors, seen while it runs, and undone."""

@@ -1,0 +1,1 @@
+"""What is computed: convolution problems, activations, folded batch norms, tolerances."""

@@ -1,0 +1,256 @@
+"""Native convolutions in every form against fp64, for this processor's vectors and for narrower."""
+
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from graphs import (
+    affine_graph,
+    conv_graph,
+    conv_state,
+    inputs_of,
+    norm_named,
+    pool_graph,
+    require_right,
+)
+from native_problems import (
+    FORMS,
+    POOLS,
+    PROBLEMS,
+    config_of,
+    every_config,
+    executor_of,
+    problem_of,
+    require_conv,
+    require_native,
+)
+from resfuse.kernels.cpu import program
+from resfuse.kernels.cpu.conv_candidates import Form, NativeConfig, choose, refusal
+from resfuse.kernels.cpu.cpus import asking
+from resfuse.kernels.cpu.library import library, processor
+from resfuse.kernels.cpu.onednn import Geometry
+from resfuse.kernels.cpu.packed_conv import NativeConv, supports
+from resfuse.kernels.cpu.program import ACTIVATIONS
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Mean, Node, Value
+from resfuse.kernels.engine.runtime.executor import Executor
+from resfuse.kernels.engine.tactics import eager
+from resfuse.kernels.engine.tactics.cpu import native
+from resfuse.kernels.ops.conv_problem import ConvProblem
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+WIDTHS = {"x86-64-v3": ("avx2", 8), "x86-64-v2": ("sse4_2", 4)}  # -march: what it takes, lanes
+
+
+@pytest.fixture(params=[2, 3, 4])
+def several_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    with asking(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=WIDTHS)
+def narrower(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Lanes of a library that was compiled for other vectors."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("x86-64's levels are those of x86-64 processors")
+    needs, lanes = WIDTHS[request.param]
+    if needs not in processor():
+        pytest.skip(f"this processor has no {needs}")
+    monkeypatch.setattr(program, "library", lambda: library(request.param))
+    return lanes
+
+
+# Convolutions
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_way_to_compute_a_convolution_is_right(name: str, batch: int) -> None:
+    problem = replace(PROBLEMS[name], n=batch)
+    tried = every_config(problem)
+    assert tried, "nothing was tried"
+    for config in tried:
+        require_conv(problem, config)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("residual", ["none", "before", "after"])
+def test_every_activation_with_and_without_a_residual(
+    activation: str, name: str, residual: str
+) -> None:
+    form, problem = FORMS[name]
+    problem = replace(problem, n=2, activation=activation, residual=residual != "none")
+    require_conv(problem, config_of(form, problem), residual_last=residual == "after")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_residual_is_overwritten_in_place(name: str) -> None:
+    """z = conv(x) + y where y = affine(v): nobody reads y again, and z is where y was."""
+    form, problem = FORMS[name]
+    problem = replace(problem, residual=True)
+    shapes = {"x": (problem.n, problem.c, problem.h, problem.w)}
+    shapes |= dict.fromkeys("vyz", (problem.n, problem.k, problem.p, problem.q))
+    nodes = (
+        Node("y", Affine(norm_named("norm")), ("v",)),
+        Node("z", Conv(problem, "w", "b", norm_named("norm")), ("x", "y")),
+    )
+    values = {name: Value(shape, torch.float32) for name, shape in shapes.items()}
+    graph = Graph("x", ("z",), nodes, values)
+    config = tuple(asdict(config_of(form, problem)).items())
+    state = conv_state(problem)
+    executor = Executor(
+        graph, [Candidate("native", 0, 1), Candidate("native", 1, 2, config)], state
+    )
+    assert executor.room.address("z") == executor.room.address("y")
+    require_right(graph, executor, state, inputs_of(graph))
+
+
+# 5 x 7 pixels are 6 blocks of six, the last one of five; 3 x 4 tiles two blocks of them
+@pytest.mark.parametrize("block", [6, 12, 30])
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("form", ["direct", "winograd", "winograd_inline"])
+def test_blocks_smaller_than_the_map(form: str, by_channel: bool, block: int) -> None:
+    problem = problem_of(2, 144, 5, 7, 144, 3, 3, padding=(1, 1), residual=True)
+    require_conv(problem, NativeConfig(form, by_channel, block))  # type: ignore[arg-type]
+
+
+# Fewer panels than threads (70 channels are 2, 5 or 9), a pixel for several threads, and whole maps
+@pytest.mark.parametrize("size", [1, 2, 9])
+@pytest.mark.parametrize("name", ["a block's 3x3", "two uneven slices", "groups of 4", "a 1x1"])
+def test_any_number_of_threads(name: str, size: int, several_threads: int) -> None:
+    problem = replace(PROBLEMS[name], h=size, w=size, residual=True)
+    for config in every_config(problem):
+        require_conv(problem, config)
+
+
+@pytest.mark.parametrize(
+    ("form", "problem"),
+    [
+        ("direct", problem_of(1, 12544, 6, 6, 64, 1, 1, "identity")),
+        ("direct", problem_of(1, 512, 6, 6, 64, 3, 3, "identity", padding=(1, 1))),
+        ("winograd", problem_of(1, 4096, 6, 6, 64, 3, 3, "identity", padding=(1, 1))),
+        ("winograd_inline", problem_of(1, 4096, 6, 6, 64, 3, 3, "identity", padding=(1, 1))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.label(),
+)
+def test_long_sums_are_rounded_as_little_as_short_ones(form: Form, problem: ConvProblem) -> None:
+    """Summed up product by product they would be 9e-7 to 2.7e-6 from fp64."""
+    state = conv_state(problem)
+    graph, run = executor_of(problem, config_of(form, problem), state)
+    (x,) = inputs_of(graph)
+    got, want = run(x)[0].double(), eager.exact(graph, state, [x])[0]
+    assert (got - want).norm() < 6e-7 * want.norm()
+
+
+SIZES = st.integers(1, 9)
+CHANNELS = st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 24, 32, 48, 64, 65, 96, 128, 131, 144])
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> ConvProblem:
+    pairs = {
+        name: (draw(st.integers(*limits)), draw(st.integers(*limits)))
+        for name, limits in {"stride": (1, 3), "padding": (0, 2), "dilation": (1, 2)}.items()
+    }
+    groups = draw(st.sampled_from([1, 1, 2, 4, 16, 32]))
+    c = draw(CHANNELS) if groups == 1 else groups * draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
+    k = draw(CHANNELS) if groups == 1 else draw(st.sampled_from([c, 16 * groups, 3 * groups]))
+    problem = problem_of(
+        draw(st.integers(1, 3)), c, draw(SIZES), draw(SIZES), k,
+        draw(st.integers(1, 4)), draw(st.integers(1, 4)),
+        draw(st.sampled_from(list(ACTIVATIONS))),
+        groups=groups, residual=draw(st.booleans()), **pairs,
+    )  # fmt: skip
+    assume(problem.p > 0 and problem.q > 0)
+    # torch 2.14.1's own convolution, the yardstick, crashes on 4x1 windows, 1x1 maps, padding 2
+    assume(min(problem.h, problem.w) > max(problem.padding))
+    return problem
+
+
+@settings(
+    max_examples=400,
+    deadline=None,
+    suppress_health_check=[HealthCheck.filter_too_much],
+    derandomize=True,  # a crash of torch's would take the whole run with it
+)
+@given(problem=problems(), last=st.booleans(), data=st.data())
+def test_any_convolution_is_right_or_refused(
+    problem: ConvProblem, last: bool, data: st.DataObject
+) -> None:
+    offered = list(native.segments(conv_graph(problem), 0))
+    assert bool(offered) == (refusal(problem) is None)
+    if offered:
+        assert choose(problem) in every_config(problem)
+        config = data.draw(st.sampled_from(every_config(problem)))
+        require_conv(problem, config, residual_last=last and problem.residual)
+
+
+@pytest.mark.parametrize(
+    "problem, reason",
+    [
+        (replace(PROBLEMS["a 1x1"], math_mode="bf16"), "bf16"),
+        (replace(PROBLEMS["a 1x1"], activation="silu"), "silu"),
+        (problem_of(1, 6, 5, 5, 6, 3, 3, groups=2), "groups"),
+        (problem_of(1, 1 << 14, 1, 2, 16, 1, 2), "rows"),
+    ],
+)
+def test_what_no_form_computes_is_refused_in_words(problem: ConvProblem, reason: str) -> None:
+    assert reason in str(refusal(problem))
+    assert not list(native.segments(conv_graph(problem), 0))
+
+
+# Other vectors
+
+
+def test_narrower_vectors_are_as_right(narrower: int) -> None:
+    assert program.lanes() == narrower
+    for problem in PROBLEMS.values():
+        if refusal(problem) is None:
+            for config in every_config(problem):
+                require_conv(replace(problem, residual=True), config)
+    for op, shape in POOLS.values():
+        require_native(pool_graph(op, shape), {})
+    require_native(pool_graph(Mean(), (2, 70, 3, 3)), {})
+    require_native(affine_graph(Affine(None, "relu6", None, True), (2, 70, 3, 3)), {})
+
+
+def test_this_processors_widest_vectors_are_used() -> None:
+    """The library of another architecture would be right as well, and several times slower."""
+    abilities = processor().split()
+    widest = 16 if "avx512f" in abilities else 8 if "avx" in abilities else 4
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("what the processor can do is looked up by x86-64's names")
+    assert program.lanes() == widest
+
+
+# One convolution by itself, as `fuse` calls it
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("channels", "groups"), [(32, 32), (144, 144), (64, 16), (128, 32)])
+def test_a_grouped_convolution_runs_by_itself(channels: int, groups: int, stride: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(channels, channels // groups, 3, 3, generator=generator)
+    bias = torch.randn(channels, generator=generator)
+    geometry = Geometry((stride, stride), (1, 1), (1, 1), groups)
+    assert supports(weight, geometry, "relu6")
+    conv = NativeConv(weight, bias, geometry, "relu6", None)
+    x = torch.randn(2, channels, 15, 14, generator=generator)
+    want = F.conv2d(x.double(), weight.double(), bias.double(), stride, 1, 1, groups).clamp(0, 6)
+    torch.testing.assert_close(conv(x).double(), want, rtol=1e-5, atol=1e-5)
+    residual = torch.randn(want.shape, generator=generator)
+    added = F.conv2d(x.double(), weight.double(), bias.double(), stride, 1, 1, groups)
+    torch.testing.assert_close(
+        conv.add(x, residual).double(), (added + residual).clamp(0, 6), rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(conv.dense_weight(), weight)
+    with pytest.raises(ValueError, match=str(channels)):
+        conv(x[:, : channels // 2])

@@ -1,0 +1,65 @@
+"""The native library's tests once more under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resfuse.kernels.cpu.library import NativeUnavailable, _compiler
+
+HERE = Path(__file__).parent
+FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
+TESTS = (
+    "test_native_pools.py",
+    "test_native_strips.py",
+    "test_native_chain.py",
+    "test_native_convolution.py::test_every_way_to_compute_a_convolution_is_right",
+    "test_native_convolution.py::test_blocks_smaller_than_the_map",
+    "test_native_convolution.py::test_any_number_of_threads",
+    "test_native_team.py::test_callers_in_several_threads_get_what_each_gets_alone",
+)
+# Libraries of other flags, which tests make for themselves, are made with these, too.
+RUN = """
+import os, sys, pytest
+del os.environ["LD_PRELOAD"]  # what is started from here, compilers too, is not looked at
+from resfuse.kernels.cpu import library; from resfuse.kernels.cpu import program as step
+plain, flags = library.library, tuple(sys.argv[1].split())
+def sanitized(architecture="native", *further):
+    return plain(architecture, *further, *flags)
+step.library = library.library = sanitized
+sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+
+
+def sanitizer(compiler: str) -> str:
+    """AddressSanitizer's library, which has to be loaded first, and that whose throw it watches."""
+    found = []
+    for name in ("libasan.so", "libstdc++.so"):
+        asked = [compiler, f"-print-file-name={name}"]
+        said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        if not Path(said).is_absolute():
+            pytest.skip(f"{compiler} has no {name}")
+        found.append(str(Path(said).resolve()))
+    return " ".join(found)
+
+
+def test_native_steps_stay_in_their_memory_and_within_the_language() -> None:
+    try:
+        compiler = _compiler()
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": sanitizer(compiler),
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    tests = [str(HERE / test) for test in TESTS]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, " ".join(FLAGS), *tests],
+        env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "passed" in done.stdout

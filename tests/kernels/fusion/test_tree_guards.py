@@ -1,0 +1,194 @@
+"""One check of all guards in a call: made where nothing foreign runs in between, and only there."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resfuse.kernels import fuse, unfuse
+from resfuse.kernels.fusion.planning.plan import plan_of
+from resfuse.kernels.fusion.tracing.guards import Guards
+
+X = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)) * self.scale + x)
+
+
+class Foreign(nn.Module):
+    """A layer of somebody's own, which adds to the scale of blocks when it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[nn.Module] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            block.scale += 0.5
+        return x * 0.5
+
+
+class Net(nn.Module):
+    def __init__(self, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.second, self.third = Block(), Block(), Block()
+        self.stem, self.stem_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.between = nn.MaxPool2d(1) if between is None else between
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem_norm(self.stem(x)))
+        x = self.third(self.second(self.between(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def made(between: nn.Module | None = None) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    plain = Net(between).eval()
+    return plain, fuse(plain)
+
+
+@torch.inference_mode()
+def agree(plain: nn.Module, fused: nn.Module) -> None:
+    for _ in range(3):
+        torch.testing.assert_close(fused(X), plain(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[Guards]:
+    """The guards that were checked."""
+    found: list[Guards] = []
+    hold = Guards.hold
+
+    def counted(self: Guards) -> bool:
+        found.append(self)
+        return hold(self)
+
+    monkeypatch.setattr(Guards, "hold", counted)
+    return found
+
+
+def test_a_call_checks_its_own_guards_and_those_of_all_within_once(checks: list[Guards]) -> None:
+    plain, fused = made()
+    agree(plain, fused)
+    del checks[:]
+    with torch.inference_mode():
+        fused(X)
+    assert len(checks) == 2, "the outermost scope's, and the tree's"
+
+
+def test_every_scope_checks_its_own_where_foreign_code_runs(checks: list[Guards]) -> None:
+    plain, fused = made(Foreign())
+    agree(plain, fused)
+    del checks[:]
+    with torch.inference_mode():
+        fused(X)
+    assert len(checks) == 4, "of the network and of three blocks"
+
+
+def test_foreign_code_between_two_blocks_changes_the_second() -> None:
+    torch.manual_seed(0)
+    plain = Net(Foreign()).eval()
+    plain.between.blocks.append(plain.second)
+    fused = fuse(plain)  # a copy has a copy of the list, with its own block in it
+    for _ in range(4):
+        agree(plain, fused)
+    assert fused.second.scale == plain.second.scale > 1
+
+
+def _hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return output * 2
+
+
+def _replace(model: nn.Module) -> None:
+    torch.manual_seed(7)
+    model.second = Block().eval()
+
+
+def _replace_by_another_kind(model: nn.Module) -> None:
+    model.between = nn.AvgPool2d(1)
+
+
+def _shadow(model: nn.Module) -> None:
+    model.second.forward = lambda x: x * 3
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "an attribute of a block": lambda m: setattr(m.second, "scale", 3.0),
+    "a layer's stride": lambda m: setattr(m.third.conv, "padding_mode", "circular"),
+    "a hook on a block": lambda m: m.second.register_forward_hook(_hook),
+    "a hook before a block": lambda m: m.third.register_forward_pre_hook(lambda *a: (a[1][0] + 1,)),
+    "a hook on a pool": lambda m: m.between.register_forward_hook(_hook),
+    "a hook on a layer": lambda m: m.second.norm.register_forward_hook(_hook),
+    "another block": _replace,
+    "another pool": _replace_by_another_kind,
+    "a block in training mode": lambda m: m.second.train(),
+    "a norm in training mode": lambda m: m.second.norm.train(),
+    "a block unfused": lambda m: unfuse(m.second),
+    "a forward of its own": _shadow,
+    "a new head": lambda m: setattr(m, "fc", nn.Linear(8, 3, bias=False).eval()),
+    "the head's weight": lambda m: setattr(m.fc, "weight", nn.Parameter(torch.ones(3, 8))),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_within_is_seen_at_the_next_call(name: str) -> None:
+    plain, fused = made()
+    agree(plain, fused)
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        CHANGES[name](model)
+    agree(plain, fused)
+
+
+def test_a_change_of_a_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fused = made()
+    agree(plain, fused)
+    monkeypatch.setattr(Block, "forward", lambda self, x: self.conv(x))
+    agree(plain, fused)
+
+
+def test_guards_that_hold_again_are_checked_at_once_again(checks: list[Guards]) -> None:
+    plain, fused = made()
+    agree(plain, fused)
+    for model in (plain, fused):
+        model.second.scale = 2.0
+    agree(plain, fused)
+    for model in (plain, fused):
+        model.second.scale = 1.0
+    agree(plain, fused)
+    del checks[:]
+    with torch.inference_mode():
+        fused(X)
+    assert len(checks) == 2
+
+
+def test_a_block_called_by_itself_checks_its_own() -> None:
+    plain, fused = made()
+    agree(plain, fused)
+    for model in (plain, fused):
+        model.second.scale = 5.0
+    agree(plain.second, fused.second)
+
+
+def test_gradients_within_are_computed_by_the_layers() -> None:
+    plain, fused = made()
+    agree(plain, fused)
+    for model in (plain, fused):
+        model.requires_grad_(False)
+        model.third.conv.weight.requires_grad_()
+    with pytest.warns(UserWarning, match="gradients are enabled"):
+        fused(X).sum().backward()
+    plain(X).sum().backward()
+    torch.testing.assert_close(fused.third.conv.weight.grad, plain.third.conv.weight.grad)
+    assert plan_of(fused) is not None

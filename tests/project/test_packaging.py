@@ -1,0 +1,101 @@
+"""The folders of the tree are the packages of the wheel, under the names people import."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from resfuse.kernels.gpu.registry import KERNELS
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("bench", "kernels", "resnet_ref", "tools")
+SHIPPED = (".py", ".h", ".cpp", ".js", ".css", ".jinja")
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def packages_on_disk() -> set[str]:
+    """Every folder with Python files in it, as it is to be imported."""
+    folders = {path.parent for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
+    return {".".join(("resfuse", *folder.relative_to(ROOT).parts)) for folder in folders}
+
+
+def test_the_package_list_is_what_lies_on_the_disk(project: dict) -> None:
+    assert set(project["tool"]["setuptools"]["packages"]) == packages_on_disk()
+
+
+def test_the_wheel_holds_every_module_under_the_namespace(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    done = subprocess.run([*build, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        inside = {name for name in wheel.namelist() if not name.startswith("resfuse-")}
+    on_disk = {
+        path.relative_to(ROOT).as_posix()
+        for name in FOLDERS
+        for path in (ROOT / name).rglob("*")
+        if path.suffix in SHIPPED
+    }
+    assert {f"resfuse/{path}" for path in on_disk} <= inside
+    assert {f"resfuse/{name}/py.typed" for name in FOLDERS if name != "tools"} <= inside
+    assert not any(name.startswith(("resfuse/__init__", "tests/")) for name in inside)
+
+
+def test_constraints_pin_every_direct_dependency(project: dict) -> None:
+    """What is tested is what is pinned; tensorrt and non-Linux builds cannot be tested here."""
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"]]
+    for name in ("bench", "cluster", "openvino", "test", "dev"):
+        wanted += extras[name]
+    pinned = {
+        line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line
+    }
+    names = {text.split(";")[0].split(">")[0].split("=")[0].strip() for text in wanted}
+    assert names - {"onnxruntime"} <= pinned
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"), [("resnet_ref", "resfuse.kernels"), ("kernels", "resfuse.resnet_ref")]
+)
+def test_dependencies_point_one_way(package: str, forbidden: str) -> None:
+    """bench imports the other two; those never import bench nor each other."""
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                assert not name.startswith((forbidden, "resfuse.bench")), f"{path}: {name}"
+
+
+def test_only_timing_touches_a_clock() -> None:
+    """`time` is imported by timing.py, and by the study that stands for code without it."""
+    importers = set()
+    for path in (ROOT / "bench").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import) and any(alias.name == "time" for alias in node.names):
+                importers.add(path.name)
+    assert importers == {"timing.py", "overhead_study.py"}
+
+
+def test_the_kernels_import_without_a_gpu_or_triton() -> None:
+    """`import resfuse.kernels` works with torch alone: triton is hidden from the interpreter."""
+    code = "import sys; sys.modules['triton'] = None; import resfuse.kernels as k; k.fold_conv_bn"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_is_where_the_registry_says(name: str) -> None:
+    spec = KERNELS[name]
+    assert callable(spec.load_op()) and callable(spec.load_reference())
+    assert next(iter(spec.launches()))[1].constants
