@@ -54,18 +54,21 @@ class GraphForwards:
         """The modules that the forward calls, besides steps.
 
         Raises:
-            ValueError: it runs functions that are not torch's, too.
+            ValueError: it runs functions that are not torch's, too, or a module is not there any more.
         """
         for node in self._graph.nodes:
             if node.op == "get_attr" or (
                 node.op == "call_function" and not _is_torchs(node.target)
             ):
                 raise ValueError(f"{node.target} may run code that is not torch's")
-        return [
-            self._scope.get_submodule(str(node.target))
-            for node in self._graph.nodes
-            if node.op == "call_module" and not self._is_step(node)
-        ]
+        try:
+            return [
+                self._scope.get_submodule(str(node.target))
+                for node in self._graph.nodes
+                if node.op == "call_module" and not self._is_step(node)
+            ]
+        except AttributeError as gone:
+            raise ValueError(str(gone)) from None
 
     def variant(self, world: World, lenient: bool, *, guarded: bool = False) -> Variant:
         """The forward for a world.
