@@ -269,7 +269,7 @@ def _read_csv(
     missing = [name for name in needed if name not in table.columns]
     if missing:
         raise UsageError(f"results file {path} lacks the columns {', '.join(missing)}")
-    return table.map(original)
+    return table.map(original).reset_index(drop=True)
 
 
 def _odd_number(sheet: Sheet, header: Sequence[str], cells: Sequence[str]) -> str:

@@ -54,7 +54,7 @@ class GraphForwards:
         """The modules that the forward calls, besides steps.
 
         Raises:
-            ValueError: it runs functions that are not torch's, too, or a module is not there any more.
+            ValueError: it runs functions that are not torch's, or a module is not there any more.
         """
         for node in self._graph.nodes:
             if node.op == "get_attr" or (
