@@ -21,7 +21,7 @@ from resfuse.bench.report.data.palette import looks
 from resfuse.bench.report.data.result import Comparison, Environment
 from resfuse.bench.report.data.select import read_folders
 from resfuse.bench.report.sections.agreement_section import agreement_sections
-from resfuse.bench.report.sections.comparison_section import PLOTS, section, title
+from resfuse.bench.report.sections.comparison_section import GROWTH, PLOTS, section, title
 from resfuse.bench.report.sections.convolutions_section import convolution_sections
 from resfuse.bench.report.sections.degradation_section import degradation_sections
 from resfuse.bench.report.short_report import short_report
@@ -187,7 +187,7 @@ def _draw_short(environment: Environment, folder: Path) -> dict[str, str]:
         for comparison in baseline_rows(environment):
             appearance = looks(result.backend for result in comparison.results)
             if drawn := growth(comparison, appearance):
-                images["growth"] = gallery.add(drawn, "growth", PLOTS["growth"].alt)
+                images["growth"] = gallery.add(drawn, "growth", GROWTH)
                 break
     return images
 

@@ -22,7 +22,11 @@ def output_of(arguments: list[str], cache: Path, **environment: str) -> str:
 def run_python(
     arguments: list[str], cache: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    tests = str(Path(__file__).parents[1])
+    paths = [
+        *(path for path in sys.path if path.startswith(tests)),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     told = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
     told.pop("TRITON_INTERPRET", None)
     told["TRITON_CACHE_DIR"] = str(cache)

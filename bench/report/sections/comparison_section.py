@@ -41,15 +41,14 @@ def _by(name: str) -> Callable[[Comparison, dict[str, Look]], "Figure | None"]:
     return draw
 
 
+GROWTH = "Time, memory and error against depth, plain beside residual networks"
 PLOTS = {
     "speedup": Plot(
         _by("speedup"), "Speed-up of each backend over the baseline with its 95 % interval"
     ),
     "throughput": Plot(_by("throughput"), "Throughput of each backend in images per second"),
     "latency": Plot(_by("latency"), "Time of a batch against depth, a line for each backend"),
-    "growth": Plot(
-        _by("growth"), "Time, memory and error against depth, plain beside residual networks"
-    ),
+    "growth": Plot(_by("growth"), GROWTH),
     "roofline": Plot(
         _by("roofline"), "Achieved GFLOP/s against arithmetic intensity, under the measured roof"
     ),

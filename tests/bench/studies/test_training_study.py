@@ -308,7 +308,7 @@ def test_networks_stand_apart_and_other_sheets_too(study: Path) -> None:
 
 @pytest.mark.parametrize("column", ["way", "shortcut"])
 def test_a_row_of_something_unknown_is_a_sentence(column: str, tmp_path: Path) -> None:
-    published = next(iter((ROOT / "results").glob(f"*/{SHEET.file}")))
+    published = next(iter((ROOT / "results").rglob(SHEET.file)))
     rows = pd.read_csv(published, dtype=str, keep_default_na=False)
     rows.loc[0, column] = "sideways"
     rows.to_csv(tmp_path / SHEET.file, index=False)

@@ -201,8 +201,8 @@ def test_what_only_the_chain_reads_takes_no_place_in_the_arena() -> None:
     graph, state = bottleneck(size=(24, 24), width=64)
     joined = Executor(graph, [in_small_blocks(whole(graph)[0])], state)
     single = [next(iter(native.segments(graph, at))) for at in range(2)]
-    assert "a" not in joined.room
-    assert "a" in Executor(graph, single, state).room
+    assert "a" not in joined.arena
+    assert "a" in Executor(graph, single, state).arena
 
 
 def test_a_value_that_others_read_is_written_for_them() -> None:

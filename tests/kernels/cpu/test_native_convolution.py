@@ -109,7 +109,7 @@ def test_a_residual_is_overwritten_in_place(name: str) -> None:
     executor = Executor(
         graph, [Candidate("native", 0, 1), Candidate("native", 1, 2, config)], state
     )
-    assert executor.room.address("z") == executor.room.address("y")
+    assert executor.arena.address("z") == executor.arena.address("y")
     require_right(graph, executor, state, inputs_of(graph))
 
 

@@ -45,7 +45,7 @@ def test_channels_of_zeros_hold_nothing_of_what_lies_beside_a_map(
     graph = one_node(op, {"x": tuple(x.shape), "y": y_shape}, ("x",))
     (choice,) = native.segments(graph, 0)
     executor = Executor(graph, [choice], {})
-    executor.room.view("x").fill_(torch.nan)
+    executor.arena.view("x").fill_(torch.nan)
     wanted = torch.nn.functional.pad(x[:, :, ::2, ::2], [0] * 5 + [zeros])
     for _ in range(2):
         (y,) = executor(x)

@@ -70,7 +70,7 @@ def require_joined_right(graph: Graph, state: State, rows: int) -> None:
     for choice in {c.settings["form"]: c for c in offered}.values():
         for joined in (choice, in_strips(choice, rows)):
             executor = Executor(graph, [joined], state)
-            assert "a" not in executor.room
+            assert "a" not in executor.arena
             require_right(graph, executor, state, inputs_of(graph), scale=1.0)
 
 
@@ -166,9 +166,9 @@ def test_stems_of_any_size(
 def test_what_lies_between_takes_no_place_in_the_arena() -> None:
     graph, state = stem(problem_of(1, 3, 96, 96, 64, 7, 7, stride=(2, 2), padding=(3, 3)))
     choice = in_strips(next(iter(native_rows.segments(graph, 0))), 1)
-    joined = Executor(graph, [choice], state).room
+    joined = Executor(graph, [choice], state).arena
     single = [next(iter(native.segments(graph, at))) for at in range(2)]
-    apart = Executor(graph, single, state).room
+    apart = Executor(graph, single, state).arena
     assert "a" not in joined and "a" in apart
     assert joined.size < apart.size / 2
 

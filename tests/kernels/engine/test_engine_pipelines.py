@@ -84,6 +84,7 @@ def stages_bytes(launch: Launch) -> int:
 def test_every_pipelined_candidate_holds_its_stages() -> None:
     paths = [
         *(str(Path(__file__).parents[2] / f) for f in ("helpers", "helpers/networks")),
+        str(Path(__file__).parent),
         os.environ.get("PYTHONPATH", ""),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -169,6 +169,7 @@ def compiled(function: str) -> Any:
     """What a function of this file returns in a process that compiles kernels."""
     paths = [
         *(str(Path(__file__).parents[2] / f) for f in ("helpers", "helpers/networks")),
+        str(Path(__file__).parent),
         os.environ.get("PYTHONPATH", ""),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

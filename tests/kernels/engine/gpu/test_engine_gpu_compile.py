@@ -63,6 +63,7 @@ def test_the_kernels_of_a_plan_compile_for_the_gpu_it_is_for() -> None:
     """Assembled by a sound ptxas, if Triton brings one: as block_tail's refusal asks for."""
     paths = [
         *(str(Path(__file__).parents[3] / f) for f in ("helpers", "helpers/networks")),
+        str(Path(__file__).parent),
         os.environ.get("PYTHONPATH", ""),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
