@@ -39,7 +39,9 @@ def two_equal_convolutions() -> tuple[Graph, State, list[Candidate]]:
 def test_launches_are_written_down_once_and_not_run() -> None:
     graph, state, offered = two_equal_convolutions()
     ours = [
-        c for c in offered if TACTICS[c.tactic].module.split(".")[-1] in ("triton_conv", "split_k")
+        c
+        for c in offered
+        if TACTICS[c.tactic].module.split(".")[-1] in ("triton_conv", "triton_split_k")
     ]
     assert {c.start for c in ours} == {0, 1} and len(ours) < len(offered)
     written = list(launches(graph, state, offered))
