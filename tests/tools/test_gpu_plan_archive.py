@@ -226,7 +226,7 @@ def test_the_script_runs_without_an_installation_and_sigterm_leaves_an_archive(
     """A dry run of the script, ended as a machine's time limit ends it, from a copy of the sources
     without git: rows and state are in the archive, and the sources have a name."""
     copy = tmp_path / "copy"
-    for package in ("bench", "kernels", "resnet_ref"):
+    for package in ("bench", "kernels", "resnet_ref", "tools"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("*.pyc"))
     file = tmp_path / "plan.tar.xz"
     unset = ("PYTHONPATH", "RESFUSE_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")

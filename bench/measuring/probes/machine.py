@@ -124,7 +124,7 @@ def known_ceilings(
 def _sources_digest() -> str:
     """Six hex digits that stand for the three packages' Python and C++ files."""
     digest = hashlib.sha256()
-    for package in ("bench", "kernels", "resnet_ref"):
+    for package in ("bench", "kernels", "resnet_ref", "tools"):
         for path in sorted((SOURCES / package).rglob("*")):
             if path.suffix in (".py", ".cpp", ".h"):
                 digest.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes())
