@@ -31,7 +31,7 @@ def read(
     only_whole: bool = False,
     strict: bool = False,
 ) -> pd.DataFrame:
-    """The cells of a file as they stand in it; the index counts the rows of the file, from 1.
+    """The cells of a file as they stand in it; the index is a line's place among its rows, from 0.
 
     Args:
         check: told the columns and a line's cells; a line that it has something to say against is
@@ -50,13 +50,13 @@ def read(
     if hidden := _hidden_line(data, whole):
         left_out.append(f"line {hidden} and what follows: a quotation mark is not closed")
     lines, places = list[list[str]](), list[int]()
-    cells, number = list[str](), 0
+    cells = list[str]()
     limit = csv.field_size_limit(MOST_BYTES)
     try:
         reader = csv.reader(io.StringIO(data[:whole].decode("utf-8-sig"), newline=""))
         header = next(reader)
         begun = reader.line_num + 1
-        for number, cells in enumerate((cells for cells in reader if cells), start=1):
+        for number, cells in enumerate(cells for cells in reader if cells):
             if wrong := _wrong(header, cells, check):
                 left_out.append(f"line {begun}: {wrong}")
             else:
@@ -70,7 +70,7 @@ def read(
     finally:
         csv.field_size_limit(limit)
     cut_off = whole == len(data) and not data.endswith((b"\n", b"\r"))
-    if cut_off and number and len(cells) < len(header):
+    if cut_off and cells and len(cells) < len(header):
         left_out.pop()  # nobody's damage: it was being written; whoever reads it sees that
         lines.append(cells + [""] * (len(header) - len(cells)))
         places.append(number)

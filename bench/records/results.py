@@ -82,7 +82,8 @@ CASES = Sheet(
 def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> pd.DataFrame:
     """All rows of a sheet in a results folder, in the order they were measured; text columns hold
     "" where a cell is empty, the others numbers or NaN. A line that is damaged (another number of
-    cells, something else where a number belongs) is left out with a LeftOutWarning.
+    cells, something else where a number belongs) is left out with a LeftOutWarning; the index
+    counts it, so that a row keeps its place in the file.
 
     Columns are known by name: their order in the file does not matter, others may stand among them,
     and a metric that the file does not have yet is empty. No column was ever renamed; the day one
@@ -269,7 +270,7 @@ def _read_csv(
     missing = [name for name in needed if name not in table.columns]
     if missing:
         raise UsageError(f"results file {path} lacks the columns {', '.join(missing)}")
-    return table.map(original).reset_index(drop=True)
+    return table.map(original)
 
 
 def _odd_number(sheet: Sheet, header: Sequence[str], cells: Sequence[str]) -> str:

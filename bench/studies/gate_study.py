@@ -133,7 +133,7 @@ def _row(
     return {
         "study": "gate",
         "model": MODEL,
-        "batch_size": int(rows.requested_batch_size[0]),
+        "batch_size": int(rows.requested_batch_size.iloc[0]),
         "planted_pct": 100 * planted,
         "runs": runs,
         "comparisons": len(verdicts),

@@ -65,10 +65,11 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
         others = kernel_rows or degradation_rows or training_rows
         rows: list[Row] = []
         if (folder / ROWS).exists() or not others:
+            table = read_rows(folder)
+            table[PLACE] = [f"row {number} of {folder.name}/{ROWS}" for number in table.index + 1]
             rows = [
                 {str(name): value for name, value in row.items()}
-                | {PLACE: f"row {number} of {folder.name}/{ROWS}"}
-                for number, row in read_rows(folder).to_dict("index").items()
+                for row in table.to_dict("records")
             ]
         facts = read_environments(folder) if rows or others else {}
         entry = _Gathered()  # holds what comes before the first whole row, which is nothing

@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from report_rows import CASE, FACTS, STAMP, add, add_failed, build_core, build_many
 from resfuse.bench.cli import parser
+from resfuse.bench.common.errors import LeftOutWarning
 from resfuse.bench.records.case import Case
 from resfuse.bench.records.metrics import METRICS
 from resfuse.bench.records.results import read_rows, record_environment
@@ -50,6 +51,16 @@ def test_the_page_holds_every_standing_row_as_it_is(tmp_path: Path) -> None:
         for name in METRICS:
             if own[name] is not None:
                 assert own[name] == row[name]
+
+
+def test_a_damaged_line_moves_no_row(tmp_path: Path) -> None:
+    build_core(tmp_path)
+    file = tmp_path / "rows.csv"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0], "damaged\n", *lines[1:]]))
+    with pytest.warns(LeftOutWarning, match="line 2"):
+        places = [row["place"] for row in rows_of(payload(read_folders([tmp_path])))]
+    assert min(int(place.split()[1]) for place in places) == 2
 
 
 def test_a_page_of_2000_rows_is_small(tmp_path: Path) -> None:
