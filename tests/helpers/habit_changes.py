@@ -86,6 +86,8 @@ def parametrized(layer: nn.Module) -> None:
 
 
 def parametrized_once(layer: nn.Module) -> None:
+    if parametrize.is_parametrized(layer, "weight"):
+        return  # torch would take the weight from all copies: they share a class
     parametrized(layer)
     parametrize.remove_parametrizations(layer, "weight")
 

@@ -71,7 +71,7 @@ class ConvStep:
         if torch.compiler.is_exporting():
             return self._exported(x, residual)
         x = autocast(x)
-        if x.is_cuda and is_unseen(x, residual) and (made := self.fold.made) is not None:
+        if is_on_gpu(x) and is_unseen(x, residual) and (made := self.fold.made) is not None:
             prepared = made.launches.get((self._id, *signature_of(x, residual)))
             if prepared is not None and (y := prepared(x, residual)) is not None:
                 return y
@@ -286,7 +286,7 @@ class NormStep:
         self._made: tuple[Origin, Tensor, Tensor, dict[Any, Any]] | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not x.is_cuda or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
+        if not is_on_gpu(x) or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
             return self.by_layers(x, residual)
         from resfuse.kernels.fusion.layers.prepared_launch import launched
         from resfuse.kernels.gpu.bn_act.bn_act import bn_act, launch_of
@@ -315,7 +315,7 @@ class NormStep:
 
     def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
-        if not x.is_cuda or torch.compiler.is_exporting():
+        if not is_on_gpu(x) or torch.compiler.is_exporting():
             return self(x, residual)
         channels_last = suggests_channels_last(x)
         if x.dim() != 4 or (
@@ -342,7 +342,7 @@ class StemStep:
 
     def exact(self, x: Tensor) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
-        if not x.is_cuda or not self.conv.makes_channels_last(autocast(x)):
+        if not is_on_gpu(x) or not self.conv.makes_channels_last(autocast(x)):
             return self.pool(self.conv.exact(x))
         made = self(x)
         if is_ambiguous(made.shape):
@@ -352,7 +352,7 @@ class StemStep:
         return y
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not x.is_cuda or not self.conv.takes(autocast(x)):
+        if not is_on_gpu(x) or not self.conv.takes(autocast(x)):
             return self.pool(self.conv(x))
         from resfuse.kernels.fusion.layers.prepared_launch import launched
         from resfuse.kernels.gpu.stem.stem import launch_of, stem
@@ -387,7 +387,7 @@ class ProjectionStep:
     def exact(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
         read = (self.conv, autocast(x)), (self.projection, autocast(shortcut))
-        if not x.is_cuda or not all(step.makes_channels_last(seen) for step, seen in read):
+        if not is_on_gpu(x) or not all(step.makes_channels_last(seen) for step, seen in read):
             return self.conv.exact(x, self.projection.exact(shortcut))
         made = self(x, shortcut)
         y = laid_out(made, True)
@@ -396,7 +396,7 @@ class ProjectionStep:
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
         both = self.conv.takes(autocast(x)) and self.projection.takes(autocast(shortcut))
-        if not x.is_cuda or not both:
+        if not is_on_gpu(x) or not both:
             return self.conv(x, self.projection(shortcut))
         from resfuse.kernels.fusion.layers.prepared_launch import launched
         from resfuse.kernels.gpu.conv1x1.conv1x1 import Shortcut, conv1x1, launch_with_shortcut
@@ -447,9 +447,15 @@ def _refuse(*_: Any) -> None:
     require_weights(True)
 
 
+def is_on_gpu(x: object) -> bool:
+    """False for what is no tensor, which the layers refuse in torch's words."""
+    return isinstance(x, Tensor) and x.is_cuda
+
+
 def autocast(x: Tensor) -> Tensor:
-    """As autocast would hand `x` to a convolution; differentiable."""
-    if not torch._C._is_any_autocast_enabled():
+    """As autocast would hand `x` to a convolution; differentiable. What is no tensor stays as it
+    is."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
         return x
     if x.dtype == torch.float64 or not x.is_floating_point():  # which it leaves alone
         return x

@@ -201,3 +201,30 @@ def test_autocast_leaves_float64_and_whole_numbers_alone(
         else:
             assert got.dtype == want.dtype
             torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=5e-2)
+
+
+class _Doubled(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Any) -> Any:
+        return self.layers(x * 2 if isinstance(x, torch.Tensor) else x + x)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("first", ["conv", "norm", "stem"])
+@torch.no_grad()
+def test_a_list_is_refused_in_the_words_of_the_layers(first: str, cast: bool) -> None:
+    layers: dict[str, list[nn.Module]] = {
+        "conv": [nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)],
+        "norm": [nn.BatchNorm2d(8), nn.ReLU()],
+        "stem": [
+            nn.Conv2d(8, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        ],
+    }  # fmt: skip
+    plain, fused = pair_of(lambda: _Doubled(*layers[first]))
+    fused(X)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        assert outcome(fused, [X]) == outcome(plain, [X])
