@@ -25,10 +25,10 @@ _WORDS = {
 }
 _HOW = """\
 `fuse` and `build_engine` on convolutional networks that other people wrote. Weights are random,
-batch norms calibrated, images real. An answer passes if its error is at most twice eager's own (and
-1e-6): relative L2, against the same network in float64. `fuse` answers batches of 2 and 3 images
-and must return eager's strides; the engine answers a batch of 2. *Refused*: a ValueError that says
-why, and no answer. *MACs fused* is the share of the convolutions' multiply-accumulates that `fuse`
+batch norms calibrated, images real. An answer passes if its error is at most twice eager's own plus
+1e-6: relative L2, against the same network in float64. `fuse` answers batches of 2 and 3 images and
+must return eager's strides; the engine answers a batch of 2. *Refused*: a ValueError that says why,
+and no answer. *MACs fused* is the share of the convolutions' multiply-accumulates that `fuse`
 computes by layers of its own; where it is 0, the network runs as it was."""
 
 Row = Mapping[Hashable, object]
