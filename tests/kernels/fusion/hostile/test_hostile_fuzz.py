@@ -276,6 +276,8 @@ def run_engine(case: Case) -> bool:
     model = case.make()
     for change in case.first:
         changed(change, model)
+    if not is_copied(model, copy.deepcopy):
+        return False
     before, plain = copy.deepcopy(state_of(model)), copy.deepcopy(model)
     flags, example = dict(FLAGS), input_of("image", model)
     try:
