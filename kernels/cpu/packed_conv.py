@@ -106,7 +106,7 @@ class NativeConv:
         """
         self._require(x)
         _require_memory("residual", residual)
-        _, shape = self._step(x, True)
+        _, _, shape = self._step(x, True)
         if residual.shape != shape:
             raise ValueError(
                 f"argument residual: {list(residual.shape)}; accepted: the output's {list(shape)}"
@@ -129,38 +129,36 @@ class NativeConv:
             raise ValueError(f"argument x: {list(x.shape)}; accepted: {wanted}")
 
     def _computed(self, x: Tensor) -> Tensor:
-        step, shape = self._step(x, False)
+        step, count, shape = self._step(x, False)
         x = _nhwc(x)
         y = _empty(shape)
         step.x, step.y = x.data_ptr(), y.data_ptr()
-        self._compute(step)
+        self._compute(step, count)
         return y
 
     def _added(self, x: Tensor, residual: Tensor, overwrite: bool) -> Tensor:
-        step, shape = self._step(x, True)
+        step, count, shape = self._step(x, True)
         x, residual = _nhwc(x), _nhwc(residual)
         y = residual if overwrite else _empty(shape)
         step.x, step.residual, step.y = x.data_ptr(), residual.data_ptr(), y.data_ptr()
-        self._compute(step)
+        self._compute(step, count)
         return y
 
-    def _compute(self, step: Step) -> None:
-        count = self._threads()
+    def _compute(self, step: Step, count: int) -> None:
         step.scratch = _workspace.of(step.scratch_pitch * count)
         require_done(self._run(step, 1, count))
 
-    def _threads(self) -> int:
-        return self._asked or threads()
-
-    def _step(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:
-        """This thread's step for inputs like `x`, and the shape of its output."""
+    def _step(self, x: Tensor, residual: bool) -> tuple[Step, int, tuple[int, ...]]:
+        """This thread's step for inputs like `x`, how many threads it runs on, and the shape of its
+        output.
+        """
+        count = self._asked or threads()
         kept = self._here.__dict__.setdefault("steps", {})
         made = kept.get(residual)
-        key = x.shape, self._threads()
-        if made is None or made[0] != key:
-            made = key, *self._make(x, residual)
+        if made is None or made[0] != count or made[1] != x.shape:
+            made = count, x.shape, *self._make(x, residual)
             kept[residual] = made
-        return made[1], made[2]
+        return made[2], count, made[3]
 
     def _make(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:
         n, c, h, w = x.shape
