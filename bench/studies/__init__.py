@@ -15,6 +15,7 @@ from resfuse.bench.flags.studies_flags import (
     add_overhead,
     add_training,
 )
+from resfuse.bench.studies.contention.contention_flags import add_contention
 
 STUDIES: dict[str, Subcommand] = {
     "overhead": Subcommand(
@@ -46,6 +47,11 @@ STUDIES: dict[str, Subcommand] = {
         "resfuse.bench.studies.models.models_study:run",
         add_models,
         "do fuse and the engine answer as 200 networks of timm and torchvision do?",
+    ),
+    "contention": Subcommand(
+        "resfuse.bench.studies.contention.contention_study:run",
+        add_contention,
+        "what is left of each backend's speed beside busy processes, or in several threads?",
     ),
 }
 

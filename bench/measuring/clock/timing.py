@@ -199,6 +199,21 @@ def paired_ratios(seen: Step, new: Step, device: str, pairs: int) -> list[float]
     return ratios
 
 
+def repeat(step: Step, device: str, least_s: float) -> tuple[list[float], Span]:
+    """Times a step again and again for `least_s` seconds, at least once, nothing between two runs
+    but their inputs and checks: what a program that calls a network in a loop sees.
+
+    Returns:
+        ms of each run; the span of it all, inputs and checks included.
+    """
+    laps: list[float] = []
+    watch = Watch()
+    while not laps or watch.elapsed().ms < 1e3 * least_s:
+        lap, _ = _once(step, STOPWATCHES[device])
+        laps.append(sum(lap))
+    return laps, watch.elapsed()
+
+
 def _once(step: Step, stopwatch: Callable[[], Stopwatch]) -> tuple[list[float], float]:
     """Laps by the stopwatch, and the host's second clock until the device was idle; in ms."""
     step.prepare()

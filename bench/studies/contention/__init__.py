@@ -1,0 +1,1 @@
+"""How fast each backend is while others use the same cores."""
