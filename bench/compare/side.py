@@ -14,7 +14,8 @@ import pandas as pd
 
 from resfuse.bench.records import results
 from resfuse.bench.records.case import MODES
-from resfuse.bench.records.case_row import STATUSES
+from resfuse.bench.records.case_row import CASES
+from resfuse.bench.records.outcome import STATUSES
 
 IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
 NORMAL_95 = 1.96  # half a 95 % interval, in standard errors
@@ -85,7 +86,7 @@ def read(given: Path) -> pd.DataFrame:
         UsageError: see results.read_rows.
     """
     path = given / results.ROWS if given.is_dir() else given
-    return results.read_rows(path.parent, replace(results.CASES, file=path.name))
+    return results.read_rows(path.parent, replace(CASES, file=path.name))
 
 
 def read_facts(given: Path) -> dict[str, dict[str, str]]:

@@ -17,7 +17,7 @@ from resfuse.bench.common.errors import UsageError
 from resfuse.bench.measuring.probes.idle import BUSY_CORES
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running import sweep
 from resfuse.bench.running.conclusion import beside_other_work, cannot_run, conditions, short_tables
 from resfuse.bench.running.listing import cases_table

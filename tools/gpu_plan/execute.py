@@ -14,7 +14,7 @@ from resfuse.bench import cli
 from resfuse.bench.layers.kernel_check.check_command import check_configs, kernels_of, math_modes_of
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running import sweep
 from resfuse.bench.running.session import options_of, request_of, run_cases
 from resfuse.tools.gpu_plan import costs, questions

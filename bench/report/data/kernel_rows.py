@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from resfuse.bench.records.case import PRECISIONS
-from resfuse.bench.records.case_row import STATUSES
 from resfuse.bench.records.layer_metrics import KERNEL_METRICS
 from resfuse.bench.records.layer_row import SHEET
+from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.records.results import read_rows
 from resfuse.bench.report.data.families import depth, family
 from resfuse.bench.report.data.workload import KernelResult, Workload

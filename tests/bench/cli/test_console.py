@@ -12,8 +12,8 @@ from resfuse.bench.layers import layer_sweep
 from resfuse.bench.layers.kernels_command import run_convolutions
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Options
-from resfuse.bench.records.case_row import Outcome
 from resfuse.bench.records.convolutions import Convolution
+from resfuse.bench.records.outcome import Outcome
 from resfuse.kernels.ops.conv_problem import ConvProblem
 
 FOREIGN = "expected [bold] int[4]; got [/N, C] in [red]"
