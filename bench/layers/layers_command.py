@@ -75,7 +75,7 @@ def _request(args: argparse.Namespace) -> Request:
     return Request(
         profile="quick",
         device=args.device,
-        models=[pick_one("MODEL", args.model, list(MODELS))],
+        models=[pick_one("MODEL", args.model, list(MODELS), "resfuse list models")],
         backends=["eager"],
         batch_sizes=[] if args.batch_size is None else [args.batch_size],
         precisions=[pick_one("--precision", args.precision, list(PRECISIONS))]

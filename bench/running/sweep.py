@@ -39,7 +39,7 @@ def expand(request: Request) -> list[Case]:
     from resfuse.resnet_ref import MODELS, input_size
 
     default = profile(request)
-    models = pick("--model", request.models or default.models, list(MODELS))
+    models = pick("--model", request.models or default.models, list(MODELS), "resfuse list models")
     backends = pick("--backend", request.backends or default.backends, list(BACKENDS))
     precisions = pick("--precision", request.precisions or default.precisions, list(PRECISIONS))
     formats = pick("--memory-format", request.memory_formats or MEMORY_FORMATS, MEMORY_FORMATS)
