@@ -166,5 +166,6 @@ def _run(row: Mapping[str, object]) -> Run | None:
 
 def _number(value: object) -> float:
     """A number above 0, or 0 for whatever is none."""
-    usable = isinstance(value, int | float) and isfinite(value) and value > 0
-    return float(value) if usable else 0.0  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or not isfinite(value):
+        return 0.0
+    return max(float(value), 0.0)

@@ -218,8 +218,9 @@ def _identity_columns(mode: str) -> list[str]:
 
 
 def _plain(value: object) -> str:
-    whole = isinstance(value, float) and math.isfinite(value)
-    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value))
+    return str(value)
 
 
 def _read_csv(

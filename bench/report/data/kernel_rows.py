@@ -1,7 +1,7 @@
 """From kernels.csv to workloads: the latest row of a provider on a convolution stands."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from resfuse.bench.records.case import PRECISIONS
@@ -38,7 +38,7 @@ def read_kernel_rows(folder: Path) -> dict[str, list[Row]]:
     return found
 
 
-def workloads(rows: list[Row]) -> tuple[Workload, ...]:
+def workloads(rows: Sequence[Row]) -> tuple[Workload, ...]:
     """The workloads of one environment's rows, by precision, model in order of depth and batch."""
     latest = {tuple(str(row[name]) for name in IDENTITY): row for row in rows}
     grouped: dict[tuple[str, ...], list[Row]] = {}
