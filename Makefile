@@ -40,12 +40,10 @@ format: $(STAMP)  ## let ruff edit
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(STAMP)  ## mypy; it needs the packages where their names say, so they are linked there
-	mkdir -p build/types/resfuse
-	for package in bench kernels resnet_ref tools; do ln -sfn ../../../$$package build/types/resfuse/$$package; done
-	MYPYPATH=build/types $(BIN)/mypy
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy
 
 clean:  ## remove what the targets made, results excepted
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 .PHONY: help setup bench test report gpu inspect lint format types clean

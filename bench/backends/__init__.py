@@ -121,7 +121,8 @@ def backend(name: str, argument: str = "--backend") -> Backend:
 
 
 def load_build(name: str) -> "Build":
-    return load(backend(name).build)
+    build: Build = load(backend(name).build)
+    return build
 
 
 def why_unavailable(name: str, device: "torch.device") -> str | None:
@@ -144,7 +145,8 @@ def load_trainable(name: str) -> "Trainable":
     target = backend(name).trainable
     if target is None:
         raise Unavailable(f"{name} runs inference only")
-    return load(target)
+    trainable: Trainable = load(target)
+    return trainable
 
 
 def load(target: str) -> Any:

@@ -11,7 +11,8 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
 
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:
-        return model(images)
+        logits: Tensor = model(images)
+        return logits
 
     return run
 

@@ -21,7 +21,8 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
 
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:
-        return fused(images)
+        logits: Tensor = fused(images)
+        return logits
 
     return run
 

@@ -7,6 +7,7 @@ would be a straw man.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from resfuse.bench.backends.onnx_export import INPUT, OUTPUT, exported, require_exporter
 from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.common.precision import tf32_allowed
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 ELEMENT_TYPES = {
     torch.float32: 1,
@@ -108,7 +112,7 @@ def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor
     return _graphed(session, example) if example.is_cuda else _bound(session, example)
 
 
-def _bound(session, example: Tensor) -> Callable[[Tensor], Tensor]:  # type: ignore[no-untyped-def]
+def _bound(session: "InferenceSession", example: Tensor) -> Callable[[Tensor], Tensor]:
     """Binds each input where it lies and gives each output memory of its own."""
     classes = session.get_outputs()[0].shape[1:]
     element = ELEMENT_TYPES[example.dtype]
@@ -124,7 +128,7 @@ def _bound(session, example: Tensor) -> Callable[[Tensor], Tensor]:  # type: ign
     return run
 
 
-def _graphed(session, example: Tensor) -> Callable[[Tensor], Tensor]:  # type: ignore[no-untyped-def]
+def _graphed(session: "InferenceSession", example: Tensor) -> Callable[[Tensor], Tensor]:
     """A CUDA graph replays fixed addresses: inputs are copied in and outputs out, timed."""
     static = example.clone()
     logits = static.new_empty((static.shape[0], *session.get_outputs()[0].shape[1:]))

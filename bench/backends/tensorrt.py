@@ -37,6 +37,7 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
 
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:
-        return compiled(images)
+        logits: Tensor = compiled(images)
+        return logits
 
     return run

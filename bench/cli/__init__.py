@@ -10,13 +10,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from resfuse.bench.cli.report_list_inspect_flags import LISTED, add_inspect, add_list, add_report
+from resfuse.bench.cluster.sweep_flags import add_sweep
 from resfuse.bench.common.errors import LeftOutWarning, UsageError
 from resfuse.bench.common.subcommand import Subcommand
-from resfuse.bench.flags.bench_flags import add_bench, add_sweep
-from resfuse.bench.flags.engine_flags import add_engine, add_roofline
-from resfuse.bench.flags.kernels_flags import add_check, add_inspect, add_kernels, add_layers
-from resfuse.bench.flags.machine_flags import add_doctor
-from resfuse.bench.flags.results_flags import LISTED, add_compare, add_list, add_report
+from resfuse.bench.compare.compare_flags import add_compare
+from resfuse.bench.doctor.doctor_flags import add_doctor
+from resfuse.bench.engine.engine_flags import add_engine
+from resfuse.bench.engine.roofline_flags import add_roofline
+from resfuse.bench.layers.kernel_check.check_flags import add_check
+from resfuse.bench.layers.layers_flags import add_kernels, add_layers
+from resfuse.bench.running.bench_flags import add_bench
 from resfuse.bench.studies import add_studies
 
 INTERRUPTED = 130

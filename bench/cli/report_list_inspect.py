@@ -8,6 +8,7 @@ from resfuse.bench.common.console import stderr, stdout
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.common.selection import pick
 from resfuse.bench.records import results
+from resfuse.bench.records.case_row import CASES
 from resfuse.bench.records.layer_row import SHEET as KERNEL_SHEET
 from resfuse.bench.running.listing import LISTS
 from resfuse.bench.trainings.degradation_sheet import SHEET as DEGRADATION_SHEET
@@ -73,7 +74,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def _results_folders(given: list[Path]) -> list[Path]:
     """Folders with rows of any kind: each given one, or else those in it."""
-    kinds = (results.CASES, KERNEL_SHEET, DEGRADATION_SHEET, TRAINING_SHEET)
+    kinds = (CASES, KERNEL_SHEET, DEGRADATION_SHEET, TRAINING_SHEET)
     sheets = [sheet.file for sheet in kinds]
     folders = []
     for folder in given:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from resfuse.bench.records import results
-from resfuse.bench.records.case_row import ENDED
+from resfuse.bench.records.sheet import ENDED
 
 Cells = dict[str, str]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case, Options, Request
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running import sweep
 from resfuse.bench.running.survey import survey
 

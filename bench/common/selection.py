@@ -36,9 +36,9 @@ def _near(pattern: str, known: Sequence[str]) -> list[str]:
     return get_close_matches(pattern, known, n=3) or within[:3]
 
 
-def pick_one(argument: str, name: str, known: Sequence[str]) -> str:
+def pick_one(argument: str, name: str, known: Sequence[str], shown_by: str = "") -> str:
     """The one known name that matches; raises UsageError for none, or several."""
-    found = pick(argument, [name], known)
+    found = pick(argument, [name], known, shown_by)
     if len(found) > 1:
         raise UsageError(f"argument {argument}: '{name}' stands for {len(found)} names; give one")
     return found[0]

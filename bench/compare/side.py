@@ -14,7 +14,8 @@ import pandas as pd
 
 from resfuse.bench.records import results
 from resfuse.bench.records.case import MODES
-from resfuse.bench.records.case_row import STATUSES
+from resfuse.bench.records.case_row import CASES
+from resfuse.bench.records.outcome import STATUSES
 
 IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
 NORMAL_95 = 1.96  # half a 95 % interval, in standard errors
@@ -85,7 +86,7 @@ def read(given: Path) -> pd.DataFrame:
         UsageError: see results.read_rows.
     """
     path = given / results.ROWS if given.is_dir() else given
-    return results.read_rows(path.parent, replace(results.CASES, file=path.name))
+    return results.read_rows(path.parent, replace(CASES, file=path.name))
 
 
 def read_facts(given: Path) -> dict[str, dict[str, str]]:
@@ -165,5 +166,6 @@ def _run(row: Mapping[str, object]) -> Run | None:
 
 def _number(value: object) -> float:
     """A number above 0, or 0 for whatever is none."""
-    usable = isinstance(value, int | float) and isfinite(value) and value > 0
-    return float(value) if usable else 0.0  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or not isfinite(value):
+        return 0.0
+    return max(float(value), 0.0)

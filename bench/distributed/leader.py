@@ -13,7 +13,7 @@ from resfuse.bench.common import json_file
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.distributed.store import appears, connect
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome, outcome_from
+from resfuse.bench.records.outcome import Outcome, outcome_from
 from resfuse.bench.running.session import bench_request
 from resfuse.bench.running.subprocess_runner import run_case
 from resfuse.bench.running.world import World, world_of

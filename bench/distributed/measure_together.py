@@ -29,7 +29,7 @@ from resfuse.bench.measuring.probes import nvml, peak_memory, roofline
 from resfuse.bench.measuring.probes.idle import limit_s, wait_for_quiet
 from resfuse.bench.measuring.training_step import Training
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sample import Measured
 from resfuse.bench.running.world import World, world_of
 

@@ -54,7 +54,7 @@ def case_of(args: argparse.Namespace) -> Case:
     Raises:
         UsageError: an unknown name, a size below 1, or a device that cannot be used.
     """
-    model = pick_one("MODEL", args.model, list(MODELS))
+    model = pick_one("MODEL", args.model, list(MODELS), "resfuse list models")
     precision = pick_one("--precision", args.precision, list(PRECISIONS))
     require_positive("--batch-size", args.batch_size)
     size = input_size(model) if args.img_size is None else args.img_size

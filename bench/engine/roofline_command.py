@@ -52,7 +52,8 @@ class Rates:
 
 def roofline(args: argparse.Namespace) -> int:
     """Prints a table for each device and precision."""
-    models = pick("MODEL", [name for part in args.models for name in part], list(MODELS))
+    asked = [name for part in args.models for name in part]
+    models = pick("MODEL", asked, list(MODELS), "resfuse list models")
     batch_sizes = args.batch_size or [1, 32, 256]
     require_positive("--batch-size", batch_sizes)
     if args.img_size is not None:

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Options, Request
-from resfuse.bench.records.case_row import Outcome, Stamp, outcome_from
 from resfuse.bench.records.convolutions import Convolution, every
-from resfuse.bench.records.layer_row import SHEET, record
+from resfuse.bench.records.layer_row import SHEET, asked
+from resfuse.bench.records.outcome import Outcome, outcome_from
 from resfuse.bench.records.sample import Value
+from resfuse.bench.records.sheet import stamp_of
 from resfuse.bench.running import sweep
 from resfuse.bench.running.subprocess_runner import NO_SENSE, compare_watches, run_task
 
@@ -53,9 +53,8 @@ def run(
     for convolution in convolutions:
         started(convolution)
         outcomes = _measure(convolution, providers, loners, options, ceilings)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        stamp = Stamp(facts["device_name"], found["env_id"], found["commit"], now)
-        rows = [record(convolution, name, outcomes[name], stamp) for name in providers]
+        stamp = stamp_of(found)
+        rows = [SHEET.record(asked(convolution, name), outcomes[name], stamp) for name in providers]
         for row in rows:
             results.append_row(folder, row, SHEET)
         finished(convolution, rows)

@@ -55,7 +55,7 @@ def layers(args: argparse.Namespace) -> int:
     options = Options(args.seconds, threads=args.threads, timeout_s=args.timeout)
     each = replace(options, seconds=0, min_rounds=rounds, max_rounds=rounds)
     rows = run_convolutions(every([case]), providers, each, folder, found, console)
-    (workload,) = workloads(rows)  # type: ignore[arg-type]
+    (workload,) = workloads(rows)
     cases = _whole(case, workload.providers)
     if cases:
         run_cases(cases, options, folder, found, console)
@@ -75,7 +75,7 @@ def _request(args: argparse.Namespace) -> Request:
     return Request(
         profile="quick",
         device=args.device,
-        models=[pick_one("MODEL", args.model, list(MODELS))],
+        models=[pick_one("MODEL", args.model, list(MODELS), "resfuse list models")],
         backends=["eager"],
         batch_sizes=[] if args.batch_size is None else [args.batch_size],
         precisions=[pick_one("--precision", args.precision, list(PRECISIONS))]

@@ -24,9 +24,9 @@ from resfuse.bench.measuring.measure_case import Tell, require_device, synchroni
 from resfuse.bench.measuring.probes import nvml
 from resfuse.bench.measuring.probes.idle import limit_s, wait_for_quiet
 from resfuse.bench.records.case import Options
-from resfuse.bench.records.case_row import Outcome
 from resfuse.bench.records.convolutions import Convolution
 from resfuse.bench.records.layer_metrics import KERNEL_METRICS, Timed
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sample import Accuracy
 
 L2_BYTES = 256 * 2**20  # more than any GPU's

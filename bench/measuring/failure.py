@@ -11,7 +11,7 @@ import torch
 from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.measuring.clock.timing import Step
 from resfuse.bench.measuring.correctness import WrongAnswer
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sample import Accuracy, Value
 
 TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -26,8 +26,8 @@ from resfuse.bench.measuring.probes import energy, nvml, peak_memory, roofline
 from resfuse.bench.measuring.probes.idle import OtherWork, limit_s, wait_for_quiet
 from resfuse.bench.measuring.training_step import Training
 from resfuse.bench.records.case import PRECISIONS, Case, Options
-from resfuse.bench.records.case_row import Outcome
 from resfuse.bench.records.metrics import METRICS
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sample import Measured, Memory, Value
 from resfuse.resnet_ref import create
 

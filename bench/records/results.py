@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from resfuse.bench.common import csv_file
 from resfuse.bench.common.csv_text import line, neutral, original
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.records.case import Case
-from resfuse.bench.records.case_row import SCHEMA_VERSION, columns
-from resfuse.bench.records.metrics import METRICS
+from resfuse.bench.records.case_row import CASES
 from resfuse.bench.records.sample import Value
+from resfuse.bench.records.sheet import Sheet
 from resfuse.kernels.tuning_cache.regular_file import read_regular
 
-ROWS = "rows.csv"
+ROWS = CASES.file
 ENVIRONMENTS = "environments.csv"
 ENVIRONMENT_COLUMNS = ("env_id", "key", "value")
 # Outcomes that a second attempt would only repeat; a case that ran out of time or crashed is tried
@@ -46,37 +45,6 @@ ASKED = frozenset(  # without which nobody knows what was measured
 SIGNED = frozenset(("train_comm_time",))
 MOST_COUNT = 2.0**31
 MOST_CEILING = 1e6  # TFLOP/s or GB/s
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A CSV file of rows.
-
-    `text`: the columns that stay text ("1e5" may be a commit). `measured`: those that an older
-    version may not have known; they are read as empty where they are missing.
-    """
-
-    file: str
-    columns: tuple[str, ...]
-    text: frozenset[str]
-    command: str  # what makes one
-    measured: frozenset[str] = frozenset()
-    schema: int = SCHEMA_VERSION
-
-
-CASES = Sheet(
-    ROWS,
-    columns(),
-    frozenset(
-        (
-            "model", "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
-            "weights", "images", "baseline", "parallel", "ended_by", "throttle", "status", "error",
-            "env_id", "commit", "timestamp",
-        )
-    ),
-    "resfuse bench",
-    frozenset((*METRICS, "parallel", "world_size")),
-)  # fmt: skip
 
 
 def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> pd.DataFrame:
@@ -250,8 +218,9 @@ def _identity_columns(mode: str) -> list[str]:
 
 
 def _plain(value: object) -> str:
-    whole = isinstance(value, float) and math.isfinite(value)
-    return str(int(value)) if whole else str(value)  # type: ignore[call-overload]
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value))
+    return str(value)
 
 
 def _read_csv(

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from resfuse.bench.measuring.probes.idle import BUSY_CORES
 from resfuse.bench.records.case import Case
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.report.data.result import label
 from resfuse.bench.running.progress import is_beside_other_work
 

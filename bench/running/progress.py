@@ -20,7 +20,7 @@ from rich.text import Text
 
 from resfuse.bench.measuring.probes.idle import BUSY_CORES, LIMIT_S
 from resfuse.bench.records.case import Case
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.profiles import LEAST_S
 
 # Seconds beyond torch's import and the timed rounds, measured on two Xeon cores: fp64 references,

@@ -16,11 +16,12 @@ from resfuse.bench.common.console import stderr, stdout
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.measuring.probes.idle import BUSY_CORES
 from resfuse.bench.records import results
-from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.case import Case, Options, Request
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running import sweep
 from resfuse.bench.running.conclusion import beside_other_work, cannot_run, conditions, short_tables
 from resfuse.bench.running.listing import cases_table
+from resfuse.bench.running.profiles import LEAST_S
 from resfuse.bench.running.progress import TimeLeft, bar, expected_s, line, minutes
 from resfuse.bench.running.subprocess_runner import run_case
 from resfuse.bench.running.survey import survey
@@ -44,7 +45,7 @@ def bench_request(args: argparse.Namespace, measure: sweep.Measure = run_case) -
 
 def measure_all(
     args: argparse.Namespace,
-    requests: Callable[[str], list[sweep.Request]],
+    requests: Callable[[str], list[Request]],
     time_left: Callable[[], float] = lambda: inf,
     measure: sweep.Measure = run_case,
 ) -> int:
@@ -116,7 +117,7 @@ def _conclude(measured: Sequence[tuple[Case, Outcome]]) -> None:
         stderr().print(text, highlight=False, soft_wrap=True)
 
 
-def request_of(args: argparse.Namespace) -> sweep.Request:
+def request_of(args: argparse.Namespace) -> Request:
     """What the parsed flags of `resfuse bench` ask for.
 
     Raises:
@@ -127,7 +128,7 @@ def request_of(args: argparse.Namespace) -> sweep.Request:
             f"argument --parallel: {args.parallel} needs processes started by torchrun: "
             "torchrun --nproc-per-node N -m resfuse.bench bench --bench train ..."
         )
-    request = sweep.Request(
+    request = Request(
         profile=args.profile,
         device=args.device,
         models=args.model,
@@ -147,7 +148,7 @@ def request_of(args: argparse.Namespace) -> sweep.Request:
     return _against(request, *args.ab) if args.ab else request
 
 
-def _against(request: sweep.Request, a: str, b: str) -> sweep.Request:
+def _against(request: Request, a: str, b: str) -> Request:
     """The request for b beside a as its baseline, each in a memory format it takes.
 
     Raises:
@@ -166,7 +167,7 @@ def _against(request: sweep.Request, a: str, b: str) -> sweep.Request:
     )
 
 
-def options_of(args: argparse.Namespace, request: sweep.Request) -> Options:
+def options_of(args: argparse.Namespace, request: Request) -> Options:
     options = Options(
         seconds=args.seconds or sweep.profile(request).seconds,
         threads=args.threads,
@@ -187,7 +188,7 @@ def run_cases(
     console: Console,
     time_left: Callable[[], float] = lambda: inf,
     measure: sweep.Measure = run_case,
-    expected: Callable[[Case], float] = lambda case: sweep.LEAST_S,
+    expected: Callable[[Case], float] = lambda case: LEAST_S,
     heard: Callable[[Case, Outcome], None] = lambda case, outcome: None,
 ) -> int:
     """Measures cases with a progress bar; returns how many were left out for want of time.

@@ -23,7 +23,7 @@ from resfuse.bench.common.errors import UsageError
 from resfuse.bench.measuring.clock.timing import Watch, seconds
 from resfuse.bench.measuring.probes import allocator
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome, outcome_from
+from resfuse.bench.records.outcome import Outcome, outcome_from
 
 MEASURE = "resfuse.bench.measuring.measure_case:measure_task"
 GRACE_S = 5.0

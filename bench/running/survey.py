@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.measuring.device import resolve_device
 from resfuse.bench.records.case import Request
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.subprocess_runner import run_task
 
 if TYPE_CHECKING:

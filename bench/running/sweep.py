@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -13,7 +12,9 @@ from resfuse.bench.common.errors import UsageError
 from resfuse.bench.common.selection import pick
 from resfuse.bench.records import results
 from resfuse.bench.records.case import MEMORY_FORMATS, MODES, PRECISIONS, Case, Options, Request
-from resfuse.bench.records.case_row import Outcome, Stamp, record
+from resfuse.bench.records.case_row import CASES
+from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.sheet import stamp_of
 from resfuse.bench.running.profiles import LEAST_S, PROFILES, Profile
 from resfuse.bench.running.subprocess_runner import run_case
 
@@ -38,7 +39,7 @@ def expand(request: Request) -> list[Case]:
     from resfuse.resnet_ref import MODELS, input_size
 
     default = profile(request)
-    models = pick("--model", request.models or default.models, list(MODELS))
+    models = pick("--model", request.models or default.models, list(MODELS), "resfuse list models")
     backends = pick("--backend", request.backends or default.backends, list(BACKENDS))
     precisions = pick("--precision", request.precisions or default.precisions, list(PRECISIONS))
     formats = pick("--memory-format", request.memory_formats or MEMORY_FORMATS, MEMORY_FORMATS)
@@ -103,9 +104,7 @@ def run(
     unavailable = dict(found.get("unavailable", {}))
     attempt = _Attempt(options, ceilings, time_left, measure or run_case, say)
     for case, outcome in _outcomes(cases, unavailable, attempt, started, expected):
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        stamp = Stamp(found["facts"]["device_name"], found["env_id"], found["commit"], now)
-        results.append_row(folder, record(case, outcome, stamp))
+        results.append_row(folder, CASES.record(case.identity(), outcome, stamp_of(found)))
         finished(case, outcome)
         done += 1
     return len(cases) - done

@@ -1,21 +1,21 @@
 """STUDIES: questions answered by measurement, `resfuse study NAME`.
 
-A study is an entry here, its flags in bench/flags/studies_flags.py, and a file or a package of its
-name.
+A study is an entry here and a file or a package of its name; its flags are in study_flags.py, or in
+its package.
 """
 
 import argparse
 
 from resfuse.bench.common.subcommand import Subcommand
-from resfuse.bench.flags.studies_flags import (
+from resfuse.bench.studies.contention.contention_flags import add_contention
+from resfuse.bench.studies.models.models_flags import add_models
+from resfuse.bench.studies.study_flags import (
     add_degradation,
     add_depth,
     add_gate,
-    add_models,
     add_overhead,
     add_training,
 )
-from resfuse.bench.studies.contention.contention_flags import add_contention
 
 STUDIES: dict[str, Subcommand] = {
     "overhead": Subcommand(

@@ -29,8 +29,9 @@ from resfuse.bench.measuring.device import resolve_device
 from resfuse.bench.measuring.probes import machine
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Stamp, record
+from resfuse.bench.records.case_row import CASES
 from resfuse.bench.records.sample import Value
+from resfuse.bench.records.sheet import Stamp
 from resfuse.bench.running.subprocess_runner import run_case
 from resfuse.bench.studies.harness_sheet import HARNESS, append
 from resfuse.bench.studies.slowed_backend import SLOWDOWN
@@ -95,7 +96,7 @@ def measure(device: str, cycles: int) -> tuple[pd.DataFrame, Runs]:
                 runs[kind].append(sum(map(len, runs.values())))
                 now = datetime.now(UTC).isoformat()
                 stamp = Stamp(facts["device_name"], machine.env_id(facts), "study", now)
-                results.append_row(folder, record(case, outcome, stamp))
+                results.append_row(folder, CASES.record(case.identity(), outcome, stamp))
         if min(map(len, runs.values())) < SIDE or len(runs["equal"]) < 2 * SIDE:
             raise UsageError(
                 f"study gate: too few runs passed: {runs}; the last: {outcome.status} "

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from resfuse.bench.measuring.probes import machine
 from resfuse.bench.records import results
-from resfuse.bench.records.results import Sheet
 from resfuse.bench.records.sample import Value
+from resfuse.bench.records.sheet import Sheet
 
 HARNESS = Sheet(
     "harness.csv",

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,12 +30,12 @@ from rich.table import Table
 from resfuse.bench.common.console import stderr, stdout
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Request
-from resfuse.bench.records.case_row import Outcome, Stamp
-from resfuse.bench.records.results import Sheet
+from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.sheet import Sheet, stamp_of
 from resfuse.bench.running.survey import survey
 from resfuse.bench.studies.training_process import run_training
 from resfuse.bench.trainings import data
-from resfuse.bench.trainings.training_row import key, record, settled
+from resfuse.bench.trainings.training_row import key, settled
 from resfuse.bench.trainings.training_run import Run
 from resfuse.kernels.cpu.library import cache_folder
 
@@ -138,9 +137,8 @@ def train_all(
         outcomes = _outcomes(runs, trainer, jobs, partial(progress.advance, work))
         stack.callback(outcomes.close)  # a full disk, too, ends the trainings under way
         for one, outcome in outcomes:
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            stamp = Stamp(found["facts"]["device_name"], found["env_id"], found["commit"], now)
-            results.append_row(folder, record(one, outcome, 1, stamp, sheet), sheet)
+            asked = {**one.identity(), "threads": 1}
+            results.append_row(folder, sheet.record(asked, outcome, stamp_of(found)), sheet)
             counts[outcome.status] += 1
             progress.update(work, description=f"{counts.total()} of {len(runs)} trainings")
             progress.console.print(_line(one, outcome), highlight=False, soft_wrap=True)

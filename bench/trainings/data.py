@@ -81,7 +81,7 @@ def download(home: Path) -> Path:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_and_extract_archive
 
-    folder = home / CIFAR10.base_folder
+    folder = home / str(CIFAR10.base_folder)
     if not all((folder / name).exists() for name in (*TRAIN_FILES, TEST_FILE)):
         try:
             download_and_extract_archive(CIFAR10.url, str(home), md5=CIFAR10.tgz_md5)

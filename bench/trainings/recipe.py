@@ -122,7 +122,7 @@ def learning_rate(run: Run, epoch: int, warming: bool) -> float:
     if warming:
         return run.learning_rate / 10
     drops = (2 * epoch >= run.epochs) + (4 * epoch >= 3 * run.epochs)
-    return run.learning_rate / 10**drops
+    return run.learning_rate / float(10**drops)
 
 
 def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, ...]:

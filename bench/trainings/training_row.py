@@ -1,4 +1,4 @@
-"""A row of a study's CSV file: one finished training.
+"""The columns of a study's CSV file, a row of which is one finished training.
 
 The curves stand in the row as numbers with spaces between, so that a training is there with all it
 has to say or not at all.
@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resfuse.bench.records import results
-from resfuse.bench.records.case_row import Outcome, Stamp
-from resfuse.bench.records.results import Sheet
 from resfuse.bench.records.sample import Value
+from resfuse.bench.records.sheet import ENDED as CASE_ENDED
+from resfuse.bench.records.sheet import Sheet
 from resfuse.bench.trainings.training_run import Run
 
 if TYPE_CHECKING:
     from resfuse.bench.trainings.data import Data
     from resfuse.bench.trainings.recipe import Trained
 
-SCHEMA_VERSION = 1
 EXACT_DIGITS = 9  # tell any two numbers in float32 apart
 IDENTITY = (
     "model", "data", "shortcut", "depth", "seed", "epochs", "batch_size", "learning_rate", "way",
 )  # fmt: skip
-ENDED = (
-    "threads", "device_name", "status", "error", "env_id", "commit", "timestamp", "schema_version",
-)  # fmt: skip
+ENDED = ("threads", "device_name", *CASE_ENDED)
 CURVES = (
     "train_error_by_epoch_pct", "test_error_by_epoch_pct", "train_loss_by_epoch",
     "test_loss_by_epoch", "loss_by_step", "gradient_norm_by_layer",
@@ -47,30 +44,8 @@ def sheet_of(file: str, asked: Sequence[str], found: Sequence[str], command: str
     return Sheet(file, columns, frozenset(TEXT).intersection(columns), command)
 
 
-def record(
-    run: Run, outcome: Outcome, threads: int, stamp: Stamp, sheet: Sheet
-) -> dict[str, Value]:
-    """One row, keyed by column of the sheet; anything but `pass` leaves what was found empty.
-
-    Parameters are counted in millions, errors in percent of the images.
-    """
-    values: dict[str, Value] = {
-        **run.identity(),
-        **outcome.metrics,
-        "threads": threads,
-        "device_name": stamp.device_name,
-        "status": outcome.status,
-        "error": outcome.error,
-        "env_id": stamp.env_id,
-        "commit": stamp.commit,
-        "timestamp": stamp.timestamp,
-        "schema_version": SCHEMA_VERSION,
-    }
-    return {column: values.get(column) for column in sheet.columns}
-
-
 def metrics(trained: "Trained", data: "Data") -> dict[str, Value]:
-    """What was found, as columns."""
+    """What a training found, by column: parameters in millions, errors in percent of the images."""
     return {
         "param_count": trained.param_count / 1e6,
         "train_images": len(data.train.labels),

@@ -10,8 +10,10 @@ from unittest.mock import patch
 import pandas as pd
 
 from resfuse.bench.records.case import Case
-from resfuse.bench.records.case_row import Outcome, Stamp, columns, record
+from resfuse.bench.records.case_row import CASES, columns
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.results import ROWS, append_row, record_environment
+from resfuse.bench.records.sheet import Stamp
 from resfuse.bench.report import write_report
 from resfuse.bench.report.report_page import DETAILS
 
@@ -39,12 +41,12 @@ def add(folder: Path, case: Case = CASE, stamp: Stamp = STAMP, **metrics: float)
         "rel_l2_err": 3.21e-7, "sol_pct": 61.7, "rounds": 23,
         "speedup": 1.3, "speedup_ci_low": 1.2, "speedup_ci_high": 1.4,
     }  # fmt: skip
-    append_row(folder, record(case, Outcome("pass", "", values | metrics), stamp))
+    append_row(folder, CASES.record(case.identity(), Outcome("pass", "", values | metrics), stamp))
     record_environment(folder, stamp.env_id, FACTS)
 
 
 def add_failed(folder: Path, case: Case, status: str, error: str, **metrics: float) -> None:
-    append_row(folder, record(case, Outcome(status, error, metrics), STAMP))
+    append_row(folder, CASES.record(case.identity(), Outcome(status, error, metrics), STAMP))
     record_environment(folder, STAMP.env_id, FACTS)
 
 
@@ -106,7 +108,7 @@ def build_many(folder: Path, batches: tuple[int, ...] = (1, 32, 256)) -> Path:
     for precision, model, batch, name in asked:
         for memory_format in ("contiguous", "channels_last"):
             case = Case(model, name, "inference", "cuda", precision, memory_format, batch, 224)
-            rows.append(record(case, _made_up(case, chance), stamp))
+            rows.append(CASES.record(case.identity(), _made_up(case, chance), stamp))
     pd.DataFrame(rows, columns=list(columns())).to_csv(folder / ROWS, index=False)
     record_environment(folder, stamp.env_id, MANY_FACTS)
     return folder

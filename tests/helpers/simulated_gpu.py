@@ -18,7 +18,7 @@ from rich.console import Console
 from resfuse.bench import cli
 from resfuse.bench.measuring.probes import machine
 from resfuse.bench.records.case import Case, Options, Request
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.tools.gpu_plan import gpu_plan_command
 from resfuse.tools.gpu_plan.means import Means
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from rich.console import Console
 
 from resfuse.bench.records import results
-from resfuse.bench.records.case_row import Outcome, Stamp
-from resfuse.bench.trainings import training_row
+from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.sheet import Sheet, Stamp
 from resfuse.bench.trainings.training_run import Run
 
 FOUND = {
@@ -16,8 +16,10 @@ FOUND = {
 QUIET = Console(quiet=True)
 
 
-def keep(folder: Path, run: Run, outcome: Outcome, sheet: results.Sheet) -> None:
+def keep(folder: Path, run: Run, outcome: Outcome, sheet: Sheet) -> None:
     """Appends a training's row, and its environment's."""
     stamp = Stamp("Xeon 2.9 GHz", FOUND["env_id"], "3f2a91c", "2026-05-09T10:00:00+00:00")
-    results.append_row(folder, training_row.record(run, outcome, 1, stamp, sheet), sheet)
+    results.append_row(
+        folder, sheet.record({**run.identity(), "threads": 1}, outcome, stamp), sheet
+    )
     results.record_environment(folder, FOUND["env_id"], FOUND["facts"])

@@ -42,7 +42,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("measuring", "trainings"),
         ("report",),
         ("running",),
-        ("flags", "layers", "engine", "compare", "doctor"),
+        ("layers", "engine", "compare", "doctor"),
         ("cluster", "distributed", "studies"),
         ("cli",),
     ),

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 from resfuse.kernels.gpu.registry import KERNELS
 
@@ -27,12 +28,23 @@ def packages_on_disk() -> set[str]:
     return {".".join(("resfuse", *folder.relative_to(ROOT).parts)) for folder in folders}
 
 
-def test_the_package_list_is_what_lies_on_the_disk(project: dict) -> None:
-    assert set(project["tool"]["setuptools"]["packages"]) == packages_on_disk()
+def test_every_folder_is_linked_to_the_name_it_is_imported_by() -> None:
+    """Editors, mypy and an editable install follow these links; they work wherever a clone lies."""
+    links = {path.name: path.readlink() for path in (ROOT / "src/resfuse").iterdir()}
+    assert links == {name: Path("../..") / name for name in FOLDERS}
+
+
+def test_setuptools_finds_every_package_on_the_disk(project: dict) -> None:
+    find = project["tool"]["setuptools"]["packages"]["find"]
+    (place,) = find["where"]
+    found = set(find_namespace_packages(str(ROOT / place), exclude=find["exclude"]))
+    assert packages_on_disk() <= found
+    assert not any("__pycache__" in name for name in found)
 
 
 def test_the_wheel_holds_every_module_under_the_namespace(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    """The wheel is built from the source distribution: files in place of links are in both."""
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)]
     done = subprocess.run([*build, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:

@@ -22,7 +22,9 @@ from resfuse.bench.measuring.failure import outcome_of
 from resfuse.bench.measuring.probes import machine
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome, Stamp, record
+from resfuse.bench.records.case_row import CASES
+from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.sheet import Stamp
 from resfuse.bench.running import sweep
 from resfuse.bench.running.survey import survey
 from resfuse.kernels.engine.tuning.tuner import BrokenDevice
@@ -327,9 +329,9 @@ def test_notes_come_from_the_rows_and_are_written_once(tmp_path: Path) -> None:
         "speedup_ci_high": 2.1, "sol_pct": 44.0, "rounds": 10,
     }  # fmt: skip
     stamp = Stamp("an abacus", "env", "commit", "2026-01-01T00:00:00+00:00")
-    results.append_row(tmp_path, record(CASE, Outcome("oom", "full"), stamp))
+    results.append_row(tmp_path, CASES.record(CASE.identity(), Outcome("oom", "full"), stamp))
     assert notes.write_if_missing(tmp_path) is None  # nothing passed
-    results.append_row(tmp_path, record(CASE, Outcome("pass", "", metrics), stamp))
+    results.append_row(tmp_path, CASES.record(CASE.identity(), Outcome("pass", "", metrics), stamp))
     written = notes.write_if_missing(tmp_path)
     assert written == tmp_path / "NOTES.md"
     said = written.read_text()

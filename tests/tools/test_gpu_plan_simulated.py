@@ -8,7 +8,7 @@ import pytest
 
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.tools.gpu_plan import plan_progress
 from resfuse.tools.gpu_plan.archive import Places
 from resfuse.tools.gpu_plan.plan_steps import STEPS

@@ -14,8 +14,9 @@ from resfuse.bench import cli
 from resfuse.bench.layers.kernel_check.check_command import check_configs, kernels_of, math_modes_of
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running import sweep
+from resfuse.bench.running.profiles import LEAST_S
 from resfuse.bench.running.session import options_of, request_of, run_cases
 from resfuse.tools.gpu_plan import costs, questions
 from resfuse.tools.gpu_plan.means import Means
@@ -80,10 +81,10 @@ class Plan:
     def needs(self, step: Step, rest: bool) -> tuple[float, float]:
         """As progress.Needs: of a step of several cases, what its cheapest unsettled one takes."""
         if self.dry_run:
-            return sweep.LEAST_S, bound_s(step)
+            return LEAST_S, bound_s(step)
         cases = self._left(step)
         if not cases:
-            return (sweep.LEAST_S if rest else step.cost_s), step.bound_s or sweep.LEAST_S
+            return (LEAST_S if rest else step.cost_s), step.bound_s or LEAST_S
         bound = sum(costs.cost(case).bound_s for case in cases)
         return min(self._needs(case, rest) for case in cases), bound
 
@@ -111,7 +112,7 @@ class Plan:
         if case.backend in self.found.get("unavailable", {}):
             return 0.0
         if self.dry_run:
-            return sweep.LEAST_S
+            return LEAST_S
         enough = costs.cost(case).expected_s
         return min(enough, costs.KEPT_S) if rest and case.backend in costs.KEPT else enough
 

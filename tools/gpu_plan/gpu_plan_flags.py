@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from resfuse.bench.flags.flag_values import names, positive
+from resfuse.bench.running.shared_flags import names, positive
 from resfuse.tools.gpu_plan.plan_steps import BUDGET_S, LIMIT_MB, PARTS
 
 

@@ -12,7 +12,7 @@ from resfuse.bench.backends import load
 from resfuse.bench.layers.kernel_check.check_command import Heard, RunTrials
 from resfuse.bench.layers.kernel_check.trials_process import run_trials
 from resfuse.bench.measuring.clock import timing
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running import sweep
 from resfuse.bench.running.subprocess_runner import run_case
 from resfuse.bench.running.survey import survey

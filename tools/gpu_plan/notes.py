@@ -70,13 +70,14 @@ def write_if_missing(folder: Path) -> Path | None:
     return path
 
 
+Key = tuple[str, str, float, float]  # model, precision, images, pixels
 LIMIT_HEADINGS = ("network", "FLOPs, ms", "bytes, ms", "convolution by convolution, ms", "images/s")
 MEASURED_HEADINGS = (
     "network", "backend", "median, ms", "images/s", "% of floor", "speed-up", "baseline",
 )  # fmt: skip
 
 
-def _limits(key: tuple, ceilings: dict[str, float]) -> list[str]:
+def _limits(key: Key, ceilings: dict[str, float]) -> list[str]:
     model, precision, batch_size, img_size = key[0], key[1], int(key[2]), int(key[3])
     if model not in MODELS or precision not in PRECISIONS:  # a newer version's, or a damaged row
         return [_network(key), *["unknown"] * 4]
@@ -102,11 +103,11 @@ def _limits(key: tuple, ceilings: dict[str, float]) -> list[str]:
     ]
 
 
-def _measured(key: tuple, rows: pd.DataFrame) -> list[list[str]]:
+def _measured(key: Key, rows: pd.DataFrame) -> list[list[str]]:
     return [_line(key, row) for row in rows.sort_values("p50_ms").to_dict("records")]
 
 
-def _line(key: tuple, row: Mapping[Hashable, Any]) -> list[str]:
+def _line(key: Key, row: Mapping[Hashable, Any]) -> list[str]:
     low, high = row["speedup_ci_low"], row["speedup_ci_high"]
     return [
         _network(key),
@@ -119,7 +120,7 @@ def _line(key: tuple, row: Mapping[Hashable, Any]) -> list[str]:
     ]
 
 
-def _network(key: tuple) -> str:
+def _network(key: Key) -> str:
     return f"{key[0]}, {key[1]}, batch {int(key[2])}, {int(key[3])} pixels"
 
 

@@ -16,7 +16,7 @@ from resfuse.bench.layers.kernel_check.checker import attempt, is_lost
 from resfuse.bench.layers.kernel_check.trials import TRIALS, Place, Trial
 from resfuse.bench.measuring.failure import outcome_of
 from resfuse.bench.measuring.measure_case import synchronize
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 
 Answer = dict[str, Any]
 

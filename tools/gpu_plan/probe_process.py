@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.subprocess_runner import run_task
 
 TASK = "resfuse.tools.gpu_plan.probe_process:probe_task"

@@ -7,14 +7,16 @@ from pathlib import Path
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.layers.kernel_check.check_command import SHEET as CONFIGS
 from resfuse.bench.records import results
-from resfuse.bench.records.results import ENVIRONMENTS, Sheet
+from resfuse.bench.records.case_row import CASES
+from resfuse.bench.records.results import ENVIRONMENTS
+from resfuse.bench.records.sheet import Sheet
 from resfuse.kernels.tuning_cache.regular_file import read_regular
 from resfuse.kernels.tuning_cache.timing_cache import MOST_BYTES as MOST_CACHE_BYTES
 from resfuse.kernels.tuning_cache.timing_cache import lines_from
 from resfuse.tools.gpu_plan import archive as archives
 from resfuse.tools.gpu_plan.archive import INDUCTOR, RESULTS, SUFFIXES, TIMINGS, Places
 
-SHEETS: tuple[Sheet, ...] = (results.CASES, CONFIGS)
+SHEETS: tuple[Sheet, ...] = (CASES, CONFIGS)
 THEIRS = ("NOTES.md",)  # people write in it: an archive's is taken where there is none
 
 

@@ -68,7 +68,8 @@ def _triton(kernel: str, layer: ConvRelu, **window: Any) -> Run:
 
     @torch.inference_mode()
     def run(x: Tensor) -> Tensor:
-        return op(x, weight, bias, stride=stride, activation="relu", **window)
+        y: Tensor = op(x, weight, bias, stride=stride, activation="relu", **window)
+        return y
 
     return run
 

@@ -7,7 +7,6 @@ costs its own row: the others are tried in the next subprocess.
 import argparse
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -21,15 +20,14 @@ from resfuse.bench.common.selection import pick
 from resfuse.bench.layers.kernel_check import trials_process
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Request
-from resfuse.bench.records.case_row import Outcome
-from resfuse.bench.records.results import SETTLED, Sheet
+from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.results import SETTLED
+from resfuse.bench.records.sheet import ENDED, Sheet, stamp_of
 from resfuse.bench.running.survey import survey
 
-SCHEMA_VERSION = 1
 TRIED = ("kernel", "label", "math_mode")
 COLUMNS = (
-    *TRIED, "device_name", "rel_l2_err", "max_abs_err", "status", "error", "env_id", "commit",
-    "timestamp", "schema_version",
+    *TRIED, "device_name", "rel_l2_err", "max_abs_err", *ENDED,
 )  # fmt: skip
 NUMBERS = frozenset(("rel_l2_err", "max_abs_err", "schema_version"))
 SHEET = Sheet("configs.csv", COLUMNS, frozenset(COLUMNS) - NUMBERS, "resfuse check")
@@ -105,11 +103,8 @@ def check_configs(
 
     def append(key: str, status: str, error: str, metrics: dict[str, Any]) -> None:
         kernel, math_mode, label = key.split("|")
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         tried = {"kernel": kernel, "label": label, "math_mode": math_mode}
-        stamp = {"device_name": found["facts"]["device_name"], "env_id": found["env_id"]}
-        ended = {"status": status, "error": error, "commit": found["commit"], "timestamp": now}
-        row = {**tried, **metrics, **stamp, **ended, "schema_version": SCHEMA_VERSION}
+        row = SHEET.record(tried, Outcome(status, error, metrics), stamp_of(found))
         results.append_row(folder, row, SHEET)
         counts[status] += 1
         skip.add(key)

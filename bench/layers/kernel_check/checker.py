@@ -16,7 +16,7 @@ import torch
 from resfuse.bench.layers.kernel_check.trials import TRIALS, Place, Trial
 from resfuse.bench.measuring.failure import outcome_of
 from resfuse.bench.measuring.measure_case import synchronize
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.worker import die_with_parent
 from resfuse.kernels.ops.tolerance import TOLERANCES
 from resfuse.kernels.tuning_cache.denylist import key_of

@@ -95,7 +95,8 @@ def bn_add_relu(place: Place) -> Iterator[Trial]:
 
 
 def _forward(main: Normed, side: Normed) -> Tensor:
-    return sum(_hat(n) * _wide(n.weight) + _wide(n.bias) for n in (main, side)).relu()  # type: ignore[union-attr]
+    first, second = (_hat(n) * _wide(n.weight) + _wide(n.bias) for n in (main, side))
+    return (first + second).relu()
 
 
 def _sums(grad: Tensor, y: Tensor, main: Normed, side: Normed, rows: int) -> Tensor:

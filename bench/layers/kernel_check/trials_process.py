@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.subprocess_runner import run_task
 
 TRIAL_TIMEOUT_S = 60.0  # of one configuration, compilation included

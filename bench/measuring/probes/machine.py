@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -181,7 +181,7 @@ def _product_rate(device: str, kind: str, dtype: torch.dtype) -> float:
     return max(product, 2 * images.numel() * weight[0].numel() / convolve) / 1e9
 
 
-def _fastest_ms(work, kind: str, rounds: int = 12) -> float:  # type: ignore[no-untyped-def]
+def _fastest_ms(work: Callable[[], object], kind: str, rounds: int = 12) -> float:
     best = float("inf")
     for _ in range(rounds):
         stopwatch = CudaStopwatch() if kind == "cuda" else CpuStopwatch()

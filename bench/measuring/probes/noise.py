@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from statistics import median
+from typing import TYPE_CHECKING
 
 from resfuse.bench.common.finding import NOTE, Finding
+
+if TYPE_CHECKING:
+    from resfuse.bench.measuring.clock.timing import Watch
 
 SECONDS = 1.5
 LEAST_ROUNDS = 20
@@ -34,14 +38,14 @@ def _paired_times(
     """Times (ms) of two copies of a loop of `repeats` matrix products, taken in turns."""
     import torch
 
-    from resfuse.bench.measuring.clock.timing import STOPWATCHES, Watch, seconds
+    from resfuse.bench.measuring.clock.timing import STOPWATCHES, Watch
 
     kind = torch.device(device).type
     a, b = (torch.randn(SIDE[kind], SIDE[kind], device=device) for _ in range(2))
     times: tuple[list[float], list[float]] = ([], [])
     spent = Watch()
     torch.mm(a, b)
-    while len(times[0]) < rounds or _spent(spent, seconds) < budget_s:
+    while len(times[0]) < rounds or _spent(spent) < budget_s:
         for own in times:
             stopwatch = STOPWATCHES[kind]()
             stopwatch.mark()
@@ -73,8 +77,8 @@ def judged(first: Sequence[float], second: Sequence[float]) -> list[Finding]:
     return [Finding("spread", spread), Finding("believable", verdict + caution, state)]
 
 
-def _spent(watch, seconds) -> float:  # type: ignore[no-untyped-def]
-    from resfuse.bench.measuring.clock.timing import ClockError
+def _spent(watch: "Watch") -> float:
+    from resfuse.bench.measuring.clock.timing import ClockError, seconds
 
     try:
         return seconds(watch.elapsed())

@@ -1,7 +1,8 @@
 """What a network costs at the least: multiply-accumulates, bytes, and their time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,13 @@ class _Counter(TorchFunctionMode):
         self.winograd_macs = 0
         self.activations = 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         if func is F.batch_norm:
             return args[0]
         if func is F.adaptive_avg_pool2d:

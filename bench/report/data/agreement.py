@@ -73,7 +73,7 @@ def apart(experiment: Experiment, way: str, reference: str) -> np.ndarray:
     one, other = (stacked(side, FIRST_LOSSES) for side in _same_seeds(experiment, way, reference))
     if not one.size or one.shape != other.shape:
         return np.array([])
-    return np.sqrt(np.square(one - other).mean(0))
+    return _root_mean_square(one - other)
 
 
 def seeds_apart(experiment: Experiment, way: str) -> np.ndarray:
@@ -82,7 +82,7 @@ def seeds_apart(experiment: Experiment, way: str) -> np.ndarray:
     if len(lines) < 2:
         return np.array([])
     pairs = np.array([one - other for one, other in combinations(lines, 2)])
-    return np.sqrt(np.square(pairs).mean(0))
+    return _root_mean_square(pairs)
 
 
 def times_eager(experiment: Experiment, way: str) -> float | None:
@@ -105,6 +105,12 @@ def change(experiment: Experiment, way: str, column: str) -> Estimate | None:
         if column in a.numbers and column in b.numbers
     ]
     return Estimate(*mean_interval(values), len(values)) if values else None
+
+
+def _root_mean_square(lines: np.ndarray) -> np.ndarray:
+    """The root mean square over the first axis."""
+    root: np.ndarray = np.sqrt(np.square(lines).mean(0))
+    return root
 
 
 def _rms(values: np.ndarray) -> float:

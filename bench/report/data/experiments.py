@@ -14,8 +14,9 @@ import numpy as np
 from resfuse.bench.common.csv_file import number_in
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.common.statistics import mean_interval
-from resfuse.bench.records.case_row import STATUSES
-from resfuse.bench.records.results import Sheet, read_rows
+from resfuse.bench.records.outcome import STATUSES
+from resfuse.bench.records.results import read_rows
+from resfuse.bench.records.sheet import Sheet
 from resfuse.bench.trainings.training_row import CURVES, IDENTITY
 from resfuse.bench.trainings.training_run import PLAIN, SHORTCUTS
 from resfuse.bench.trainings.variants import EAGER, WAYS

@@ -1,13 +1,13 @@
 """From kernels.csv to workloads: the latest row of a provider on a convolution stands."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from resfuse.bench.records.case import PRECISIONS
-from resfuse.bench.records.case_row import STATUSES
 from resfuse.bench.records.layer_metrics import KERNEL_METRICS
 from resfuse.bench.records.layer_row import SHEET
+from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.records.results import read_rows
 from resfuse.bench.report.data.families import depth, family
 from resfuse.bench.report.data.workload import KernelResult, Workload
@@ -38,7 +38,7 @@ def read_kernel_rows(folder: Path) -> dict[str, list[Row]]:
     return found
 
 
-def workloads(rows: list[Row]) -> tuple[Workload, ...]:
+def workloads(rows: Sequence[Row]) -> tuple[Workload, ...]:
     """The workloads of one environment's rows, by precision, model in order of depth and batch."""
     latest = {tuple(str(row[name]) for name in IDENTITY): row for row in rows}
     grouped: dict[tuple[str, ...], list[Row]] = {}

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from resfuse.bench.records.case import MODES, PRECISIONS
-from resfuse.bench.records.case_row import STATUSES
 from resfuse.bench.records.metrics import METRICS
+from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.records.results import ROWS, read_environments, read_rows
 from resfuse.bench.report.data.experiments import experiments, read_training_rows
 from resfuse.bench.report.data.families import depth, family

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from resfuse.bench.backends.providers import BASELINE
-from resfuse.bench.records.case_row import STATUSES
 from resfuse.bench.records.layer_row import SHEET
+from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.report.data import cells
 from resfuse.bench.report.data.result import Environment
 from resfuse.bench.report.data.workload import KernelResult, Workload, worst_error

@@ -1,6 +1,6 @@
 """What the sections of all studies that train say: on what, how long, by which recipe."""
 
-from resfuse.bench.records.results import Sheet
+from resfuse.bench.records.sheet import Sheet
 from resfuse.bench.report.data.experiments import Experiment
 from resfuse.bench.report.tables import markdown
 from resfuse.bench.report.tables.markdown import escape

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resfuse.bench.records.case_row import STATUSES
+from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.report.data.result import Result, model_name
 from resfuse.bench.report.tables import markdown
 

@@ -3,8 +3,8 @@
 import textwrap
 from collections.abc import Collection
 
-from resfuse.bench.records.case_row import STATUSES
 from resfuse.bench.records.metrics import METRICS
+from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.report.tables import break_even, headline, markdown, training_phases
 
 STATUS_MEANING = {

@@ -2,8 +2,7 @@
 
 import argparse
 
-from resfuse.bench.flags.flag_values import names, numbers, positive
-from resfuse.bench.flags.shared_flags import add_results, add_threads
+from resfuse.bench.running.shared_flags import add_results, add_threads, names, numbers, positive
 from resfuse.bench.studies.contention.scenarios import SCENARIOS
 
 

@@ -23,8 +23,8 @@ from resfuse.bench.common.selection import pick
 from resfuse.bench.measuring.clock.timing import Watch
 from resfuse.bench.measuring.probes import machine
 from resfuse.bench.records import results
-from resfuse.bench.records.results import Sheet
 from resfuse.bench.records.sample import Value
+from resfuse.bench.records.sheet import Sheet
 from resfuse.bench.studies.models import models_table
 from resfuse.bench.studies.models.compare_answers import compare
 from resfuse.bench.studies.models.networks import NETWORKS

@@ -176,10 +176,12 @@ def create(network: str) -> nn.Module:
     if package == "timm":
         import timm
 
-        return timm.create_model(name, pretrained=False)
-    import torchvision
+        made: nn.Module = timm.create_model(name, pretrained=False)
+    else:
+        import torchvision
 
-    return torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
+        made = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
+    return made
 
 
 def image_size(network: str, model: nn.Module, wanted: int) -> int:

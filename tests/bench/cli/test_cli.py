@@ -28,7 +28,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("arguments", "said"),
     [
         (["-m", "resnet81"], "--model: unknown name 'resnet81'; did you mean resnet18"),
-        (["-m", "dense*"], "--model: unknown name 'dense*'; known: resnet18, "),
+        (["-m", "dense*"], "--model: unknown name 'dense*'; `resfuse list models` shows the "),
         (["--backend", "eager,onnx"], "--backend: unknown name 'onnx'; did you mean onnxrt"),
         (["--precision", "fp32"], "--precision: unknown name 'fp32'; "),
         (["--precision", "fp32"], "known: float32, tf32, float16, bfloat16"),

@@ -12,8 +12,8 @@ from resfuse.bench.layers import layer_sweep
 from resfuse.bench.layers.kernels_command import run_convolutions
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Options
-from resfuse.bench.records.case_row import Outcome
 from resfuse.bench.records.convolutions import Convolution
+from resfuse.bench.records.outcome import Outcome
 from resfuse.kernels.ops.conv_problem import ConvProblem
 
 FOREIGN = "expected [bold] int[4]; got [/N, C] in [red]"
@@ -37,8 +37,9 @@ def test_a_providers_error_is_printed_whole(
     monkeypatch.setattr(layer_sweep, "run_convolution", lambda *_: outcomes)
     problem = ConvProblem(1, 3, 8, 8, k=4, r=3, s=3, padding=(1, 1), math_mode="ieee")
     convolution = Convolution("tiny", 8, "cpu", "float32", "0", 1, problem)
-    found = {"env_id": "0123456789", "commit": "1e5"}
-    results.record_environment(tmp_path, found["env_id"], {"device_name": "some CPU"})
+    facts = {"device_name": "some CPU"}
+    found = {"facts": facts, "env_id": "0123456789", "commit": "1e5"}
+    results.record_environment(tmp_path, "0123456789", facts)
     run_convolutions([convolution], ["eager"], Options(), tmp_path, found, console.stderr())
     assert f"eager fail_to_run: {FOREIGN}" in capsys.readouterr().err
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from resfuse.bench.common.csv_text import neutral, original
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case
-from resfuse.bench.records.case_row import Outcome, Stamp, record
+from resfuse.bench.records.case_row import CASES
+from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.sheet import Stamp
 
 CASE = Case("resnet18", "eager", "inference", "cpu", "float32", "contiguous", 8, 224)
 FORMULAS = ("=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "\r=1", "\n=1", "'=1", "''@x")
@@ -49,7 +51,8 @@ def test_rows_and_environments_keep_any_name(text: str, tmp_path: Path) -> None:
     case = Case(**{**vars(CASE), "images": text, "weights": f"{text},{text}"})
     stamp = Stamp(text, "env", "-1e5x", "2026-01-02T03:04:05+00:00")
     results.append_row(
-        tmp_path, record(case, Outcome("oom", text, {"train_comm_time": -1.5}), stamp)
+        tmp_path,
+        CASES.record(case.identity(), Outcome("oom", text, {"train_comm_time": -1.5}), stamp),
     )
     results.record_environment(tmp_path, "env", {"cpu": text, text or "key": "x"})
     results.record_environment(tmp_path, "other", {"cpu": "y"})  # writes the first once more

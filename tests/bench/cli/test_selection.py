@@ -5,6 +5,7 @@ import pytest
 from resfuse.bench.cli import main
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.common.selection import pick
+from resfuse.resnet_ref import MODELS
 
 KNOWN = ["resnet18", "resnet50", "resnet18_v1", "vgg19"]
 
@@ -27,6 +28,11 @@ def test_what_matches_nothing_is_named_with_what_is_close_and_what_is_known() ->
 
 
 def test_many_names_are_not_shown_but_where_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["bench", "-m"], ["kernels", "-m"], ["engine"], ["layers"], ["roofline"]):
+        assert main([*command, "resnet5"]) == 2
+        said = capsys.readouterr().err
+        assert len(said) < 200 and "did you mean resnet50 or " in said
+        assert f"`resfuse list models` shows the {len(MODELS)} that are known" in said
     assert main(["study", "models", "-m", "nosuch"]) == 2
     said = capsys.readouterr().err
     assert len(said) < 200 and "`resfuse study models --list` shows the" in said

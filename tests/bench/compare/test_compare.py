@@ -15,7 +15,9 @@ from resfuse.bench.compare import verdict
 from resfuse.bench.compare.side import Key, Run, Runs
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case
-from resfuse.bench.records.case_row import Outcome, Stamp, record
+from resfuse.bench.records.case_row import CASES
+from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.sheet import Stamp
 
 CASE = Case("resnet18", "fused", "inference", "cpu", "float32", "channels_last", 8, 224)
 OTHER = replace(CASE, model="resnet50")
@@ -37,7 +39,9 @@ def add(folder: Path, case: Case, *speedups: float, stamp: Stamp = STAMP, **metr
             "speedup_ci_low": 0.995 * speedup, "speedup_ci_high": 1.005 * speedup, **metrics,
         }  # fmt: skip
         stamp = replace(stamp, timestamp=f"2026-01-02T03:{taken:02}:05+00:00")
-        results.append_row(folder, record(case, Outcome("pass", "", values), stamp))
+        results.append_row(
+            folder, CASES.record(case.identity(), Outcome("pass", "", values), stamp)
+        )
     results.record_environment(folder, stamp.env_id, FACTS)
 
 
@@ -118,7 +122,9 @@ def test_a_case_that_fails_where_it_passed(after: Path, compare: Callable[..., S
     stamp = replace(STAMP, commit="c2")
     for status, error in (("pass", ""), ("fail_accuracy", "relative error 0.3")):
         metrics = {"speedup": 1.5, "speedup_ci_low": 1.49, "speedup_ci_high": 1.51}
-        row = record(CASE, Outcome(status, error, metrics if status == "pass" else {}), stamp)
+        row = CASES.record(
+            CASE.identity(), Outcome(status, error, metrics if status == "pass" else {}), stamp
+        )
         results.append_row(after, row)
     code, said = compare()
     assert code == 1

@@ -15,7 +15,7 @@ from resfuse.bench.measuring import measure_case
 from resfuse.bench.measuring.clock.stopping import FIRST_LOOK, GROWTH, Narrow
 from resfuse.bench.measuring.clock.timing import Laps, Step, interleave
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running import progress, session
 
 CASE = Case("cifar_resnet20", "eager", "inference", "cpu", "float32", "channels_last", 1, 32)

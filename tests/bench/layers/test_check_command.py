@@ -20,7 +20,7 @@ from resfuse.bench.layers.kernel_check.check_command import SHEET, check_configs
 from resfuse.bench.layers.kernel_check.checker import judge, key
 from resfuse.bench.layers.kernel_check.trials import TRIALS, Place, Trial
 from resfuse.bench.records import results
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.kernels.gpu.block_tail import block_tail_config
 from resfuse.kernels.gpu.bn_act import bn_act
 from resfuse.kernels.gpu.common import launch

@@ -21,9 +21,10 @@ from resfuse.bench.layers.layer_floor import floor
 from resfuse.bench.measuring import measure_case as whole
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome, Stamp
 from resfuse.bench.records.convolutions import Convolution, convolutions
-from resfuse.bench.records.layer_row import SHEET, record
+from resfuse.bench.records.layer_row import SHEET, asked
+from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.sheet import Stamp
 from resfuse.kernels.ops.conv_problem import ConvProblem
 
 PROBLEM = ConvProblem(2, 16, 20, 20, k=24, r=3, s=3, padding=(1, 1), math_mode="ieee")
@@ -220,7 +221,7 @@ def test_pixels_that_a_stride_leaves_out_need_not_be_read() -> None:
 
 
 def test_a_torn_row_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
-    row = record(CONVOLUTION, "fused", Outcome("pass", "", {"p50_ms": 0.25}), STAMP)
+    row = SHEET.record(asked(CONVOLUTION, "fused"), Outcome("pass", "", {"p50_ms": 0.25}), STAMP)
     results.append_row(tmp_path, row, SHEET)
     with (tmp_path / SHEET.file).open("a") as file:
         file.write("tiny,conv_relu,2x16")  # killed in the middle of a write

@@ -8,9 +8,9 @@ import pytest
 from report_rows import CASE, FACTS, STAMP, add, details, tables, text_of
 from resfuse.bench.cli.report_list_inspect import _results_folders
 from resfuse.bench.records import results
-from resfuse.bench.records.case_row import Outcome
 from resfuse.bench.records.convolutions import Convolution
-from resfuse.bench.records.layer_row import SHEET, record
+from resfuse.bench.records.layer_row import SHEET, asked
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.report import write_merged_report
 from resfuse.kernels.ops.conv_problem import ConvProblem
 
@@ -31,7 +31,7 @@ def add_convolution(folder: Path, problem: ConvProblem, provider: str, p50_ms: f
         "resnet18", 224, "cpu", "float32", "layer1.0.conv1", COUNTS[problem], problem
     )
     outcome = Outcome(status, error, numbers | more if status == "pass" else {})
-    results.append_row(folder, record(convolution, provider, outcome, stamp), SHEET)
+    results.append_row(folder, SHEET.record(asked(convolution, provider), outcome, stamp), SHEET)
     results.record_environment(folder, stamp.env_id, FACTS)
 
 

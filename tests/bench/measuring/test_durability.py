@@ -20,9 +20,10 @@ from unittest.mock import patch
 import pytest
 
 from resfuse.bench.common.errors import UsageError
-from resfuse.bench.records import results
+from resfuse.bench.records import case_row, results
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome, Stamp, record
+from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.sheet import Stamp
 from resfuse.bench.running import sweep
 from resfuse.bench.running.sweep import unsettled
 
@@ -94,7 +95,7 @@ def test_kill_9_at_twenty_moments_loses_and_doubles_no_row(tmp_path: Path) -> No
 def test_a_line_cut_anywhere_costs_that_line_alone(tmp_path: Path) -> None:
     """Lengths a power cut may leave the last line in, within quotes and at its end."""
     stamp = Stamp("some CPU, 2 cores", FOUND["env_id"], FOUND["commit"], "2026-01-02T03:04:05")
-    rows = [record(case, passed(case), stamp) for case in CASES[:3]]
+    rows = [case_row.CASES.record(case.identity(), passed(case), stamp) for case in CASES[:3]]
     for row in rows[:2]:
         results.append_row(tmp_path, row)
     path = tmp_path / results.ROWS
@@ -114,7 +115,7 @@ def test_two_sweeps_into_one_folder_tear_nothing(tmp_path: Path) -> None:
     """Other cases each, and a file of an older version that both want to bring up to date."""
     stamp = Stamp("some CPU, 2 cores", FOUND["env_id"], "older", "2026-01-02T03:04:05")
     older = replace(CASE, batch_size=999)
-    results.append_row(tmp_path, record(older, passed(older), stamp))
+    results.append_row(tmp_path, case_row.CASES.record(older.identity(), passed(older), stamp))
     path = tmp_path / results.ROWS
     header, rest = path.read_bytes().split(b"\n", 1)  # its columns in another order
     header, rest = header.removeprefix(b"model,"), rest.removeprefix(b"resnet18,").rstrip()

@@ -35,7 +35,7 @@ from resfuse.bench.distributed.leader import Leader, _follow
 from resfuse.bench.layers.kernel_check import check_command
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Options
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.report.data.select import read_folders
 from resfuse.bench.running import subprocess_runner
 from resfuse.bench.studies.models import models_study as models

@@ -10,7 +10,7 @@ from resfuse.bench.measuring import measure_case
 from resfuse.bench.measuring.clock import timing
 from resfuse.bench.measuring.training_step import Run
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running import subprocess_runner
 
 # Some 30 ms a step: long enough for clocks to be compared, short enough for a suite.

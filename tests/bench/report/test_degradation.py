@@ -15,7 +15,7 @@ from report_rows import details
 from resfuse.bench.cli import main
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.records import results
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.report.data.experiments import experiments, read_training_rows
 from resfuse.bench.report.plots.plot_degradation import errors, gradients
 from resfuse.bench.report.sections.degradation_section import verdicts

@@ -21,7 +21,7 @@ from resfuse.bench.cli import main
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.distributed.leader import ENDED, combine
 from resfuse.bench.records import results
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.world import launched, require_devices, world_of
 
 HERE = Path(__file__).resolve().parents[2] / "helpers"

@@ -15,7 +15,7 @@ from report_rows import CASE
 from resfuse.bench.cli import parser
 from resfuse.bench.measuring.probes import idle
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.results import read_rows
 from resfuse.bench.running import conclusion, session
 from resfuse.bench.running.progress import TimeLeft, expected_s, line, minutes

@@ -14,7 +14,9 @@ from resfuse.bench import cli
 from resfuse.bench.common.errors import LeftOutWarning, UsageError
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import ENDED, Outcome, Stamp, columns, record
+from resfuse.bench.records.case_row import CASES, columns
+from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.sheet import ENDED, Stamp
 from resfuse.bench.running import session
 
 CASE = Case("resnet18", "eager", "inference", "cpu", "float32", "contiguous", 8, 224)
@@ -22,7 +24,7 @@ STAMP = Stamp("some CPU, 2 cores", "0123456789", "1e5", "2026-01-02T03:04:05+00:
 
 
 def row(case: Case = CASE, status: str = "pass", error: str = "") -> dict:
-    return record(case, Outcome(status, error, {"p50_ms": 12.5}), STAMP)
+    return CASES.record(case.identity(), Outcome(status, error, {"p50_ms": 12.5}), STAMP)
 
 
 def test_a_row_comes_back_as_it_went_in(tmp_path: Path) -> None:

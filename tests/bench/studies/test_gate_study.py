@@ -11,7 +11,7 @@ import torch
 
 from resfuse.bench.backends import BACKENDS, eager
 from resfuse.bench.records.case import Case, Options
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.subprocess_runner import run_case
 from resfuse.bench.studies import gate_study
 from resfuse.bench.studies import slowed_backend as slowed

@@ -18,7 +18,7 @@ from report_rows import details
 from resfuse.bench.cli import main
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.records import results
-from resfuse.bench.records.case_row import Outcome
+from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.report.data.agreement import agreement, apart, change, is_equal, seeds_apart
 from resfuse.bench.report.data.experiments import Experiment, experiments, read_training_rows
 from resfuse.bench.report.plots.plot_agreement import curves

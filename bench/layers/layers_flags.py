@@ -1,18 +1,20 @@
-"""Layers and kernels by themselves: `resfuse kernels`, `layers`, `check`, `inspect`."""
+"""The flags of `resfuse kernels` and `resfuse layers`."""
 
 import argparse
-from pathlib import Path
 
-from resfuse.bench.flags.flag_values import names, numbers, positive, rounds, whole
-from resfuse.bench.flags.shared_flags import (
+from resfuse.bench.records.case import PRECISIONS, Options
+from resfuse.bench.running.shared_flags import (
     add_device,
     add_img_size,
     add_precisions,
     add_results,
-    add_resume,
     add_threads,
+    names,
+    numbers,
+    positive,
+    rounds,
+    whole,
 )
-from resfuse.bench.records.case import PRECISIONS, Options
 
 
 def add_kernels(parser: argparse.ArgumentParser) -> None:
@@ -98,51 +100,10 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
     add_results(parser)
 
 
-def add_check(parser: argparse.ArgumentParser) -> None:
-    _add_kernel(parser)
-    parser.add_argument(
-        "--math-mode",
-        type=names,
-        default=["*"],
-        metavar="NAMES",
-        help="ieee, tf32, fp16, bf16; wildcards allowed (default: all)",
-    )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="cuda, cuda:N, or cpu: tiny problems in Triton's interpreter (default: cuda where "
-        "there is one)",
-    )
-    add_results(parser)
-    add_resume(parser)
-
-
-def add_inspect(parser: argparse.ArgumentParser) -> None:
-    _add_kernel(parser)
-    parser.add_argument(
-        "--target",
-        type=names,
-        default=[],
-        metavar="NAMES",
-        help="sm_80, sm_90, sm_100, gfx942 (default: the first three)",
-    )
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="write every number to this file")
-
-
 def _add_rounds(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--rounds",
         type=rounds,
         metavar="N",
         help="timed runs of each provider (default: 20 on a CPU, 100 on a GPU)",
-    )
-
-
-def _add_kernel(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--kernel",
-        type=names,
-        default=["*"],
-        metavar="NAMES",
-        help="wildcards allowed (conv*; default: all)",
     )

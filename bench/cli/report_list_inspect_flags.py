@@ -1,9 +1,9 @@
-"""What is already there, and nothing is measured: `resfuse report`, `compare`, `list`."""
+"""The flags of `resfuse report`, `resfuse list` and `resfuse inspect`."""
 
 import argparse
 from pathlib import Path
 
-from resfuse.bench.flags.flag_values import share
+from resfuse.bench.running.shared_flags import add_kernel, names
 
 LISTED = ("models", "backends", "kernels", "providers", "metrics", "profiles")
 
@@ -20,19 +20,17 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "a", metavar="A", type=Path, help="rows.csv, or the results folder it lies in: before"
-    )
-    parser.add_argument("b", metavar="B", type=Path, help="the same: after")
-    parser.add_argument(
-        "--fail-above",
-        type=share,
-        default=0.05,
-        metavar="P",
-        help="a significant slowdown beyond this is a regression, exit code 1 (default: 5%%)",
-    )
-
-
 def add_list(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", choices=LISTED)
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    add_kernel(parser)
+    parser.add_argument(
+        "--target",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="sm_80, sm_90, sm_100, gfx942 (default: the first three)",
+    )
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write every number to this file")

@@ -1,9 +1,9 @@
-"""What there is to do on this machine: `resfuse doctor`."""
+"""The flags of `resfuse doctor`."""
 
 import argparse
 from pathlib import Path
 
-from resfuse.bench.flags.shared_flags import add_device
+from resfuse.bench.running.shared_flags import add_device
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:

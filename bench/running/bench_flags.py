@@ -1,9 +1,10 @@
-"""`resfuse bench`, and `resfuse sweep`, which takes the same and a cluster's."""
+"""The flags of `resfuse bench`."""
 
 import argparse
 
-from resfuse.bench.flags.flag_values import names, numbers, pair, positive, rounds, share
-from resfuse.bench.flags.shared_flags import (
+from resfuse.bench.records.case import MEMORY_FORMATS, MODES, Options
+from resfuse.bench.running.profiles import NAMES
+from resfuse.bench.running.shared_flags import (
     add_device,
     add_img_size,
     add_precisions,
@@ -11,9 +12,12 @@ from resfuse.bench.flags.shared_flags import (
     add_resumable,
     add_seed,
     add_threads,
+    names,
+    numbers,
+    pair,
+    positive,
+    share,
 )
-from resfuse.bench.records.case import MEMORY_FORMATS, MODES, Options
-from resfuse.bench.running.profiles import NAMES
 from resfuse.bench.running.world import PARALLEL
 
 
@@ -153,29 +157,3 @@ def _add_ci(group: argparse._ArgumentGroup) -> None:
         metavar="P",
         help="stop a case once its speed-up's 95 %% interval is narrower than this, e.g. 2%%",
     )
-
-
-def add_sweep(parser: argparse.ArgumentParser) -> None:
-    add_bench(parser)
-    jobs = parser.add_argument_group("jobs")
-    jobs.add_argument(
-        "--launcher",
-        choices=("local", "slurm"),
-        required=True,
-        help="slurm: a cluster's jobs; local: the same jobs on this machine, one after the other",
-    )
-    jobs.add_argument(
-        "--shard", type=rounds, default=1, metavar="N", help="cases a job (default: %(default)s)"
-    )
-    jobs.add_argument("--partition", metavar="NAME", help="Slurm's (default: the cluster's)")
-    jobs.add_argument("--account", metavar="NAME", help="who pays (default: the cluster's)")
-    jobs.add_argument("--cpus", type=rounds, metavar="N", help="cores a job")
-    jobs.add_argument("--gpus", type=rounds, metavar="N", help="GPUs a job; without, the CPU")
-    jobs.add_argument(
-        "--minutes",
-        type=rounds,
-        default=60,
-        metavar="N",
-        help="a job's time limit; one that reaches it is queued again (default: %(default)s)",
-    )
-    jobs.add_argument("--exclusive", action="store_true", help="no other job on the same machine")

@@ -1,0 +1,135 @@
+"""Flags that several commands share, word for word, and the types that flags of any command take.
+
+A flag of one command is in the `..._flags.py` beside that command. None of these files imports
+torch, so that `resfuse --help` answers at once.
+
+A type raises argparse.ArgumentTypeError; argparse puts the name of the flag in front.
+"""
+
+import argparse
+from pathlib import Path
+
+from resfuse.bench.records.case import PRECISIONS
+
+
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str) -> list[int]:
+    return [whole(part) for part in names(text)]
+
+
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+
+
+def count(text: str) -> int:
+    number = whole(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}; accepted: whole numbers from 0")
+    return number
+
+
+def rounds(text: str) -> int:
+    number = whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}; accepted: whole numbers from 1")
+    return number
+
+
+def positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}'; accepted: numbers above 0")
+    return number
+
+
+def share(text: str) -> float:
+    """5% is 0.05."""
+    try:
+        number = float(text.removesuffix("%")) / 100 if text.endswith("%") else -1.0
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}'; accepted: percentages above 0%, such as 5%")
+    return number
+
+
+def pair(text: str) -> list[str]:
+    found = names(text)
+    if len(found) != 2 or "*" in text:
+        raise argparse.ArgumentTypeError(f"'{text}'; accepted: two backends, such as eager,fused")
+    return found
+
+
+def add_precisions(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--precision", type=names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
+    )
+
+
+def add_img_size(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--img-size", type=int, metavar="PIXELS", help="square images (default: the network's own)"
+    )
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
+    )
+
+
+def add_threads(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--threads",
+        type=count,
+        default=0,
+        metavar="N",
+        help="CPU threads (default: torch's choice)",
+    )
+
+
+def add_seed(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="of the seeded weights (default: 0)")
+
+
+def add_results(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        type=Path,
+        default=Path("results"),
+        help="a folder for this environment is made in it (default: results)",
+    )
+
+
+def add_resume(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="skip what this environment and commit have already settled",
+    )
+
+
+def add_resumable(parser: argparse._ActionsContainer, what: str) -> None:
+    add_resume(parser)
+    parser.add_argument("--dry-run", action="store_true", help=f"show the {what} and stop")
+    parser.add_argument("--no-report", action="store_true", help="append rows only")
+
+
+def add_kernel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kernel",
+        type=names,
+        default=["*"],
+        metavar="NAMES",
+        help="wildcards allowed (conv*; default: all)",
+    )
