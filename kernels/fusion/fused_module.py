@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from resfuse.kernels.fusion.layers.fast_path import Forward
 from resfuse.kernels.fusion.layers.fold_cache import require_weights
-from resfuse.kernels.fusion.planning.plan import NOT_RUN, PLAN, Forward, Plan
+from resfuse.kernels.fusion.planning.plan import NOT_RUN, PLAN, Plan
 from resfuse.kernels.fusion.planning.plan_builder import make_plan
 from resfuse.kernels.fusion.planning.rewrite import STEPS
 from resfuse.kernels.fusion.planning.sequential_inplace import sequence_plan

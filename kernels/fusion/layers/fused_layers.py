@@ -23,6 +23,7 @@ from resfuse.kernels.cpu.weight_origin import (
     tensors_of,
     why_not_followed,
 )
+from resfuse.kernels.fusion.layers.fast_path import FastPath, Miss
 from resfuse.kernels.fusion.layers.fold_cache import (
     Fold,
     Folded,
@@ -50,7 +51,7 @@ from resfuse.kernels.ops.conv_problem import output_shape
 class ConvStep:
     """act(bn(conv(x)) + residual), or act(bn(conv(x))) + residual."""
 
-    def __init__(self, chain: Chain, fold: Fold) -> None:
+    def __init__(self, chain: Chain, fold: Fold, fast_path: FastPath) -> None:
         assert chain.conv is not None
         self.chain = chain.summary()
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
@@ -60,9 +61,8 @@ class ConvStep:
         self.geometry = geometry_of(self.conv)
         layers = (self.conv, self.norm, self.act)
         self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
-        self.fold = fold
+        self.fold, self.fast_path = fold, fast_path
         self.overwrite = False  # the residual is nobody else's: it may be added in place
-        self.detours = 0  # runs that were something else
         self._id = object()  # among steps that share a fold
         self._bound: Packed | None = None
         self._shapes: tuple[Any, Any] = ((), ())  # of the last input, and of its output
@@ -76,11 +76,11 @@ class ConvStep:
             if prepared is not None and (y := prepared(x, residual)) is not None:
                 return y
         if not self.takes(x, residual):
-            self.detours += 1
+            self.missed(Miss.REFUSED_INPUT)
             return self.by_layers(x, residual)
         folded = self.folded(x.dtype)
         if folded is None or not folded.finite:
-            self.detours += 1
+            self.missed(Miss.NOT_FOLDED)
             return self.by_layers(x, residual)
         if x.is_cuda:
             return self._on_gpu(x, self.folded_for_gpu(x.dtype), residual)
@@ -91,12 +91,19 @@ class ConvStep:
         if folded.packed is not None:
             self._discard_weight()
             return self._packed(x, folded.packed, residual)
-        self.detours += 1
+        self.missed(Miss.NOT_PACKED)
         return self._decomposed(x, folded, residual)
 
-    def straight(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """A run on a CPU: an instance that is bound to packed weights has one without the checks,
-        which another thread may take away (`forget`)."""
+    def missed(self, miss: Miss) -> None:
+        """Reports that this run did what `unchecked` would not do."""
+        self.fast_path.report(self.name, miss)
+
+    def unchecked(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Runs on a CPU without the checks, once the layer is bound to packed weights.
+
+        Until then, and from the moment on that another thread forgets what was folded, it is the
+        checked run.
+        """
         return self(x, residual)
 
     def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -109,11 +116,12 @@ class ConvStep:
             residual.shape != shape or residual.stride() != strides_in(shape, channels_last)
         )
         if odd or (channels_last and is_ambiguous(shape)):
-            self.detours += 1
+            self.missed(Miss.EAGER_STRIDES)
             return self.by_layers(x, residual)
         made = self(x, residual)
         y = laid_out(made, channels_last)
-        self.detours += y is not made
+        if y is not made:
+            self.missed(Miss.CONVERTED)
         return y
 
     def makes_channels_last(self, x: Tensor) -> bool:
@@ -173,7 +181,7 @@ class ConvStep:
         """Forgets what was folded, and how it was run."""
         if not self.fold.discarded:
             self.fold.made = self._bound = None
-            vars(self).pop("straight", None)
+            vars(self).pop("unchecked", None)
 
     def _discard_weight(self) -> None:
         """Leaves the shape of the layer's weight, and frees its memory, once, where that was asked
@@ -204,21 +212,21 @@ class ConvStep:
         )
 
     def _packed(self, x: Tensor, packed: Packed, residual: Tensor | None) -> Tensor:
-        # Only calls without autocast run straight, while others may run with it in other threads.
+        # The fast path is for calls without autocast alone, and other threads may be under it.
         if packed is not self._bound and not torch._C._is_any_autocast_enabled():
             adds = self.residual != "none"
             run = packed.bound_add(self.overwrite) if adds else packed.bound()
-            vars(self)["straight"] = run
+            vars(self)["unchecked"] = run
             self._bound = packed
         if residual is None:
             return packed(x)
         if self.residual == "after":
-            self.detours += 1
+            self.missed(Miss.RESIDUAL_AFTER_ACTIVATION)
             return packed(x).add_(residual)
         shape = self._output_shape(x)
         in_nhwc = residual.is_contiguous(memory_format=torch.channels_last)
         if residual.shape != shape or (self.overwrite and not in_nhwc):
-            self.detours += 1
+            self.missed(Miss.RESIDUAL_EXPANDED)
             return packed.add(x, residual.expand(shape))
         return packed.add(x, residual, self.overwrite)
 
@@ -336,9 +344,9 @@ class StemStep:
         self.name, self.chain = conv.name, f"{conv.chain} + max_pool"
         self._id = object()
 
-    def straight(self, x: Tensor) -> Tensor:
-        """A run on a CPU, without the checks."""
-        return self.pool(self.conv.straight(x))
+    def unchecked(self, x: Tensor) -> Tensor:
+        """Runs on a CPU without the checks."""
+        return self.pool(self.conv.unchecked(x))
 
     def exact(self, x: Tensor) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
@@ -348,7 +356,8 @@ class StemStep:
         if is_ambiguous(made.shape):
             return self.pool(self.conv.exact(x))
         y = laid_out(made, True)
-        self.conv.detours += y is not made
+        if y is not made:
+            self.conv.missed(Miss.CONVERTED)
         return y
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -380,9 +389,9 @@ class ProjectionStep:
         self._id = object()
         conv.overwrite = True
 
-    def straight(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """A run on a CPU, without the checks."""
-        return self.conv.straight(x, self.projection.straight(shortcut))
+    def unchecked(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """Runs on a CPU without the checks."""
+        return self.conv.unchecked(x, self.projection.unchecked(shortcut))
 
     def exact(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
@@ -391,7 +400,8 @@ class ProjectionStep:
             return self.conv.exact(x, self.projection.exact(shortcut))
         made = self(x, shortcut)
         y = laid_out(made, True)
-        self.conv.detours += y is not made
+        if y is not made:
+            self.conv.missed(Miss.CONVERTED)
         return y
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:

@@ -8,10 +8,16 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from resfuse.kernels.fusion.layers.fast_path import FastPath
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep, StemStep, Step
 from resfuse.kernels.fusion.planning.forwards import Variant
 from resfuse.kernels.fusion.planning.plan import NOT_RUN, Plan, plan_of
-from resfuse.kernels.fusion.planning.rewrite import STEPS, attribute_of, compile_forward, straighten
+from resfuse.kernels.fusion.planning.rewrite import (
+    STEPS,
+    attribute_of,
+    compile_forward,
+    drop_checks,
+)
 from resfuse.kernels.fusion.tracing.memory_formats import (
     Laid,
     World,
@@ -30,14 +36,19 @@ class GraphForwards:
     Args:
         graph: of the forward.
         steps: by attribute name.
-        runs_straight: a variant without the steps' checks may be made.
+        fast_path: to which its steps report; None where a forward without their checks may not be
+            made.
     """
 
     def __init__(
-        self, graph: fx.Graph, scope: nn.Module, steps: dict[str, Step], runs_straight: bool
+        self,
+        graph: fx.Graph,
+        scope: nn.Module,
+        steps: dict[str, Step],
+        fast_path: FastPath | None,
     ) -> None:
         self._graph, self._scope, self._steps = graph, scope, steps
-        self._runs_straight = runs_straight
+        self.fast_path = fast_path
         self._variants: dict[tuple[World, bool], Variant] = {}
         self._only_convolves = feeds_convolutions_only(graph, self._is_convolution)
 
@@ -121,16 +132,16 @@ class GraphForwards:
             holder = self._scope.get_submodule(parent)._modules
             children.append((holder, last, self._scope.get_submodule(passed)))
         forward = compile_forward(one.graph, name)
-        straight = bare = None
-        if self._runs_straight and world != "exported":
+        on_cpu = on_gpu = None
+        if self.fast_path is not None and world != "exported":
             # where checked runs found nothing to lay out, there is nothing
             plain = one.graph if world == "contiguous" else laid("exported").graph
-            if straighten(plain, self._steps):
-                straight = compile_forward(plain, f"{name} straight")
+            if drop_checks(plain, self._steps):
+                on_cpu = compile_forward(plain, f"{name} unchecked")
                 if world == "any":
-                    bare = compile_forward(laid("exported").graph, f"{name} bare")
+                    on_gpu = compile_forward(laid("exported").graph, f"{name} unchecked on a GPU")
         takes = one.returns_loose and not one.restores_input
-        return Variant(world, forward, straight, bare, takes, children)
+        return Variant(world, forward, on_cpu, on_gpu, takes, children)
 
     def _is_step(self, node: fx.Node) -> bool:
         return node.op == "call_module" and str(node.target).startswith(f"{STEPS}.")
@@ -174,6 +185,8 @@ class SequenceForwards:
     """Sequential.forward with fused blocks in it: what one hands to the next may stay loose, and
     is nobody else's, so the next may add its residual in place. oneDNN then writes over what it
     reads, instead of fetching the lines of a new tensor first."""
+
+    fast_path = None  # the blocks have theirs
 
     def __init__(self, sequence: nn.Sequential) -> None:
         self._sequence = sequence

@@ -4,7 +4,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from resfuse.kernels.fusion.tracing.memory_formats import Forward, World
+from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
+from resfuse.kernels.fusion.tracing.memory_formats import World
 
 
 class Variant(NamedTuple):
@@ -12,14 +13,17 @@ class Variant(NamedTuple):
 
     world: World
     forward: Forward
-    straight: Forward | None  # the same on a CPU, without the steps' own checks
-    bare: Forward | None  # the same on a GPU, where nothing had to be laid out
+    unchecked_on_cpu: Forward | None  # the same, without the steps' own checks
+    unchecked_on_gpu: Forward | None  # the same, without the checks of the results' strides
     returns_loose: bool  # what a step has made, in NHWC whatever eager's is
     children: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # where found, and which
 
 
 class Forwards(Protocol):
     """What a plan asks of a forward that is called in one way."""
+
+    @property
+    def fast_path(self) -> FastPath | None: ...
 
     def variant(self, world: World, lenient: bool, *, guarded: bool = False) -> Variant: ...
 

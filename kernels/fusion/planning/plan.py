@@ -5,7 +5,7 @@ original would, and how folded weights that have become stale are found.
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,6 @@ STEPS = "_resfuse_steps"  # the attribute of a fused scope that holds its steps
 PLAN = "_resfuse_plan"  # the attribute of a fused scope that holds its plan
 NOT_RUN = object()
 
-Forward = Callable[..., Any]
-Signature = tuple[Any, ...]  # shape, strides, dtype of an input, and whether autocast was on
 Watched = tuple[nn.Module, str, nn.Module]  # where a layer is found, and which
 
 
@@ -55,7 +53,6 @@ class Plan:
         self.forwards, self.steps, self.left = forwards, steps, left
         self.calls: dict[str, Any] = {}  # of fused children, by attribute: see forward_variants.py
         self._has_channels_last = False  # a weight of this scope, or of one within it
-        self._passed: dict[Any, Signature] = {}  # what went through with all checks last
         self.returns_fresh = returns_fresh  # the output is nobody else's
         every = [layer for step in steps.values() for layer in convolutions(step)]
         self.layers = list({layer.fold: layer for layer in every}.values())
@@ -185,26 +182,18 @@ class Plan:
             return forwards.variant("exported", False).forward(scope, *args)
         if world is None:
             world = "any" if self._has_channels_last else forwards.world_of(args)
-        world, forward, straight, bare, *_ = forwards.variant(world, lenient, guarded=guarded)
-        x = args[0]
-        again = straight if isinstance(x, Tensor) and x.is_cpu else bare
-        if again is None or torch.compiler.is_compiling():
-            return forward(scope, *args)
-        signature = (x.shape, x.stride(), x.dtype, torch._C._is_any_autocast_enabled())
-        way = (call, world, lenient)
-        if self._passed.get(way) == signature:
-            return again(scope, x)
-        for other in list(self._passed):  # other threads write to it, too
-            if other[0] == call:
-                self._passed.pop(other, None)  # steps are about to be bound to this input's dtype
-        before = self._detours()
-        result = forward(scope, x)
-        if self._detours() == before and not signature[-1]:
-            self._passed[way] = signature
-        return result
+        variant = forwards.variant(world, lenient, guarded=guarded)
+        x, fast_path = args[0], forwards.fast_path
+        on_cpu = isinstance(x, Tensor) and x.is_cpu
+        unchecked = variant.unchecked_on_cpu if on_cpu else variant.unchecked_on_gpu
+        if fast_path is None or unchecked is None or torch.compiler.is_compiling():
+            return variant.forward(scope, *args)
+        return fast_path.run(unchecked, variant.forward, scope, x)
 
-    def _detours(self) -> int:
-        return sum(layer.detours for layer in self._every)
+    def _reset_fast_paths(self) -> None:
+        for forwards in self.forwards.values():
+            if forwards.fast_path is not None:
+                forwards.fast_path.reset()
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], owns: bool) -> Call | None:
         if kwargs or not args:
@@ -253,7 +242,7 @@ class Plan:
                     layer.forget()
                 else:
                     layer.forget_if_stale()
-            plan._passed.clear()
+            plan._reset_fast_paths()
         self._look_at_formats()
 
     def suspect(self) -> None:
@@ -280,7 +269,7 @@ class Plan:
         if stepped:
             for plan in self._tree:
                 plan._origin = None
-                plan._passed.clear()
+                plan._reset_fast_paths()
 
     def has_discarded(self) -> bool:
         """Whether a layer, of the scope or of one within it, has lost its own weight."""
@@ -290,7 +279,7 @@ class Plan:
         """Frees the weight of every layer when it runs next, folded and laid out."""
         for layer in self.layers:
             layer.fold.discard = True
-        self._passed.clear()
+        self._reset_fast_paths()
 
     def fold_ahead(self) -> None:
         """Folds what is not folded, for a graph compiled or exported next, which cannot.
@@ -309,7 +298,7 @@ class Plan:
         """Frees what was folded: weights about to be trained would make it stale."""
         for layer in self._every:
             layer.forget()
-        self._passed.clear()
+        self._reset_fast_paths()
         self._origin = None
 
     def _needs_gradients(self, args: tuple[Any, ...]) -> bool:

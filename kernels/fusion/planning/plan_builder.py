@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from resfuse.kernels.fusion.layers.fast_path import FastPath
 from resfuse.kernels.fusion.layers.fused_layers import StemStep, Step
 from resfuse.kernels.fusion.matching.input_effects import Effects, draws
 from resfuse.kernels.fusion.matching.layer_kinds import is_norm
@@ -103,15 +104,16 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
         chains, unmatched = find_chains(graph, scope, alone, writes=effects.writes)
         left |= unmatched
         prefix = f"with_{call.arguments}{'_list' * call.takes_list}{'_owned' * call.owns}_"
-        made = rewrite(graph, scope, chains, prefix, folds)
+        fast_path = FastPath()
+        made = rewrite(graph, scope, chains, prefix, folds, fast_path)
         if call.owns and not overwrite_input(graph, made):
             continue
         steps |= made
         watched.update(name for chain in chains for name in chain.modules)
         pools = [step.pool for step in made.values() if isinstance(step, StemStep)]
         watched.update(name for name, module in scope.named_modules() if module in pools)
-        straight = call.arguments == 1 and not call.takes_list
-        forwards[call] = GraphForwards(graph, scope, made, straight)
+        takes_one_tensor = call.arguments == 1 and not call.takes_list
+        forwards[call] = GraphForwards(graph, scope, made, fast_path if takes_one_tensor else None)
         if call == Call(1):
             fresh = returns_a_step(graph, steps)
     if not steps:

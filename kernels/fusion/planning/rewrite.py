@@ -5,6 +5,7 @@ import linecache
 import torch.fx as fx
 from torch import nn
 
+from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
 from resfuse.kernels.fusion.layers.fold_cache import Fold
 from resfuse.kernels.fusion.layers.fused_layers import (
     ConvStep,
@@ -14,14 +15,19 @@ from resfuse.kernels.fusion.layers.fused_layers import (
     Step,
 )
 from resfuse.kernels.fusion.matching.match import Chain
-from resfuse.kernels.fusion.planning.plan import STEPS, Forward
+from resfuse.kernels.fusion.planning.plan import STEPS
 from resfuse.kernels.fusion.tracing.module_tracing import has_hooks
 
 Folds = dict[tuple[nn.Module, nn.Module | None], Fold]  # of a convolution and its batch norm
 
 
 def rewrite(
-    graph: fx.Graph, scope: nn.Module, chains: list[Chain], prefix: str, folds: Folds
+    graph: fx.Graph,
+    scope: nn.Module,
+    chains: list[Chain],
+    prefix: str,
+    folds: Folds,
+    fast_path: FastPath,
 ) -> dict[str, Step]:
     """Replaces every chain by a call of its step, in place.
 
@@ -30,6 +36,7 @@ def rewrite(
         chains: found in it.
         prefix: of the steps' attribute names.
         folds: those of the scope's other graphs, added to.
+        fast_path: of this graph, to which its steps report.
 
     Returns:
         The steps by attribute name.
@@ -43,7 +50,7 @@ def rewrite(
             nodes[node] = NormStep(chain)
         else:
             fold = folds.setdefault((chain.conv, chain.norm), Fold())
-            nodes[node] = ConvStep(chain, fold)
+            nodes[node] = ConvStep(chain, fold, fast_path)
     _merge_projections(graph, nodes)
     _merge_stem(graph, scope, nodes)
     return {attribute_of(node): step for node, step in nodes.items()}
@@ -131,7 +138,7 @@ def overwrite_input(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     return True
 
 
-def straighten(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+def drop_checks(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     """Makes the graph call its steps without their checks.
 
     That is right for an input like one that has gone through with all checks, if what the steps
@@ -148,7 +155,7 @@ def straighten(graph: fx.Graph, steps: dict[str, Step]) -> bool:
         if any(arg.op != "placeholder" and arg not in called for arg in read):
             return False
     for node in called:
-        node.target = f"{node.target}.straight"
+        node.target = f"{node.target}.unchecked"
     return bool(called)
 
 

@@ -28,7 +28,6 @@ from resfuse.kernels.fusion.tracing.module_tracing import has_hooks
 
 World = Literal["contiguous", "any", "exported"]
 Kind = Literal["known", "loose", "exact"]
-Forward = Callable[..., Any]
 
 _PASSING_MODULES = (
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU,
