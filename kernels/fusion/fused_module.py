@@ -17,9 +17,8 @@ from torch.fx import GraphModule
 
 from resfuse.kernels.fusion.layers.fast_path import Forward
 from resfuse.kernels.fusion.layers.fold_cache import require_weights
-from resfuse.kernels.fusion.planning.plan import NOT_RUN, PLAN, Plan
+from resfuse.kernels.fusion.planning.plan import NOT_RUN, PLAN, STEPS, Plan
 from resfuse.kernels.fusion.planning.plan_builder import make_plan
-from resfuse.kernels.fusion.planning.rewrite import STEPS
 from resfuse.kernels.fusion.planning.sequential_inplace import sequence_plan
 from resfuse.kernels.fusion.tracing.module_tracing import ORIGINAL, original_class
 from resfuse.kernels.fusion.training.training_plan import (
@@ -57,7 +56,7 @@ class FusedScope(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         require_weights(vars(self)[PLAN].has_discarded())
         with torch.inference_mode(False):  # nothing would count the writes to inference tensors
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         vars(self)[PLAN].suspect()
         self._resfuse_fold_ahead()
         return self
@@ -89,7 +88,7 @@ class FusedScope(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         left = vars(self).pop(_LEFT)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _attach_anew(self, left)
 
     def __prepare_scriptable__(self) -> Any:
@@ -179,7 +178,8 @@ def attach(scope: nn.Module, plan: Plan, training: TrainingPlan | None = None) -
         vars(scope)[TRAINING_STEPS] = Steps(training.steps)
     if original_class(scope) is type(scope):
         scope.__class__ = _fused_class(type(scope))
-    scope._resfuse_fold_ahead()  # type: ignore[operator]
+    assert isinstance(scope, FusedScope)
+    scope._resfuse_fold_ahead()
 
 
 def detach(scope: nn.Module) -> None:

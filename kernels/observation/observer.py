@@ -388,7 +388,8 @@ def asked_by_user(depth: int) -> bool:
 
 
 def _plain_vars(module: nn.Module) -> dict[str, Any]:
-    return object.__getattribute__(module, "__dict__")
+    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    return attributes
 
 
 @lru_cache(maxsize=512)

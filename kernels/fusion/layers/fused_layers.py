@@ -47,6 +47,8 @@ from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
 from resfuse.kernels.ops.bn_folding import bn_scale_shift
 from resfuse.kernels.ops.conv_problem import output_shape
 
+Shape = tuple[int, int, int, int]
+
 
 class ConvStep:
     """act(bn(conv(x)) + residual), or act(bn(conv(x))) + residual."""
@@ -65,7 +67,8 @@ class ConvStep:
         self.overwrite = False  # the residual is nobody else's: it may be added in place
         self._id = object()  # among steps that share a fold
         self._bound: Packed | None = None
-        self._shapes: tuple[Any, Any] = ((), ())  # of the last input, and of its output
+        # Of the last input and of its result; replaced at once, since other threads read them.
+        self._shapes: tuple[torch.Size | None, Shape] = (None, (0, 0, 0, 0))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if torch.compiler.is_exporting():
@@ -73,7 +76,8 @@ class ConvStep:
         x = autocast(x)
         if is_on_gpu(x) and is_unseen(x, residual) and (made := self.fold.made) is not None:
             prepared = made.launches.get((self._id, *signature_of(x, residual)))
-            if prepared is not None and (y := prepared(x, residual)) is not None:
+            y: Tensor | None = None if prepared is None else prepared(x, residual)
+            if y is not None:
                 return y
         if not self.takes(x, residual):
             self.missed(Miss.REFUSED_INPUT)
@@ -269,13 +273,14 @@ class ConvStep:
         y = F.conv2d(x, folded.dense(), folded.bias, g.stride, g.padding, g.dilation, g.groups)
         return _finish(y, residual, self.residual, self.activation, folded.slope)
 
-    def _output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
-        if x.shape != self._shapes[0]:
+    def _output_shape(self, x: Tensor) -> Shape:
+        shapes = self._shapes
+        if x.shape != shapes[0]:
             g, conv = self.geometry, self.conv
             weight = (conv.out_channels, conv.in_channels, *conv.kernel_size)
             shape = output_shape(x.shape, weight, g.stride, g.padding, g.dilation)
-            self._shapes = (x.shape, shape)
-        return self._shapes[1]
+            shapes = self._shapes = (x.shape, shape)
+        return shapes[1]
 
 
 class NormStep:

@@ -156,7 +156,9 @@ class _Matcher:
         if reason is not None:
             self.left[name] = reason
             return
-        chain = Chain(name, node.args[0], conv=conv)  # type: ignore[arg-type]
+        (source,) = node.args
+        assert isinstance(source, fx.Node)
+        chain = Chain(name, source, conv=conv)
         self._take(chain, node)
         norm_node = self._next(chain)
         norm = self._called(norm_node)
@@ -179,7 +181,9 @@ class _Matcher:
             return
         if self.norm_left_alone(norm) or self.left_alone(norm):
             return
-        chain = Chain(str(node.target), node.args[0], norm=norm)  # type: ignore[arg-type]
+        (source,) = node.args
+        assert isinstance(source, fx.Node)
+        chain = Chain(str(node.target), source, norm=norm)
         self._take(chain, node)
         if self._activation_inside(chain, norm):
             self._tail(chain)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from resfuse.kernels.fusion.layers.fast_path import FastPath
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep, StemStep, Step
 from resfuse.kernels.fusion.planning.forwards import Variant
-from resfuse.kernels.fusion.planning.plan import NOT_RUN, Plan, plan_of
+from resfuse.kernels.fusion.planning.plan import NOT_RUN, STEPS, Plan, plan_of
 from resfuse.kernels.fusion.planning.rewrite import (
-    STEPS,
     attribute_of,
     compile_forward,
     drop_checks,
@@ -165,10 +164,12 @@ class LooseCall:
 def run_loosely(child: nn.Module, plan: Plan, x: Tensor, world: World, owned: bool) -> Tensor:
     """A fused child's result of a loose value, loose."""
     if plan.is_guarded() or not (child.training or has_hooks(child) or plan_of(child) is not plan):
-        result = plan.run(child, (x,), {}, owned, world, lenient=True)
-        if result is not NOT_RUN:
-            return result
-    return child(put_right(x, world))
+        y = plan.run(child, (x,), {}, owned, world, lenient=True)
+        if y is not NOT_RUN:
+            fused: Tensor = y
+            return fused
+    original: Tensor = child(put_right(x, world))
+    return original
 
 
 def put_right(x: Tensor, world: World) -> Tensor:
@@ -178,7 +179,8 @@ def put_right(x: Tensor, world: World) -> Tensor:
     right = laid_out(x, False)
     if right is x or torch.compiler.is_compiling():
         return right
-    return x.set_(right)  # type: ignore[call-overload]
+    x.set_(right)  # type: ignore[call-overload]
+    return x
 
 
 class SequenceForwards:

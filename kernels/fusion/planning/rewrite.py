@@ -166,7 +166,8 @@ def compile_forward(graph: fx.Graph, name: str) -> Forward:
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
     space = dict(code.globals)
     exec(compile(code.src, file, "exec"), space)
-    return space["forward"]
+    forward: Forward = space["forward"]
+    return forward
 
 
 def loosen_views(graph: fx.Graph) -> None:

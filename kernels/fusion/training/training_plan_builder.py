@@ -121,10 +121,15 @@ def _rewrite(graph: fx.Graph, chains: list[Chain], prefix: str) -> dict[str, Ste
         nodes[replace_chain(graph, chain, target, replaced)] = TrainingStep(chain)
     _take_in(graph, nodes)
     for node, step in list(nodes.items()):
-        projection = nodes.get(node.args[1]) if len(node.args) == 2 else None  # type: ignore[arg-type]
-        if isinstance(step, TrainingStep) and _is_projection(node, step, projection):
-            assert isinstance(projection, TrainingStep) and isinstance(node.args[1], fx.Node)
-            added = node.args[1]
+        added = node.args[1] if len(node.args) == 2 else None
+        projection = nodes.get(added) if isinstance(added, fx.Node) else None
+        if (
+            isinstance(added, fx.Node)
+            and isinstance(step, TrainingStep)
+            and isinstance(projection, TrainingStep)
+            and len(added.users) == 1
+            and _is_projection(step, projection)
+        ):
             node.args = (node.args[0], added.args[0])
             graph.erase_node(added)
             del nodes[added]
@@ -173,17 +178,15 @@ def _ends_in_relu(step: TrainingStep) -> bool:
     return step.activation == "relu" and step.residual != "after" and not step.norm_activates
 
 
-def _is_projection(node: fx.Node, step: TrainingStep, projection: Step | None) -> bool:
-    """Whether what a step adds is a norm nobody else reads, so that both can be applied at once."""
+def _is_projection(step: TrainingStep, projection: TrainingStep) -> bool:
+    """Whether a step adds a norm's result, so that both norms can be applied at once."""
     return (
-        isinstance(projection, TrainingStep)
-        and step.residual == "before"
+        step.residual == "before"
         and step.activation in ("relu", "identity")
         and not step.norm_activates
         and projection.activation == "identity"
         and projection.residual == "none"
         and averages_over(projection.norm) == averages_over(step.norm)
-        and len(node.args[1].users) == 1  # type: ignore[union-attr]
     )
 
 
