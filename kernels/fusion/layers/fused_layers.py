@@ -110,7 +110,7 @@ class ConvStep:
         """
         return self(x, residual)
 
-    def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
         if torch.compiler.is_exporting() or not self.takes(autocast(x), residual):
             return self(x, residual)
@@ -326,7 +326,7 @@ class NormStep:
             lambda: launch_of(x, scale, shift, residual, **settings),
         )  # fmt: skip
 
-    def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
         if not is_on_gpu(x) or torch.compiler.is_exporting():
             return self(x, residual)
@@ -353,13 +353,13 @@ class StemStep:
         """Runs on a CPU without the checks."""
         return self.pool(self.conv.unchecked(x))
 
-    def exact(self, x: Tensor) -> Tensor:
+    def with_eager_strides(self, x: Tensor) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
         if not is_on_gpu(x) or not self.conv.makes_channels_last(autocast(x)):
-            return self.pool(self.conv.exact(x))
+            return self.pool(self.conv.with_eager_strides(x))
         made = self(x)
         if is_ambiguous(made.shape):
-            return self.pool(self.conv.exact(x))
+            return self.pool(self.conv.with_eager_strides(x))
         y = laid_out(made, True)
         if y is not made:
             self.conv.missed(Miss.CONVERTED)
@@ -398,11 +398,11 @@ class ProjectionStep:
         """Runs on a CPU without the checks."""
         return self.conv.unchecked(x, self.projection.unchecked(shortcut))
 
-    def exact(self, x: Tensor, shortcut: Tensor) -> Tensor:
+    def with_eager_strides(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
         read = (self.conv, autocast(x)), (self.projection, autocast(shortcut))
         if not is_on_gpu(x) or not all(step.makes_channels_last(seen) for step, seen in read):
-            return self.conv.exact(x, self.projection.exact(shortcut))
+            return self.conv.with_eager_strides(x, self.projection.with_eager_strides(shortcut))
         made = self(x, shortcut)
         y = laid_out(made, True)
         if y is not made:

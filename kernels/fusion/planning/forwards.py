@@ -5,18 +5,18 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 
 from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
-from resfuse.kernels.fusion.tracing.memory_formats import World
+from resfuse.kernels.fusion.tracing.memory_formats import InputFormat
 
 
 class Variant(NamedTuple):
-    """A forward for one world, and what it holds of that its caller must know."""
+    """A forward for inputs in one memory format, and what its caller must know of it."""
 
-    world: World
+    input_format: InputFormat
     forward: Forward
     unchecked_on_cpu: Forward | None  # the same, without the steps' own checks
     unchecked_on_gpu: Forward | None  # the same, without the checks of the results' strides
-    returns_loose: bool  # what a step has made, in NHWC whatever eager's is
-    children: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # where found, and which
+    returns_flexible: bool  # its result is a step's, in NHWC whatever format eager gives it
+    children: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # it was made for these
 
 
 class Forwards(Protocol):
@@ -25,10 +25,12 @@ class Forwards(Protocol):
     @property
     def fast_path(self) -> FastPath | None: ...
 
-    def variant(self, world: World, lenient: bool, *, guarded: bool = False) -> Variant: ...
+    def variant(
+        self, input_format: InputFormat, flexible: bool, *, guarded: bool = False
+    ) -> Variant: ...
 
-    def world_of(self, args: tuple[Any, ...]) -> World: ...
+    def input_format_of(self, args: tuple[Any, ...]) -> InputFormat: ...
 
-    def lay_out(self) -> dict[str, Any]: ...
+    def compile_variants(self) -> dict[str, Any]: ...
 
     def called_modules(self) -> list[nn.Module]: ...

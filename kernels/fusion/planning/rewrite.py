@@ -1,4 +1,4 @@
-"""Puts steps into a scope's graph in place of the chains they stand for, and compiles it."""
+"""Puts steps into a module's graph in place of the chains they stand for, and compiles it."""
 
 import linecache
 
@@ -23,7 +23,7 @@ Folds = dict[tuple[nn.Module, nn.Module | None], Fold]  # of a convolution and i
 
 def rewrite(
     graph: fx.Graph,
-    scope: nn.Module,
+    module: nn.Module,
     chains: list[Chain],
     prefix: str,
     folds: Folds,
@@ -32,10 +32,10 @@ def rewrite(
     """Replaces every chain by a call of its step, in place.
 
     Args:
-        graph: of the scope.
+        graph: of the module.
         chains: found in it.
         prefix: of the steps' attribute names.
-        folds: those of the scope's other graphs, added to.
+        folds: those of the module's other graphs, added to.
         fast_path: of this graph, to which its steps report.
 
     Returns:
@@ -52,7 +52,7 @@ def rewrite(
             fold = folds.setdefault((chain.conv, chain.norm), Fold())
             nodes[node] = ConvStep(chain, fold, fast_path)
     _merge_projections(graph, nodes)
-    _merge_stem(graph, scope, nodes)
+    _merge_stem(graph, module, nodes)
     return {attribute_of(node): step for node, step in nodes.items()}
 
 
@@ -97,7 +97,7 @@ def _merge_projections(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
             nodes[node] = ProjectionStep(step, projection)
 
 
-def _merge_stem(graph: fx.Graph, scope: nn.Module, nodes: dict[fx.Node, Step]) -> None:
+def _merge_stem(graph: fx.Graph, module: nn.Module, nodes: dict[fx.Node, Step]) -> None:
     """7x7/2 of an image with ReLU, then a 3x3/2 max-pool nobody else reads."""
     for node, step in list(nodes.items()):
         if not isinstance(step, ConvStep) or not _is_stem(step) or len(node.users) != 1:
@@ -105,7 +105,7 @@ def _merge_stem(graph: fx.Graph, scope: nn.Module, nodes: dict[fx.Node, Step]) -
         (pool_node,) = node.users
         if pool_node.op != "call_module" or len(pool_node.args) != 1 or pool_node.kwargs:
             continue
-        pool = scope.get_submodule(str(pool_node.target))
+        pool = module.get_submodule(str(pool_node.target))
         if type(pool) is nn.MaxPool2d and not has_hooks(pool) and _is_stem_pool(pool):
             pool_node.replace_all_uses_with(node)
             graph.erase_node(pool_node)
@@ -170,7 +170,7 @@ def compile_forward(graph: fx.Graph, name: str) -> Forward:
     return forward
 
 
-def loosen_views(graph: fx.Graph) -> None:
+def replace_view_with_reshape(graph: fx.Graph) -> None:
     """x.view(...) of a channels_last tensor may not exist where x.reshape(...) does."""
     for node in graph.nodes:
         if node.op == "call_method" and node.target == "view":
@@ -208,5 +208,5 @@ def _is_stem_pool(pool: nn.MaxPool2d) -> bool:
 
 
 def attribute_of(node: fx.Node) -> str:
-    """The name a step has among its scope's steps, of the node that calls it."""
+    """The name a step has among its module's steps, of the node that calls it."""
     return str(node.target).rpartition(".")[2]
