@@ -21,7 +21,7 @@ from resfuse.kernels.fusion.tracing.module_tracing import (
     original_class,
     trace,
 )
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 
 Writes = Callable[[nn.Module], bool]
 

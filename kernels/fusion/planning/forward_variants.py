@@ -8,8 +8,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from resfuse.kernels.fusion.layers.compound_layers import StemStep, Step
 from resfuse.kernels.fusion.layers.fast_path import FastPath
-from resfuse.kernels.fusion.layers.fused_layers import ConvStep, StemStep, Step
+from resfuse.kernels.fusion.layers.fused_layers import ConvStep
 from resfuse.kernels.fusion.planning.forwards import Variant
 from resfuse.kernels.fusion.planning.plan import NOT_RUN, STEPS, Plan, plan_of
 from resfuse.kernels.fusion.planning.rewrite import (

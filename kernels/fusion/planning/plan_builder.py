@@ -8,8 +8,8 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from resfuse.kernels.fusion.layers.compound_layers import StemStep, Step
 from resfuse.kernels.fusion.layers.fast_path import FastPath
-from resfuse.kernels.fusion.layers.fused_layers import StemStep, Step
 from resfuse.kernels.fusion.matching.input_effects import Effects, draws_random_numbers
 from resfuse.kernels.fusion.matching.layer_kinds import is_norm
 from resfuse.kernels.fusion.matching.match import WhySkipped, find_chains, remove_no_ops

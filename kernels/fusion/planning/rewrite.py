@@ -5,15 +5,10 @@ import linecache
 import torch.fx as fx
 from torch import nn
 
+from resfuse.kernels.fusion.layers.compound_layers import ProjectionStep, StemStep, Step
 from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
 from resfuse.kernels.fusion.layers.fold_cache import Fold
-from resfuse.kernels.fusion.layers.fused_layers import (
-    ConvStep,
-    NormStep,
-    ProjectionStep,
-    StemStep,
-    Step,
-)
+from resfuse.kernels.fusion.layers.fused_layers import ConvStep, NormStep
 from resfuse.kernels.fusion.matching.match import Chain
 from resfuse.kernels.fusion.planning.plan import STEPS
 from resfuse.kernels.fusion.tracing.module_tracing import has_hooks

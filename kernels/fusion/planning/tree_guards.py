@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from resfuse.kernels.fusion.layers.fused_layers import Step, convolutions
+from resfuse.kernels.fusion.layers.compound_layers import Step, convolutions
 from resfuse.kernels.fusion.matching.layer_kinds import is_norm
 from resfuse.kernels.fusion.tracing.guards import Guards
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 
 
 class Plan(Protocol):

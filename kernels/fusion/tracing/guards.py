@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from resfuse.kernels.fusion.tracing.module_tracing import ORIGINAL
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 from resfuse.kernels.observation.snapshot import MISSING, Pair, alike, contents, same
 
 _METHODS = ("forward", "__call__", "_conv_forward", "_check_input_dim")  # what runs a layer

@@ -16,7 +16,8 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfuse.kernels.observation.observer import Observed, Observer, Refused, asked_by_user
+from resfuse.kernels.observation.observed import Observed, Refused
+from resfuse.kernels.observation.observer import Observer, asked_by_user
 from resfuse.kernels.observation.snapshot import Unwatchable
 
 # Layers with no layers inside; timm's and torchvision's own kinds go by name, as they may be absent

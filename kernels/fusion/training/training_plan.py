@@ -10,7 +10,7 @@ from resfuse.kernels.fusion.planning.plan import NOT_RUN, are_plain, is_watched,
 from resfuse.kernels.fusion.tracing.guards import Guards
 from resfuse.kernels.fusion.tracing.module_tracing import Call
 from resfuse.kernels.fusion.training.training_layers import Step
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 
 TRAINING_PLAN = "_resfuse_training_plan"  # the attribute of a module that holds its plan
 TRAINING_STEPS = "_resfuse_training_steps"

@@ -43,7 +43,7 @@ from resfuse.kernels.fusion.training.training_layers import (
 )
 from resfuse.kernels.fusion.training.training_plan import TRAINING_STEPS, TrainingPlan
 from resfuse.kernels.fusion.training.training_tracer import trace_for_training
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 
 
 def plans_for_training(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainingPlan]]:
