@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.kernels.fusion.fuse import unfused
-from resfuse.kernels.fusion.layers.fused_layers import Step, convolutions
+from resfuse.kernels.fusion.layers.compound_layers import Step, convolutions
 from resfuse.kernels.fusion.matching.layer_kinds import copied
 from resfuse.kernels.fusion.planning.plan import plan_of
-from resfuse.kernels.fusion.planning.plan_builder import scopes
+from resfuse.kernels.fusion.planning.plan_builder import plans_of
 from resfuse.kernels.fusion.training.training_layers import steps_of
 from resfuse.kernels.fusion.training.training_plan import training_plan_of
-from resfuse.kernels.fusion.training.training_plan_builder import training_scopes
+from resfuse.kernels.fusion.training.training_plan_builder import plans_for_training
 from resfuse.kernels.observation.observer import undrawn
 
 EXAMPLE_SIZE = 224  # pixels, where no example is given
@@ -112,7 +112,7 @@ class _Found:
     def __init__(self) -> None:
         self.how: dict[str, str] = {}
         self.left: dict[str, str] = {}
-        self.norms: dict[str, None] = {}  # in order, each once: a scope has a step for every call
+        self.norms: dict[str, None] = {}  # in order, each once: a module has a step for every call
 
     def of(self, name: str) -> tuple[bool, str]:
         if name in self.how:
@@ -123,13 +123,13 @@ class _Found:
 def _what_is_done(model: nn.Module) -> _Found:
     found = _Found()
     with unfused(model):
-        drafts = [(name, scope, drafted) for name, scope, drafted in scopes(model)]
-    for name, scope, drafted in drafts:
+        drafts = [(name, module, planned) for name, module, planned in plans_of(model)]
+    for name, module, planned in drafts:
         prefix = f"{name}." if name else ""
-        plan = plan_of(scope) or drafted.plan
+        plan = plan_of(module) or planned.plan
         for step in plan.steps.values() if plan is not None else ():
             _add(found, prefix, step)
-        for layer, reason in drafted.left.items():
+        for layer, reason in planned.left.items():
             found.left[prefix + layer] = reason
     return found
 
@@ -143,7 +143,7 @@ def _in_training(
     fused: dict[str, None] = {}
     left: dict[str, str] = {}
     with unfused(model):
-        drafts = list(training_scopes(model))
+        drafts = list(plans_for_training(model))
     for name, _, plan in drafts:
         prefix = f"{name}." if name else ""
         fused |= {prefix + own.name: None for step in plan.steps.values() for own in steps_of(step)}

@@ -19,10 +19,10 @@ from resfuse.kernels.fusion.layers.fold_cache import require_weights
 from resfuse.kernels.fusion.matching.layer_kinds import DTYPES, copied
 from resfuse.kernels.fusion.parity import require_parity
 from resfuse.kernels.fusion.planning.plan import plan_of
-from resfuse.kernels.fusion.planning.plan_builder import scopes
+from resfuse.kernels.fusion.planning.plan_builder import plans_of
 from resfuse.kernels.fusion.planning.sequential_inplace import sequence_plan
 from resfuse.kernels.fusion.training.training_plan import training_plan_of
-from resfuse.kernels.fusion.training.training_plan_builder import training_scopes
+from resfuse.kernels.fusion.training.training_plan_builder import plans_for_training
 
 
 def fuse(
@@ -81,24 +81,24 @@ def fuse(
     if training and discard_weights:
         raise ValueError("argument discard_weights: True with training=True; accepted: False")
     fused_model = model if inplace else copied(model)
-    drafts = training_scopes(fused_model) if training else ()
-    in_training = {scope: plan for _, scope, plan in drafts if plan.steps}
-    for _, scope, drafted in scopes(fused_model):
-        if drafted.plan is not None and plan_of(scope) is None:
-            attach(scope, drafted.plan, in_training.get(scope))
+    drafts = plans_for_training(fused_model) if training else ()
+    in_training = {module: plan for _, module, plan in drafts if plan.steps}
+    for _, module, planned in plans_of(fused_model):
+        if planned.plan is not None and plan_of(module) is None:
+            attach(module, planned.plan, in_training.get(module))
     for module in fused_model.modules():
         plan = sequence_plan(module) if plan_of(module) is None else None
         if plan is not None:
             attach(module, plan)
-    for scope, training_plan in in_training.items():
-        if training_plan_of(scope) is None:
-            attach(scope, plan_of(scope) or empty_plan(scope), training_plan)
+    for module, training_plan in in_training.items():
+        if training_plan_of(module) is None:
+            attach(module, plan_of(module) or empty_plan(module), training_plan)
     for module in reversed(list(fused_model.modules())):  # the outermost plan comes last, and wins
         if (plan := plan_of(module)) is not None:
             plan.frozen = weights == "frozen"
             for layer in plan.layers:
                 layer.fold.threads = threads
-            plan.adopt(module)
+            plan.take_over_submodules(module)
     if example is not None:
         try:
             require_parity(fused_model, example, without=unfused(fused_model))

@@ -1,4 +1,4 @@
-"""A scope that has been fused: the same module object, of a class that runs a rewritten forward
+"""A module that has been fused: the same module object, of a class that runs a rewritten forward
 where that computes the same, and the original one everywhere else.
 
 Like torch.nn.utils.parametrize, this gives the instance a subclass of its own class: parameters,
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from resfuse.kernels.fusion.layers.fast_path import Forward
 from resfuse.kernels.fusion.layers.fold_cache import require_weights
-from resfuse.kernels.fusion.planning.plan import NOT_RUN, PLAN, Forward, Plan
+from resfuse.kernels.fusion.planning.plan import NOT_RUN, PLAN, STEPS, Plan
 from resfuse.kernels.fusion.planning.plan_builder import make_plan
-from resfuse.kernels.fusion.planning.rewrite import STEPS
 from resfuse.kernels.fusion.planning.sequential_inplace import sequence_plan
 from resfuse.kernels.fusion.tracing.module_tracing import ORIGINAL, original_class
 from resfuse.kernels.fusion.training.training_plan import (
@@ -34,14 +34,14 @@ Left = tuple[dict[str, str], dict[str, str] | None, bool]
 
 
 class Steps:
-    """A scope's steps as attributes: the generated forward calls `self._resfuse_steps.conv1(x)`."""
+    """A module's steps as attributes: its new forward calls `self._resfuse_steps.conv1(x)`."""
 
     def __init__(self, steps: Mapping[str, Any]) -> None:
         vars(self).update(steps)
 
 
-class FusedScope(nn.Module):
-    """Mixed into the class of a scope while it is fused."""
+class FusedModule(nn.Module):
+    """Mixed into the class of a module while it is fused."""
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -56,7 +56,7 @@ class FusedScope(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         require_weights(vars(self)[PLAN].has_discarded())
         with torch.inference_mode(False):  # nothing would count the writes to inference tensors
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         vars(self)[PLAN].suspect()
         self._resfuse_fold_ahead()
         return self
@@ -88,7 +88,7 @@ class FusedScope(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         left = vars(self).pop(_LEFT)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _attach_anew(self, left)
 
     def __prepare_scriptable__(self) -> Any:
@@ -98,7 +98,7 @@ class FusedScope(nn.Module):
         )
 
 
-class FusedGraphModule(FusedScope):
+class FusedGraphModule(FusedModule):
     """A GraphModule has a class to itself, which `recompile` gives another forward, and ways of its
     own to be copied and pickled: what they are told is that it is not fused."""
 
@@ -148,48 +148,49 @@ def _made_anew(make: Any, arguments: Any, training: bool, left: Left) -> nn.Modu
     return _attach_anew(module, left)
 
 
-def _attach_anew(scope: nn.Module, left: Left) -> nn.Module:
-    """Gives a scope the plans that it had, made again."""
-    left_alone, left_in_training, frozen = left
-    scope.__class__ = original_class(scope)
-    plan = make_plan(scope, _reasons(scope, left_alone).get).plan or sequence_plan(scope)
+def _attach_anew(module: nn.Module, left: Left) -> nn.Module:
+    """Gives a module the plans that it had, made again."""
+    why_skipped, left_in_training, frozen = left
+    module.__class__ = original_class(module)
+    plan = make_plan(module, _reasons(module, why_skipped).get).plan or sequence_plan(module)
     if left_in_training is not None:
-        training = make_training_plan(scope, _reasons(scope, left_in_training).get)
-        attach(scope, plan or empty_plan(scope), training)
+        training = make_training_plan(module, _reasons(module, left_in_training).get)
+        attach(module, plan or empty_plan(module), training)
     elif plan is not None:
-        attach(scope, plan)
+        attach(module, plan)
     if plan is not None:
         plan.frozen = frozen
-        plan.adopt(scope)
-    return scope
+        plan.take_over_submodules(module)
+    return module
 
 
-def _reasons(scope: nn.Module, left: dict[str, str]) -> dict[nn.Module, str]:
-    named = dict(scope.named_modules())
+def _reasons(module: nn.Module, left: dict[str, str]) -> dict[nn.Module, str]:
+    named = dict(module.named_modules())
     return {named[name]: reason for name, reason in left.items() if name in named}
 
 
-def attach(scope: nn.Module, plan: Plan, training: TrainingPlan | None = None) -> None:
-    """Gives a scope a plan, and one for training mode."""
-    vars(scope)[PLAN] = plan
-    vars(scope)[STEPS] = Steps(plan.steps | plan.calls)
+def attach(module: nn.Module, plan: Plan, training: TrainingPlan | None = None) -> None:
+    """Gives a module a plan, and one for training mode."""
+    vars(module)[PLAN] = plan
+    vars(module)[STEPS] = Steps(plan.steps | plan.calls)
     if training is not None:
-        vars(scope)[TRAINING_PLAN] = training
-        vars(scope)[TRAINING_STEPS] = Steps(training.steps)
-    if original_class(scope) is type(scope):
-        scope.__class__ = _fused_class(type(scope))
-    scope._resfuse_fold_ahead()  # type: ignore[operator]
+        vars(module)[TRAINING_PLAN] = training
+        vars(module)[TRAINING_STEPS] = Steps(training.steps)
+    if original_class(module) is type(module):
+        module.__class__ = _fused_class(type(module))
+    assert isinstance(module, FusedModule)
+    module._resfuse_fold_ahead()
 
 
-def detach(scope: nn.Module) -> None:
-    scope.__class__ = original_class(scope)
+def detach(module: nn.Module) -> None:
+    module.__class__ = original_class(module)
     for name in _OURS:
-        vars(scope).pop(name, None)
+        vars(module).pop(name, None)
 
 
-def empty_plan(scope: nn.Module) -> Plan:
-    """The plan of a scope that is fused in training mode only."""
-    return Plan(scope, {}, {}, [], {})
+def empty_plan(module: nn.Module) -> Plan:
+    """The plan of a module that is fused in training mode only."""
+    return Plan(module, {}, {}, [], {})
 
 
 _OURS = (PLAN, STEPS, TRAINING_PLAN, TRAINING_STEPS)
@@ -204,7 +205,7 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
         body = {"__module__": kind.__module__, "forward": _forward_in(kind), ORIGINAL: kind}
         if issubclass(kind, GraphModule):  # its class is its own, and goes with it
             return type(name, (FusedGraphModule, kind), body)
-        _classes[kind] = type(name, (FusedScope, kind), body)
+        _classes[kind] = type(name, (FusedModule, kind), body)
     return _classes[kind]
 
 
@@ -229,6 +230,6 @@ def _forward_in(kind: type[nn.Module]) -> Forward:
 
 def _empty(kind: type[nn.Module], left: Left) -> nn.Module:
     fused = _fused_class(kind)
-    scope = fused.__new__(fused)
-    vars(scope)[_LEFT] = left
-    return scope
+    module = fused.__new__(fused)
+    vars(module)[_LEFT] = left
+    return module

@@ -64,7 +64,8 @@ class FusedConvBNAct(_FusesInEval):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], residual [N, K, P, Q] -> y [N, K, P, Q]."""
         y = self.bn(self.conv(x))
-        return self.act(y if residual is None else y + residual)
+        z: Tensor = self.act(y if residual is None else y + residual)
+        return z
 
 
 class FusedBasicBlock(_FusesInEval):
@@ -109,7 +110,8 @@ class FusedBasicBlock(_FusesInEval):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        y: Tensor = self.relu(out)
+        return y
 
 
 class FusedBottleneck(_FusesInEval):
@@ -153,7 +155,8 @@ class FusedBottleneck(_FusesInEval):
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        y: Tensor = self.relu(out)
+        return y
 
 
 def _activation(name: str, channels: int) -> nn.Module:

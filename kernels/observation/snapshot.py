@@ -131,7 +131,7 @@ def alike(container: Any, before: Any) -> bool:
     if isinstance(container, dict):
         return all(same(container.get(name, MISSING), value) for name, value in before.items())
     if isinstance(container, set):
-        return container == before
+        return bool(container == before)
     return all(map(same, container, before))
 
 

@@ -19,12 +19,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from resfuse.kernels.observation.bytecode import facts_of
-from resfuse.kernels.observation.observer import (
-    Refused,
-    pause_profiler,
-    put_back,
-    shared_generators,
-)
+from resfuse.kernels.observation.observed import Refused
+from resfuse.kernels.observation.observer import pause_profiler, put_back, shared_generators
 from resfuse.kernels.observation.snapshot import (
     MISSING,
     Snapshot,

@@ -7,7 +7,6 @@ a step cannot do (another dtype, an empty batch, an image without a batch dimens
 themselves, so that results and errors stay theirs.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from resfuse.kernels.cpu.weight_origin import (
     tensors_of,
     why_not_followed,
 )
+from resfuse.kernels.fusion.layers.fast_path import FastPath, Miss
 from resfuse.kernels.fusion.layers.fold_cache import (
     Fold,
     Folded,
@@ -46,11 +46,13 @@ from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
 from resfuse.kernels.ops.bn_folding import bn_scale_shift
 from resfuse.kernels.ops.conv_problem import output_shape
 
+Shape = tuple[int, int, int, int]
+
 
 class ConvStep:
     """act(bn(conv(x)) + residual), or act(bn(conv(x))) + residual."""
 
-    def __init__(self, chain: Chain, fold: Fold) -> None:
+    def __init__(self, chain: Chain, fold: Fold, fast_path: FastPath) -> None:
         assert chain.conv is not None
         self.chain = chain.summary()
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
@@ -60,12 +62,12 @@ class ConvStep:
         self.geometry = geometry_of(self.conv)
         layers = (self.conv, self.norm, self.act)
         self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
-        self.fold = fold
+        self.fold, self.fast_path = fold, fast_path
         self.overwrite = False  # the residual is nobody else's: it may be added in place
-        self.detours = 0  # runs that were something else
         self._id = object()  # among steps that share a fold
         self._bound: Packed | None = None
-        self._shapes: tuple[Any, Any] = ((), ())  # of the last input, and of its output
+        # Of the last input and of its result; replaced at once, since other threads read them.
+        self._shapes: tuple[torch.Size | None, Shape] = (None, (0, 0, 0, 0))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if torch.compiler.is_exporting():
@@ -73,14 +75,15 @@ class ConvStep:
         x = autocast(x)
         if is_on_gpu(x) and is_unseen(x, residual) and (made := self.fold.made) is not None:
             prepared = made.launches.get((self._id, *signature_of(x, residual)))
-            if prepared is not None and (y := prepared(x, residual)) is not None:
+            y: Tensor | None = None if prepared is None else prepared(x, residual)
+            if y is not None:
                 return y
         if not self.takes(x, residual):
-            self.detours += 1
+            self.missed(Miss.REFUSED_INPUT)
             return self.by_layers(x, residual)
         folded = self.folded(x.dtype)
         if folded is None or not folded.finite:
-            self.detours += 1
+            self.missed(Miss.NOT_FOLDED)
             return self.by_layers(x, residual)
         if x.is_cuda:
             return self._on_gpu(x, self.folded_for_gpu(x.dtype), residual)
@@ -91,15 +94,22 @@ class ConvStep:
         if folded.packed is not None:
             self._discard_weight()
             return self._packed(x, folded.packed, residual)
-        self.detours += 1
+        self.missed(Miss.NOT_PACKED)
         return self._decomposed(x, folded, residual)
 
-    def straight(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """A run on a CPU: an instance that is bound to packed weights has one without the checks,
-        which another thread may take away (`forget`)."""
+    def missed(self, miss: Miss) -> None:
+        """Reports that this run did what `unchecked` would not do."""
+        self.fast_path.report(self.name, miss)
+
+    def unchecked(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Runs on a CPU without the checks, once the layer is bound to packed weights.
+
+        Until then, and from the moment on that another thread forgets what was folded, it is the
+        checked run.
+        """
         return self(x, residual)
 
-    def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
         if torch.compiler.is_exporting() or not self.takes(autocast(x), residual):
             return self(x, residual)
@@ -109,11 +119,12 @@ class ConvStep:
             residual.shape != shape or residual.stride() != strides_in(shape, channels_last)
         )
         if odd or (channels_last and is_ambiguous(shape)):
-            self.detours += 1
+            self.missed(Miss.EAGER_STRIDES)
             return self.by_layers(x, residual)
         made = self(x, residual)
         y = laid_out(made, channels_last)
-        self.detours += y is not made
+        if y is not made:
+            self.missed(Miss.CONVERTED)
         return y
 
     def makes_channels_last(self, x: Tensor) -> bool:
@@ -173,7 +184,7 @@ class ConvStep:
         """Forgets what was folded, and how it was run."""
         if not self.fold.discarded:
             self.fold.made = self._bound = None
-            vars(self).pop("straight", None)
+            vars(self).pop("unchecked", None)
 
     def _discard_weight(self) -> None:
         """Leaves the shape of the layer's weight, and frees its memory, once, where that was asked
@@ -204,21 +215,21 @@ class ConvStep:
         )
 
     def _packed(self, x: Tensor, packed: Packed, residual: Tensor | None) -> Tensor:
-        # Only calls without autocast run straight, while others may run with it in other threads.
+        # The fast path is for calls without autocast alone, and other threads may be under it.
         if packed is not self._bound and not torch._C._is_any_autocast_enabled():
             adds = self.residual != "none"
             run = packed.bound_add(self.overwrite) if adds else packed.bound()
-            vars(self)["straight"] = run
+            vars(self)["unchecked"] = run
             self._bound = packed
         if residual is None:
             return packed(x)
         if self.residual == "after":
-            self.detours += 1
+            self.missed(Miss.RESIDUAL_AFTER_ACTIVATION)
             return packed(x).add_(residual)
         shape = self._output_shape(x)
         in_nhwc = residual.is_contiguous(memory_format=torch.channels_last)
         if residual.shape != shape or (self.overwrite and not in_nhwc):
-            self.detours += 1
+            self.missed(Miss.RESIDUAL_EXPANDED)
             return packed.add(x, residual.expand(shape))
         return packed.add(x, residual, self.overwrite)
 
@@ -261,13 +272,14 @@ class ConvStep:
         y = F.conv2d(x, folded.dense(), folded.bias, g.stride, g.padding, g.dilation, g.groups)
         return _finish(y, residual, self.residual, self.activation, folded.slope)
 
-    def _output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
-        if x.shape != self._shapes[0]:
+    def _output_shape(self, x: Tensor) -> Shape:
+        shapes = self._shapes
+        if x.shape != shapes[0]:
             g, conv = self.geometry, self.conv
             weight = (conv.out_channels, conv.in_channels, *conv.kernel_size)
             shape = output_shape(x.shape, weight, g.stride, g.padding, g.dilation)
-            self._shapes = (x.shape, shape)
-        return self._shapes[1]
+            shapes = self._shapes = (x.shape, shape)
+        return shapes[1]
 
 
 class NormStep:
@@ -313,7 +325,7 @@ class NormStep:
             lambda: launch_of(x, scale, shift, residual, **settings),
         )  # fmt: skip
 
-    def exact(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The result in the strides that eager's layers would have given it."""
         if not is_on_gpu(x) or torch.compiler.is_exporting():
             return self(x, residual)
@@ -326,120 +338,6 @@ class NormStep:
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return _finish_by_layers(self, self.norm(x), residual)
-
-
-class StemStep:
-    """max_pool(relu(bn(conv(x)))): one kernel on a GPU, two calls on a CPU."""
-
-    def __init__(self, conv: ConvStep, pool: Callable[[Tensor], Tensor]) -> None:
-        self.conv, self.pool = conv, pool
-        self.name, self.chain = conv.name, f"{conv.chain} + max_pool"
-        self._id = object()
-
-    def straight(self, x: Tensor) -> Tensor:
-        """A run on a CPU, without the checks."""
-        return self.pool(self.conv.straight(x))
-
-    def exact(self, x: Tensor) -> Tensor:
-        """The result in the strides that eager's layers would have given it."""
-        if not is_on_gpu(x) or not self.conv.makes_channels_last(autocast(x)):
-            return self.pool(self.conv.exact(x))
-        made = self(x)
-        if is_ambiguous(made.shape):
-            return self.pool(self.conv.exact(x))
-        y = laid_out(made, True)
-        self.conv.detours += y is not made
-        return y
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not is_on_gpu(x) or not self.conv.takes(autocast(x)):
-            return self.pool(self.conv(x))
-        from resfuse.kernels.fusion.layers.prepared_launch import launched
-        from resfuse.kernels.gpu.stem.stem import launch_of, stem
-
-        x = autocast(x)
-        folded = self.conv.folded(x.dtype)
-        if folded is None or not folded.finite:
-            return self.pool(self.conv(x))
-        folded = self.conv.folded_for_gpu(x.dtype)
-        if not is_unseen(x, None):
-            return stem(x, folded.dense(), folded.bias)
-        x = channels_last(x)
-        return launched(
-            folded.launches, (self._id, *signature_of(x, None)), x, None,
-            lambda: launch_of(x, folded.dense(), folded.bias),
-        )  # fmt: skip
-
-
-class ProjectionStep:
-    """act(bn(conv(x)) + bn(projection(shortcut))): on a GPU the projection is more of K."""
-
-    def __init__(self, conv: ConvStep, projection: ConvStep) -> None:
-        self.conv, self.projection = conv, projection
-        self.name, self.chain = conv.name, f"{conv.chain}, projection inside"
-        self._id = object()
-        conv.overwrite = True
-
-    def straight(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """A run on a CPU, without the checks."""
-        return self.conv.straight(x, self.projection.straight(shortcut))
-
-    def exact(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """The result in the strides that eager's layers would have given it."""
-        read = (self.conv, autocast(x)), (self.projection, autocast(shortcut))
-        if not is_on_gpu(x) or not all(step.makes_channels_last(seen) for step, seen in read):
-            return self.conv.exact(x, self.projection.exact(shortcut))
-        made = self(x, shortcut)
-        y = laid_out(made, True)
-        self.conv.detours += y is not made
-        return y
-
-    def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        both = self.conv.takes(autocast(x)) and self.projection.takes(autocast(shortcut))
-        if not is_on_gpu(x) or not both:
-            return self.conv(x, self.projection(shortcut))
-        from resfuse.kernels.fusion.layers.prepared_launch import launched
-        from resfuse.kernels.gpu.conv1x1.conv1x1 import Shortcut, conv1x1, launch_with_shortcut
-
-        x, shortcut = autocast(x), autocast(shortcut)
-        folded = self.conv.folded(x.dtype), self.projection.folded(shortcut.dtype)
-        if any(one is None or not one.finite for one in folded):
-            return self.conv(x, self.projection(shortcut))
-        main = self.conv.folded_for_gpu(x.dtype)
-        side = self.projection.folded_for_gpu(shortcut.dtype)
-        stride, activation = self.projection.geometry.stride, self.conv.activation
-        if not is_unseen(x, shortcut):
-            return conv1x1(
-                x, main.dense(), main.bias + side.bias, activation=activation, slope=main.slope,
-                shortcut=Shortcut(shortcut, side.dense(), stride),
-            )  # fmt: skip
-        x, shortcut = channels_last(x), channels_last(shortcut)
-        return launched(
-            self._launches(main, side), signature_of(x, shortcut), x, shortcut,
-            lambda: launch_with_shortcut(
-                x, main.dense(), main.bias + side.bias, activation, main.slope,
-                Shortcut(shortcut, side.dense(), stride),
-            ),
-        )  # fmt: skip
-
-    def _launches(self, main: Folded, side: Folded) -> dict[Any, Any]:
-        """Those prepared with both folded weights; kept with either, and gone with either."""
-        made: tuple[Folded, dict[Any, Any]] | None = main.launches.get(self._id)
-        if made is None or made[0] is not side:
-            made = main.launches[self._id] = (side, {})
-        return made[1]
-
-
-Step = ConvStep | NormStep | StemStep | ProjectionStep
-
-
-def convolutions(step: Step) -> list[ConvStep]:
-    """The convolutions a step computes."""
-    if isinstance(step, ConvStep):
-        return [step]
-    if isinstance(step, ProjectionStep):
-        return [step.conv, step.projection]
-    return [step.conv] if isinstance(step, StemStep) else []
 
 
 def _refuse(*_: Any) -> None:

@@ -21,7 +21,7 @@ from resfuse.kernels.fusion.tracing.module_tracing import (
     original_class,
     trace,
 )
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 
 Writes = Callable[[nn.Module], bool]
 
@@ -36,13 +36,13 @@ _NEW = (  # make a tensor of their own
 
 
 class Effects:
-    """Of the modules that a scope calls."""
+    """Of the modules that a module calls."""
 
     def __init__(self) -> None:
         self.observed = Observed()  # what is relied on, added to
         self._graphs: dict[nn.Module, fx.Graph | None] = {}
 
-    def hands_on(self, module: nn.Module) -> bool:
+    def returns_input(self, module: nn.Module) -> bool:
         """Whether a module returns what it is given, in eval mode."""
         if skips_in_eval(module):
             return True
@@ -99,11 +99,11 @@ class Effects:
         return self._graphs[module]
 
 
-def draws(graph: fx.Graph) -> bool:
+def draws_random_numbers(graph: fx.Graph) -> bool:
     """Whether a graph draws random numbers. In which order a tensor gets them depends on its memory
     format, and so would what a seed stands for."""
     return any(
-        getattr(node.target, "__name__", node.target) in _DICE and not _is_off(node)
+        getattr(node.target, "__name__", node.target) in _RANDOM_FUNCTIONS and not _is_off(node)
         for node in graph.nodes
         if node.op in ("call_function", "call_method")
     )
@@ -115,7 +115,7 @@ def _is_off(node: fx.Node) -> bool:
     return "dropout" in getattr(node.target, "__name__", "") and given is False
 
 
-_DICE = frozenset({
+_RANDOM_FUNCTIONS = frozenset({
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
     "feature_dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_",
     "normal", "normal_", "uniform_", "multinomial", "poisson", "rrelu", "rrelu_", "random_",

@@ -1,9 +1,9 @@
-"""Finds in a scope's graph the chains that one kernel can compute: conv (+ batch norm) (+ residual)
-(+ activation), and batch norm (+ residual) (+ activation) where there is no convolution to fold it
-into.
+"""Finds the chains of layers in a module's graph that one kernel can compute.
 
-A chain is taken only where nobody else reads what lies between its ends, and nothing in between
-writes to a tensor in place: the fused layer runs where the chain's last layer ran.
+They are conv (+ batch norm) (+ residual) (+ activation), and batch norm (+ residual) (+ activation)
+where there is no convolution to fold it into. A chain is taken only where nothing else reads the
+values between its ends, and nothing in between writes to a tensor in place: the fused layer runs
+where the chain's last layer ran.
 """
 
 import operator
@@ -49,7 +49,7 @@ class Chain:
     """Layers that become one. `nodes` is in order; the first reads `source`, the last one's place
     is where the fused layer goes."""
 
-    name: str  # of its convolution, or batch norm, in the scope
+    name: str  # of its convolution, or batch norm, in the module
     source: fx.Node
     conv: nn.Conv2d | None = None
     norm: nn.Module | None = None
@@ -76,40 +76,40 @@ class Chain:
         return " + ".join(words + (act + add if self.residual == "after" else add + act))
 
 
-def drop_idle(
-    graph: fx.Graph, module: nn.Module, is_idle: Callable[[nn.Module], bool] = skips_in_eval
+def remove_no_ops(
+    graph: fx.Graph, module: nn.Module, is_no_op: Callable[[nn.Module], bool] = skips_in_eval
 ) -> list[str]:
     """Takes out what does nothing, by default in eval mode; returns the modules' names."""
-    idle = [
+    no_ops = [
         node
         for node in graph.nodes
         if node.op == "call_module"
         and len(node.args) == 1
-        and is_idle(module.get_submodule(str(node.target)))
+        and is_no_op(module.get_submodule(str(node.target)))
     ]
-    for node in idle:
+    for node in no_ops:
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
-    return [str(node.target) for node in idle]
+    return [str(node.target) for node in no_ops]
 
 
-LeftAlone = Callable[[nn.Module], str | None]
+WhySkipped = Callable[[nn.Module], str | None]
 
 
 def find_chains(
     graph: fx.Graph,
     module: nn.Module,
-    left_alone: LeftAlone,
-    norm_left_alone: LeftAlone = why_not_norm,
+    why_skipped: WhySkipped,
+    why_skip_norm: WhySkipped = why_not_norm,
     writes: Writes | None = None,
 ) -> tuple[list[Chain], dict[str, str]]:
     """All chains of a graph, and why the other convolutions are left.
 
     Args:
-        graph: of the scope; not changed.
-        module: the scope.
-        left_alone: a reason from outside the scope (a shared module, a tied weight), or None.
-        norm_left_alone: the reason to leave a batch norm for what it is.
+        graph: of the module; not changed.
+        module: the module.
+        why_skipped: a reason from outside the module (a shared module, a tied weight), or None.
+        why_skip_norm: the reason to leave a batch norm for what it is.
         writes: whether a module may write to what it is given; by default what input_effects.py
             finds.
 
@@ -117,7 +117,7 @@ def find_chains(
         The chains in order, and name of a convolution -> reason.
     """
     writes = Effects().writes if writes is None else writes
-    matcher = _Matcher(graph, module, left_alone, norm_left_alone, writes)
+    matcher = _Matcher(graph, module, why_skipped, why_skip_norm, writes)
     for node in graph.nodes:
         matcher.conv_chain(node)
     for node in graph.nodes:
@@ -130,8 +130,8 @@ class _Matcher:
         self,
         graph: fx.Graph,
         module: nn.Module,
-        left_alone: LeftAlone,
-        norm_left_alone: LeftAlone,
+        why_skipped: WhySkipped,
+        why_skip_norm: WhySkipped,
         writes: Writes,
     ) -> None:
         self.nodes = list(graph.nodes)
@@ -139,8 +139,8 @@ class _Matcher:
         self._writes = writes
         self._writing: dict[fx.Node, bool] = {}
         self.module = module
-        self.left_alone = left_alone
-        self.norm_left_alone = norm_left_alone
+        self.why_skipped = why_skipped
+        self.why_skip_norm = why_skip_norm
         self.taken: set[fx.Node] = set()
         self.chains: list[Chain] = []
         self.left: dict[str, str] = {}
@@ -150,18 +150,20 @@ class _Matcher:
         if not isinstance(conv, nn.Conv2d):
             return
         name = str(node.target)
-        reason = self.left_alone(conv) or why_not_conv(conv)
+        reason = self.why_skipped(conv) or why_not_conv(conv)
         if reason is None and not _one_node(node.args, node.kwargs):
             reason = "it is not called with one tensor"
         if reason is not None:
             self.left[name] = reason
             return
-        chain = Chain(name, node.args[0], conv=conv)  # type: ignore[arg-type]
+        (source,) = node.args
+        assert isinstance(source, fx.Node)
+        chain = Chain(name, source, conv=conv)
         self._take(chain, node)
         norm_node = self._next(chain)
         norm = self._called(norm_node)
         if norm_node is not None and norm is not None and is_norm(norm):
-            reason = self.left_alone(norm) or self.norm_left_alone(norm)
+            reason = self.why_skipped(norm) or self.why_skip_norm(norm)
             if reason is None and channels_of(norm) == conv.out_channels:
                 chain.norm = norm
                 self._take(chain, norm_node)
@@ -177,9 +179,11 @@ class _Matcher:
             return
         if not _one_node(node.args, node.kwargs):
             return
-        if self.norm_left_alone(norm) or self.left_alone(norm):
+        if self.why_skip_norm(norm) or self.why_skipped(norm):
             return
-        chain = Chain(str(node.target), node.args[0], norm=norm)  # type: ignore[arg-type]
+        (source,) = node.args
+        assert isinstance(source, fx.Node)
+        chain = Chain(str(node.target), source, norm=norm)
         self._take(chain, node)
         if self._activation_inside(chain, norm):
             self._tail(chain)
@@ -237,7 +241,7 @@ class _Matcher:
         if called is None and not _only_inplace(node):
             name = None
         if called is not None and next(called.parameters(), None) is not None:
-            name = None if self.left_alone(called) else name
+            name = None if self.why_skipped(called) else name
         if name is None or name == "identity":
             return False
         chain.activation, chain.act = name, called

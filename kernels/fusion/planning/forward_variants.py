@@ -8,16 +8,22 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from resfuse.kernels.fusion.layers.fused_layers import ConvStep, StemStep, Step
+from resfuse.kernels.fusion.layers.compound_layers import StemStep, Step
+from resfuse.kernels.fusion.layers.fast_path import FastPath
+from resfuse.kernels.fusion.layers.fused_layers import ConvStep
 from resfuse.kernels.fusion.planning.forwards import Variant
-from resfuse.kernels.fusion.planning.plan import NOT_RUN, Plan, plan_of
-from resfuse.kernels.fusion.planning.rewrite import STEPS, attribute_of, compile_forward, straighten
+from resfuse.kernels.fusion.planning.plan import NOT_RUN, STEPS, Plan, plan_of
+from resfuse.kernels.fusion.planning.rewrite import (
+    attribute_of,
+    compile_forward,
+    drop_checks,
+)
 from resfuse.kernels.fusion.tracing.memory_formats import (
-    Laid,
-    World,
+    InputFormat,
+    LayoutPass,
     feeds_convolutions_only,
     laid_out,
-    passes,
+    preserves_layout,
     strides_in,
     suggests_channels_last,
 )
@@ -25,29 +31,36 @@ from resfuse.kernels.fusion.tracing.module_tracing import has_hooks, original_cl
 
 
 class GraphForwards:
-    """A scope's forward, called one way, as a graph that calls steps.
+    """A module's forward, called one way, as a graph that calls steps.
 
     Args:
         graph: of the forward.
         steps: by attribute name.
-        runs_straight: a variant without the steps' checks may be made.
+        fast_path: to which its steps report; None where a forward without their checks may not be
+            made.
     """
 
     def __init__(
-        self, graph: fx.Graph, scope: nn.Module, steps: dict[str, Step], runs_straight: bool
+        self,
+        graph: fx.Graph,
+        module: nn.Module,
+        steps: dict[str, Step],
+        fast_path: FastPath | None,
     ) -> None:
-        self._graph, self._scope, self._steps = graph, scope, steps
-        self._runs_straight = runs_straight
-        self._variants: dict[tuple[World, bool], Variant] = {}
+        self._graph, self._module, self._steps = graph, module, steps
+        self.fast_path = fast_path
+        self._variants: dict[tuple[InputFormat, bool], Variant] = {}
         self._only_convolves = feeds_convolutions_only(graph, self._is_convolution)
 
-    def lay_out(self) -> dict[str, Any]:
+    def compile_variants(self) -> dict[str, Any]:
         """Compiles all variants; returns the calls of fused children in them, by attribute."""
         calls: dict[str, Any] = {}
-        worlds: tuple[World, ...] = ("contiguous", "any", "exported")
-        for world in worlds:
-            for lenient in (False, True) if world == "contiguous" else (False,):
-                self._variants[world, lenient] = self._variant(world, lenient, calls)
+        formats: tuple[InputFormat, ...] = ("contiguous", "any", "exported")
+        for input_format in formats:
+            for flexible in (False, True) if input_format == "contiguous" else (False,):
+                self._variants[input_format, flexible] = self._variant(
+                    input_format, flexible, calls
+                )
         return calls
 
     def called_modules(self) -> list[nn.Module]:
@@ -63,20 +76,22 @@ class GraphForwards:
                 raise ValueError(f"{node.target} may run code that is not torch's")
         try:
             return [
-                self._scope.get_submodule(str(node.target))
+                self._module.get_submodule(str(node.target))
                 for node in self._graph.nodes
                 if node.op == "call_module" and not self._is_step(node)
             ]
         except AttributeError as gone:
             raise ValueError(str(gone)) from None
 
-    def variant(self, world: World, lenient: bool, *, guarded: bool = False) -> Variant:
-        """The forward for a world.
+    def variant(
+        self, input_format: InputFormat, flexible: bool, *, guarded: bool = False
+    ) -> Variant:
+        """Returns the forward for inputs in one memory format.
 
         Args:
-            guarded: the modules that it was made for are known to be in their places.
+            guarded: the caller has checked that the modules it was made for are in their places.
         """
-        found = self._variants[world, lenient]
+        found = self._variants[input_format, flexible]
         if guarded:
             return found
         for holder, name, module in found.children:
@@ -84,7 +99,7 @@ class GraphForwards:
                 return self._variants["any", False]
         return found
 
-    def world_of(self, args: tuple[Any, ...]) -> World:
+    def input_format_of(self, args: tuple[Any, ...]) -> InputFormat:
         """That of a call with exact arguments, where no convolution's weight is channels_last, here
         or in a child; else it is "any"."""
         tensors = list(_tensors(args))
@@ -93,44 +108,48 @@ class GraphForwards:
         only_suggests = self._only_convolves and not suggests_channels_last(tensors[0])
         return "contiguous" if only_suggests or _are_contiguous(tensors) else "any"
 
-    def _variant(self, world: World, lenient: bool, calls: dict[str, Any]) -> Variant:
-        def takes_loose(module: nn.Module) -> bool:
+    def _variant(self, input_format: InputFormat, flexible: bool, calls: dict[str, Any]) -> Variant:
+        def takes_flexible(module: nn.Module) -> bool:
             plan = plan_of(module)
-            return world == "contiguous" and plan is not None and plan.takes_loose()
+            return input_format == "contiguous" and plan is not None and plan.takes_flexible()
 
-        def laid(world: World) -> Laid:
-            return Laid(self._graph, self._scope, self._is_step, world, lenient, takes_loose)
+        def layout_for(input_format: InputFormat) -> LayoutPass:
+            return LayoutPass(
+                self._graph, self._module, self._is_step, input_format, flexible, takes_flexible
+            )
 
-        name = f"{original_class(self._scope).__name__} {world}"
-        one = laid(world)
+        name = f"{original_class(self._module).__name__} {input_format}"
+        layout = layout_for(input_format)
         children = []
-        for node in one.loose_calls:
+        for node in layout.flexible_calls:
             child_name = str(node.target)
             parent, _, last = child_name.rpartition(".")
-            holder = self._scope.get_submodule(parent)._modules
+            holder = self._module.get_submodule(parent)._modules
             child = holder[last]
             assert child is not None
             children.append((holder, last, child))
-            attribute = f"{world}_{child_name.replace('.', '_')}"
+            attribute = f"{input_format}_{child_name.replace('.', '_')}"
             plan = plan_of(child)
             assert plan is not None
-            calls[attribute] = LooseCall(child, plan, world)
+            calls[attribute] = FlexibleCall(child, plan, input_format)
             node.target = f"{STEPS}.{attribute}"
-        for passed in one.passed:
-            parent, _, last = passed.rpartition(".")
-            holder = self._scope.get_submodule(parent)._modules
-            children.append((holder, last, self._scope.get_submodule(passed)))
-        forward = compile_forward(one.graph, name)
-        straight = bare = None
-        if self._runs_straight and world != "exported":
+        for child_name in layout.layout_preserving:
+            parent, _, last = child_name.rpartition(".")
+            holder = self._module.get_submodule(parent)._modules
+            children.append((holder, last, self._module.get_submodule(child_name)))
+        forward = compile_forward(layout.graph, name)
+        on_cpu = on_gpu = None
+        if self.fast_path is not None and input_format != "exported":
             # where checked runs found nothing to lay out, there is nothing
-            plain = one.graph if world == "contiguous" else laid("exported").graph
-            if straighten(plain, self._steps):
-                straight = compile_forward(plain, f"{name} straight")
-                if world == "any":
-                    bare = compile_forward(laid("exported").graph, f"{name} bare")
-        takes = one.returns_loose and not one.restores_input
-        return Variant(world, forward, straight, bare, takes, children)
+            plain = layout.graph if input_format == "contiguous" else layout_for("exported").graph
+            if drop_checks(plain, self._steps):
+                on_cpu = compile_forward(plain, f"{name} unchecked")
+                if input_format == "any":
+                    on_gpu = compile_forward(
+                        layout_for("exported").graph, f"{name} unchecked on a GPU"
+                    )
+        takes = layout.returns_flexible and not layout.restores_input
+        return Variant(input_format, forward, on_cpu, on_gpu, takes, children)
 
     def _is_step(self, node: fx.Node) -> bool:
         return node.op == "call_module" and str(node.target).startswith(f"{STEPS}.")
@@ -141,99 +160,128 @@ class GraphForwards:
         )
 
 
-class LooseCall:
-    """Calls a fused child with a loose value, and takes one."""
+class FlexibleCall:
+    """Calls a fused child with a flexible value, and returns one."""
 
-    def __init__(self, child: nn.Module, plan: Plan, world: World) -> None:
-        self._child, self._plan, self._world = child, plan, world
+    def __init__(self, child: nn.Module, plan: Plan, input_format: InputFormat) -> None:
+        self._child, self._plan, self._input_format = child, plan, input_format
 
     def __call__(self, x: Tensor) -> Tensor:
-        return run_loosely(self._child, self._plan, x, self._world, False)
+        return run_flexible(self._child, self._plan, x, self._input_format, False)
 
 
-def run_loosely(child: nn.Module, plan: Plan, x: Tensor, world: World, owned: bool) -> Tensor:
-    """A fused child's result of a loose value, loose."""
+def run_flexible(
+    child: nn.Module, plan: Plan, x: Tensor, input_format: InputFormat, donated: bool
+) -> Tensor:
+    """Returns the flexible result of a fused child for a flexible value."""
     if plan.is_guarded() or not (child.training or has_hooks(child) or plan_of(child) is not plan):
-        result = plan.run(child, (x,), {}, owned, world, lenient=True)
-        if result is not NOT_RUN:
-            return result
-    return child(put_right(x, world))
+        y = plan.run(child, (x,), {}, donated, input_format, flexible=True)
+        if y is not NOT_RUN:
+            fused: Tensor = y
+            return fused
+    original: Tensor = child(restore_layout(x, input_format))
+    return original
 
 
-def put_right(x: Tensor, world: World) -> Tensor:
-    """A loose value as eager has it: the same tensor, since others see what is written to it."""
-    if world != "contiguous":
+def restore_layout(x: Tensor, input_format: InputFormat) -> Tensor:
+    """Puts a flexible value into the format that eager gives it.
+
+    It stays the same tensor object, since a child may write to it and others must see that.
+    """
+    if input_format != "contiguous":
         return x
     right = laid_out(x, False)
     if right is x or torch.compiler.is_compiling():
         return right
-    return x.set_(right)  # type: ignore[call-overload]
+    x.set_(right)  # type: ignore[call-overload]
+    return x
 
 
 class SequenceForwards:
-    """Sequential.forward with fused blocks in it: what one hands to the next may stay loose, and
-    is nobody else's, so the next may add its residual in place. oneDNN then writes over what it
-    reads, instead of fetching the lines of a new tensor first."""
+    """Sequential.forward with fused blocks in it.
+
+    What one block hands to the next may stay flexible. Nothing else reads it, so the next block may
+    add its residual in place: oneDNN then writes over what it reads, instead of fetching the cache
+    lines of a new tensor first.
+    """
+
+    fast_path = None  # the blocks have theirs
 
     def __init__(self, sequence: nn.Sequential) -> None:
         self._sequence = sequence
 
-    def lay_out(self) -> dict[str, Any]:
+    def compile_variants(self) -> dict[str, Any]:
         return {}
 
     def called_modules(self) -> list[nn.Module]:
         return [child for child in self._sequence._modules.values() if child is not None]
 
-    def variant(self, world: World, lenient: bool, *, guarded: bool = False) -> Variant:
+    def variant(
+        self, input_format: InputFormat, flexible: bool, *, guarded: bool = False
+    ) -> Variant:
         def forward(sequence: nn.Sequential, x: Any) -> Any:
-            return _run_sequence(sequence, x, world, lenient)
+            return _run_sequence(sequence, x, input_format, flexible)
 
         return Variant(
-            world, forward, None, None, world == "contiguous" and self._stays_loose(), []
+            input_format,
+            forward,
+            None,
+            None,
+            input_format == "contiguous" and self._stays_flexible(),
+            [],
         )
 
-    def world_of(self, args: tuple[Any, ...]) -> World:
+    def input_format_of(self, args: tuple[Any, ...]) -> InputFormat:
         x = args[0]
         if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
             return "any"
         return "contiguous" if _are_contiguous([x]) else "any"
 
-    def _stays_loose(self) -> bool:
+    def _stays_flexible(self) -> bool:
         plans = [(child, plan_of(child)) for child in self._sequence]
         return any(plan is not None for _, plan in plans) and all(
-            plan.takes_loose() if plan is not None else passes(child) for child, plan in plans
+            plan.takes_flexible() if plan is not None else preserves_layout(child)
+            for child, plan in plans
         )
 
 
-def _run_sequence(sequence: nn.Sequential, x: Any, world: World, lenient: bool) -> Any:
-    """Sequential.forward; the plan has seen to it that the children have no hooks."""
-    if world == "any":
-        return _run_exactly(sequence, x)
-    loose, owned, lies_as_known = lenient, False, True
+def _run_sequence(
+    sequence: nn.Sequential, x: Any, input_format: InputFormat, flexible: bool
+) -> Any:
+    """Runs Sequential.forward; the plan has checked that the children have no hooks."""
+    if input_format == "any":
+        return _run_with_eager_strides(sequence, x)
+    is_flexible, donated, is_contiguous = flexible, False, True
     for child in sequence._modules.values():
         assert child is not None
         plan = plan_of(child)
-        if plan is not None and lies_as_known and plan.takes_loose():
-            x = run_loosely(child, plan, x, world, owned)
-            loose, owned = True, plan.returns_fresh
-        elif loose and plan is None and passes(child) and not getattr(child, "inplace", False):
-            x, owned = child(x), False
+        if plan is not None and is_contiguous and plan.takes_flexible():
+            x = run_flexible(child, plan, x, input_format, donated)
+            is_flexible, donated = True, plan.returns_fresh
+        elif (
+            is_flexible
+            and plan is None
+            and preserves_layout(child)
+            and not getattr(child, "inplace", False)
+        ):
+            x, donated = child(x), False
         else:
-            x = child(put_right(x, world) if loose else x)
-            loose, owned, lies_as_known = False, False, lies_as_known and passes(child)
-    return x if lenient or not loose else put_right(x, world)
+            x = child(restore_layout(x, input_format) if is_flexible else x)
+            is_flexible, donated = False, False
+            is_contiguous = is_contiguous and preserves_layout(child)
+    return x if flexible or not is_flexible else restore_layout(x, input_format)
 
 
-def _run_exactly(sequence: nn.Sequential, x: Any) -> Any:
-    owned = False
+def _run_with_eager_strides(sequence: nn.Sequential, x: Any) -> Any:
+    donated = False
     for child in sequence._modules.values():
         assert child is not None
         plan = plan_of(child)
-        result = NOT_RUN if plan is None or child.training else plan.run(child, (x,), {}, owned)
+        result = NOT_RUN if plan is None or child.training else plan.run(child, (x,), {}, donated)
         if plan is None or result is NOT_RUN:
-            x, owned = child(x), False
+            x, donated = child(x), False
         else:
-            x, owned = result, plan.returns_fresh
+            x, donated = result, plan.returns_fresh
     return x
 
 

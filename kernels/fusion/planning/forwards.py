@@ -4,27 +4,33 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from resfuse.kernels.fusion.tracing.memory_formats import Forward, World
+from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
+from resfuse.kernels.fusion.tracing.memory_formats import InputFormat
 
 
 class Variant(NamedTuple):
-    """A forward for one world, and what it holds of that its caller must know."""
+    """A forward for inputs in one memory format, and what its caller must know of it."""
 
-    world: World
+    input_format: InputFormat
     forward: Forward
-    straight: Forward | None  # the same on a CPU, without the steps' own checks
-    bare: Forward | None  # the same on a GPU, where nothing had to be laid out
-    returns_loose: bool  # what a step has made, in NHWC whatever eager's is
-    children: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # where found, and which
+    unchecked_on_cpu: Forward | None  # the same, without the steps' own checks
+    unchecked_on_gpu: Forward | None  # the same, without the checks of the results' strides
+    returns_flexible: bool  # its result is a step's, in NHWC whatever format eager gives it
+    children: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # it was made for these
 
 
 class Forwards(Protocol):
     """What a plan asks of a forward that is called in one way."""
 
-    def variant(self, world: World, lenient: bool, *, guarded: bool = False) -> Variant: ...
+    @property
+    def fast_path(self) -> FastPath | None: ...
 
-    def world_of(self, args: tuple[Any, ...]) -> World: ...
+    def variant(
+        self, input_format: InputFormat, flexible: bool, *, guarded: bool = False
+    ) -> Variant: ...
 
-    def lay_out(self) -> dict[str, Any]: ...
+    def input_format_of(self, args: tuple[Any, ...]) -> InputFormat: ...
+
+    def compile_variants(self) -> dict[str, Any]: ...
 
     def called_modules(self) -> list[nn.Module]: ...

@@ -8,7 +8,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 
 class Listener(Protocol):
-    def forget_parameters(self, owned: set[int]) -> None: ...
+    def forget_parameters(self, parameter_ids: set[int]) -> None: ...
 
 
 _listeners: WeakSet[Any] = WeakSet()
@@ -16,7 +16,7 @@ _lock = threading.Lock()
 _hooked = False
 
 
-def tell_of_steps(listener: Listener) -> None:
+def notify_of_steps(listener: Listener) -> None:
     """From now on, and for as long as it lives, `listener` is told whose parameters were stepped.
 
     The first call registers one hook for all optimizers of the process, which costs a step about
@@ -31,8 +31,8 @@ def tell_of_steps(listener: Listener) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameter_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
     with _lock:
         listeners = list(_listeners)
     for listener in listeners:
-        listener.forget_parameters(owned)
+        listener.forget_parameters(parameter_ids)

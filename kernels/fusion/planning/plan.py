@@ -1,11 +1,11 @@
-"""Plans: the forwards a scope has been given, when one of them may run because it computes what the
-original would, and how folded weights that have become stale are found.
+"""A plan holds the rewritten forwards of one module, decides at each call whether one of them may
+run because it computes what the original would, and finds folded weights that are stale.
 """
 
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,31 +17,29 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from resfuse.kernels.cpu.weight_origin import Origin, is_plain, tensors_of
-from resfuse.kernels.fusion.layers.fused_layers import Step, convolutions
+from resfuse.kernels.fusion.layers.compound_layers import Step, convolutions
 from resfuse.kernels.fusion.matching.layer_kinds import differs_in_training
 from resfuse.kernels.fusion.planning.forwards import Forwards
-from resfuse.kernels.fusion.planning.optimizer_steps import tell_of_steps
+from resfuse.kernels.fusion.planning.optimizer_steps import notify_of_steps
 from resfuse.kernels.fusion.planning.tree_guards import TreeCheck
 from resfuse.kernels.fusion.tracing.guards import Guards
-from resfuse.kernels.fusion.tracing.memory_formats import World, suggests_channels_last
+from resfuse.kernels.fusion.tracing.memory_formats import InputFormat, suggests_channels_last
 from resfuse.kernels.fusion.tracing.module_tracing import Call
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 
-STEPS = "_resfuse_steps"  # the attribute of a fused scope that holds its steps
-PLAN = "_resfuse_plan"  # the attribute of a fused scope that holds its plan
+STEPS = "_resfuse_steps"  # the attribute of a fused module that holds its steps
+PLAN = "_resfuse_plan"  # the attribute of a fused module that holds its plan
 NOT_RUN = object()
 
-Forward = Callable[..., Any]
-Signature = tuple[Any, ...]  # shape, strides, dtype of an input, and whether autocast was on
 Watched = tuple[nn.Module, str, nn.Module]  # where a layer is found, and which
 
 
 class Plan:
-    """How a scope's forward runs, by how it is called, and when it may."""
+    """How a module's forward runs, by how it is called, and when it may."""
 
     def __init__(
         self,
-        scope: nn.Module,
+        module: nn.Module,
         forwards: "dict[Call, Forwards]",
         steps: dict[str, Step],
         watched: list[str],
@@ -51,71 +49,70 @@ class Plan:
         observed: Observed | None = None,
         children: Sequence[nn.Module] = (),
     ) -> None:
-        self._scope = weakref.ref(scope)
+        self._module = weakref.ref(module)
         self.forwards, self.steps, self.left = forwards, steps, left
         self.calls: dict[str, Any] = {}  # of fused children, by attribute: see forward_variants.py
-        self._has_channels_last = False  # a weight of this scope, or of one within it
-        self._passed: dict[Any, Signature] = {}  # what went through with all checks last
+        self._has_channels_last = False  # a weight of this module, or of one within it
         self.returns_fresh = returns_fresh  # the output is nobody else's
         every = [layer for step in steps.values() for layer in convolutions(step)]
         self.layers = list({layer.fold: layer for layer in every}.values())
         self._every = every
-        self._tree: list[Plan] = [self]  # of the scope and all scopes in it
+        self._tree: list[Plan] = [self]  # of the module and all modules in it
         self._root = self
         self._sources = [source for layer in self.layers for source in layer.sources]
         self._origin: Origin | None = None  # of those sources, when they were looked at last
         self._suspect = False  # something has happened since that may have written to weights
         self.frozen = False  # a call need not look at them: nobody writes to them, as was promised
-        places = [watch(scope, name) for name in watched]
-        self._layers = [layer for *_, layer in places]
+        locations = [watch(module, name) for name in watched]
+        self._layers = [layer for *_, layer in locations]
         self._tree_check = TreeCheck(PLAN)
         self.guards = Guards(
             Observed() if observed is None else observed,
             layers=() if observed is None else self._layers,
             children=children,
             called=self._layers if observed is None else (),
-            modal=[layer for layer in self._layers if differs_in_training(layer)],
-            places=places,
-            scope=scope,
+            in_eval=[layer for layer in self._layers if differs_in_training(layer)],
+            locations=locations,
+            module=module,
         )
         self._parameters = [(m._parameters, name) for m in self._layers for name in m._parameters]
 
     def run(
         self,
-        scope: nn.Module,
+        module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        owns: bool = False,
-        world: World | None = None,
+        donated: bool = False,
+        input_format: InputFormat | None = None,
         *,
-        lenient: bool = False,
+        flexible: bool = False,
     ) -> Any:
         """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
 
         Args:
-            owns: the caller gives its argument away, which may be written over.
-            world: where the caller knows which memory format eager's argument would have; else the
-                arguments lie as eager's do.
-            lenient: the argument need not lie so, nor need the result.
+            donated: the caller gives its argument away, which may be written over.
+            input_format: which memory format eager's argument would have, where the caller knows
+                that; by default it is the format of the arguments given.
+            flexible: the argument, and the result, may be in any memory format.
         """
         if self.is_guarded():
-            if not kwargs and all(type(arg) is Tensor for arg in args) and self._scope() is scope:
-                known = Call(len(args), False, owns)
-                if owns and known not in self.forwards:
+            if not kwargs and all(type(arg) is Tensor for arg in args) and self._module() is module:
+                known = Call(len(args), False, donated)
+                if donated and known not in self.forwards:
                     known = Call(len(args))
                 if known in self.forwards:
-                    return self._run(known, scope, args, world, lenient, guarded=True)
-            _running.guarded = None  # the scope's own forward may change anything
-        call = self._call(args, kwargs, owns)
-        if call is None or self._scope() is not scope:
+                    return self._run(known, module, args, input_format, flexible, guarded=True)
+            _running.guarded = None  # the module's own forward may change anything
+        call = self._call(args, kwargs, donated)
+        if call is None or self._module() is not module:
             return NOT_RUN
         if _running.root is self._root or torch.compiler.is_compiling():
-            return self._run(call, scope, args, world, lenient)
+            return self._run(call, module, args, input_format, flexible)
         self._forget_what_is_stale()
         outer = _running.root, _running.guarded
-        _running.root, _running.guarded = self, self if self._tree_holds(scope) else None
+        _running.root, _running.guarded = self, self if self._tree_holds(module) else None
         try:
-            return self._run(call, scope, args, world, lenient)
+            return self._run(call, module, args, input_format, flexible)
         finally:
             _running.root, _running.guarded = outer
 
@@ -123,38 +120,38 @@ class Plan:
         """Whether its guards, and all other conditions, were checked with the outermost's."""
         return _running.guarded is self._root
 
-    def _tree_holds(self, scope: nn.Module) -> bool:
-        """Whether no scope within needs to check its guards in this call (tree_guards.py)."""
+    def _tree_holds(self, module: nn.Module) -> bool:
+        """Whether no module within needs to check its guards in this call (tree_guards.py)."""
         if self._root is not self or len(self._tree) < 2:
             return False
         if torch.is_grad_enabled() and any(plan._has_trainable() for plan in self._tree):
             return False
-        return self._tree_check.holds(scope, self._tree)
+        return self._tree_check.holds(module, self._tree)
 
-    def adopt(self, scope: nn.Module) -> None:
-        """Looks after the weights of all scopes within: at once, when this one is called.
+    def take_over_submodules(self, module: nn.Module) -> None:
+        """Looks after the weights of all modules within: at once, when this one is called.
 
         One by one, between convolutions that have emptied the caches, looking at 265 tensors takes
         1.1 ms of ResNet-50's 33 (two cores, batch 1).
         """
-        self._tree = [plan for module in scope.modules() if (plan := plan_of(module)) is not None]
+        self._tree = [plan for child in module.modules() if (plan := plan_of(child)) is not None]
         for plan in self._tree:
             plan._root = self
         self._sources = [s for plan in self._tree for layer in plan.layers for s in layer.sources]
         self._origin = None
-        tell_of_steps(self)
+        notify_of_steps(self)
         self._tree_check = TreeCheck(PLAN)
         self._look_at_formats()
         for forwards in self.forwards.values():
-            self.calls |= forwards.lay_out()
-        vars(vars(scope)[STEPS]).update(self.calls)
+            self.calls |= forwards.compile_variants()
+        vars(vars(module)[STEPS]).update(self.calls)
 
-    def takes_loose(self) -> bool:
+    def takes_flexible(self) -> bool:
         """Whether it can be called with a tensor in whatever format, and returns one so."""
         forwards = self.forwards.get(Call(1))
         return (
             forwards is not None
-            and forwards.variant("contiguous", True, guarded=self.is_guarded()).returns_loose
+            and forwards.variant("contiguous", True, guarded=self.is_guarded()).returns_flexible
         )
 
     def _look_at_formats(self) -> None:
@@ -173,48 +170,40 @@ class Plan:
     def _run(
         self,
         call: Call,
-        scope: nn.Module,
+        module: nn.Module,
         args: tuple[Any, ...],
-        world: World | None,
-        lenient: bool,
+        input_format: InputFormat | None,
+        flexible: bool,
         *,
         guarded: bool = False,
     ) -> Any:
         forwards = self.forwards[call]
         if torch.compiler.is_exporting():
-            return forwards.variant("exported", False).forward(scope, *args)
-        if world is None:
-            world = "any" if self._has_channels_last else forwards.world_of(args)
-        world, forward, straight, bare, *_ = forwards.variant(world, lenient, guarded=guarded)
-        x = args[0]
-        again = straight if isinstance(x, Tensor) and x.is_cpu else bare
-        if again is None or torch.compiler.is_compiling():
-            return forward(scope, *args)
-        signature = (x.shape, x.stride(), x.dtype, torch._C._is_any_autocast_enabled())
-        way = (call, world, lenient)
-        if self._passed.get(way) == signature:
-            return again(scope, x)
-        for other in list(self._passed):  # other threads write to it, too
-            if other[0] == call:
-                self._passed.pop(other, None)  # steps are about to be bound to this input's dtype
-        before = self._detours()
-        result = forward(scope, x)
-        if self._detours() == before and not signature[-1]:
-            self._passed[way] = signature
-        return result
+            return forwards.variant("exported", False).forward(module, *args)
+        if input_format is None:
+            input_format = "any" if self._has_channels_last else forwards.input_format_of(args)
+        variant = forwards.variant(input_format, flexible, guarded=guarded)
+        x, fast_path = args[0], forwards.fast_path
+        on_cpu = isinstance(x, Tensor) and x.is_cpu
+        unchecked = variant.unchecked_on_cpu if on_cpu else variant.unchecked_on_gpu
+        if fast_path is None or unchecked is None or torch.compiler.is_compiling():
+            return variant.forward(module, *args)
+        return fast_path.run(unchecked, variant.forward, module, x)
 
-    def _detours(self) -> int:
-        return sum(layer.detours for layer in self._every)
+    def _reset_fast_paths(self) -> None:
+        for forwards in self.forwards.values():
+            if forwards.fast_path is not None:
+                forwards.fast_path.reset()
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], owns: bool) -> Call | None:
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], donated: bool) -> Call | None:
         if kwargs or not args:
             return None
         # first whether somebody looks on, who would see the arguments being looked at
         if not _are_traced(args) and (is_watched() or not are_plain(args)):
             return None
-        call = Call(len(args), isinstance(args[0], list), owns)
-        if owns and call not in self.forwards:
-            call = call._replace(owns=False)
+        call = Call(len(args), isinstance(args[0], list), donated)
+        if donated and call not in self.forwards:
+            call = call._replace(donated=False)
         if call not in self.forwards:
             return None
         if torch.compiler.is_exporting():  # dynamo cannot see whether folded weights are fresh
@@ -253,7 +242,7 @@ class Plan:
                     layer.forget()
                 else:
                     layer.forget_if_stale()
-            plan._passed.clear()
+            plan._reset_fast_paths()
         self._look_at_formats()
 
     def suspect(self) -> None:
@@ -261,41 +250,37 @@ class Plan:
         for plan in self._root._tree:
             plan._suspect = True
 
-    def forget_parameters(self, owned: set[int]) -> None:
-        """Forgets what was folded from parameters that an optimizer has just written to.
-
-        Args:
-            owned: their ids.
-        """
+    def forget_parameters(self, parameter_ids: set[int]) -> None:
+        """Forgets what was folded from parameters that an optimizer has just written to."""
         if self._root is not self:  # which is told, too
             return
         stepped = [
             layer
             for plan in self._tree
             for layer in plan.layers
-            if any(id(tensor) in owned for tensor in tensors_of(layer.sources))
+            if any(id(tensor) in parameter_ids for tensor in tensors_of(layer.sources))
         ]
         for layer in stepped:
             layer.forget()
         if stepped:
             for plan in self._tree:
                 plan._origin = None
-                plan._passed.clear()
+                plan._reset_fast_paths()
 
     def has_discarded(self) -> bool:
-        """Whether a layer, of the scope or of one within it, has lost its own weight."""
+        """Whether a layer, of the module or of one within it, has lost its own weight."""
         return any(layer.fold.discarded for plan in self._tree for layer in plan.layers)
 
     def discard_weights(self) -> None:
         """Frees the weight of every layer when it runs next, folded and laid out."""
         for layer in self.layers:
             layer.fold.discard = True
-        self._passed.clear()
+        self._reset_fast_paths()
 
     def fold_ahead(self) -> None:
         """Folds what is not folded, for a graph compiled or exported next, which cannot.
 
-        The outermost scope looks after all within it.
+        The outermost module looks after all within it.
         """
         if self._root is self:
             self._forget_what_is_stale()
@@ -309,7 +294,7 @@ class Plan:
         """Frees what was folded: weights about to be trained would make it stale."""
         for layer in self._every:
             layer.forget()
-        self._passed.clear()
+        self._reset_fast_paths()
         self._origin = None
 
     def _needs_gradients(self, args: tuple[Any, ...]) -> bool:
@@ -330,11 +315,11 @@ class Plan:
 
 
 class _Running(threading.local):
-    """The plan whose scope is being called, with those of all scopes within it looked after."""
+    """The plan whose module is being called, with those of all modules within it looked after."""
 
     root: Plan | None = None
     guarded: Plan | None = (
-        None  # the same, if the guards of all scopes within it hold until it ends
+        None  # the same, if the guards of all modules within it hold until it ends
     )
 
 
@@ -386,10 +371,10 @@ def _are_traced(args: tuple[Any, ...]) -> bool:
     return torch.compiler.is_compiling() and all(isinstance(a, Tensor) for a in args)
 
 
-def watch(scope: nn.Module, name: str) -> Watched:
-    """Where a layer of a scope is found, and which it is now."""
+def watch(module: nn.Module, name: str) -> Watched:
+    """Where a layer of a module is found, and which it is now."""
     parent, _, last = name.rpartition(".")
-    holder = scope.get_submodule(parent)
+    holder = module.get_submodule(parent)
     layer = holder._modules[last]
     assert layer is not None
     return holder, last, layer

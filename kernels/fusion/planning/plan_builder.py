@@ -8,10 +8,11 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from resfuse.kernels.fusion.layers.fused_layers import StemStep, Step
-from resfuse.kernels.fusion.matching.input_effects import Effects, draws
+from resfuse.kernels.fusion.layers.compound_layers import StemStep, Step
+from resfuse.kernels.fusion.layers.fast_path import FastPath
+from resfuse.kernels.fusion.matching.input_effects import Effects, draws_random_numbers
 from resfuse.kernels.fusion.matching.layer_kinds import is_norm
-from resfuse.kernels.fusion.matching.match import LeftAlone, drop_idle, find_chains
+from resfuse.kernels.fusion.matching.match import WhySkipped, find_chains, remove_no_ops
 from resfuse.kernels.fusion.planning.forward_variants import GraphForwards
 from resfuse.kernels.fusion.planning.forwards import Forwards
 from resfuse.kernels.fusion.planning.plan import Plan
@@ -29,62 +30,62 @@ from resfuse.kernels.fusion.tracing.module_tracing import (
 
 
 @dataclass(frozen=True)
-class Drafted:
-    """A scope's plan, None where there is nothing to fuse."""
+class PlannedModule:
+    """A module's plan, None where there is nothing to fuse."""
 
     plan: Plan | None
-    left: dict[str, str]  # name of a convolution in the scope -> why it is left alone
+    left: dict[str, str]  # name of a convolution in the module -> why it is left alone
     inlined: list[nn.Module]  # children whose layers are in the plan
 
 
-def make_plan(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
-    """What fusing one module's forward comes to; it is not changed.
+def make_plan(module: nn.Module, why_skipped: WhySkipped) -> PlannedModule:
+    """What fusing one module's forward comes to; the module is not changed.
 
     Args:
-        left_alone: the reason to leave a layer for something outside of the scope, or None.
+        why_skipped: the reason to leave a layer for something outside of the module, or None.
     """
-    modes = {module: module.training for module in scope.modules()}
+    modes = {child: child.training for child in module.modules()}
     try:
-        for module in modes:
-            module.training = False
+        for child in modes:
+            child.training = False
         with torch.no_grad():  # as it will run
-            return _draft(scope, left_alone)
+            return _plan_module(module, why_skipped)
     except NotTraceable as reason:
-        own = [name for name, child in scope.named_children() if isinstance(child, nn.Conv2d)]
-        kind = original_class(scope).__name__
-        return Drafted(None, dict.fromkeys(own, f"{kind}.forward: {reason}"), [])
+        own = [name for name, child in module.named_children() if isinstance(child, nn.Conv2d)]
+        kind = original_class(module).__name__
+        return PlannedModule(None, dict.fromkeys(own, f"{kind}.forward: {reason}"), [])
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for child, mode in modes.items():
+            child.training = mode
 
 
-def scopes(model: nn.Module) -> list[tuple[str, nn.Module, Drafted]]:
+def plans_of(model: nn.Module) -> list[tuple[str, nn.Module, PlannedModule]]:
     """Every module that calls layers in its forward: its name, itself, and the draft of its plan.
 
     Parents come first, and may have taken plain sequences of layers into their own graph. A model
     that has nothing but single convolutions (a vision transformer's patches) is left as it is.
     """
-    left_alone = left_alone_in(model)
+    why_skipped = why_skipped_in(model)
     taken: set[nn.Module] = set()
-    found: list[tuple[str, nn.Module, Drafted]] = []
+    found: list[tuple[str, nn.Module, PlannedModule]] = []
     for name, module in model.named_modules():
         if module not in taken and not is_atom(module) and has_layers(module):
-            drafted = make_plan(module, left_alone)
-            taken.update(drafted.inlined)
-            found.append((name, module, drafted))
-    steps = [step for *_, drafted in found if drafted.plan for step in drafted.plan.steps.values()]
+            planned = make_plan(module, why_skipped)
+            taken.update(planned.inlined)
+            found.append((name, module, planned))
+    steps = [step for *_, planned in found if planned.plan for step in planned.plan.steps.values()]
     if all(step.chain == "conv" for step in steps):
-        return [(name, module, _nothing_in(drafted)) for name, module, drafted in found]
+        return [(name, module, _nothing_in(planned)) for name, module, planned in found]
     return found
 
 
-def _nothing_in(drafted: Drafted) -> Drafted:
-    layers = drafted.plan.layers if drafted.plan is not None else []
+def _nothing_in(planned: PlannedModule) -> PlannedModule:
+    layers = planned.plan.layers if planned.plan is not None else []
     reason = "no batch norm, activation or sum follows it"
-    return Drafted(None, drafted.left | {layer.name: reason for layer in layers}, [])
+    return PlannedModule(None, planned.left | {layer.name: reason for layer in layers}, [])
 
 
-def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
+def _plan_module(module: nn.Module, why_skipped: WhySkipped) -> PlannedModule:
     steps: dict[str, Step] = {}
     watched: set[str] = set()
     containers: set[str] = set()
@@ -93,52 +94,55 @@ def _draft(scope: nn.Module, left_alone: LeftAlone) -> Drafted:
     folds: Folds = {}
     fresh = False
     effects = Effects()
-    for call, traced in _traces(scope).items():
+    for call, traced in _traces(module).items():
         graph = traced.graph
         effects.observed.update(traced.observed)
-        twice = called_twice(graph, scope)
+        twice = called_twice(graph, module)
         containers.update(sequences_in(graph))
-        watched.update(drop_idle(graph, scope, effects.hands_on))
-        alone = or_called_twice(left_alone, twice)
-        chains, unmatched = find_chains(graph, scope, alone, writes=effects.writes)
+        watched.update(remove_no_ops(graph, module, effects.returns_input))
+        alone = or_called_twice(why_skipped, twice)
+        chains, unmatched = find_chains(graph, module, alone, writes=effects.writes)
         left |= unmatched
-        prefix = f"with_{call.arguments}{'_list' * call.takes_list}{'_owned' * call.owns}_"
-        made = rewrite(graph, scope, chains, prefix, folds)
-        if call.owns and not overwrite_input(graph, made):
+        prefix = f"with_{call.arguments}{'_list' * call.takes_list}{'_donated' * call.donated}_"
+        fast_path = FastPath()
+        made = rewrite(graph, module, chains, prefix, folds, fast_path)
+        if call.donated and not overwrite_input(graph, made):
             continue
         steps |= made
         watched.update(name for chain in chains for name in chain.modules)
         pools = [step.pool for step in made.values() if isinstance(step, StemStep)]
-        watched.update(name for name, module in scope.named_modules() if module in pools)
-        straight = call.arguments == 1 and not call.takes_list
-        forwards[call] = GraphForwards(graph, scope, made, straight)
+        watched.update(name for name, child in module.named_modules() if child in pools)
+        takes_one_tensor = call.arguments == 1 and not call.takes_list
+        forwards[call] = GraphForwards(graph, module, made, fast_path if takes_one_tensor else None)
         if call == Call(1):
             fresh = returns_a_step(graph, steps)
     if not steps:
-        return Drafted(None, left, [])
-    sequences = [scope.get_submodule(name) for name in containers]
+        return PlannedModule(None, left, [])
+    sequences = [module.get_submodule(name) for name in containers]
     plan = Plan(
-        scope, forwards, steps, sorted(watched | containers), left, returns_fresh=fresh,
+        module, forwards, steps, sorted(watched | containers), left, returns_fresh=fresh,
         observed=effects.observed,
-        children=[*sequences, scope] if isinstance(scope, nn.Sequential) else sequences,
+        children=[*sequences, module] if isinstance(module, nn.Sequential) else sequences,
     )  # fmt: skip
-    return Drafted(plan, left, [module for module in sequences if is_plain_sequence(module)])
+    return PlannedModule(plan, left, [child for child in sequences if is_plain_sequence(child)])
 
 
-def _traces(scope: nn.Module) -> dict[Call, Trace]:
-    """The scope's forward for every way to call it that can be traced."""
-    plain, *with_more = calls(scope)
-    traced = trace(scope, plain)
-    if draws(traced.graph):
+def _traces(module: nn.Module) -> dict[Call, Trace]:
+    """The module's forward for every way to call it that can be traced."""
+    plain, *with_more = calls(module)
+    traced = trace(module, plain)
+    if draws_random_numbers(traced.graph):
         raise NotTraceable("forward draws random numbers")
     traces = {plain: traced}
     if plain.arguments == 1:
-        traces[plain._replace(owns=True)] = replace(traced, graph=_copy(traced.graph))
+        traces[plain._replace(donated=True)] = replace(traced, graph=_copy(traced.graph))
     others = [Call(plain.arguments, takes_list=True)] if traced.asks_types else []
     for call in [*others, *with_more]:
         with suppress(NotTraceable):
-            other = trace(scope, call)
-            if not draws(other.graph) and not (call.takes_list and _calls_with_it(other.graph)):
+            other = trace(module, call)
+            if not draws_random_numbers(other.graph) and not (
+                call.takes_list and _calls_with_it(other.graph)
+            ):
                 traces[call] = other
     return traces
 
@@ -155,7 +159,7 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     return twin
 
 
-def left_alone_in(model: nn.Module) -> LeftAlone:
+def why_skipped_in(model: nn.Module) -> WhySkipped:
     """Sees layers that stand in the model twice, and parameters that belong to two layers."""
     named = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(
@@ -179,16 +183,16 @@ def has_layers(module: nn.Module) -> bool:
     return any(isinstance(child, nn.Conv2d) or is_norm(child) for child in module.modules())
 
 
-def or_called_twice(left_alone: LeftAlone, twice: set[nn.Module]) -> LeftAlone:
+def or_called_twice(why_skipped: WhySkipped, twice: set[nn.Module]) -> WhySkipped:
     def reason(layer: nn.Module) -> str | None:
-        return left_alone(layer) or ("it is called more than once" if layer in twice else None)
+        return why_skipped(layer) or ("it is called more than once" if layer in twice else None)
 
     return reason
 
 
-def called_twice(graph: fx.Graph, scope: nn.Module) -> set[nn.Module]:
+def called_twice(graph: fx.Graph, module: nn.Module) -> set[nn.Module]:
     called = Counter(
-        scope.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"
+        module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"
     )
     return {layer for layer, times in called.items() if times > 1}
 

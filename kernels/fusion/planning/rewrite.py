@@ -1,35 +1,37 @@
-"""Puts steps into a scope's graph in place of the chains they stand for, and compiles it."""
+"""Puts steps into a module's graph in place of the chains they stand for, and compiles it."""
 
 import linecache
 
 import torch.fx as fx
 from torch import nn
 
+from resfuse.kernels.fusion.layers.compound_layers import ProjectionStep, StemStep, Step
+from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
 from resfuse.kernels.fusion.layers.fold_cache import Fold
-from resfuse.kernels.fusion.layers.fused_layers import (
-    ConvStep,
-    NormStep,
-    ProjectionStep,
-    StemStep,
-    Step,
-)
+from resfuse.kernels.fusion.layers.fused_layers import ConvStep, NormStep
 from resfuse.kernels.fusion.matching.match import Chain
-from resfuse.kernels.fusion.planning.plan import STEPS, Forward
+from resfuse.kernels.fusion.planning.plan import STEPS
 from resfuse.kernels.fusion.tracing.module_tracing import has_hooks
 
 Folds = dict[tuple[nn.Module, nn.Module | None], Fold]  # of a convolution and its batch norm
 
 
 def rewrite(
-    graph: fx.Graph, scope: nn.Module, chains: list[Chain], prefix: str, folds: Folds
+    graph: fx.Graph,
+    module: nn.Module,
+    chains: list[Chain],
+    prefix: str,
+    folds: Folds,
+    fast_path: FastPath,
 ) -> dict[str, Step]:
     """Replaces every chain by a call of its step, in place.
 
     Args:
-        graph: of the scope.
+        graph: of the module.
         chains: found in it.
         prefix: of the steps' attribute names.
-        folds: those of the scope's other graphs, added to.
+        folds: those of the module's other graphs, added to.
+        fast_path: of this graph, to which its steps report.
 
     Returns:
         The steps by attribute name.
@@ -43,9 +45,9 @@ def rewrite(
             nodes[node] = NormStep(chain)
         else:
             fold = folds.setdefault((chain.conv, chain.norm), Fold())
-            nodes[node] = ConvStep(chain, fold)
+            nodes[node] = ConvStep(chain, fold, fast_path)
     _merge_projections(graph, nodes)
-    _merge_stem(graph, scope, nodes)
+    _merge_stem(graph, module, nodes)
     return {attribute_of(node): step for node, step in nodes.items()}
 
 
@@ -90,7 +92,7 @@ def _merge_projections(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
             nodes[node] = ProjectionStep(step, projection)
 
 
-def _merge_stem(graph: fx.Graph, scope: nn.Module, nodes: dict[fx.Node, Step]) -> None:
+def _merge_stem(graph: fx.Graph, module: nn.Module, nodes: dict[fx.Node, Step]) -> None:
     """7x7/2 of an image with ReLU, then a 3x3/2 max-pool nobody else reads."""
     for node, step in list(nodes.items()):
         if not isinstance(step, ConvStep) or not _is_stem(step) or len(node.users) != 1:
@@ -98,7 +100,7 @@ def _merge_stem(graph: fx.Graph, scope: nn.Module, nodes: dict[fx.Node, Step]) -
         (pool_node,) = node.users
         if pool_node.op != "call_module" or len(pool_node.args) != 1 or pool_node.kwargs:
             continue
-        pool = scope.get_submodule(str(pool_node.target))
+        pool = module.get_submodule(str(pool_node.target))
         if type(pool) is nn.MaxPool2d and not has_hooks(pool) and _is_stem_pool(pool):
             pool_node.replace_all_uses_with(node)
             graph.erase_node(pool_node)
@@ -131,7 +133,7 @@ def overwrite_input(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     return True
 
 
-def straighten(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+def drop_checks(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     """Makes the graph call its steps without their checks.
 
     That is right for an input like one that has gone through with all checks, if what the steps
@@ -148,7 +150,7 @@ def straighten(graph: fx.Graph, steps: dict[str, Step]) -> bool:
         if any(arg.op != "placeholder" and arg not in called for arg in read):
             return False
     for node in called:
-        node.target = f"{node.target}.straight"
+        node.target = f"{node.target}.unchecked"
     return bool(called)
 
 
@@ -159,10 +161,11 @@ def compile_forward(graph: fx.Graph, name: str) -> Forward:
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
     space = dict(code.globals)
     exec(compile(code.src, file, "exec"), space)
-    return space["forward"]
+    forward: Forward = space["forward"]
+    return forward
 
 
-def loosen_views(graph: fx.Graph) -> None:
+def replace_view_with_reshape(graph: fx.Graph) -> None:
     """x.view(...) of a channels_last tensor may not exist where x.reshape(...) does."""
     for node in graph.nodes:
         if node.op == "call_method" and node.target == "view":
@@ -200,5 +203,5 @@ def _is_stem_pool(pool: nn.MaxPool2d) -> bool:
 
 
 def attribute_of(node: fx.Node) -> str:
-    """The name a step has among its scope's steps, of the node that calls it."""
+    """The name a step has among its module's steps, of the node that calls it."""
     return str(node.target).rpartition(".")[2]

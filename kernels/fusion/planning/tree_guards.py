@@ -1,9 +1,9 @@
 """One check for a fused module and all fused modules within it, made when the outermost is called.
 
-Each scope checks its own guards when it is called, since the code between two of them may change
+Each module checks its own guards when it is called, since the code between two of them may change
 anything. Where nothing but torch's own code runs between them, nothing changes until the outermost
 returns, so one check is enough. It is also the cheaper one: between convolutions that have emptied
-the caches, the checks of ResNet-50's 21 scopes take 2 ms of 80 (one core, batch 1).
+the caches, the checks of ResNet-50's 21 modules take 2 ms of 80 (one core, batch 1).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from resfuse.kernels.fusion.layers.fused_layers import Step, convolutions
+from resfuse.kernels.fusion.layers.compound_layers import Step, convolutions
 from resfuse.kernels.fusion.matching.layer_kinds import is_norm
 from resfuse.kernels.fusion.tracing.guards import Guards
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 
 
 class Plan(Protocol):
@@ -29,41 +29,41 @@ _KNOWN_NORMS = ("torch", "timm", "torchvision", "detectron2")  # packages
 
 
 class TreeGuards:
-    """Of the plans of a tree of scopes.
+    """Of the plans of a tree of modules.
 
     Args:
-        scopes: the outermost first.
+        modules: the outermost first.
         plans: theirs.
-        attribute: where a scope keeps its plan.
+        attribute: where a module keeps its plan.
 
     Raises:
         ValueError: one of them may run code that is not torch's, or does not hold now.
     """
 
-    def __init__(self, scopes: Sequence[nn.Module], plans: Sequence[Plan], attribute: str) -> None:
-        inner = {id(scope) for scope in scopes}
+    def __init__(self, modules: Sequence[nn.Module], plans: Sequence[Plan], attribute: str) -> None:
+        inner = {id(module) for module in modules}
         leaves = [m for plan in plans for m in _called_by(plan) if id(m) not in inner]
         for leaf in leaves:
             _require_leaf(leaf)
-        called = [*scopes, *leaves]
-        own = Guards(Observed(), called=called, modal=scopes)
+        called = [*modules, *leaves]
+        own = Guards(Observed(), called=called, in_eval=modules)
         self._guards = Guards.joined([own, *(plan.guards for plan in plans)])
-        holders: list[dict[str, Any]] = [module._modules for module in scopes[0].modules()]
+        holders: list[dict[str, Any]] = [child._modules for child in modules[0].modules()]
         holders += [held for leaf in leaves for held in (leaf._parameters, leaf._buffers)]
-        places = [(holder, name, holder[name]) for holder in holders for name in holder]
-        places += [
-            (vars(scope), attribute, plan) for scope, plan in zip(scopes, plans, strict=True)
+        locations = [(holder, name, holder[name]) for holder in holders for name in holder]
+        locations += [
+            (vars(module), attribute, plan) for module, plan in zip(modules, plans, strict=True)
         ]
-        self._holders = [holder for holder, *_ in places]
-        self._names = [name for _, name, _ in places]
-        self._values = [value for *_, value in places]  # kept, so that nothing else gets their ids
+        self._holders = [holder for holder, *_ in locations]
+        self._names = [name for _, name, _ in locations]
+        self._values = [value for *_, value in locations]  # alive, so that their ids stay theirs
         self._ids = [*map(id, self._values)]
-        self._scopes, self._kinds = list(scopes), [*map(type, scopes)]
+        self._owners, self._kinds = list(modules), [*map(type, modules)]
 
     def hold(self) -> bool:
-        """Whether every scope computes what its original would, until the outermost returns."""
+        """Whether every module computes what its original would, until the outermost returns."""
         return (
-            [*map(type, self._scopes)] == self._kinds
+            [*map(type, self._owners)] == self._kinds
             and [*map(id, map(dict.get, self._holders, self._names))] == self._ids
             and self._guards.hold()
         )
@@ -74,7 +74,7 @@ class TreeCheck:
     call, the one after two more, four more, ...
 
     Args:
-        attribute: where a scope keeps its plan.
+        attribute: where a module keeps its plan.
     """
 
     def __init__(self, attribute: str) -> None:
@@ -82,8 +82,8 @@ class TreeCheck:
         self._guards: TreeGuards | None = None
         self._wait, self._longest = 0, 1
 
-    def holds(self, scope: nn.Module, plans: Sequence[Plan]) -> bool:
-        """Whether the guards of a scope, and of all within it, hold until it returns."""
+    def holds(self, module: nn.Module, plans: Sequence[Plan]) -> bool:
+        """Whether the guards of a module, and of all within it, hold until it returns."""
         guards = self._guards  # which another thread may replace
         if guards is not None and guards.hold():
             self._longest = 1
@@ -92,9 +92,9 @@ class TreeCheck:
             self._wait -= 1
             return False
         self._wait, self._longest = self._longest, min(2 * self._longest, 1024)
-        scopes = [module for module in scope.modules() if self._attribute in vars(module)]
+        modules = [child for child in module.modules() if self._attribute in vars(child)]
         try:
-            self._guards = TreeGuards(scopes, plans, self._attribute)
+            self._guards = TreeGuards(modules, plans, self._attribute)
         except ValueError:
             self._guards = None
         return self._guards is not None
@@ -103,7 +103,7 @@ class TreeCheck:
 def _called_by(plan: Plan) -> Iterator[nn.Module]:
     """Modules that a plan's forwards call, besides its steps."""
     if not plan.forwards:
-        raise ValueError("a scope runs its own forward")
+        raise ValueError("a module runs its own forward")
     for step in plan.steps.values():
         _require_known(step)
     for forwards in plan.forwards.values():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from resfuse.kernels.fusion.tracing.module_tracing import ORIGINAL
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 from resfuse.kernels.observation.snapshot import MISSING, Pair, alike, contents, same
 
 _METHODS = ("forward", "__call__", "_conv_forward", "_check_input_dim")  # what runs a layer
@@ -38,9 +38,9 @@ class Guards:
         layers: modules it stands for: they must stay what they are in everything.
         children: modules whose children must stay the same: sequences that were traced through.
         called: modules that are run past their `__call__`.
-        modal: layers that must be in eval mode.
-        places: where layers are found: a module, a name, and its child of that name.
-        scope: the module whose forward was rewritten.
+        in_eval: layers that must be in eval mode.
+        locations: where layers are found: a module, a name, and its child of that name.
+        module: the module whose forward was rewritten.
     """
 
     def __init__(
@@ -49,27 +49,27 @@ class Guards:
         layers: Iterable[nn.Module] = (),
         children: Iterable[nn.Module] = (),
         called: Iterable[nn.Module] = (),
-        modal: Iterable[nn.Module] = (),
-        places: Iterable[tuple[nn.Module, str, nn.Module]] = (),
-        scope: nn.Module | None = None,
+        in_eval: Iterable[nn.Module] = (),
+        locations: Iterable[tuple[nn.Module, str, nn.Module]] = (),
+        module: nn.Module | None = None,
     ) -> None:
         layers, called = list(dict.fromkeys(layers)), list(dict.fromkeys(called))
-        self._modal = list(modal)
-        self._whole = [(layer, dict(vars(layer))) for layer in layers]
-        self._reads = [*observed.attributes.values(), *places]
+        self._in_eval = list(in_eval)
+        self._unchanged = [(layer, dict(vars(layer))) for layer in layers]
+        self._reads = [*observed.attributes.values(), *locations]
         self._reads += [(m, name, attribute(m, name)) for m in called for name in _SHADOWS]
-        self._families = [
+        self._parents = [
             (m, dict(m._modules)) for m in dict.fromkeys([*observed.children.values(), *children])
         ]
         readers = {id(m): m for m, *_ in self._reads}
         self._fixed = {id(m) for m in [*layers, *called, *children]} | set(readers)
         modules = list({id(m): m for m in [*layers, *readers.values()]}.values())
-        holders = [*modules, *(m for m, _ in self._families)]
+        holders = [*modules, *(m for m, _ in self._parents)]
         self._modules = list({id(m): m for m in holders}.values())
         self._pairs: list[Pair] = [*observed.snapshot.pairs]
         self._pairs += [(v, list(v)) for m in layers for v in _lists_of(m)]
         self._hooks = [vars(m)[name] for m in [*layers, *called] for name in _HOOKS]
-        whose = [*layers, *called] if scope is None else [scope, *layers, *called]
+        whose = [*layers, *called] if module is None else [module, *layers, *called]
         self._kinds = [(m, kind_of(m)) for m in whose]
         methods = {
             (kind, name): getattr(kind, name)
@@ -95,7 +95,7 @@ class Guards:
             ValueError: they do not hold now.
         """
         one = cls.__new__(cls)
-        for name in ("_modal", "_whole", "_reads", "_families", "_kinds", "_cells"):
+        for name in ("_in_eval", "_unchanged", "_reads", "_parents", "_kinds", "_cells"):
             setattr(one, name, [value for each in guards for value in getattr(each, name)])
         one._fixed = set().union(*(each._fixed for each in guards))
         one._modules = _once(module for each in guards for module in each._modules)
@@ -157,9 +157,9 @@ class Guards:
         """Looks at what matters; where only other things have changed, remembers them."""
         now = self._look()
         holds = (
-            all(not layer.training for layer in self._modal)
-            and all(_is_as_it_was(layer, then) for layer, then in self._whole)
-            and all(self._child_holds(m._modules, then) for m, then in self._families)
+            all(not layer.training for layer in self._in_eval)
+            and all(_is_as_it_was(layer, then) for layer, then in self._unchanged)
+            and all(self._child_holds(m._modules, then) for m, then in self._parents)
             and all(self._read_holds(*read) for read in self._reads)
             and all(kind_of(m) is kind for m, kind in self._kinds)
             and all(alike(container, copy) for container, copy in self._pairs)

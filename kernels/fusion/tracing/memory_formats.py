@@ -1,18 +1,18 @@
-"""Memory formats: what leaves a fused module has the strides that eager's layers would have given
-it, while NHWC, which steps compute in, goes from step to step as it is.
+"""Gives what leaves a fused module the strides that eager's layers would have given it.
 
-Eager on a CPU and on a GPU: a convolution's result is channels_last where its input or its weight
-is, and dense. Batch norm, activations, pools and sums keep that, but for shapes
-that are both (one channel, one pixel). A forward is compiled for two worlds:
+Steps compute in NHWC, and between steps values stay in NHWC. In eager mode, on a CPU and on a GPU,
+a convolution's result is dense, and channels_last where its input or its weight is. Batch norm,
+activations, pools and sums keep that, but for shapes that are both (one channel, one pixel). A
+forward is compiled for two formats of its inputs:
 
 - contiguous: inputs and weights are, so eager's results are, too. What a step makes in NHWC is
-  "loose": it is put as eager has it where something reads it that may ask, and where it leaves.
+  "flexible": it is put as eager has it where something reads it that may ask, and where it leaves.
   Steps, pools, activations, sums and fused children do not ask.
-- any: every step sees to it that its result lies as eager's would ("exact"). With channels_last
-  tensors it does as it is made, so there is nothing to do, and checked runs give way to straight
-  ones.
+- any: every step gives its result the strides that eager gives it ("eager"). With channels_last
+  tensors the result has them as it is made, so nothing is copied.
 
-A value is known (the input of a contiguous forward), loose, or exact.
+A value is "contiguous" (the input of a contiguous forward), "flexible", or "eager": in
+TorchInductor's words, a layout is fixed or flexible.
 """
 
 import operator
@@ -26,15 +26,14 @@ from torch import Tensor, nn
 
 from resfuse.kernels.fusion.tracing.module_tracing import has_hooks
 
-World = Literal["contiguous", "any", "exported"]
-Kind = Literal["known", "loose", "exact"]
-Forward = Callable[..., Any]
+InputFormat = Literal["contiguous", "any", "exported"]
+Kind = Literal["contiguous", "flexible", "eager"]
 
-_PASSING_MODULES = (
+_LAYOUT_PRESERVING_MODULES = (
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU,
     nn.LeakyReLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Dropout, nn.Dropout2d,
 )  # fmt: skip
-_PASSING_CALLS = (
+_LAYOUT_PRESERVING_CALLS = (
     F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.silu, F.hardswish, F.leaky_relu,
     F.avg_pool2d, F.adaptive_avg_pool2d, torch.sigmoid, operator.add, operator.mul, operator.iadd,
     operator.imul, torch.add, torch.mul, torch.cat, "relu", "relu_", "sigmoid", "add", "add_",
@@ -96,61 +95,61 @@ def is_ambiguous(shape: tuple[int, ...]) -> bool:
 
 
 def contiguous(y: Any) -> Any:
-    """A loose value, or what holds some, as eager has it in the world of contiguous tensors."""
+    """Gives flexible values, also those in lists and tuples, eager's contiguous strides."""
     if isinstance(y, Tensor):
         return laid_out(y, False)
     return type(y)(map(contiguous, y)) if type(y) in (list, tuple) else y
 
 
-def passes(module: nn.Module) -> bool:
+def preserves_layout(module: nn.Module) -> bool:
     """Whether a module takes any format, computes the same in it, and hands it on."""
     return (
-        type(module) in _PASSING_MODULES
+        type(module) in _LAYOUT_PRESERVING_MODULES
         and not has_hooks(module)
         and not getattr(module, "return_indices", False)
     )
 
 
-class Laid:
-    """A graph laid out for one world, in a copy.
+class LayoutPass:
+    """A copy of a graph, laid out for inputs in one memory format.
 
     Args:
         graph: of a forward that calls steps.
-        scope: whose forward it is.
+        module: whose forward it is.
         is_step: whether a node of the copy calls a step.
-        world: that it is laid out for.
-        lenient: the caller hands over a loose value, and takes one.
-        takes_loose: whether a child is fused, takes loose values and returns one.
+        input_format: which the copy is laid out for.
+        flexible: the caller hands over a flexible value, and takes one.
+        takes_flexible: whether a child is fused, takes flexible values and returns one.
     """
 
     def __init__(
         self,
         graph: fx.Graph,
-        scope: nn.Module,
+        module: nn.Module,
         is_step: Callable[[fx.Node], bool],
-        world: World,
-        lenient: bool,
-        takes_loose: Callable[[nn.Module], bool],
+        input_format: InputFormat,
+        flexible: bool,
+        takes_flexible: Callable[[nn.Module], bool],
     ) -> None:
         self.graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
         self.graph.output(self.graph.graph_copy(graph, copied))
-        self.loose_calls: list[fx.Node] = []  # of fused children
-        self.returns_loose = False
+        self.flexible_calls: list[fx.Node] = []  # of fused children
+        self.returns_flexible = False
         self.restores_input = False
-        self.passed: set[str] = set()  # modules that are handed loose values
-        self._scope, self._is_step, self._takes_loose = scope, is_step, takes_loose
-        self._world, self._lenient = world, lenient
-        if world != "exported":
-            self._lay_out()
+        self.layout_preserving: set[str] = set()  # modules that are handed flexible values
+        self._module, self._is_step, self._takes_flexible = module, is_step, takes_flexible
+        self._input_format, self._flexible = input_format, flexible
+        if input_format != "exported":
+            self._insert_conversions()
 
-    def _lay_out(self) -> None:
+    def _insert_conversions(self) -> None:
         sensitive = self._read_by_sensitive({}, set())[1]
         kinds, sensitive = self._read_by_sensitive({}, sensitive)
         for node in list(self.graph.nodes):
-            if self._is_step(node) and any(kinds[n] == "exact" for n in node.all_input_nodes):
-                node.target = f"{node.target}.exact"
-        if self._world != "contiguous":
+            if self._is_step(node) and any(kinds[n] == "eager" for n in node.all_input_nodes):
+                node.target = f"{node.target}.with_eager_strides"
+        if self._input_format != "contiguous":
             return
         for node in sensitive:
             self.restores_input |= node.op == "placeholder"
@@ -162,54 +161,56 @@ class Laid:
     def _read_by_sensitive(
         self, kinds: dict[fx.Node, Kind], restored: set[fx.Node]
     ) -> tuple[dict[fx.Node, Kind], set[fx.Node]]:
-        """The kinds of all values, and the loose ones that something reads which may ask.
+        """The kinds of all values, and the flexible ones that something reads which may ask.
 
         Args:
             kinds: filled in.
-            restored: loose values that are put right when they are made: then they are known.
+            restored: flexible values that are made contiguous as soon as they are there.
         """
         sensitive: set[fx.Node] = set()
-        self.loose_calls, self.passed = [], set()
+        self.flexible_calls, self.layout_preserving = [], set()
         for node in self.graph.nodes:
             kind = self._kind_of(node, [kinds[n] for n in node.all_input_nodes])
             if kind is None:
-                sensitive.update(n for n in node.all_input_nodes if kinds[n] == "loose")
-                kind = "exact"
+                sensitive.update(n for n in node.all_input_nodes if kinds[n] == "flexible")
+                kind = "eager"
             kinds[node] = kind
-            if node in restored and kind == "loose":
+            if node in restored and kind == "flexible":
                 sensitive.add(node)
-                kinds[node] = "known"
+                kinds[node] = "contiguous"
         (output,) = (node for node in self.graph.nodes if node.op == "output")
         made = output.args[0]
-        self.returns_loose = isinstance(made, fx.Node) and kinds[made] == "loose"
+        self.returns_flexible = isinstance(made, fx.Node) and kinds[made] == "flexible"
         return kinds, sensitive
 
     def _kind_of(self, node: fx.Node, read: list[Kind]) -> Kind | None:
         """None where the node may ask for the format of what it reads."""
         if node.op == "placeholder":
-            known: Kind = "loose" if self._lenient else "known"
-            return "exact" if self._world == "any" else known
+            known: Kind = "flexible" if self._flexible else "contiguous"
+            return "eager" if self._input_format == "any" else known
         if node.op == "output":
-            return "exact" if self._lenient and isinstance(node.args[0], fx.Node) else None
-        if not read or "exact" in read:
-            return "exact" if self._is_step(node) and "loose" not in read else None
-        passed: Kind = "loose" if "loose" in read else "known"
+            return "eager" if self._flexible and isinstance(node.args[0], fx.Node) else None
+        if not read or "eager" in read:
+            return "eager" if self._is_step(node) and "flexible" not in read else None
+        passed: Kind = "flexible" if "flexible" in read else "contiguous"
         if self._is_step(node):
-            return "loose"
+            return "flexible"
         if node.op == "call_module":
-            module = self._scope.get_submodule(str(node.target))
+            module = self._module.get_submodule(str(node.target))
             if len(node.args) != 1 or len(read) != 1 or node.kwargs:
                 return None
-            if passes(module) and not (getattr(module, "inplace", False) and _is_shared(node)):
-                self.passed.add(str(node.target))
+            if preserves_layout(module) and not (
+                getattr(module, "inplace", False) and _is_shared(node)
+            ):
+                self.layout_preserving.add(str(node.target))
                 return passed
-            if self._takes_loose(module):
-                self.loose_calls.append(node)
-                return "loose"
+            if self._takes_flexible(module):
+                self.flexible_calls.append(node)
+                return "flexible"
             return None
-        if node.target in _PASSING_CALLS and "out" not in node.kwargs:
+        if node.target in _LAYOUT_PRESERVING_CALLS and "out" not in node.kwargs:
             return None if _writes(node) and _is_shared(node) else passed
-        return "exact" if _flattens(node) and not _is_shared(node) else None
+        return "eager" if _flattens(node) and not _is_shared(node) else None
 
 
 def _writes(node: fx.Node) -> bool:

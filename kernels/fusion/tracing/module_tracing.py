@@ -1,8 +1,9 @@
-"""Scopes: whose `forward` calls which layers. fuse() works on one module's forward at a time, so
-that the modules of a model stay where they are: their names, hooks, and what people call directly.
+"""Traces the forward of one module with torch.fx.
 
-A scope's forward is traced with torch.fx. Its children are leaves, except sequences of plain layers
-(a projection shortcut, torchvision's Conv2dNormActivation), which are traced through.
+fuse() works on one module's forward at a time, so that the modules of a model stay where they are:
+their names, their hooks, and what a user calls directly. A module's children are leaves of its
+graph, except sequences of plain layers (a projection shortcut, torchvision's
+Conv2dNormActivation), which are traced through.
 """
 
 import inspect
@@ -15,7 +16,8 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfuse.kernels.observation.observer import Observed, Observer, Refused, asked_by_user
+from resfuse.kernels.observation.observed import Observed, Refused
+from resfuse.kernels.observation.observer import Observer, asked_by_user
 from resfuse.kernels.observation.snapshot import Unwatchable
 
 # Layers with no layers inside; timm's and torchvision's own kinds go by name, as they may be absent
@@ -37,7 +39,7 @@ class Call(NamedTuple):
 
     arguments: int
     takes_list: bool = False
-    owns: bool = False
+    donated: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def trace(module: nn.Module, call: Call) -> Trace:
     for name, value in defaults.items():
         if isinstance(value, tuple | list | dict | set):
             raise NotTraceable(f"forward has a default that torch.fx cannot read, {name}")
-    tracer = ScopeTracer()
+    tracer = ModuleTracer()
     tracer.argument = list if call.takes_list else Tensor
     observer = tracer.observer
     fused_class, module.__class__ = type(module), original_class(module)
@@ -145,7 +147,7 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
 class _Answers(fx.Proxy):
     """A symbol that answers what it is as the value it stands for would."""
 
-    tracer: "ScopeTracer"
+    tracer: "ModuleTracer"
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -190,7 +192,7 @@ class _Attribute(_Answers, fx.proxy.Attribute):
     """`x.shape`; what is called, `x.size()`, never becomes one in the graph."""
 
 
-class ScopeTracer(fx.Tracer):
+class ModuleTracer(fx.Tracer):
     """Traces through plain sequences, and nothing else."""
 
     proxy_buffer_attributes = True

@@ -149,7 +149,8 @@ class TrainingStep:
         if self.activation == "relu":
             return torch.relu_(y)
         if self.act is not None:
-            return self.act(y)
+            activated: Tensor = self.act(y)
+            return activated
         return ACTIVATIONS[self.activation].forward(y, None)
 
     def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:

@@ -1,26 +1,27 @@
-"""A scope's forward for training mode, and when it may run in the original's place."""
+"""A module's forward for training mode, and when it may run in the original's place."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from resfuse.kernels.fusion.planning.plan import NOT_RUN, Forward, are_plain, is_watched, watch
+from resfuse.kernels.fusion.layers.fast_path import Forward
+from resfuse.kernels.fusion.planning.plan import NOT_RUN, are_plain, is_watched, watch
 from resfuse.kernels.fusion.tracing.guards import Guards
 from resfuse.kernels.fusion.tracing.module_tracing import Call
 from resfuse.kernels.fusion.training.training_layers import Step
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 
-TRAINING_PLAN = "_resfuse_training_plan"  # the attribute of a scope that holds its plan
+TRAINING_PLAN = "_resfuse_training_plan"  # the attribute of a module that holds its plan
 TRAINING_STEPS = "_resfuse_training_steps"
 
 
 class TrainingPlan:
-    """How a scope's forward runs in training mode, by the number of its arguments."""
+    """How a module's forward runs in training mode, by the number of its arguments."""
 
     def __init__(
         self,
-        scope: nn.Module,
+        module: nn.Module,
         forwards: dict[Call, Forward],
         steps: dict[str, Step],
         watched: list[str],
@@ -28,11 +29,11 @@ class TrainingPlan:
         observed: Observed | None = None,
     ) -> None:
         self.forwards, self.steps, self.left = forwards, steps, left
-        places = [watch(scope, name) for name in watched]
-        layers = [layer for *_, layer in places]
-        self._guards = Guards(observed or Observed(), layers, places=places, scope=scope)
+        locations = [watch(module, name) for name in watched]
+        layers = [layer for *_, layer in locations]
+        self._guards = Guards(observed or Observed(), layers, locations=locations, module=module)
 
-    def run(self, scope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
 
         Compilers and exporters are shown the layers, which inductor fuses itself.
@@ -42,7 +43,7 @@ class TrainingPlan:
             return NOT_RUN
         if is_watched() or not are_plain(args) or not self._guards.hold():
             return NOT_RUN
-        return self.forwards[call](scope, *args)
+        return self.forwards[call](module, *args)
 
 
 def training_plan_of(module: nn.Module) -> TrainingPlan | None:

@@ -1,4 +1,4 @@
-"""Drafts training plans: each scope's forward, traced as it runs in training mode, with a step in
+"""Drafts training plans: each module's forward, traced as it runs in training mode, with a step in
 place of every chain that has a batch norm.
 """
 
@@ -9,19 +9,19 @@ import torch.fx as fx
 from torch import nn
 
 from resfuse.kernels.fusion.matching.layer_kinds import is_norm, why_not_norm_in_training
-from resfuse.kernels.fusion.matching.match import Chain, LeftAlone, drop_idle, find_chains
+from resfuse.kernels.fusion.matching.match import Chain, WhySkipped, find_chains, remove_no_ops
 from resfuse.kernels.fusion.planning.plan_builder import (
     called_twice,
     has_layers,
-    left_alone_in,
     or_called_twice,
+    why_skipped_in,
 )
 from resfuse.kernels.fusion.planning.plan_builder import sequences_in as containers_in
 from resfuse.kernels.fusion.planning.rewrite import (
     attribute_of,
     compile_forward,
-    loosen_views,
     replace_chain,
+    replace_view_with_reshape,
 )
 from resfuse.kernels.fusion.tracing.module_tracing import (
     Call,
@@ -43,28 +43,28 @@ from resfuse.kernels.fusion.training.training_layers import (
 )
 from resfuse.kernels.fusion.training.training_plan import TRAINING_STEPS, TrainingPlan
 from resfuse.kernels.fusion.training.training_tracer import trace_for_training
-from resfuse.kernels.observation.observer import Observed
+from resfuse.kernels.observation.observed import Observed
 
 
-def training_scopes(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainingPlan]]:
+def plans_for_training(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainingPlan]]:
     """Every module that calls batch norms in its forward: its name, itself, and its plan, which
     may have no forward. Nothing is changed."""
-    left_alone = left_alone_in(model)
+    why_skipped = why_skipped_in(model)
     taken: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in taken or is_atom(module) or not has_layers(module):
             continue
-        plan = make_training_plan(module, left_alone)
+        plan = make_training_plan(module, why_skipped)
         taken.update(_inlined(module, plan))
         if plan.steps or plan.left:
             yield name, module, plan
 
 
-def make_training_plan(scope: nn.Module, left_alone: LeftAlone) -> TrainingPlan:
-    """The plan of one scope, without forwards where nothing can be fused.
+def make_training_plan(module: nn.Module, why_skipped: WhySkipped) -> TrainingPlan:
+    """The plan of one module, without forwards where nothing can be fused.
 
     Args:
-        left_alone: the reason to leave a layer for something outside of the scope, or None.
+        why_skipped: the reason to leave a layer for something outside of the module, or None.
     """
     steps: dict[str, Step] = {}
     forwards: dict[Call, fx.Graph] = {}
@@ -72,23 +72,23 @@ def make_training_plan(scope: nn.Module, left_alone: LeftAlone) -> TrainingPlan:
     left: dict[str, str] = {}
     observed = Observed()
     try:
-        traces = _traces(scope)
+        traces = _traces(module)
     except NotTraceable as reason:
-        own = [name for name, child in scope.named_children() if is_norm(child)]
-        kind = original_class(scope).__name__
-        return TrainingPlan(scope, {}, {}, [], dict.fromkeys(own, f"{kind}.forward: {reason}"))
+        own = [name for name, child in module.named_children() if is_norm(child)]
+        kind = original_class(module).__name__
+        return TrainingPlan(module, {}, {}, [], dict.fromkeys(own, f"{kind}.forward: {reason}"))
     for call, traced in traces.items():
         graph = traced.graph
         observed.update(traced.observed)
         containers = containers_in(graph)
-        norms = _norms_in(graph, scope)
-        watched.update(drop_idle(graph, scope, _is_identity))
-        twice = or_called_twice(left_alone, called_twice(graph, scope))
-        found, _ = find_chains(graph, scope, twice, why_not_norm_in_training)
+        norms = _norms_in(graph, module)
+        watched.update(remove_no_ops(graph, module, _is_identity))
+        twice = or_called_twice(why_skipped, called_twice(graph, module))
+        found, _ = find_chains(graph, module, twice, why_not_norm_in_training)
         chains = [chain for chain in found if chain.norm is not None]
         made = _rewrite(graph, chains, f"with_{call.arguments}_")
         fused = {name for chain in chains for name in chain.modules}
-        fused |= _take_pools(graph, scope, made)
+        fused |= _take_pools(graph, module, made)
         for name, norm in norms.items():
             if name not in fused:
                 left[name] = twice(norm) or why_not_norm_in_training(norm) or "nothing fits it"
@@ -97,19 +97,19 @@ def make_training_plan(scope: nn.Module, left_alone: LeftAlone) -> TrainingPlan:
             watched.update(fused | containers)
             forwards[call] = graph
     compiled = {
-        call: compile_forward(graph, f"{original_class(scope).__name__} in training")
+        call: compile_forward(graph, f"{original_class(module).__name__} in training")
         for call, graph in forwards.items()
     }
-    return TrainingPlan(scope, compiled, steps, sorted(watched), left, observed)
+    return TrainingPlan(module, compiled, steps, sorted(watched), left, observed)
 
 
-def _traces(scope: nn.Module) -> dict[Call, Trace]:
-    """The scope's forward in training mode, for every way to call it with tensors."""
-    plain, *with_more = calls(scope)
-    traces = {plain: trace_for_training(scope, plain)}
+def _traces(module: nn.Module) -> dict[Call, Trace]:
+    """The module's forward in training mode, for every way to call it with tensors."""
+    plain, *with_more = calls(module)
+    traces = {plain: trace_for_training(module, plain)}
     for call in with_more:
         with suppress(NotTraceable):
-            traces[call] = trace_for_training(scope, call)
+            traces[call] = trace_for_training(module, call)
     return traces
 
 
@@ -121,15 +121,20 @@ def _rewrite(graph: fx.Graph, chains: list[Chain], prefix: str) -> dict[str, Ste
         nodes[replace_chain(graph, chain, target, replaced)] = TrainingStep(chain)
     _take_in(graph, nodes)
     for node, step in list(nodes.items()):
-        projection = nodes.get(node.args[1]) if len(node.args) == 2 else None  # type: ignore[arg-type]
-        if isinstance(step, TrainingStep) and _is_projection(node, step, projection):
-            assert isinstance(projection, TrainingStep) and isinstance(node.args[1], fx.Node)
-            added = node.args[1]
+        added = node.args[1] if len(node.args) == 2 else None
+        projection = nodes.get(added) if isinstance(added, fx.Node) else None
+        if (
+            isinstance(added, fx.Node)
+            and isinstance(step, TrainingStep)
+            and isinstance(projection, TrainingStep)
+            and len(added.users) == 1
+            and _is_projection(step, projection)
+        ):
             node.args = (node.args[0], added.args[0])
             graph.erase_node(added)
             del nodes[added]
             nodes[node] = JoinStep(step, projection)
-    loosen_views(graph)
+    replace_view_with_reshape(graph)
     return {attribute_of(node): step for node, step in nodes.items()}
 
 
@@ -148,7 +153,7 @@ def _take_in(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
             del nodes[before]
 
 
-def _take_pools(graph: fx.Graph, scope: nn.Module, steps: dict[str, Step]) -> set[str]:
+def _take_pools(graph: fx.Graph, module: nn.Module, steps: dict[str, Step]) -> set[str]:
     """Puts max-pools that alone read a step with a ReLU into it; returns their names."""
     taken = set()
     for node in list(graph.nodes):
@@ -158,7 +163,7 @@ def _take_pools(graph: fx.Graph, scope: nn.Module, steps: dict[str, Step]) -> se
         step = steps.get(attribute_of(before)) if isinstance(before, fx.Node) else None
         if not isinstance(step, TrainingStep) or len(before.users) != 1:
             continue
-        pool = scope.get_submodule(name) if attribute_of(node) not in steps else None
+        pool = module.get_submodule(name) if attribute_of(node) not in steps else None
         if type(pool) is not nn.MaxPool2d or pool.return_indices or has_hooks(pool):
             continue
         if _ends_in_relu(step):
@@ -173,35 +178,33 @@ def _ends_in_relu(step: TrainingStep) -> bool:
     return step.activation == "relu" and step.residual != "after" and not step.norm_activates
 
 
-def _is_projection(node: fx.Node, step: TrainingStep, projection: Step | None) -> bool:
-    """Whether what a step adds is a norm nobody else reads, so that both can be applied at once."""
+def _is_projection(step: TrainingStep, projection: TrainingStep) -> bool:
+    """Whether a step adds a norm's result, so that both norms can be applied at once."""
     return (
-        isinstance(projection, TrainingStep)
-        and step.residual == "before"
+        step.residual == "before"
         and step.activation in ("relu", "identity")
         and not step.norm_activates
         and projection.activation == "identity"
         and projection.residual == "none"
         and averages_over(projection.norm) == averages_over(step.norm)
-        and len(node.args[1].users) == 1  # type: ignore[union-attr]
     )
 
 
-def _norms_in(graph: fx.Graph, scope: nn.Module) -> dict[str, nn.Module]:
+def _norms_in(graph: fx.Graph, module: nn.Module) -> dict[str, nn.Module]:
     called = {
-        str(node.target): scope.get_submodule(str(node.target))
+        str(node.target): module.get_submodule(str(node.target))
         for node in graph.nodes
         if node.op == "call_module"
     }
-    return {name: module for name, module in called.items() if is_norm(module)}
+    return {name: child for name, child in called.items() if is_norm(child)}
 
 
 def _is_identity(module: nn.Module) -> bool:
     return type(module) is nn.Identity and not has_hooks(module)
 
 
-def _inlined(scope: nn.Module, plan: TrainingPlan) -> list[nn.Module]:
-    """Sequences whose layers are in the scope's own plan."""
+def _inlined(module: nn.Module, plan: TrainingPlan) -> list[nn.Module]:
+    """Sequences whose layers are in the module's own plan."""
     names = {own.name.rpartition(".")[0] for s in plan.steps.values() for own in steps_of(s)}
-    modules = [scope.get_submodule(name) for name in names if name]
-    return [module for module in modules if is_plain_sequence(module)]
+    modules = [module.get_submodule(name) for name in names if name]
+    return [child for child in modules if is_plain_sequence(child)]

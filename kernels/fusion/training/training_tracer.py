@@ -15,25 +15,25 @@ from torch import nn
 from resfuse.kernels.fusion.tracing.module_tracing import Call, NotTraceable, Trace, trace
 
 
-def trace_for_training(scope: nn.Module, call: Call) -> Trace:
-    """`scope.forward` as a graph, called that way, in training mode.
+def trace_for_training(module: nn.Module, call: Call) -> Trace:
+    """`module.forward` as a graph, called that way, in training mode.
 
     Raises:
         NotTraceable: with the reason.
     """
-    mode, scope.training = scope.training, True
+    mode, module.training = module.training, True
     try:
-        with _no_dice(), _no_gradients_of_its_own():
-            traced = trace(scope, call)
+        with _refuse_random_numbers(), _no_gradients_of_its_own():
+            traced = trace(module, call)
     finally:
-        scope.training = mode
+        module.training = mode
     if traced.asks_types:
         raise NotTraceable("forward asks for the type of its argument")
     return traced
 
 
 @contextmanager
-def _no_dice() -> Iterator[None]:
+def _refuse_random_numbers() -> Iterator[None]:
     """Refuses a forward that draws numbers while it is traced: the graph would draw them once and
     for all. (What draws on tensors, like dropout, is recorded and draws anew in every run.)
 

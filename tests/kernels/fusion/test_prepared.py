@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fake_cuda import fake_cuda
 from resfuse.kernels import fuse
-from resfuse.kernels.fusion.layers import fused_layers, prepared_launch
+from resfuse.kernels.fusion.layers import compound_layers, fused_layers, prepared_launch
 from resfuse.kernels.fusion.layers.launch_signature import is_unseen
 from resfuse.kernels.fusion.planning.plan import plan_of
 from resfuse.kernels.gpu.common import launch
@@ -165,12 +165,11 @@ def called(value: Any, names: dict[int, str]) -> Any:
 
 @contextmanager
 def as_an_op() -> Iterator[None]:
-    """Within it somebody looks on."""
-    before, fused_layers.is_unseen = fused_layers.is_unseen, lambda *_: False
-    try:
+    """Within it fused layers take every call for one that a tool looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        for layers in (fused_layers, compound_layers):
+            patch.setattr(layers, "is_unseen", lambda *_: False)
         yield
-    finally:
-        fused_layers.is_unseen = before
 
 
 def count_runs() -> list[None]:
