@@ -1,6 +1,7 @@
 """Fused operations for residual networks, and `fuse` for whole models."""
 
-from resfuse.kernels.engine.engine import Engine, build_engine
+from resfuse.kernels.engine.build import build_engine
+from resfuse.kernels.engine.engine import Engine
 from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.predict import plan_for
 from resfuse.kernels.fusion.explain import explain

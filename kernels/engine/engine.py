@@ -1,14 +1,11 @@
-"""build_engine: a whole network compiled for its shapes and the device at hand.
+"""Engine: a compiled network as its users hold it, to call, explain, refresh and save.
 
-TensorRT's idea, and words: the network is captured as a graph (export.py, merge.py), every segment
-of which several *tactics* can compute (tactics/); each is checked, timed where there is a device
-(tuner.py, timing_cache.py), and the cheapest cover is planned (planner.py). The values get a
-place in one arena (aliasing.py, arena_planner.py), and everything is bound to it (executor.py).
+`build_engine` makes one (build.py), or `load_engine` (load.py).
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -17,43 +14,23 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from resfuse.kernels.cpu.cpus import asking, require_threads
-from resfuse.kernels.cpu.program import lanes
+from resfuse.kernels.cpu.cpus import asking
+from resfuse.kernels.engine.bound_plan import BoundPlan, bind
 from resfuse.kernels.engine.cost.ceilings import Ceilings
-from resfuse.kernels.engine.frontend.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.batching import images_at_all_sizes
-from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.frontend.layout_questions import require_layout
-from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.graph import Graph, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.memory.storage_bytes import storages
 from resfuse.kernels.engine.plan_table import table
-from resfuse.kernels.engine.planning.chunking import with_chunks
-from resfuse.kernels.engine.planning.liveness import Liveness
-from resfuse.kernels.engine.planning.planner import Segment, plan
 from resfuse.kernels.engine.runtime.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.runtime.default_device import without_meta
-from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.runtime.fallback import tensors_of, with_weights
 from resfuse.kernels.engine.runtime.forks import forks, watch
 from resfuse.kernels.engine.runtime.input_check import require_input
-from resfuse.kernels.engine.runtime.own_weights import copies, kept_names, refreshed, require_usable
+from resfuse.kernels.engine.runtime.own_weights import refreshed, require_usable
 from resfuse.kernels.engine.saving.engine_file import save
-from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_on
-from resfuse.kernels.engine.tuning.tuner import Tuner
-from resfuse.kernels.tuning_cache.timing_cache import TimingCache, known
 
 OtherBatches = Literal["error", "pad", "eager"]
-
-
-@dataclass(frozen=True)
-class Built:
-    """The network for one batch size."""
-
-    graph: Graph
-    segments: tuple[Segment, ...]
-    executor: Executor
 
 
 @dataclass(frozen=True)
@@ -87,7 +64,7 @@ class Engine:
 
     def __init__(
         self,
-        built: Mapping[int, Built],
+        built: Mapping[int, BoundPlan],
         state: Mapping[str, Tensor],
         *,
         other_batches: OtherBatches = "error",
@@ -153,7 +130,7 @@ class Engine:
             f"{', '.join(map(str, self._built))} and other_batches={self.other_batches!r}{without}"
         )
 
-    def _record(self, built: Mapping[int, Built]) -> Recorded | None:
+    def _record(self, built: Mapping[int, BoundPlan]) -> Recorded | None:
         if not self.cuda_graph:
             return None
         return Recorded({size: b.executor for size, b in built.items()}, self._device)
@@ -235,9 +212,7 @@ class Engine:
         weight_store = WeightStore()
         with asking(self.threads):
             built = {
-                size: Built(
-                    b.graph, b.segments, Executor(b.graph, b.executor.choices, fresh, weight_store)
-                )
+                size: bind(b.graph, b.segments, fresh, weight_store)
                 for size, b in self._built.items()
             }
         recorded = self._record(built)
@@ -260,7 +235,7 @@ class Engine:
             self.cuda_graph, self.threads,
         )  # fmt: skip
 
-    def _built_for(self, batch_size: int | None) -> Built:
+    def _built_for(self, batch_size: int | None) -> BoundPlan:
         if batch_size is not None and batch_size not in self._built:
             sizes = ", ".join(map(str, self._built))
             raise ValueError(
@@ -277,160 +252,6 @@ class Engine:
         if self._state is None:
             raise ValueError("this engine was built with keep_weights=False; build it with True")
         return self._state
-
-
-@without_meta()
-def build_engine(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    batch_sizes: Sequence[int] | None = None,
-    other_batches: OtherBatches = "error",
-    timings: Path | None = None,
-    keep_weights: bool = True,
-    cuda_graph: bool = True,
-    tiling: bool | None = None,
-    threads: int | None = None,
-) -> Engine:
-    """Compiles a model in eval mode for the shape, dtype and device of `example`.
-
-    Args:
-        model: whose forward takes one tensor, and does not depend on its values.
-        example: [N, C, H, W].
-        batch_sizes: those to build for; the example's by default.
-        other_batches: what to do with others: "error"; "pad" up to the next one that was built, if
-            it is proved that images do not see each other; or run a copy of the model ("eager").
-        timings: a folder for measured times; by default one in the user's cache.
-        keep_weights: for `save` and `refresh`: costs a copy of the weights. Without, the engine has
-            them laid out, and copies only what torch's operations read.
-        cuda_graph: on a GPU, record each batch size as a CUDA graph; nothing on a CPU.
-        tiling: run early stages a few images at a time where that is quicker, so that what lies
-            between layers stays in a cache (TensorRT's tiling optimization). Whole stages are built
-            and timed to find out, in four ways each: seconds on a CPU, where it is on by default,
-            and on a GPU, where it is off, an estimated 10 to 25 s for ResNet-50 at batch 256.
-        threads: that native steps run on, on a CPU; torch's own operations run on torch's. By
-            default as many as there are CPUs to use (affinity, cgroup quota), and no more than
-            torch.get_num_threads() says now, and at each call.
-
-    Raises:
-        ValueError: a model in training mode, one that cannot be captured, a weight that is not
-            finite, or a batch size or number of threads below one; or one that no CUDA graph can
-            record.
-    """
-    require_threads(threads)
-    usable = isinstance(example, Tensor) and example.layout == torch.strided
-    if not usable or example.dim() < 2 or not example.shape[0]:
-        raise ValueError("argument example: accepted: one dense tensor [N, C, H, W], not empty")
-    if any(module.training for module in model.modules()):
-        raise ValueError("argument model: it is in training mode; call model.eval() first")
-    sizes = sorted(set(batch_sizes or [example.shape[0]]))
-    if sizes[0] < 1:
-        raise ValueError(f"argument batch_sizes: {sizes[0]}; accepted: 1 and more")
-    if other_batches not in ("error", "pad", "eager"):
-        raise ValueError(f"argument other_batches: {other_batches!r}; accepted: error, pad, eager")
-    with asking(threads):
-        return _built_engine(
-            model, example, sizes, other_batches, timings, keep_weights, cuda_graph, tiling, threads
-        )
-
-
-def _built_engine(
-    model: nn.Module,
-    example: Tensor,
-    sizes: Sequence[int],
-    other_batches: OtherBatches,
-    timings: Path | None,
-    keep_weights: bool,
-    cuda_graph: bool,
-    tiling: bool | None,
-    threads: int | None,
-) -> Engine:
-    cache = TimingCache(example.device, timings)
-    built: dict[int, Built] = {}
-    state: dict[str, Tensor] = {}
-    weight_store = WeightStore()
-    for size in sizes:
-        graph, captured = capture(model, batch_of(example, size))
-        new = {name: captured[name] for name in sorted(state_names(graph)) if name not in state}
-        state |= copies(new, kept_names(graph, keep_weights))
-        require_usable([graph], state, graph.constants, "model")
-        built[size] = _build(graph, state, weight_store, example.device, cache, tiling)
-    if other_batches == "pad":
-        require_paddable(model, example, {size: b.graph for size, b in built.items()}, state)
-    eager = other_batches == "eager"
-    return Engine(
-        built,
-        state,
-        other_batches=other_batches,
-        model=with_weights(model, state if keep_weights else {}) if eager else None,
-        ceilings=Ceilings(example.device, example.dtype, cache),
-        keep_weights=keep_weights,
-        cuda_graph=cuda_graph,
-        threads=threads,
-    )
-
-
-def _build(
-    graph: Graph,
-    state: Mapping[str, Tensor],
-    weight_store: WeightStore,
-    device: torch.device,
-    cache: TimingCache,
-    tiling: bool | None = None,
-) -> Built:
-    dtype = graph.values[graph.input].dtype
-    tactics = tactics_on(device, dtype)
-    measured = Tuner(graph, state, device, tactics, cache, known(device))
-    if device.type == "cuda":
-        _compile_ahead(graph, state, tactics, measured, device)
-    else:
-        for choices in _same_nodes(graph, tactics):
-            measured.time_in_turns(choices)
-    memory = _memory(graph, tactics)
-    tiled = tiling if tiling is not None else device.type != "cuda"
-    while True:
-        segments = plan(graph, tactics, measured, memory)
-        if tiled:
-            segments = with_chunks(graph, segments, tactics, measured, memory)
-        if measured.confirm(segment.choice for segment in segments):
-            break  # otherwise plan without those that are barred now
-    executor = Executor(graph, [s.choice for s in segments], state, weight_store)
-    return Built(graph, tuple(segments), executor)
-
-
-def _compile_ahead(
-    graph: Graph,
-    state: Mapping[str, Tensor],
-    tactics: Mapping[str, TacticModule],
-    measured: Tuner,
-    device: torch.device,
-) -> None:
-    """What is to be measured, as far as it takes Triton."""
-    from resfuse.kernels.engine.tuning.compile_ahead import compile_ahead
-
-    every = (choice for choices in _same_nodes(graph, tactics) for choice in choices)
-    offered = (choice for choice in every if not measured.knows(choice))
-    major, minor = torch.cuda.get_device_capability(device)
-    compile_ahead(graph, state, offered, 10 * major + minor)
-
-
-def _same_nodes(graph: Graph, tactics: Mapping[str, TacticModule]) -> Iterator[list[Candidate]]:
-    """What may be planned with: the choices for each run of nodes."""
-    for at in range(len(graph.nodes)):
-        found: dict[int, list[Candidate]] = {}
-        for tactic in tactics.values():
-            for choice in tactic.segments(graph, at):
-                found.setdefault(choice.stop, []).append(choice)
-        yield from found.values()
-
-
-def _memory(graph: Graph, tactics: Mapping[str, TacticModule]) -> Callable[[Candidate], int]:
-    """Of a choice: the bytes of an arena in use while it runs; without an arena, the allocator has
-    the last word and time the only one."""
-    if not any(TACTICS[name].in_arena for name in tactics):
-        return lambda choice: 0
-    alive = Liveness(graph, lanes())
-    return lambda choice: alive.bytes_of(choice, tactics[choice.tactic])
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -4,10 +4,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from resfuse.kernels.cpu.cpus import asking
-from resfuse.kernels.engine.engine import Built, Engine
+from resfuse.kernels.engine.bound_plan import bind
+from resfuse.kernels.engine.engine import Engine
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.runtime.default_device import without_meta
-from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.saving.engine_file import Saved, cannot_run, read
 
 
@@ -35,10 +35,8 @@ def _engine(saved: Saved) -> Engine:
     weight_store = WeightStore()
     with asking(saved.threads):
         built = {
-            size: Built(
-                graph, segs, Executor(graph, [s.choice for s in segs], saved.state, weight_store)
-            )
-            for size, (graph, segs) in saved.plans.items()
+            size: bind(graph, segments, saved.state, weight_store)
+            for size, (graph, segments) in saved.plans.items()
         }
     return Engine(
         built, saved.state, other_batches=saved.other_batches, cuda_graph=saved.cuda_graph,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.cost.cost import cost_of
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.chunks import inner_choices
+from resfuse.kernels.engine.ir.chunks import inner_candidates
 from resfuse.kernels.engine.ir.graph import (
     Affine,
     AveragePool,
@@ -52,7 +52,7 @@ def table(
     total = sum(segment.ms for segment in segments)
     rows = [_row(graph, segment, total, ceilings) for segment in segments]
     floor = sum(float(row[4]) for row in rows) if ceilings else None
-    joined = [_joined(graph, segment.choice) for segment in segments]
+    joined = [_joined(graph, segment.candidate) for segment in segments]
     widths = [max(len(row[i]) for row in [_HEADINGS, *rows]) for i in range(len(_HEADINGS))]
     widths[0] = max([widths[0], *(len(name) for names in joined for name in names)])
     lines = [_line(_HEADINGS, widths), _line(["-" * w for w in widths], widths)]
@@ -103,14 +103,14 @@ def name_of(node: Node) -> str:
 def _row(
     graph: Graph, segment: Segment, total: float, ceilings: Ceilings | None
 ) -> tuple[str, ...]:
-    cost = cost_of(graph.part(segment.choice.start, segment.choice.stop))
+    cost = cost_of(graph.part(segment.candidate.start, segment.candidate.stop))
     floor = ceilings.floor_ms(cost.flops, cost.moved) if ceilings else None
     runner_up = (
         f"{segment.runner_up_ms:.3f} {segment.runner_up.label()}" if segment.runner_up else ""
     )
     return (
         name_of(_nodes(graph, segment)[0]),
-        segment.choice.label(),
+        segment.candidate.label(),
         f"{segment.ms:.3f}" if segment.ms else "",
         f"{100 * segment.ms / total:.1f}" if segment.ms else "",
         f"{floor:.3f}" if floor is not None else "",
@@ -120,17 +120,17 @@ def _row(
     )
 
 
-def _joined(graph: Graph, choice: Candidate) -> list[str]:
+def _joined(graph: Graph, candidate: Candidate) -> list[str]:
     """What else a segment computes; of chunks, everything, and by which tactic."""
-    names = [name_of(node) for node in graph.nodes[choice.start : choice.stop]]
-    if "inner" not in choice.settings:
+    names = [name_of(node) for node in graph.nodes[candidate.start : candidate.stop]]
+    if "inner" not in candidate.settings:
         return [f"+ {name}" for name in names[1:]]
-    tactics = {inner.start: inner.label() for inner in inner_choices(choice)}
+    tactics = {inner.start: inner.label() for inner in inner_candidates(candidate)}
     return [f"+ {name}{': ' * (i in tactics)}{tactics.get(i, '')}" for i, name in enumerate(names)]
 
 
 def _nodes(graph: Graph, segment: Segment) -> tuple[Node, ...]:
-    return graph.nodes[segment.choice.start : segment.choice.stop]
+    return graph.nodes[segment.candidate.start : segment.candidate.stop]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """plan_for: what build_engine would plan on a GPU that is not here, by its data sheet."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from resfuse.kernels.engine.cost.roofline_cost import RooflineCost
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.plan_table import table
-from resfuse.kernels.engine.planning.planner import Segment, plan
+from resfuse.kernels.engine.planning.candidates import find_candidates
+from resfuse.kernels.engine.planning.planner import Segment, TimedCandidate, plan
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_for
 from resfuse.kernels.ops.conv_problem import math_mode_of
 
@@ -66,8 +67,16 @@ def plan_for(
         raise ValueError("argument model: it is in training mode; call model.eval() first")
     graph, _ = capture(model, example)
     offered = _offered(tactics)
-    segments = plan(graph, offered, RooflineCost(graph, device), lambda choice: 0)
-    return Prediction(device, graph, tuple(segments))
+    timed = predicted(graph, offered, RooflineCost(graph, device))
+    return Prediction(device, graph, plan(graph, timed).segments)
+
+
+def predicted(
+    graph: Graph, tactics: Mapping[str, TacticModule], cost: RooflineCost
+) -> list[TimedCandidate]:
+    """Returns all candidates for a graph, each with its predicted time."""
+    every = (candidate for group in find_candidates(graph, tactics) for candidate in group)
+    return [TimedCandidate(candidate, cost(candidate)) for candidate in every]
 
 
 def _offered(names: Collection[str] | None) -> dict[str, TacticModule]:

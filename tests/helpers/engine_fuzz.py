@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfuse.kernels.engine.engine import Engine
+from resfuse.kernels import Engine
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.runtime.executor import Executor

@@ -1,4 +1,5 @@
-"""RooflineCost: what a choice should take on a GPU that is not here, by data sheet and arithmetic.
+"""RooflineCost: what a candidate should take on a GPU that is not here, by data sheet and
+arithmetic.
 
 Every kernel is taken to reach the GPU's peak in FLOPs or bytes, whichever takes longer; so times
 are too short, and all configurations of a tactic alike. What the model tells apart is how often
@@ -18,17 +19,17 @@ LAUNCH_US = 1.3  # from one kernel of a CUDA graph to the next on Hopper; read, 
 
 
 class RooflineCost:
-    """ms of a choice, for `planner.plan`."""
+    """ms of a candidate, for `planner.plan`."""
 
     def __init__(self, graph: Graph, gpu: Gpu, launch_us: float = LAUNCH_US) -> None:
         self._graph, self._gpu, self._launch_us = graph, gpu, launch_us
 
-    def __call__(self, choice: Candidate) -> float:
-        kernels = getattr(TACTICS[choice.tactic].load(), "kernels", None)
+    def __call__(self, candidate: Candidate) -> float:
+        kernels = getattr(TACTICS[candidate.tactic].load(), "kernels", None)
         if kernels is not None:
-            return sum(map(self._kernel_ms, kernels(self._graph, choice)))
-        part = self._graph.part(choice.start, choice.stop)
-        return self._kernel_ms(part) + self._passes_ms(choice.tactic, part)
+            return sum(map(self._kernel_ms, kernels(self._graph, candidate)))
+        part = self._graph.part(candidate.start, candidate.stop)
+        return self._kernel_ms(part) + self._passes_ms(candidate.tactic, part)
 
     def _kernel_ms(self, part: Graph) -> float:
         cost = cost_of(part)

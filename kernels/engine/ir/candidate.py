@@ -32,7 +32,7 @@ class Candidate:
 
 
 def _told(value: Any) -> str:
-    """Of a plan within a choice, what tells it from others."""
+    """Of a plan within a candidate, what tells it from others."""
     if not isinstance(value, tuple):
         return str(value)
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]

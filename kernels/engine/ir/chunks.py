@@ -13,16 +13,18 @@ from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Torch, Value
 
 
-def chunked(tactic: str, choices: Sequence[Candidate], count: int) -> Candidate:
-    """All that neighbouring choices compute, in `count` chunks."""
-    start, stop = choices[0].start, choices[-1].stop
-    inner = tuple((c.tactic, c.start - start, c.stop - start, c.config) for c in choices)
+def chunked(tactic: str, candidates: Sequence[Candidate], count: int) -> Candidate:
+    """All that neighbouring candidates compute, in `count` chunks."""
+    start, stop = candidates[0].start, candidates[-1].stop
+    inner = tuple((c.tactic, c.start - start, c.stop - start, c.config) for c in candidates)
     return Candidate(tactic, start, stop, (("count", count), ("inner", inner)))
 
 
-def inner_choices(choice: Candidate) -> list[Candidate]:
-    """What a chunk runs, of the part of the graph that the choice covers."""
-    inner: tuple[tuple[str, int, int, tuple[tuple[str, Any], ...]], ...] = choice.settings["inner"]
+def inner_candidates(candidate: Candidate) -> list[Candidate]:
+    """What a chunk runs, of the part of the graph that the candidate covers."""
+    inner: tuple[tuple[str, int, int, tuple[tuple[str, Any], ...]], ...] = candidate.settings[
+        "inner"
+    ]
     return [Candidate(*one) for one in inner]
 
 
@@ -32,10 +34,10 @@ def can_be_chunked(part: Graph) -> bool:
     return len(sizes) == 1 and not any(isinstance(node.op, Torch) for node in part.nodes)
 
 
-def chunk_of(graph: Graph, choice: Candidate) -> Graph:
-    """What the choice covers, for the batch of a chunk."""
-    part = graph.part(choice.start, choice.stop)
-    images = next(iter(part.values.values())).shape[0] // choice.settings["count"]
+def chunk_of(graph: Graph, candidate: Candidate) -> Graph:
+    """What the candidate covers, for the batch of a chunk."""
+    part = graph.part(candidate.start, candidate.stop)
+    images = next(iter(part.values.values())).shape[0] // candidate.settings["count"]
     values = {
         name: Value((images, *value.shape[1:]), value.dtype) for name, value in part.values.items()
     }

@@ -81,8 +81,8 @@ def lay_out(
     Args:
         values: those that live in the arena.
         scratch: bytes that the segment from a position on needs while it runs.
-        segments: nodes [start, stop) that one choice computes, in any order among them; all are in
-            one.
+        segments: nodes [start, stop) that one candidate computes, in any order among them; all are
+            in one.
         lanes: floats of a vector.
     """
     homes = assign_buffers(graph, values, segments, lanes, 4)
@@ -94,8 +94,8 @@ def lay_out(
     return Layout(homes.of, arena.offsets, offsets, arena.size, least)
 
 
-# A graph, the choices for its nodes, the network's state and weights laid out for it -> what runs
-# the graph on its inputs: an Executor, which a tactic for many nodes may want of its own.
+# A graph, the candidates for its nodes, the network's state and weights laid out for it -> what
+# runs the graph on its inputs: an Executor, which a tactic for many nodes may want of its own.
 Bind = Callable[[Graph, Sequence[Candidate], State, WeightStore], Callable[..., list[Tensor]]]
 
 

@@ -1,62 +1,105 @@
 """Plans the early stages of a network in chunks of a few images, where that pays.
 
 A segment's time says nothing about it: what a chunk saves is what the segments before have left in
-a cache. So whole stages are timed, in one chunk and in several.
+a cache. So whole stages are timed, in one chunk and in several. Chunking is a pass over a plan in
+two pure halves: `chunk_stages` lists what is to be timed, `with_chunks` takes what is quicker.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.chunks import can_be_chunked, chunked
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Node
-from resfuse.kernels.engine.planning.planner import Memory, Segment, plan, price
-from resfuse.kernels.engine.tactics import TACTICS, TacticModule
+from resfuse.kernels.engine.planning.planner import Plan, Segment, TimedCandidate, plan
+from resfuse.kernels.engine.tactics import TACTICS
 
 _NOISE = 0.01  # of a price: what chunks must save at least
 # Images of a chunk. On a GPU fewer leave most multiprocessors without a tile.
 IMAGES = {"native_chunks": (1, 2, 4), "chunks": (8, 16, 32)}
 
 
-class Clock(Protocol):
-    """measure.Measurer: ms of a choice, None where it may not be used."""
+@dataclass(frozen=True)
+class Stage:
+    """The early nodes of a graph, up to the end of one stage, that may run in chunks.
 
-    def __call__(self, choice: Candidate) -> float | None: ...
+    early: the plan of these nodes.
+    rest: the plan of the nodes behind them.
+    whole: the early plan as one chunk of all images.
+    chunks: the early plan in several chunks, of various sizes. They are to be timed in turns with
+        `whole`: only their proportions count.
+    """
 
-    def together(self, choices: Sequence[Candidate]) -> list[float | None]:
-        """Of choices for the same nodes, timed in turns."""
+    early: Plan
+    rest: Plan
+    whole: Candidate
+    chunks: tuple[Candidate, ...]
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """What is to be timed of the stage."""
+        return [self.whole, *self.chunks]
 
 
-def with_chunks(
-    graph: Graph,
-    segments: Sequence[Segment],
-    tactics: Mapping[str, TacticModule],
-    clock: Clock,
-    memory: Memory,
-) -> list[Segment]:
-    """The plan with as many stages in chunks as lowers its price, from the first on, and costs no
-    time: for memory alone, four ResNets at batch 8 on a CPU had become 0 to 3 % slower.
+def chunk_stages(
+    graph: Graph, tactics: Collection[str], timed: Sequence[TimedCandidate]
+) -> list[Stage]:
+    """Returns the early stages that may run in chunks, from the first on.
 
     Args:
-        segments: a plan of `graph` by `tactics`.
+        tactics: names of those that may be used.
+        timed: what the whole graph is planned with.
     """
-    whole = list(segments)
-    chunk = next((name for name in IMAGES if name in tactics), None)
-    if chunk is None or not graph.input or not whole:
-        return whole
-    best, least, most_ms = whole, (1 - _NOISE) * price(whole, memory), _ms(whole)
-    for stop in stage_ends(graph, None if TACTICS[chunk].in_arena else max(IMAGES[chunk])):
-        rest = plan(graph, tactics, clock, memory, stop)
-        for stages in _in_chunks(graph, stop, chunk, tactics, clock, memory):
-            here = [stages, *rest]
-            if _ms(here) <= most_ms and (price_here := price(here, memory)) < least:
-                best, least = here, price_here
+    tactic = next((name for name in IMAGES if name in tactics), None)
+    if tactic is None or not graph.input or not graph.nodes:
+        return []
+    in_arena = TACTICS[tactic].in_arena
+    counts = [graph.batch_size // n for n in IMAGES[tactic]
+              if n < graph.batch_size and graph.batch_size % n == 0]  # fmt: skip
+    ends = stage_ends(graph, None if in_arena else max(IMAGES[tactic]))
+    usable = [one for one in timed if TACTICS[one.candidate.tactic].in_arena or not in_arena]
+    stages = []
+    for stop in ends if counts else ():
+        try:
+            early, rest = plan(graph, usable, 0, stop), plan(graph, timed, stop)
+        except ValueError:  # some of the nodes have no such tactic
+            continue
+        if len(early.segments) > 1:
+            inner = [segment.candidate for segment in early.segments]
+            whole, *chunks = (chunked(tactic, inner, count) for count in (1, *counts))
+            stages.append(Stage(early, rest, whole, tuple(chunks)))
+    return stages
+
+
+def with_chunks(unchunked: Plan, stages: Iterable[Stage], timed: Iterable[TimedCandidate]) -> Plan:
+    """Returns the plan with as many stages in chunks as lowers its price, from the first on, and
+    costs no time: for memory alone, four ResNets at batch 8 on a CPU had become 0 to 3 % slower.
+
+    Args:
+        unchunked: the plan of the whole graph.
+        timed: of the stages' candidates, those that may be used.
+    """
+    times = {one.candidate: one for one in timed}
+    best, least = unchunked, (1 - _NOISE) * unchunked.price
+    for stage in stages:
+        for chunks in _in_chunks(stage, times):
+            if chunks.ms <= unchunked.ms and chunks.price < least:
+                best, least = chunks, chunks.price
     return best
 
 
-def _ms(segments: Sequence[Segment]) -> float:
-    return sum(segment.ms for segment in segments)
+def _in_chunks(stage: Stage, times: Mapping[Candidate, TimedCandidate]) -> Iterator[Plan]:
+    """Yields plans of the whole graph with the stage in chunks of each size, as one segment. Its
+    time is the sum of its segments', in the proportion in which the chunks are quicker than all
+    images at once."""
+    whole = times.get(stage.whole)
+    for chunks in filter(None, map(times.get, stage.chunks)):
+        if whole is not None:
+            ms = stage.early.ms * chunks.ms / whole.ms
+            segment = Segment(chunks.candidate, ms, stage.whole, stage.early.ms)
+            most = max(chunks.arena_bytes, stage.rest.arena_bytes)
+            yield Plan((segment, *stage.rest.segments), most)
 
 
 def stage_ends(graph: Graph, images: int | None = None) -> list[int]:
@@ -91,36 +134,3 @@ def _weights(node: Node) -> int:
         return 0
     problem = node.op.problem
     return problem.k * problem.c // problem.groups * problem.r * problem.s
-
-
-def _in_chunks(
-    graph: Graph,
-    stop: int,
-    chunk: str,
-    tactics: Mapping[str, TacticModule],
-    clock: Clock,
-    memory: Memory,
-) -> Iterator[Segment]:
-    """The nodes before `stop` in chunks of each size, each as one segment. Its time is the sum of
-    its segments', in the proportion in which the chunks are quicker than all images at once."""
-    counts = [graph.batch_size // n for n in IMAGES[chunk]
-              if n < graph.batch_size and graph.batch_size % n == 0]  # fmt: skip
-    usable = {
-        name: tactic
-        for name, tactic in tactics.items()
-        if TACTICS[name].in_arena or not TACTICS[chunk].in_arena
-    }
-    if not counts:
-        return
-    try:
-        stages = plan(graph.part(0, stop), usable, clock, memory)
-    except ValueError:  # some of them have no such tactic
-        return
-    if len(stages) == 1:  # it is in one piece
-        return
-    own_ms = _ms(stages)
-    choices = [chunked(chunk, [s.choice for s in stages], count) for count in (1, *counts)]
-    whole_ms, *others = clock.together(choices)
-    for choice, ms in zip(choices[1:], others, strict=True):
-        if ms is not None and whole_ms is not None:
-            yield Segment(choice, own_ms * ms / whole_ms, choices[0], own_ms)

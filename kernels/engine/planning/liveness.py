@@ -1,43 +1,69 @@
-"""How much of the arena is in use while a segment runs: what a plan weighs against time."""
+"""How much of the arena is in use while a candidate runs: what a plan weighs against time."""
 
+from collections.abc import Mapping
+
+from resfuse.kernels.cpu.program import lanes
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.memory.aliasing import assign_buffers
-from resfuse.kernels.engine.tactics import TacticModule
+from resfuse.kernels.engine.planning.planner import TimedCandidate
+from resfuse.kernels.engine.tactics import TACTICS, TacticModule
+
+
+def with_memory(
+    graph: Graph, tactics: Mapping[str, TacticModule], times: Mapping[Candidate, float]
+) -> list[TimedCandidate]:
+    """Returns the candidates with their times and the arena bytes in use while each runs. Without
+    an arena, memory is the allocator's business and time alone counts.
+
+    Args:
+        tactics: those that may be used on the device.
+        times: ms of each candidate.
+    """
+    if not any(TACTICS[name].in_arena for name in tactics):
+        return [TimedCandidate(candidate, ms) for candidate, ms in times.items()]
+    liveness = Liveness(graph, lanes())
+    return [
+        TimedCandidate(candidate, ms, liveness.bytes_of(candidate, tactics[candidate.tactic]))
+        for candidate, ms in times.items()
+    ]
 
 
 class Liveness:
-    """Bytes by choice, of a graph whose values all live in the arena, in float32.
+    """The live ranges of a graph's values, as if all of them lay in the arena, in float32.
 
-    A plan's homes depend on its segments; these are those of a plan without longer ones, where what
-    a segment makes and alone reads is left out.
+    A plan's buffers depend on its segments; these are those of a plan without longer ones, where
+    what a segment makes and alone reads is left out.
     """
 
     def __init__(self, graph: Graph, lanes: int) -> None:
         self._graph = graph
         one_by_one = [(at, at + 1) for at in range(len(graph.nodes))]
-        # what torch's own operations make may have any shape; it lives elsewhere
+        # what torch's own operations make may have any shape; it is not in the arena
         values = [name for name, v in graph.values.items() if len(v.shape) in (2, 4)]
-        homes = assign_buffers(graph, values, one_by_one, lanes, 4)
+        placements = assign_buffers(graph, values, one_by_one, lanes, 4)
         made_at = {node.name: at for at, node in enumerate(graph.nodes)}
-        self._used = [  # value, buffer, first and last position
-            (name, home.buffer, at := made_at.get(name, 0), graph.last_read.get(name, at))
-            for name, home in homes.of.items()
+        self._ranges = [  # value, buffer, first and last position
+            (name, placement.buffer, at := made_at.get(name, 0), graph.last_read.get(name, at))
+            for name, placement in placements.of.items()
         ]
-        self._sizes = [buffer.size for buffer in homes.buffers]
-        self._known: dict[tuple[int, int], int] = {}
+        self._sizes = [buffer.size for buffer in placements.buffers]
+        self._value_bytes: dict[tuple[int, int], int] = {}
 
-    def bytes_of(self, choice: Candidate, tactic: TacticModule) -> int:
-        """Of values and scratch memory."""
-        return self._values(choice.start, choice.stop) + tactic.scratch(self._graph, choice)
+    def bytes_of(self, candidate: Candidate, tactic: TacticModule) -> int:
+        """Returns the arena bytes live while `candidate` runs, its scratch memory included."""
+        values = self._bytes_of_values(candidate.start, candidate.stop)
+        return values + tactic.scratch(self._graph, candidate)
 
-    def _values(self, start: int, stop: int) -> int:
-        if (start, stop) not in self._known:
+    def _bytes_of_values(self, start: int, stop: int) -> int:
+        """Returns the bytes of the buffers that are live while nodes [start, stop) run, but for
+        values that only these nodes use."""
+        if (start, stop) not in self._value_bytes:
             inner = self._graph.inner(start, stop)
-            used = {
+            live = {
                 buffer
-                for name, buffer, first, last in self._used
+                for name, buffer, first, last in self._ranges
                 if first < stop and last >= start and name not in inner
             }
-            self._known[start, stop] = sum(self._sizes[buffer] for buffer in used)
-        return self._known[start, stop]
+            self._value_bytes[start, stop] = sum(self._sizes[buffer] for buffer in live)
+        return self._value_bytes[start, stop]

@@ -4,137 +4,146 @@ Segments are runs of neighbouring nodes, so the cheapest cover of the first j no
 of the first i, and one segment [i, j): dynamic programming over positions, as exact as trying every
 combination. Memory is a cover's most in use at one moment, so that what other moments need costs
 nothing: the cheapest covers under ever lower limits are all there is to choose from.
+
+The planner is a pure function of candidates and their times: it measures nothing.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph
-from resfuse.kernels.engine.tactics import TacticModule
 
-Cost = Callable[[Candidate], float | None]  # ms; None: it may not be used
-Memory = Callable[[Candidate], int]  # bytes that are in use while it runs
-# A cover is as good as its ms * bytes**WORTH is small: four percent of time for half of the memory.
-WORTH = 0.06
+# A cover is as good as its ms * bytes**MEMORY_EXPONENT is small: halving the memory is worth four
+# percent of the time.
+MEMORY_EXPONENT = 0.06
+
+
+@dataclass(frozen=True)
+class TimedCandidate:
+    """A candidate that may be used, its time, and the bytes of an arena in use while it runs."""
+
+    candidate: Candidate
+    ms: float
+    arena_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A choice that was made: its cost, and the next best for the same nodes."""
+    """A candidate that was chosen, its time, and the next best one for the same nodes."""
 
-    choice: Candidate
+    candidate: Candidate
     ms: float
     runner_up: Candidate | None = None
     runner_up_ms: float | None = None
 
 
-def price(segments: Sequence[Segment], memory: Memory) -> float:
-    """What a plan costs: see WORTH."""
-    most = max(memory(segment.choice) for segment in segments)
-    return _price(sum(segment.ms for segment in segments), most)
-
-
-def _price(ms: float, memory: int) -> float:
-    return ms * max(memory, 1) ** WORTH
-
-
 @dataclass(frozen=True)
-class _Offer:
-    choice: Candidate
-    ms: float
-    memory: int
+class Plan:
+    """Segments that cover a graph's nodes one after another."""
+
+    segments: tuple[Segment, ...]
+    arena_bytes: int  # the most that any of the segments needs
+
+    @property
+    def ms(self) -> float:
+        """The sum of the segments' times."""
+        return sum(segment.ms for segment in self.segments)
+
+    @property
+    def price(self) -> float:
+        """What the plan costs in time and memory: see MEMORY_EXPONENT."""
+        return _price(self.ms, self.arena_bytes)
 
 
-_Offers = dict[int, list[_Offer]]  # from one node on: where they end
+def _price(ms: float, arena_bytes: int) -> float:
+    return ms * max(arena_bytes, 1) ** MEMORY_EXPONENT
 
 
 @dataclass(frozen=True)
 class _Cover:
-    """Of the first nodes, one after another."""
+    """Segments that cover the first nodes, one after another."""
 
     ms: float
-    memory: int  # the most of any segment
+    arena_bytes: int  # the most of any segment
     segments: tuple[Segment, ...]
 
     @property
     def price(self) -> float:
-        return _price(self.ms, self.memory)
+        return _price(self.ms, self.arena_bytes)
+
+
+# The candidates that start at one node, by where they stop, the fastest of each stop first.
+_ByStop = dict[int, list[TimedCandidate]]
 
 
 def plan(
-    graph: Graph,
-    tactics: Mapping[str, TacticModule],
-    cost: Cost,
-    memory: Memory,
-    start: int = 0,
-) -> list[Segment]:
-    """The segments that cover the graph at the least price in time and memory (WORTH), in order.
+    graph: Graph, timed: Iterable[TimedCandidate], start: int = 0, stop: int | None = None
+) -> Plan:
+    """Returns the cover of nodes [start, stop) at the least price in time and memory.
 
     Args:
-        start: the position of the first node to cover.
+        timed: candidates for any of the graph's nodes; of two equally fast ones for the same nodes
+            the first is taken.
+        stop: the end of the graph by default.
 
     Raises:
-        ValueError: a node that no tactic may compute.
+        ValueError: a node that no candidate computes.
     """
-    offers = [
-        _by_stop(
-            _Offer(choice, ms, memory(choice))
-            for tactic in tactics.values()
-            for choice in tactic.segments(graph, at)
-            if (ms := cost(choice)) is not None
-        )
-        for at in range(start, len(graph.nodes))
-    ]
-    offers = [{}] * start + offers
-    best = cover = _cheapest(offers, None, start)
+    stop = len(graph.nodes) if stop is None else stop
+    table = _by_start_and_stop(timed, start, stop)
+    best = cover = _cheapest(table, None, start)
     if best is None:
-        raise ValueError(f"argument model: {_why_not(graph, offers, start)}")
-    while cover is not None and cover.memory > 0:
-        cover = _cheapest(offers, cover.memory - 1, start)
+        raise ValueError(f"argument model: {_first_uncovered(graph, table, start)}")
+    while cover is not None and cover.arena_bytes > 0:
+        cover = _cheapest(table, cover.arena_bytes - 1, start)
         best = min(best, cover or best, key=lambda cover: cover.price)
-    return list(best.segments)
+    return Plan(best.segments, best.arena_bytes)
 
 
-def _by_stop(offers: Iterable[_Offer]) -> _Offers:
-    """Those for the same nodes together, the fastest first."""
-    found: _Offers = {}
-    for offer in sorted(offers, key=lambda offer: offer.ms):
-        found.setdefault(offer.choice.stop, []).append(offer)
-    return found
+def _by_start_and_stop(timed: Iterable[TimedCandidate], start: int, stop: int) -> list[_ByStop]:
+    """Returns, for each node before `stop`, the candidates within [start, stop) that start
+    there."""
+    table: list[_ByStop] = [{} for _ in range(stop)]
+    for one in sorted(timed, key=lambda one: one.ms):
+        if start <= one.candidate.start and one.candidate.stop <= stop:
+            table[one.candidate.start].setdefault(one.candidate.stop, []).append(one)
+    return table
 
 
-def _cheapest(offers: Sequence[_Offers], limit: int | None, start: int) -> _Cover | None:
-    """The cover of all nodes from `start` on at the least cost, by offers that need no more memory
+def _cheapest(table: Sequence[_ByStop], limit: int | None, start: int) -> _Cover | None:
+    """Returns the fastest cover of all nodes from `start` on by candidates that need no more memory
     than `limit`; None where there is none."""
-    reached: list[_Cover | None] = [None] * (len(offers) + 1)
+    reached: list[_Cover | None] = [None] * (len(table) + 1)
     reached[start] = _Cover(0.0, 0, ())
-    for so_far, here in zip(reached, offers, strict=False):  # what is reached is written ahead
+    for so_far, by_stop in zip(reached, table, strict=False):  # later entries are still written
         if so_far is None:
             continue
-        for stop, same in here.items():
-            first = next((o for o in same if limit is None or o.memory <= limit), None)
-            if first is None:
+        for stop, rivals in by_stop.items():
+            fits = (one for one in rivals if limit is None or one.arena_bytes <= limit)
+            fastest = next(fits, None)
+            if fastest is None:
                 continue
-            ms, known = so_far.ms + first.ms, reached[stop]
-            if known is None or ms < known.ms:
-                most = max(so_far.memory, first.memory)
-                reached[stop] = _Cover(ms, most, (*so_far.segments, _segment(first, same)))
+            ms, best = so_far.ms + fastest.ms, reached[stop]
+            if best is None or ms < best.ms:
+                most = max(so_far.arena_bytes, fastest.arena_bytes)
+                segments = (*so_far.segments, _segment(fastest, rivals))
+                reached[stop] = _Cover(ms, most, segments)
     return reached[-1]
 
 
-def _segment(chosen: _Offer, same: Sequence[_Offer]) -> Segment:
-    other = next((offer for offer in same if offer is not chosen), None)
-    runner_up = (other.choice, other.ms) if other else (None, None)
-    return Segment(chosen.choice, chosen.ms, *runner_up)
+def _segment(chosen: TimedCandidate, rivals: Sequence[TimedCandidate]) -> Segment:
+    other = next((one for one in rivals if one is not chosen), None)
+    runner_up = (other.candidate, other.ms) if other else (None, None)
+    return Segment(chosen.candidate, chosen.ms, *runner_up)
 
 
-def _why_not(graph: Graph, offers: Sequence[_Offers], start: int) -> str:
-    """The first node that no cover goes past."""
+def _first_uncovered(graph: Graph, table: Sequence[_ByStop], start: int) -> str:
+    """Names the first node that no cover goes past."""
     reached = {start}
-    for at, here in enumerate(offers):
+    for at, by_stop in enumerate(table):
         if at in reached:
-            reached.update(here)
+            reached.update(by_stop)
             if not any(stop > at for stop in reached):
                 return f"no tactic computes {graph.nodes[at].name}"
     return "no segments cover it"

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.program import Program, Step, lanes
+from resfuse.kernels.cpu.program import Program, Step
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph, State
 from resfuse.kernels.engine.ir.lowered import Call, Native, Values
-from resfuse.kernels.engine.memory.buffers import Arena, WeightStore, lay_out
+from resfuse.kernels.engine.memory.buffers import Arena, WeightStore
+from resfuse.kernels.engine.runtime.placement import native_values, place
 from resfuse.kernels.engine.tactics import TACTICS
 
 Item = Callable[[Values], None]
@@ -26,7 +27,7 @@ class Executor:
     def __init__(
         self,
         graph: Graph,
-        choices: Sequence[Candidate],
+        candidates: Sequence[Candidate],
         state: State,
         weight_store: WeightStore | None = None,
     ) -> None:
@@ -34,23 +35,18 @@ class Executor:
         Args:
             weight_store: weights laid out by executors of the same state, to share and add to.
         """
-        self.graph, self.choices = graph, tuple(choices)
-        native = [n for c in choices if _in_arena(c) for n in graph.nodes[c.start : c.stop]]
-        inner = {name for c in choices if _in_arena(c) for name in graph.inner(c.start, c.stop)}
-        self._native = {node.name for node in native} - inner
-        placed = self._native | {name for node in native for name in node.inputs} - inner
-        segments = [(c.start, c.stop) for c in choices]
-        scratch = {c.start: size for c in choices if (size := _scratch(graph, c)) > 0}
+        self.graph = graph
+        self._native = native_values(graph, candidates)
         self._weight_store = weight_store or WeightStore()
-        layout = lay_out(graph, placed, scratch, segments, lanes() if placed else 1)
+        layout = place(graph, candidates)
         self.arena = Arena(graph, layout, self._weight_store, Executor)
-        self._views = {name: self.arena.view(name) for name in placed}
+        self._views = {name: self.arena.view(name) for name in layout.homes}
         self._items: list[Item] = []
         self._copies: list[Item] = []  # those of the items that bring values into the arena
         self._steps: list[Step] = []
         self._copied: set[str] = set()
-        for choice in choices:
-            self._lower(choice, state)
+        for candidate in candidates:
+            self._lower(candidate, state)
         self._flush()
         self._made = {name: self._views[name] for name in self._native}
 
@@ -81,18 +77,18 @@ class Executor:
 
         return again
 
-    def _lower(self, choice: Candidate, state: State) -> None:
-        work = TACTICS[choice.tactic].load().lower(self.graph, choice, state, self.arena)
-        nodes = self.graph.nodes[choice.start : choice.stop]
+    def _lower(self, candidate: Candidate, state: State) -> None:
+        work = TACTICS[candidate.tactic].load().lower(self.graph, candidate, state, self.arena)
+        nodes = self.graph.nodes[candidate.start : candidate.stop]
         if isinstance(work, Native):
-            inner = self.graph.inner(choice.start, choice.stop)
+            inner = self.graph.inner(candidate.start, candidate.stop)
             for name in dict.fromkeys(name for node in nodes for name in node.inputs):
                 if name not in self._native | inner and name not in self._copied:
                     self._copy_in(name)
             self._steps += work.steps
         else:
             self._flush()
-            self._items.append(self._call(work, [node.name for node in nodes], choice.stop))
+            self._items.append(self._call(work, [node.name for node in nodes], candidate.stop))
 
     def _copy_in(self, name: str) -> None:
         self._flush()
@@ -126,11 +122,3 @@ class Executor:
             program = Program(self._steps, threads())
             self._items.append(lambda values: program())
             self._steps = []
-
-
-def _in_arena(choice: Candidate) -> bool:
-    return TACTICS[choice.tactic].in_arena
-
-
-def _scratch(graph: Graph, choice: Candidate) -> int:
-    return TACTICS[choice.tactic].load().scratch(graph, choice)

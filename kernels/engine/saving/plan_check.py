@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.chunks import can_be_chunked, inner_choices
+from resfuse.kernels.engine.ir.chunks import can_be_chunked, inner_candidates
 from resfuse.kernels.engine.ir.graph import (
     Affine,
     AveragePool,
@@ -57,7 +57,7 @@ def sound(
     device: torch.device,
     allow: Collection[str],
 ) -> dict[int, Plan]:
-    """The plans, their choices those that this version's tactics offer.
+    """The plans, their candidates those that this version's tactics offer.
 
     Args:
         allow: names of operations that may run beside those known to only compute.
@@ -368,46 +368,51 @@ def _not_logged() -> Iterator[None]:
 def _offered(
     graph: Graph, segments: Sequence[Segment], tactics: Mapping[str, TacticModule]
 ) -> Iterable[Segment]:
-    """The segments, if they cover the graph, with the choices as the tactics offer them."""
+    """The segments, if they cover the graph, with the candidates as the tactics offer them."""
     at = 0
     for segment in segments:
-        choice, other = segment.choice, segment.runner_up
+        candidate, other = segment.candidate, segment.runner_up
         for ms in (segment.ms, *([segment.runner_up_ms] if other else [])):
             if not _fits(ms, float) or ms is None or ms < 0:
                 raise Unsound(f"a segment takes {ms!r} ms")
-        if choice.start != at or (other and (other.start, other.stop) != (at, choice.stop)):
+        if candidate.start != at or (other and (other.start, other.stop) != (at, candidate.stop)):
             raise Unsound(f"nothing computes node {at}, or two segments do")
         yield replace(
             segment,
-            choice=_as_offered(graph, choice, tactics),
+            candidate=_as_offered(graph, candidate, tactics),
             runner_up=other and _as_offered(graph, other, tactics),
         )
-        at = choice.stop
+        at = candidate.stop
     if at != len(graph.nodes):
         raise Unsound(f"nothing computes node {at}")
 
 
-def _as_offered(graph: Graph, choice: Candidate, tactics: Mapping[str, TacticModule]) -> Candidate:
-    if choice.tactic not in tactics or not 0 <= choice.start < len(graph.nodes):
-        raise Unsound(f"no tactic {choice.tactic} is meant for this device")
-    if choice.tactic in IMAGES:
-        return _as_chunked(graph, choice, tactics)
-    for offered in tactics[choice.tactic].segments(graph, choice.start):
-        if offered == choice:
+def _as_offered(
+    graph: Graph, candidate: Candidate, tactics: Mapping[str, TacticModule]
+) -> Candidate:
+    if candidate.tactic not in tactics or not 0 <= candidate.start < len(graph.nodes):
+        raise Unsound(f"no tactic {candidate.tactic} is meant for this device")
+    if candidate.tactic in IMAGES:
+        return _as_chunked(graph, candidate, tactics)
+    for offered in tactics[candidate.tactic].segments(graph, candidate.start):
+        if offered == candidate:
             return offered
-    raise Unsound(f"{choice.label()} does not compute {graph.nodes[choice.start].name}")
+    raise Unsound(f"{candidate.label()} does not compute {graph.nodes[candidate.start].name}")
 
 
-def _as_chunked(graph: Graph, choice: Candidate, tactics: Mapping[str, TacticModule]) -> Candidate:
-    """A choice of chunks: its own choices are offered for the part, and go without torch's."""
-    count, part = choice.settings["count"], graph.part(choice.start, choice.stop)
+def _as_chunked(
+    graph: Graph, candidate: Candidate, tactics: Mapping[str, TacticModule]
+) -> Candidate:
+    """A candidate of chunks: its own candidates are offered for the part, and go without
+    torch's."""
+    count, part = candidate.settings["count"], graph.part(candidate.start, candidate.stop)
     images, rest = divmod(graph.batch_size, count) if type(count) is int and count > 0 else (0, 1)
-    known = rest == 0 and (count == 1 or images in IMAGES[choice.tactic])
+    known = rest == 0 and (count == 1 or images in IMAGES[candidate.tactic])
     if not known or not part.nodes or not can_be_chunked(part):
-        raise Unsound(f"{choice.label()} is no way to part {graph.batch_size} images")
+        raise Unsound(f"{candidate.label()} is no way to part {graph.batch_size} images")
     inner, at = [], 0
-    for one in inner_choices(choice):
-        in_arena = TACTICS[choice.tactic].in_arena
+    for one in inner_candidates(candidate):
+        in_arena = TACTICS[candidate.tactic].in_arena
         if (
             one.start != at
             or one.tactic in IMAGES
@@ -420,4 +425,4 @@ def _as_chunked(graph: Graph, choice: Candidate, tactics: Mapping[str, TacticMod
     if at != len(part.nodes):
         raise Unsound(f"nothing computes node {at} of a chunk")
     settings = (("count", count), ("inner", tuple(inner)))
-    return Candidate(choice.tactic, choice.start, choice.stop, settings)
+    return Candidate(candidate.tactic, candidate.start, candidate.stop, settings)

@@ -74,23 +74,31 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def segments_to_json(segments: tuple[Segment, ...]) -> list[dict[str, Any]]:
-    return [asdict(segment) for segment in segments]
+    return [
+        {
+            "choice": asdict(segment.candidate),
+            "ms": segment.ms,
+            "runner_up": asdict(segment.runner_up) if segment.runner_up else None,
+            "runner_up_ms": segment.runner_up_ms,
+        }
+        for segment in segments
+    ]
 
 
 def segments_from_json(data: list[dict[str, Any]]) -> tuple[Segment, ...]:
     """Raises KeyError, TypeError or ValueError for what segments_to_json did not write."""
     return tuple(
         Segment(
-            _choice(item["choice"]),
+            _candidate(item["choice"]),
             item["ms"],
-            _choice(item["runner_up"]) if item["runner_up"] else None,
+            _candidate(item["runner_up"]) if item["runner_up"] else None,
             item["runner_up_ms"],
         )
         for item in data
     )
 
 
-def _choice(data: dict[str, Any]) -> Candidate:
+def _candidate(data: dict[str, Any]) -> Candidate:
     return Candidate(data["tactic"], data["start"], data["stop"], _tuples(data["config"]))
 
 

@@ -3,10 +3,11 @@
 A tactic's module has
 - `refusal(device, dtype) -> str | None`: why it cannot run there, in one sentence;
 - `segments(graph, at) -> Iterable[Candidate]`: what it can do that starts with node `at`;
-- `scratch(graph, choice) -> int`: bytes it needs while it runs (tactics in the arena only);
-- `lower(graph, choice, state, arena) -> Work`: the segment, ready to run;
-- `kernels(graph, choice) -> list[Graph]`, only where a segment takes several kernels: their parts;
-- `configuration(graph, choice) -> Key`, only where it is a kernel's: see
+- `scratch(graph, candidate) -> int`: bytes it needs while it runs (tactics in the arena only);
+- `lower(graph, candidate, state, arena) -> Work`: the segment, ready to run;
+- `kernels(graph, candidate) -> list[Graph]`, only where a segment takes several kernels: their
+  parts;
+- `configuration(graph, candidate) -> Key`, only where it is a kernel's: see
   resfuse/kernels/tuning_cache/denylist.py.
 
 Tactics on a GPU pass values on as torch's tensors, [N, C, H, W] in channels_last.
@@ -32,9 +33,9 @@ class TacticModule(Protocol):
 
     def segments(self, graph: Graph, at: int) -> Iterable[Candidate]: ...
 
-    def scratch(self, graph: Graph, choice: Candidate) -> int: ...
+    def scratch(self, graph: Graph, candidate: Candidate) -> int: ...
 
-    def lower(self, graph: Graph, choice: Candidate, state: State, arena: Arena) -> Work: ...
+    def lower(self, graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Work: ...
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,14 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     yield Candidate("eager", at, at + 1)
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
+def scratch(graph: Graph, candidate: Candidate) -> int:
     return 0
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
     functions = [
         (node, function_of(node, graph.values, state, arena=arena))
-        for node in graph.nodes[choice.start : choice.stop]
+        for node in graph.nodes[candidate.start : candidate.stop]
     ]
 
     def run(values: Values) -> None:

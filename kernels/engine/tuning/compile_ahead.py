@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from resfuse.kernels.gpu.inspect.inspect import Specialized
 
 
-def compile_ahead(graph: Graph, state: State, choices: Iterable[Candidate], arch: int) -> int:
-    """Compiles the kernels of `choices` for the NVIDIA GPU `sm_<arch>`, and their launchers where
-    Triton has one for each; returns how many launches that were. What fails here fails again, and
-    is reported, where it is to be measured."""
-    found = list(launches(graph, state, choices))
+def compile_ahead(graph: Graph, state: State, candidates: Iterable[Candidate], arch: int) -> int:
+    """Compiles the kernels of `candidates` for the NVIDIA GPU `sm_<arch>`, and their launchers
+    where Triton has one for each; returns how many launches that were. What fails here fails again,
+    and is reported, where it is to be measured."""
+    found = list(launches(graph, state, candidates))
     compile_launches(found, arch)
     return len(found)
 
@@ -59,29 +59,29 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def launches(graph: Graph, state: State, choices: Iterable[Candidate]) -> "Iterator[Launch]":
-    """What the choices would launch, on meta tensors; of equal parts of the graph once."""
+def launches(graph: Graph, state: State, candidates: Iterable[Candidate]) -> "Iterator[Launch]":
+    """What the candidates would launch, on meta tensors; of equal parts of the graph once."""
     shapes = {name: tensor.to("meta") for name, tensor in state.items()}
     seen = set()
-    for choice in choices:
-        part = graph.part(choice.start, choice.stop)
-        key = key_of(part), choice.label()
-        if is_triton(choice) and key not in seen:
+    for candidate in candidates:
+        part = graph.part(candidate.start, candidate.stop)
+        key = key_of(part), candidate.label()
+        if is_triton(candidate) and key not in seen:
             seen.add(key)
-            yield from _launches(part, choice.at_start(), shapes)
+            yield from _launches(part, candidate.at_start(), shapes)
 
 
-def is_triton(choice: Candidate) -> bool:
+def is_triton(candidate: Candidate) -> bool:
     """Whether kernels of ours compute it."""
-    return hasattr(TACTICS[choice.tactic].load(), "configuration")
+    return hasattr(TACTICS[candidate.tactic].load(), "configuration")
 
 
-def _launches(part: Graph, choice: Candidate, shapes: State) -> "list[Launch]":
+def _launches(part: Graph, candidate: Candidate, shapes: State) -> "list[Launch]":
     values = (part.values[name] for name in part.reads)
     inputs = [torch.empty(v.shape, dtype=v.dtype, device="meta") for v in values]
     with triton_kernels.written_down() as found:
         try:
-            Executor(part, [choice], shapes)(*inputs)
+            Executor(part, [candidate], shapes)(*inputs)
         except (RuntimeError, ValueError):  # it will be said where it is measured
             return []
     return found

@@ -1,11 +1,11 @@
-"""What a GPU's second-level cache holds of a choice when it is timed: what it will hold of it in
+"""What a GPU's second-level cache holds of a candidate when it is timed: what it will hold of it in
 the network.
 
 A batch of a few images passes its values on in the cache: each kernel finds what the one before it
 has written, and starts a microsecond behind it. Timed alone behind a sweep, a kernel would read
 all of that from memory, and the start of a graph would count as its own: segments of many nodes,
-which pay for both once, and small tiles would look better than they are. So such choices are timed
-ten in a row, in one graph.
+which pay for both once, and small tiles would look better than they are. So such candidates are
+timed ten in a row, in one graph.
 
 Weights are another matter. Where a whole network fits the cache, as ResNet-18 does in fp16 at
 batch 1 (28 MB), they are found there, too. ResNet-50 moves 73 MB from one reading of a weight to
@@ -31,7 +31,7 @@ _SHARE = 0.5
 
 @dataclass(frozen=True)
 class Warmth:
-    """How a choice is timed.
+    """How a candidate is timed.
 
     in_a_row: runs in one graph.
     swept: whether the caches are cleared before these.
@@ -50,7 +50,7 @@ COLD = Warmth()  # from caches that hold nothing: a hundred megabytes pass from 
 
 
 def warmth_of(graph: Graph, state: State, device: torch.device) -> Warmth:
-    """How all choices for a graph are timed, for their times are added up."""
+    """How all candidates for a graph are timed, for their times are added up."""
     if device.type != "cuda":
         return COLD
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size

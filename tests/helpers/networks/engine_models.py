@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
 from graphs import error
-from resfuse.kernels.engine.engine import Engine
+from resfuse.kernels import Engine
 from scope import Scope
 
 AS_FUSED = 1e-6  # issue 4: equal to `fused`, relative

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from resfuse.kernels import build_engine
 from resfuse.kernels.cpu import cpus
 from resfuse.kernels.cpu.cpus import asking, threads, usable
-from resfuse.kernels.engine.engine import build_engine
 from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.fusion.fuse import fuse
 from resfuse.kernels.tuning_cache.environment import device_name

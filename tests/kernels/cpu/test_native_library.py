@@ -15,10 +15,10 @@ from torch import nn
 
 from graphs import error, pool_graph
 from native_problems import FORMS, PROBLEMS, config_of, require_conv
+from resfuse.kernels import build_engine
 from resfuse.kernels.cpu import program as step
 from resfuse.kernels.cpu.library import NativeUnavailable, fingerprint, library, why_unavailable
 from resfuse.kernels.cpu.program import ACTIVATIONS, Program, Step
-from resfuse.kernels.engine.engine import build_engine
 from resfuse.kernels.engine.ir.graph import MaxPool
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics.cpu import native

@@ -27,7 +27,7 @@ from without_interpreter import output_of, printed_by
 
 
 def two_equal_convolutions() -> tuple[Graph, State, list[Candidate]]:
-    """A graph, and every choice for its nodes."""
+    """A graph, and every candidate for its nodes."""
     layers = [m for _ in range(2) for m in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())]
     model = nn.Sequential(*layers).eval().half()
     graph, state = capture(model, torch.zeros(1, 64, 8, 8, dtype=torch.float16))

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from engine_models import AS_FUSED, SHAPE, images, leaves, made, maps, require_answers, small
 from graphs import error
-from resfuse.kernels.engine import engine as engine_module
-from resfuse.kernels.engine.engine import Engine, build_engine
+from resfuse.kernels import Engine, build_engine
+from resfuse.kernels.engine import build as build_module
 from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
@@ -150,7 +150,7 @@ def test_a_second_build_measures_nothing(timings: Path, monkeypatch: pytest.Monk
             super().__init__(*args)
             measurers.append(self)
 
-    monkeypatch.setattr(engine_module, "Tuner", Noted)
+    monkeypatch.setattr(build_module, "Tuner", Noted)
     second = build_engine(model, x, timings=timings)
     assert [m.measured for m in measurers] == [0]
     assert file.read_bytes() == before

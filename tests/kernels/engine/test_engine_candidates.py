@@ -1,6 +1,6 @@
 """What a build on a GPU has to measure, and what it leaves out: on the meta device, for an H200.
 
-Each choice takes a compilation, an answer to compare and a time: some 50 ms on an H200, and its
+Each candidate takes a compilation, an answer to compare and a time: some 50 ms on an H200, and its
 share of 300 s of compiling.
 """
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from resfuse.kernels.engine.engine import _same_nodes
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.candidate import key_of
 from resfuse.kernels.engine.ir.graph import Conv, Graph
+from resfuse.kernels.engine.planning.candidates import find_candidates
 from resfuse.kernels.engine.tactics import tactics_for
 from resfuse.kernels.engine.tactics.gpu import (
     triton_block_tail,
@@ -34,12 +34,12 @@ def network(name: str, batch: int) -> Graph:
 
 
 def offered(graph: Graph) -> Counter[str]:
-    """How many different choices are measured, by tactic."""
+    """How many different candidates are measured, by tactic."""
     tactics = {name: m for name, m in tactics_for("cuda").items() if name != "onednn"}
     found = {
-        (key_of(graph.part(choice.start, choice.stop)), choice.label()): choice.tactic
-        for same in _same_nodes(graph, tactics)
-        for choice in same
+        (key_of(graph.part(candidate.start, candidate.stop)), candidate.label()): candidate.tactic
+        for same in find_candidates(graph, tactics)
+        for candidate in same
     }
     return Counter(found.values())
 
@@ -98,7 +98,7 @@ def test_grouped_and_depthwise_convolutions_keep_a_choice() -> None:
     for groups, form in ((32, "depthwise"), (16, "implicit_gemm"), (1, "implicit_gemm")):
         graph, _ = capture(nn.Conv2d(32, 32, 3, padding=1, groups=groups).eval().half(),
                            torch.empty(2, 32, 8, 8, dtype=torch.float16))  # fmt: skip
-        forms = {choice.settings["form"] for choice in triton_conv.segments(graph, 0)}
+        forms = {candidate.settings["form"] for candidate in triton_conv.segments(graph, 0)}
         assert forms == {form}
 
 
@@ -116,7 +116,9 @@ def test_a_stem_is_no_implicit_gemm(batch: int) -> None:
 def test_tails_that_lost_to_cudnn_are_tried_once() -> None:
     graph = network("resnet50", 256)
     tails = [
-        choice for at in range(len(graph.nodes)) for choice in triton_block_tail.segments(graph, at)
+        candidate
+        for at in range(len(graph.nodes))
+        for candidate in triton_block_tail.segments(graph, at)
     ]
     by_part: dict[tuple[int, int], int] = Counter((c.start, c.stop) for c in tails)
     for (at, _), count in by_part.items():

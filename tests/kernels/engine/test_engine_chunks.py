@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,19 +14,21 @@ from torch import Tensor, nn
 from graphs import eager_choices, inputs_of, require_right
 from random_graphs import State, graphs
 from resfuse.kernels import build_engine, load_engine
-from resfuse.kernels.engine import engine as engine_module
+from resfuse.kernels.engine import build as build_module
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.chunks import can_be_chunked, chunk_of, chunked, inner_choices
+from resfuse.kernels.engine.ir.chunks import can_be_chunked, chunk_of, chunked, inner_candidates
 from resfuse.kernels.engine.ir.graph import Conv, Graph
 from resfuse.kernels.engine.planning import chunking
-from resfuse.kernels.engine.planning.chunking import stage_ends, with_chunks
-from resfuse.kernels.engine.planning.planner import Segment, plan
+from resfuse.kernels.engine.planning.candidates import find_candidates
+from resfuse.kernels.engine.planning.chunking import chunk_stages, stage_ends, with_chunks
+from resfuse.kernels.engine.planning.planner import Plan, Segment, TimedCandidate, plan
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.saving.plan_json import segments_from_json, segments_to_json
 from resfuse.kernels.engine.tactics import TACTICS, tactics_for
 from resfuse.kernels.engine.tactics.cpu import native
-from resfuse.kernels.engine.tuning import tuner
+from resfuse.kernels.engine.tuning import exact_answers, tuner
+from resfuse.kernels.engine.tuning.clock import Clock, Run
 from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 from resfuse.resnet_ref import create
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def first_native(graph: Graph) -> list[Candidate]:
-    """Of each node from the first on that native steps compute, the first choice."""
+    """Of each node from the first on that native steps compute, the first candidate."""
     found = []
     for at in range(len(graph.nodes)):
         offered = list(native.segments(graph, at))
@@ -52,17 +53,24 @@ def test_any_run_of_native_steps_answers_the_same_in_chunks(
     made: tuple[Graph, State], data: st.DataObject
 ) -> None:
     graph, state = made
-    choices = first_native(graph)
-    if not choices or graph.batch_size == 1 or not can_be_chunked(graph.part(0, len(choices))):
+    candidates = first_native(graph)
+    if (
+        not candidates
+        or graph.batch_size == 1
+        or not can_be_chunked(graph.part(0, len(candidates)))
+    ):
         return
-    start = data.draw(st.integers(0, len(choices) - 1))
-    stop = data.draw(st.integers(start + 1, len(choices)))
-    in_chunks = chunked("native_chunks", choices[start:stop], graph.batch_size)
-    before, behind = choices[:start], [*choices[stop:], *eager_choices(graph)[len(choices) :]]
+    start = data.draw(st.integers(0, len(candidates) - 1))
+    stop = data.draw(st.integers(start + 1, len(candidates)))
+    in_chunks = chunked("native_chunks", candidates[start:stop], graph.batch_size)
+    before, behind = (
+        candidates[:start],
+        [*candidates[stop:], *eager_choices(graph)[len(candidates) :]],
+    )
     executor = Executor(graph, [*before, in_chunks, *behind], state)
     require_right(graph, executor, state, inputs_of(graph), scale=1.0)
     inputs = inputs_of(graph)
-    apart = Executor(graph, [*before, *choices[start:stop], *behind], state)
+    apart = Executor(graph, [*before, *candidates[start:stop], *behind], state)
     for y, same in zip(executor(*inputs), apart(*inputs), strict=True):
         assert torch.equal(y, same)
 
@@ -80,18 +88,20 @@ def planned(graph: Graph, stop: int) -> list[Candidate]:
     modules = {n: t for n, t in tactics_for("cpu").items() if TACTICS[n].in_arena}
     cost = {"native_strips": 1.5, "native_chain": 1.5, "native": 1.0}
     part = graph.part(0, stop)
-    return [s.choice for s in plan(part, modules, lambda c: cost[c.tactic], lambda _: 0)]
+    every = (candidate for group in find_candidates(part, modules) for candidate in group)
+    timed = [TimedCandidate(candidate, cost[candidate.tactic]) for candidate in every]
+    return [segment.candidate for segment in plan(part, timed).segments]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_joined_convolutions_and_several_sizes_of_chunk(count: int) -> None:
     graph, state, _, x = resnet(6)
     stop = stage_ends(graph)[-1]
-    choices = planned(graph, stop)
-    assert {c.tactic for c in choices} > {"native_chain", "native_strips"}
+    candidates = planned(graph, stop)
+    assert {c.tactic for c in candidates} > {"native_chain", "native_strips"}
     rest = eager_choices(graph)[stop:]
-    whole = Executor(graph, [*choices, *rest], state)
-    chunks = Executor(graph, [chunked("native_chunks", choices, count), *rest], state)
+    whole = Executor(graph, [*candidates, *rest], state)
+    chunks = Executor(graph, [chunked("native_chunks", candidates, count), *rest], state)
     (wanted,), (got,) = whole(x), chunks(x)
     assert torch.equal(got, wanted)
     if count == 6:
@@ -103,9 +113,9 @@ def test_chunks_of_tensors_as_a_gpu_has_them(dtype: torch.dtype) -> None:
     graph, state, model, x = resnet(4)
     graph, state = capture(model.to(dtype), x.to(dtype))
     stop = stage_ends(graph)[-1]
-    choices = eager_choices(graph)
-    in_chunks = chunked("chunks", choices[:stop], 2)
-    executor = Executor(graph, [in_chunks, *choices[stop:]], state)
+    candidates = eager_choices(graph)
+    in_chunks = chunked("chunks", candidates[:stop], 2)
+    executor = Executor(graph, [in_chunks, *candidates[stop:]], state)
     with torch.inference_mode():
         (got,), wanted = executor(x.to(dtype)), model(x.to(dtype))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -114,16 +124,16 @@ def test_chunks_of_tensors_as_a_gpu_has_them(dtype: torch.dtype) -> None:
 
 def test_what_a_chunk_is() -> None:
     graph, *_ = resnet(6)
-    choices = eager_choices(graph)[:3]
-    choice = chunked("chunks", choices, 3)
-    assert (choice.start, choice.stop) == (0, 3) and inner_choices(choice) == choices
-    part = chunk_of(graph, choice)
+    candidates = eager_choices(graph)[:3]
+    candidate = chunked("chunks", candidates, 3)
+    assert (candidate.start, candidate.stop) == (0, 3) and inner_candidates(candidate) == candidates
+    part = chunk_of(graph, candidate)
     assert {value.shape[0] for value in part.values.values()} == {2}
     assert {n.op.problem.n for n in part.nodes if isinstance(n.op, Conv)} == {2}
-    other = chunked("chunks", choices[:2], 3)
-    assert choice.label().startswith("chunks count=3 ") and choice.label() != other.label()
-    (back,) = segments_from_json(segments_to_json((Segment(choice, 1.0),)))
-    assert back.choice == choice
+    other = chunked("chunks", candidates[:2], 3)
+    assert candidate.label().startswith("chunks count=3 ") and candidate.label() != other.label()
+    (back,) = segments_from_json(segments_to_json((Segment(candidate, 1.0),)))
+    assert back.candidate == candidate
 
 
 def test_stages_end_where_one_value_goes_on_and_weights_are_few() -> None:
@@ -167,34 +177,37 @@ def chunk_plan(times: dict[int, float], bytes_in_chunks: int) -> list[Segment]:
     their count."""
     graph, *_ = resnet(8)
     tactics = tactics_for("cpu")
-    segments = [Segment(c, 1.0) for c in eager_choices(graph)]
+    last = stage_ends(graph)[-1]
 
-    class Clock:
-        def __call__(self, choice: Candidate) -> float | None:
-            return 1.0 if choice.stop == choice.start + 1 else None
+    def timed_at(candidate: Candidate, ms: float) -> TimedCandidate:
+        early = candidate.tactic != "native_chunks" and candidate.start < last
+        return TimedCandidate(candidate, ms, 1000 if early else bytes_in_chunks)
 
-        def together(self, choices: Sequence[Candidate]) -> list[float | None]:
-            return [times.get(choice.settings["count"]) for choice in choices]
-
-    def memory(choice: Candidate) -> int:
-        early = choice.tactic != "native_chunks" and choice.start < stage_ends(graph)[-1]
-        return 1000 if early else bytes_in_chunks
-
-    return with_chunks(graph, segments, tactics, Clock(), memory)
+    every = [candidate for group in find_candidates(graph, tactics) for candidate in group]
+    timed = [timed_at(c, 1.0) for c in every if c.stop == c.start + 1]
+    by_torch = [Segment(candidate, 1.0) for candidate in eager_choices(graph)]
+    stages = chunk_stages(graph, tactics, timed)
+    in_chunks = [
+        timed_at(candidate, times[candidate.settings["count"]])
+        for stage in stages
+        for candidate in stage.candidates
+        if candidate.settings["count"] in times
+    ]
+    return list(with_chunks(Plan(tuple(by_torch), 1000), stages, in_chunks).segments)
 
 
 def test_chunks_are_planned_where_they_are_quicker_or_as_quick_and_smaller() -> None:
-    assert chunk_plan({1: 10.0, 2: 10.0, 4: 10.0, 8: 10.0}, 1000)[0].choice.tactic == "eager"
+    assert chunk_plan({1: 10.0, 2: 10.0, 4: 10.0, 8: 10.0}, 1000)[0].candidate.tactic == "eager"
     quick = chunk_plan({1: 10.0, 2: 10.0, 4: 5.0, 8: 6.0}, 1000)
-    assert quick[0].choice.settings["count"] == 4
+    assert quick[0].candidate.settings["count"] == 4
     last = stage_ends(resnet(8)[0])[-1]
-    assert quick[0].choice.stop == last == quick[1].choice.start  # of all stages
+    assert quick[0].candidate.stop == last == quick[1].candidate.start  # of all stages
     assert quick[0].ms == pytest.approx(last / 2) and quick[0].runner_up is not None
     small = chunk_plan({1: 10.0, 2: 10.1, 4: 10.1, 8: 10.0}, 10)
-    assert small[0].choice.settings["count"] == 8
+    assert small[0].candidate.settings["count"] == 8
     slow = {1: 10.0, 2: 10.1, 4: 10.1, 8: 10.1}
-    assert chunk_plan(slow, 10)[0].choice.tactic == "eager"
-    assert chunk_plan({1: 10.0}, 1000)[0].choice.tactic == "eager"  # the others were wrong
+    assert chunk_plan(slow, 10)[0].candidate.tactic == "eager"
+    assert chunk_plan({1: 10.0}, 1000)[0].candidate.tactic == "eager"  # the others were wrong
 
 
 def test_choices_that_are_timed_together_are_checked_and_kept(tmp_path) -> None:
@@ -203,9 +216,9 @@ def test_choices_that_are_timed_together_are_checked_and_kept(tmp_path) -> None:
     measured = Tuner(graph, state, torch.device("cpu"), ["native"], cache)
     good = chunked("native_chunks", planned(graph, 2), 2)
     other = chunked("native_chunks", planned(graph, 2), 1)
-    times = measured.together([good, other])
+    times = measured.in_turns([good, other])
     assert all(ms is not None and ms > 0 for ms in times) and measured.measured == 2
-    assert measured.together([good, other]) == times and measured.measured == 2
+    assert measured.in_turns([good, other]) == times and measured.measured == 2
     assert measured(good) == times[0]
     again = TimingCache(torch.device("cpu"), tmp_path)
     assert Tuner(graph, state, torch.device("cpu"), ["native"], again)(good) == times[0]
@@ -217,15 +230,15 @@ def test_one_exact_answer_does_for_all_counts_of_chunks(tmp_path, monkeypatch) -
     cpu = torch.device("cpu")
     measured = Tuner(graph, state, cpu, ["native"], TimingCache(cpu, tmp_path))
     asked: list[Graph] = []
-    exact = tuner.eager.exact
+    exact = exact_answers.eager.exact
 
     def noted(part: Graph, *given: Any) -> list[Tensor]:
         asked.append(part)
         return exact(part, *given)
 
-    monkeypatch.setattr(tuner.eager, "exact", noted)
-    choices = [chunked("native_chunks", planned(graph, 4), count) for count in (1, 2, 4)]
-    assert None not in measured.together(choices) and len(asked) == 1
+    monkeypatch.setattr(exact_answers.eager, "exact", noted)
+    candidates = [chunked("native_chunks", planned(graph, 4), count) for count in (1, 2, 4)]
+    assert None not in measured.in_turns(candidates) and len(asked) == 1
 
 
 @pytest.mark.parametrize("name", ("resnet18", "resnet50", "resnext50_32x4d"))
@@ -238,32 +251,19 @@ def test_on_a_gpu_chunks_are_of_early_stages_only(name: str, monkeypatch) -> Non
     assert maps == [56, 28]
     asked: list[int | None] = []
     monkeypatch.setattr(chunking, "stage_ends", lambda graph, images: asked.append(images) or [])
-    segments = [Segment(choice, 1.0) for choice in eager_choices(graph)]
-    for device, tactics in (("cpu", tactics_for("cpu")), ("cuda", tactics_for("cuda"))):
-        made = with_chunks(graph, segments, tactics, Unasked(), lambda choice: 1)
-        assert made == segments, device
+    for device in ("cpu", "cuda"):
+        assert chunk_stages(graph, tactics_for(device), []) == []
     assert asked == [None, 32]
-
-
-class Unasked:
-    """A clock."""
-
-    def __call__(self, choice: Candidate) -> float | None:
-        raise AssertionError
-
-    def together(self, choices: Sequence[Candidate]) -> list[float | None]:
-        raise AssertionError
 
 
 @pytest.mark.parametrize("tiling, chunks", [(None, True), (True, True), (False, False)])
 def test_on_a_cpu_chunks_are_left_out_if_asked(
     tiling: bool | None, chunks: bool, tmp_path, monkeypatch
 ) -> None:
-    called: list[Graph] = []
+    called: list[Plan] = []
     monkeypatch.setattr(
-        engine_module, "with_chunks",
-        lambda graph, segments, *given: called.append(graph) or segments,
-    )  # fmt: skip
+        build_module, "with_chunks", lambda planned, *given: called.append(planned) or planned
+    )
     model = nn.Sequential(nn.Conv2d(3, 16, 3)).eval()
     build_engine(model, torch.randn(1, 3, 8, 8), timings=tmp_path, tiling=tiling)
     assert bool(called) == chunks
@@ -276,15 +276,15 @@ def test_choices_are_timed_in_turns_and_short_ones_several_times_in_each(
     graph, state, *_ = resnet(2)
     cpu = torch.device("cpu")
     measured = Tuner(graph, state, cpu, ["native"], TimingCache(cpu, tmp_path))
-    timed: list[tuner.Run] = []
+    timed: list[Run] = []
 
-    def clock(self: Tuner, run: tuner.Run) -> float:
+    def clock(self: Clock, run: Run) -> float:
         timed.append(run)
         return ms if run is timed[0] else 1.1 * ms
 
-    monkeypatch.setattr(Tuner, "_once_cold", clock)
-    choices = [chunked("native_chunks", planned(graph, 2), count) for count in (1, 2)]
-    assert measured.together(choices) == [ms, 1.1 * ms]
+    monkeypatch.setattr(Clock, "once", clock)
+    candidates = [chunked("native_chunks", planned(graph, 2), count) for count in (1, 2)]
+    assert measured.in_turns(candidates) == [ms, 1.1 * ms]
     turns = [len(list(turn)) for _, turn in itertools.groupby(timed, key=id)]
     assert len(turns) == 10 and set(turns) == {in_a_row}
 
@@ -293,21 +293,24 @@ def test_no_more_are_timed_in_turns_than_there_is_room_for(tmp_path, monkeypatch
     graph, state, *_ = resnet(2)
     cpu = torch.device("cpu")
     measured = Tuner(graph, state, cpu, ["native"], TimingCache(cpu, tmp_path))
-    choices = max((list(native.segments(graph, at)) for at in range(len(graph.nodes))), key=len)
-    assert len(choices) > 2
-    monkeypatch.setattr(Tuner, "together", lambda self, some: turns.append(len(some)))
-    values = graph.part(choices[0].start, choices[0].stop).values.values()
+    candidates = max((list(native.segments(graph, at)) for at in range(len(graph.nodes))), key=len)
+    assert len(candidates) > 2
+    monkeypatch.setattr(Tuner, "in_turns", lambda self, some: turns.append(len(some)) or [None])
+    values = graph.part(candidates[0].start, candidates[0].stop).values.values()
     each = 4 * sum(math.prod(value.shape) for value in values)
-    for arena, expected in (2 * each, 2), (each - 1, 1), (1 << 40, len(choices)):
+    for arena, expected in (2 * each, 2), (each - 1, 1), (1 << 40, len(candidates)):
         turns: list[int] = []
-        monkeypatch.setattr(tuner, "_ROOM_BYTES", arena)
-        measured.time_in_turns(choices)
-        assert sum(turns) == len(choices) and max(turns) == expected
+        monkeypatch.setattr(tuner, "_BYTES_IN_TURNS", arena)
+        measured._as_memory_allows(candidates)
+        assert sum(turns) == len(candidates) and max(turns) == expected
 
 
 def test_an_engine_in_chunks_is_saved_and_loaded(tmp_path, monkeypatch) -> None:
     """Whatever the clock says."""
-    monkeypatch.setattr(Tuner, "together", lambda self, choices: [1.0, *[0.1] * (len(choices) - 1)])
+    monkeypatch.setattr(
+        Tuner, "tune_in_turns",
+        lambda self, groups: {c: 0.1 if i else 1.0 for some in groups for i, c in enumerate(some)},
+    )  # fmt: skip
     *_, model, x = resnet(4)
     engine = build_engine(model, x, timings=tmp_path)
     told = engine.explain()

@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from engine_models import AS_FUSED, conv, images, made, require_answers
 from graphs import error
-from resfuse.kernels.engine.engine import build_engine
+from resfuse.kernels import build_engine
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Conv
 from scope import Scope

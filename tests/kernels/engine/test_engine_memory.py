@@ -90,9 +90,9 @@ def any_choices(graph: Graph, draw: st.DataObject) -> list[Candidate]:
     return chosen
 
 
-def require_as_eager(graph: Graph, state: State, choices: list[Candidate]) -> None:
+def require_as_eager(graph: Graph, state: State, candidates: list[Candidate]) -> None:
     """For different inputs in a row, which stay what they were; the last is the first again."""
-    executor = Executor(graph, choices, state)
+    executor = Executor(graph, candidates, state)
     plain = Executor(graph, eager_choices(graph), state)
     for seed in (1, 2, 1):
         inputs = inputs_of(graph, seed)
@@ -100,7 +100,7 @@ def require_as_eager(graph: Graph, state: State, choices: list[Candidate]) -> No
         kept = [x.clone() for x in inputs]
         for name, y, want in zip(graph.outputs, executor(*inputs), plain(*inputs), strict=True):
             assert y.shape == want.shape
-            assert error(y, want) < CLOSE, f"{name} of {graph.nodes} by {choices}"
+            assert error(y, want) < CLOSE, f"{name} of {graph.nodes} by {candidates}"
         assert all(torch.equal(x, before) for x, before in zip(inputs, kept, strict=True))
 
 
@@ -146,8 +146,8 @@ def test_the_callers_input_is_never_written_over(target: str) -> None:
         Node("sum", Conv(SUM, "w"), ("x", "view")),
         outputs=("sum",),
     )
-    choices = [Candidate("eager", 0, 1), Candidate("onednn", 1, 2)]
-    require_as_eager(graph, conv_state(SUM), choices)
+    candidates = [Candidate("eager", 0, 1), Candidate("onednn", 1, 2)]
+    require_as_eager(graph, conv_state(SUM), candidates)
 
 
 def test_what_a_view_still_shows_is_never_written_over() -> None:
@@ -157,8 +157,8 @@ def test_what_a_view_still_shows_is_never_written_over() -> None:
         Node("sum", Conv(SUM, "w"), ("x", "first")),
         outputs=("sum", "view"),
     )
-    choices = [Candidate("onednn", 0, 1), Candidate("eager", 1, 2), Candidate("onednn", 2, 3)]
-    require_as_eager(graph, conv_state(SUM), choices)
+    candidates = [Candidate("onednn", 0, 1), Candidate("eager", 1, 2), Candidate("onednn", 2, 3)]
+    require_as_eager(graph, conv_state(SUM), candidates)
 
 
 @pytest.mark.parametrize("tactic", ["onednn", "native"])
@@ -170,8 +170,8 @@ def test_what_is_convolved_and_added_is_not_written_over(tactic: str) -> None:
         outputs=("sum",),
     )
     config = tuple(asdict(NativeConfig("direct", False, 6)).items()) if tactic == "native" else ()
-    choices = [Candidate(tactic, at, at + 1, config) for at in range(2)]
-    require_as_eager(graph, conv_state(SUM), choices)
+    candidates = [Candidate(tactic, at, at + 1, config) for at in range(2)]
+    require_as_eager(graph, conv_state(SUM), candidates)
 
 
 def test_a_map_that_is_read_through_windows_is_never_written_over() -> None:
@@ -184,8 +184,8 @@ def test_a_map_that_is_read_through_windows_is_never_written_over() -> None:
     )
     rows = NativeConfig("direct", False, 6)  # the first are written before the last are read
     conv = Candidate("native", 2, 3, tuple(asdict(rows).items()))
-    choices = [Candidate("native", 0, 1), Candidate("native", 1, 2), conv]
-    require_as_eager(graph, conv_state(SUM), choices)
+    candidates = [Candidate("native", 0, 1), Candidate("native", 1, 2), conv]
+    require_as_eager(graph, conv_state(SUM), candidates)
 
 
 def test_one_weight_under_two_batch_norms() -> None:
@@ -213,10 +213,10 @@ def test_a_part_is_timed_in_place_where_the_network_runs_it_so() -> None:
     assert [graph.part(at, at + 1).spent for at in range(4)] == [set(), set(), {"a", "b"}, {"c"}]
     assert graph.part(1, 3).spent == {"a"} and graph.part(1, 3).part(1, 2).spent == {"a", "b"}
     part = graph.part(2, 3)
-    choice = [Candidate("native", 0, 1)]
+    candidate = [Candidate("native", 0, 1)]
     in_place, beside = (
-        Executor(part, choice, {}),
-        Executor(replace(part, spent=frozenset()), choice, {}),
+        Executor(part, candidate, {}),
+        Executor(replace(part, spent=frozenset()), candidate, {}),
     )
     assert in_place.arena.address("c") == in_place.arena.address("a")
     assert beside.arena.address("c") != beside.arena.address("a")
@@ -243,11 +243,11 @@ def test_the_parts_of_a_concatenation_are_written_where_the_whole_is() -> None:
 
 def test_weights_are_laid_out_once_for_all_batch_sizes() -> None:
     graph, state = conv_graph(PROBLEM), conv_state(PROBLEM)
-    choices = [next(iter(native.segments(graph, 0)))]
+    candidates = [next(iter(native.segments(graph, 0)))]
     weight_store = WeightStore()
-    one = Executor(graph, choices, state, weight_store)
+    one = Executor(graph, candidates, state, weight_store)
     size = one.held_bytes()
-    two = Executor(graph, choices, state, weight_store)
+    two = Executor(graph, candidates, state, weight_store)
     assert two.held_bytes() == size > 4 * state["w"].numel()
 
 
@@ -258,12 +258,12 @@ def test_what_a_plan_is_told_is_alive_is_what_the_arena_needs(
 ) -> None:
     """Of graphs that run in native steps alone, one by one."""
     graph, state = made
-    choices = native_choices(graph, data)
-    if any(choice.tactic != "native" for choice in choices):
+    candidates = native_choices(graph, data)
+    if any(candidate.tactic != "native" for candidate in candidates):
         return
     alive = Liveness(graph, lanes())
-    most = max(alive.bytes_of(choice, native) for choice in choices)
-    assert most == pytest.approx(Executor(graph, choices, state).arena.least_size, abs=64 * 20)
+    most = max(alive.bytes_of(candidate, native) for candidate in candidates)
+    assert most == pytest.approx(Executor(graph, candidates, state).arena.least_size, abs=64 * 20)
 
 
 def test_what_a_segment_alone_reads_is_not_alive() -> None:

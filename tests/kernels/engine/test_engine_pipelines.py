@@ -47,7 +47,7 @@ def stem_as_an_implicit_gemm() -> Launch:
     x = torch.empty(256, 3, 224, 224, dtype=torch.float16, device="meta")
     graph, state = capture(model, x)
     tile = Config(128, 64, 64, num_warps=4, num_stages=3, loop="flat")
-    (launch,) = launches(graph, state, [triton_conv._choice(0, "implicit_gemm", tile)])
+    (launch,) = launches(graph, state, [triton_conv._candidate(0, "implicit_gemm", tile)])
     return launch
 
 

@@ -19,9 +19,14 @@ from resfuse.kernels.engine.ir.candidate import Candidate, key_of
 from resfuse.kernels.engine.ir.graph import Affine, Graph, Node, State, Value
 from resfuse.kernels.engine.ir.lowered import Call, Values
 from resfuse.kernels.engine.memory.buffers import Arena
-from resfuse.kernels.engine.planning.planner import WORTH, Segment, plan
+from resfuse.kernels.engine.planning.planner import (
+    MEMORY_EXPONENT,
+    Segment,
+    TimedCandidate,
+    plan,
+)
 from resfuse.kernels.engine.tactics import TACTICS, Tactic, TacticModule, eager
-from resfuse.kernels.engine.tuning import tuner
+from resfuse.kernels.engine.tuning.clock import Clock, Run
 from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.ops.conv_problem import ConvProblem
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
@@ -29,25 +34,6 @@ from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 CPU = torch.device("cpu")
-
-
-class Offers:
-    """A tactic's module that offers the choices it is given."""
-
-    def __init__(self, choices: Iterable[Candidate]) -> None:
-        self._choices = list(choices)
-
-    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
-
-    def segments(self, graph: Graph, at: int) -> Iterable[Candidate]:
-        return [choice for choice in self._choices if choice.start == at]
-
-    def scratch(self, graph: Graph, choice: Candidate) -> int:
-        return 0
-
-    def lower(self, graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
-        raise AssertionError("nothing is run here")
 
 
 def chain(count: int) -> Graph:
@@ -61,10 +47,10 @@ def covers(offered: list[Candidate], count: int, start: int = 0) -> Iterator[lis
     """Every way to cover nodes [start, count)."""
     if start == count:
         yield []
-    for choice in offered:
-        if choice.start == start:
-            for rest in covers(offered, count, choice.stop):
-                yield [choice, *rest]
+    for candidate in offered:
+        if candidate.start == start:
+            for rest in covers(offered, count, candidate.stop):
+                yield [candidate, *rest]
 
 
 def planned(
@@ -73,18 +59,22 @@ def planned(
     costs: dict[Candidate, float | None],
     memory: dict[Candidate, int],
 ) -> list[Segment]:
-    """By two tactics, each with a part of what is offered."""
-    tactics: dict[str, TacticModule] = {
-        "even": Offers(offered[::2]),
-        "odd": Offers(offered[1::2]),
-    }
-    return plan(chain(count), tactics, costs.__getitem__, lambda c: memory.get(c, 0))
+    """The segments that are planned with those of the candidates that have a cost."""
+    timed = [
+        TimedCandidate(candidate, ms, memory.get(candidate, 0))
+        for candidate in offered
+        if (ms := costs[candidate]) is not None
+    ]
+    made = plan(chain(count), timed)
+    assert made.arena_bytes == max(memory.get(s.candidate, 0) for s in made.segments)
+    return list(made.segments)
 
 
 @st.composite
 def offers(draw: st.DrawFn) -> tuple[int, list[Candidate], dict[Candidate, float | None]]:
-    """Up to six nodes and twelve choices of one to four of them. Costs are powers of two, so that
-    every sum is different from every other, and no two are nearly alike; some choices are barred.
+    """Up to six nodes and twelve candidates of one to four of them. Costs are powers of two, so
+    that every sum is different from every other, and no two are nearly alike; some candidates are
+    barred.
     """
     count = draw(st.integers(1, 6))
     offered = []
@@ -94,8 +84,8 @@ def offers(draw: st.DrawFn) -> tuple[int, list[Candidate], dict[Candidate, float
         offered.append(Candidate(f"tactic{i}", start, stop))
     exponents = draw(st.permutations(range(len(offered))))
     costs = {
-        choice: None if draw(st.integers(0, 4)) == 0 else float(2**e)
-        for choice, e in zip(offered, exponents, strict=True)
+        candidate: None if draw(st.integers(0, 4)) == 0 else float(2**e)
+        for candidate, e in zip(offered, exponents, strict=True)
     }
     return count, offered, costs
 
@@ -106,22 +96,24 @@ def test_the_plan_is_the_cheapest_of_all(
     made: tuple[int, list[Candidate], dict[Candidate, float | None]],
 ) -> None:
     count, offered, costs = made
-    usable = {choice: ms for choice in offered if (ms := costs[choice]) is not None}
+    usable = {candidate: ms for candidate in offered if (ms := costs[candidate]) is not None}
     possible = list(covers(list(usable), count))
     if not possible:
         with pytest.raises(ValueError, match="argument model: no "):
             planned(count, offered, costs, {})
         return
-    best = min(possible, key=lambda cover: sum(usable[choice] for choice in cover))
+    best = min(possible, key=lambda cover: sum(usable[candidate] for candidate in cover))
     segments = planned(count, offered, costs, {})
-    assert [segment.choice for segment in segments] == best
+    assert [segment.candidate for segment in segments] == best
     for segment in segments:
         same = [
-            c for c in usable if (c.start, c.stop) == (segment.choice.start, segment.choice.stop)
+            c
+            for c in usable
+            if (c.start, c.stop) == (segment.candidate.start, segment.candidate.stop)
         ]
-        others = sorted((usable[c], c) for c in same if c != segment.choice)
+        others = sorted((usable[c], c) for c in same if c != segment.candidate)
         runner_up = (others[0][1], others[0][0]) if others else (None, None)
-        assert segment.ms == usable[segment.choice]
+        assert segment.ms == usable[segment.candidate]
         assert (segment.runner_up, segment.runner_up_ms) == runner_up
 
 
@@ -135,7 +127,7 @@ def test_time_is_weighed_against_memory(second_ms: float, second_bytes: int, win
     costs: dict[Candidate, float | None] = dict(zip(offered, (1.0, second_ms), strict=True))
     memory = dict(zip(offered, (100, second_bytes), strict=True))
     (segment,) = planned(1, offered, costs, memory)
-    assert segment.choice == offered[wins] and segment.runner_up == offered[1 - wins]
+    assert segment.candidate == offered[wins] and segment.runner_up == offered[1 - wins]
 
 
 def test_memory_counts_where_it_is_fullest() -> None:
@@ -143,7 +135,7 @@ def test_memory_counts_where_it_is_fullest() -> None:
     offered = [Candidate(name, at, at + 1) for at in range(2) for name in ("fast", "small")]
     costs: dict[Candidate, float | None] = dict(zip(offered, (1.0, 1.001, 1.0, 1.001), strict=True))
     memory = dict(zip(offered, (100, 50, 40, 1), strict=True))
-    found = [segment.choice.tactic for segment in planned(2, offered, costs, memory)]
+    found = [segment.candidate.tactic for segment in planned(2, offered, costs, memory)]
     assert found == ["small", "fast"]
 
 
@@ -155,19 +147,19 @@ def test_no_cover_is_better_in_time_and_memory(
     """Against every cover. Costs in hundredths, so that many are nearly alike."""
     count, offered, barred = made
     costs: dict[Candidate, float | None] = {
-        choice: None if barred[choice] is None else 1 + data.draw(st.integers(0, 4)) / 100
-        for choice in offered
+        candidate: None if barred[candidate] is None else 1 + data.draw(st.integers(0, 4)) / 100
+        for candidate in offered
     }
-    memory = {choice: data.draw(st.integers(0, 5)) for choice in offered}
+    memory = {candidate: data.draw(st.integers(0, 5)) for candidate in offered}
     possible = list(covers([c for c in offered if costs[c] is not None], count))
     if not possible:
         return
 
     def price(cover: list[Candidate]) -> float:
-        ms = sum(costs[choice] or 0.0 for choice in cover)
-        return ms * max(1, *(memory[choice] for choice in cover)) ** WORTH
+        ms = sum(costs[candidate] or 0.0 for candidate in cover)
+        return ms * max(1, *(memory[candidate] for candidate in cover)) ** MEMORY_EXPONENT
 
-    found = [segment.choice for segment in planned(count, offered, costs, memory)]
+    found = [segment.candidate for segment in planned(count, offered, costs, memory)]
     assert price(found) == pytest.approx(min(map(price, possible)))
 
 
@@ -190,12 +182,12 @@ class Wrong:
     def segments(self, graph: Graph, at: int) -> Iterable[Candidate]:
         yield Candidate("wrong", at, at + 1)
 
-    def scratch(self, graph: Graph, choice: Candidate) -> int:
+    def scratch(self, graph: Graph, candidate: Candidate) -> int:
         return 0
 
-    def lower(self, graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
-        right = eager.lower(graph, choice, state, arena)
-        name = graph.nodes[choice.start].name
+    def lower(self, graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
+        right = eager.lower(graph, candidate, state, arena)
+        name = graph.nodes[candidate.start].name
 
         def run(values: Values) -> None:
             right.run(values)
@@ -230,7 +222,7 @@ class Raises(Wrong):
 
 
 class Refuses(Wrong):
-    def lower(self, graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+    def lower(self, graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
         raise ValueError("planted failure")
 
 
@@ -243,17 +235,17 @@ PROBLEM = ConvProblem(2, 16, 6, 5, 16, 3, 3, (1, 1), (1, 1), math_mode="ieee")
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was timed, in order."""
-    parts: list[str] = []
-    clock = Tuner._time
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """What was timed, in order, each run as often as it was."""
+    timed: list[Run] = []
+    measure = Clock.once
 
-    def noted(self: Tuner, run: tuner.Run, key: str) -> float:
-        parts.append(key)
-        return clock(self, run, key)
+    def noted(self: Clock, run: Run) -> float:
+        timed.append(run)
+        return measure(self, run)
 
-    monkeypatch.setattr(Tuner, "_time", noted)
-    return parts
+    monkeypatch.setattr(Clock, "once", noted)
+    return timed
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, module: Wrong) -> None:
@@ -276,7 +268,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, module: Wrong) -> None:
     ids=lambda given: type(given).__name__ if isinstance(given, Wrong) else "",
 )
 def test_a_wrong_tactic_is_barred_before_it_is_timed(
-    module: Wrong, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: list[str]
+    module: Wrong, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: list[Run]
 ) -> None:
     plant(monkeypatch, module)
     graph, state = conv_graph(PROBLEM), conv_state(PROBLEM)
@@ -286,8 +278,10 @@ def test_a_wrong_tactic_is_barred_before_it_is_timed(
     with pytest.warns(UserWarning, match=f"wrong .*{said}"):
         assert measurer(Candidate("wrong", 0, 1)) is None
     assert not timed
-    (segment,) = plan(graph, tactics, measurer, lambda choice: 0)
-    assert segment.choice.tactic == "eager" and segment.runner_up is None and len(timed) == 1
+    times = measurer.tune([[Candidate("wrong", 0, 1)], [Candidate("eager", 0, 1)]])
+    (segment,) = plan(graph, [TimedCandidate(c, ms) for c, ms in times.items()]).segments
+    assert segment.candidate.tactic == "eager" and segment.runner_up is None
+    assert len(set(timed)) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it stays barred in the next build, and is not tried again
         again = Tuner(graph, state, CPU, tactics, TimingCache(CPU, tmp_path))
@@ -370,7 +364,8 @@ def test_a_tactic_that_breaks_the_gpu_is_barred_and_the_build_ends(
 ) -> None:
     """With a device that answers nothing any more in a GPU's place."""
     measurer = measurer_of(Fails(RuntimeError("an illegal access")), tmp_path, monkeypatch)
-    measurer._expected(measurer._graph.part(0, 1), key_of(measurer._graph.part(0, 1)))
+    part = measurer._graph.part(0, 1)
+    measurer._exact_answer(part, key_of(part))
     measurer._device = torch.device("cuda")
 
     def gone(device: torch.device) -> None:
@@ -384,7 +379,7 @@ def test_a_tactic_that_breaks_the_gpu_is_barred_and_the_build_ends(
 
 
 def test_a_right_tactic_is_timed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: list[Run]
 ) -> None:
     plant(monkeypatch, Untouched())
     graph, state = conv_graph(PROBLEM), conv_state(PROBLEM)
@@ -392,4 +387,4 @@ def test_a_right_tactic_is_timed_once(
     ms = measurer(Candidate("wrong", 0, 1))
     assert ms is not None and ms > 0
     assert measurer(Candidate("wrong", 0, 1)) == ms
-    assert measurer.measured == 1 and len(timed) == 1
+    assert measurer.measured == 1 and len(set(timed)) == 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine_models import SHAPE, images, made, require_answers, small
 from readback import mutated
-from resfuse.kernels.engine.engine import build_engine
+from resfuse.kernels import build_engine
 from resfuse.kernels.engine.ir.lowered import Call
 from resfuse.kernels.engine.tactics.cpu import onednn_conv
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
@@ -89,12 +89,12 @@ def test_a_tactic_is_not_right_because_a_file_has_its_time(
     fast = forged(honest, lambda row: row | {"ms": 1e-6 if "onednn" in row["choice"] else 1.0})
     put(tmp_path, fast)
     believed = build_engine(model, images(*SHAPE), timings=tmp_path)
-    assert any(s.choice.tactic == "onednn" for s in believed._built[SHAPE[0]].segments)
+    assert any(s.candidate.tactic == "onednn" for s in believed._built[SHAPE[0]].segments)
     lower = onednn_conv.lower
 
-    def wrong(graph: Any, choice: Any, state: Any, arena: Any) -> Call:
-        right = lower(graph, choice, state, arena)
-        name = graph.nodes[choice.stop - 1].name
+    def wrong(graph: Any, candidate: Any, state: Any, arena: Any) -> Call:
+        right = lower(graph, candidate, state, arena)
+        name = graph.nodes[candidate.stop - 1].name
 
         def run(values: dict[str, Tensor]) -> None:
             right.run(values)
@@ -105,5 +105,5 @@ def test_a_tactic_is_not_right_because_a_file_has_its_time(
     monkeypatch.setattr(onednn_conv, "lower", wrong)
     with pytest.warns(UserWarning, match="onednn.* is barred, its error is"):
         engine = build_engine(model, images(*SHAPE), timings=tmp_path)
-    assert all(s.choice.tactic != "onednn" for s in engine._built[SHAPE[0]].segments)
+    assert all(s.candidate.tactic != "onednn" for s in engine._built[SHAPE[0]].segments)
     require_answers(engine, model, images(*SHAPE, seed=3))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from engine_models import SHAPE, conv, images, made, small
-from resfuse.kernels.engine.engine import Engine, build_engine
+from resfuse.kernels import Engine, build_engine
 from scope import Scope
 
 pytestmark = pytest.mark.usefixtures("own_cache")

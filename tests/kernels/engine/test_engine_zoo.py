@@ -101,15 +101,15 @@ AMPLIFYING = (
 
 def chosen_unmeasured(graph: Graph) -> list[Candidate]:
     """Native steps wherever there are any, of convolutions the ones expected to be fastest."""
-    choices = []
+    candidates = []
     for at, node in enumerate(graph.nodes):
         offered = [*native.segments(graph, at), *onednn_conv.segments(graph, at)]
         if offered and offered[0].tactic == "native" and isinstance(node.op, Conv):
             config = asdict(choose(node.op.problem))
-            choices.append(Candidate("native", at, at + 1, tuple(config.items())))
+            candidates.append(Candidate("native", at, at + 1, tuple(config.items())))
         else:
-            choices.append(offered[0] if offered else Candidate("eager", at, at + 1))
-    return choices
+            candidates.append(offered[0] if offered else Candidate("eager", at, at + 1))
+    return candidates
 
 
 @pytest.mark.parametrize("name", ZOO)

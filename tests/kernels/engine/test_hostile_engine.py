@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from engine_fuzz import Saved
 from engine_models import conv, images, made
 from graphs import error
-from resfuse.kernels.engine.engine import Engine, build_engine
+from resfuse.kernels import Engine, build_engine
 from resfuse.kernels.engine.load import load_engine
 from scope import Scope
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resfuse.kernels.cpu.program import Step, lanes
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.chunks import chunk_of, inner_choices
+from resfuse.kernels.engine.ir.chunks import chunk_of, inner_candidates
 from resfuse.kernels.engine.ir.graph import Graph, State
 from resfuse.kernels.engine.ir.lowered import Native
 from resfuse.kernels.engine.memory.aliasing import pixels_of
@@ -36,7 +36,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native
     steps: list[Step] = []
     for chunk in range(choice.settings["count"]):
         inside = _ChunkArena(arena, part, layout, memory, chunk)
-        for inner in inner_choices(choice):
+        for inner in inner_candidates(choice):
             work = TACTICS[inner.tactic].load().lower(part, inner, state, inside)
             assert isinstance(work, Native)
             steps += work.steps
@@ -45,7 +45,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native
 
 def _layout(part: Graph, choice: Candidate) -> Layout:
     """Of what nobody but the chunk reads."""
-    inner = inner_choices(choice)
+    inner = inner_candidates(choice)
     scratch = {c.start: TACTICS[c.tactic].load().scratch(part, c) for c in inner}
     within = {name for c in inner for name in part.inner(c.start, c.stop)}
     values = {node.name for node in part.nodes} - set(part.outputs) - within

@@ -1,9 +1,9 @@
 """cuDNN's convolutions with bias, sum and ReLU in their epilogue, as torch offers them; and its
 plain convolution, with the bias in a pass of its own, where no ReLU follows.
 
-There is one choice a convolution: the form of cuDNN's ReLU that cudnn_probe.py found right and
-fastest, by plans from heuristics or from torch's search, as it found as well. A second choice that
-searches would run the first one's plan, for torch keeps plans under a key without that switch.
+There is one candidate a convolution: the form of cuDNN's ReLU that cudnn_probe.py found right and
+fastest, by plans from heuristics or from torch's search, as it found as well. A second candidate
+that searches would run the first one's plan, for torch keeps plans under a key without that switch.
 Where plans are searched for, they are again in every process that runs the engine, on its first
 call or before its CUDA graph is recorded: at most 0.25 s for every other convolution, or it is not
 done.
@@ -44,12 +44,12 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
         yield Candidate("cudnn", at, at + 1, (*form, ("search", way.search)))
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
+def scratch(graph: Graph, candidate: Candidate) -> int:
     return 0
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
-    node = graph.nodes[choice.start]
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
+    node = graph.nodes[candidate.start]
     op = node.op
     assert isinstance(op, Conv)
     problem = op.problem
@@ -57,7 +57,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
     geometry: Geometry = problem.stride, problem.padding, problem.dilation, problem.groups
     inputs, outputs = layout.input_shape(problem), layout.output_shape(problem)
     shape = graph.values[node.name].shape
-    form, search = choice.settings.get("form"), bool(choice.settings["search"])
+    form, search = candidate.settings.get("form"), bool(candidate.settings["search"])
     z = None
     if form is not None:
         z = zeros_for(form, outputs, lambda n: arena.zeros(n, problem.dtype, weight.device))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.chunks import chunk_of, inner_choices
+from resfuse.kernels.engine.ir.chunks import chunk_of, inner_candidates
 from resfuse.kernels.engine.ir.graph import Graph, State
 from resfuse.kernels.engine.ir.lowered import Call, Values
 from resfuse.kernels.engine.memory.buffers import Arena
@@ -24,19 +24,19 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     return ()
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
+def scratch(graph: Graph, candidate: Candidate) -> int:
     return 0
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
-    part = chunk_of(graph, choice)
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
+    part = chunk_of(graph, candidate)
     images = next(iter(part.values.values())).shape[0]
-    inside = arena.bind(part, inner_choices(choice), state, arena.weight_store)
+    inside = arena.bind(part, inner_candidates(candidate), state, arena.weight_store)
     shapes = [graph.values[name].shape for name in part.outputs]
 
     def run(values: Values) -> None:
         whole: list[Tensor] = []
-        for chunk in range(choice.settings["count"]):
+        for chunk in range(candidate.settings["count"]):
             own = slice(chunk * images, (chunk + 1) * images)
             made = inside(*(values[name][own] for name in part.reads))
             if not whole:  # of the dtype, device and memory format that the first chunk has

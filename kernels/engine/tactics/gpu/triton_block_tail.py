@@ -79,33 +79,33 @@ def _most(problem: TailProblem) -> int | None:
     return 1 if problem.c > 64 else None
 
 
-def configuration(graph: Graph, choice: Candidate) -> Key:
-    mode = triton_kernels.math_mode(graph, choice)
-    return key_of("block_tail", mode, Config(**choice.settings))
+def configuration(graph: Graph, candidate: Candidate) -> Key:
+    mode = triton_kernels.math_mode(graph, candidate)
+    return key_of("block_tail", mode, Config(**candidate.settings))
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
+def scratch(graph: Graph, candidate: Candidate) -> int:
     return 0
 
 
-def kernels(graph: Graph, choice: Candidate) -> list[Graph]:
+def kernels(graph: Graph, candidate: Candidate) -> list[Graph]:
     """The parts that are a kernel each: the projection, if there is one, and the rest."""
-    tail = _tail(graph, choice.start, choice.stop)
+    tail = _tail(graph, candidate.start, candidate.stop)
     assert tail is not None
     if tail.projection is None:
-        return [graph.part(choice.start, choice.stop)]
-    before, behind = graph.nodes[: choice.start], graph.nodes[choice.stop :]
+        return [graph.part(candidate.start, candidate.stop)]
+    before, behind = graph.nodes[: candidate.start], graph.nodes[candidate.stop :]
     ordered = replace(graph, nodes=(*before, tail.projection, *tail.fused, *behind))
-    middle = choice.start + 1
-    return [ordered.part(choice.start, middle), ordered.part(middle, choice.stop)]
+    middle = candidate.start + 1
+    return [ordered.part(candidate.start, middle), ordered.part(middle, candidate.stop)]
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
     from resfuse.kernels.gpu.block_tail.block_tail_kernel import launch
 
-    tail = _tail(graph, choice.start, choice.stop)
+    tail = _tail(graph, candidate.start, candidate.stop)
     assert tail is not None
-    config, problem = Config(**choice.settings), tail.problem
+    config, problem = Config(**candidate.settings), tail.problem
     weight_store = [triton_kernels.weights(_conv(node), state, arena) for node in tail.fused]
     (weight2, bias2), (weight3, bias3), *chain = weight_store
     inputs = triton_kernels.input_shape(_conv(tail.conv3x3).problem)

@@ -39,10 +39,10 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
         from resfuse.kernels.gpu.conv import depthwise
 
         for narrow in depthwise.candidates(op.problem):
-            yield _choice(at, "depthwise", narrow)
+            yield _candidate(at, "depthwise", narrow)
         return
     for config in _tiles(op.problem, triton_kernels.multiprocessors(graph)):
-        yield _choice(at, "implicit_gemm", config)
+        yield _candidate(at, "implicit_gemm", config)
 
 
 def _tiles(problem: ConvProblem, sms: int) -> list[Config]:
@@ -55,38 +55,38 @@ def _tiles(problem: ConvProblem, sms: int) -> list[Config]:
     return sorted(filled, key=lambda config: cycles(problem, config, sms))[:MOST]
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
+def scratch(graph: Graph, candidate: Candidate) -> int:
     return 0
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
     from resfuse.kernels.gpu.conv import conv, depthwise
 
-    op = graph.nodes[choice.start].op
+    op = graph.nodes[candidate.start].op
     assert isinstance(op, Conv)
     problem, last = op.problem, op.residual_last
-    config = _config(choice)
+    config = _config(candidate)
     if isinstance(config, Config):
         return triton_kernels.convolution(
-            graph, choice, state, arena, lambda t: conv.launch(problem, t, config, last)
+            graph, candidate, state, arena, lambda t: conv.launch(problem, t, config, last)
         )
     return triton_kernels.convolution(
-        graph, choice, state, arena, lambda t: depthwise.launch(problem, t, config, last)
+        graph, candidate, state, arena, lambda t: depthwise.launch(problem, t, config, last)
     )
 
 
-def configuration(graph: Graph, choice: Candidate) -> Key:
-    return key_of("conv_bn_act", triton_kernels.math_mode(graph, choice), _config(choice))
+def configuration(graph: Graph, candidate: Candidate) -> Key:
+    return key_of("conv_bn_act", triton_kernels.math_mode(graph, candidate), _config(candidate))
 
 
-def _config(choice: Candidate) -> "Config | depthwise.Config":
+def _config(candidate: Candidate) -> "Config | depthwise.Config":
     from resfuse.kernels.gpu.conv import depthwise
 
-    settings = choice.settings
+    settings = candidate.settings
     form = settings.pop("form")
     return depthwise.Config(**settings) if form == "depthwise" else Config(**settings)
 
 
-def _choice(at: int, form: str, config: object) -> Candidate:
+def _candidate(at: int, form: str, config: object) -> Candidate:
     settings = asdict(config)  # type: ignore[call-overload]
     return Candidate("triton_conv", at, at + 1, (("form", form), *settings.items()))

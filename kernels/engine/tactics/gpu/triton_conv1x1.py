@@ -35,24 +35,24 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
             yield Candidate("triton_conv1x1", at, at + 1, tuple(asdict(config).items()))
 
 
-def configuration(graph: Graph, choice: Candidate) -> Key:
-    mode = triton_kernels.math_mode(graph, choice)
-    return key_of("conv1x1", mode, Config(**choice.settings))
+def configuration(graph: Graph, candidate: Candidate) -> Key:
+    mode = triton_kernels.math_mode(graph, candidate)
+    return key_of("conv1x1", mode, Config(**candidate.settings))
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
+def scratch(graph: Graph, candidate: Candidate) -> int:
     return 0
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
     from resfuse.kernels.gpu.conv1x1.conv1x1_kernel import launch
 
-    op = graph.nodes[choice.start].op
+    op = graph.nodes[candidate.start].op
     assert isinstance(op, Conv)
     problem, last = op.problem, op.residual_last
-    config = Config(**choice.settings)
+    config = Config(**candidate.settings)
     return triton_kernels.convolution(
-        graph, choice, state, arena,
+        graph, candidate, state, arena,
         lambda t: launch(
             t.y, t.x, t.weight, t.bias, t.residual, t.slope,
             stride=problem.stride, activation=problem.activation, residual_last=last,

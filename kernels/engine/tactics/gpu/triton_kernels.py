@@ -86,9 +86,9 @@ def key_of(op: Conv) -> tuple[Hashable, ...]:
     return op.weight, op.bias, op.norm, problem.c, problem.r, problem.s, problem.groups
 
 
-def math_mode(graph: Graph, choice: Candidate) -> str:
+def math_mode(graph: Graph, candidate: Candidate) -> str:
     """Of the convolutions of a segment."""
-    op = graph.nodes[choice.start].op
+    op = graph.nodes[candidate.start].op
     assert isinstance(op, Conv)
     return op.problem.math_mode
 
@@ -141,7 +141,7 @@ def run(launch: "Launch") -> None:
 
 def convolution(
     graph: Graph,
-    choice: Candidate,
+    candidate: Candidate,
     state: State,
     arena: Arena,
     launch_of: "Callable[[Tensors], Launch]",
@@ -149,7 +149,7 @@ def convolution(
     """One convolution with its epilogue, by the launch that fills y for its tensors."""
     from resfuse.kernels.gpu.conv.conv_arguments import Tensors
 
-    node = graph.nodes[choice.start]
+    node = graph.nodes[candidate.start]
     op = node.op
     assert isinstance(op, Conv)
     inputs, outputs = input_shape(op.problem), output_shape(op.problem)

@@ -37,14 +37,14 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
 configuration = triton_conv1x1.configuration
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
+def scratch(graph: Graph, candidate: Candidate) -> int:
     return 0
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
     from resfuse.kernels.gpu.conv1x1.conv1x1_kernel import Shortcut, launch
 
-    side, node = graph.nodes[choice.start : choice.stop]
+    side, node = graph.nodes[candidate.start : candidate.stop]
     shortcut, main = side.op, node.op
     assert isinstance(shortcut, Conv) and isinstance(main, Conv)
 
@@ -59,7 +59,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
     key = ("projection", *map(triton_kernels.key_of, (main, shortcut)))
     weight, side_weight, bias = arena.tensors(key, lay_out)
     slope = triton_kernels.slope_in(main, state, arena)
-    config = Config(**choice.settings)
+    config = Config(**candidate.settings)
     inputs, side_inputs, outputs = (
         triton_kernels.input_shape(main.problem),
         triton_kernels.input_shape(shortcut.problem),

@@ -39,17 +39,17 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
         yield Candidate("split_k", at, at + 1, tuple(flat.items()))
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
+def scratch(graph: Graph, candidate: Candidate) -> int:
     return 0
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
     from resfuse.kernels.gpu.split_k.split_k import Workspace, launch, workspace
 
-    op = graph.nodes[choice.start].op
+    op = graph.nodes[candidate.start].op
     assert isinstance(op, Conv)
     problem, last = op.problem, op.residual_last
-    config = _config(choice)
+    config = _config(candidate)
     made = workspace(problem, config, state[op.weight].device)
     counters, partials = made.counters, made.partials.numel()  # counters end each run as zeros
     arena.hold([counters])
@@ -59,16 +59,16 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
         parts = torch.empty(partials, dtype=torch.float32, device=counters.device)
         return launch(problem, t, config, Workspace(parts, counters), last)
 
-    return triton_kernels.convolution(graph, choice, state, arena, launch_of)
+    return triton_kernels.convolution(graph, candidate, state, arena, launch_of)
 
 
-def configuration(graph: Graph, choice: Candidate) -> Key:
-    mode = triton_kernels.math_mode(graph, choice)
-    return key_of("conv_bn_act_split_k", mode, _config(choice))
+def configuration(graph: Graph, candidate: Candidate) -> Key:
+    mode = triton_kernels.math_mode(graph, candidate)
+    return key_of("conv_bn_act_split_k", mode, _config(candidate))
 
 
-def _config(choice: Candidate) -> Config:
-    settings = choice.settings
+def _config(candidate: Candidate) -> Config:
+    settings = candidate.settings
     splits = settings.pop("split_taps"), settings.pop("split_channels")
     return Config(conv_config.Config(**settings), *splits)
 

@@ -36,18 +36,18 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
             yield Candidate("stem", at, at + 2, tuple(asdict(config).items()))
 
 
-def configuration(graph: Graph, choice: Candidate) -> Key:
-    return key_of("stem", triton_kernels.math_mode(graph, choice), Config(**choice.settings))
+def configuration(graph: Graph, candidate: Candidate) -> Key:
+    return key_of("stem", triton_kernels.math_mode(graph, candidate), Config(**candidate.settings))
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
+def scratch(graph: Graph, candidate: Candidate) -> int:
     return 0
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
     from resfuse.kernels.gpu.stem.stem_kernel import launch, pack_weight
 
-    node, pool = graph.nodes[choice.start : choice.stop]
+    node, pool = graph.nodes[candidate.start : candidate.stop]
     op = node.op
     assert isinstance(op, Conv)
     problem = op.problem
@@ -57,7 +57,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
         return [pack_weight(weight), bias]
 
     packed, bias = arena.tensors(("stem", *triton_kernels.key_of(op)), lay_out)
-    config = Config(**choice.settings)
+    config = Config(**candidate.settings)
     inputs, shape = triton_kernels.input_shape(problem), graph.values[pool.name].shape
 
     def run(values: Values) -> None:

@@ -2,7 +2,6 @@
 compiled ahead, checked, timed by graphs, planned and recorded, and who keeps what a graph reads.
 """
 
-import contextlib
 import gc
 import warnings
 import weakref
@@ -16,12 +15,15 @@ from torch import Tensor, nn
 
 from fake_cuda import GPU, Fake, fake_cuda
 from kernel_inputs import DEVICE
-from resfuse.kernels.engine import engine
-from resfuse.kernels.engine.engine import Built, Engine
+from resfuse.kernels.engine import build
+from resfuse.kernels.engine.bound_plan import BoundPlan, bind
+from resfuse.kernels.engine.build import tuned_plan
+from resfuse.kernels.engine.engine import Engine
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
+from resfuse.kernels.engine.planning.planner import Plan, Segment
 from resfuse.kernels.engine.runtime.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics.gpu import (
@@ -32,7 +34,7 @@ from resfuse.kernels.engine.tactics.gpu import (
     triton_split_k,
     triton_stem,
 )
-from resfuse.kernels.engine.tuning import compile_ahead, tuner, warm_timing
+from resfuse.kernels.engine.tuning import clock, compile_ahead, warm_timing
 from resfuse.kernels.gpu.common import graph_capture
 from resfuse.kernels.gpu.common.graph_capture import Replay
 from resfuse.kernels.gpu.common.launch import Launch
@@ -79,7 +81,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         cheapest = -1 if tactic is triton_stem else 0
         monkeypatch.setattr(tactic, "segments", _one_of(tactic.segments, cheapest))
-    monkeypatch.setattr(tuner, "_ROUNDS", 1)
+    monkeypatch.setattr(clock, "ROUNDS", 1)
     monkeypatch.setattr(graph_capture, "_WARM_UPS", 1)
     monkeypatch.setattr(warm_timing, "IN_A_ROW", 2)
 
@@ -87,8 +89,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_of(segments: Any, which: int) -> Any:
     def one(graph: Graph, at: int) -> list[Candidate]:
         found: dict[int, list[Candidate]] = {}
-        for choice in segments(graph, at):
-            found.setdefault(choice.stop, []).append(choice)
+        for candidate in segments(graph, at):
+            found.setdefault(candidate.stop, []).append(candidate)
         return [same[which] for same in found.values()]
 
     return one
@@ -106,32 +108,32 @@ def test_from_capture_to_call(
     ahead: list[Launch] = []
     monkeypatch.setattr(
         compile_ahead, "compile_ahead",
-        lambda graph, state, choices, arch: ahead.extend(
-            compile_ahead.launches(graph, state, choices)
+        lambda graph, state, candidates, arch: ahead.extend(
+            compile_ahead.launches(graph, state, candidates)
         ),
     )  # fmt: skip
     cache = TimingCache(GPU, tmp_path)
-    built: dict[int, Built] = {}
+    built: dict[int, BoundPlan] = {}
     state: dict[str, Tensor] = {}
     weight_store = WeightStore()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # nothing is barred or fails
         for n, (graph, found) in captured.items():
             state |= {name: found[name] for name in sorted(state_names(graph))}
-            built[n] = engine._build(graph, state, weight_store, GPU, cache)
+            segments = tuned_plan(graph, state, GPU, cache).segments
+            built[n] = bind(graph, segments, state, weight_store)
     assert cache._times and None not in cache._times.values()
     assert ahead and {kernel_of(at) for at in gpu.launched} <= {kernel_of(at) for at in ahead}
-    rows = {choice.rsplit(", ", 1)[-1] for _, choice in cache._times}
+    rows = {candidate.rsplit(", ", 1)[-1] for _, candidate in cache._times}
     assert {"2 in a row on cold weights"} < rows  # one image; and three, as they are
     for made in built.values():
-        used = {segment.choice.tactic for segment in made.segments}
+        used = {segment.candidate.tactic for segment in made.segments}
         assert {"stem", "block_tail"} <= used  # in the fewest operations, as this clock counts
 
-    monkeypatch.setattr(engine, "with_chunks", lambda graph, *given: asked.append(graph) or [])
-    asked: list[Graph] = []
+    monkeypatch.setattr(build, "with_chunks", lambda plan, *given: asked.append(plan) or plan)
+    asked: list[Plan] = []
     for wanted, count in ((None, 0), (False, 0), (True, 1)):
-        with contextlib.suppress(ValueError):  # no plan covers the graph: the stand-in's
-            engine._build(captured[1][0], state, weight_store, GPU, cache, wanted)
+        tuned_plan(captured[1][0], state, GPU, cache, wanted)
         assert len(asked) == count  # only if asked on a GPU
 
     whole = on_the_gpu(Engine(built, state))
@@ -212,9 +214,9 @@ def test_new_weights_wait_for_the_run_before(
     memory would be given to others while it is read. And the next run, on any stream, is behind
     the new weights."""
     model, graph, state = convolution
-    executor = Executor(graph, [Candidate("eager", 0, 1)], state)
-    made = on_the_gpu(Engine({2: Built(graph, (), executor)}, state))
-    del executor
+    bound = bind(graph, [Segment(Candidate("eager", 0, 1), 1.0)], state, WeightStore())
+    made = on_the_gpu(Engine({2: bound}, state))
+    del bound
     made(images(2).float())
     gpu.said.clear()
 

@@ -52,9 +52,9 @@ def compile_plans() -> list[dict]:
             x = torch.empty(n, 3, 224, 224, dtype=torch.float16)
             plan = predict.plan_for(model, x, tactics=tactics)
             _, state = capture(model, x)
-            choices = [segment.choice for segment in plan.segments]
-            assert {choice.tactic for choice in choices} == set(tactics)
-            (y,) = Executor(plan.graph, choices, state)(x)
+            candidates = [segment.candidate for segment in plan.segments]
+            assert {candidate.tactic for candidate in candidates} == set(tactics)
+            (y,) = Executor(plan.graph, candidates, state)(x)
             assert y.shape == (n, 1000)
     return [dataclasses.asdict(inspection) for inspection in made.values()]
 

@@ -1,5 +1,5 @@
-"""How choices are checked and timed on a GPU, on a stand-in for one (fake_cuda.py): which failures
-bar them and for how long, what a timed graph keeps alive, and what its caches hold.
+"""How candidates are checked and timed on a GPU, on a stand-in for one (fake_cuda.py): which
+failures bar them and for how long, what a timed graph keeps alive, and what its caches hold.
 """
 
 import gc
@@ -17,7 +17,8 @@ from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph, Pick, State
 from resfuse.kernels.engine.tuning import warm_timing
-from resfuse.kernels.engine.tuning.tuner import BrokenDevice, Run, Tuner
+from resfuse.kernels.engine.tuning.clock import Clock, Run
+from resfuse.kernels.engine.tuning.tuner import BrokenDevice, Tuner
 from resfuse.kernels.engine.tuning.warm_timing import COLD, IN_A_ROW, Warmth, copies, warmth_of
 from resfuse.kernels.gpu.common import graph_capture
 from resfuse.kernels.ops.conv_problem import ConvProblem
@@ -94,13 +95,13 @@ def test_a_failure_under_the_clock_bars_the_choice_and_not_the_build(
     """A kernel may go wrong at its hundredth launch."""
     measurer = measurer_of(tmp_path)
 
-    def fails(self: Tuner, run: Run) -> float:
+    def fails(self: Clock, run: Run) -> float:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(Tuner, "_once_cold", fails)
+    monkeypatch.setattr(Clock, "once", fails)
     with pytest.warns(UserWarning, match="eager fails, RuntimeError: planted"):
         assert measurer(Candidate("eager", 0, 1)) is None
-        assert measurer.together([Candidate("eager", 0, 1)]) == [None]
+        assert measurer.in_turns([Candidate("eager", 0, 1)]) == [None]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("illegal access"), AssertionError("ours")])
@@ -162,8 +163,8 @@ class Noted(Wrong):
     def __init__(self) -> None:
         self.weights: list[int] = []
 
-    def lower(self, graph, state_choice, state, arena):  # type: ignore[no-untyped-def]
-        call, address = super().lower(graph, state_choice, state, arena), state["w"].data_ptr()
+    def lower(self, graph, candidate, state, arena):  # type: ignore[no-untyped-def]
+        call, address = super().lower(graph, candidate, state, arena), state["w"].data_ptr()
 
         def run(values):  # type: ignore[no-untyped-def]
             self.weights.append(address)
@@ -196,11 +197,11 @@ def test_a_choice_is_timed_as_warm_as_it_will_run(
         captured = tactic.weights[1:]  # behind the check
         assert len(captured) == in_a_row and len(set(captured)) == different
         assert gpu.said.count("begin") == 1 and gpu.said.count("replay") == 6
-        assert bool(measurer._swept[0]) == swept
+        assert bool(measurer._clock._swept[0]) == swept
         one = measurer._cache._times
         assert ms is not None and list(one) == [(measurer._part(Candidate("wrong", 0, 1))[1])]
-        (_, choice), *_ = one
-        assert choice == f"wrong{label}"
+        (_, candidate), *_ = one
+        assert candidate == f"wrong{label}"
         assert ms == pytest.approx(gpu.ms / 6 / in_a_row)
 
 

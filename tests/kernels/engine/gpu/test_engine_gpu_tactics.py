@@ -20,6 +20,7 @@ from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Conv, Graph, State
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.planner import plan
+from resfuse.kernels.engine.predict import predicted
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import TACTICS, eager, tactics_for, tactics_on
 from resfuse.kernels.engine.tactics.gpu import (
@@ -82,14 +83,15 @@ def captured(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> tupl
 def require_right(
     graph: Graph, state: State, chosen: Candidate, reduction: int, x: Tensor | None = None
 ) -> None:
-    """Fails unless a choice, with eager around it, gives fp64's answer; in both memory formats."""
+    """Fails unless a candidate, with eager around it, gives fp64's answer; in both memory
+    formats."""
     value = graph.values[graph.input]
     if x is None:
         x = torch.randn(value.shape, device=DEVICE).to(value.dtype)
     inside = range(chosen.start, chosen.stop)
     around = [Candidate("eager", i, i + 1) for i in range(len(graph.nodes)) if i not in inside]
-    choices = sorted([chosen, *around], key=lambda choice: choice.start)
-    run = Executor(graph, choices, state)
+    candidates = sorted([chosen, *around], key=lambda candidate: candidate.start)
+    run = Executor(graph, candidates, state)
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         for got, want in zip(run(image), eager.exact(graph, state, [image]), strict=True):
             require_close(got, want, math_mode_of(value.dtype), reduction)
@@ -119,9 +121,9 @@ def test_a_convolution_by_every_kernel_that_takes_it(name: str, dtype: torch.dty
     found = set()
     for tactic in (triton_conv, triton_conv1x1, triton_split_k):
         offered = list(tactic.segments(graph, at))
-        found.update(choice.tactic for choice in offered)
-        for choice in {repr(c): c for c in [*offered[:1], *offered[-1:]]}.values():
-            require_right(graph, state, choice, reduction)
+        found.update(candidate.tactic for candidate in offered)
+        for candidate in {repr(c): c for c in [*offered[:1], *offered[-1:]]}.values():
+            require_right(graph, state, candidate, reduction)
     form = "triton_conv" if name.startswith(("3x3", "depthwise")) else "triton_conv1x1"
     assert form in found <= {form, "split_k"}
     assert "split_k" in found or name not in SPLIT
@@ -129,7 +131,7 @@ def test_a_convolution_by_every_kernel_that_takes_it(name: str, dtype: torch.dty
 
 def test_the_configurations_offered_are_few_and_different() -> None:
     graph, _ = captured(CONVOLUTIONS["3x3 + residual"][0], (1, 16, 8, 8), torch.float16)
-    settings = [choice.settings for choice in triton_conv.segments(graph, 0)]
+    settings = [candidate.settings for candidate in triton_conv.segments(graph, 0)]
     assert {s["form"] for s in settings} == {"implicit_gemm"}
     assert len(settings) == len({repr(s) for s in settings}) == triton_conv.MOST
     splits = list(triton_split_k.segments(graph, 0))
@@ -143,9 +145,9 @@ def test_inputs_that_descriptors_cannot_take_are_copied() -> None:
     held = torch.randn(32 * 64 + 1, device=DEVICE).half()[1:]
     x = held.view(1, 8, 8, 32).permute(0, 3, 1, 2)
     assert x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16
-    choice = next(iter(triton_conv1x1.segments(graph, 0)))
-    assert choice.settings["descriptors"]
-    require_right(graph, state, choice, 32, x)
+    candidate = next(iter(triton_conv1x1.segments(graph, 0)))
+    assert candidate.settings["descriptors"]
+    require_right(graph, state, candidate, 32, x)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -158,8 +160,8 @@ def test_a_projection_and_the_convolution_that_adds_it(stride: int, dtype: torch
     assert not list(triton_projection.segments(graph, 0)) and not list(
         triton_projection.segments(graph, 2)
     )
-    for choice in (offered[0], offered[-1]):
-        require_right(graph, state, choice, 9 * 16 + 2 * 16)
+    for candidate in (offered[0], offered[-1]):
+        require_right(graph, state, candidate, 9 * 16 + 2 * 16)
 
 
 def test_a_projection_computed_first_is_moved_to_where_it_is_added() -> None:
@@ -215,10 +217,12 @@ def bottlenecks(shortcut: bool) -> nn.Module:
 def test_the_tail_of_a_bottleneck_and_the_chain(shortcut: bool, dtype: torch.dtype) -> None:
     graph, state = captured(bottlenecks(shortcut), (1, 64, 5, 3), dtype)
     offered = list(triton_block_tail.segments(graph, 0))
-    stops = {choice.stop: choice for choice in offered}  # the last configuration: small tiles
+    stops = {
+        candidate.stop: candidate for candidate in offered
+    }  # the last configuration: small tiles
     assert set(stops) == ({3, 4} if shortcut else {2, 3})
-    for choice in stops.values():
-        require_right(graph, state, choice, 9 * 64 + 3 * 64)
+    for candidate in stops.values():
+        require_right(graph, state, candidate, 9 * 64 + 3 * 64)
 
 
 def test_a_tail_has_exactly_its_operations() -> None:
@@ -236,7 +240,7 @@ def test_cudnn_is_asked_for_what_it_fuses(
     form: str, search: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With stand-ins for its operations on a CPU: their arguments, and what comes out. There is one
-    choice, for a second could only run the plan of the first."""
+    candidate, for a second could only run the plan of the first."""
     asked = []
 
     def conv_add_relu(x, w, z, alpha, b, stride, padding, dilation, groups):
@@ -259,9 +263,9 @@ def test_cudnn_is_asked_for_what_it_fuses(
     graph, state = captured(Sum(main, conv(16, 16, 1)), (1, 16, 6, 5), torch.float32)
     labels = []
     for at in range(3):
-        (choice,) = cudnn_conv.segments(graph, at)
-        labels.append(choice.label())
-        require_right(graph, state, choice, 9 * 4 + 16)
+        (candidate,) = cudnn_conv.segments(graph, at)
+        labels.append(candidate.label())
+        require_right(graph, state, candidate, 9 * 4 + 16)
     others = [f"cudnn search={search}"] * 2
     assert sorted(labels) == sorted([f"cudnn {form} search={search}", *others])
     assert torch.backends.cudnn.benchmark is False
@@ -281,8 +285,8 @@ def test_cudnn_on_the_device(dtype: torch.dtype) -> None:
     for name, (model, shape, reduction) in CONVOLUTIONS.items():
         graph, state = captured(model, shape, dtype)
         at = next(i for i, node in enumerate(graph.nodes) if isinstance(node.op, Conv))
-        for choice in cudnn_conv.segments(graph, at):
-            require_right(graph, state, choice, reduction)
+        for candidate in cudnn_conv.segments(graph, at):
+            require_right(graph, state, candidate, reduction)
         assert list(cudnn_conv.segments(graph, at)) or name in ("3x3, groups", "depthwise")
 
 
@@ -297,10 +301,10 @@ def test_a_whole_plan_of_gpu_tactics_answers_right(dtype: torch.dtype) -> None:
     model = nn.Sequential(first, bottlenecks(shortcut=True), block, *head)
     graph, state = captured(model, (1, 3, 16, 16), dtype)
     offered = {name: TACTICS[name].load() for name in (*ON_TRITON, "eager")}
-    made = plan(graph, offered, RooflineCost(graph, GPUS["h200"]), lambda c: 0)
-    used = {segment.choice.tactic for segment in made}
+    made = plan(graph, predicted(graph, offered, RooflineCost(graph, GPUS["h200"]))).segments
+    used = {segment.candidate.tactic for segment in made}
     assert {"stem", "block_tail", "triton_conv1x1", "eager"} <= used
-    run = Executor(graph, [segment.choice for segment in made], state)
+    run = Executor(graph, [segment.candidate for segment in made], state)
     x = torch.randn(1, 3, 16, 16, device=DEVICE).to(dtype)
     exact = eager.exact(graph, state, [x])[0]
     by_eager = [Candidate("eager", at, at + 1) for at in range(len(graph.nodes))]

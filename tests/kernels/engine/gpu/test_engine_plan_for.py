@@ -16,7 +16,9 @@ from resfuse.kernels.engine.cost.roofline_cost import RooflineCost
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Conv, Graph
-from resfuse.kernels.engine.planning.planner import plan
+from resfuse.kernels.engine.planning.candidates import find_candidates
+from resfuse.kernels.engine.planning.planner import TimedCandidate, plan
+from resfuse.kernels.engine.predict import predicted
 from resfuse.kernels.engine.saving.plan_json import segments_from_json, segments_to_json
 from resfuse.kernels.engine.tactics import TACTICS, tactics_for
 from resfuse.kernels.engine.tactics.gpu import triton_block_tail
@@ -37,18 +39,18 @@ def graph50(resnet50: tuple[nn.Module, Tensor]) -> Graph:
     return capture(*resnet50)[0]
 
 
-def layers(graph: Graph, choice: Candidate) -> tuple[str, ...]:
+def layers(graph: Graph, candidate: Candidate) -> tuple[str, ...]:
     """`layer1.0.conv2`, say, of each node; the pool has no name."""
-    nodes = graph.nodes[choice.start : choice.stop]
+    nodes = graph.nodes[candidate.start : candidate.stop]
     return tuple(n.op.weight.removesuffix(".weight") for n in nodes if isinstance(n.op, Conv))
 
 
 def found_by(graph: Graph, tactic: str) -> set[tuple[str, ...]]:
     module = TACTICS[tactic].load()
     every: Iterator[Candidate] = (
-        choice for at in range(len(graph.nodes)) for choice in module.segments(graph, at)
+        candidate for at in range(len(graph.nodes)) for candidate in module.segments(graph, at)
     )
-    return {layers(graph, choice) for choice in every}
+    return {layers(graph, candidate) for candidate in every}
 
 
 def test_what_is_found_in_resnet50(graph50: Graph) -> None:
@@ -73,14 +75,15 @@ def test_what_is_found_in_resnet50(graph50: Graph) -> None:
 def test_the_planner_takes_several_nodes_at_once_where_that_is_cheaper(graph50: Graph) -> None:
     tactics = tactics_for("cuda")
 
-    def cost(choice: Candidate, of_several: float) -> float:
-        return 1.0 if choice.stop - choice.start == 1 else of_several
+    every = [one for group in find_candidates(graph50, tactics) for one in group]
 
     for of_several, most in ((1.5, {2, 3, 4}), (5.0, {1})):
-        made = plan(graph50, tactics, lambda c, ms=of_several: cost(c, ms), lambda c: 0)
-        lengths = {s.choice.stop - s.choice.start for s in made}
+        costs = {True: 1.0, False: of_several}
+        timed = [TimedCandidate(c, costs[c.stop - c.start == 1]) for c in every]
+        made = plan(graph50, timed).segments
+        lengths = {s.candidate.stop - s.candidate.start for s in made}
         assert lengths - {1} == most - {1}
-        assert sum(s.choice.stop - s.choice.start for s in made) == len(graph50.nodes)
+        assert sum(s.candidate.stop - s.candidate.start for s in made) == len(graph50.nodes)
 
 
 def test_the_plan_for_an_h200_chains_the_first_three_stages(
@@ -89,8 +92,8 @@ def test_the_plan_for_an_h200_chains_the_first_three_stages(
     made = plan_for(*resnet50, gpu="h200")
     by_tactic: dict[str, list[str]] = {}
     for segment in made.segments:
-        names = layers(made.graph, segment.choice)
-        by_tactic.setdefault(segment.choice.tactic, []).extend(names)
+        names = layers(made.graph, segment.candidate)
+        by_tactic.setdefault(segment.candidate.tactic, []).extend(names)
     chained = {name.rsplit(".", 1)[0] for name in by_tactic["block_tail"] if "conv2" in name}
     # Of a stage's first block the projection is folded in instead, which saves more; not in the
     # third, whose projection costs little by itself, for it reads a quarter of its input's pixels.
@@ -101,8 +104,8 @@ def test_the_plan_for_an_h200_chains_the_first_three_stages(
     }
     assert by_tactic["stem"] == ["conv1"]
     for segment in made.segments:
-        names = layers(made.graph, segment.choice)
-        if names and names[0].startswith("layer4") and segment.choice.tactic != "projection":
+        names = layers(made.graph, segment.candidate)
+        if names and names[0].startswith("layer4") and segment.candidate.tactic != "projection":
             assert len(names) == 1
     again = segments_from_json(json.loads(json.dumps(segments_to_json(made.segments))))
     assert again == made.segments
@@ -123,8 +126,8 @@ def test_the_more_is_fused_the_faster_the_prediction(graph50: Graph) -> None:
     rates = []
     for names in steps:
         offered = {name: every[name] for name in names}
-        made = plan(graph50, offered, RooflineCost(graph50, measured, 0), lambda c: 0)
-        rates.append(256e3 / sum(segment.ms for segment in made))
+        timed = predicted(graph50, offered, RooflineCost(graph50, measured, 0))
+        rates.append(256e3 / plan(graph50, timed).ms)
     assert rates == sorted(rates) and len(set(rates)) == len(rates)
     assert rates[0] == pytest.approx(27_000, rel=0.15)  # bytes and FLOPs, each layer by itself
     assert rates[2] == pytest.approx(60_400, rel=0.03)
@@ -144,7 +147,7 @@ def test_small_batches_pay_for_launches(resnet50: tuple[nn.Module, Tensor]) -> N
 def test_a_projection_within_a_tail_is_a_kernel_of_its_own(graph50: Graph) -> None:
     at = next(i for i in range(len(graph50.nodes)) if layers(graph50, Candidate("", i, i + 1))
               == ("layer1.0.conv2",))  # fmt: skip
-    with_chain = max(triton_block_tail.segments(graph50, at), key=lambda choice: choice.stop)
+    with_chain = max(triton_block_tail.segments(graph50, at), key=lambda candidate: candidate.stop)
     parts = triton_block_tail.kernels(graph50, with_chain)
     assert [len(part.nodes) for part in parts] == [1, 3]
     written = graph50.values[graph50.nodes[at + 1].name]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine_models import SHAPE, images, made, small
-from resfuse.kernels.engine.engine import build_engine
+from resfuse.kernels import build_engine
 from scope import Scope
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -4,22 +4,21 @@ for all of it: the plan, the model beside it, constants.
 
 import gc
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from graphs import error
+from resfuse.kernels import Engine, build_engine
 from resfuse.kernels.cpu.huge_pages import HugePagePool
-from resfuse.kernels.engine import engine as engine_module
-from resfuse.kernels.engine.engine import Engine, build_engine
-from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine import build as build_module
+from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.load import load_engine
-from resfuse.kernels.engine.planning.planner import Segment, plan
+from resfuse.kernels.engine.planning.planner import Plan, TimedCandidate, plan
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -70,14 +69,13 @@ def preferring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Plans take this tactic wherever it computes a segment."""
     favourite = str(request.param)
 
-    def preferred(graph: Any, tactics: Any, cost: Any, memory: Any) -> list[Segment]:
-        def biased(choice: Candidate) -> float | None:
-            ms = cost(choice)
-            return ms and (ms / 1e6 if choice.tactic == favourite else ms)
+    def preferred(graph: Graph, timed: Iterable[TimedCandidate]) -> Plan:
+        def biased(one: TimedCandidate) -> TimedCandidate:
+            return replace(one, ms=one.ms / 1e6) if one.candidate.tactic == favourite else one
 
-        return plan(graph, tactics, biased, memory)
+        return plan(graph, map(biased, timed))
 
-    monkeypatch.setattr(engine_module, "plan", preferred)
+    monkeypatch.setattr(build_module, "plan", preferred)
     return favourite
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine_models import SHAPE, images, made, require_answers, small
-from resfuse.kernels.engine.engine import Engine, build_engine
+from resfuse.kernels import Engine, build_engine
 from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.saving.engine_file import _digest
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine_fuzz import Saved
 from engine_models import conv, images, made
 from graphs import error
-from resfuse.kernels.engine.engine import Engine, build_engine
+from resfuse.kernels import Engine, build_engine
 from resfuse.kernels.engine.load import load_engine
 from scope import Scope
 

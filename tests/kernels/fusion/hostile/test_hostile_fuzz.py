@@ -24,8 +24,7 @@ from habit_calls import CALLS, INPUTS, input_of
 from habit_changes import CHANGES
 from habits import FLAGS, LINES, NO_GRAPH, RETURNED, TAKEN, Base
 from hostile import spread
-from resfuse.kernels import explain, fuse
-from resfuse.kernels.engine.engine import build_engine
+from resfuse.kernels import build_engine, explain, fuse
 
 SEEDS_OF_FUSE, EXAMPLES_OF_FUSE = 9, 50
 SEEDS_OF_ENGINES, EXAMPLES_OF_ENGINES = 5, 10

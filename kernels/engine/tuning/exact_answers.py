@@ -1,0 +1,68 @@
+"""What a part of a graph answers in fp64 to made-up inputs, and how far a candidate may be off."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Graph, State, Value
+from resfuse.kernels.engine.runtime.executor import Executor
+from resfuse.kernels.engine.tactics import eager
+from resfuse.kernels.gpu.cudnn.cudnn_probe import as_decided
+from resfuse.kernels.ops.conv_problem import math_mode_of
+from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
+
+
+@dataclass(frozen=True)
+class ExactAnswer:
+    """Inputs of a part, its outputs in fp64, and the relative error that is allowed: EAGER_FACTOR
+    times that of torch's own operations, and a floor."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    allowed: float
+
+    def error_of(self, outputs: Sequence[Tensor]) -> float:
+        """Returns the largest relative error in norm; infinite where a number is not finite."""
+        return relative_error(outputs, self.outputs)
+
+
+def exact_answer(part: Graph, state: State, device: torch.device) -> ExactAnswer:
+    """Computes a part of a graph in fp64, and once with torch's own operations."""
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = [_random(part.values[name], generator) for name in part.reads]
+    exact = eager.exact(part, state, inputs)
+    candidates = [Candidate("eager", at, at + 1) for at in range(len(part.nodes))]
+    math_mode = math_mode_of(_floating(part), device)
+    with as_decided(device, math_mode):  # torch keeps the plans of the first run
+        own = relative_error(Executor(part, candidates, state)(*inputs), exact)
+    return ExactAnswer(inputs, exact, EAGER_FACTOR * own + TOLERANCES[math_mode].rtol)
+
+
+def relative_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Returns the largest relative error in norm; infinite where a number is not finite."""
+    worst = 0.0
+    for y, expected in zip(outputs, exact, strict=True):
+        difference = (y.double() - expected.double()).norm()
+        error = (difference / expected.double().norm().clamp_min(1e-30)).item()
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def _random(value: Value, generator: torch.Generator) -> Tensor:
+    """Returns numbers as activations are: as many below zero as above; channels_last."""
+    device = generator.device
+    if not value.dtype.is_floating_point:
+        return torch.ones(value.shape, dtype=value.dtype, device=device)
+    x = torch.randn(value.shape, generator=generator, dtype=torch.float32, device=device).to(
+        value.dtype
+    )
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _floating(part: Graph) -> torch.dtype:
+    dtypes = [v.dtype for v in part.values.values() if v.dtype.is_floating_point]
+    return dtypes[0] if dtypes else torch.float32
