@@ -17,56 +17,59 @@ static inline long first_pixel(const Step& s, long unit) {
   return (row / down * s.P + row % down * 2) * s.Q;
 }
 
-static void first_in(const Step& s, const Part& part, float* scratch) {
+static void run_first(const Step& s, const Range& part, float* scratch) {
   switch (s.kind) {
-    case DIRECT: direct_in(s, part, Part(0, direct_panels(s)), scratch); break;
-    case WINOGRAD: winograd_in(s, part, Part(0, winograd_panels(s)), scratch); break;
-    default: grouped_in(s, part); break;
+    case DIRECT: conv_direct(s, part, Range(0, direct_panels(s)), scratch); break;
+    case WINOGRAD: conv3x3_winograd(s, part, Range(0, winograd_panels(s)), scratch); break;
+    default: conv_grouped(s, part); break;
   }
 }
 
 // A thread's range: of the first step's units, in whole pixels or rows of tiles, block by block.
-struct ChainRange {
-  Part all;
-  Cut cut;
+struct FusedChainRange {
+  Range units;
+  Partition partition;
 
-  ChainRange(const Step* steps, long range, long ranges)
-      : all(units(*steps), steps->kind == WINOGRAD ? (steps->Q + 1) / 2 : PIXELS, range, ranges),
-        cut(all.blocks(steps->block), 1, multiplications(steps) * all.count() / units(*steps)) {}
+  FusedChainRange(const Step* steps, long range, long ranges)
+      : units(unit_count(*steps), steps->kind == WINOGRAD ? (steps->Q + 1) / 2 : MR, range, ranges),
+        partition(units.blocks(steps->block), 1,
+                  multiplications(steps) * units.count() / unit_count(*steps)) {}
 
  private:
-  static long units(const Step& first) {
+  static long unit_count(const Step& first) {
     return first.kind == WINOGRAD ? winograd_tiles(first) : first.N * first.P * first.Q;
   }
 
   static double multiplications(const Step* steps) {
-    double all = 0;
+    double sum = 0;
     for (long i = 0; i <= steps->joined; i++) {
       const Step& s = steps[i];
-      all += static_cast<double>(s.N * s.P * s.Q) * s.K * s.R * s.S * (s.C / s.groups);
+      sum += static_cast<double>(s.N * s.P * s.Q) * s.K * s.R * s.S * (s.C / s.groups);
     }
-    return all;
+    return sum;
   }
 };
 
-static void chain_piece(const Step* steps, long range, long ranges, long piece, int slot) {
+static void fused_chain_piece(const Step* steps, long range, long ranges, long piece, int slot) {
   const Step& first = steps[0];
-  const ChainRange cut(steps, range, ranges);
-  const Part all = cut.all.of(cut.cut.block(piece), first.block);
-  for (long from = all.from; from < all.to; from += first.block) {
-    const long to = least(from + first.block, all.to);
-    const Part pixels(first_pixel(first, from), first_pixel(first, to));
+  const FusedChainRange own(steps, range, ranges);
+  const Range units = own.units.of(own.partition.block(piece), first.block);
+  for (long from = units.from; from < units.to; from += first.block) {
+    const long to = min(from + first.block, units.to);
+    const Range pixels(first_pixel(first, from), first_pixel(first, to));
     for (long i = 0; i <= first.joined; i++) {
       Step s = steps[i];
       float* const scratch = s.scratch + slot * s.scratch_pitch;
       // pixel 0 would lie before it: steps count from the first pixel of all
       if (s.x_local) s.x = scratch + s.x_local - pixels.from * s.x_pitch;
-      if (s.residual_local) s.residual = scratch + s.residual_local - pixels.from * s.residual_pitch;
+      if (s.residual_local) {
+        s.residual = scratch + s.residual_local - pixels.from * s.residual_pitch;
+      }
       if (s.y_local) s.y = scratch + s.y_local - pixels.from * s.y_pitch;
       if (i == 0) {
-        first_in(s, Part(from, to), scratch);
+        run_first(s, Range(from, to), scratch);
       } else {
-        direct_in(s, pixels, Part(0, direct_panels(s)), scratch);
+        conv_direct(s, pixels, Range(0, direct_panels(s)), scratch);
       }
     }
   }

@@ -10,24 +10,25 @@
 #include "team.h"
 #include "conv3x3_winograd.h"
 
-// What a thread's scratch memory holds of the step it computed last: the next piece may need it.
-struct Memory {
+// What a thread's scratch memory holds of the step that it computed last, for its next piece to
+// reuse.
+struct ScratchContents {
   uint64_t step = 0;
-  Transformed transformed;
-  Strip strip;
+  TransformedTiles tiles;
+  RowCache rows;
 };
 
-static thread_local Memory remembered;
+static thread_local ScratchContents scratch_contents;
 
-// A step, or several that are joined, to be shared out.
+// A step, or a run of fused steps, as work for a team of threads.
 class StepWork final : public team::Work {
   const Step* const step_;
 
  public:
   explicit StepWork(const Step* step) : step_(step) {}
 
-  // Others begin later than the caller is done, where there are a few microseconds of work.
-  bool worth_sharing() const override {
+  // Helpers would begin after the caller had finished a few microseconds of work.
+  bool is_worth_sharing() const override {
     const Step& s = *step_;
     const double values = static_cast<double>(s.N) * s.K * (s.kind == MEAN ? s.H * s.W : s.P * s.Q);
     const bool sums = s.kind <= GROUPED || s.kind == WINOGRAD_INLINE;
@@ -37,19 +38,19 @@ class StepWork final : public team::Work {
   long pieces(long range, long ranges) const override {
     const Step& s = *step_;
     if (s.joined) {
-      return s.rows_joined() ? StripsRange(&s, range, ranges).cut.pieces
-                             : ChainRange(&s, range, ranges).cut.pieces;
+      return s.rows_joined() ? FusedRowsRange(&s, range, ranges).partition.pieces
+                             : FusedChainRange(&s, range, ranges).partition.pieces;
     }
     switch (s.kind) {
-      case DIRECT: return DirectRange(s, range, ranges).cut.pieces;
+      case DIRECT: return DirectRange(s, range, ranges).partition.pieces;
       case WINOGRAD:
-      case WINOGRAD_INLINE: return WinogradRange(s, range, ranges).cut.pieces;
-      case GROUPED: return GroupedRange(s, range, ranges).cut.pieces;
-      case MEAN: return mean_range(s, range, ranges).cut.pieces;
-      case AFFINE: return affine_range(s, range, ranges).cut.pieces;
+      case WINOGRAD_INLINE: return WinogradRange(s, range, ranges).partition.pieces;
+      case GROUPED: return GroupedRange(s, range, ranges).partition.pieces;
+      case MEAN: return mean_range(s, range, ranges).partition.pieces;
+      case AFFINE: return affine_range(s, range, ranges).partition.pieces;
       case MAX_POOL:
       case AVERAGE_POOL:
-      case PICK: return pool_range(s, range, ranges).cut.pieces;
+      case PICK: return pool_range(s, range, ranges).partition.pieces;
     }
     return 0;
   }
@@ -57,23 +58,25 @@ class StepWork final : public team::Work {
   void compute(const team::Piece& at) const override {
     const Step& s = *step_;
     const long range = at.range, ranges = at.ranges, i = at.index;
-    if (remembered.step != at.step) remembered = {at.step, {}, {}};
+    if (scratch_contents.step != at.step) scratch_contents = {at.step, {}, {}};
     if (s.joined) {
-      if (s.rows_joined()) return strips_piece(&s, range, ranges, i, at.slot, remembered.strip);
-      return chain_piece(&s, range, ranges, i, at.slot);
+      if (s.rows_joined()) {
+        return fused_rows_piece(&s, range, ranges, i, at.slot, scratch_contents.rows);
+      }
+      return fused_chain_piece(&s, range, ranges, i, at.slot);
     }
     float* const scratch = s.scratch + at.slot * s.scratch_pitch;
     switch (s.kind) {
       case DIRECT: return direct_piece(s, range, ranges, i, scratch);
       case WINOGRAD:
       case WINOGRAD_INLINE:
-        return winograd_piece(s, range, ranges, i, scratch, remembered.transformed);
+        return winograd_piece(s, range, ranges, i, scratch, scratch_contents.tiles);
       case GROUPED: return grouped_piece(s, range, ranges, i);
-      case MAX_POOL: return max_pool_in(s, pool_range(s, range, ranges).piece(i));
-      case MEAN: return mean_in(s, mean_range(s, range, ranges).piece(i));
-      case AFFINE: return affine_in(s, affine_range(s, range, ranges).piece(i));
-      case AVERAGE_POOL: return average_pool_in(s, pool_range(s, range, ranges).piece(i));
-      case PICK: return pick_in(s, pool_range(s, range, ranges).piece(i));
+      case MAX_POOL: return max_pool(s, pool_range(s, range, ranges).piece(i));
+      case MEAN: return global_mean(s, mean_range(s, range, ranges).piece(i));
+      case AFFINE: return affine(s, affine_range(s, range, ranges).piece(i));
+      case AVERAGE_POOL: return average_pool(s, pool_range(s, range, ranges).piece(i));
+      case PICK: return pick(s, pool_range(s, range, ranges).piece(i));
     }
   }
 };
@@ -115,8 +118,8 @@ extern "C" long resfuse_unchanged(const Watched* parts, long always, long from, 
 
 // What Python must know to lay memory out.
 extern "C" long resfuse_lanes() { return LANES; }
-extern "C" long resfuse_panel() { return PANEL; }
-extern "C" long resfuse_pixels() { return PIXELS; }
+extern "C" long resfuse_panel() { return NR; }
+extern "C" long resfuse_pixels() { return MR; }
 extern "C" long resfuse_step_bytes() { return sizeof(Step); }
 extern "C" long resfuse_watched_bytes() { return sizeof(Watched); }
 
