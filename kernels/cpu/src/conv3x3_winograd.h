@@ -12,6 +12,7 @@
 // WINOGRAD_INLINE, a slice of transformed weights [16, WINOGRAD_KC, NR].
 #pragma once
 
+#include "dcheck.h"
 #include "epilogue.h"
 #include "step.h"
 #include "tile.h"
@@ -136,6 +137,12 @@ struct Workspace {
     product = input + 16 * input_plane;
     weights = product + 16 * product_plane;
   }
+
+  static long floats(const Step& s) {
+    const Workspace ws(s, nullptr);
+    const long weights = s.kind == WINOGRAD_INLINE ? weights_plane : 0;
+    return 16 * (ws.input_plane + ws.product_plane + weights) - PLANE_PADDING;  // none at the end
+  }
 };
 
 // Computes the slice's G w G^T, [16, depth, panel].
@@ -161,6 +168,7 @@ static void transform_weights(const Step& s, const Slice& slice, const Workspace
 // For element e and `count` rows: product[row][0..panel) (+)= input[row][0..depth) @ w.
 static void multiply(const Step& s, const Slice& slice, long e, const float* w,
                      const Workspace& ws, long count, WeightPrefetch next_w) {
+  DCHECK(s.kind == WINOGRAD || slice.depth <= WINOGRAD_KC);
   const float* const input = ws.input + e * ws.input_plane + slice.c;
   for_each_tile_of_width(slice.panel, 0, count, [&]<long M, long N>(long row) {
     float* const product = ws.product + e * ws.product_plane + row * NR;
@@ -223,10 +231,12 @@ struct TransformedTiles {
 
 static void conv3x3_winograd(const Step& s, const Range& tiles, const Range& panels, float* scratch,
                         TransformedTiles* cached = nullptr) {
+  DCHECK(0 <= panels.from && panels.to <= winograd_panels(s));
   const Workspace ws(s, scratch);
   const long block = even_block(tiles.count(), s.block);
   for (long from = tiles.from; from < tiles.to; from += block) {
     const long count = min(block, tiles.to - from);
+    DCHECK(count <= s.block && 0 <= from && from + count <= winograd_tiles(s));
     if (!cached || cached->from != from || cached->count != count) {
       for (long i = 0; i < count; i++) {
         gather(s, TilePosition(s, from + i), ws.input_plane, ws.input + i * s.C);

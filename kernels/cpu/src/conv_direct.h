@@ -9,6 +9,7 @@
 
 #include <cstddef>
 
+#include "dcheck.h"
 #include "epilogue.h"
 #include "step.h"
 #include "tile.h"
@@ -60,6 +61,25 @@ struct PanelTask {
   long from, to, k, panel, channel;
 };
 
+// Whether a panel of so many output channels is computed with all weights in one pass.
+static inline bool in_one_pass(const Step& s, long panel) {
+  const long C = s.C / s.groups, taps = s.R * s.S;
+  return C < CACHE_LINE || (taps > 1 && taps * C * panel <= 2 * KC * NR);
+}
+
+// Slices of channels that each tap's weights are divided into otherwise.
+static inline long slices_per_tap(const Step& s) {
+  const long C = s.C / s.groups, deep = s.R * s.S == 1 && C > 2 * KC;
+  const long most = deep ? 2 * KC : KC;
+  return (C + most - 1) / most;
+}
+
+// Floats of partial sums that a thread saves between slices.
+static inline long direct_scratch_floats(const Step& s) {
+  const bool saved = !in_one_pass(s, min(NR, s.K / s.groups)) && s.R * s.S * slices_per_tap(s) > 1;
+  return saved ? s.block * NR : 0;
+}
+
 // Computes a panel with all weights in one pass, where there are few of them (a stem's three
 // channels, groups of 32). Where a window hangs over no edge, each of its rows is one long sum.
 static void direct_one_pass(const Step& s, const PanelTask& task, const float* weights) {
@@ -71,6 +91,7 @@ static void direct_one_pass(const Step& s, const PanelTask& task, const float* w
     const long taps = whole ? 1 : s.S, depth = whole ? s.S * C : C;
     Tile<M, N> tile;
     tile.init(s.bias + task.k);
+    DCHECK(windows.inside || depth <= MAX_ROW);
     const float* x[M];
     const float* w = weights;
     for (long r = 0; r < s.R; r++) {
@@ -91,8 +112,7 @@ static void direct_one_pass(const Step& s, const PanelTask& task, const float* w
 // faster from 512 channels on.
 static void direct_sliced(const Step& s, const PanelTask& task, const float* w,
                           float* partial_sums) {
-  const long C = s.C / s.groups, deep = s.R * s.S == 1 && C > 2 * KC;
-  const long most = deep ? 2 * KC : KC, parts = (C + most - 1) / most;
+  const long C = s.C / s.groups, parts = slices_per_tap(s);
   const long slices = s.R * s.S * parts;
   const bool pointwise = s.R * s.S * s.stride_h * s.stride_w == 1 && !s.pad_h && !s.pad_w;
   for (long i = 0; i < slices; i++) {
@@ -140,13 +160,15 @@ static void conv_direct(const Step& s, const Range& pixels, const Range& all_pan
                         float* partial_sums) {
   const long C = s.C / s.groups, K = s.K / s.groups;
   const long panels = (K + NR - 1) / NR, taps = s.R * s.S * C;
+  DCHECK(0 <= pixels.from && pixels.to <= s.N * s.P * s.Q);
+  DCHECK(0 <= all_panels.from && all_panels.to <= direct_panels(s));
   for (long from = pixels.from; from < pixels.to; from += s.block) {
     const long to = min(from + s.block, pixels.to);
     for (long p = all_panels.from; p < all_panels.to; p++) {
       const long group = p / panels, first = p % panels * NR;
       const PanelTask task{from, to, group * K + first, min(NR, K - first), group * C};
       const float* const w = s.w + task.k * taps;
-      if (C < CACHE_LINE || (s.R * s.S > 1 && taps * task.panel <= 2 * KC * NR)) {
+      if (in_one_pass(s, task.panel)) {
         direct_one_pass(s, task, w);
       } else {
         direct_sliced(s, task, w, partial_sums);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "conv_direct.h"
+#include "dcheck.h"
 #include "epilogue.h"
 #include "step.h"
 #include "tile.h"
@@ -106,6 +107,8 @@ static void grouped_range(const Step& s, const Range& pixels) {
 }
 
 static void conv_grouped(const Step& s, const Range& pixels) {
+  DCHECK(0 <= pixels.from && pixels.to <= s.N * s.P * s.Q);
+  DCHECK(s.R * s.S <= MAX_TAPS && s.K <= MAX_ROW);
   switch (s.C / s.groups) {
     case 1: grouped_range<1>(s, pixels); break;
     case 2: grouped_range<2>(s, pixels); break;

@@ -1,6 +1,7 @@
 // The epilogue of a convolution, on a vector of output channels: residual, activation and store.
 #pragma once
 
+#include "dcheck.h"
 #include "step.h"
 #include "vectors.h"
 
@@ -26,6 +27,7 @@ static inline Floats activate(const Step& s, Floats v, long k) {
 }
 
 static inline void epilogue(const Step& s, Floats v, long pixel, long k) {
+  DCHECK(0 <= pixel && pixel < s.N * s.P * s.Q && 0 <= k && k < s.K && k % LANES == 0);
   if (!s.residual) {
     v = activate(s, v, k);
   } else {

@@ -21,6 +21,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "dcheck.h"
+
 namespace team {
 
 constexpr int MAX_THREADS = 256;
@@ -83,6 +85,7 @@ struct alignas(64) PieceQueue {
   std::atomic<uint64_t> word{0};
 
   void open(uint64_t step, long ranges, long pieces) {
+    DCHECK(0 < ranges && ranges <= MAX_THREADS && 0 <= pieces && pieces <= MAX_PIECES);
     word.store(step << 32 | static_cast<uint64_t>(ranges - 1) << 24 |
                    static_cast<uint64_t>(pieces) << 12,
                std::memory_order_release);

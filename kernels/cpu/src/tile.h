@@ -2,6 +2,7 @@
 // Tiles at an edge are smaller: M rows by N vectors.
 #pragma once
 
+#include "dcheck.h"
 #include "range.h"
 #include "vectors.h"
 
@@ -128,6 +129,7 @@ static inline void for_each_tile(long from, long to, const Body& body) {
 // The same, with N the vectors that `channels` fills: at most NR_VECTORS.
 template <class Body>
 static inline void for_each_tile_of_width(long channels, long from, long to, const Body& body) {
+  DCHECK(0 < channels && channels <= NR && channels % LANES == 0);
   switch (channels / LANES) {
     case 1: for_each_tile<1>(from, to, body); break;
     case 2: for_each_tile<2>(from, to, body); break;

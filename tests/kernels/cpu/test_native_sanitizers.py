@@ -24,11 +24,11 @@ TESTS = (
 RUN = """
 import os, sys, pytest
 del os.environ["LD_PRELOAD"]  # what is started from here, compilers too, is not looked at
-from resfuse.kernels.cpu import library; from resfuse.kernels.cpu import program as step
+from resfuse.kernels.cpu import library
 plain, flags = library.library, tuple(sys.argv[1].split())
 def sanitized(architecture="native", *further):
     return plain(architecture, *further, *flags)
-step.library = library.library = sanitized
+library.library = sanitized
 sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 
