@@ -9,15 +9,14 @@ from typing import Literal
 
 from torch import Tensor
 
+from resfuse.kernels.cpu import program
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.program import ACTIVATIONS, KINDS, Step, lanes, panel, pixels
+from resfuse.kernels.cpu.library import constant
+from resfuse.kernels.cpu.program import ACTIVATIONS, Step, lanes, mr, nr, whole_vectors
 from resfuse.kernels.cpu.weight_layout import direct_weights, grouped_weights, winograd_weights
 from resfuse.kernels.ops.conv_problem import ConvProblem
 
 Form = Literal["direct", "winograd", "winograd_inline", "grouped"]
-_LINE, _DEPTH = 16, 128  # as tile.h has them
-_SLICE, _APART = 64, 3 * _LINE  # as conv3x3_winograd.h has them
-LONGEST_ROW, _MOST_TAPS = 1 << 14, 128  # as conv_direct.h and conv_grouped.h have them
 
 # Bytes of input, or of transformed input, that a thread takes through all output channels at a
 # time: from half of a first-level cache that is large to twice a second-level one.
@@ -43,8 +42,8 @@ def refusal(problem: ConvProblem) -> str | None:
     if problem.activation not in ACTIVATIONS:
         return f"no native {problem.activation}"
     row = problem.c // problem.groups * problem.s
-    if row > LONGEST_ROW:
-        return f"rows of {row} values; at most {LONGEST_ROW}"
+    if not fits_row(row):
+        return f"rows of {row} values; at most {constant('MAX_ROW')}"
     if problem.groups > 1 and not _fills_vectors(problem) and not _is_grouped(problem):
         return "groups that fill no vector"
     return None
@@ -98,7 +97,7 @@ def _choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:
     Channels are parted where a thread would have few pixels.
     """
     every = list(configs(form, problem))
-    by_channel = pixels_of(problem) < 512 and problem.k >= 4 * panel()
+    by_channel = pixels_of(problem) < 512 and problem.k >= 4 * nr()
     preferred = [c for c in every if c.by_channel == by_channel] or every
     return preferred[len(preferred) // 2]
 
@@ -112,40 +111,29 @@ def layout_weight(form: Form, weight: Tensor, groups: int) -> Tensor:
 
 def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
     """Scratch memory a thread needs, in floats."""
-    if config.form in ("winograd", "winograd_inline"):
-        kept = config.block * (problem.c + panel()) + 2 * _APART
-        weights = _SLICE * panel() + _APART if config.form == "winograd_inline" else 0
-        return 16 * (kept + weights)
-    return config.block * panel() if config.form == "direct" and _is_sliced(problem) else 0
-
-
-def _is_sliced(problem: ConvProblem) -> bool:
-    """Whether conv_direct.h takes the weights in several slices, and so keeps sums between them."""
-    c, taps = problem.c // problem.groups, problem.r * problem.s
-    if taps == 1:
-        return c > _DEPTH
-    k = -(-(problem.k // problem.groups) // lanes()) * lanes()
-    return c >= _LINE and taps * c * min(k, panel()) > 2 * _DEPTH * panel()
+    return conv_step(problem, config).scratch_pitch
 
 
 def conv_step(
-    problem: ConvProblem, config: NativeConfig, *, residual_last: bool, **where: int
+    problem: ConvProblem, config: NativeConfig, *, residual_last: bool = False, **where: int
 ) -> Step:
-    """The step; `where` has the pointers and pitches of step.h."""
-    whole_vectors = -(-problem.k // lanes()) * lanes()
-    return Step(
-        kind=KINDS.index(config.form),
+    """The step, with as much scratch memory for each thread as it needs by itself; `where` has the
+    pointers and pitches of step.h.
+    """
+    step = Step(
+        kind=program.kind(config.form),
         N=problem.n, H=problem.h, W=problem.w, C=problem.c,
-        K=whole_vectors, R=problem.r, S=problem.s, P=problem.p, Q=problem.q,
+        K=whole_vectors(problem.k), R=problem.r, S=problem.s, P=problem.p, Q=problem.q,
         stride_h=problem.stride[0], stride_w=problem.stride[1],
         pad_h=problem.padding[0], pad_w=problem.padding[1],
         dilation_h=problem.dilation[0], dilation_w=problem.dilation[1],
         groups=problem.groups,
-        activation=ACTIVATIONS[problem.activation], residual_last=residual_last,
+        activation=program.activation(problem.activation), residual_last=residual_last,
         by_channel=config.by_channel, block=config.block,
-        scratch_pitch=scratch_floats(problem, config),
         **where,
     )  # fmt: skip
+    step.scratch_pitch = program.scratch_floats(step)
+    return step
 
 
 def pixels_of(problem: ConvProblem) -> int:
@@ -170,10 +158,15 @@ def _is_grouped(problem: ConvProblem) -> bool:
     return fits_grouped(problem.c, problem.k, problem.groups, problem.r * problem.s)
 
 
+def fits_row(values: int) -> bool:
+    """Whether rows of a window may have so many values: there are as many zeros for padding."""
+    return values <= constant("MAX_ROW")
+
+
 def fits_grouped(c: int, k: int, groups: int, taps: int) -> bool:
     """Whether the grouped form computes a convolution from `c` to `k` channels."""
     whole_groups = groups > 1 and c == k and c % lanes() == 0 and lanes() % (c // groups) == 0
-    return whole_groups and taps <= _MOST_TAPS
+    return whole_groups and taps <= constant("MAX_TAPS") and c <= constant("MAX_ROW")
 
 
 def _fills_vectors(problem: ConvProblem) -> bool:
@@ -190,10 +183,7 @@ def _parted(
 ) -> Iterator[NativeConfig]:
     budgets = _DIRECT_BLOCKS if form == "direct" else _WINOGRAD_BLOCKS
     whole = _whole(rows)
-    blocks = {
-        max(pixels(), min(whole, budget // bytes_of_each // pixels() * pixels()))
-        for budget in budgets
-    }
+    blocks = {max(mr(), min(whole, budget // bytes_of_each // mr() * mr())) for budget in budgets}
     for by_channel in _partings(problem):
         for block in sorted(blocks):
             yield NativeConfig(form, by_channel, block)
@@ -201,8 +191,8 @@ def _parted(
 
 def _partings(problem: ConvProblem) -> tuple[bool, ...]:
     """Whether threads may part the pixels (False), the output channels (True)."""
-    return (False, True) if problem.k > panel() else (False,)
+    return (False, True) if problem.k > nr() else (False,)
 
 
 def _whole(rows: int) -> int:
-    return -(-rows // pixels()) * pixels()
+    return -(-rows // mr()) * mr()

@@ -2,6 +2,7 @@
 more than torch does, or as many as a caller asks for.
 """
 
+import math
 import os
 import threading
 import time
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from resfuse.kernels.cpu.library import NativeUnavailable, constant
+
 _KEPT_S = 1.0  # a limit that changes while the process runs is seen after that
-_MOST = 256  # as team.h has it
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -62,8 +64,10 @@ def require_threads(count: int | None) -> None:
     """
     if count is None:
         return
-    if type(count) is not int or not 1 <= count <= _MOST:
-        raise ValueError(f"argument threads: {count!r}; accepted: 1 to {_MOST}, or None")
+    most = _most()
+    if type(count) is not int or not 1 <= count <= most:
+        accepted = f"1 to {most}" if most < math.inf else "1 or more"
+        raise ValueError(f"argument threads: {count!r}; accepted: {accepted}, or None")
     if count > usable():
         warnings.warn(
             f"argument threads: {count}; this process has {usable()} CPUs to use, on which so many "
@@ -72,10 +76,18 @@ def require_threads(count: int | None) -> None:
         )
 
 
+def _most() -> float:
+    """The most threads of a native step; what computes without them has no such limit."""
+    try:
+        return constant("MAX_THREADS")
+    except NativeUnavailable:
+        return math.inf
+
+
 def usable() -> int:
     """CPUs that this thread may run on: its affinity's, as far as the cgroup's quota goes."""
     if (now := time.monotonic()) >= _known.until:
-        _known.cpus, _known.until = max(1, min(_affinity(), round(_quota()))), now + _KEPT_S
+        _known.cpus, _known.until = max(1, round(min(_affinity(), _quota()))), now + _KEPT_S
     return _known.cpus
 
 
@@ -86,12 +98,12 @@ def _affinity() -> int:
 
 
 def _quota() -> float:
-    """CPUs' worth of time that the cgroup, or one around it, may use; many without a limit."""
-    limits = [float(_MOST)]
+    """CPUs' worth of time that the cgroup, or one around it, may use; infinite without a limit."""
+    limits = [math.inf]
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:
-        return _MOST
+        return math.inf
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from itertools import count, takewhile
 from pathlib import Path
 
 # Not -ffast-math: NaN and infinity must come out as torch has them.
@@ -44,6 +45,41 @@ def library(architecture: str = "native", *further: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(built))
     except OSError as error:
         raise NativeUnavailable(f"the native library cannot be loaded: {error}") from None
+
+
+def constant(name: str) -> int:
+    """A constant of the C++ sources, of those in exports.h.
+
+    Raises:
+        NativeUnavailable: there is no library.
+    """
+    return _constants(library())[name]
+
+
+def require_layout(struct: type[ctypes.Structure], name: str) -> None:
+    """Raises NativeUnavailable unless the library lays struct `name` out as Python does: the same
+    fields at the same offsets.
+    """
+    known = _constants(library())
+    theirs = {key: value for key, value in known.items() if key.partition(".")[0] == name}
+    ours = {f"{name}.{field[0]}": getattr(struct, field[0]).offset for field in struct._fields_}
+    if ours | {name: ctypes.sizeof(struct)} != theirs:
+        raise NativeUnavailable(f"the library lays {name} out otherwise on this platform")
+
+
+class _Constant(ctypes.Structure):
+    """The fields of `struct Constant` in exports.h, in its order."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("value", ctypes.c_long)]
+
+
+@functools.cache
+def _constants(lib: ctypes.CDLL) -> dict[str, int]:
+    """All of exports.h, whose table ends with an entry without a name."""
+    table = lib.resfuse_constants
+    table.restype = ctypes.POINTER(_Constant)
+    entries = takewhile(lambda entry: entry.name, map(table().__getitem__, count()))
+    return {entry.name.decode(): entry.value for entry in entries}
 
 
 def cache_folder() -> Path:

@@ -37,7 +37,7 @@ def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
         k, of_each, r, s = weight.shape
         return conv_candidates.fits_grouped(of_each * geometry.groups, k, geometry.groups, r * s)
     row = weight.shape[1] * weight.shape[3]
-    return weight.shape[0] % lanes() == 0 and row <= conv_candidates.LONGEST_ROW
+    return weight.shape[0] % lanes() == 0 and conv_candidates.fits_row(row)
 
 
 class _Workspace(threading.local):

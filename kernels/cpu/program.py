@@ -1,55 +1,94 @@
 """Step: what the library is told of one step, and programs of several.
 
-The fields are those of `struct Step` in step.h, in its order.
+The fields are those of `struct Step` in step.h; `runner` compares their offsets. What else the two
+languages have to agree on is asked of the library: constants, the numbers of kinds and activations,
+and how much scratch memory a step needs.
 """
 
 import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+from resfuse.kernels.cpu import library as native
 from resfuse.kernels.cpu.cpus import asked_for, threads
-from resfuse.kernels.cpu.library import NativeUnavailable, library
 
-KINDS = (
-    "direct", "winograd", "grouped", "max_pool", "mean", "affine", "average_pool", "pick",
-    "winograd_inline",
-)  # fmt: skip
-ACTIVATIONS = {
-    "identity": 0,
-    "relu": 1,
-    "relu6": 2,
-    "hardswish": 3,
-    "leaky_relu": 4,  # with its slope for every channel
-    "prelu": 4,
-}
-POINTERS = ("x", "w", "bias", "slope", "residual", "y", "scratch")
-NUMBERS = (
+ACTIVATIONS = ("identity", "relu", "relu6", "hardswish", "leaky_relu", "prelu")
+_POINTERS = ("x", "w", "bias", "slope", "residual", "y", "scratch")
+_NUMBERS = (
     "N", "H", "W", "C", "K", "R", "S", "P", "Q",
     "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups",
     "x_pitch", "residual_pitch", "y_pitch",
     "activation", "residual_last", "by_channel", "block", "scratch_pitch",
-    "joined", "rows", "x_local", "residual_local", "y_local",
+    "length", "rows", "x_local", "residual_local", "y_local",
 )  # fmt: skip
+ABSENT = -1  # of an offset into scratch memory
 
 
 class Step(ctypes.Structure):
-    """One step; pointers are addresses (0: none), numbers count elements."""
+    """One step; pointers are addresses (0: none), numbers count elements, offsets into scratch
+    memory are ABSENT unless given.
+    """
 
     _fields_ = [
         ("kind", ctypes.c_long),
-        *((name, ctypes.c_void_p) for name in POINTERS),
-        *((name, ctypes.c_long) for name in NUMBERS),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_long) for name in _NUMBERS),
     ]
+
+    def __init__(self, **fields: int) -> None:
+        nowhere = {"x_local": ABSENT, "residual_local": ABSENT, "y_local": ABSENT}
+        super().__init__(**nowhere | fields)
+
+
+def kind(name: str) -> int:
+    """The number of a kind of step: "direct", "max_pool", "chain" and so on."""
+    return native.constant(f"kind.{name}")
+
+
+def activation(name: str) -> int:
+    """The number of one of ACTIVATIONS."""
+    return native.constant(f"activation.{name}")
+
+
+def fused_run(
+    name: str, steps: Sequence[Step], *, scratch: int = 0, scratch_pitch: int = 0, rows: int = 0
+) -> list[Step]:
+    """The steps behind one that says they are fused.
+
+    Args:
+        name: "chain" or "row_fused".
+        scratch: the address of the threads' scratch memory, which holds the local values.
+        scratch_pitch: floats of it for each thread.
+        rows: of a strip ("row_fused").
+    """
+    head = Step(
+        kind=kind(name), length=len(steps), scratch=scratch, scratch_pitch=scratch_pitch, rows=rows
+    )
+    return [head, *steps]
+
+
+def scratch_floats(step: Step) -> int:
+    """Floats of scratch memory that a thread needs for a step that is not a fused run."""
+    return _asked("resfuse_scratch_floats", step)
+
+
+def local_pixels(run: Sequence[Step]) -> int:
+    """The most pixels of a value in a thread's scratch memory at a time, of a fused run."""
+    return _asked("resfuse_local_pixels", (Step * len(run))(*run))
+
+
+def _asked(function: str, steps: Any) -> int:
+    asked = getattr(native.library(), function)
+    asked.restype, asked.argtypes = ctypes.c_long, [ctypes.POINTER(Step)]
+    return asked(steps)
 
 
 def runner() -> Any:
     """The library's function (steps, count, threads) that runs them; `require_done` judges what it
     returns.
     """
-    lib = library()
-    if lib.resfuse_step_bytes() != ctypes.sizeof(Step):
-        raise NativeUnavailable("the library's steps are laid out otherwise on this platform")
-    run = lib.resfuse_run
+    native.require_layout(Step, "Step")
+    run = native.library().resfuse_run
     run.restype, run.argtypes = ctypes.c_long, [ctypes.POINTER(Step), ctypes.c_long, ctypes.c_long]
     return run
 
@@ -82,7 +121,7 @@ def require_done(failed: int) -> None:
 
 def lanes() -> int:
     """Floats in a vector; channels are padded to it."""
-    return library().resfuse_lanes()
+    return native.constant("LANES")
 
 
 def whole_vectors(channels: int) -> int:
@@ -90,11 +129,17 @@ def whole_vectors(channels: int) -> int:
     return -(-channels // lanes()) * lanes()
 
 
-def panel() -> int:
-    """Output channels that are computed together."""
-    return library().resfuse_panel()
+def whole_lines(floats: int) -> int:
+    """Floats up to a whole number of cache lines."""
+    line = native.constant("CACHE_LINE")
+    return -(-floats // line) * line
 
 
-def pixels() -> int:
-    """Pixels that are computed together."""
-    return library().resfuse_pixels()
+def nr() -> int:
+    """Columns of a register tile: output channels that are computed together, a panel."""
+    return native.constant("NR")
+
+
+def mr() -> int:
+    """Rows of a register tile: pixels that are computed together."""
+    return native.constant("MR")

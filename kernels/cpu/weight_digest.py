@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from resfuse.kernels.cpu.library import NativeUnavailable, library
+from resfuse.kernels.cpu.library import library, require_layout
 
 WINDOWS = 128  # calls until every byte has been looked at
 _SMALL = 1 << 14  # bytes of a tensor that is always read in full
@@ -41,8 +41,7 @@ class Digest:
 
     def __init__(self, tensors: Sequence[Tensor], in_full: Sequence[Tensor] = ()) -> None:
         lib = library()
-        if lib.resfuse_watched_bytes() != ctypes.sizeof(_Watched):
-            raise NativeUnavailable("the library's parts are laid out otherwise on this platform")
+        require_layout(_Watched, "Watched")
         rows = [(t, t.numel() * t.element_size()) for t in tensors if t.numel() > 0]
         few = sum(size for _, size in rows) <= _ALL
         always = {id(t) for t in in_full}

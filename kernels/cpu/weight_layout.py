@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfuse.kernels.cpu.program import lanes, panel
+from resfuse.kernels.cpu.program import lanes, nr
 
 # Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015: F(2, 3)
 _G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
@@ -17,7 +17,7 @@ def direct_weights(w: Tensor, groups: int = 1) -> Tensor:
         [
             part.permute(2, 3, 1, 0).reshape(-1)
             for group in w.chunk(groups)
-            for part in _to_lanes(group).split(panel())
+            for part in _to_lanes(group).split(nr())
         ]
     )
 
@@ -25,7 +25,7 @@ def direct_weights(w: Tensor, groups: int = 1) -> Tensor:
 def direct_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
     """The weight [K, C, R, S] that direct_weights laid out, for K of whole vectors."""
     k, c, r, s = shape
-    sizes = [c * r * s * min(panel(), k - first) for first in range(0, k, panel())]
+    sizes = [c * r * s * min(nr(), k - first) for first in range(0, k, nr())]
     parts = [part.view(r, s, c, -1) for part in laid_out.split(sizes)]
     return torch.cat(parts, -1).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
 
@@ -34,7 +34,7 @@ def winograd_weights(w: Tensor) -> Tensor:
     """[K, C, 3, 3] -> for each panel of channels [16, C, panel] of G w G^T, computed in fp64."""
     g = torch.tensor(_G, dtype=torch.float64, device=w.device)
     u = torch.einsum("ir,kcrs,js->ijck", g, w.double(), g).float().flatten(0, 1)
-    return torch.cat([part.reshape(-1) for part in _to_lanes(u, -1).split(panel(), -1)])
+    return torch.cat([part.reshape(-1) for part in _to_lanes(u, -1).split(nr(), -1)])
 
 
 def grouped_weights(w: Tensor) -> Tensor:

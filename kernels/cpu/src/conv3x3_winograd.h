@@ -1,17 +1,18 @@
-// 3x3 convolution with stride 1 as Winograd's F(2x2, 3x3): 16 multiplications for four outputs where
-// the direct form takes 36 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
-// 2015). The transforms only add, so the error is that of direct convolution.
+// 3x3 convolution with stride 1 as Winograd's F(2x2, 3x3): 16 multiplications for four outputs
+// where the direct form takes 36 (Lavin and Gray, "Fast Algorithms for Convolutional Neural
+// Networks", 2015). The transforms only add, so the error is that of direct convolution.
 //
-// A 4x4 patch d of the input becomes B^T d B, 16 matrix products over channels follow (one for each
-// of its elements), and A^T m A is a 2x2 patch of the output.
+// A 4x4 tile d of the input is transformed to B^T d B, 16 matrix products over channels follow (one
+// for each of its elements), and A^T m A is a 2x2 tile of the output.
 //
-// Weights: WINOGRAD reads, for each panel of up to PANEL output channels, [16, C, panel] of G w G^T.
-// These are 16/9 as large as w, so WINOGRAD_INLINE reads what conv_direct.h does and computes G w G^T
-// itself, a slice of channels at a time and again for every block.
-// Scratch, for each thread: the transformed input [16, block, C], products [16, block, PANEL], and
-// the slice of transformed weights [16, SLICE, PANEL].
+// Packed weights: WINOGRAD reads, for each panel of up to NR output channels, [16, C, panel] of
+// G w G^T. They are 16/9 as large as w, so WINOGRAD_INLINE reads the weights of conv_direct.h and
+// computes G w G^T itself, a slice of channels at a time and again for every block.
+// Scratch of a thread: the transformed input [16, block, C], products [16, block, NR] and, for
+// WINOGRAD_INLINE, a slice of transformed weights [16, WINOGRAD_KC, NR].
 #pragma once
 
+#include "dcheck.h"
 #include "epilogue.h"
 #include "step.h"
 #include "tile.h"
@@ -53,10 +54,10 @@ static inline void transform_output(const Floats m[4][4], Floats y[2][2]) {
   }
 }
 
-// Where the 2x2 output patch number `tile` lies.
-struct Patch {
+// Where the 2x2 output tile number `tile` lies.
+struct TilePosition {
   long image, p, q;
-  Patch(const Step& s, long tile) {
+  TilePosition(const Step& s, long tile) {
     const long across = (s.Q + 1) / 2, down = (s.P + 1) / 2;
     q = tile % across * 2;
     p = tile / across % down * 2;
@@ -64,7 +65,8 @@ struct Patch {
   }
 };
 
-static void gather(const Step& s, const Patch& at, long plane, float* to) {
+// Transforms the input of a tile, element by element into planes.
+static void gather(const Step& s, const TilePosition& at, long plane, float* to) {
   const long h = at.p - s.pad_h, w = at.q - s.pad_w;
   for (long c = 0; c < s.C; c += LANES) {
     Floats d[4][4], v[4][4];
@@ -80,63 +82,71 @@ static void gather(const Step& s, const Patch& at, long plane, float* to) {
   }
 }
 
-static void scatter(const Step& s, const Patch& at, const float* from, long plane, long k,
+// Transforms the products of a tile and stores its output pixels.
+static void scatter(const Step& s, const TilePosition& at, const float* from, long plane, long k,
                     long channels) {
   for (long c = 0; c < channels; c += LANES) {
     Floats m[4][4], y[2][2];
     UNROLLED for (long i = 0; i < 16; i++) m[i / 4][i % 4] = load(from + i * plane + c);
     transform_output(m, y);
     const Floats bias = load(s.bias + k + c);
-    for (long i = 0; i < least(2, s.P - at.p); i++) {
-      for (long j = 0; j < least(2, s.Q - at.q); j++) {
+    for (long i = 0; i < min(2, s.P - at.p); i++) {
+      for (long j = 0; j < min(2, s.Q - at.q); j++) {
         const long pixel = (at.image * s.P + at.p + i) * s.Q + at.q + j;
-        finish(s, y[i][j] + bias, pixel, k + c);
+        epilogue(s, y[i][j] + bias, pixel, k + c);
       }
     }
   }
 }
 
-// Channels of a slice whose transformed weights are computed together: with all products' inputs
-// they fit into a second-level cache.
-constexpr long SLICE = 64;
+// Channels of a slice whose weights are transformed together: with the inputs of all products they
+// fit into a second-level cache.
+constexpr long WINOGRAD_KC = 64;
 
-// Planes of 16 elements would lie a power of two apart, all in one set of the caches.
-constexpr long APART = 3 * LINE;
+// Without it the planes of the 16 elements would lie a power of two apart, all in one set of the
+// caches.
+constexpr long PLANE_PADDING = 3 * CACHE_LINE;
 
-// A panel's output channels, and some of the input channels.
+// A panel's output channels and a slice of the input channels.
 struct Slice {
   long k, panel, c, depth;
 
   Slice(const Step& s, long p, long part, long parts)
-      : k(p * PANEL),
-        panel(least(PANEL, s.K - k)),
+      : k(p * NR),
+        panel(min(NR, s.K - k)),
         c(s.C * part / parts),
         depth(s.C * (part + 1) / parts - c) {}
 
   long floats() const { return depth * panel; }
 
-  // Its weights in plane `i` of `planes`: taps, or transformed elements.
+  // The slice's weights in plane `i` of `planes`, which are taps or transformed elements.
   const float* weights(const Step& s, long planes, long i) const {
     return s.w + (k * planes + i * panel) * s.C + c * panel;
   }
 };
 
-// Where a thread keeps what it computes: 16 planes of each.
-struct Kept {
+// A thread's scratch memory: 16 planes each of transformed input, products and transformed weights.
+struct Workspace {
   float *input, *product, *weights;
   long input_plane, product_plane;
-  static constexpr long weights_plane = SLICE * PANEL + APART;
+  static constexpr long weights_plane = WINOGRAD_KC * NR + PLANE_PADDING;
 
-  Kept(const Step& s, float* scratch)
-      : input_plane(s.block * s.C + APART), product_plane(s.block * PANEL + APART) {
+  Workspace(const Step& s, float* scratch)
+      : input_plane(s.block * s.C + PLANE_PADDING), product_plane(s.block * NR + PLANE_PADDING) {
     input = scratch;
     product = input + 16 * input_plane;
     weights = product + 16 * product_plane;
   }
+
+  static long floats(const Step& s) {
+    const Workspace ws(s, nullptr);
+    const long weights = s.kind == WINOGRAD_INLINE ? weights_plane : 0;
+    return 16 * (ws.input_plane + ws.product_plane + weights) - PLANE_PADDING;  // none at the end
+  }
 };
 
-// The slice's G w G^T, [16, depth, panel].
-static void transform_weights(const Step& s, const Slice& slice, const Kept& kept) {
+// Computes the slice's G w G^T, [16, depth, panel].
+static void transform_weights(const Step& s, const Slice& slice, const Workspace& ws) {
   const float* const from = slice.weights(s, 9, 0);
   const long tap = s.C * slice.panel;
   for (long i = 0; i < slice.floats(); i += LANES) {
@@ -149,50 +159,53 @@ static void transform_weights(const Step& s, const Slice& slice, const Kept& kep
     UNROLLED for (long r = 0; r < 4; r++) {
       transform_filter(t[r][0], t[r][1], t[r][2], u);
       UNROLLED for (long j = 0; j < 4; j++) {
-        store(kept.weights + (4 * r + j) * kept.weights_plane + i, u[j]);
+        store(ws.weights + (4 * r + j) * ws.weights_plane + i, u[j]);
       }
     }
   }
 }
 
-// Element e's product[row][0..panel) (+)= input[row][0..depth) @ w for `count` rows.
-static void multiply(const Step& s, const Slice& slice, long e, const float* w, const Kept& kept,
-                     long count, Ahead ahead) {
-  const float* const input = kept.input + e * kept.input_plane + slice.c;
-  each_tile_of(slice.panel, 0, count, [&]<long M, long N>(long row) {
-    float* const product = kept.product + e * kept.product_plane + row * PANEL;
+// For element e and `count` rows: product[row][0..panel) (+)= input[row][0..depth) @ w.
+static void multiply(const Step& s, const Slice& slice, long e, const float* w,
+                     const Workspace& ws, long count, WeightPrefetch next_w) {
+  DCHECK(s.kind == WINOGRAD || slice.depth <= WINOGRAD_KC);
+  const float* const input = ws.input + e * ws.input_plane + slice.c;
+  for_each_tile_of_width(slice.panel, 0, count, [&]<long M, long N>(long row) {
+    float* const product = ws.product + e * ws.product_plane + row * NR;
     Tile<M, N> tile;
-    tile.start(nullptr);
+    tile.init(nullptr);
     const float* x[M];
     for (long m = 0; m < M; m++) x[m] = input + (row + m) * s.C;
-    tile.add(x, w, slice.depth, ahead.take(slice.depth), Next{M * s.C});
-    if (slice.c) tile.plus(product);
-    tile.put_away(product);
+    tile.accumulate(x, w, slice.depth, next_w.take(slice.depth), Prefetch{M * s.C});
+    if (slice.c) tile.accumulate_partial(product);
+    tile.save_partial(product);
   });
 }
 
-// The products of panel p, from transformed weights; the next ones in memory are fetched meanwhile.
-static void products(const Step& s, long p, const Kept& kept, long count) {
-  const long parts = (s.C + DEPTH - 1) / DEPTH;
+// Computes the products of panel p from transformed weights; those that follow in memory are
+// prefetched meanwhile.
+static void products(const Step& s, long p, const Workspace& ws, long count) {
+  const long parts = (s.C + KC - 1) / KC;
   for (long e = 0; e < 16; e++) {
     for (long part = 0; part < parts; part++) {
       const Slice slice(s, p, part, parts);
       const float* const w = slice.weights(s, 16, e);
-      multiply(s, slice, e, w, kept, count, Ahead(w + slice.floats(), slice.floats()));
+      multiply(s, slice, e, w, ws, count, WeightPrefetch(w + slice.floats(), slice.floats()));
     }
   }
 }
 
-// The same from the direct form's weights; the next slice's taps are fetched, then panel `next`'s.
-static void products_inline(const Step& s, long p, long next, const Kept& kept, long count) {
-  const long parts = (s.C + SLICE - 1) / SLICE;
+// The same from the weights of conv_direct.h; the taps of the next slice, or of panel `next`, are
+// prefetched meanwhile.
+static void products_inline(const Step& s, long p, long next, const Workspace& ws, long count) {
+  const long parts = (s.C + WINOGRAD_KC - 1) / WINOGRAD_KC;
   for (long part = 0; part < parts; part++) {
     const Slice slice(s, p, part, parts);
     const Slice after = part + 1 < parts ? Slice(s, p, part + 1, parts) : Slice(s, next, 0, parts);
-    transform_weights(s, slice, kept);
+    transform_weights(s, slice, ws);
     for (long e = 0; e < 16; e++) {
-      const Ahead ahead(after.weights(s, 9, e % 9), after.floats());
-      multiply(s, slice, e, kept.weights + e * kept.weights_plane, kept, count, ahead);
+      const WeightPrefetch next_w(after.weights(s, 9, e % 9), after.floats());
+      multiply(s, slice, e, ws.weights + e * ws.weights_plane, ws, count, next_w);
     }
   }
 }
@@ -201,63 +214,66 @@ static inline long winograd_tiles(const Step& s) {
   return s.N * ((s.P + 1) / 2) * ((s.Q + 1) / 2);
 }
 
-static inline long winograd_panels(const Step& s) { return (s.K + PANEL - 1) / PANEL; }
+static inline long winograd_panels(const Step& s) { return (s.K + NR - 1) / NR; }
 
-// The size of as many blocks as `block` makes, none a small rest: each reads all weights.
-static inline long evenly(long tiles, long block) {
+// The size of blocks that are as few as with `block` but even: each reads all weights, so that a
+// small last one would be expensive.
+static inline long even_block(long tiles, long block) {
   if (tiles <= block) return block;
-  const long blocks = (tiles + block - 1) / block, each = (tiles + blocks - 1) / blocks;
-  return least(block, (each + PIXELS - 1) / PIXELS * PIXELS);
+  const long blocks = (tiles + block - 1) / block, even = (tiles + blocks - 1) / blocks;
+  return min(block, (even + MR - 1) / MR * MR);
 }
 
-// The tiles whose transformed input is in a thread's scratch memory.
-struct Transformed {
+// The tiles whose transformed input lies in a thread's scratch memory.
+struct TransformedTiles {
   long from = -1, count = 0;
 };
 
-static void winograd_in(const Step& s, const Part& tiles, const Part& panels, float* scratch,
-                        Transformed* there = nullptr) {
-  const Kept kept(s, scratch);
-  const long block = evenly(tiles.count(), s.block);
+static void conv3x3_winograd(const Step& s, const Range& tiles, const Range& panels, float* scratch,
+                        TransformedTiles* cached = nullptr) {
+  DCHECK(0 <= panels.from && panels.to <= winograd_panels(s));
+  const Workspace ws(s, scratch);
+  const long block = even_block(tiles.count(), s.block);
   for (long from = tiles.from; from < tiles.to; from += block) {
-    const long count = least(block, tiles.to - from);
-    if (!there || there->from != from || there->count != count) {
+    const long count = min(block, tiles.to - from);
+    DCHECK(count <= s.block && 0 <= from && from + count <= winograd_tiles(s));
+    if (!cached || cached->from != from || cached->count != count) {
       for (long i = 0; i < count; i++) {
-        gather(s, Patch(s, from + i), kept.input_plane, kept.input + i * s.C);
+        gather(s, TilePosition(s, from + i), ws.input_plane, ws.input + i * s.C);
       }
-      if (there) *there = {from, count};
+      if (cached) *cached = {from, count};
     }
     for (long p = panels.from; p < panels.to; p++) {
       if (s.kind == WINOGRAD) {
-        products(s, p, kept, count);
+        products(s, p, ws, count);
       } else {
-        products_inline(s, p, p + 1 < panels.to ? p + 1 : panels.from, kept, count);
+        products_inline(s, p, p + 1 < panels.to ? p + 1 : panels.from, ws, count);
       }
-      const long k = p * PANEL, panel = least(PANEL, s.K - k);
+      const long k = p * NR, panel = min(NR, s.K - k);
       for (long i = 0; i < count; i++) {
-        scatter(s, Patch(s, from + i), kept.product + i * PANEL, kept.product_plane, k, panel);
+        scatter(s, TilePosition(s, from + i), ws.product + i * NR, ws.product_plane, k, panel);
       }
     }
   }
 }
 
-// A thread's range: of tiles through all panels, or of panels over all tiles.
+// A thread's range: some tiles and all panels, or all tiles and some panels.
 struct WinogradRange {
-  Part tiles, panels;
+  Range tiles, panels;
   long block;
-  Cut cut;
+  Partition partition;
 
   WinogradRange(const Step& s, long range, long ranges)
-      : tiles(winograd_tiles(s), PIXELS, s.by_channel ? 0 : range, s.by_channel ? 1 : ranges),
+      : tiles(winograd_tiles(s), MR, s.by_channel ? 0 : range, s.by_channel ? 1 : ranges),
         panels(winograd_panels(s), 1, s.by_channel ? range : 0, s.by_channel ? ranges : 1),
-        block(evenly(tiles.count(), s.block)),
-        cut(tiles.blocks(block), panels.count(),
-            16.0 * tiles.count() * panels.count() * PANEL * s.C) {}
+        block(even_block(tiles.count(), s.block)),
+        partition(tiles.blocks(block), panels.count(),
+            16.0 * tiles.count() * panels.count() * NR * s.C) {}
 };
 
 static void winograd_piece(const Step& s, long range, long ranges, long i, float* scratch,
-                           Transformed& there) {
-  const WinogradRange all(s, range, ranges);
-  const Part panels = all.panels.of(all.cut.panels(all.panels.count(), i));
-  winograd_in(s, all.tiles.of(all.cut.block(i), all.block), panels, scratch, &there);
+                           TransformedTiles& cached) {
+  const WinogradRange own(s, range, ranges);
+  const Range panels = own.panels.of(own.partition.panels(own.panels.count(), i));
+  conv3x3_winograd(s, own.tiles.of(own.partition.block(i), own.block), panels, scratch, &cached);
 }

@@ -1,27 +1,28 @@
 // Convolution as an implicit GEMM over pixels [N * P * Q], filter taps and channels, and output
 // channels, NHWC. No im2col matrix: each row of a tile is a pointer to where its window's channels
-// lie, or to zeros where the window hangs over the edge (the indirect convolution of Dukhan, "The
-// Indirect Convolution Algorithm", 2019, with the pointers made as they are needed).
+// lie, or to zeros where the window hangs over the edge (Dukhan, "The Indirect Convolution
+// Algorithm", 2019, but with the pointers computed as they are needed).
 //
-// Weights: for each group, panels of up to PANEL output channels, in each [R, S, C, panel].
-// Scratch, for each thread: sums [block, PANEL].
+// Packed weights: for each group, panels of up to NR output channels, in each [R, S, C, panel].
+// Scratch of a thread: partial sums [block, NR].
 #pragma once
 
 #include <cstddef>
 
+#include "dcheck.h"
 #include "epilogue.h"
 #include "step.h"
 #include "tile.h"
 
-// Every pointer to padding points here; rows longer than this are refused by Python.
-constexpr long LONGEST_ROW = 1 << 14;
-static const float zeros[LONGEST_ROW] = {0};
+// What every pointer to padding points to; Python refuses rows that are longer.
+constexpr long MAX_ROW = 1 << 14;
+static const float zeros[MAX_ROW] = {0};
 
 template <long M>
 struct Windows {
   const float* corner[M];  // where the window's first tap would be
   long h[M], w[M];
-  bool inside = true;  // no window hangs over the edge
+  bool inside = true;  // whether no window hangs over the edge
 
   Windows(const Step& s, long pixel, long channel) {
     long q = pixel % s.Q, row = pixel / s.Q, p = row % s.P, image = row / s.P;
@@ -46,69 +47,90 @@ struct Windows {
   }
 };
 
-// A tile's end: pixels from `pixel` on, output channels from `k` on.
+// Stores a tile at pixels from `pixel` on and output channels from `k` on.
 template <long M, long N>
-static inline void write(const Step& s, const Tile<M, N>& tile, long pixel, long k) {
+static inline void write_tile(const Step& s, const Tile<M, N>& tile, long pixel, long k) {
   for (long m = 0; m < M; m++) {
-    UNROLLED for (long n = 0; n < N; n++) finish(s, tile.sum[m][n], pixel + m, k + n * LANES);
+    UNROLLED for (long n = 0; n < N; n++) epilogue(s, tile.acc[m][n], pixel + m, k + n * LANES);
   }
 }
 
-// What is computed together: output channels [k, k + panel) of pixels [from, to) from the input
-// channels that begin at `channel`.
-struct Task {
+// A panel of output channels [k, k + panel) of pixels [from, to), computed from the input channels
+// that begin at `channel`.
+struct PanelTask {
   long from, to, k, panel, channel;
 };
 
-// All weights at once, where there are few of them (a stem's three channels, groups of 32): where
-// a window hangs over no edge, each of its rows is read in one go.
-static void direct_shallow(const Step& s, const Task& task, const float* weights) {
+// Whether a panel of so many output channels is computed with all weights in one pass.
+static inline bool in_one_pass(const Step& s, long panel) {
+  const long C = s.C / s.groups, taps = s.R * s.S;
+  return C < CACHE_LINE || (taps > 1 && taps * C * panel <= 2 * KC * NR);
+}
+
+// Slices of channels that each tap's weights are divided into otherwise.
+static inline long slices_per_tap(const Step& s) {
+  const long C = s.C / s.groups, deep = s.R * s.S == 1 && C > 2 * KC;
+  const long most = deep ? 2 * KC : KC;
+  return (C + most - 1) / most;
+}
+
+// Floats of partial sums that a thread saves between slices.
+static inline long direct_scratch_floats(const Step& s) {
+  const bool saved = !in_one_pass(s, min(NR, s.K / s.groups)) && s.R * s.S * slices_per_tap(s) > 1;
+  return saved ? s.block * NR : 0;
+}
+
+// Computes a panel with all weights in one pass, where there are few of them (a stem's three
+// channels, groups of 32). Where a window hangs over no edge, each of its rows is one long sum.
+static void direct_one_pass(const Step& s, const PanelTask& task, const float* weights) {
   const long C = s.C / s.groups;
   const bool rows = s.dilation_w == 1 && s.x_pitch == C;
-  each_tile_of(task.panel, task.from, task.to, [&]<long M, long N>(long pixel) {
+  for_each_tile_of_width(task.panel, task.from, task.to, [&]<long M, long N>(long pixel) {
     const Windows<M> windows(s, pixel, task.channel);
     const bool whole = rows && windows.inside;
     const long taps = whole ? 1 : s.S, depth = whole ? s.S * C : C;
     Tile<M, N> tile;
-    tile.start(s.bias + task.k);
+    tile.init(s.bias + task.k);
+    DCHECK(windows.inside || depth <= MAX_ROW);
     const float* x[M];
     const float* w = weights;
     for (long r = 0; r < s.R; r++) {
       for (long tap = 0; tap < taps; tap++) {
         windows.tap(s, r, tap, x);
-        w = tile.add(x, w, depth, nullptr, Next{});
+        w = tile.accumulate(x, w, depth, nullptr, Prefetch{});
       }
     }
-    write(s, tile, pixel, task.k);
+    write_tile(s, tile, pixel, task.k);
   });
 }
 
-// The weights of one tap, or of some of its channels: DEPTH x PANEL of them stay in the first-level
-// cache while all pixels pass, and the next are fetched meanwhile. Sums are kept in `sums`
-// (a row of PANEL for each pixel). For the whole weights in one pass per tile, ResNet-50 at batch 1
-// took 27.9 ms, and so 24.6 (two cores). Of a 1x1 with many channels a slice has 2 * DEPTH: half as
-// many sums to keep are worth more there (0.95 to 0.99 of the time from 512 channels on).
-static void direct_slices(const Step& s, const Task& task, const float* w, float* sums) {
-  const long C = s.C / s.groups, deep = s.R * s.S == 1 && C > 2 * DEPTH;
-  const long most = deep ? 2 * DEPTH : DEPTH, parts = (C + most - 1) / most;
+// Computes a panel slice by slice of the weights: KC x NR weights of one tap stay in the
+// first-level cache while all pixels pass, and those of the next slice are prefetched meanwhile.
+// Between slices the sums lie in `partial_sums`, a row of NR for each pixel. With all weights in
+// one pass per tile ResNet-50 at batch 1 took 27.9 ms, and with slices 24.6 (two cores). A 1x1 with
+// many channels has slices of 2 * KC: to save half as many partial sums makes it 1.01 to 1.05 times
+// faster from 512 channels on.
+static void direct_sliced(const Step& s, const PanelTask& task, const float* w,
+                          float* partial_sums) {
+  const long C = s.C / s.groups, parts = slices_per_tap(s);
   const long slices = s.R * s.S * parts;
   const bool pointwise = s.R * s.S * s.stride_h * s.stride_w == 1 && !s.pad_h && !s.pad_w;
   for (long i = 0; i < slices; i++) {
     const long tap = i / parts, c = C * (i % parts) / parts;
     const long depth = C * (i % parts + 1) / parts - c;
     const bool first = i == 0, last = i + 1 == slices;
-    Ahead ahead(w + depth * task.panel, depth * task.panel);
-    each_tile_of(task.panel, task.from, task.to, [&]<long M, long N>(long pixel) {
-      float* const kept = sums + (pixel - task.from) * PANEL;
+    WeightPrefetch next_w(w + depth * task.panel, depth * task.panel);
+    for_each_tile_of_width(task.panel, task.from, task.to, [&]<long M, long N>(long pixel) {
+      float* const partial = partial_sums + (pixel - task.from) * NR;
       Tile<M, N> tile;
-      tile.start(first ? s.bias + task.k : nullptr);
+      tile.init(first ? s.bias + task.k : nullptr);
       const float* x[M];
       if (pointwise) {
         for (long m = 0; m < M; m++) x[m] = s.x + (pixel + m) * s.x_pitch + task.channel + c;
       } else {
         Windows<M>(s, pixel, task.channel + c).tap(s, tap / s.S, tap % s.S, x);
       }
-      Next next{M * s.stride_w * s.x_pitch};
+      Prefetch next{M * s.stride_w * s.x_pitch};
       if (last) {
         next.y = s.y + (pixel + M) * s.y_pitch + task.k;
         next.y_pitch = s.y_pitch;
@@ -117,55 +139,59 @@ static void direct_slices(const Step& s, const Task& task, const float* w, float
           next.residual_pitch = s.residual_pitch;
         }
       }
-      tile.add(x, w, depth, ahead.take(depth), next);
-      if (!first) tile.plus(kept);
+      tile.accumulate(x, w, depth, next_w.take(depth), next);
+      if (!first) tile.accumulate_partial(partial);
       if (last) {
-        write(s, tile, pixel, task.k);
+        write_tile(s, tile, pixel, task.k);
       } else {
-        tile.put_away(kept);
+        tile.save_partial(partial);
       }
     });
     w += depth * task.panel;
   }
 }
 
-// The panels of all groups, one after another.
+// The panels of all groups, which are counted one group after another.
 static inline long direct_panels(const Step& s) {
-  return s.groups * ((s.K / s.groups + PANEL - 1) / PANEL);
+  return s.groups * ((s.K / s.groups + NR - 1) / NR);
 }
 
-static void direct_in(const Step& s, const Part& all_pixels, const Part& all_panels, float* sums) {
+static void conv_direct(const Step& s, const Range& pixels, const Range& all_panels,
+                        float* partial_sums) {
   const long C = s.C / s.groups, K = s.K / s.groups;
-  const long panels = (K + PANEL - 1) / PANEL, taps = s.R * s.S * C;
-  for (long from = all_pixels.from; from < all_pixels.to; from += s.block) {
-    const long to = least(from + s.block, all_pixels.to);
+  const long panels = (K + NR - 1) / NR, taps = s.R * s.S * C;
+  DCHECK(0 <= pixels.from && pixels.to <= s.N * s.P * s.Q);
+  DCHECK(0 <= all_panels.from && all_panels.to <= direct_panels(s));
+  for (long from = pixels.from; from < pixels.to; from += s.block) {
+    const long to = min(from + s.block, pixels.to);
     for (long p = all_panels.from; p < all_panels.to; p++) {
-      const long group = p / panels, first = p % panels * PANEL;
-      const Task task{from, to, group * K + first, least(PANEL, K - first), group * C};
+      const long group = p / panels, first = p % panels * NR;
+      const PanelTask task{from, to, group * K + first, min(NR, K - first), group * C};
       const float* const w = s.w + task.k * taps;
-      if (C < LINE || (s.R * s.S > 1 && taps * task.panel <= 2 * DEPTH * PANEL)) {
-        direct_shallow(s, task, w);
+      if (in_one_pass(s, task.panel)) {
+        direct_one_pass(s, task, w);
       } else {
-        direct_slices(s, task, w, sums);
+        direct_sliced(s, task, w, partial_sums);
       }
     }
   }
 }
 
-// A thread's range: of pixels through all panels, or of panels over all pixels.
+// A thread's range: some pixels and all panels, or all pixels and some panels.
 struct DirectRange {
-  Part pixels, panels;
-  Cut cut;
+  Range pixels, panels;
+  Partition partition;
 
   DirectRange(const Step& s, long range, long ranges)
-      : pixels(s.N * s.P * s.Q, PIXELS, s.by_channel ? 0 : range, s.by_channel ? 1 : ranges),
+      : pixels(s.N * s.P * s.Q, MR, s.by_channel ? 0 : range, s.by_channel ? 1 : ranges),
         panels(direct_panels(s), 1, s.by_channel ? range : 0, s.by_channel ? ranges : 1),
-        cut(pixels.blocks(s.block), panels.count(),
-            static_cast<double>(pixels.count()) * panels.count() * PANEL * s.R * s.S *
+        partition(pixels.blocks(s.block), panels.count(),
+            static_cast<double>(pixels.count()) * panels.count() * NR * s.R * s.S *
                 (s.C / s.groups)) {}
 };
 
 static void direct_piece(const Step& s, long range, long ranges, long i, float* scratch) {
-  const DirectRange all(s, range, ranges);
-  direct_in(s, all.pixels.of(all.cut.block(i), s.block), all.panels.of(all.cut.panels(all.panels.count(), i)), scratch);
+  const DirectRange own(s, range, ranges);
+  const Range panels = own.panels.of(own.partition.panels(own.panels.count(), i));
+  conv_direct(s, own.pixels.of(own.partition.block(i), s.block), panels, scratch);
 }

@@ -15,6 +15,10 @@ struct Watched {
   uint64_t digest;
 };
 
+// The names of all fields, for exports.h.
+#define WATCHED_FIELDS(FIELD) \
+  FIELD(start) FIELD(count) FIELD(unit) FIELD(step) FIELD(total) FIELD(digest)
+
 static inline uint64_t mix(uint64_t mixed, uint64_t read) {
   return (((mixed << 29) | (mixed >> 35)) ^ read) * 0x9E3779B97F4A7C15ull;  // one to one in each
 }

@@ -1,6 +1,7 @@
-// What follows a convolution, on a vector of output channels: residual and activation.
+// The epilogue of a convolution, on a vector of output channels: residual, activation and store.
 #pragma once
 
+#include "dcheck.h"
 #include "step.h"
 #include "vectors.h"
 
@@ -11,11 +12,11 @@ static inline Floats activate(const Step& s, Floats v, long k) {
       return v < 0 ? Floats{} : v;
     case RELU6:
       v = v < 0 ? Floats{} : v;
-      return v > 6 ? all(6) : v;
+      return v > 6 ? broadcast(6) : v;
     case HARDSWISH: {
       Floats gate = v + 3;
       gate = gate < 0 ? Floats{} : gate;
-      gate = gate > 6 ? all(6) : gate;
+      gate = gate > 6 ? broadcast(6) : gate;
       return v * gate / 6;
     }
     case SLOPE:
@@ -25,8 +26,8 @@ static inline Floats activate(const Step& s, Floats v, long k) {
   }
 }
 
-
-static inline void finish(const Step& s, Floats v, long pixel, long k) {
+static inline void epilogue(const Step& s, Floats v, long pixel, long k) {
+  DCHECK(0 <= pixel && pixel < s.N * s.P * s.Q && 0 <= k && k < s.K && k % LANES == 0);
   if (!s.residual) {
     v = activate(s, v, k);
   } else {

@@ -1,72 +1,89 @@
-// A convolution and 1x1 ones behind it, a block of pixels at a time: what one writes the next reads
-// from the caches, and nobody waits for the other threads in between.
+// A convolution and the 1x1 convolutions behind it, a block of pixels at a time: what one writes
+// the next reads from the caches, and no thread waits for the others in between.
 //
-// The first step's block is everybody's. What only the chain reads is local: it lies in the
-// thread's scratch memory, where the next block's will be.
+// A value that only the chain reads is local: a block of it lies in the thread's scratch memory,
+// where the next block's overwrites it.
 #pragma once
 
+#include "conv3x3_winograd.h"
 #include "conv_direct.h"
 #include "conv_grouped.h"
+#include "dcheck.h"
 #include "step.h"
-#include "conv3x3_winograd.h"
 
-// Where the first step's unit number `unit` begins: a pixel, or in Winograd's form a row of tiles.
+// A row of 2x2 tiles.
+static inline long tiles_across(const Step& s) { return (s.Q + 1) / 2; }
+
+// The pixel where the first step's unit number `unit` begins: units are pixels or, of WINOGRAD,
+// tiles.
 static inline long first_pixel(const Step& s, long unit) {
   if (s.kind != WINOGRAD) return unit;
-  const long down = (s.P + 1) / 2, row = unit / ((s.Q + 1) / 2);
+  const long down = (s.P + 1) / 2, row = unit / tiles_across(s);
   return (row / down * s.P + row % down * 2) * s.Q;
 }
 
-static void first_in(const Step& s, const Part& part, float* scratch) {
+// The most pixels in a block of the chain whose first step is `first`.
+static inline long chain_pixels(const Step& first) {
+  if (first.kind != WINOGRAD) return first.block;
+  return first.block / tiles_across(first) * 2 * first.Q;  // whole rows of tiles
+}
+
+static void run_first(const Step& s, const Range& units, float* scratch) {
   switch (s.kind) {
-    case DIRECT: direct_in(s, part, Part(0, direct_panels(s)), scratch); break;
-    case WINOGRAD: winograd_in(s, part, Part(0, winograd_panels(s)), scratch); break;
-    default: grouped_in(s, part); break;
+    case DIRECT: conv_direct(s, units, Range(0, direct_panels(s)), scratch); break;
+    case WINOGRAD: conv3x3_winograd(s, units, Range(0, winograd_panels(s)), scratch); break;
+    default: conv_grouped(s, units); break;
   }
 }
 
-// A thread's range: of the first step's units, in whole pixels or rows of tiles, block by block.
-struct ChainRange {
-  Part all;
-  Cut cut;
+// A thread's range of the first step's units, in whole tiles of MR pixels or rows of 2x2 tiles.
+struct FusedChainRange {
+  Range units;
+  Partition partition;
 
-  ChainRange(const Step* steps, long range, long ranges)
-      : all(units(*steps), steps->kind == WINOGRAD ? (steps->Q + 1) / 2 : PIXELS, range, ranges),
-        cut(all.blocks(steps->block), 1, multiplications(steps) * all.count() / units(*steps)) {}
+  FusedChainRange(const Step* chain, long range, long ranges)
+      : units(unit_count(chain[1]), chain[1].kind == WINOGRAD ? tiles_across(chain[1]) : MR, range,
+              ranges),
+        partition(units.blocks(chain[1].block), 1,
+                  multiplications(chain) * units.count() / unit_count(chain[1])) {}
 
  private:
-  static long units(const Step& first) {
+  static long unit_count(const Step& first) {
     return first.kind == WINOGRAD ? winograd_tiles(first) : first.N * first.P * first.Q;
   }
 
-  static double multiplications(const Step* steps) {
-    double all = 0;
-    for (long i = 0; i <= steps->joined; i++) {
-      const Step& s = steps[i];
-      all += static_cast<double>(s.N * s.P * s.Q) * s.K * s.R * s.S * (s.C / s.groups);
+  static double multiplications(const Step* chain) {
+    double sum = 0;
+    for (long i = 1; i <= chain->length; i++) {
+      const Step& s = chain[i];
+      sum += static_cast<double>(s.N * s.P * s.Q) * s.K * s.R * s.S * (s.C / s.groups);
     }
-    return all;
+    return sum;
   }
 };
 
-static void chain_piece(const Step* steps, long range, long ranges, long piece, int slot) {
-  const Step& first = steps[0];
-  const ChainRange cut(steps, range, ranges);
-  const Part all = cut.all.of(cut.cut.block(piece), first.block);
-  for (long from = all.from; from < all.to; from += first.block) {
-    const long to = least(from + first.block, all.to);
-    const Part pixels(first_pixel(first, from), first_pixel(first, to));
-    for (long i = 0; i <= first.joined; i++) {
-      Step s = steps[i];
-      float* const scratch = s.scratch + slot * s.scratch_pitch;
-      // pixel 0 would lie before it: steps count from the first pixel of all
-      if (s.x_local) s.x = scratch + s.x_local - pixels.from * s.x_pitch;
-      if (s.residual_local) s.residual = scratch + s.residual_local - pixels.from * s.residual_pitch;
-      if (s.y_local) s.y = scratch + s.y_local - pixels.from * s.y_pitch;
-      if (i == 0) {
-        first_in(s, Part(from, to), scratch);
+static void fused_chain_piece(const Step* chain, long range, long ranges, long piece, int slot) {
+  DCHECK(chain->kind == CHAIN && chain->length > 0);
+  float* const scratch = chain->scratch + slot * chain->scratch_pitch;
+  const Step& first = chain[1];
+  const FusedChainRange own(chain, range, ranges);
+  const Range units = own.units.of(own.partition.block(piece), first.block);
+  for (long from = units.from; from < units.to; from += first.block) {
+    const long to = min(from + first.block, units.to);
+    const Range pixels(first_pixel(first, from), first_pixel(first, to));
+    DCHECK(pixels.count() <= chain_pixels(first));
+    for (long i = 1; i <= chain->length; i++) {
+      Step s = chain[i];
+      // steps count pixels from the first of the batch, which would lie before a block's memory
+      if (s.x_local >= 0) s.x = scratch + s.x_local - pixels.from * s.x_pitch;
+      if (s.residual_local >= 0) {
+        s.residual = scratch + s.residual_local - pixels.from * s.residual_pitch;
+      }
+      if (s.y_local >= 0) s.y = scratch + s.y_local - pixels.from * s.y_pitch;
+      if (i == 1) {
+        run_first(s, Range(from, to), scratch);
       } else {
-        direct_in(s, pixels, Part(0, direct_panels(s)), scratch);
+        conv_direct(s, pixels, Range(0, direct_panels(s)), scratch);
       }
     }
   }

@@ -1,82 +1,103 @@
 // A convolution and what alone reads it through windows (a stem's max-pool, a bottleneck's 3x3), a
-// strip of the reader's rows at a time: what lies between is never whole.
+// strip of the reader's rows at a time, so that the convolution's output never exists as a whole.
 //
-// The rows that a strip reads lie in the thread's scratch memory; those that the next one reads,
+// The rows that a strip reads lie in the thread's scratch memory; those that the next strip reads,
 // too, are moved to its start.
 #pragma once
 
 #include <cstring>
 
+#include "dcheck.h"
 #include "fused_chain.h"
 #include "pool.h"
 
-static void reader_in(const Step& s, const Part& rows, float* scratch) {
-  if (s.kind == MAX_POOL) return max_pool_in(s, rows);
-  first_in(s, Part(rows.from * s.Q, rows.to * s.Q), scratch);
+// Rows of the convolution that the windows of `rows` of the reader's rows reach over.
+static inline long window_reach(const Step& reader, long rows) {
+  return (rows - 1) * reader.stride_h + (reader.R - 1) * reader.dilation_h + 1;
 }
 
-// The rows of the convolution that are in a thread's scratch memory, of all images' as if one lay
-// below the other, and the reader's row that reads on from them.
-struct Strip {
+// The most pixels of the convolution that a strip reads.
+static inline long strip_pixels(const Step* fused) {
+  const Step &conv = fused[1], &reader = fused[2];
+  return conv.Q * min(window_reach(reader, fused->rows), conv.P);
+}
+
+static void run_reader(const Step& s, const Range& rows, float* scratch) {
+  if (s.kind == MAX_POOL) return max_pool(s, rows);
+  run_first(s, Range(rows.from * s.Q, rows.to * s.Q), scratch);
+}
+
+// The rows [first, last) of the convolution that are in a thread's scratch memory, counted over all
+// images, and the reader's row that follows the last one computed from them.
+struct RowCache {
   long first = 0, last = 0, next = -1;
 };
 
-// A thread's range, of the reader's rows.
-struct StripsRange {
-  Part rows;
-  Cut cut;
+// A thread's range of the reader's rows.
+struct FusedRowsRange {
+  Range rows;
+  Partition partition;
 
-  StripsRange(const Step* steps, long range, long ranges)
-      : rows(steps[1].N * steps[1].P, 1, range, ranges),
-        cut(strips(steps[1]), 1, static_cast<double>(steps->Q) * rows.count() *
-                                     steps[1].stride_h * steps->K * steps->R * steps->S *
-                                     (steps->C / steps->groups)) {}
+  FusedRowsRange(const Step* fused, long range, long ranges)
+      : rows(fused[2].N * fused[2].P, 1, range, ranges),
+        partition(strips(fused), 1, multiplications_per_row(fused) * rows.count()) {}
 
-  // Where the strip that begins at a row ends: each image has its own.
-  long end(const Step& reader, long from) const {
-    return least(least(from + reader.rows, rows.to), (from / reader.P + 1) * reader.P);
+  // Where the strip that begins at row `from` ends: no strip has rows of two images.
+  long end(const Step* fused, long from) const {
+    const long height = fused[2].P;
+    return min(min(from + fused->rows, rows.to), (from / height + 1) * height);
   }
 
-  Part piece(const Step& reader, long i) const {
-    const Part wanted = cut.block(i);
+  Range piece(const Step* fused, long i) const {
+    const Range wanted = partition.block(i);
     long from = rows.from, strip = 0;
-    for (; strip < wanted.from; strip++) from = end(reader, from);
+    for (; strip < wanted.from; strip++) from = end(fused, from);
     long to = from;
-    for (; strip < wanted.to; strip++) to = end(reader, to);
-    return Part(from, to);
+    for (; strip < wanted.to; strip++) to = end(fused, to);
+    return Range(from, to);
   }
 
  private:
-  long strips(const Step& reader) const {
+  long strips(const Step* fused) const {
     long count = 0;
-    for (long from = rows.from; from < rows.to; from = end(reader, from)) count++;
+    for (long from = rows.from; from < rows.to; from = end(fused, from)) count++;
     return count;
+  }
+
+  static double multiplications_per_row(const Step* fused) {
+    const Step& conv = fused[1];
+    return static_cast<double>(conv.Q) * fused[2].stride_h * conv.K * conv.R * conv.S *
+           (conv.C / conv.groups);
   }
 };
 
-static void strips_piece(const Step* steps, long range, long ranges, long piece, int slot,
-                         Strip& there) {
-  Step conv = steps[0], reader = steps[1];
-  float* const own = conv.scratch + slot * conv.scratch_pitch;
-  float* const local = own + conv.y_local;
-  const long line = conv.Q * conv.y_pitch, reach = (reader.R - 1) * reader.dilation_h + 1;
-  const StripsRange all(steps, range, ranges);
-  const Part rows = all.piece(reader, piece);
-  if (there.next != rows.from) there = Strip{};
+static void fused_rows_piece(const Step* fused, long range, long ranges, long piece, int slot,
+                             RowCache& cached) {
+  DCHECK(fused->kind == ROW_FUSED && fused->length == 2);
+  Step conv = fused[1], reader = fused[2];
+  float* const local = fused->scratch + slot * fused->scratch_pitch + conv.y_local;
+  float* const conv_scratch = conv.scratch + slot * conv.scratch_pitch;
+  float* const reader_scratch = reader.scratch + slot * reader.scratch_pitch;
+  const long line = conv.Q * conv.y_pitch;
+  const FusedRowsRange own(fused, range, ranges);
+  const Range rows = own.piece(fused, piece);
+  if (cached.next != rows.from) cached = RowCache{};
   for (long from = rows.from, to; from < rows.to; from = to) {
     const long image = from / reader.P, above = image * conv.P;
-    to = all.end(reader, from);
+    to = own.end(fused, from);
     const long top = from % reader.P * reader.stride_h - reader.pad_h;
-    const long bottom = (to - 1) % reader.P * reader.stride_h - reader.pad_h + reach;
-    const long needed = above + (top < 0 ? 0 : top), end = above + least(bottom, conv.P);
-    const long kept = there.last > needed ? there.last - needed : 0;
+    const long bottom = top + window_reach(reader, to - from);
+    const long needed = above + (top < 0 ? 0 : top), end = above + min(bottom, conv.P);
+    const long kept = cached.last > needed ? cached.last - needed : 0;
+    DCHECK((end - needed) * conv.Q <= strip_pixels(fused));
     if (kept) {
-      std::memmove(local, local + (needed - there.first) * line, kept * line * sizeof(float));
+      std::memmove(local, local + (needed - cached.first) * line, kept * line * sizeof(float));
     }
-    conv.y = local - needed * line;  // row 0 would lie before it: steps count from the first of all
+    // rows are counted from the first of the batch, which would lie before a strip's memory
+    conv.y = local - needed * line;
     reader.x = conv.y;
-    first_in(conv, Part((needed + kept) * conv.Q, end * conv.Q), own);
-    reader_in(reader, Part(from, to), reader.scratch + slot * reader.scratch_pitch);
-    there = {needed, end, to};
+    run_first(conv, Range((needed + kept) * conv.Q, end * conv.Q), conv_scratch);
+    run_reader(reader, Range(from, to), reader_scratch);
+    cached = {needed, end, to};
   }
 }

@@ -1,10 +1,10 @@
-// Pooling over windows, the mean over a map, and picked pixels, NHWC.
+// Pooling over windows, the mean over each map, and single pixels picked from a map, NHWC.
 #pragma once
 
 #include "step.h"
 #include "tile.h"
 
-static void max_pool_in(const Step& s, const Part& rows) {
+static void max_pool(const Step& s, const Range& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long top = row % s.P * s.stride_h - s.pad_h;
     const float* const image = s.x + row / s.P * s.H * s.W * s.x_pitch;
@@ -12,7 +12,7 @@ static void max_pool_in(const Step& s, const Part& rows) {
       const long left = q * s.stride_w - s.pad_w;
       float* const y = s.y + (row * s.Q + q) * s.y_pitch;
       for (long k = 0; k < s.K; k += LANES) {
-        Floats most = all(-__builtin_inff());
+        Floats most = broadcast(-__builtin_inff());
         for (long r = 0; r < s.R; r++) {
           const long h = top + r * s.dilation_h;
           if (h < 0 || h >= s.H) continue;
@@ -29,40 +29,40 @@ static void max_pool_in(const Step& s, const Part& rows) {
   }
 }
 
-// Of rows of y, each of which reads windows of R * S pixels.
-static Rows pool_range(const Step& s, long range, long ranges) {
+// A thread's range of rows of y, whose pixels read windows of R x S.
+static RowRange pool_range(const Step& s, long range, long ranges) {
   const double window = s.kind == PICK ? 1 : s.R * s.S;
-  return Rows(s.N * s.P, 1, range, ranges, 4 * window * s.Q * s.K);
+  return RowRange(s.N * s.P, 1, range, ranges, 4 * window * s.Q * s.K);
 }
 
-// Of vectors of channels.
-static Rows mean_range(const Step& s, long range, long ranges) {
+// A thread's range of vectors of channels.
+static RowRange mean_range(const Step& s, long range, long ranges) {
   const long vectors = (s.K + LANES - 1) / LANES;
-  return Rows(s.N * vectors, 1, range, ranges, 4.0 * LANES * s.H * s.W);
+  return RowRange(s.N * vectors, 1, range, ranges, 4.0 * LANES * s.H * s.W);
 }
 
-static void mean_in(const Step& s, const Part& part) {
+static void global_mean(const Step& s, const Range& part) {
   const long vectors = (s.K + LANES - 1) / LANES, pixels = s.H * s.W;
   for (long i = part.from; i < part.to; i++) {
     const long image = i / vectors, k = i % vectors * LANES;
     const float* x = s.x + image * pixels * s.x_pitch + k;
     Floats sum[4] = {};
     for (long pixel = 0; pixel < pixels; pixel++) sum[pixel % 4] += load(x + pixel * s.x_pitch);
-    store(s.y + image * s.y_pitch + k, (sum[0] + sum[1] + (sum[2] + sum[3])) / all(pixels));
+    store(s.y + image * s.y_pitch + k, (sum[0] + sum[1] + (sum[2] + sum[3])) / broadcast(pixels));
   }
 }
 
-// Sums of windows, divided by w[p] * slope[q]: what counts of a window over the edge is Python's
-// to say.
-static void average_pool_in(const Step& s, const Part& rows) {
+// The sum of each window divided by w[p] * slope[q]. Those are Python's, which knows what counts of
+// a window that hangs over the edge.
+static void average_pool(const Step& s, const Range& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long top = row % s.P * s.stride_h - s.pad_h;
-    const long first = top < 0 ? 0 : top, last = least(top + s.R, s.H);
+    const long first = top < 0 ? 0 : top, last = min(top + s.R, s.H);
     const float* const image = s.x + row / s.P * s.H * s.W * s.x_pitch;
     for (long q = 0; q < s.Q; q++) {
       const long left = q * s.stride_w - s.pad_w;
-      const long from = left < 0 ? 0 : left, to = least(left + s.S, s.W);
-      const Floats count = all(s.w[row % s.P] * s.slope[q]);
+      const long from = left < 0 ? 0 : left, to = min(left + s.S, s.W);
+      const Floats count = broadcast(s.w[row % s.P] * s.slope[q]);
       float* const y = s.y + (row * s.Q + q) * s.y_pitch;
       for (long k = 0; k < s.K; k += LANES) {
         Floats sum = {};
@@ -75,8 +75,8 @@ static void average_pool_in(const Step& s, const Part& rows) {
   }
 }
 
-// A pixel of y is the one of x in row w[p] and column slope[q], with zeros where x has no channels.
-static void pick_in(const Step& s, const Part& rows) {
+// y[p, q] = x[w[p], slope[q]], with zeros in the channels that x does not have.
+static void pick(const Step& s, const Range& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long h = row / s.P * s.H + static_cast<long>(s.w[row % s.P]);
     for (long q = 0; q < s.Q; q++) {

@@ -1,5 +1,17 @@
-// One step of a network: what is to be computed, on which memory. Python fills these in
-// (kernels/cpu/program.py has the same fields in the same order).
+// A step of a network: what to compute, on which memory. Python fills these in
+// (kernels/cpu/program.py has the same fields and compares their offsets with those in exports.h).
+//
+// Contract of every step:
+// - Tensors are float32, NHWC. A pixel's channels are contiguous, pixels are `pitch` floats apart.
+// - K counts whole vectors of output channels in convolutions, and per-channel parameters (bias,
+//   slope, scale) are padded to whole vectors. Where the channels of other steps are no whole
+//   vectors, pitches have room for the rest of the last one, which is read and written, too.
+// - x and y may overlap only where they are the same pixels of a step without windows; y may be the
+//   residual.
+// - Scratch memory is `scratch_pitch` floats for each thread. What it holds is undefined before a
+//   step; resfuse_scratch_floats says how many floats a step needs.
+// - All memory outlives the call; nothing is kept after it.
+// debug_checks.h asserts what of this can be told from a step.
 #pragma once
 
 enum Kind : long {
@@ -12,26 +24,41 @@ enum Kind : long {
   AVERAGE_POOL = 6,
   PICK = 7,
   WINOGRAD_INLINE = 8,
+  CHAIN = 9,       // the `length` steps behind this one, fused block by block (fused_chain.h)
+  ROW_FUSED = 10,  // the two steps behind this one, fused by strips of rows (fused_rows.h)
 };
 
 enum Activation : long { IDENTITY = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SLOPE = 4 };
 
 struct Step {
   Kind kind;
-  const float *x, *w, *bias, *slope, *residual;
+  const float *x, *w, *bias, *slope, *residual;  // null: none
   float *y, *scratch;
   long N, H, W, C, K, R, S, P, Q;
   long stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
   long x_pitch, residual_pitch, y_pitch;  // floats from one pixel to the next
   Activation activation;
-  long residual_last;   // the residual is added after the activation
-  long by_channel;      // threads part the output channels, not the pixels
-  long block;           // pixels (Winograd: tiles) taken through all channels at a time
-  long scratch_pitch;   // floats of scratch memory for each thread
-  // fused_chain.h, fused_rows.h:
-  long joined;                            // so many of the next steps take each block of this one
-  long rows;                              // of a strip, where this step reads the one before so
-  long x_local, residual_local, y_local;  // floats into the scratch memory, 0: not there
-
-  bool rows_joined() const { return this[1].rows; }  // fused_rows.h, else fused_chain.h
+  long residual_last;   // whether the residual is added after the activation
+  long by_channel;      // whether threads divide the output channels and not the pixels
+  long block;           // pixels (Winograd: tiles) taken through all output channels at a time
+  long scratch_pitch;   // floats from one thread's scratch memory to the next's
+  long length;          // CHAIN, ROW_FUSED: how many of the next steps are fused; else 0
+  long rows;            // ROW_FUSED: rows of the last step's output in a strip
+  // In a fused run: where the value lies in a thread's scratch memory of the run, in floats from
+  // its start, or -1 where it lies at its address.
+  long x_local, residual_local, y_local;
 };
+
+static inline bool is_convolution(const Step& s) {
+  return s.kind <= GROUPED || s.kind == WINOGRAD_INLINE;
+}
+
+// The names of all fields, for exports.h.
+#define STEP_FIELDS(FIELD)                                                                    \
+  FIELD(kind)                                                                                 \
+  FIELD(x) FIELD(w) FIELD(bias) FIELD(slope) FIELD(residual) FIELD(y) FIELD(scratch)          \
+  FIELD(N) FIELD(H) FIELD(W) FIELD(C) FIELD(K) FIELD(R) FIELD(S) FIELD(P) FIELD(Q)            \
+  FIELD(stride_h) FIELD(stride_w) FIELD(pad_h) FIELD(pad_w) FIELD(dilation_h)                 \
+  FIELD(dilation_w) FIELD(groups) FIELD(x_pitch) FIELD(residual_pitch) FIELD(y_pitch)         \
+  FIELD(activation) FIELD(residual_last) FIELD(by_channel) FIELD(block) FIELD(scratch_pitch)  \
+  FIELD(length) FIELD(rows) FIELD(x_local) FIELD(residual_local) FIELD(y_local)

@@ -1,15 +1,15 @@
-// How the steps of a run are shared out among OpenMP's threads, those that torch computes on, too:
-// threads of our own would have to share the cores with them, which look for work for some 4 ms after
-// each of torch's operations (ResNet-50 then takes 1.15 times as long, MobileNetV2 twice).
+// Work stealing: distributes the steps of a run over OpenMP's threads. These are also torch's
+// threads. Threads of our own would compete for the cores with torch's, which spin for some 4 ms
+// after each operation (ResNet-50 is then 1.15 times slower, MobileNetV2 twice as slow).
 //
-// All steps of a run are one parallel region. A step is cut into a range of pieces for each thread. A
-// thread takes the pieces of its own range one after another and then what is left of the others', so
-// that undisturbed each computes the same part of every layer, and what it reads next is in its
-// cache. Within the region nobody waits for a thread that is not running: the caller computes what
-// no helper takes, and waits at a step's end only for pieces that a helper is computing. Only at the
-// region's end does OpenMP wait for all its threads.
+// All steps of a run are one parallel region. A step is divided into a range of pieces per thread.
+// A thread computes the pieces of its own range in order and then steals what is left of the
+// others', so that undisturbed it computes the same part of every layer, and what it reads next is
+// in its cache. Within the region no thread waits for one that is not running: the caller computes
+// what no helper takes, and waits at a step's end only for pieces that a helper is computing. Only
+// at the region's end does OpenMP wait for all its threads.
 //
-// Which thread computes a piece makes no difference to the result.
+// The result does not depend on which thread computes a piece.
 #pragma once
 
 #include <omp.h>
@@ -21,13 +21,15 @@
 #include <atomic>
 #include <cstdint>
 
+#include "dcheck.h"
+
 namespace team {
 
-constexpr int MOST_THREADS = 256;
+constexpr int MAX_THREADS = 256;
 
-// Microseconds that a thread without work looks for some before it gives way to other processes at
-// each look, and before it takes the last piece of another's range.
-constexpr long LOOKS = 200, LAST_PIECE = 10;
+// Microseconds for which a thread without work spins before it yields to other processes after each
+// look, and before it steals the last piece of another thread's range.
+constexpr long YIELD_AFTER_US = 200, STEAL_LAST_AFTER_US = 10;
 
 static inline long now() {
   timespec at;
@@ -43,15 +45,15 @@ static inline void pause() {
 #endif
 }
 
-// A step as it is shared out: piece `index` of range `range` of `ranges`. `step` is a number that no
-// other step of the process has, `slot` says whose scratch memory it is: below `ranges`.
+// Piece `index` of range `range` of `ranges` of a step. `step` is a number that no other step of
+// the process has; `slot`, which is below `ranges`, says whose scratch memory to use.
 struct Piece {
   uint64_t step;
   long range, ranges, index;
   int slot;
 };
 
-// In a library that tests compile, pieces take as long as chance has it, or fail.
+// In a library that tests compile, pieces take a random time or fail.
 #if defined(RESFUSE_DISTURBED)
 static std::atomic<int> failing_slot{-1};
 
@@ -67,34 +69,36 @@ static inline void disturb(const Piece&) {}
 
 class Work {
  public:
-  virtual bool worth_sharing() const = 0;
-  virtual long pieces(long range, long ranges) const = 0;  // at most MOST_PIECES
+  virtual bool is_worth_sharing() const = 0;
+  virtual long pieces(long range, long ranges) const = 0;  // at most MAX_PIECES
   virtual void compute(const Piece& piece) const = 0;
 
  protected:
   ~Work() = default;
 };
 
-constexpr long MOST_PIECES = (1 << 12) - 1;  // of a range
+constexpr long MAX_PIECES = (1 << 12) - 1;  // of a range
 
-// Pieces [next, end) of a range that are still to be taken, the number of ranges, and the step they
-// are of, in one word: a thread that has slept meanwhile cannot take a piece of another step.
-struct alignas(64) Range {
+// The pieces [next, end) of a range that have not been taken, the number of ranges and the step,
+// all in one word, so that a thread that has slept meanwhile cannot take a piece of another step.
+struct alignas(64) PieceQueue {
   std::atomic<uint64_t> word{0};
 
   void open(uint64_t step, long ranges, long pieces) {
+    DCHECK(0 < ranges && ranges <= MAX_THREADS && 0 <= pieces && pieces <= MAX_PIECES);
     word.store(step << 32 | static_cast<uint64_t>(ranges - 1) << 24 |
                    static_cast<uint64_t>(pieces) << 12,
                std::memory_order_release);
   }
 
-  // Takes a piece, unless fewer than `least` are left or the thread has no scratch memory; -1: none.
-  long take(int slot, long least) {
+  // Takes a piece and returns its index; -1 if fewer than `at_least` are left or the thread has no
+  // scratch memory.
+  long take(int slot, long at_least) {
     uint64_t seen = word.load(std::memory_order_acquire);
     for (;;) {
-      const long next = seen & MOST_PIECES, end = seen >> 12 & MOST_PIECES;
+      const long next = seen & MAX_PIECES, end = seen >> 12 & MAX_PIECES;
       const int ranges = static_cast<int>(seen >> 24 & 0xff) + 1;
-      if (next + least > end || slot >= ranges) return -1;
+      if (next + at_least > end || slot >= ranges) return -1;
       if (word.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel,
                                      std::memory_order_acquire)) {
         return next;
@@ -103,25 +107,25 @@ struct alignas(64) Range {
   }
 };
 
-// A caller's step. What is no atomic changes only while no piece is being computed, so whoever has
-// taken one may read it.
+// A caller's step. The members that are not atomic change only while no piece is being computed, so
+// a thread that has taken one may read them.
 struct alignas(64) Job {
-  std::atomic<bool> over{false};  // the caller has come to its last step's end
+  std::atomic<bool> finished{false};  // whether the caller has finished its last step
   std::atomic<int> ranges{0};
   const Work* work = nullptr;
   uint64_t step = 0;
   std::atomic<bool> failed{false};
   alignas(64) std::atomic<long> unfinished{0};  // pieces
-  Range range[MOST_THREADS];
+  PieceQueue range[MAX_THREADS];
 
-  // Computes what is there to be taken, beginning with the thread's own range; of the others' at
-  // least `least` pieces must be left. Returns how many it computed.
-  long help(int slot, long least) {
+  // Computes pieces until none can be taken, beginning with the thread's own range; another range
+  // must have at least `at_least` pieces left. Returns how many it computed.
+  long help(int slot, long at_least) {
     const int of = ranges.load(std::memory_order_relaxed);
     long done = 0;
     for (int i = 0; i < of; i++) {
       const int at = (slot + i) % of;
-      for (long index; (index = range[at].take(slot, i ? least : 1)) >= 0;) {
+      for (long index; (index = range[at].take(slot, i ? at_least : 1)) >= 0;) {
         try {
           const Piece piece{step, at, ranges.load(std::memory_order_relaxed), index, slot};
           disturb(piece);
@@ -138,7 +142,7 @@ struct alignas(64) Job {
   void finish(long pieces) { unfinished.fetch_sub(pieces, std::memory_order_acq_rel); }
 };
 
-// Threads that compute for callers now; in a forked process OpenMP's others stayed behind.
+// The threads that compute for callers now. A forked process has none of OpenMP's other threads.
 static std::atomic<int> active{0};
 static std::atomic<uint64_t> last_step{0};
 static bool forked = false;
@@ -149,7 +153,7 @@ static const int watching = pthread_atfork(nullptr, nullptr, [] {
 
 static inline long next_step() { return last_step.fetch_add(1) + 1; }
 
-static bool alone(const Work& work) {
+static bool run_serial(const Work& work) {
   const uint64_t step = next_step();
   const long pieces = work.pieces(0, 1);
   try {
@@ -163,10 +167,10 @@ static bool alone(const Work& work) {
   return true;
 }
 
-// A single step: each thread computes its range. Handing over what is left of another's costs more
-// than it saves where OpenMP waits for all threads right afterwards.
-static bool by_ranges(const Work& work, int threads) {
-  if (!work.worth_sharing()) return alone(work);
+// Runs a single step, of which each thread computes its own range: stealing costs more than it
+// saves where OpenMP waits for all threads right afterwards.
+static bool run_by_ranges(const Work& work, int threads) {
+  if (!work.is_worth_sharing()) return run_serial(work);
   std::atomic<bool> failed{false};
   const uint64_t step = next_step();
 #pragma omp parallel num_threads(threads)
@@ -183,21 +187,21 @@ static bool by_ranges(const Work& work, int threads) {
   return !failed.load();
 }
 
-// Waits for pieces that a helper computes; those that nobody has taken, the caller computes.
-static void await(Job& job) {
+// Computes the pieces that no helper has taken, and waits for those that helpers compute.
+static void wait_for_helpers(Job& job) {
   const long start = now();
   for (long tries = 1; job.unfinished.load(std::memory_order_acquire) > 0; tries++) {
     pause();
     if (tries % 16) continue;
     const long waited = now() - start;
-    if (waited >= LAST_PIECE) job.finish(job.help(0, 1));
-    if (waited >= LOOKS) sched_yield();
+    if (waited >= STEAL_LAST_AFTER_US) job.finish(job.help(0, 1));
+    if (waited >= YIELD_AFTER_US) sched_yield();
   }
 }
 
-static bool share(Job& job, const Work& work, int threads) {
-  if (!work.worth_sharing()) return alone(work);
-  long pieces[MOST_THREADS], all = 0;
+static bool run_shared(Job& job, const Work& work, int threads) {
+  if (!work.is_worth_sharing()) return run_serial(work);
+  long pieces[MAX_THREADS], all = 0;
   for (int i = 0; i < threads; i++) all += pieces[i] = work.pieces(i, threads);
   job.work = &work;
   job.step = next_step();
@@ -206,15 +210,15 @@ static bool share(Job& job, const Work& work, int threads) {
   job.unfinished.store(all, std::memory_order_relaxed);
   for (int i = 0; i < threads; i++) job.range[i].open(job.step, threads, pieces[i]);
   job.finish(job.help(0, 2));
-  await(job);
+  wait_for_helpers(job);
   return !job.failed.load(std::memory_order_relaxed);
 }
 
-// What the other threads do until the caller has come to its last step's end.
+// What the other threads do until the caller has finished its last step.
 static void help(Job& job, int id) {
   long idle_since = now();
-  for (long tries = 1; !job.over.load(std::memory_order_acquire); tries++) {
-    const bool waited = tries % 64 == 0 && now() - idle_since >= LAST_PIECE;
+  for (long tries = 1; !job.finished.load(std::memory_order_acquire); tries++) {
+    const bool waited = tries % 64 == 0 && now() - idle_since >= STEAL_LAST_AFTER_US;
     const bool open = job.unfinished.load(std::memory_order_acquire) > 0;
     const long done = open ? job.help(id, waited ? 1 : 2) : 0;
     if (done) {
@@ -223,39 +227,39 @@ static void help(Job& job, int id) {
       tries = 0;
     } else {
       pause();
-      if (tries % 64 == 0 && now() - idle_since >= LOOKS) sched_yield();
+      if (tries % 64 == 0 && now() - idle_since >= YIELD_AFTER_US) sched_yield();
     }
   }
 }
 
-// Computes the steps one after another on at most `threads` threads, fewer where other callers
-// compute at the same time; false: a piece threw.
+// Runs the steps one after another on at most `threads` threads, fewer where other callers compute
+// at the same time. Returns whether no piece threw.
 template <class Steps>
 bool run(const Steps& steps, int threads) {
-  threads = threads < MOST_THREADS ? threads : MOST_THREADS;
+  threads = threads < MAX_THREADS ? threads : MAX_THREADS;
   const int others = active.fetch_add(1);
-  const int room = forked ? 1 : threads - others;
+  const int count = forked ? 1 : threads - others;
   bool well = true;
-  if (room < 2) {
-    well = steps.each([](const Work& work) { return alone(work); });
+  if (count < 2) {
+    well = steps.each([](const Work& work) { return run_serial(work); });
   } else {
-    active.fetch_add(room - 1);
+    active.fetch_add(count - 1);
     if (steps.is_one()) {
-      well = steps.each([&](const Work& work) { return by_ranges(work, room); });
-      active.fetch_sub(room);
+      well = steps.each([&](const Work& work) { return run_by_ranges(work, count); });
+      active.fetch_sub(count);
       return well;
     }
     static thread_local Job own;
     Job& job = own;
-    job.over.store(false, std::memory_order_relaxed);
-#pragma omp parallel num_threads(room)
+    job.finished.store(false, std::memory_order_relaxed);
+#pragma omp parallel num_threads(count)
     if (const int id = omp_get_thread_num()) {
       help(job, id);
     } else {
-      well = steps.each([&](const Work& work) { return share(job, work, room); });
-      job.over.store(true, std::memory_order_release);
+      well = steps.each([&](const Work& work) { return run_shared(job, work, count); });
+      job.finished.store(true, std::memory_order_release);
     }
-    active.fetch_sub(room - 1);
+    active.fetch_sub(count - 1);
   }
   active.fetch_sub(1);
   return well;

@@ -10,15 +10,16 @@ constexpr long LANES = 8;
 constexpr long LANES = 4;
 #endif
 
-// What a register tile is made of: PIXELS x VECTORS accumulators, VECTORS weights and a pixel's
-// value must fit into the registers (32 of them with AVX-512 and NEON, 16 with AVX2).
-constexpr long PIXELS = 6;
+// A register tile: MR rows (pixels) by NR columns (output channels). MR x NR_VECTORS accumulators,
+// NR_VECTORS weights and a pixel's value must fit into the registers (32 with AVX-512 and NEON, 16
+// with AVX2).
+constexpr long MR = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr long VECTORS = 4;
+constexpr long NR_VECTORS = 4;
 #else
-constexpr long VECTORS = 2;
+constexpr long NR_VECTORS = 2;
 #endif
-constexpr long PANEL = VECTORS * LANES;  // output channels computed together
+constexpr long NR = NR_VECTORS * LANES;
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(4 * LANES)));
@@ -29,18 +30,18 @@ typedef int Ints __attribute__((vector_size(4 * LANES)));
 #define UNROLLED _Pragma("GCC unroll 16")
 #endif
 
-// What is added to in a loop. clang keeps what has an address in memory, and convolutions took three
-// times as long as with a copy; GCC keeps it in registers as it is.
+// The accumulators of a loop: a local copy under clang, which keeps in memory what has an address
+// (convolutions took three times as long), a reference under GCC, which keeps them in registers.
 #if defined(__clang__)
 template <class T>
-using Held = T;
+using Accumulators = T;
 #else
 template <class T>
-using Held = T&;
+using Accumulators = T&;
 #endif
 
 static inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-// The first `count` lanes, zeros in the others.
+// The first `count` lanes, and zeros in the others.
 static inline Floats load_first(const float* from, long count) {
   if (count >= LANES) return load(from);
   Floats some = {};
@@ -48,10 +49,10 @@ static inline Floats load_first(const float* from, long count) {
   return some;
 }
 static inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
-static inline Floats all(float value) { return value - Floats{}; }
+static inline Floats broadcast(float value) { return value - Floats{}; }
 
-// Lane j of the result is lane lanes[j] of `from`. GCC has it as an operation; clang has one for
-// constant lanes only, and makes that of the loop where they turn out to be constant.
+// Lane j of the result is lane lanes[j] of `from`. GCC has an operation for that; clang has one for
+// constant lanes only, which it makes of the loop where they turn out to be constant.
 static inline Floats shuffle(Floats from, Ints lanes) {
 #if defined(__clang__)
   Floats to;

@@ -169,9 +169,12 @@ class _Finder:
         return True
 
     def _only_convolved(self, name: str) -> bool:
-        """Read channel by channel, never as a vector."""
+        """Read channel by channel, never as a vector, as a residual is."""
         readers = [node for node in self._graph.nodes if name in node.inputs]
-        return all(isinstance(n.op, Conv) and n.op.problem.groups == 1 for n in readers)
+        return all(
+            isinstance(n.op, Conv) and n.op.problem.groups == 1 and name != n.residual
+            for n in readers
+        )
 
     def _padded(self, channels: int) -> int:
         return -(-channels // self._lanes) * self._lanes

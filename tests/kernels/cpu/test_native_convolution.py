@@ -30,13 +30,13 @@ from native_problems import (
     require_conv,
     require_native,
 )
-from resfuse.kernels.cpu import program
-from resfuse.kernels.cpu.conv_candidates import Form, NativeConfig, choose, refusal
+from resfuse.kernels.cpu import library as native_library
+from resfuse.kernels.cpu.conv_candidates import Form, NativeConfig, choose, forms, refusal
 from resfuse.kernels.cpu.cpus import asking
-from resfuse.kernels.cpu.library import library, processor
+from resfuse.kernels.cpu.library import constant, library, processor
 from resfuse.kernels.cpu.onednn import Geometry
 from resfuse.kernels.cpu.packed_conv import NativeConv, supports
-from resfuse.kernels.cpu.program import ACTIVATIONS
+from resfuse.kernels.cpu.program import ACTIVATIONS, lanes
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Mean, Node, Value
 from resfuse.kernels.engine.runtime.executor import Executor
@@ -63,7 +63,7 @@ def narrower(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     needs, lanes = WIDTHS[request.param]
     if needs not in processor():
         pytest.skip(f"this processor has no {needs}")
-    monkeypatch.setattr(program, "library", lambda: library(request.param))
+    monkeypatch.setattr(native_library, "library", lambda: library(request.param))
     return lanes
 
 
@@ -111,6 +111,28 @@ def test_a_residual_is_overwritten_in_place(name: str) -> None:
     )
     assert executor.arena.address("z") == executor.arena.address("y")
     require_right(graph, executor, state, inputs_of(graph))
+
+
+def test_a_residual_of_few_channels_has_room_for_whole_vectors() -> None:
+    """It is read and overwritten in vectors, which would reach into the next pixel."""
+    problem = problem_of(2, 16, 5, 5, 3, 1, 1, residual=True)
+    graph = replace(conv_graph(problem), spent=frozenset("r"))
+    choice = Candidate("native", 0, 1, tuple(asdict(config_of("direct", problem)).items()))
+    state = conv_state(problem)
+    executor = Executor(graph, [choice], state)
+    assert executor.arena.address("y") == executor.arena.address("r")
+    require_right(graph, executor, state, inputs_of(graph), scale=1.0)
+
+
+def test_more_channels_than_there_are_zeros_for_padding_are_left_to_others() -> None:
+    """A grouped step reads a zero for every channel of a tap over the edge."""
+    most = constant("MAX_ROW")
+    for k, fits in ((most, True), (most + 16, False)):
+        problem = problem_of(1, k, 2, 2, k, 3, 3, padding=(1, 1), groups=k)
+        assert ("grouped" in forms(problem)) == fits
+        assert (refusal(problem) is None) == fits
+        weight, geometry = torch.zeros(k, 1, 3, 3), Geometry((1, 1), (1, 1), (1, 1), k)
+        assert supports(weight, geometry, "relu") == fits
 
 
 # 5 x 7 pixels are 6 blocks of six, the last one of five; 3 x 4 tiles two blocks of them
@@ -211,7 +233,7 @@ def test_what_no_form_computes_is_refused_in_words(problem: ConvProblem, reason:
 
 
 def test_narrower_vectors_are_as_right(narrower: int) -> None:
-    assert program.lanes() == narrower
+    assert lanes() == narrower
     for problem in PROBLEMS.values():
         if refusal(problem) is None:
             for config in every_config(problem):
@@ -228,7 +250,7 @@ def test_this_processors_widest_vectors_are_used() -> None:
     widest = 16 if "avx512f" in abilities else 8 if "avx" in abilities else 4
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("what the processor can do is looked up by x86-64's names")
-    assert program.lanes() == widest
+    assert lanes() == widest
 
 
 # One convolution by itself, as `fuse` calls it

@@ -17,7 +17,13 @@ from graphs import error, pool_graph
 from native_problems import FORMS, PROBLEMS, config_of, require_conv
 from resfuse.kernels import build_engine
 from resfuse.kernels.cpu import program as step
-from resfuse.kernels.cpu.library import NativeUnavailable, fingerprint, library, why_unavailable
+from resfuse.kernels.cpu.library import (
+    NativeUnavailable,
+    fingerprint,
+    library,
+    require_layout,
+    why_unavailable,
+)
 from resfuse.kernels.cpu.program import ACTIVATIONS, Program, Step
 from resfuse.kernels.engine.ir.graph import MaxPool
 from resfuse.kernels.engine.runtime.executor import Executor
@@ -178,8 +184,20 @@ def test_processes_that_compile_at_once_do_no_harm(tmp_path: Path) -> None:
     assert only.suffix == ".so"
 
 
-def test_the_steps_of_both_languages_have_the_same_size() -> None:
-    assert library().resfuse_step_bytes() == ctypes.sizeof(Step)
+@pytest.mark.parametrize("how", ["two swapped", "one missing", "one more"])
+def test_a_struct_that_python_lays_out_otherwise_is_refused(how: str) -> None:
+    """Sizes alone would let fields that changed places pass."""
+    require_layout(Step, "Step")
+    fields = list(Step._fields_)
+    if how == "two swapped":
+        fields[1:3] = fields[2], fields[1]
+    elif how == "one missing":
+        fields.pop()
+    else:
+        fields.append(("more", ctypes.c_long))
+    other = type("Step", (ctypes.Structure,), {"_fields_": fields})
+    with pytest.raises(NativeUnavailable, match="lays Step out otherwise"):
+        require_layout(other, "Step")
 
 
 def test_a_program_of_no_steps_returns() -> None:

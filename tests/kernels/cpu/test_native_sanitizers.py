@@ -1,4 +1,6 @@
-"""The native library's tests once more under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The native library's tests once more under AddressSanitizer and UndefinedBehaviorSanitizer, in a
+debug build, which asserts the preconditions of every step.
+"""
 
 import os
 import subprocess
@@ -10,11 +12,18 @@ import pytest
 from resfuse.kernels.cpu.library import NativeUnavailable, _compiler
 
 HERE = Path(__file__).parent
-FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
+FLAGS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-O1",
+    "-g",
+    "-DRESFUSE_DEBUG",
+)
 TESTS = (
     "test_native_pools.py",
     "test_native_strips.py",
     "test_native_chain.py",
+    "test_native_guards.py::test_convolutions",
     "test_native_convolution.py::test_every_way_to_compute_a_convolution_is_right",
     "test_native_convolution.py::test_blocks_smaller_than_the_map",
     "test_native_convolution.py::test_any_number_of_threads",
@@ -24,11 +33,11 @@ TESTS = (
 RUN = """
 import os, sys, pytest
 del os.environ["LD_PRELOAD"]  # what is started from here, compilers too, is not looked at
-from resfuse.kernels.cpu import library; from resfuse.kernels.cpu import program as step
+from resfuse.kernels.cpu import library
 plain, flags = library.library, tuple(sys.argv[1].split())
 def sanitized(architecture="native", *further):
     return plain(architecture, *further, *flags)
-step.library = library.library = sanitized
+library.library = sanitized
 sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from graphs import conv_graph, conv_state, pool_graph
 from native_problems import PROBLEMS, every_config
-from resfuse.kernels.cpu import program
+from resfuse.kernels.cpu import library as native_library
 from resfuse.kernels.cpu.conv_candidates import refusal
 from resfuse.kernels.cpu.cpus import asking
 from resfuse.kernels.cpu.library import library
@@ -46,7 +46,7 @@ def watchdog() -> Iterator[None]:
 @pytest.fixture
 def disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library in which every third piece or so is held up."""
-    monkeypatch.setattr(program, "library", lambda: library("native", DISTURBED))
+    monkeypatch.setattr(native_library, "library", lambda: library("native", DISTURBED))
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_thread_that_fails_is_a_sentence_and_the_next_call_is_right(
     slot: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lib = library("native", DISTURBED)
-    monkeypatch.setattr(program, "library", lambda: lib)
+    monkeypatch.setattr(native_library, "library", lambda: lib)
     graph, state, choices = large()
     executor = Executor(graph, choices, state)
     want = [y.clone() for y in executor(*inputs_of(graph))]

@@ -1,4 +1,4 @@
-"""Native steps on the CPU, in float32: see resfuse/kernels/native."""
+"""Native steps on the CPU, in float32: see resfuse/kernels/cpu."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.conv_candidates import NativeConfig
 from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.library import why_unavailable
-from resfuse.kernels.cpu.program import ACTIVATIONS, KINDS, Step, lanes
+from resfuse.kernels.cpu.program import ACTIVATIONS, Step, activation, kind, lanes
 from resfuse.kernels.cpu.weight_layout import per_channel, slopes
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift, slope_of
@@ -68,7 +68,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native
     if isinstance(op, Conv):
         config = NativeConfig(**choice.settings)
         step = conv_step(node, config, state, arena)
-        if conv_candidates.scratch_floats(op.problem, config) > 0:
+        if step.scratch_pitch > 0:
             step.scratch = arena.scratch(choice.start)
         return Native([step])
     if isinstance(op, Affine) and op.gate:
@@ -84,7 +84,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native
         return Native([max_pool_step(graph, node, arena)])
     assert isinstance(op, Mean)
     n, c, h, w = graph.values[node.inputs[0]].shape
-    return Native([Step(kind=KINDS.index("mean"), N=n, C=c, K=c, H=h, W=w, **_places(node, arena))])
+    return Native([Step(kind=kind("mean"), N=n, C=c, K=c, H=h, W=w, **_places(node, arena))])
 
 
 def conv_step(
@@ -128,19 +128,21 @@ def _affine(graph: Graph, node: Node, op: Affine, state: State, arena: Arena) ->
 
     scale, shift, *slope = arena.weights((op.norm, op.slope, channels), lay_out)
     step = Step(
-        kind=KINDS.index("affine"), N=1, P=1, Q=pixels_of(graph, node.name), K=channels,
+        kind=kind("affine"), N=1, P=1, Q=pixels_of(graph, node.name), K=channels,
         w=scale.data_ptr(), bias=shift.data_ptr(),
         slope=slope[0].data_ptr() if slope else 0,
-        activation=ACTIVATIONS[op.activation], residual_last=op.residual_last,
+        activation=activation(op.activation), residual_last=op.residual_last,
         **_places(node, arena),
     )  # fmt: skip
     return Native([step])
 
 
 def max_pool_step(
-    graph: Graph, node: Node, arena: Arena, local: Mapping[str, int] = _NOWHERE
+    graph: Graph, node: Node, arena: Arena | None, local: Mapping[str, int] = _NOWHERE
 ) -> Step:
-    """A max-pool; values that are not in the arena are `local`, as for `conv_step`."""
+    """A max-pool; values that are not in the arena are `local`, as for `conv_step`. Without an
+    arena it is a step that says nothing of memory.
+    """
     op = node.op
     assert isinstance(op, MaxPool)
     n, c, h, w = graph.values[node.inputs[0]].shape
@@ -148,9 +150,10 @@ def max_pool_step(
     (r, s), (stride_h, stride_w) = op.kernel, op.stride
     (pad_h, pad_w), (dilation_h, dilation_w) = op.padding, op.dilation
     return Step(
-        kind=KINDS.index("max_pool"), N=n, C=c, K=c, H=h, W=w, P=p, Q=q, R=r, S=s,
+        kind=kind("max_pool"), N=n, C=c, K=c, H=h, W=w, P=p, Q=q, R=r, S=s,
         stride_h=stride_h, stride_w=stride_w, pad_h=pad_h, pad_w=pad_w,
-        dilation_h=dilation_h, dilation_w=dilation_w, **_places(node, arena, local),
+        dilation_h=dilation_h, dilation_w=dilation_w,
+        **({} if arena is None else _places(node, arena, local)),
     )  # fmt: skip
 
 
@@ -164,7 +167,7 @@ def _concat(graph: Graph, node: Node, arena: Arena) -> Native:
             one, zero = arena.weights((None, None, channels), partial(_same, channels))
             steps.append(
                 Step(
-                    kind=KINDS.index("affine"), N=1, P=1, Q=pixels_of(graph, part), K=channels,
+                    kind=kind("affine"), N=1, P=1, Q=pixels_of(graph, part), K=channels,
                     x=arena.address(part), x_pitch=arena.pitch(part), y=to, y_pitch=pitch,
                     w=one.data_ptr(), bias=zero.data_ptr(),
                 )

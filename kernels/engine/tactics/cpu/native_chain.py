@@ -10,7 +10,14 @@ from itertools import accumulate
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.conv_candidates import NativeConfig
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.program import pixels, whole_vectors
+from resfuse.kernels.cpu.program import (
+    ABSENT,
+    fused_run,
+    local_pixels,
+    mr,
+    whole_lines,
+    whole_vectors,
+)
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, State
 from resfuse.kernels.engine.ir.lowered import Native
@@ -22,7 +29,6 @@ from resfuse.kernels.ops.conv_problem import ConvProblem
 _LONGEST = 4  # a 3x3, a projection, the 1x1 that adds it, the next block's 1x1
 # Bytes that a block's values take: from a first-level cache to half of a second-level one.
 _BLOCKS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
-_LINE = 16  # floats
 
 refusal = native.refusal
 
@@ -49,27 +55,21 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
 
 
 def scratch(graph: Graph, choice: Candidate) -> int:
-    return (
-        4 * threads() * (_own_floats(_links(graph, choice)) + sum(_local(graph, choice).values()))
-    )
+    return 4 * threads() * _Layout(graph, choice).floats
 
 
 def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native:
-    links = _links(graph, choice)
-    own, local = _own_floats(links), _local(graph, choice)
-    pitches = {name: whole_vectors(channels_of(graph, name)) for name in local}
-    starts = dict(zip(local, accumulate(local.values(), initial=own), strict=False))
+    layout = _Layout(graph, choice)
+    memory = arena.scratch(choice.start) if layout.floats else 0
     steps = []
-    for link in links:
-        step = native.conv_step(link.node, link.config, state, arena, pitches)
-        step.scratch = arena.scratch(choice.start)
-        step.scratch_pitch = own + sum(local.values())
-        x, residual = link.node.inputs[0], link.node.residual
-        step.x_local, step.y_local = starts.get(x, 0), starts.get(link.node.name, 0)
-        step.residual_local = starts.get(residual or "", 0)
+    for link in layout.links:
+        step = native.conv_step(link.node, link.config, state, arena, layout.pitches)
+        step.scratch, step.scratch_pitch = memory, layout.floats
+        step.x_local = layout.offset(link.node.inputs[0])
+        step.y_local = layout.offset(link.node.name)
+        step.residual_local = layout.offset(link.node.residual)
         steps.append(step)
-    steps[0].joined = len(steps) - 1
-    return Native(steps)
+    return Native(fused_run("chain", steps, scratch=memory, scratch_pitch=layout.floats))
 
 
 def _is_chain(graph: Graph, at: int, stop: int) -> bool:
@@ -96,7 +96,7 @@ def _first_configs(problem: ConvProblem, channels: int) -> Iterable[NativeConfig
     """Forms of the first convolution, each in blocks of several sizes."""
     forms = dict.fromkeys(config.form for config in conv_candidates.candidates(problem))
     for form in forms:
-        unit, of_each = (-(-problem.q // 2), 4) if form == "winograd" else (pixels(), 1)
+        unit, of_each = (-(-problem.q // 2), 4) if form == "winograd" else (mr(), 1)
         count = conv_candidates.tiles_of if form == "winograd" else conv_candidates.pixels_of
         whole = -(-count(problem) // threads() // unit) * unit
         blocks = {
@@ -107,31 +107,32 @@ def _first_configs(problem: ConvProblem, channels: int) -> Iterable[NativeConfig
             yield NativeConfig(form, False, block)
 
 
-def _links(graph: Graph, choice: Candidate) -> list[_Link]:
-    first, *others = graph.nodes[choice.start : choice.stop]
-    config = NativeConfig(by_channel=False, **choice.settings)
-    block = _block_pixels(config)
-    return [
-        _Link(first, _problem(first), config),
-        *(_Link(n, _problem(n), NativeConfig("direct", False, block)) for n in others),
-    ]
+class _Layout:
+    """The convolutions of a chain, and where in a thread's scratch memory what they share lies."""
 
+    def __init__(self, graph: Graph, choice: Candidate) -> None:
+        first, *others = graph.nodes[choice.start : choice.stop]
+        config = NativeConfig(by_channel=False, **choice.settings)
+        head = conv_candidates.conv_step(_problem(first), config)
+        pixels = local_pixels(fused_run("chain", [head]))
+        following = NativeConfig("direct", False, pixels)
+        self.links = [
+            _Link(first, _problem(first), config),
+            *(_Link(node, _problem(node), following) for node in others),
+        ]
+        # what each convolution has to itself while it runs comes first: the most of any
+        own = whole_lines(
+            max(conv_candidates.scratch_floats(link.problem, link.config) for link in self.links)
+        )
+        names = sorted(graph.inner(choice.start, choice.stop))
+        self.pitches = {name: whole_vectors(channels_of(graph, name)) for name in names}
+        ends = [*accumulate((pixels * self.pitches[name] for name in names), initial=own)]
+        self._offsets = dict(zip(names, ends, strict=False))
+        self.floats = ends[-1]
 
-def _block_pixels(config: NativeConfig) -> int:
-    return 4 * config.block if config.form == "winograd" else config.block
-
-
-def _own_floats(links: list[_Link]) -> int:
-    """Scratch memory that each convolution has to itself while it runs: the most of any."""
-    most = max(conv_candidates.scratch_floats(link.problem, link.config) for link in links)
-    return -(-max(most, 1) // _LINE) * _LINE
-
-
-def _local(graph: Graph, choice: Candidate) -> dict[str, int]:
-    """What is read in the chain alone: floats of a block of each."""
-    block = _block_pixels(NativeConfig(by_channel=False, **choice.settings))
-    names = sorted(graph.inner(choice.start, choice.stop))
-    return {name: block * whole_vectors(channels_of(graph, name)) for name in names}
+    def offset(self, name: str | None) -> int:
+        """Of a value that is read in the chain alone; ABSENT of others."""
+        return ABSENT if name is None else self._offsets.get(name, ABSENT)
 
 
 def _problem(node: Node) -> ConvProblem:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, tensor
 
-from resfuse.kernels.cpu.program import ACTIVATIONS, KINDS, Step
+from resfuse.kernels.cpu.program import Step, activation, kind
 from resfuse.kernels.cpu.weight_layout import per_channel
 from resfuse.kernels.engine.ir.graph import Affine, AveragePool, Graph, Node, Pick
 from resfuse.kernels.engine.ir.lowered import Native
@@ -18,10 +18,10 @@ def windows(graph: Graph, node: Node, op: AveragePool | Pick, arena: Arena) -> N
     step.x, step.x_pitch = arena.address(node.inputs[0]), arena.pitch(node.inputs[0])
     step.y, step.y_pitch = arena.address(node.name), arena.pitch(node.name)
     if isinstance(op, Pick):
-        step.kind = KINDS.index("pick")
+        step.kind = kind("pick")
         tables = op.rows, op.columns
     else:
-        step.kind = KINDS.index("average_pool")
+        step.kind = kind("average_pool")
         (step.R, step.S), (step.stride_h, step.stride_w) = op.kernel, op.stride
         step.pad_h, step.pad_w = op.padding
         tables = _counts(op, 0, p, h), _counts(op, 1, q, w)
@@ -53,10 +53,10 @@ def gate(graph: Graph, node: Node, op: Affine, arena: Arena, slopes: list[Tensor
     steps = []
     for image in range(n):
         step = Step(
-            kind=KINDS.index("affine"), N=1, P=1, Q=h * w, K=channels,
+            kind=kind("affine"), N=1, P=1, Q=h * w, K=channels,
             w=arena.address(factor) + 4 * image * arena.pitch(factor), bias=zero.data_ptr(),
             slope=slope[0].data_ptr() if slope else 0,
-            activation=ACTIVATIONS[op.activation], residual_last=op.residual_last,
+            activation=activation(op.activation), residual_last=op.residual_last,
         )  # fmt: skip
         for name, place in (("x", x), ("residual", node.residual), ("y", node.name)):
             if place is not None:

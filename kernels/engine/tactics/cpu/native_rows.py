@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.conv_candidates import NativeConfig
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.program import whole_vectors
+from resfuse.kernels.cpu.program import Step, fused_run, local_pixels, whole_lines, whole_vectors
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Conv, Graph, MaxPool, Node, State
 from resfuse.kernels.engine.ir.lowered import Native
@@ -19,7 +19,6 @@ from resfuse.kernels.ops.conv_problem import ConvProblem
 
 # Bytes of the convolution's rows in a strip: from a quarter of a second-level cache on.
 _STRIPS = (1 << 18, 1 << 19, 1 << 20)
-_LINE = 16  # floats
 
 refusal = native.refusal
 
@@ -39,13 +38,10 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     window = _window(behind)
     strips = sorted({window.rows(problem, size // line) for size in _STRIPS})
     offered = [
-        (
-            ("form", config.form),
-            ("block", min(config.block, window.pixels(problem, rows))),
-            ("rows", rows),
-        )
+        (("form", config.form), ("block", min(config.block, pixels)), ("rows", rows))
         for config in _by_pixel(problem)
         for rows in strips
+        for pixels in [local_pixels(_run(graph, at, config, rows))]
     ]
     for settings in dict.fromkeys(offered):
         yield Candidate("native_strips", at, at + 2, settings)
@@ -64,12 +60,18 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native
         reader = native.max_pool_step(graph, behind, arena, pitches)
     else:
         reader = native.conv_step(behind, parts.reader, state, arena, pitches)
-        reader.scratch = arena.scratch(choice.start) + 4 * parts.own
-    conv.scratch = arena.scratch(choice.start)
+    memory = arena.scratch(choice.start)
+    conv.scratch, reader.scratch = memory, memory + 4 * parts.own
     conv.scratch_pitch = reader.scratch_pitch = parts.floats
-    conv.y_local, conv.joined = parts.own + parts.readers, 1
-    reader.rows = choice.settings["rows"]
-    return Native([conv, reader])
+    conv.y_local = reader.x_local = parts.own + parts.readers
+    run = fused_run(
+        "row_fused",
+        [conv, reader],
+        scratch=memory,
+        scratch_pitch=parts.floats,
+        rows=choice.settings["rows"],
+    )
+    return Native(run)
 
 
 class _Parts:
@@ -81,18 +83,24 @@ class _Parts:
         self.problem, rows = node.op.problem, choice.settings["rows"]
         self.config = NativeConfig(choice.settings["form"], False, choice.settings["block"])
         self.reader = _reader(behind, rows)
-        # floats: the convolution's own, never none, as a step's output that lies at 0 is not local;
-        self.own = max(
-            _LINE, _whole_lines(conv_candidates.scratch_floats(self.problem, self.config))
-        )
-        self.readers = 0  # the reader's;
-        if self.reader is not None:
-            assert isinstance(behind.op, Conv)
-            needed = conv_candidates.scratch_floats(behind.op.problem, self.reader)
-            self.readers = _whole_lines(needed)
-        # and what lies between
-        strip = _window(behind).pixels(self.problem, rows) * whole_vectors(self.problem.k)
-        self.floats = self.own + self.readers + strip
+        # floats: what the convolution needs for itself, then its reader, then what lies between
+        run = _run(graph, choice.start, self.config, rows)
+        self.own, self.readers = (whole_lines(step.scratch_pitch) for step in run[1:])
+        self.floats = self.own + self.readers + local_pixels(run) * whole_vectors(self.problem.k)
+
+
+def _run(graph: Graph, at: int, config: NativeConfig, rows: int) -> list[Step]:
+    """A convolution and its reader in strips of `rows`: steps that say nothing of memory."""
+    node, behind = graph.nodes[at : at + 2]
+    assert isinstance(node.op, Conv)
+    conv = conv_candidates.conv_step(node.op.problem, config)
+    reader_config = _reader(behind, rows)
+    if reader_config is None:
+        reader = native.max_pool_step(graph, behind, None)
+    else:
+        assert isinstance(behind.op, Conv)
+        reader = conv_candidates.conv_step(behind.op.problem, reader_config)
+    return fused_run("row_fused", [conv, reader], rows=rows)
 
 
 @dataclass(frozen=True)
@@ -102,11 +110,6 @@ class _Window:
     kernel: int
     stride: int
     dilation: int
-
-    def pixels(self, problem: ConvProblem, rows: int) -> int:
-        """Of the convolution, that so many of the reader's rows read."""
-        reach = (rows - 1) * self.stride + (self.kernel - 1) * self.dilation + 1
-        return problem.q * min(reach, problem.p)
 
     def rows(self, problem: ConvProblem, rows: int) -> int:
         """The most rows of the reader that read no more than so many, at least one; no more than a
@@ -155,7 +158,3 @@ def _reader(node: Node, rows: int) -> NativeConfig | None:
     of_form = [config for config in every if config.form == first]
     config = of_form[len(of_form) // 2]
     return NativeConfig(config.form, False, min(config.block, rows * problem.q))
-
-
-def _whole_lines(floats: int) -> int:
-    return -(-floats // _LINE) * _LINE

@@ -1,0 +1,143 @@
+// The preconditions of step.h and of the kernels that can be told from a step, for debug builds.
+#pragma once
+
+#include "conv3x3_winograd.h"
+#include "conv_direct.h"
+#include "conv_grouped.h"
+#include "dcheck.h"
+#include "fused_chain.h"
+#include "fused_rows.h"
+#include "scratch.h"
+#include "step.h"
+
+namespace checks {
+
+static inline long whole_vectors(long channels) { return (channels + LANES - 1) / LANES * LANES; }
+
+static inline long windows(long size, long pad, long kernel, long stride, long dilation) {
+  return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+static void convolution(const Step& s) {
+  DCHECK(s.N > 0 && s.H > 0 && s.W > 0 && s.C > 0 && s.K > 0 && s.R > 0 && s.S > 0);
+  DCHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0);
+  DCHECK(s.pad_h >= 0 && s.pad_w >= 0);
+  DCHECK(s.P == windows(s.H, s.pad_h, s.R, s.stride_h, s.dilation_h) && s.P > 0);
+  DCHECK(s.Q == windows(s.W, s.pad_w, s.S, s.stride_w, s.dilation_w) && s.Q > 0);
+  DCHECK(s.groups > 0 && s.C % s.groups == 0 && s.K % s.groups == 0);
+  DCHECK(s.K % LANES == 0);
+  DCHECK(s.w && s.bias);
+  DCHECK(s.x_pitch >= s.C && s.y_pitch >= s.K);
+  if (s.kind == DIRECT) {
+    DCHECK(s.groups == 1 || s.K / s.groups % LANES == 0);
+    DCHECK(s.C / s.groups <= MAX_ROW);
+    DCHECK(s.block > 0);
+  } else if (s.kind == GROUPED) {
+    DCHECK(s.groups > 1 && s.C == s.K && LANES % (s.C / s.groups) == 0);
+    DCHECK(s.R * s.S <= MAX_TAPS);
+    DCHECK(s.K <= MAX_ROW);
+  } else {
+    DCHECK(s.R == 3 && s.S == 3 && s.groups == 1);
+    DCHECK(s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1);
+    DCHECK(s.C % LANES == 0);
+    DCHECK(s.block > 0);
+  }
+}
+
+static void map(const Step& s) {
+  const long vectors = whole_vectors(s.K);
+  DCHECK(s.K > 0 && s.y_pitch >= vectors);
+  DCHECK(s.kind == PICK ? s.x_pitch >= s.C : s.x_pitch >= vectors);
+  if (s.kind == MEAN) {
+    DCHECK(s.N > 0 && s.H > 0 && s.W > 0);
+  } else {
+    DCHECK(s.N > 0 && s.P > 0 && s.Q > 0);
+  }
+  if (s.kind == AFFINE) DCHECK(s.w && s.bias);
+  if (s.kind == AVERAGE_POOL || s.kind == PICK) DCHECK(s.w && s.slope);
+  if (s.kind == MAX_POOL || s.kind == AVERAGE_POOL) {
+    DCHECK(s.R > 0 && s.S > 0 && s.stride_h > 0 && s.stride_w > 0 && s.pad_h >= 0 && s.pad_w >= 0);
+  }
+  if (s.kind == MAX_POOL) DCHECK(s.dilation_h > 0 && s.dilation_w > 0);
+  if (s.kind == PICK) {
+    for (long p = 0; p < s.P; p++) DCHECK(s.w[p] >= 0 && s.w[p] < s.H);
+    for (long q = 0; q < s.Q; q++) DCHECK(s.slope[q] >= 0 && s.slope[q] < s.W);
+  }
+}
+
+// What holds of a step by itself and of a fused one.
+static void kernel(const Step& s) {
+  DCHECK(s.length == 0);
+  if (is_convolution(s)) {
+    convolution(s);
+  } else {
+    DCHECK(s.kind >= DIRECT && s.kind <= PICK);
+    map(s);
+  }
+  DCHECK(s.activation >= IDENTITY && s.activation <= SLOPE);
+  DCHECK(s.activation != SLOPE || s.slope);
+  DCHECK(s.x || s.x_local >= 0);
+  DCHECK(s.y || s.y_local >= 0);
+  if (s.residual || s.residual_local >= 0) DCHECK(s.residual_pitch >= whole_vectors(s.K));
+  const long scratch = scratch_floats(s);
+  if (scratch) DCHECK(s.scratch && s.scratch_pitch >= scratch);
+}
+
+// A fused step's own scratch memory ends before the values that lie in the run's.
+static void local(const Step& run, const Step& s, long offset, long floats) {
+  if (offset < 0) return;
+  DCHECK(offset + floats <= run.scratch_pitch);
+  const long own = scratch_floats(s);
+  if (own) DCHECK(s.scratch >= run.scratch && s.scratch + own <= run.scratch + offset);
+}
+
+static void fused(const Step* run) {
+  DCHECK(run->length > 0 && (run->scratch || run->scratch_pitch == 0));
+  const long pixels = local_pixels(run);
+  for (long i = 1; i <= run->length; i++) {
+    const Step& s = run[i];
+    kernel(s);
+    DCHECK(!s.by_channel);
+    if (scratch_floats(s)) DCHECK(s.scratch_pitch == run->scratch_pitch);
+    local(*run, s, s.x_local, pixels * s.x_pitch);
+    local(*run, s, s.residual_local, pixels * s.residual_pitch);
+    local(*run, s, s.y_local, pixels * s.y_pitch);
+  }
+}
+
+static void chain(const Step* run) {
+  const Step& first = run[1];
+  DCHECK(first.kind == DIRECT || first.kind == WINOGRAD || first.kind == GROUPED);
+  DCHECK(first.block > 0 && first.x_local < 0 && first.residual_local < 0);
+  if (first.kind == WINOGRAD) DCHECK(first.block % tiles_across(first) == 0);
+  for (long i = 2; i <= run->length; i++) {
+    const Step& s = run[i];
+    DCHECK(s.kind == DIRECT && s.R == 1 && s.S == 1 && s.pad_h == 0 && s.pad_w == 0);
+    DCHECK(s.N == first.N && s.P == first.P && s.Q == first.Q);
+    DCHECK(s.block >= chain_pixels(first));
+    if (s.x_local >= 0) DCHECK(s.stride_h == 1 && s.stride_w == 1);
+  }
+}
+
+static void row_fused(const Step* run) {
+  DCHECK(run->length == 2 && run->rows > 0);
+  const Step &conv = run[1], &reader = run[2];
+  DCHECK(conv.kind == DIRECT || conv.kind == GROUPED);
+  DCHECK(reader.kind == DIRECT || reader.kind == GROUPED || reader.kind == MAX_POOL);
+  DCHECK(!conv.residual && conv.x_local < 0 && conv.residual_local < 0 && conv.y_local >= 0);
+  DCHECK(reader.x_local == conv.y_local && reader.residual_local < 0 && reader.y_local < 0);
+  DCHECK(reader.N == conv.N && reader.H == conv.P && reader.W == conv.Q);
+  DCHECK(reader.x_pitch == conv.y_pitch);
+}
+
+static void step(const Step* s) {
+  if (s->kind == CHAIN || s->kind == ROW_FUSED) {
+    s->kind == CHAIN ? chain(s) : row_fused(s);
+    fused(s);
+  } else {
+    DCHECK(s->x_local == -1 && s->residual_local == -1 && s->y_local == -1);
+    kernel(*s);
+  }
+}
+
+}  // namespace checks

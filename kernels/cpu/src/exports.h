@@ -1,0 +1,37 @@
+// What Python asks for instead of knowing it, too: constants, and how structs are laid out.
+#pragma once
+
+#include <cstddef>
+
+#include "conv_direct.h"
+#include "conv_grouped.h"
+#include "digest.h"
+#include "step.h"
+#include "team.h"
+#include "tile.h"
+
+struct Constant {
+  const char* name;
+  long value;
+};
+
+#define CONSTANT(name) {#name, name},
+#define STEP_OFFSET(field) {"Step." #field, offsetof(Step, field)},
+#define WATCHED_OFFSET(field) {"Watched." #field, offsetof(Watched, field)},
+
+static const Constant constants[] = {
+    CONSTANT(LANES) CONSTANT(MR) CONSTANT(NR) CONSTANT(CACHE_LINE)
+    CONSTANT(MAX_ROW) CONSTANT(MAX_TAPS) {"MAX_THREADS", team::MAX_THREADS},
+    // kinds of steps, by the names that Python has for them
+    {"kind.direct", DIRECT}, {"kind.winograd", WINOGRAD}, {"kind.grouped", GROUPED},
+    {"kind.winograd_inline", WINOGRAD_INLINE}, {"kind.max_pool", MAX_POOL}, {"kind.mean", MEAN},
+    {"kind.affine", AFFINE}, {"kind.average_pool", AVERAGE_POOL}, {"kind.pick", PICK},
+    {"kind.chain", CHAIN}, {"kind.row_fused", ROW_FUSED},
+    {"activation.identity", IDENTITY}, {"activation.relu", RELU}, {"activation.relu6", RELU6},
+    {"activation.hardswish", HARDSWISH},
+    {"activation.leaky_relu", SLOPE},  // with its slope for every channel
+    {"activation.prelu", SLOPE},
+    STEP_FIELDS(STEP_OFFSET) {"Step", sizeof(Step)},
+    WATCHED_FIELDS(WATCHED_OFFSET) {"Watched", sizeof(Watched)},
+    {nullptr, 0},
+};

@@ -1,0 +1,120 @@
+"""A debug build says which precondition of a step does not hold, and ends the process."""
+
+import faulthandler
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from native_problems import problem_of
+from resfuse.kernels.cpu import library as native_library
+from resfuse.kernels.cpu.conv_candidates import NativeConfig, conv_step
+from resfuse.kernels.cpu.library import library
+from resfuse.kernels.cpu.program import Step, activation, kind, lanes, runner
+from resfuse.kernels.cpu.weight_layout import direct_weights
+
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
+]
+
+
+@pytest.fixture(autouse=True)
+def debug_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        native_library, "library", lambda: library("native", "-O1", "-DRESFUSE_DEBUG")
+    )
+
+
+@dataclass
+class Bound:
+    """A convolution whose weights are taken in slices, and the memory that it points to."""
+
+    step: Step
+    memory: list[Tensor]
+
+
+def bound() -> Bound:
+    problem = problem_of(1, 160, 5, 5, 32, 3, 3, padding=(1, 1))
+    memory = [
+        torch.ones(25 * 160), direct_weights(torch.ones(32, 160, 3, 3)), torch.ones(32),
+        torch.empty(25 * 32), torch.empty(1 << 16),
+    ]  # fmt: skip
+    places = dict(zip(("x", "w", "bias", "y", "scratch"), memory, strict=True))
+    step = conv_step(
+        problem,
+        NativeConfig("direct", False, 6),
+        **{name: tensor.data_ptr() for name, tensor in places.items()},
+        x_pitch=160,
+        y_pitch=32,
+    )
+    return Bound(step, memory)
+
+
+def run_in_a_child(step: Step) -> tuple[int, str]:
+    """How it ended (a signal's number, negative), and what it said."""
+    run = runner()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os.dup2(writing, 2)
+        os._exit(run(step, 1, 1))
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        text = said.read()
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), text
+
+
+def test_a_step_that_keeps_them_runs() -> None:
+    conv = bound()
+    assert conv.step.scratch_pitch > 0
+    assert run_in_a_child(conv.step) == (0, "")
+
+
+BROKEN = {
+    "scratch memory of a float less": "s.scratch_pitch >= scratch",
+    "no scratch memory": "s.scratch &&",
+    "no block": "s.block > 0",
+    "a part of a vector": "s.K % LANES == 0",
+    "no bias": "s.w && s.bias",
+    "a slope that is not there": "s.activation != SLOPE || s.slope",
+    "another height": "s.P == windows(",
+    "pixels closer than their channels": "s.x_pitch >= s.C",
+    "an offset of a step by itself": "s->y_local == -1",
+    "more fused steps than there are": "step->length < steps + count",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_step_that_breaks_one_ends_the_process(how: str) -> None:
+    conv = bound()
+    step = conv.step
+    match how:
+        case "scratch memory of a float less":
+            step.scratch_pitch -= 1
+        case "no scratch memory":
+            step.scratch = 0
+        case "no block":
+            step.block = 0
+        case "a part of a vector":
+            step.K -= lanes() // 2
+        case "no bias":
+            step.bias = 0
+        case "a slope that is not there":
+            step.activation = activation("prelu")
+        case "another height":
+            step.P += 1
+        case "pixels closer than their channels":
+            step.x_pitch = 159
+        case "an offset of a step by itself":
+            step.y_local = 0
+        case _:
+            step.kind, step.length = kind("chain"), 1
+    ended, said = run_in_a_child(step)
+    assert ended == -signal.SIGABRT
+    assert "precondition does not hold" in said and BROKEN[how] in said
