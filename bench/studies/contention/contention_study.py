@@ -23,8 +23,8 @@ from resfuse.bench.common.statistics import paired_speedup, percentile
 from resfuse.bench.measuring.clock.timing import Watch, seconds
 from resfuse.bench.measuring.probes import machine
 from resfuse.bench.records import results
-from resfuse.bench.records.results import Sheet
 from resfuse.bench.records.sample import Value
+from resfuse.bench.records.sheet import Sheet
 from resfuse.bench.studies.contention import contention_table, subject
 from resfuse.bench.studies.contention.neighbours import busy
 from resfuse.bench.studies.contention.scenarios import QUIET, SCENARIOS

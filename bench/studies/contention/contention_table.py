@@ -62,7 +62,8 @@ def _standing(rows: pd.DataFrame) -> pd.DataFrame:
     """The newest environment; of each measurement the last."""
     own = rows[rows.env_id == rows.iloc[-1].env_id]
     what = ["model", "batch_size", "threads", "backend", "scenario"]
-    return own.drop_duplicates(what, keep="last")
+    standing: pd.DataFrame = own.drop_duplicates(what, keep="last")
+    return standing
 
 
 def _settings(rows: pd.DataFrame) -> list[tuple[tuple[str, int, int], pd.DataFrame]]:
