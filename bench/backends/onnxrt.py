@@ -62,7 +62,7 @@ def build_tensorrt(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tens
 def provider_options(
     provider: str, device_index: int, stream: int, precision: torch.dtype
 ) -> dict[str, str]:
-    """What each provider is asked for; all values are strings, as ONNX Runtime wants them."""
+    """Returns the options of each provider; all values are strings, as ONNX Runtime wants them."""
     if provider == CPU:
         return {}
     shared = {"device_id": str(device_index), "user_compute_stream": str(stream)}

@@ -98,7 +98,7 @@ COMMANDS: dict[str, Subcommand] = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """One sentence and exit code 2, without the usage lines in front of it."""
+    """A parser whose errors are one sentence and exit code 2, without usage lines in front."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _warnings_in_a_sentence() -> Iterator[None]:
-    """What is left out is said without the line of code that found it."""
+    """Prints warnings about what is left out without the line of code that found it."""
     before = warnings.formatwarning
 
     def told(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> str:

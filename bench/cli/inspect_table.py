@@ -33,7 +33,7 @@ def table(results: Sequence[Inspection]) -> Table:
 
 
 def summary(results: Sequence[Inspection]) -> list[str]:
-    """How many launches and problems, with which assemblers, and what to distrust."""
+    """Sums up launches, problems and assemblers, and says what to distrust."""
     bad = sum(bool(problems(result)) for result in results)
     assemblers = sorted({(r.assembler, r.assembler_version) for r in results if r.assembler})
     used = ", ".join(f"{path} {version}" for path, version in assemblers)

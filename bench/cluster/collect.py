@@ -1,4 +1,4 @@
-"""From the folders of the jobs into the one folder of the sweep; doing it twice adds nothing."""
+"""Collects rows from the folders of the jobs into that of the sweep; twice adds nothing."""
 
 from pathlib import Path
 
@@ -45,5 +45,5 @@ def _rows(folder: Path) -> list[Cells]:
 
 
 def _content(row: Cells) -> frozenset[tuple[str, str]]:
-    """What a row says, whichever columns its file has."""
+    """Returns what a row says, whichever columns its file has."""
     return frozenset((name, cell) for name, cell in row.items() if cell)

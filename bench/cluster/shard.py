@@ -35,8 +35,8 @@ class Shard:
         return ""
 
     def checkpoint(self) -> "DelayedSubmission":
-        """What submitit is to queue again when the job is preempted: the same, for rows are kept
-        as they come."""
+        """Returns what submitit queues again when the job is preempted: the same job, for rows are
+        kept as they come."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -53,7 +53,7 @@ class Shard:
         sweep.run(cases, self.options, folder, found, _started, _finished)
 
     def _own_request(self) -> Request:
-        """For the survey: no weights and ceilings but those of these cases."""
+        """Returns a request for the survey, with the weights and ceilings of these cases alone."""
         return replace(
             self.request,
             models=sorted({case.model for case in self.cases}),

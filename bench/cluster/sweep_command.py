@@ -47,7 +47,7 @@ def sweep_on_cluster(args: argparse.Namespace) -> int:
     shared = args.results.absolute()
     results.check_writable(shared)
     launch = shared / JOBS / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
-    if args.resume:  # what an earlier launch has measured since somebody last looked
+    if args.resume:  # what an earlier launch has measured since rows were last collected
         for folder in sorted((shared / JOBS).glob("*/*")):
             collect(folder, shared)
     jobs = [
@@ -149,7 +149,7 @@ def _report(shards: list[Shard], shared: Path, no_report: bool, console: Console
 
 
 def _device(args: argparse.Namespace) -> str:
-    """What the machines of the jobs have; this one may be without a GPU."""
+    """Returns the device of the jobs' machines; this machine may be without a GPU."""
     if args.device != "auto":
         return str(args.device)
     if args.launcher == "local":

@@ -6,7 +6,7 @@ from rich.console import Console
 
 
 def stdout(width: int | None = None) -> Console:
-    """For what a command is asked for.
+    """Returns the console for results.
 
     Args:
         width: in columns; the terminal's by default, 80 where there is none.
@@ -15,5 +15,5 @@ def stdout(width: int | None = None) -> Console:
 
 
 def stderr() -> Console:
-    """For what happens on the way."""
+    """Returns the console for messages of progress."""
     return Console(stderr=True, markup=False)

@@ -71,7 +71,7 @@ def read(
         csv.field_size_limit(limit)
     cut_off = whole == len(data) and not data.endswith((b"\n", b"\r"))
     if cut_off and cells and len(cells) < len(header):
-        left_out.pop()  # nobody's damage: it was being written; whoever reads it sees that
+        left_out.pop()  # not damaged: it was being written, as its missing cells say
         lines.append(cells + [""] * (len(header) - len(cells)))
         places.append(number)
     if twice := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
@@ -97,7 +97,7 @@ def number_in(cell: str) -> float | None:
 
 
 def whole_lines(data: bytes) -> int:
-    """How many bytes of a CSV are whole lines; a line break within quotes ends none."""
+    """Returns how many bytes of a CSV are whole lines; a line break within quotes ends none."""
     end = start = quotes = 0
     while stop := data.find(b"\n", start) + 1:
         quotes += data.count(b'"', start, stop)
@@ -108,8 +108,8 @@ def whole_lines(data: bytes) -> int:
 
 
 def hides_rows(data: bytes, whole: int) -> bool:
-    """Whether what stands behind the whole lines is more than one line that was cut off: whole ones
-    that a stray quotation mark swallows."""
+    """Tells whether more than one line that was cut off follows the whole lines: lines that a stray
+    quotation mark swallows."""
     return bool(_hidden_line(data, whole))
 
 

@@ -16,7 +16,7 @@ _NEUTRAL = re.compile(r"'+[=+\-@\t\r\n]")
 
 
 def line(cells: Iterable[object]) -> str:
-    """One line of a CSV file as it is to be written, its end included; None and NaN are empty.
+    """Returns a line of a CSV file with its end; None and NaN become empty cells.
 
     A carriage return in a cell would end the line for most readers, and Python's csv quotes it only
     where the line's own end has one.
@@ -28,14 +28,14 @@ def line(cells: Iterable[object]) -> str:
 
 
 def neutral(value: object) -> object:
-    """What to write for a cell: text a spreadsheet would compute gets an apostrophe in front."""
+    """Returns the text of a cell: what a spreadsheet would compute gets an apostrophe first."""
     if isinstance(value, str) and _FORMULA.match(value) and not _is_number(value):
         return "'" + value
     return value
 
 
 def original(cell: object) -> object:
-    """What was meant by a cell that was read; `original(neutral(x)) == x` for every x."""
+    """Returns what a cell that was read means; `original(neutral(x)) == x` for every x."""
     return cell[1:] if isinstance(cell, str) and _NEUTRAL.match(cell) else cell
 
 

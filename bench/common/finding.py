@@ -24,7 +24,7 @@ class Part:
 
 
 def looked(part: Part) -> list[Finding]:
-    """What a part finds; a line that says why where looking fails."""
+    """Returns what a part finds, or a line that says why it cannot look."""
     try:
         return part.look()
     except Exception as error:  # a broken installation may raise anything: that is what to show

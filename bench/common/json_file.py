@@ -11,7 +11,7 @@ MOST_BYTES = 16 << 20
 
 
 def read(path: Path) -> Any:
-    """What a file holds.
+    """Reads what a file holds.
 
     Raises:
         OSError: it cannot be read, is no file, or is larger than MOST_BYTES.

@@ -9,7 +9,7 @@ def set_math_mode(math_mode: str, device: str) -> None:
     """Fixes how fp32 numbers are multiplied in matrix products and convolutions.
 
     fp16 and bf16 are storage types: whatever fp32 arithmetic remains beside them is ieee. On a CPU
-    torch multiplies fp32 as ieee unless told otherwise, and nobody tells it here.
+    torch multiplies fp32 as ieee by default, and that is left as it is.
 
     Raises:
         Unavailable: tf32 on a device without it.
@@ -23,5 +23,5 @@ def set_math_mode(math_mode: str, device: str) -> None:
 
 
 def tf32_allowed() -> bool:
-    """What `set_math_mode` decided, for backends that bring their own arithmetic."""
+    """Returns what `set_math_mode` decided, for backends that bring their own arithmetic."""
     return torch.backends.cudnn.allow_tf32

@@ -31,7 +31,7 @@ def pick(
 
 
 def _near(pattern: str, known: Sequence[str]) -> list[str]:
-    """At most three: those that are spelled alike, or that have the pattern in them."""
+    """Returns at most three names that are spelled alike, or that have the pattern in them."""
     within = [name for name in known if fnmatchcase(name, f"*{pattern}*")]
     return get_close_matches(pattern, known, n=3) or within[:3]
 

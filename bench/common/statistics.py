@@ -35,7 +35,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 def paired_speedup(
     baseline: Sequence[float], candidate: Sequence[float]
 ) -> tuple[float, float, float]:
-    """How many times faster the candidate is, and the interval that estimate lies in.
+    """Returns how many times faster the candidate is, and the interval of that estimate.
 
     The two are measured in turn, so the i-th values share what the machine was doing at that
     moment: the ratio is taken round by round and its median is the speed-up. Percentile bootstrap

@@ -79,7 +79,7 @@ def _unpaired_reasons(pairs: Pairs) -> str:
 
 
 def sentences(verdict: Verdict, fail_above: float) -> list[str]:
-    """What the table does not say, the verdict last."""
+    """Returns sentences on what the table does not show, the verdict last."""
     noise = verdict.noise
     known_from = [
         _count(noise.repeats, "repeated case") if noise.repeats else "",

@@ -52,7 +52,7 @@ def comparable(a: Side, b: Side, pairs: Pairs) -> Iterable[tuple[Key, Runs]]:
 
 
 def _reason(key: Key, a: Side, b: Side) -> str:
-    """In what the nearest case of B differs; the same model and backend must be there at all."""
+    """Says how the nearest case of B differs, if B has the same model and backend at all."""
     nearest = min(
         (other for other in b.runs if (other.model, other.backend) == (key.model, key.backend)),
         key=lambda other: len(_differences(key, other)),

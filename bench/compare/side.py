@@ -90,7 +90,7 @@ def read(given: Path) -> pd.DataFrame:
 
 
 def read_facts(given: Path) -> dict[str, dict[str, str]]:
-    """What environments.csv beside the rows tells; nothing where there is none."""
+    """Reads environments.csv beside the rows; empty where there is none."""
     folder = given if given.is_dir() else given.parent
     exists = (folder / results.ENVIRONMENTS).exists()
     return results.read_environments(folder) if exists else {}
@@ -131,7 +131,7 @@ def side(path: Path, rows: pd.DataFrame, facts: Mapping[str, Mapping[str, str]])
 
 
 def standing_in(rows: pd.DataFrame, others: pd.DataFrame) -> list[bool]:
-    """Which rows stand in `others`, too.
+    """Tells which rows are in `others`, too.
 
     A results folder that goes on growing holds its own past: what was measured before must not
     count on both sides.

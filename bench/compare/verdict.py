@@ -108,7 +108,7 @@ class Verdict:
 
 
 def noise(cases: Iterable[tuple[Key, Runs]]) -> Noise:
-    """What rows that should be equal scatter by."""
+    """Estimates by how much rows that should be equal scatter."""
     squares, degrees, repeats, baselines = 0.0, 0, 0, 0
     for key, runs in cases:
         values = [run.log_speedup for run in runs.passed]

@@ -70,7 +70,7 @@ class Leader:
         self._told = 0
 
     def measure(self, case: Case, options: Options, ceilings: dict[str, float]) -> Outcome:
-        """One case on all processes; stands in for `isolate.run_case`."""
+        """Measures a case on all processes, in place of `subprocess_runner.run_case`."""
         key = self._tell({"case": asdict(case), "options": asdict(options), "ceilings": ceilings})
         outcomes = {0: _run(self._store, key, 0, case, options, ceilings)}
         for rank in range(1, self._world.size):

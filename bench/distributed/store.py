@@ -20,7 +20,7 @@ def connect(world: World, host: bool = False) -> Store:
         host: hold it here, where the launcher does not.
 
     Raises:
-        RuntimeError: nobody answers there.
+        RuntimeError: no process answers at that address.
     """
     store = TCPStore(
         world.address,

@@ -4,7 +4,10 @@ from resfuse.bench.common.finding import BROKEN, NOTE, Finding
 
 
 def backends(device: str) -> list[Finding]:
-    """Those that may run on a line, then a line for each that will not; eager must."""
+    """Names the backends that can run in a line, then gives each that cannot a line of its own.
+
+    Without eager the part is broken.
+    """
     import torch
 
     from resfuse.bench.backends import BACKENDS, why_unavailable

@@ -11,7 +11,7 @@ GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def device_part(device: str) -> list[Finding]:
-    """What would be measured on, and its clocks."""
+    """Describes the device that would be measured, and its clocks."""
     from resfuse.bench.measuring.probes import nvml
 
     facts = facts_of_rows(device)
@@ -66,7 +66,7 @@ def cgroup_cores(folder: Path, own: Path) -> float | None:
 
 
 def clocks(governor: Path = GOVERNOR) -> Finding:
-    """How the system sets the CPU's clock."""
+    """Says how the system sets the CPU's clock."""
     name = _text(governor)
     if not name:
         return Finding("CPU clock", "set by the host of this virtual machine or container")

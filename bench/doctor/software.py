@@ -105,7 +105,7 @@ def ptxas() -> list[Finding]:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether the folder can be written, or made."""
+    """Tells whether the folder can be written, or made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK)
 

@@ -1,7 +1,7 @@
 """What an engine of a network is like on a device: its plan, build time, memory, error and speed.
 
 Weights, inputs, check and clock are the harness's own, as for a case of a sweep: the answer is
-compared with fp64 before timing, in every timed round, and afterwards on a batch nobody has seen.
+compared with fp64 before timing, in every timed round, and afterwards on an unseen batch.
 """
 
 from collections.abc import Callable, Sequence

@@ -111,7 +111,7 @@ def layer_lines(subject: Subject, device: Gpu) -> list[LayerLine]:
 
 
 def _kind(graph: Graph, node: Node) -> str:
-    """The same for layers that do the same on the same shapes."""
+    """Returns a key that layers share which do the same on the same shapes."""
     shapes = [graph.values[name].shape for name in (*node.inputs, node.name)]
     what = node.op.problem if isinstance(node.op, Conv) else name_of(node)
     return f"{what} {shapes}"

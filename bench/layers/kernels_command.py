@@ -105,7 +105,7 @@ def run_convolutions(
 
 
 def _line(convolution: Convolution, rows: list[Row]) -> str:
-    """One convolution as a line: eager's time, the others' speed-ups, and who failed."""
+    """Returns a convolution as a line: eager's time, the others' speed-ups, and which failed."""
     parts = []
     for row in rows:
         name = row["provider"]
@@ -118,7 +118,7 @@ def _line(convolution: Convolution, rows: list[Row]) -> str:
 
 
 def _table(convolutions: list[Convolution]) -> Table:
-    """What `--dry-run` shows."""
+    """Returns the table that `--dry-run` shows."""
     title = f"{len(convolutions)} distinct convolutions"
     table = Table(title=title, title_justify="left", title_style="bold", box=None)
     for heading in ("model", "shape", "first layer", "precision"):

@@ -67,10 +67,10 @@ def _measure(
     options: Options,
     ceilings: dict[str, float],
 ) -> dict[str, Outcome]:
-    """All providers in one process, for the pairing; whoever fails in company is tried alone.
+    """Measures all providers in one process, for the pairing, and one that fails there alone.
 
-    Who breaks a process (a crash, a hang) is remembered in `loners` and has its own from then on:
-    the others' rounds must not be lost each time.
+    A provider that breaks a process (a crash, a hang) is remembered in `loners` and has its own
+    from then on: the others' rounds must not be lost each time.
     """
     together = [name for name in providers if name not in loners]
     outcomes = run_convolution(convolution, together, options, ceilings) if together else {}

@@ -98,7 +98,7 @@ def _whole(case: Case, providers: Iterable[str]) -> list[Case]:
 
 
 def _reconciled(workload: Workload, folder: Path, env_id: str, case: Case) -> list[Reconciled]:
-    """With the rows just taken: the latest of their case in this environment."""
+    """Reconciles layers and networks by the latest row of each case in this environment."""
     measured = [
         comparison
         for environment in read_folders([folder])

@@ -45,7 +45,7 @@ def table(workload: Workload, reconciled: Sequence[Reconciled]) -> Table:
 
 
 def notes(workload: Workload, reconciled: Sequence[Reconciled]) -> list[str]:
-    """What the table's reader must know: which whole networks, what a share is, who failed."""
+    """Explains the table: which whole networks ran, what a share is, which providers failed."""
     found = []
     if workload.providers:
         found += [

@@ -35,7 +35,7 @@ HEAD_START_CYCLES = 1_000_000  # about half a millisecond: time to queue a call 
 
 @dataclass(frozen=True)
 class _Task:
-    """What every provider is given, and what it has to answer."""
+    """The input that every provider is given, and the answer it must reach."""
 
     convolution: Convolution
     layer: ConvRelu

@@ -27,7 +27,7 @@ class WrongAnswer(RuntimeError):
 
 @dataclass(frozen=True)
 class Limit:
-    """How far off an answer may be (relative L2 error of the worst image)."""
+    """The largest error an answer may have (relative L2 error of the worst image)."""
 
     rel_l2: float
 

@@ -50,9 +50,9 @@ def blamed(step: Step, baseline: str) -> Step:
 
 
 def _broke_the_device(error: BaseException | None) -> bool:
-    """Whether the engine has barred what broke the device, so that a new process may succeed.
+    """Tells whether the engine has barred what broke the device: a new process may then succeed.
 
-    Looked up among what is loaded: without an engine nobody raises it.
+    The error's class is looked up among loaded modules: without an engine it is never raised.
     """
     engine = sys.modules.get("resfuse.kernels.engine.tuning.tuner")
     while engine is not None and error is not None:
@@ -63,7 +63,7 @@ def _broke_the_device(error: BaseException | None) -> bool:
 
 
 def _errors(accuracy: Accuracy | None) -> dict[str, Value]:
-    """What is known of a wrong answer."""
+    """Returns the metrics that are known of a wrong answer."""
     if accuracy is None:
         return {}
     return {

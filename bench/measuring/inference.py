@@ -17,7 +17,7 @@ from resfuse.bench.records.sample import Accuracy
 
 @dataclass(frozen=True)
 class Answers:
-    """What the right outputs are, and how far off an output may be. One entry a batch."""
+    """The right outputs and the largest error an output may have, one entry a batch."""
 
     reference: list[Tensor]  # fp64, [N, classes]
     eager: list[Tensor]  # the case's precision
@@ -56,7 +56,7 @@ class Checked:
         memory_format: str,
         batches: Sequence[Tensor],
     ) -> None:
-        """Nothing runs yet.
+        """Keeps the arguments; nothing runs yet.
 
         Args:
             build: makes what runs, given an example of its input.
@@ -78,7 +78,7 @@ class Checked:
         self.step_once()
 
     def explain(self) -> str:
-        """What the thing that runs says of its own plan, as an engine can; "" where it does not."""
+        """Returns what the backend says of its own plan, as an engine can, or ""."""
         told = getattr(self._run, "explain", None)
         return str(told(self._images.shape[0])) if callable(told) else ""
 

@@ -2,7 +2,7 @@
 metrics.
 
 The order is the point. The answer is checked before the clock starts, in every timed round, and
-afterwards on a batch nobody has seen. Memory, energy and set-up are taken in runs of their own.
+afterwards on an unseen batch. Memory, energy and set-up are taken in runs of their own.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ FIRST_SIGHT, SIGHTS = 1.5, 5
 def measure(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Tell
 ) -> tuple[Outcome, float]:
-    """One case from start to end; whatever goes wrong in the backend becomes the outcome's status.
+    """Measures a case from start to end; a failure of the backend becomes the outcome's status.
 
     Args:
         case: what to measure.
@@ -199,7 +199,7 @@ def conclude(measured: Measured, floor: roofline.Floor | None) -> Outcome:
 
 
 def require_no_memory(candidate: Inference, device: str) -> None:
-    """Makes sure that inputs nobody has seen take no longer than those of the timed rounds.
+    """Makes sure that unseen inputs take no longer than those of the timed rounds.
 
     A backend that remembers answers by what the inputs hold, exactly or roughly, gives right ones
     in every check. Pairs cancel what slows the machine, and the least of them what slows one run.

@@ -31,7 +31,7 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Gradients:
-    """What one batch gives: every parameter's gradient in a row [1, parameters], and the loss."""
+    """The gradients of one batch, every parameter's in a row [1, parameters], and the loss."""
 
     row: Tensor
     loss: float
@@ -85,7 +85,7 @@ class Training:
         return copy
 
     def mean(self, found: Gradients) -> Gradients:
-        """What an optimizer sees of several processes' gradients; here there is one process."""
+        """Returns the mean of the processes' gradients, as an optimizer sees it."""
         return found
 
     def first_weight(self) -> Tensor:

@@ -93,7 +93,7 @@ class Case:
         }
 
     def label(self) -> str:
-        """One line for progress and tables."""
+        """Returns a line for progress and tables."""
         parts = [
             self.model,
             self.backend,

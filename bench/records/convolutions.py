@@ -26,7 +26,7 @@ class Convolution:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Convolution":
-        """From what `dataclasses.asdict` and JSON made of one."""
+        """Returns the convolution that `dataclasses.asdict` and JSON have made plain data of."""
         sizes: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in plain["problem"].items()
@@ -42,7 +42,7 @@ class Convolution:
         return p.label() + padding
 
     def label(self) -> str:
-        """One line for progress."""
+        """Returns a line for progress."""
         return f"{self.model} {self.shape} {self.precision}"
 
 

@@ -21,7 +21,7 @@ SHEET = Sheet(
 
 
 def asked(convolution: Convolution, provider: str) -> dict[str, Value]:
-    """What a row says of the convolution and of the provider that computes it.
+    """Returns what a row says of the convolution and of the provider that computes it.
 
     `gmacs` and `least_mb` (2**20 bytes, every tensor moved once) are of one call.
     """

@@ -54,8 +54,8 @@ def _communication_ms(m: Measured) -> float | None:
 
 
 def _break_even_images(m: Measured) -> float | None:
-    """What set-up takes beyond the baseline's, over what an image saves; None where the interval of
-    the speed-up does not say that it saves anything."""
+    """Returns how many images pay back the set-up beyond the baseline's; None where the interval of
+    the speed-up does not say that an image saves anything."""
     images = m.case.world_size * m.case.batch_size
     saved_s = (median(m.baseline_ms) - median(m.times_ms)) / 1e3 / images
     _, low, _ = paired_speedup(m.baseline_ms, m.times_ms)

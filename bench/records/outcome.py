@@ -25,7 +25,7 @@ class Outcome:
 
 
 def outcome_from(told: object) -> Outcome:
-    """What another process has sent as JSON.
+    """Returns the outcome that another process has sent as JSON.
 
     Raises:
         ValueError: it is no outcome.

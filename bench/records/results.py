@@ -39,7 +39,7 @@ COUNTS = frozenset(
      "rounds", "count", "depth", "seed", "epochs", "batch_size", "threads", "train_images",
      "test_images", "schema_version")
 )  # fmt: skip
-ASKED = frozenset(  # without which nobody knows what was measured
+ASKED = frozenset(  # without which a row does not say what was measured
     ("requested_batch_size", "count", "depth", "seed", "epochs", "batch_size", "learning_rate")
 )
 SIGNED = frozenset(("train_comm_time",))
@@ -84,7 +84,7 @@ def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> p
 
 
 def read_cells(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> pd.DataFrame:
-    """The same as text, every cell as it stands in the file; "" where it is empty or missing.
+    """Reads a sheet as text, every cell as it is in the file; "" where it is empty or missing.
 
     Args:
         only_whole: as `read_rows`.
@@ -243,7 +243,7 @@ def _read_csv(
 
 
 def _odd_number(sheet: Sheet, header: Sequence[str], cells: Sequence[str]) -> str:
-    """Which cell holds no number that its column can hold; "" where all do."""
+    """Names a cell that holds no number its column can hold; "" where all do."""
     for name, cell in zip(header, cells, strict=True):
         if name in sheet.text or name not in sheet.columns:
             continue
@@ -259,7 +259,7 @@ def _odd_number(sheet: Sheet, header: Sequence[str], cells: Sequence[str]) -> st
 
 
 def _odd_ceiling(header: Sequence[str], cells: Sequence[str]) -> str:
-    """What is wrong with a line of environments.csv: a speed that nothing has; or ""."""
+    """Names a speed in a line of environments.csv that no device reaches, or ""."""
     if not set(ENVIRONMENT_COLUMNS) <= set(header):
         return ""
     key, cell = cells[header.index("key")], cells[header.index("value")]

@@ -51,7 +51,7 @@ class Sheet:
     def record(
         self, asked: Mapping[str, Value], outcome: Outcome, stamp: Stamp
     ) -> dict[str, Value]:
-        """One row, keyed by column; anything but `pass` leaves the columns of metrics empty.
+        """Returns a row, keyed by column; anything but `pass` leaves the metrics empty.
 
         Args:
             asked: what was to be measured, by column.

@@ -248,8 +248,8 @@ def _draw(comparison: Comparison, gallery: _Gallery, prefix: str) -> dict[str, s
 def _draw_experiment(
     experiment: Experiment, module: str, gallery: _Gallery, stem: str
 ) -> dict[str, str]:
-    """As _draw, for the plots of a study that trains, the module's PLOTS; their files' names begin
-    with `stem`."""
+    """Draws the PLOTS of a study that trains, as `_draw` does; their files' names begin with
+    `stem`."""
     if lacking(DRAWING):
         return {}
     from matplotlib import style

@@ -190,7 +190,7 @@ def _conditions(environment: Environment) -> list[str]:
 
 
 def beside_other_work(results: Sequence[Result]) -> str:
-    """How many of these rows were taken while other processes used the machine; "" where none."""
+    """Says how many of these rows were taken while other processes used the machine, or ""."""
     measured = [result for result in results if result.measured]
     busy = [r for r in measured if is_beside_other_work(r)]
     if not busy:
@@ -255,7 +255,7 @@ def _device(environment: Environment) -> str:
 
 
 def _measured(results: Sequence[Result]) -> str:
-    """On which days."""
+    """Says on which days the rows were measured."""
     days = sorted(result.timestamp[:10] for result in results)
     if not days:
         return ""

@@ -26,7 +26,7 @@ def cannot_run(unavailable: Mapping[str, str]) -> list[str]:
 
 
 def conditions(found: Mapping[str, Any]) -> str:
-    """What the survey saw of other work on this machine, and how wide intervals will be; "" where
+    """Says what other work the survey saw on this machine, and how wide intervals will be; "" where
     it did not look."""
     if "other_load" not in found:
         return ""
@@ -43,8 +43,8 @@ def conditions(found: Mapping[str, Any]) -> str:
 
 
 def short_tables(measured: Measured) -> tuple[str, list[Table]]:
-    """How many times faster than the baseline each backend was, a column a network and batch; a
-    title, and tables that fit 80 characters."""
+    """Returns a title, and tables of how many times faster than the baseline each backend was, a
+    column a network and batch, that fit 80 characters."""
     baselines = dict.fromkeys(label(c.baseline, c.baseline_memory_format) for c, _ in measured)
     title = f"Times faster than {' or '.join(baselines)} (±: half of the 95 % interval)"
     columns = list(dict.fromkeys(_column(case) for case, _ in measured))
@@ -58,7 +58,7 @@ def short_tables(measured: Measured) -> tuple[str, list[Table]]:
 
 
 def beside_other_work(measured: Measured) -> str:
-    """How many rows were taken while other processes used the machine; "" where none."""
+    """Says how many rows were taken while other processes used the machine; "" where none."""
     passed = [outcome for _, outcome in measured if outcome.status == "pass"]
     busy = [float(o.metrics["other_load"] or 0) for o in passed if is_beside_other_work(o)]
     if not busy:

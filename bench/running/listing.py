@@ -7,7 +7,7 @@ from resfuse.bench.running.profiles import PROFILES
 
 
 def cases_table(cases: list[Case], skipped: int) -> Table:
-    """What `--dry-run` shows."""
+    """Returns the table that `--dry-run` shows."""
     title = f"{len(cases)} cases" + (f", {skipped} already settled" if skipped else "")
     table = _table(title, "model", "backend", "batch", "pixels")
     for heading in ("memory format", "precision", "mode"):

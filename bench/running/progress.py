@@ -76,7 +76,7 @@ class TimeLeft:
             self._took += seconds
 
     def seconds(self, running: Case | None = None, since: float = 0.0) -> float:
-        """Of all that is to come, while `running` has been measured for `since` seconds."""
+        """Returns the seconds to come, while `running` has been measured for `since` seconds."""
         scale = self._took / self._guessed
         own = self._to_come.get(id(running), 0.0)
         rest = sum(self._to_come.values()) - own

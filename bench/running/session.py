@@ -107,7 +107,7 @@ def measure_all(
 
 
 def _conclude(measured: Sequence[tuple[Case, Outcome]]) -> None:
-    """The short table, and how many of its rows to doubt."""
+    """Prints the short table, and how many of its rows to doubt."""
     if any(outcome.status == "pass" for _, outcome in measured):
         title, tables = short_tables(measured)
         stdout().print(f"\n{title}", highlight=False, style="bold")
@@ -118,7 +118,7 @@ def _conclude(measured: Sequence[tuple[Case, Outcome]]) -> None:
 
 
 def request_of(args: argparse.Namespace) -> Request:
-    """What the parsed flags of `resfuse bench` ask for.
+    """Returns what the parsed flags of `resfuse bench` ask for.
 
     Raises:
         UsageError: several processes were asked for, and there is one.

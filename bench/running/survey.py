@@ -52,7 +52,7 @@ def survey(
 
 
 def take_survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
-    """What a sweep must know before it starts; runs in the subprocess.
+    """Finds out what a sweep must know before it starts; runs in the subprocess.
 
     Also reads the user's weights, images and environment once: what is bad is found now, not in
     the middle.

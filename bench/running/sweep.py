@@ -22,7 +22,7 @@ Measure = Callable[[Case, Options, dict[str, float]], Outcome]
 
 
 def profile(request: Request) -> Profile:
-    """What fills the open parts of the command line; depends on the kind of device."""
+    """Returns what fills the open parts of the command line, by the kind of device."""
     return PROFILES[request.profile, request.device.split(":")[0]]
 
 
@@ -185,7 +185,7 @@ def _formats_of(backend: str, asked: list[str], fastest_only: bool) -> list[str]
 
 
 def _unsupported(case: Case, unavailable: Mapping[str, str]) -> Outcome | None:
-    """What is known without a process: the survey's word on a backend, and its memory formats."""
+    """Returns an outcome known without a process, by the survey or the memory formats."""
     if case.backend in unavailable:
         return Outcome("unavailable", unavailable[case.backend])
     accepted = BACKENDS[case.backend].memory_formats

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def requests(args: argparse.Namespace, device: str) -> list[Request]:
-    """What the flags ask for on a device.
+    """Returns what the flags ask for on a device.
 
     By default the quick backends come first, with every network, and torch.compile last, with the
     networks it has time for; a backend that is named gets every network.

@@ -4,7 +4,7 @@ A small network in eager mode, under another name, beside eager: each run a proc
 in a sweep. Two runs in three are equal, the third has 10 % of work planted on top
 (slowed_backend.py), so that both kinds see the machine in the same states. Then sides of three runs
 are compared, through the code behind the command: of the equal runs each three with the next three,
-as somebody would who measures A and then B; and each three slowed ones with the equal ones right
+as if A had been measured and then B; and each three slowed ones with the equal ones right
 before and right after. The comparisons overlap, so their shares are known less well than so many
 independent ones would be.
 """

@@ -71,7 +71,7 @@ def _measure(name: str, device: str) -> dict[str, Value]:
 
 @torch.inference_mode()
 def _bare_loop(model: torch.nn.Module, images: torch.Tensor) -> float:
-    """What anybody would write: warm up, loop, clock. Median milliseconds of a step.
+    """Times a plain loop: warm up, loop, clock. Returns the median milliseconds of a step.
 
     It reads the clock itself on purpose: it stands for code that knows nothing of timing.py.
     """

@@ -198,7 +198,7 @@ def _line(one: Run, outcome: Outcome) -> str:
 
 
 def _table(runs: Sequence[Run], skipped: int) -> Table:
-    """What `--dry-run` shows."""
+    """Returns the table that `--dry-run` shows."""
     title = f"{len(runs)} trainings" + (f", {skipped} already settled" if skipped else "")
     table = Table(title=title, title_justify="left", title_style="bold", box=None)
     table.add_column("network", no_wrap=True)
@@ -213,7 +213,7 @@ def _table(runs: Sequence[Run], skipped: int) -> Table:
 
 
 def _request(device: str) -> Request:
-    """For the survey: the device, and no user's files."""
+    """Returns a request for the survey: the device, and none of the user's files."""
     return Request(
         profile="quick", device=device, models=["cifar_resnet20"], backends=["eager"],
         batch_sizes=[1], precisions=["float32"], memory_formats=["contiguous"],

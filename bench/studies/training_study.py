@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def runs_on(device: str, runs: Sequence[Run], asked: Sequence[str]) -> Sequence[Run]:
-    """Without the twins on a GPU, where `fused` runs the kernels themselves.
+    """Leaves out the twins on a GPU, where `fused` runs the kernels themselves.
 
     Args:
         asked: what `--ways` says; nothing for what suits the device.

@@ -30,7 +30,7 @@ Prepare = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a training; errors are shares of images, 0 to 1, losses mean cross-entropies in
+    """The result of a training; errors are shares of images, 0 to 1, losses mean cross-entropies in
     nats.
 
     `train_curve` is the error while training, on shifted images with the weights of the moment, as

@@ -20,8 +20,8 @@ class Way:
 
 
 EXACT, EAGER, FUSED, TWINS = "float64", "eager", "fused", "twins"
-# On a CPU a fused model trains by torch's own layers, in place where nobody can tell: it says
-# nothing of what the kernels compute. Their twins do.
+# On a CPU a fused model trains by torch's own layers, in place where that changes no result: it
+# says nothing of what the kernels compute. Their twins do.
 WAYS: dict[str, Way] = {
     EXACT: Way("the model's layers in float64, which the others round", dtype="float64"),
     EAGER: Way("the model's layers in float32"),

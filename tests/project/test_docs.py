@@ -18,6 +18,14 @@ from conftest import ROOT, insert_after
 from resfuse.bench.cli import parser
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+# These say where things are; a page of instructions may name a file that its reader is to write.
+MAPS = (
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "bench/README.md",
+    ROOT / "kernels/README.md",
+    *sorted((ROOT / "docs/design").glob("*.md")),
+)
+_FILE = re.compile(r"(?<![\w.*])[a-z]\w*(?:/\w+)*\.(?:py|h|cpp|css)\b")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PLACE = re.compile(r"# (bench/[\w/]+\.py)(?:, in (\w+))?\n")
 _LINK = re.compile(r"\]\(([^)#:]+)\)")
@@ -99,3 +107,14 @@ def test_the_commands_of_the_readme_are_understood() -> None:
 
 def test_there_are_five_pages_at_most() -> None:
     assert 1 <= len(PAGES) <= 5
+
+
+@pytest.mark.parametrize("page", MAPS, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    """By their names; a path from the repository's root in full."""
+    folders = [ROOT / name for name in ("bench", "kernels", "resnet_ref", "tools", "tests")]
+    there = {path.name for folder in folders for path in folder.rglob("*.*")}
+    for name in _FILE.findall(page.read_text().replace("\\_", "_")):
+        assert name.split("/")[-1] in there, f"{page.name}: {name}"
+        if name.split("/")[0] in [folder.name for folder in folders]:
+            assert (ROOT / name).exists(), f"{page.name}: {name}"

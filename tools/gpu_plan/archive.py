@@ -22,7 +22,7 @@ from resfuse.kernels.tuning_cache.regular_file import read_regular
 from resfuse.tools.gpu_plan.plan_steps import LIMIT_MB
 
 LIMIT_BYTES = LIMIT_MB << 20
-MOST_PACKED_BYTES = 4 * LIMIT_BYTES  # what is read back: somebody may have raised the limit
+MOST_PACKED_BYTES = 4 * LIMIT_BYTES  # what is read back: the limit may have been raised
 MOST_BYTES = 512 << 20
 SUFFIXES = (".csv", ".json", ".md", ".txt")  # of a results folder; plots are drawn from the rows
 PRESET = 1  # of xz: level 6 takes six times as long for a sixth less, and a GPU waits
@@ -31,7 +31,7 @@ RESULTS, TIMINGS, INDUCTOR = "results", "timings", "inductor"
 
 @dataclass(frozen=True)
 class Places:
-    """Where it comes from and goes to; `inductor` is None where nothing says where that is."""
+    """The folders an archive is made from and unpacked to; `inductor` is None where unknown."""
 
     results: Path
     timings: Path

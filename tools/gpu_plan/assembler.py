@@ -38,7 +38,7 @@ def chosen() -> Iterator[str]:
 
 
 def driver_major() -> int | None:
-    """Of the newest CUDA that the driver knows; asked of NVML, which leaves the GPU alone."""
+    """Returns the major version of the driver's newest CUDA; NVML leaves the GPU alone."""
     try:
         import pynvml
 

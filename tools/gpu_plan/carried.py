@@ -128,7 +128,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def cache_folder(told: Mapping[str, str] = os.environ) -> Path:
-    """Where Triton's cache is."""
+    """Returns the folder of Triton's cache."""
     return Path(told.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
 
 

@@ -93,7 +93,7 @@ def move_into_cache(extracted: Path, cache: Path) -> None:
     for folder in sorted(extracted.iterdir()):
         target = cache.resolve() / folder.name
         target.mkdir(exist_ok=True)
-        if target.is_symlink():  # somebody's arrangement, and outside
+        if target.is_symlink():  # arranged by hand, and outside
             continue
         for file in sorted(folder.iterdir(), key=lambda file: file.name.startswith(_GROUP)):
             if file.name.startswith(_GROUP):

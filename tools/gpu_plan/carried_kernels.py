@@ -68,7 +68,7 @@ def count(wanted: Sequence[Wanted]) -> Made:
 
 
 def engine_launches(one: Wanted) -> Iterator[Launch]:
-    """What an engine's build would measure, chunks apart: their batch sizes are others."""
+    """Lists what an engine's build would measure but for chunks, whose batch sizes are others."""
     dtype = getattr(torch, one.dtype)
     model = create(one.model, device="meta").eval().to(dtype)
     images = torch.empty(_shape(one), dtype=dtype, device="meta")
@@ -109,7 +109,7 @@ def _yes() -> bool:
 
 
 def _launched(found: Sequence[Launch], wanted: Sequence[Wanted], *, builds: bool) -> Made:
-    """By the engine and by `fused`, under a stand-in driver."""
+    """Lists the launches of the engine and of `fused`, under a stand-in driver."""
     made = Made(asdict(facts_here(ARCH)))
     with stand_in(ARCH, keeps_launches=False) as driver:
         for launch in found:
@@ -144,7 +144,7 @@ def _errors_of(what: str, run: Callable[[], object]) -> list[str]:
 
 
 def _files(driver: StandInDriver) -> Iterator[str]:
-    """What a launch reads; the stages between source and cubin stay behind."""
+    """Lists the files that a launch reads; the stages between source and cubin stay behind."""
     for folder in set(driver.folders):
         yield from (
             f"{folder.name}/{path.name}"

@@ -31,7 +31,7 @@ class Wanted:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From `resnet50:256:float16`.
+        """Parses `resnet50:256:float16`.
 
         Raises:
             UsageError: it is not of that form, or names what there is not.
@@ -103,7 +103,7 @@ class Manifest:
 
 
 def facts_here(arch: int, ptxas: str | None = None) -> Facts:
-    """Of this process.
+    """Returns the facts of this process.
 
     Args:
         ptxas: what the one says that will be used here; by default the one that Triton takes now.
@@ -127,7 +127,7 @@ def facts_here(arch: int, ptxas: str | None = None) -> Facts:
 
 
 def sources_digest() -> str:
-    """Of the files of our kernels, engine included."""
+    """Returns the digest of the files of our kernels, engine included."""
     import resfuse.kernels
 
     root = Path(resfuse.kernels.__file__).parent
@@ -138,7 +138,7 @@ def sources_digest() -> str:
 
 
 def differences(made: Manifest, here: Facts, commit: str) -> list[str]:
-    """What is another here than where the kernels were made, in a few words each."""
+    """Lists what differs here from where the kernels were made, in a few words each."""
     there = made.facts
     told = []
     if there.sources != here.sources:

@@ -61,7 +61,7 @@ KEPT_S = 30.0
 
 
 def cost(case: Case) -> Cost:
-    """What a case takes; one that is not in the table, as much as the nearest that is."""
+    """Returns what a case takes; one that is not in the table, as much as the nearest that is."""
     size = MANY if case.batch_size >= 32 else ONE
     if case.mode == "train":
         return TRAINING

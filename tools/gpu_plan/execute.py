@@ -55,7 +55,7 @@ def cases_of(step: Step, device: str, dry_run: bool = False) -> tuple[Case, ...]
 
 
 def expected_s(step: Step) -> float:
-    """What a step takes on an H200, all of it."""
+    """Returns the seconds that a whole step takes on an H200."""
     return step.cost_s + sum(costs.cost(case).expected_s for case in cases_of(step, "cuda"))
 
 
@@ -79,7 +79,7 @@ class Plan:
     _settled: set[Case] = field(default_factory=set)
 
     def needs(self, step: Step, rest: bool) -> tuple[float, float]:
-        """As progress.Needs: of a step of several cases, what its cheapest unsettled one takes."""
+        """Returns what a step's cheapest unsettled case takes (see plan_progress.Needs)."""
         if self.dry_run:
             return LEAST_S, bound_s(step)
         cases = self._left(step)
@@ -89,7 +89,7 @@ class Plan:
         return min(self._needs(case, rest) for case in cases), bound
 
     def run_step(self, step: Step, time_left: TimeLeft) -> str:
-        """How far it came: what it settled is not done again."""
+        """Runs a step and returns how far it came: what it settled is not done again."""
         again = self.resume or step.name in self._begun
         rest = step.name in self._begun
         self._begun.add(step.name)

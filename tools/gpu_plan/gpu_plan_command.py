@@ -61,7 +61,7 @@ def _require_alone(args: argparse.Namespace) -> None:
 
 
 def chosen_steps(args: argparse.Namespace) -> list[Step]:
-    """Those of the parts up to --part that --steps names; UsageError where there are none."""
+    """Returns the steps of the parts up to --part that --steps names; UsageError for none."""
     names = pick("--steps", args.steps, [step.name for step in STEPS])
     parts = PARTS[: PARTS.index(args.part) + 1]
     chosen = [step for step in STEPS if step.name in names and step.part in parts]
@@ -71,7 +71,7 @@ def chosen_steps(args: argparse.Namespace) -> list[Step]:
 
 
 def listing(steps: Sequence[Step]) -> str:
-    """What `--list` shows: each step, what it takes, when it would end, its command line."""
+    """Returns what `--list` shows: each step, its cost, when it would end, its command line."""
     now = SURVEY_S
     lines = [
         "Most valuable first. Seconds are those of an H200 with compiled kernels carried along: of "
@@ -233,7 +233,7 @@ def _survey(
 
 
 def _request(device: str, steps: Sequence[Step]) -> Request:
-    """For the survey: whose ceilings are wanted, which backends are asked, and no user's files."""
+    """Returns a request for the survey: its ceilings and backends, and none of the user's files."""
     cases = [case for step in steps for case in cases_of(step, "cuda")]
     precisions = [name for name in PRECISIONS if any(case.precision == name for case in cases)]
     backends = list(dict.fromkeys(case.backend for case in cases))

@@ -51,7 +51,7 @@ def real() -> Means:
 
 
 def _unpack(archive: Path, to: Path) -> tuple[str, dict[str, str]]:
-    """In a process of its own, since it asks for the GPU's architecture.
+    """Unpacks in a process of its own, since that asks for the GPU's architecture.
 
     Raises:
         RuntimeError, Unavailable: it cannot be unpacked.

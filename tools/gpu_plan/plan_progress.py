@@ -55,7 +55,7 @@ def load(folder: Path, env_id: str, commit: str) -> Progress:
 
 
 def in_order(steps: Sequence[Step], progress: Progress) -> list[Step]:
-    """What is not done, most valuable first; what has failed before comes after what has not."""
+    """Returns what is not done, most valuable first; what has failed before comes last."""
     left = [step for step in steps if progress.ended.get(step.name) != DONE]
     return sorted(left, key=lambda step: progress.ended.get(step.name) == FAILED)
 

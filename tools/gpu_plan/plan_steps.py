@@ -1,7 +1,7 @@
 """STEPS: what the plan measures, in the order of its worth. Each stands for one command line.
 
 Three parts, for a GPU that is lent for minutes: the first brings the headline home, the second what
-was left of it and other depths, the third what can wait. Whoever asks for a part gets what is
+was left of it and other depths, the third what can wait. Asking for a part runs what is
 unfinished of those before it first. fp8 is left out: nothing here computes in it yet. Energy,
 clocks and throttling are columns of every row.
 """

@@ -51,7 +51,7 @@ def _conv_relu(device: str) -> Answer:
 
 
 def _launch(kernel: str, wanted: Callable[[Trial], bool]) -> Callable[[str], Answer]:
-    """One launch of a kernel into NaN, compared with fp64 element by element."""
+    """Launches a kernel into NaN and compares it with fp64 element by element."""
 
     def question(device: str) -> Answer:
         small = torch.device(device).type == "cpu"

@@ -66,7 +66,7 @@ def ask_all(
 
 
 def _read(folder: Path, where: dict[str, str]) -> dict[str, Any]:
-    """Nothing where the file is another environment's or other sources', or damaged."""
+    """Returns nothing where the file is another environment's or other sources', or damaged."""
     try:
         told = json_file.read(folder / FILE)
         answers = told["answers"]

@@ -12,7 +12,7 @@ from resfuse.kernels.gpu.cudnn.cudnn_relu import Geometry, conv_relu, searching,
 
 
 def build(layer: ConvRelu, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """One call in the form that is right and fastest on the device; weight in channels_last.
+    """Makes one call in the form that is right and fastest on the device; weight in channels_last.
 
     Raises:
         Unavailable: no CUDA device.

@@ -89,7 +89,7 @@ def judge(trial: Trial) -> Outcome:
 
 
 def attempt(trial: Trial, device: str) -> Outcome:
-    """As judge; whatever the trial raises becomes the outcome."""
+    """Judges a trial (see `judge`); whatever it raises becomes the outcome."""
     if device.startswith("cuda"):
         major, minor = torch.cuda.get_device_capability(device)
         if trial.launch.least_capability > 10 * major + minor:
@@ -107,7 +107,7 @@ def _number(value: float) -> float:
 
 
 def is_lost(device: str) -> bool:
-    """Whether the device answers nothing any more in this process."""
+    """Tells whether the device has stopped answering in this process."""
     try:
         synchronize(torch.device(device).type)
     except RuntimeError:

@@ -31,7 +31,7 @@ Laps = list[list[list[float]]]  # laps[step][round], in ms
 
 
 class ClockError(RuntimeError):
-    """Two clocks disagree about how long something took: somebody has tampered with one of them."""
+    """Two clocks disagree about how long something took: one was tampered with."""
 
 
 class Stopwatch(Protocol):
@@ -88,7 +88,7 @@ class Step:
     `prepare` sets out the inputs. `run` calls `lap()` between its phases, if it has any. `verify`
     sees the output the moment the clock has stopped and raises if it is not the answer. `ahead`
     queues device work just before the first mark, so that what follows is queued while that runs
-    and the host's slowness is in nobody's time (a kernel of some microseconds).
+    and the host's slowness is in neither time (a kernel of some microseconds).
     """
 
     prepare: Callable[[], None]
@@ -99,7 +99,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Span:
-    """How long a stretch of work took, by two clocks."""
+    """The length of a stretch of work, by two clocks."""
 
     ms: float
     second_ms: float

@@ -55,7 +55,7 @@ def wait_for_quiet(limit_s: float) -> bool:
 
 
 class OtherWork:
-    """What other processes take of the processors that this one may use, from now on.
+    """Measures what other processes take of this one's processors, from now on.
 
     This process and its children that have ended are left out. Time that a hypervisor gave to
     other guests counts: it is missing here all the same.

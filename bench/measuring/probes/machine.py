@@ -40,7 +40,7 @@ SOURCES = Path(__file__).resolve().parents[3]
 
 
 def facts(device: str, threads: int) -> dict[str, str]:
-    """What may change a measurement, as text; the same on every call in the same environment."""
+    """Returns what may change a measurement, as text; equal on every call in one environment."""
     found = {"device_name": device_name(device), "device": torch.device(device).type}
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(torch.device(device))
@@ -203,7 +203,7 @@ def _driver() -> str:
 
 
 def _ptxas() -> dict[str, str]:
-    """Of the one Triton uses, version and who brought it: an old one can miscompile for Hopper."""
+    """Returns version and origin of Triton's ptxas: an old one can miscompile for Hopper."""
     found = ptxas.in_use()
     if found is None:
         return {"ptxas": "unknown"}

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 SECONDS = 1.5
 LEAST_ROUNDS = 20
-# Of `expected_interval`: 40 loops of some 20 ms on two cores.
+# `expected_interval` times 40 loops of some 20 ms on two cores.
 ROUNDS, REPEATS = 20, 40
 SIDE = {"cpu": 384, "cuda": 4096}  # of a square matrix product: some milliseconds
 LOUD = 0.05  # an interval this far from 1 hides most of what tuning gains
@@ -57,7 +57,7 @@ def _paired_times(
 
 
 def judged(first: Sequence[float], second: Sequence[float]) -> list[Finding]:
-    """What the times (ms) of two copies of one loop, taken in turns, say of this machine."""
+    """Judges this machine by the times (ms) of two copies of one loop, taken in turns."""
     from resfuse.bench.common.statistics import paired_speedup, percentile
 
     every = [*first, *second]

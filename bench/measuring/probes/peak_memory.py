@@ -1,9 +1,9 @@
 """Peak memory of one run, in a run of its own: never inside the timed loop.
 
 On a GPU the allocator knows, and a replay of a CUDA graph asks it for nothing: what the network has
-between its layers lies in the graph's private pool, reserved and, once it is recorded, free. Nobody
-else can use it, so it counts. On a CPU it is the resident memory of the process, whose high-water
-mark Linux lets us reset; elsewhere the columns stay empty.
+between its layers lies in the graph's private pool, reserved and, once it is recorded, free. No
+other tensor can use it, so it counts. On a CPU it is the resident memory of the process, whose
+high-water mark Linux lets us reset; elsewhere the columns stay empty.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def _idle_in_graphs() -> int:
 
 
 def _give_back_free_memory(device: str) -> None:
-    """What set-up freed is not the run's: Python's collector, glibc and torch would keep it.
+    """Returns to the system what set-up freed: Python, glibc and torch would keep it.
 
     That includes pools of graphs that are gone, such as those an engine's build has timed.
     """

@@ -65,7 +65,7 @@ def microarchitecture(facts: Mapping[str, str]) -> str:
 
 
 def _first() -> dict[str, str]:
-    """What the system says of its first processor; empty where it has no such table."""
+    """Returns what the system says of its first processor; empty where it has no such table."""
     try:
         block = CPUINFO.read_text().split("\n\n")[0]
     except OSError:

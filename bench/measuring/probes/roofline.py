@@ -14,7 +14,7 @@ from resfuse.kernels.ops.conv_problem import output_shape
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image's forward pass."""
+    """The cost of one image's forward pass."""
 
     param_count: int
     macs: int

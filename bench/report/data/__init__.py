@@ -1,1 +1,1 @@
-"""From rows to what a page compares."""
+"""Turns rows into what a page compares."""

@@ -37,7 +37,7 @@ class Agreement:
 
 
 def agreement(experiment: Experiment, way: str, curve: str = TRAIN_LOSS) -> Agreement | None:
-    """None where there are no two seeds that both have."""
+    """Compares a way with eager by a curve; None where no two seeds have both."""
     one, eager = (stacked(side, curve) for side in _same_seeds(experiment, way, EAGER))
     if len(one) < 2 or one.shape != eager.shape:
         return None
@@ -58,7 +58,7 @@ def agreement(experiment: Experiment, way: str, curve: str = TRAIN_LOSS) -> Agre
 
 
 def is_equal(experiment: Experiment, way: str) -> bool:
-    """Whether every loss while training is eager's, to the last digit of the rows."""
+    """Tells whether every loss while training is eager's, to the last digit of the rows."""
     one, eager = _same_seeds(experiment, way, EAGER)
     return bool(one) and all(
         a.curves.get(curve) == b.curves.get(curve)
@@ -68,8 +68,8 @@ def is_equal(experiment: Experiment, way: str) -> bool:
 
 
 def apart(experiment: Experiment, way: str, reference: str) -> np.ndarray:
-    """The difference of the loss at the same seed by step [steps], in nats; root mean square over
-    the seeds that both have, empty without one."""
+    """Returns the difference of the loss at the same seed by step [steps], in nats: the root mean
+    square over the seeds that both have, empty without one."""
     one, other = (stacked(side, FIRST_LOSSES) for side in _same_seeds(experiment, way, reference))
     if not one.size or one.shape != other.shape:
         return np.array([])
@@ -77,7 +77,7 @@ def apart(experiment: Experiment, way: str, reference: str) -> np.ndarray:
 
 
 def seeds_apart(experiment: Experiment, way: str) -> np.ndarray:
-    """The same between seeds of one way: root mean square over all pairs."""
+    """Returns the same difference between the seeds of one way, over all pairs of them."""
     lines = stacked(experiment.run_as(way), FIRST_LOSSES)
     if len(lines) < 2:
         return np.array([])
@@ -86,8 +86,8 @@ def seeds_apart(experiment: Experiment, way: str) -> np.ndarray:
 
 
 def times_eager(experiment: Experiment, way: str) -> float | None:
-    """How many times as far from float64 a way is as eager is; the median over the first steps.
-    None where one of the three is missing, or eager does not part from it."""
+    """Returns how many times as far from float64 a way is as eager is, the median over the first
+    steps; None where one of the three is missing, or eager equals float64."""
     one, eager = (apart(experiment, name, EXACT) for name in (way, EAGER))
     if not one.size or one.shape != eager.shape or not eager.any():
         return None
@@ -96,8 +96,8 @@ def times_eager(experiment: Experiment, way: str) -> float | None:
 
 
 def change(experiment: Experiment, way: str, column: str) -> Estimate | None:
-    """By how much the way's number in `column` is above eager's at the same seed; the mean over
-    seeds with its 95 % interval."""
+    """Returns by how much the way's number in `column` is above eager's at the same seed: the mean
+    over seeds with its 95 % interval."""
     one, eager = _same_seeds(experiment, way, EAGER)
     values = [
         a.numbers[column] - b.numbers[column]

@@ -30,7 +30,7 @@ Row = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Training:
-    """One network's; errors in percent of the images, curves by epoch and by layer."""
+    """One network's training; errors in percent of the images, curves by epoch and by layer."""
 
     model: str
     way: str  # a key of WAYS
@@ -76,7 +76,7 @@ class Experiment:
 
     @property
     def steps(self) -> int:
-        """Of the optimizer, in the longest training; 0 where none is finished."""
+        """The optimizer's steps in the longest training; 0 where none is finished."""
         images = [int(t.numbers.get("train_images", 0)) for t in self.finished]
         return self.epochs * -(-max(images, default=0) // self.batch_size)
 
@@ -100,7 +100,7 @@ class Estimate:
     seeds: int
 
     def above(self, other: "Estimate") -> bool:
-        """Whether the intervals are apart, this one's on the upper side."""
+        """Tells whether the intervals are apart, this one above the other."""
         return self.low is not None and other.high is not None and self.low > other.high
 
 

@@ -1,4 +1,4 @@
-"""From kernels.csv to workloads: the latest row of a provider on a convolution stands."""
+"""Turns kernels.csv into workloads: the latest row of a provider on a convolution counts."""
 
 import math
 from collections.abc import Mapping, Sequence

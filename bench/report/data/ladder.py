@@ -65,7 +65,7 @@ class Network:
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        """Those that any line has a ratio over."""
+        """The baselines that any line has a ratio over."""
         return tuple(
             name for name in BASELINES if any(line.ratios.get(name) for line in self.lines)
         )
@@ -160,7 +160,7 @@ def _over(
 
 
 def _over_eager(name: str, rows: Mapping[str, Mapping[str, Result]], eager: str) -> Ratio | None:
-    """From turns with eager, or by way of a backend that took turns with both."""
+    """Returns the ratio from turns with eager, or by way of a backend that took turns with both."""
     if name == eager:  # its own row says how noisy the run was, which belongs to no ratio
         return Ratio(1.0, 1.0, 1.0)
     if turns := _turns(name, eager, rows):
@@ -199,7 +199,7 @@ def divided(one: Ratio, other: Ratio) -> Ratio:
 
 
 def _fastest_first(line: Line) -> tuple[bool, float, float]:
-    """By the speed-up over eager, where there is one: times of different hours do not compare."""
+    """Sorts by the speed-up over eager, where known: times of different hours do not compare."""
     over = line.ratios.get("eager")
     if over is None and "eager" in line.ratios:
         return (False, -1.0, 0.0)

@@ -55,7 +55,7 @@ class Workload:
 
     @property
     def providers(self) -> list[str]:
-        """Those with a time, in the registry's order, unknown ones last."""
+        """The providers with a time, in the registry's order, unknown ones last."""
         timed = {r.provider for r in self.results if r.p50_ms is not None}
         known = [name for name in PROVIDERS if name in timed]
         return [*known, *sorted(timed - set(known))]
@@ -73,7 +73,7 @@ class Workload:
         return min(timed, key=lambda r: r.p50_ms or 0.0, default=None)
 
     def lost(self, provider: str) -> list[Lost]:
-        """Where the provider has a time: count x (its p50 - the best p50), most first."""
+        """Returns count x (its p50 - the best p50) where the provider has a time, most first."""
         found = []
         for shape in self.by_shape:
             own, best = self.p50_ms(shape, provider), self.best(shape)

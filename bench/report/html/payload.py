@@ -146,7 +146,7 @@ def _comparison(comparison: Comparison, environment: int, known: Any) -> dict[st
 
 
 def _told(result: Result) -> str:
-    """What the interval says: faster, slower, or nothing; empty without an interval."""
+    """Returns what the interval says: faster, slower, or nothing; empty without an interval."""
     names = ("speedup_ci_low", "speedup_ci_high")
     if result.is_baseline or any(name not in result.numbers for name in names):
         return ""

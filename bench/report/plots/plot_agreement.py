@@ -53,7 +53,7 @@ PLOTS = {
 
 
 def epochs_axis(ax: Axes, epochs: int) -> None:
-    """From the first epoch to the last, with the places where the learning rate is divided."""
+    """Draws the axis from the first epoch to the last, with marks where the learning rate drops."""
     for drop in DROPS:
         ax.axvline(drop * epochs + 0.5, color="#888888", linewidth=0.8, linestyle=":")
     ax.set_xlim(1, max(2, epochs))

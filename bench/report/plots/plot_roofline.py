@@ -90,7 +90,7 @@ def least_byte_points(comparison: Comparison) -> list[Point]:
 
 
 def _limits(ax: Axes, roof: Roof, points: Sequence[Point]) -> None:
-    """The same for every panel: the ridge and all points, with room for writing above and below."""
+    """Returns limits for all panels: ridge and all points, with room for text above and below."""
     ridge = roof.gflop_per_s / roof.gb_per_s
     left = min(ridge, *(p.intensity for p in points)) / 2.5
     right = max(ridge, *(p.intensity for p in points)) * 2.5

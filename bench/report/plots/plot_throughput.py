@@ -38,7 +38,7 @@ def throughput(comparison: Comparison, looks: dict[str, Look]) -> Figure:
 
 
 def rounds(comparison: Comparison) -> str:
-    """How many rounds stand behind the medians: `n = 12 to 40 rounds`."""
+    """Says how many rounds the medians are of: `n = 12 to 40 rounds`."""
     counts = [r.numbers["rounds"] for r in comparison.measured if "rounds" in r.numbers]
     if not counts:
         return "number of rounds not recorded"

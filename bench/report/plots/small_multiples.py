@@ -30,7 +30,7 @@ class Row:
     panels: tuple[Panel, ...]
 
     def takes(self, other: "Row") -> bool:
-        """Whether the other's panel may stand beside these: each is all there is of a model."""
+        """Tells whether the other's panel may join these: each is all there is of a model."""
         return (
             self.lines == other.lines
             and len(other.panels) == 1

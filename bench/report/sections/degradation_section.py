@@ -137,7 +137,7 @@ def _between(first: Estimate, last: Estimate) -> str:
 
 
 def _beats(experiment: Experiment, network: str, column: str) -> str:
-    """Where a residual network's error is below the plain one's."""
+    """Names the depths at which a residual network's error is below the plain one's."""
     better: list[str] = []
     equal: list[str] = []
     worse: list[str] = []

@@ -22,7 +22,7 @@ def data_name(experiment: Experiment) -> str:
 
 
 def extent(experiment: Experiment) -> str:
-    """How many trainings of what length on how many images."""
+    """Says how many trainings of what length there are, on how many images."""
     seeds = len({t.seed for t in experiment.trainings})
     told = (
         f"{markdown.count(len(experiment.finished), 'training')} of "

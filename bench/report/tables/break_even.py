@@ -32,7 +32,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def break_even(comparison: Comparison) -> str:
-    """A table of everything but the baseline, soonest first; nothing where there is nobody."""
+    """A table of everything but the baseline, soonest first; empty where there is nothing else."""
     others = [r for r in comparison.measured if not r.is_baseline and "setup_s" in r.numbers]
     ordered = [
         result

@@ -44,7 +44,7 @@ def nothing_failed(results: Sequence[Result]) -> str:
 
 
 def failure_groups(results: Sequence[Result]) -> list[Failure]:
-    """What did not pass, in the order of STATUSES."""
+    """Groups what did not pass, in the order of STATUSES."""
     failed = [result for result in results if result.status != "pass"]
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in sorted(failed, key=lambda r: STATUSES.index(r.status)):

@@ -34,12 +34,12 @@ class Line:
         return self.results[0].label
 
     def slope(self, metric: str) -> float | None:
-        """What a layer adds, from the least to the greatest depth."""
+        """What one more layer adds, from the least to the greatest depth."""
         ends = self._ends(metric)
         return (ends[1] - ends[0]) / (self._depths[1] - self._depths[0]) if ends else None
 
     def doubling(self, metric: str) -> float | None:
-        """What twice the depth multiplies it by, from the least to the greatest depth."""
+        """The factor that twice the depth brings, from the least to the greatest depth."""
         ends = self._ends(metric)
         if not ends or min(ends) <= 0:
             return None
@@ -98,7 +98,7 @@ def _lines(results: Sequence[Result], families: Sequence[Sequence[str]]) -> list
 
 
 def _one_format_each(results: Sequence[Result]) -> list[Result]:
-    """Of each backend the memory format with most results, so that a line style is left for the
+    """Keeps each backend's memory format with most results, so that a line style is left for the
     networks."""
     counts = Counter((r.backend, r.memory_format) for r in results)
     best: dict[str, str] = {}

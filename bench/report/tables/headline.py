@@ -50,7 +50,7 @@ def headline(comparison: Comparison) -> list[str]:
 
 
 def noise(comparison: Comparison) -> str:
-    """What the baseline's ratios against itself say about this run; empty without any."""
+    """Says how noisy this run is by the baseline's ratios against itself; empty without any."""
     names = ("speedup_ci_low", "speedup_ci_high")
     own = [r for r in comparison.measured if r.is_baseline and all(n in r.numbers for n in names)]
     if not own:
