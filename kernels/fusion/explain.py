@@ -23,7 +23,7 @@ EXAMPLE_SIZE = 224  # pixels, where no example is given
 
 @dataclass(frozen=True)
 class Line:
-    """One convolution of a model."""
+    """What explain says about one convolution of a model."""
 
     name: str
     shape: str  # C -> K RxS /stride

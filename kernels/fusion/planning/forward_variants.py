@@ -100,8 +100,10 @@ class GraphForwards:
         return found
 
     def input_format_of(self, args: tuple[Any, ...]) -> InputFormat:
-        """That of a call with exact arguments, where no convolution's weight is channels_last, here
-        or in a child; else it is "any"."""
+        """Returns the format of these arguments, which lie as eager's do.
+
+        No convolution's weight is channels_last, here or in a child; else the format is "any".
+        """
         tensors = list(_tensors(args))
         if not tensors or any(x.dim() != 4 or x.numel() == 0 for x in tensors):
             return "any"
@@ -304,5 +306,5 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _are_contiguous(tensors: list[Tensor]) -> bool:
-    """As torch.empty makes them, sizes of one included."""
+    """Whether all strides are those of torch.empty, also those of sizes of one."""
     return all(x.stride() == strides_in(x.shape, False) for x in tensors)

@@ -1,4 +1,4 @@
-"""One check for a fused module and all fused modules within it, made when the outermost is called.
+"""Checks a fused module and all fused modules within it at once, when the outermost is called.
 
 Each module checks its own guards when it is called, since the code between two of them may change
 anything. Where nothing but torch's own code runs between them, nothing changes until the outermost
@@ -29,7 +29,7 @@ _KNOWN_NORMS = ("torch", "timm", "torchvision", "detectron2")  # packages
 
 
 class TreeGuards:
-    """Of the plans of a tree of modules.
+    """The joined guards of a fused module and of all fused modules within it.
 
     Args:
         modules: the outermost first.

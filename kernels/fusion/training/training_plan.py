@@ -34,7 +34,7 @@ class TrainingPlan:
         self._guards = Guards(observed or Observed(), layers, locations=locations, module=module)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
+        """Runs the rewritten forward if it computes what the original would; else returns NOT_RUN.
 
         Compilers and exporters are shown the layers, which inductor fuses itself.
         """
