@@ -119,10 +119,10 @@ class ProjectionStep:
         return made[1]
 
 
-Step = ConvStep | NormStep | StemStep | ProjectionStep
+FusedStep = ConvStep | NormStep | StemStep | ProjectionStep
 
 
-def convolutions(step: Step) -> list[ConvStep]:
+def convolutions(step: FusedStep) -> list[ConvStep]:
     """Returns the convolutions that a step computes."""
     if isinstance(step, ConvStep):
         return [step]

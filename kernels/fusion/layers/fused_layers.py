@@ -1,5 +1,7 @@
-"""Steps: the callables a fused forward is made of. Each stands for a chain of layers (match.py),
-keeps what was folded from them, and folds again when one of their tensors has changed.
+"""The fused layers, or steps, that a rewritten forward calls in place of chains of layers.
+
+Each stands for one chain (match.py), keeps what was folded from its layers, and folds again when
+one of their tensors has changed.
 
 x [N, C, H, W], residual [N, K, P, Q] -> y [N, K, P, Q], channels_last. On a GPU a step launches our
 kernels; on a CPU a native step, oneDNN's fused convolution, or torch's own on folded weights. What

@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from resfuse.kernels.fusion.layers.compound_layers import StemStep, Step
+from resfuse.kernels.fusion.layers.compound_layers import FusedStep, StemStep
 from resfuse.kernels.fusion.layers.fast_path import FastPath
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep
 from resfuse.kernels.fusion.planning.forwards import Variant
@@ -44,7 +44,7 @@ class GraphForwards:
         self,
         graph: fx.Graph,
         module: nn.Module,
-        steps: dict[str, Step],
+        steps: dict[str, FusedStep],
         fast_path: FastPath | None,
     ) -> None:
         self._graph, self._module, self._steps = graph, module, steps

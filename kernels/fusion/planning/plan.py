@@ -17,7 +17,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from resfuse.kernels.cpu.weight_origin import Origin, is_plain, tensors_of
-from resfuse.kernels.fusion.layers.compound_layers import Step, convolutions
+from resfuse.kernels.fusion.layers.compound_layers import FusedStep, convolutions
 from resfuse.kernels.fusion.matching.layer_kinds import differs_in_training
 from resfuse.kernels.fusion.planning.forwards import Forwards
 from resfuse.kernels.fusion.planning.optimizer_steps import notify_of_steps
@@ -41,7 +41,7 @@ class Plan:
         self,
         module: nn.Module,
         forwards: "dict[Call, Forwards]",
-        steps: dict[str, Step],
+        steps: dict[str, FusedStep],
         watched: list[str],
         left: dict[str, str],
         *,

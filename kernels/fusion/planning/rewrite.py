@@ -5,7 +5,7 @@ import linecache
 import torch.fx as fx
 from torch import nn
 
-from resfuse.kernels.fusion.layers.compound_layers import ProjectionStep, StemStep, Step
+from resfuse.kernels.fusion.layers.compound_layers import FusedStep, ProjectionStep, StemStep
 from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
 from resfuse.kernels.fusion.layers.fold_cache import Fold
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep, NormStep
@@ -23,7 +23,7 @@ def rewrite(
     prefix: str,
     folds: Folds,
     fast_path: FastPath,
-) -> dict[str, Step]:
+) -> dict[str, FusedStep]:
     """Replaces every chain by a call of its step, in place.
 
     Args:
@@ -36,7 +36,7 @@ def rewrite(
     Returns:
         The steps by attribute name.
     """
-    nodes: dict[fx.Node, Step] = {}
+    nodes: dict[fx.Node, FusedStep] = {}
     replaced: dict[fx.Node, fx.Node] = {}
     for chain in chains:
         target = f"{STEPS}.{prefix}{chain.name.replace('.', '_')}"
@@ -70,7 +70,7 @@ def replace_chain(
     return node
 
 
-def _merge_projections(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
+def _merge_projections(graph: fx.Graph, nodes: dict[fx.Node, FusedStep]) -> None:
     """[h, x strided] @ [W3; Wd]: a 1x1 convolution takes in the 1x1 projection it is added to."""
     for node, step in list(nodes.items()):
         if not isinstance(step, ConvStep) or step.residual != "before" or not _is_1x1(step):
@@ -92,7 +92,7 @@ def _merge_projections(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
             nodes[node] = ProjectionStep(step, projection)
 
 
-def _merge_stem(graph: fx.Graph, module: nn.Module, nodes: dict[fx.Node, Step]) -> None:
+def _merge_stem(graph: fx.Graph, module: nn.Module, nodes: dict[fx.Node, FusedStep]) -> None:
     """Merges a 7x7/2 convolution of an image with ReLU and the 3x3/2 max-pool after it."""
     for node, step in list(nodes.items()):
         if not isinstance(step, ConvStep) or not _is_stem(step) or len(node.users) != 1:
@@ -107,7 +107,7 @@ def _merge_stem(graph: fx.Graph, module: nn.Module, nodes: dict[fx.Node, Step]) 
             nodes[node] = StemStep(step, pool)
 
 
-def returns_a_step(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+def returns_a_step(graph: fx.Graph, steps: dict[str, FusedStep]) -> bool:
     """Whether the forward's result is what a convolution step has just made."""
     (output,) = (node for node in graph.nodes if node.op == "output")
     made = output.args[0]
@@ -116,7 +116,7 @@ def returns_a_step(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     )
 
 
-def overwrite_input(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+def overwrite_input(graph: fx.Graph, steps: dict[str, FusedStep]) -> bool:
     """Lets the step that adds the forward's input overwrite it, if that step reads it last.
 
     Returns:
@@ -133,7 +133,7 @@ def overwrite_input(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     return True
 
 
-def drop_checks(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+def drop_checks(graph: fx.Graph, steps: dict[str, FusedStep]) -> bool:
     """Makes a graph call its steps without their checks (fast_path.py).
 
     Each step must read the forward's input or other steps alone: then everything that a step checks

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from resfuse.kernels.fusion.layers.compound_layers import Step, convolutions
+from resfuse.kernels.fusion.layers.compound_layers import FusedStep, convolutions
 from resfuse.kernels.fusion.matching.layer_kinds import is_norm
 from resfuse.kernels.fusion.tracing.guards import Guards
 from resfuse.kernels.observation.observed import Observed
@@ -110,7 +110,7 @@ def _called_by(plan: Plan) -> Iterator[nn.Module]:
         yield from forwards.called_modules()
 
 
-def _require_known(step: Step) -> None:
+def _require_known(step: FusedStep) -> None:
     norms = [layer.norm for layer in convolutions(step)] or [getattr(step, "norm", None)]
     for norm in norms:
         if norm is not None and is_norm(norm):

@@ -199,10 +199,10 @@ class PooledStep:
         return max_pool_relu(self.main(x, residual), self.pool)
 
 
-Step = TrainingStep | JoinStep | PooledStep
+AnyTrainingStep = TrainingStep | JoinStep | PooledStep
 
 
-def steps_of(step: Step) -> list[TrainingStep]:
+def steps_of(step: AnyTrainingStep) -> list[TrainingStep]:
     """Returns one step for every batch norm that `step` computes."""
     if isinstance(step, JoinStep):
         return [*steps_of(step.main), *steps_of(step.projection)]
