@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.kernels.fusion.fuse import unfused
-from resfuse.kernels.fusion.layers.compound_layers import Step, convolutions
+from resfuse.kernels.fusion.layers.compound_layers import FusedStep, convolutions
 from resfuse.kernels.fusion.matching.layer_kinds import copied
 from resfuse.kernels.fusion.planning.plan import plan_of
 from resfuse.kernels.fusion.planning.plan_builder import plans_of
@@ -23,7 +23,7 @@ EXAMPLE_SIZE = 224  # pixels, where no example is given
 
 @dataclass(frozen=True)
 class Line:
-    """One convolution of a model."""
+    """What explain says about one convolution of a model."""
 
     name: str
     shape: str  # C -> K RxS /stride
@@ -151,7 +151,7 @@ def _in_training(
     return tuple(fused), tuple(left.items())
 
 
-def _add(found: _Found, prefix: str, step: Step) -> None:
+def _add(found: _Found, prefix: str, step: FusedStep) -> None:
     layers = convolutions(step)
     if not layers:
         found.norms[prefix + step.name] = None

@@ -1,4 +1,4 @@
-"""fuse, unfuse and fused: faster layers for a model that stays the same object to everybody else.
+"""fuse, unfuse and fused: faster layers for a model whose modules stay the same objects.
 
 model = fuse(torchvision.models.resnet50().eval())
 with torch.inference_mode():
@@ -62,8 +62,8 @@ def fuse(
         training: fuse batch norm (SyncBatchNorm too, over the processes of its group) with what
             precedes and follows it in training mode, as well. On a GPU our kernels compute that,
             statistics in float32 always, but have no second derivatives; on a CPU torch's do, in
-            place where nobody can tell. Compiled models train on their layers.
-        weights: "follow" them, as above; or "frozen": nobody writes to them, as you promise, so a
+            place where that cannot be seen. Compiled models train on their layers.
+        weights: "follow" them, as above; or "frozen": you promise not to write to them, so a
             call does not look. train(), eval(), to() and load_state_dict() still do.
         threads: that convolutions run on, on a CPU; by default as many as there are CPUs to use,
             and no more than torch.get_num_threads() says at the call.
@@ -137,7 +137,7 @@ def fused(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[nn.Module]:
-    """The other way round, for a comparison; plans and what they have folded are kept."""
+    """`with unfused(model):` runs the original layers inside; plans and folded weights are kept."""
     plans = [
         (module, plan, training_plan_of(module))
         for module in model.modules()

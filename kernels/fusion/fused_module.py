@@ -114,7 +114,7 @@ class FusedGraphModule(FusedModule):
             vars(self).update(ours)
 
     def recompile(self) -> Any:
-        """The graph has changed: so does the plan."""
+        """Compiles the changed graph, and makes a new plan from it."""
         with self._resfuse_as_it_was():
             code = self.recompile()
         left = self._resfuse_left()
@@ -189,7 +189,7 @@ def detach(module: nn.Module) -> None:
 
 
 def empty_plan(module: nn.Module) -> Plan:
-    """The plan of a module that is fused in training mode only."""
+    """Returns a plan without forwards, for a module that is fused in training mode only."""
     return Plan(module, {}, {}, [], {})
 
 

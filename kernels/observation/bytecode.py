@@ -21,7 +21,7 @@ _CHAIN = ("LOAD_ATTR", "LOAD_METHOD")
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one code object."""
+    """What the bytecode of one code object says."""
 
     refusal: str | None  # what a graph cannot do, as the end of "forward ..."
     reads: tuple[tuple[str, ...], ...]  # globals, with the attributes that are read of them

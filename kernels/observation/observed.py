@@ -13,7 +13,7 @@ _TRACING = "torch.fx._symbolic_trace"
 
 
 class Refused(Exception):
-    """What a forward does is no matter of a graph; the message ends "forward ..."."""
+    """A forward does what no graph can do; the message ends "forward ..."."""
 
 
 @dataclass

@@ -208,7 +208,7 @@ class Observer:
             self.touch(modules.pop())
 
     def read_children(self, module: nn.Module) -> None:
-        """The forward goes through a module's children."""
+        """Notes that the forward iterates over a module's children."""
         self.seen.children[id(module)] = module
         for child in _plain_vars(module)["_modules"].values():
             if child is not None:
@@ -241,7 +241,7 @@ class Observer:
             return
         caller = frame.f_back.f_code if frame.f_back is not None else None
         if name.partition(".")[0] in sys.stdlib_module_names and caller not in self._users:
-            self._codes.discard(code)  # called by torch; somebody's forward may still call it
+            self._codes.discard(code)  # called by torch; a user's forward may still call it
             return
         self._users.add(code)
         facts = facts_of(code)
@@ -288,7 +288,7 @@ def is_known(name: str) -> bool:
 
 
 def asked_by_user(depth: int) -> bool:
-    """Whether the frame `depth` above the caller's is of somebody's forward."""
+    """Whether the frame `depth` above the caller's is of a user's forward."""
     return not is_known(sys._getframe(depth + 1).f_globals.get("__name__") or "")
 
 
@@ -354,7 +354,7 @@ def _watched_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def undrawn() -> Iterator[None]:
-    """Sets the random generators back that everything shares."""
+    """Restores the global random generators afterwards."""
     before = shared_generators()
     try:
         yield
@@ -363,7 +363,7 @@ def undrawn() -> Iterator[None]:
 
 
 def shared_generators() -> tuple[Any, ...]:
-    """The states of the generators that everything shares."""
+    """Returns the states of the global random generators of Python, torch and numpy."""
     numpy = sys.modules.get("numpy")
     state = numpy.random.get_state() if numpy is not None else None
     return random.getstate(), torch.get_rng_state(), state

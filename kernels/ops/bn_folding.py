@@ -59,7 +59,7 @@ def _variance(running_var: Tensor, eps: float) -> Tensor:
 
 
 def _exact_scale_shift(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Both in fp64."""
+    """Returns scale and shift in fp64."""
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError(
             "argument bn: no running statistics to fold; accepted: track_running_stats=True"

@@ -93,7 +93,7 @@ class ConvProblem:
 
     @property
     def read_bytes(self) -> int:
-        """The same without y."""
+        """The bytes of `least_bytes` that are read: all tensors but y."""
         size = MATH_MODES[self.math_mode][1]
         weight = self.k * (self.c // self.groups) * self.r * self.s
         read = round(self.n * self.c * self.h * self.w * self.pixels_read) + weight + self.k

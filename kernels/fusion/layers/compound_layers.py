@@ -28,7 +28,7 @@ class StemStep:
         return self.pool(self.conv.unchecked(x))
 
     def with_eager_strides(self, x: Tensor) -> Tensor:
-        """The result in the strides that eager's layers would have given it."""
+        """Returns the result with the strides that eager's layers would have given it."""
         if not is_on_gpu(x) or not self.conv.makes_channels_last(autocast(x)):
             return self.pool(self.conv.with_eager_strides(x))
         made = self(x)
@@ -73,7 +73,7 @@ class ProjectionStep:
         return self.conv.unchecked(x, self.projection.unchecked(shortcut))
 
     def with_eager_strides(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """The result in the strides that eager's layers would have given it."""
+        """Returns the result with the strides that eager's layers would have given it."""
         read = (self.conv, autocast(x)), (self.projection, autocast(shortcut))
         if not is_on_gpu(x) or not all(step.makes_channels_last(seen) for step, seen in read):
             return self.conv.with_eager_strides(x, self.projection.with_eager_strides(shortcut))
@@ -112,18 +112,18 @@ class ProjectionStep:
         )  # fmt: skip
 
     def _launches(self, main: Folded, side: Folded) -> dict[Any, Any]:
-        """Those prepared with both folded weights; kept with either, and gone with either."""
+        """Returns the launches prepared with both folded weights, kept as long as either."""
         made: tuple[Folded, dict[Any, Any]] | None = main.launches.get(self._id)
         if made is None or made[0] is not side:
             made = main.launches[self._id] = (side, {})
         return made[1]
 
 
-Step = ConvStep | NormStep | StemStep | ProjectionStep
+FusedStep = ConvStep | NormStep | StemStep | ProjectionStep
 
 
-def convolutions(step: Step) -> list[ConvStep]:
-    """The convolutions a step computes."""
+def convolutions(step: FusedStep) -> list[ConvStep]:
+    """Returns the convolutions that a step computes."""
     if isinstance(step, ConvStep):
         return [step]
     if isinstance(step, ProjectionStep):

@@ -50,7 +50,7 @@ class Folded:
     def pack(
         self, geometry: onednn.Geometry, activation: str, x: Tensor, threads: int | None = None
     ) -> "Folded":
-        """The same, laid out for a native step, or for oneDNN and inputs like x."""
+        """Returns a copy whose weight is packed for a native step, or for oneDNN and x's shape."""
         packed = pack(self.dense(), self.bias, geometry, activation, self.slope, x.shape, threads)
         return replace(self, weight=None, packed=packed)
 
@@ -77,7 +77,7 @@ def pack(
 
 
 class Fold:
-    """Where all steps that stand for one convolution keep what they folded."""
+    """The folded weights that all steps of one convolution share."""
 
     made: Folded | None = None
     discard = False  # the layer's own weight, as soon as it is not needed any more

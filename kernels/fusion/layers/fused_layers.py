@@ -1,5 +1,7 @@
-"""Steps: the callables a fused forward is made of. Each stands for a chain of layers (match.py),
-keeps what was folded from them, and folds again when one of their tensors has changed.
+"""The fused layers, or steps, that a rewritten forward calls in place of chains of layers.
+
+Each stands for one chain (match.py), keeps what was folded from its layers, and folds again when
+one of their tensors has changed.
 
 x [N, C, H, W], residual [N, K, P, Q] -> y [N, K, P, Q], channels_last. On a GPU a step launches our
 kernels; on a CPU a native step, oneDNN's fused convolution, or torch's own on folded weights. What
@@ -63,7 +65,7 @@ class ConvStep:
         layers = (self.conv, self.norm, self.act)
         self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
         self.fold, self.fast_path = fold, fast_path
-        self.overwrite = False  # the residual is nobody else's: it may be added in place
+        self.overwrite = False  # no other code holds the residual: it may be added in place
         self._id = object()  # among steps that share a fold
         self._bound: Packed | None = None
         # Of the last input and of its result; replaced at once, since other threads read them.
@@ -110,7 +112,7 @@ class ConvStep:
         return self(x, residual)
 
     def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The result in the strides that eager's layers would have given it."""
+        """Returns the result with the strides that eager's layers would have given it."""
         if torch.compiler.is_exporting() or not self.takes(autocast(x), residual):
             return self(x, residual)
         channels_last = convolves_to_channels_last(autocast(x), self.conv.weight)
@@ -136,7 +138,7 @@ class ConvStep:
         )
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """As the modules themselves compute it."""
+        """Calls the original modules."""
         require_weights(self.fold.discarded)
         y = self.conv(x)
         if self.norm is not None:
@@ -144,8 +146,10 @@ class ConvStep:
         return _finish_by_layers(self, y, residual)
 
     def folded(self, dtype: torch.dtype) -> Folded | None:
-        """The folded layers in that dtype, None where they cannot be folded; `forget_if_stale` sees
-        to it that they are fresh."""
+        """Returns the layers folded in that dtype, or None where they cannot be folded.
+
+        `forget_if_stale` has made sure that what is kept is fresh.
+        """
         folded = self.fold.made  # which another thread may replace at any moment
         if folded is None or (folded.dtype != dtype and not self.fold.discarded):
             folded = fold(self.sources, self.conv, self.norm, self.act, dtype)
@@ -153,8 +157,7 @@ class ConvStep:
         return folded
 
     def folded_for_gpu(self, dtype: torch.dtype) -> Folded:
-        """The same for a run on a GPU of layers that can be folded; what is folded lies as kernels
-        read it."""
+        """Returns the folded layers for a run on a GPU, laid out as kernels read them."""
         folded = self.folded(dtype)
         assert folded is not None
         if torch.compiler.is_compiling():  # a graph cannot take a layer's weight away
@@ -187,8 +190,10 @@ class ConvStep:
             vars(self).pop("unchecked", None)
 
     def _discard_weight(self) -> None:
-        """Leaves the shape of the layer's weight, and frees its memory, once, where that was asked
-        for. It may have been asked for long after the weight was folded."""
+        """Frees the memory of the layer's weight, once, where fuse was asked to; its shape stays.
+
+        fuse may have been asked to long after the weight was folded.
+        """
         if not self.fold.discard or self.fold.discarded:
             return
         made, weight = self.fold.made, self.conv._parameters["weight"]
@@ -326,7 +331,7 @@ class NormStep:
         )  # fmt: skip
 
     def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The result in the strides that eager's layers would have given it."""
+        """Returns the result with the strides that eager's layers would have given it."""
         if not is_on_gpu(x) or torch.compiler.is_exporting():
             return self(x, residual)
         channels_last = suggests_channels_last(x)
@@ -341,7 +346,7 @@ class NormStep:
 
 
 def _refuse(*_: Any) -> None:
-    """What a layer without a weight has to say to checkpoints."""
+    """Refuses to save or load a layer whose weight was discarded."""
     require_weights(True)
 
 
@@ -351,8 +356,7 @@ def is_on_gpu(x: object) -> bool:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """As autocast would hand `x` to a convolution; differentiable. What is no tensor stays as it
-    is."""
+    """Casts a tensor as autocast would for a convolution; differentiable."""
     if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
         return x
     if x.dtype == torch.float64 or not x.is_floating_point():  # which it leaves alone
@@ -379,7 +383,7 @@ def _finish(
 
 
 def _finish_by_layers(step: "ConvStep | NormStep", y: Tensor, residual: Tensor | None) -> Tensor:
-    """The same after the norm itself has run, which may apply the activation already."""
+    """Adds and activates after the original norm has run, which may itself activate."""
     activation = "identity" if step.norm_activates else step.activation
     slope = slope_of(step.act, y.shape[1])
     result = _finish(y, residual, step.residual, activation, slope, step.adds_to)

@@ -35,7 +35,7 @@ Kept = dict[Hashable, Any]
 def launched(
     kept: Kept, key: Hashable, x: Tensor, other: Tensor | None, describe: Callable[[], Launch]
 ) -> Tensor:
-    """The y of the launch that `describe` writes down, or of the one in `kept` that it was.
+    """Returns y, by a prepared launch from `kept` or else by the launch that `describe` returns.
 
     Args:
         kept: prepared launches by key; its lifetime is that of the weights which they read.
@@ -64,7 +64,7 @@ def _is_repeatable(compiled: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Of an argument that is no input."""
+    """The size and dtype of an argument that is no input, and its place in the list."""
 
     at: int
     elements: int
@@ -114,7 +114,7 @@ class Prepared:
                 self._index = triton.runtime.driver.active.get_current_device()
 
     def _memory(self, names: list[str], of: tuple[str, ...]) -> list[_Memory]:
-        """Of the arguments named; it is let go."""
+        """Describes the arguments named, and drops the tensors themselves."""
         found = []
         for at, name in enumerate(names):
             if name in of:
@@ -186,7 +186,7 @@ class Prepared:
 
 
 def _has_hooks(kernel: Any) -> bool:
-    """Whether someone is told of launches: Triton's profiler, say."""
+    """Whether hooks are called at launches, as Triton's profiler has them."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave)) or bool(

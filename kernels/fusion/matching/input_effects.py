@@ -1,7 +1,7 @@
-"""What calling a module does to the tensor it is given: hands it on, or writes to it.
+"""Finds out what calling a module does to the tensor it is given: returns it, or writes to it.
 
-torch's own layers are known. Of anybody else's the forward is traced, and what the answer relies on
-is added to what the plan is guarded by; where it cannot be traced, it is taken to write.
+torch's own layers are known. The forward of any other module is traced, and what the answer relies
+on is added to the guards of the plan. A module that cannot be traced is taken to write.
 """
 
 import operator
@@ -36,7 +36,7 @@ _NEW = (  # make a tensor of their own
 
 
 class Effects:
-    """Of the modules that a module calls."""
+    """What the children of one module do to their inputs."""
 
     def __init__(self) -> None:
         self.observed = Observed()  # what is relied on, added to

@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from resfuse.kernels.fusion.layers.compound_layers import StemStep, Step
+from resfuse.kernels.fusion.layers.compound_layers import FusedStep, StemStep
 from resfuse.kernels.fusion.layers.fast_path import FastPath
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep
 from resfuse.kernels.fusion.planning.forwards import Variant
@@ -44,7 +44,7 @@ class GraphForwards:
         self,
         graph: fx.Graph,
         module: nn.Module,
-        steps: dict[str, Step],
+        steps: dict[str, FusedStep],
         fast_path: FastPath | None,
     ) -> None:
         self._graph, self._module, self._steps = graph, module, steps
@@ -100,8 +100,10 @@ class GraphForwards:
         return found
 
     def input_format_of(self, args: tuple[Any, ...]) -> InputFormat:
-        """That of a call with exact arguments, where no convolution's weight is channels_last, here
-        or in a child; else it is "any"."""
+        """Returns the format of these arguments, which lie as eager's do.
+
+        No convolution's weight is channels_last, here or in a child; else the format is "any".
+        """
         tensors = list(_tensors(args))
         if not tensors or any(x.dim() != 4 or x.numel() == 0 for x in tensors):
             return "any"
@@ -304,5 +306,5 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _are_contiguous(tensors: list[Tensor]) -> bool:
-    """As torch.empty makes them, sizes of one included."""
+    """Whether all strides are those of torch.empty, also those of sizes of one."""
     return all(x.stride() == strides_in(x.shape, False) for x in tensors)

@@ -17,7 +17,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from resfuse.kernels.cpu.weight_origin import Origin, is_plain, tensors_of
-from resfuse.kernels.fusion.layers.compound_layers import Step, convolutions
+from resfuse.kernels.fusion.layers.compound_layers import FusedStep, convolutions
 from resfuse.kernels.fusion.matching.layer_kinds import differs_in_training
 from resfuse.kernels.fusion.planning.forwards import Forwards
 from resfuse.kernels.fusion.planning.optimizer_steps import notify_of_steps
@@ -35,13 +35,13 @@ Watched = tuple[nn.Module, str, nn.Module]  # where a layer is found, and which
 
 
 class Plan:
-    """How a module's forward runs, by how it is called, and when it may."""
+    """The rewritten forwards of one module, by how it is called, and the conditions to run them."""
 
     def __init__(
         self,
         module: nn.Module,
         forwards: "dict[Call, Forwards]",
-        steps: dict[str, Step],
+        steps: dict[str, FusedStep],
         watched: list[str],
         left: dict[str, str],
         *,
@@ -53,7 +53,7 @@ class Plan:
         self.forwards, self.steps, self.left = forwards, steps, left
         self.calls: dict[str, Any] = {}  # of fused children, by attribute: see forward_variants.py
         self._has_channels_last = False  # a weight of this module, or of one within it
-        self.returns_fresh = returns_fresh  # the output is nobody else's
+        self.returns_fresh = returns_fresh  # the caller alone holds the output
         every = [layer for step in steps.values() for layer in convolutions(step)]
         self.layers = list({layer.fold: layer for layer in every}.values())
         self._every = every
@@ -62,7 +62,7 @@ class Plan:
         self._sources = [source for layer in self.layers for source in layer.sources]
         self._origin: Origin | None = None  # of those sources, when they were looked at last
         self._suspect = False  # something has happened since that may have written to weights
-        self.frozen = False  # a call need not look at them: nobody writes to them, as was promised
+        self.frozen = False  # the user promised not to write to weights: calls need not look
         locations = [watch(module, name) for name in watched]
         self._layers = [layer for *_, layer in locations]
         self._tree_check = TreeCheck(PLAN)
@@ -87,10 +87,10 @@ class Plan:
         *,
         flexible: bool = False,
     ) -> Any:
-        """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
+        """Runs the rewritten forward if it computes what the original would; else returns NOT_RUN.
 
         Args:
-            donated: the caller gives its argument away, which may be written over.
+            donated: the caller does not need its argument any more, so it may be overwritten.
             input_format: which memory format eager's argument would have, where the caller knows
                 that; by default it is the format of the arguments given.
             flexible: the argument, and the result, may be in any memory format.
@@ -102,23 +102,23 @@ class Plan:
                     known = Call(len(args))
                 if known in self.forwards:
                     return self._run(known, module, args, input_format, flexible, guarded=True)
-            _running.guarded = None  # the module's own forward may change anything
+            _current.guarded = None  # the module's own forward may change anything
         call = self._call(args, kwargs, donated)
         if call is None or self._module() is not module:
             return NOT_RUN
-        if _running.root is self._root or torch.compiler.is_compiling():
+        if _current.root is self._root or torch.compiler.is_compiling():
             return self._run(call, module, args, input_format, flexible)
         self._forget_what_is_stale()
-        outer = _running.root, _running.guarded
-        _running.root, _running.guarded = self, self if self._tree_holds(module) else None
+        outer = _current.root, _current.guarded
+        _current.root, _current.guarded = self, self if self._tree_holds(module) else None
         try:
             return self._run(call, module, args, input_format, flexible)
         finally:
-            _running.root, _running.guarded = outer
+            _current.root, _current.guarded = outer
 
     def is_guarded(self) -> bool:
         """Whether its guards, and all other conditions, were checked with the outermost's."""
-        return _running.guarded is self._root
+        return _current.guarded is self._root
 
     def _tree_holds(self, module: nn.Module) -> bool:
         """Whether no module within needs to check its guards in this call (tree_guards.py)."""
@@ -129,10 +129,10 @@ class Plan:
         return self._tree_check.holds(module, self._tree)
 
     def take_over_submodules(self, module: nn.Module) -> None:
-        """Looks after the weights of all modules within: at once, when this one is called.
+        """From now on checks the weights of all modules within at once, when this one is called.
 
-        One by one, between convolutions that have emptied the caches, looking at 265 tensors takes
-        1.1 ms of ResNet-50's 33 (two cores, batch 1).
+        Checked module by module, between convolutions that have emptied the caches, the 265 tensors
+        of a ResNet-50 take 1.1 ms of its 33 ms (two cores, batch 1).
         """
         self._tree = [plan for child in module.modules() if (plan := plan_of(child)) is not None]
         for plan in self._tree:
@@ -147,7 +147,7 @@ class Plan:
         vars(vars(module)[STEPS]).update(self.calls)
 
     def takes_flexible(self) -> bool:
-        """Whether it can be called with a tensor in whatever format, and returns one so."""
+        """Whether it takes one tensor in any memory format, and returns one in any."""
         forwards = self.forwards.get(Call(1))
         return (
             forwards is not None
@@ -155,7 +155,7 @@ class Plan:
         )
 
     def _look_at_formats(self) -> None:
-        """Which memory format eager's convolutions take from their weights."""
+        """Finds the modules in which a channels_last weight makes eager's results channels_last."""
         own = {
             plan: any(
                 type(weight) in (Tensor, nn.Parameter) and suggests_channels_last(weight)
@@ -198,7 +198,7 @@ class Plan:
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], donated: bool) -> Call | None:
         if kwargs or not args:
             return None
-        # first whether somebody looks on, who would see the arguments being looked at
+        # First: a tool that watches would see the arguments being looked at.
         if not _are_traced(args) and (is_watched() or not are_plain(args)):
             return None
         call = Call(len(args), isinstance(args[0], list), donated)
@@ -246,13 +246,13 @@ class Plan:
         self._look_at_formats()
 
     def suspect(self) -> None:
-        """Has the next call look at every byte: something may have written to the weights."""
+        """Makes the next call compare every byte: something may have written to the weights."""
         for plan in self._root._tree:
             plan._suspect = True
 
     def forget_parameters(self, parameter_ids: set[int]) -> None:
         """Forgets what was folded from parameters that an optimizer has just written to."""
-        if self._root is not self:  # which is told, too
+        if self._root is not self:  # the outermost plan is notified, too
             return
         stepped = [
             layer
@@ -272,15 +272,15 @@ class Plan:
         return any(layer.fold.discarded for plan in self._tree for layer in plan.layers)
 
     def discard_weights(self) -> None:
-        """Frees the weight of every layer when it runs next, folded and laid out."""
+        """Has every layer free its weight at its next run, when it is folded and packed."""
         for layer in self.layers:
             layer.fold.discard = True
         self._reset_fast_paths()
 
     def fold_ahead(self) -> None:
-        """Folds what is not folded, for a graph compiled or exported next, which cannot.
+        """Folds what is not folded yet, since a graph that is compiled or exported cannot fold.
 
-        The outermost module looks after all within it.
+        The plan of the outermost module does it for all modules within.
         """
         if self._root is self:
             self._forget_what_is_stale()
@@ -291,7 +291,7 @@ class Plan:
                     layer.folded(weight.dtype)
 
     def forget_folded(self) -> None:
-        """Frees what was folded: weights about to be trained would make it stale."""
+        """Frees the folded weights: training is about to make them stale."""
         for layer in self._every:
             layer.forget()
         self._reset_fast_paths()
@@ -314,16 +314,14 @@ class Plan:
         return any(p is not None and p.requires_grad for p in parameters)
 
 
-class _Running(threading.local):
-    """The plan whose module is being called, with those of all modules within it looked after."""
+class _CurrentCall(threading.local):
+    """What this thread is running: the plan of the outermost fused module."""
 
-    root: Plan | None = None
-    guarded: Plan | None = (
-        None  # the same, if the guards of all modules within it hold until it ends
-    )
+    root: Plan | None = None  # it has checked the weights of all modules within
+    guarded: Plan | None = None  # the same plan, if the guards of all modules within hold, too
 
 
-_running = _Running()
+_current = _CurrentCall()
 
 
 def plan_of(module: nn.Module) -> Plan | None:
@@ -372,7 +370,7 @@ def _are_traced(args: tuple[Any, ...]) -> bool:
 
 
 def watch(module: nn.Module, name: str) -> Watched:
-    """Where a layer of a module is found, and which it is now."""
+    """Returns where a layer of a module is found, and which layer it is now."""
     parent, _, last = name.rpartition(".")
     holder = module.get_submodule(parent)
     layer = holder._modules[last]

@@ -1,4 +1,4 @@
-"""Drafts: what fusing each module of a model comes to, before anything is changed."""
+"""Plans what fusing each module of a model comes to, before anything is changed."""
 
 from collections import Counter
 from contextlib import suppress
@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from resfuse.kernels.fusion.layers.compound_layers import StemStep, Step
+from resfuse.kernels.fusion.layers.compound_layers import FusedStep, StemStep
 from resfuse.kernels.fusion.layers.fast_path import FastPath
 from resfuse.kernels.fusion.matching.input_effects import Effects, draws_random_numbers
 from resfuse.kernels.fusion.matching.layer_kinds import is_norm
@@ -31,7 +31,7 @@ from resfuse.kernels.fusion.tracing.module_tracing import (
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """A module's plan, None where there is nothing to fuse."""
+    """What fusing one module comes to; `plan` is None where there is nothing to fuse."""
 
     plan: Plan | None
     left: dict[str, str]  # name of a convolution in the module -> why it is left alone
@@ -39,7 +39,7 @@ class PlannedModule:
 
 
 def make_plan(module: nn.Module, why_skipped: WhySkipped) -> PlannedModule:
-    """What fusing one module's forward comes to; the module is not changed.
+    """Plans one module's forward; the module is not changed.
 
     Args:
         why_skipped: the reason to leave a layer for something outside of the module, or None.
@@ -60,7 +60,7 @@ def make_plan(module: nn.Module, why_skipped: WhySkipped) -> PlannedModule:
 
 
 def plans_of(model: nn.Module) -> list[tuple[str, nn.Module, PlannedModule]]:
-    """Every module that calls layers in its forward: its name, itself, and the draft of its plan.
+    """Plans every module that calls layers in its forward: returns name, module and plan of each.
 
     Parents come first, and may have taken plain sequences of layers into their own graph. A model
     that has nothing but single convolutions (a vision transformer's patches) is left as it is.
@@ -86,7 +86,7 @@ def _nothing_in(planned: PlannedModule) -> PlannedModule:
 
 
 def _plan_module(module: nn.Module, why_skipped: WhySkipped) -> PlannedModule:
-    steps: dict[str, Step] = {}
+    steps: dict[str, FusedStep] = {}
     watched: set[str] = set()
     containers: set[str] = set()
     left: dict[str, str] = {}
@@ -128,7 +128,7 @@ def _plan_module(module: nn.Module, why_skipped: WhySkipped) -> PlannedModule:
 
 
 def _traces(module: nn.Module) -> dict[Call, Trace]:
-    """The module's forward for every way to call it that can be traced."""
+    """Traces the module's forward for every way to call it that can be traced."""
     plain, *with_more = calls(module)
     traced = trace(module, plain)
     if draws_random_numbers(traced.graph):
@@ -160,7 +160,7 @@ def _copy(graph: fx.Graph) -> fx.Graph:
 
 
 def why_skipped_in(model: nn.Module) -> WhySkipped:
-    """Sees layers that stand in the model twice, and parameters that belong to two layers."""
+    """Returns a function that skips layers used in two places, and parameters of two layers."""
     named = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(
         id(parameter)

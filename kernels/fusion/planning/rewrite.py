@@ -1,11 +1,11 @@
-"""Puts steps into a module's graph in place of the chains they stand for, and compiles it."""
+"""Replaces chains of layers in a module's graph by the steps that compute them, and compiles it."""
 
 import linecache
 
 import torch.fx as fx
 from torch import nn
 
-from resfuse.kernels.fusion.layers.compound_layers import ProjectionStep, StemStep, Step
+from resfuse.kernels.fusion.layers.compound_layers import FusedStep, ProjectionStep, StemStep
 from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
 from resfuse.kernels.fusion.layers.fold_cache import Fold
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep, NormStep
@@ -23,7 +23,7 @@ def rewrite(
     prefix: str,
     folds: Folds,
     fast_path: FastPath,
-) -> dict[str, Step]:
+) -> dict[str, FusedStep]:
     """Replaces every chain by a call of its step, in place.
 
     Args:
@@ -36,7 +36,7 @@ def rewrite(
     Returns:
         The steps by attribute name.
     """
-    nodes: dict[fx.Node, Step] = {}
+    nodes: dict[fx.Node, FusedStep] = {}
     replaced: dict[fx.Node, fx.Node] = {}
     for chain in chains:
         target = f"{STEPS}.{prefix}{chain.name.replace('.', '_')}"
@@ -70,7 +70,7 @@ def replace_chain(
     return node
 
 
-def _merge_projections(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
+def _merge_projections(graph: fx.Graph, nodes: dict[fx.Node, FusedStep]) -> None:
     """[h, x strided] @ [W3; Wd]: a 1x1 convolution takes in the 1x1 projection it is added to."""
     for node, step in list(nodes.items()):
         if not isinstance(step, ConvStep) or step.residual != "before" or not _is_1x1(step):
@@ -92,8 +92,8 @@ def _merge_projections(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
             nodes[node] = ProjectionStep(step, projection)
 
 
-def _merge_stem(graph: fx.Graph, module: nn.Module, nodes: dict[fx.Node, Step]) -> None:
-    """7x7/2 of an image with ReLU, then a 3x3/2 max-pool nobody else reads."""
+def _merge_stem(graph: fx.Graph, module: nn.Module, nodes: dict[fx.Node, FusedStep]) -> None:
+    """Merges a 7x7/2 convolution of an image with ReLU and the 3x3/2 max-pool after it."""
     for node, step in list(nodes.items()):
         if not isinstance(step, ConvStep) or not _is_stem(step) or len(node.users) != 1:
             continue
@@ -107,7 +107,7 @@ def _merge_stem(graph: fx.Graph, module: nn.Module, nodes: dict[fx.Node, Step]) 
             nodes[node] = StemStep(step, pool)
 
 
-def returns_a_step(graph: fx.Graph, steps: dict[str, Step]) -> bool:
+def returns_a_step(graph: fx.Graph, steps: dict[str, FusedStep]) -> bool:
     """Whether the forward's result is what a convolution step has just made."""
     (output,) = (node for node in graph.nodes if node.op == "output")
     made = output.args[0]
@@ -116,8 +116,8 @@ def returns_a_step(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     )
 
 
-def overwrite_input(graph: fx.Graph, steps: dict[str, Step]) -> bool:
-    """Lets the step that adds the forward's input write over it, if it reads it last.
+def overwrite_input(graph: fx.Graph, steps: dict[str, FusedStep]) -> bool:
+    """Lets the step that adds the forward's input overwrite it, if that step reads it last.
 
     Returns:
         Whether there is such a step.
@@ -133,14 +133,14 @@ def overwrite_input(graph: fx.Graph, steps: dict[str, Step]) -> bool:
     return True
 
 
-def drop_checks(graph: fx.Graph, steps: dict[str, Step]) -> bool:
-    """Makes the graph call its steps without their checks.
+def drop_checks(graph: fx.Graph, steps: dict[str, FusedStep]) -> bool:
+    """Makes a graph call its steps without their checks (fast_path.py).
 
-    That is right for an input like one that has gone through with all checks, if what the steps
-    read follows from it: each must read the forward's input or another step.
+    Each step must read the forward's input or other steps alone: then everything that a step checks
+    follows from that input.
 
     Returns:
-        Whether that is so; if not, the graph is as it was.
+        Whether that is so; if not, the graph stays as it is.
     """
     called = [node for node in graph.nodes if attribute_of(node) in steps]
     for node in called:
@@ -155,7 +155,7 @@ def drop_checks(graph: fx.Graph, steps: dict[str, Step]) -> bool:
 
 
 def compile_forward(graph: fx.Graph, name: str) -> Forward:
-    """The graph as a function `forward(self, ...)`, with its source where tracebacks find it."""
+    """Compiles a graph to a function `forward(self, ...)` whose source tracebacks can show."""
     code = graph.python_code(root_module="self")
     file = f"<resfuse {name}>"
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
@@ -203,5 +203,5 @@ def _is_stem_pool(pool: nn.MaxPool2d) -> bool:
 
 
 def attribute_of(node: fx.Node) -> str:
-    """The name a step has among its module's steps, of the node that calls it."""
+    """Returns the attribute name of the step that a node calls."""
     return str(node.target).rpartition(".")[2]

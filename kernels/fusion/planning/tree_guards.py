@@ -1,4 +1,4 @@
-"""One check for a fused module and all fused modules within it, made when the outermost is called.
+"""Checks a fused module and all fused modules within it at once, when the outermost is called.
 
 Each module checks its own guards when it is called, since the code between two of them may change
 anything. Where nothing but torch's own code runs between them, nothing changes until the outermost
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from resfuse.kernels.fusion.layers.compound_layers import Step, convolutions
+from resfuse.kernels.fusion.layers.compound_layers import FusedStep, convolutions
 from resfuse.kernels.fusion.matching.layer_kinds import is_norm
 from resfuse.kernels.fusion.tracing.guards import Guards
 from resfuse.kernels.observation.observed import Observed
@@ -29,7 +29,7 @@ _KNOWN_NORMS = ("torch", "timm", "torchvision", "detectron2")  # packages
 
 
 class TreeGuards:
-    """Of the plans of a tree of modules.
+    """The joined guards of a fused module and of all fused modules within it.
 
     Args:
         modules: the outermost first.
@@ -110,7 +110,7 @@ def _called_by(plan: Plan) -> Iterator[nn.Module]:
         yield from forwards.called_modules()
 
 
-def _require_known(step: Step) -> None:
+def _require_known(step: FusedStep) -> None:
     norms = [layer.norm for layer in convolutions(step)] or [getattr(step, "norm", None)]
     for norm in norms:
         if norm is not None and is_norm(norm):

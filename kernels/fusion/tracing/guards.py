@@ -31,7 +31,7 @@ class _Now(NamedTuple):
 
 
 class Guards:
-    """Of one plan.
+    """The guards of one plan, which are checked together.
 
     Args:
         observed: what its forwards read.
@@ -89,7 +89,7 @@ class Guards:
 
     @classmethod
     def joined(cls, guards: "Sequence[Guards]") -> "Guards":
-        """Those of several plans, checked at once: what they share is looked at once.
+        """Joins the guards of several plans, so that what they share is checked once.
 
         Raises:
             ValueError: they do not hold now.
@@ -199,7 +199,7 @@ def _once(values: Iterable[_T]) -> list[_T]:
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, fused or not."""
+    """Returns the class that a module has, or had before it was fused."""
     return getattr(type(module), ORIGINAL, type(module))
 
 

@@ -34,12 +34,11 @@ class NotTraceable(Exception):
 
 
 class Call(NamedTuple):
-    """How a forward is called: with that many arguments, the first a tensor or a list of them,
-    which may be nobody else's."""
+    """How a forward is called: with how many arguments, and what the first of them is."""
 
     arguments: int
-    takes_list: bool = False
-    donated: bool = False
+    takes_list: bool = False  # the first argument is a list of tensors, and not a tensor
+    donated: bool = False  # the first argument may be overwritten (JAX: a donated buffer)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """The module's own dicts of hooks: later ones show up in them."""
+    """Returns the module's own dicts of hooks, in which later hooks show up."""
     return (
         module._forward_hooks,
         module._forward_pre_hooks,

@@ -1,1 +1,1 @@
-"""The same for a training step."""
+"""Fused layers for training mode: tracing, plans, and what runs in place of batch norms."""

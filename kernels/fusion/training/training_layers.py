@@ -41,7 +41,7 @@ class TrainingStep:
         return self._after_convolution(*self.convolved(x), residual)
 
     def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """As the layers themselves compute it; nobody else has what lies between them."""
+        """Calls the layers themselves; no other code holds the values between them."""
         if self.before is not None:
             x = self.before(x)
         return self._finish(self.norm(x if self.conv is None else self.conv(x)), residual)
@@ -70,7 +70,7 @@ class TrainingStep:
         return group_of(self.norm) is not None or not uses_batch(self.norm)
 
     def take_in(self, before: "TrainingStep") -> None:
-        """From now on also computes the step before it, whose result nobody else reads."""
+        """From now on also computes the step before it, whose result this step alone reads."""
         self.before = before
         self.chain = f"{before.chain} -> {self.chain}"
 
@@ -154,7 +154,7 @@ class TrainingStep:
         return ACTIVATIONS[self.activation].forward(y, None)
 
     def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
-        """Residual and activation of what the norm has just made: nobody else holds it."""
+        """Adds the residual and activates in place: no other code holds the norm's result."""
         if residual is not None and self.residual == "before":
             y = add(y, residual, self.keeps_dtype)
         if not self.norm_activates:
@@ -199,11 +199,11 @@ class PooledStep:
         return max_pool_relu(self.main(x, residual), self.pool)
 
 
-Step = TrainingStep | JoinStep | PooledStep
+AnyTrainingStep = TrainingStep | JoinStep | PooledStep
 
 
-def steps_of(step: Step) -> list[TrainingStep]:
-    """One for every batch norm a step computes."""
+def steps_of(step: AnyTrainingStep) -> list[TrainingStep]:
+    """Returns one step for every batch norm that `step` computes."""
     if isinstance(step, JoinStep):
         return [*steps_of(step.main), *steps_of(step.projection)]
     if isinstance(step, PooledStep):

@@ -1,4 +1,4 @@
-"""Where training steps run the fused operations: on a GPU, elsewhere where that is asked for."""
+"""Decides where training steps run the fused operations: on a GPU, and elsewhere if asked to."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

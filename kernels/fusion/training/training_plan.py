@@ -9,7 +9,7 @@ from resfuse.kernels.fusion.layers.fast_path import Forward
 from resfuse.kernels.fusion.planning.plan import NOT_RUN, are_plain, is_watched, watch
 from resfuse.kernels.fusion.tracing.guards import Guards
 from resfuse.kernels.fusion.tracing.module_tracing import Call
-from resfuse.kernels.fusion.training.training_layers import Step
+from resfuse.kernels.fusion.training.training_layers import AnyTrainingStep
 from resfuse.kernels.observation.observed import Observed
 
 TRAINING_PLAN = "_resfuse_training_plan"  # the attribute of a module that holds its plan
@@ -23,7 +23,7 @@ class TrainingPlan:
         self,
         module: nn.Module,
         forwards: dict[Call, Forward],
-        steps: dict[str, Step],
+        steps: dict[str, AnyTrainingStep],
         watched: list[str],
         left: dict[str, str],
         observed: Observed | None = None,
@@ -34,7 +34,7 @@ class TrainingPlan:
         self._guards = Guards(observed or Observed(), layers, locations=locations, module=module)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The rewritten forward's result, if it computes what the original would; else NOT_RUN.
+        """Runs the rewritten forward if it computes what the original would; else returns NOT_RUN.
 
         Compilers and exporters are shown the layers, which inductor fuses itself.
         """

@@ -1,5 +1,5 @@
-"""Drafts training plans: each module's forward, traced as it runs in training mode, with a step in
-place of every chain that has a batch norm.
+"""Makes the training plans of a model: each module's forward, traced as it runs in training mode,
+with a training step in place of every chain that has a batch norm.
 """
 
 from collections.abc import Iterator
@@ -34,9 +34,9 @@ from resfuse.kernels.fusion.tracing.module_tracing import (
     original_class,
 )
 from resfuse.kernels.fusion.training.training_layers import (
+    AnyTrainingStep,
     JoinStep,
     PooledStep,
-    Step,
     TrainingStep,
     averages_over,
     steps_of,
@@ -61,12 +61,12 @@ def plans_for_training(model: nn.Module) -> Iterator[tuple[str, nn.Module, Train
 
 
 def make_training_plan(module: nn.Module, why_skipped: WhySkipped) -> TrainingPlan:
-    """The plan of one module, without forwards where nothing can be fused.
+    """Makes the plan of one module, without forwards where nothing can be fused.
 
     Args:
         why_skipped: the reason to leave a layer for something outside of the module, or None.
     """
-    steps: dict[str, Step] = {}
+    steps: dict[str, AnyTrainingStep] = {}
     forwards: dict[Call, fx.Graph] = {}
     watched: set[str] = set()
     left: dict[str, str] = {}
@@ -104,7 +104,7 @@ def make_training_plan(module: nn.Module, why_skipped: WhySkipped) -> TrainingPl
 
 
 def _traces(module: nn.Module) -> dict[Call, Trace]:
-    """The module's forward in training mode, for every way to call it with tensors."""
+    """Traces the module's forward in training mode, for every way to call it with tensors."""
     plain, *with_more = calls(module)
     traces = {plain: trace_for_training(module, plain)}
     for call in with_more:
@@ -113,8 +113,8 @@ def _traces(module: nn.Module) -> dict[Call, Trace]:
     return traces
 
 
-def _rewrite(graph: fx.Graph, chains: list[Chain], prefix: str) -> dict[str, Step]:
-    nodes: dict[fx.Node, Step] = {}
+def _rewrite(graph: fx.Graph, chains: list[Chain], prefix: str) -> dict[str, AnyTrainingStep]:
+    nodes: dict[fx.Node, AnyTrainingStep] = {}
     replaced: dict[fx.Node, fx.Node] = {}
     for chain in chains:
         target = f"{TRAINING_STEPS}.{prefix}{chain.name.replace('.', '_')}"
@@ -138,7 +138,7 @@ def _rewrite(graph: fx.Graph, chains: list[Chain], prefix: str) -> dict[str, Ste
     return {attribute_of(node): step for node, step in nodes.items()}
 
 
-def _take_in(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
+def _take_in(graph: fx.Graph, nodes: dict[fx.Node, AnyTrainingStep]) -> None:
     """Lets 1x1 convolutions compute the norm before them, where they alone read it."""
     for node, step in list(nodes.items()):
         before = node.args[0]
@@ -153,7 +153,7 @@ def _take_in(graph: fx.Graph, nodes: dict[fx.Node, Step]) -> None:
             del nodes[before]
 
 
-def _take_pools(graph: fx.Graph, module: nn.Module, steps: dict[str, Step]) -> set[str]:
+def _take_pools(graph: fx.Graph, module: nn.Module, steps: dict[str, AnyTrainingStep]) -> set[str]:
     """Puts max-pools that alone read a step with a ReLU into it; returns their names."""
     taken = set()
     for node in list(graph.nodes):

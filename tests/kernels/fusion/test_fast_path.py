@@ -162,3 +162,17 @@ def test_a_miss_that_is_like_the_last_one_is_seen() -> None:
     for _ in range(3):
         path.run(unchecked, missing, nn.Identity(), images())
     assert len(runs) == 3
+
+
+def test_the_shape_of_a_result_is_of_this_thread_s_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may keep the shapes of its own input between two reads."""
+    model, x = fused(), images(shape=SHAPE)
+    with torch.no_grad():
+        model(x)
+    plan = plan_of(model)
+    assert plan is not None
+    (layer,) = plan.layers
+    kept = [(x.shape, SHAPE), (torch.Size((1, 16, 9, 9)), (1, 16, 9, 9))]
+    shapes = property(lambda _: kept.pop(0), lambda *_: None)
+    monkeypatch.setattr(ConvStep, "_shapes", shapes, raising=False)
+    assert layer._output_shape(x) == SHAPE
