@@ -49,7 +49,7 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
         if conv_candidates.refusal(op.problem) is None:
             for config in conv_candidates.candidates(op.problem):
                 yield Candidate("native", at, at + 1, tuple(asdict(config).items()))
-    elif _is_done(graph, node):
+    elif _is_supported(graph, node):
         yield Candidate("native", at, at + 1)
 
 
@@ -199,7 +199,7 @@ def _slopes(op: Conv | Affine, channels: int, state: State) -> list[Tensor]:
     return [slopes(slope, channels)]
 
 
-def _is_done(graph: Graph, node: Node) -> bool:
+def _is_supported(graph: Graph, node: Node) -> bool:
     """Whether there is a step for what is no convolution."""
     op = node.op
     if any(graph.values[name].dtype != torch.float32 for name in (node.name, *node.inputs)):
