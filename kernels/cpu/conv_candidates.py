@@ -1,4 +1,4 @@
-"""Convolutions as native steps: which forms there are of one, and in what blocks.
+"""Convolutions as native steps: the algorithms (forms) that compute one, and their block sizes.
 
 Every form takes float32, NHWC, with channels padded to whole vectors (`pitch`); see step.h.
 """
@@ -19,7 +19,7 @@ from resfuse.kernels.ops.conv_problem import ConvProblem
 Form = Literal["direct", "winograd", "winograd_inline", "grouped"]
 
 # Bytes of input, or of transformed input, that a thread takes through all output channels at a
-# time: from half of a first-level cache that is large to twice a second-level one.
+# time: from half of a large first-level cache to twice a second-level cache.
 _DIRECT_BLOCKS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
 _WINOGRAD_BLOCKS = (1 << 18, 1 << 20, 4 << 20)
 _TRANSFORM = 12  # tiles whose products take as long as the inline transform of their weights
@@ -28,15 +28,15 @@ _INLINE_BLOCK = 11 * _TRANSFORM  # tiles; with more, scratch memory grows and no
 
 @dataclass(frozen=True)
 class NativeConfig:
-    """How a convolution is parted."""
+    """The algorithm of a convolution and how its work is divided."""
 
     form: Form
-    by_channel: bool  # threads part the output channels, not the pixels
+    by_channel: bool  # threads divide the output channels, not the pixels
     block: int  # pixels (Winograd: 2x2 tiles) taken through all output channels at a time
 
 
 def refusal(problem: ConvProblem) -> str | None:
-    """Why no form computes `problem`, or None."""
+    """Returns why no form computes `problem`, or None."""
     if problem.math_mode != "ieee":
         return f"{problem.math_mode}; the native steps compute in float32"
     if problem.activation not in ACTIVATIONS:
@@ -50,14 +50,14 @@ def refusal(problem: ConvProblem) -> str | None:
 
 
 def candidates(problem: ConvProblem) -> Iterator[NativeConfig]:
-    """Every way to compute `problem` that may be the fastest."""
+    """Yields every configuration of `problem` that may be the fastest."""
     for form in forms(problem):
-        if form != "winograd_inline":  # which saves memory
+        if form != "winograd_inline":  # it saves memory, not time
             yield from configs(form, problem)
 
 
 def forms(problem: ConvProblem) -> Iterator[Form]:
-    """Those that compute `problem`."""
+    """Yields the algorithms that compute `problem`."""
     if _is_grouped(problem):
         yield "grouped"
     if problem.groups == 1 or _fills_vectors(problem):
@@ -68,21 +68,22 @@ def forms(problem: ConvProblem) -> Iterator[Form]:
 
 
 def configs(form: Form, problem: ConvProblem) -> Iterator[NativeConfig]:
-    """Of one form, in blocks of several sizes."""
+    """Yields the candidate block sizes of one algorithm."""
     if form == "grouped":
         yield NativeConfig("grouped", False, 0)
     elif form == "direct":
-        yield from _parted(form, problem, pixels_of(problem), _direct_bytes(problem))
+        yield from _in_blocks(form, problem, pixels_of(problem), _direct_bytes(problem))
     elif form == "winograd":  # the transformed input of a tile: 16 values a channel
-        yield from _parted(form, problem, tiles_of(problem), 16 * 4 * problem.c)
+        yield from _in_blocks(form, problem, tiles_of(problem), 16 * 4 * problem.c)
     else:
-        for by_channel in _partings(problem):
+        for by_channel in _divisions(problem):
             tiles = tiles_of(problem) if by_channel else -(-tiles_of(problem) // threads())
-            yield NativeConfig(form, by_channel, min(_whole(tiles), _INLINE_BLOCK))
+            yield NativeConfig(form, by_channel, min(_whole_tiles(tiles), _INLINE_BLOCK))
 
 
 def choose(problem: ConvProblem) -> NativeConfig:
-    """What is expected to be fastest, without measuring, of forms that share a layout of weights.
+    """Returns the configuration that is expected to be fastest, without measuring, among the forms
+    that share a layout of weights.
 
     Winograd where its 16 products a tile and the transform are fewer than 9 a pixel.
     """
@@ -92,9 +93,9 @@ def choose(problem: ConvProblem) -> NativeConfig:
 
 
 def _choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:
-    """The blocks of a form that are expected to be fastest.
+    """Returns the block size of a form that is expected to be fastest.
 
-    Channels are parted where a thread would have few pixels.
+    Threads divide the channels where a thread would have few pixels.
     """
     every = list(configs(form, problem))
     by_channel = pixels_of(problem) < 512 and problem.k >= 4 * nr()
@@ -103,22 +104,24 @@ def _choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:
 
 
 def layout_weight(form: Form, weight: Tensor, groups: int) -> Tensor:
-    """[K, C / groups, R, S] as the form reads it."""
+    """Returns a weight [K, C / groups, R, S] packed as the form reads it."""
     if form == "winograd":
         return winograd_weights(weight)
     return grouped_weights(weight) if form == "grouped" else direct_weights(weight, groups)
 
 
 def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
-    """Scratch memory a thread needs, in floats."""
+    """Returns the floats of scratch memory that a thread needs."""
     return conv_step(problem, config).scratch_pitch
 
 
 def conv_step(
     problem: ConvProblem, config: NativeConfig, *, residual_last: bool = False, **where: int
 ) -> Step:
-    """The step, with as much scratch memory for each thread as it needs by itself; `where` has the
-    pointers and pitches of step.h.
+    """Returns the step, with as much scratch memory for each thread as it needs by itself.
+
+    Args:
+        where: pointers and pitches, by their names in step.h.
     """
     step = Step(
         kind=program.kind(config.form),
@@ -137,12 +140,12 @@ def conv_step(
 
 
 def pixels_of(problem: ConvProblem) -> int:
-    """Output pixels of the batch."""
+    """Returns the number of output pixels of the batch."""
     return problem.n * problem.p * problem.q
 
 
 def tiles_of(problem: ConvProblem) -> int:
-    """2x2 tiles of output pixels of the batch."""
+    """Returns the number of 2x2 tiles of output pixels of the batch."""
     return problem.n * -(-problem.p // 2) * -(-problem.q // 2)
 
 
@@ -174,25 +177,25 @@ def _fills_vectors(problem: ConvProblem) -> bool:
 
 
 def _direct_bytes(problem: ConvProblem) -> int:
-    """Of input, for an output pixel."""
+    """Returns the bytes of input for each output pixel."""
     return 4 * problem.c * problem.stride[0] * problem.stride[1]
 
 
-def _parted(
+def _in_blocks(
     form: Form, problem: ConvProblem, rows: int, bytes_of_each: int
 ) -> Iterator[NativeConfig]:
     budgets = _DIRECT_BLOCKS if form == "direct" else _WINOGRAD_BLOCKS
-    whole = _whole(rows)
+    whole = _whole_tiles(rows)
     blocks = {max(mr(), min(whole, budget // bytes_of_each // mr() * mr())) for budget in budgets}
-    for by_channel in _partings(problem):
+    for by_channel in _divisions(problem):
         for block in sorted(blocks):
             yield NativeConfig(form, by_channel, block)
 
 
-def _partings(problem: ConvProblem) -> tuple[bool, ...]:
-    """Whether threads may part the pixels (False), the output channels (True)."""
+def _divisions(problem: ConvProblem) -> tuple[bool, ...]:
+    """Returns whether threads may divide the output channels (True), the pixels (False)."""
     return (False, True) if problem.k > nr() else (False,)
 
 
-def _whole(rows: int) -> int:
+def _whole_tiles(rows: int) -> int:
     return -(-rows // mr()) * mr()

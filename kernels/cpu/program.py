@@ -1,4 +1,4 @@
-"""Step: what the library is told of one step, and programs of several.
+"""Step, the description of one native step, and programs of several steps.
 
 The fields are those of `struct Step` in step.h; `runner` compares their offsets. What else the two
 languages have to agree on is asked of the library: constants, the numbers of kinds and activations,
@@ -53,7 +53,7 @@ def activation(name: str) -> int:
 def fused_run(
     name: str, steps: Sequence[Step], *, scratch: int = 0, scratch_pitch: int = 0, rows: int = 0
 ) -> list[Step]:
-    """The steps behind one that says they are fused.
+    """Returns the steps behind a step that fuses them.
 
     Args:
         name: "chain" or "row_fused".
@@ -84,8 +84,8 @@ def _asked(function: str, steps: Any) -> int:
 
 
 def runner() -> Any:
-    """The library's function (steps, count, threads) that runs them; `require_done` judges what it
-    returns.
+    """Returns the library's function (steps, count, threads) that runs steps; `require_done` takes
+    what it returns.
     """
     native.require_layout(Step, "Step")
     run = native.library().resfuse_run
@@ -94,13 +94,13 @@ def runner() -> Any:
 
 
 class Program:
-    """Steps to be run one after another by one call.
+    """Steps that one call runs one after another.
 
-    The memory they point to must outlive the program; it is the caller's. Where their number was
-    not asked for, threads become fewer with those that there are.
+    The memory they point to is the caller's and must outlive the program. Unless the number of
+    threads was asked for, a call uses no more than there are then.
 
     Args:
-        threads: those that there is scratch memory for.
+        threads: how many there is scratch memory for.
     """
 
     def __init__(self, steps: Sequence[Step], threads: int) -> None:
@@ -114,7 +114,7 @@ class Program:
 
 
 def require_done(failed: int) -> None:
-    """Raises RuntimeError where the library's function says that a thread has failed."""
+    """Raises RuntimeError if the library's function reports that a thread has failed."""
     if failed:
         raise RuntimeError("a thread of the native steps has failed; the results are incomplete")
 

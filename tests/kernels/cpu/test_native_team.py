@@ -37,7 +37,11 @@ WATCHDOG_S = 120
 
 @pytest.fixture(autouse=True)
 def watchdog() -> Iterator[None]:
-    """A call that never returns holds no lock that Python could break: the process ends."""
+    """A call that never returns holds no lock that Python could break: the process ends.
+
+    The library is compiled before: with sanitizers on a busy machine that may take a minute.
+    """
+    library("native", DISTURBED)
     faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()

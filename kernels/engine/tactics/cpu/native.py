@@ -1,4 +1,4 @@
-"""Native steps on the CPU, in float32: see resfuse/kernels/cpu."""
+"""Lowers single nodes to native steps on the CPU, in float32: see kernels/cpu."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -49,7 +49,7 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
         if conv_candidates.refusal(op.problem) is None:
             for config in conv_candidates.candidates(op.problem):
                 yield Candidate("native", at, at + 1, tuple(asdict(config).items()))
-    elif _is_done(graph, node):
+    elif _is_supported(graph, node):
         yield Candidate("native", at, at + 1)
 
 
@@ -94,8 +94,10 @@ def conv_step(
     arena: Arena,
     local: Mapping[str, int] = _NOWHERE,
 ) -> Step:
-    """A convolution, without its scratch memory; values that are not in the arena are `local`, with
-    the floats from one pixel to the next.
+    """Returns the step of a convolution, without the address of its scratch memory.
+
+    Args:
+        local: values that are not in the arena, with the floats from one pixel to the next.
     """
     op = node.op
     assert isinstance(op, Conv)
@@ -140,8 +142,8 @@ def _affine(graph: Graph, node: Node, op: Affine, state: State, arena: Arena) ->
 def max_pool_step(
     graph: Graph, node: Node, arena: Arena | None, local: Mapping[str, int] = _NOWHERE
 ) -> Step:
-    """A max-pool; values that are not in the arena are `local`, as for `conv_step`. Without an
-    arena it is a step that says nothing of memory.
+    """Returns the step of a max-pool, with `local` as for `conv_step`; without an arena it has no
+    addresses.
     """
     op = node.op
     assert isinstance(op, MaxPool)
@@ -158,7 +160,7 @@ def max_pool_step(
 
 
 def _concat(graph: Graph, node: Node, arena: Arena) -> Native:
-    """Nothing for the parts that were written where they belong; the others are copied."""
+    """Copies the parts that were not written to their place in the whole."""
     steps = []
     to, pitch = arena.address(node.name), arena.pitch(node.name)
     for part in node.inputs:
@@ -177,12 +179,12 @@ def _concat(graph: Graph, node: Node, arena: Arena) -> Native:
 
 
 def _same(channels: int) -> list[Tensor]:
-    """Scale and shift that change nothing."""
+    """Returns a scale and a shift that change nothing."""
     return [*map(per_channel, scale_and_shift(Affine(), channels, {}))]
 
 
 def _places(node: Node, arena: Arena, local: Mapping[str, int] = _NOWHERE) -> dict[str, int]:
-    """Where the inputs and the output of a node are."""
+    """Returns the addresses and pitches of a node's inputs and output."""
     places = {}
     for field, name in ("x", node.inputs[0]), ("y", node.name), ("residual", node.residual):
         if name is not None:
@@ -192,15 +194,15 @@ def _places(node: Node, arena: Arena, local: Mapping[str, int] = _NOWHERE) -> di
 
 
 def _slopes(op: Conv | Affine, channels: int, state: State) -> list[Tensor]:
-    """A slope for each channel, if the activation has one."""
+    """Returns a slope for each channel, if the activation has one."""
     slope = slope_of(op, state)
     if slope is None:
         return []
     return [slopes(slope, channels)]
 
 
-def _is_done(graph: Graph, node: Node) -> bool:
-    """Whether there is a step for what is no convolution."""
+def _is_supported(graph: Graph, node: Node) -> bool:
+    """Returns whether there is a step for a node that is not a convolution."""
     op = node.op
     if any(graph.values[name].dtype != torch.float32 for name in (node.name, *node.inputs)):
         return False

@@ -1,6 +1,6 @@
-"""Convolutions joined on the CPU, block by block of pixels: 3x3 -> 1x1 + residual, the projection
-that is the residual, and the next block's first 1x1. What one writes the next reads from the
-caches, and what nobody else reads never reaches memory. See kernels/cpu/src/fused_chain.h.
+"""A chain of convolutions fused on the CPU, block by block of pixels: 3x3 -> 1x1 + residual, the
+projection that is the residual, and the next block's first 1x1. What one writes the next reads from
+the caches, and what only the chain reads never reaches memory. See kernels/cpu/src/fused_chain.h.
 """
 
 from collections.abc import Iterable
@@ -73,8 +73,8 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native
 
 
 def _is_chain(graph: Graph, at: int, stop: int) -> bool:
-    """Whether nodes [at, stop) can go through blocks of the same pixels together: a convolution
-    with a window, and 1x1 ones on maps of the size it makes.
+    """Returns whether nodes [at, stop) can be computed in blocks of the same pixels: a convolution
+    with a window, and 1x1 convolutions on maps of the size of its output.
     """
     nodes = graph.nodes[at:stop]
     problems = [node.op.problem for node in nodes if isinstance(node.op, Conv)]
@@ -93,7 +93,7 @@ def _reads(node: Node, others: Iterable[Node]) -> bool:
 
 
 def _first_configs(problem: ConvProblem, channels: int) -> Iterable[NativeConfig]:
-    """Forms of the first convolution, each in blocks of several sizes."""
+    """Yields the forms of the first convolution, each in blocks of several sizes."""
     forms = dict.fromkeys(config.form for config in conv_candidates.candidates(problem))
     for form in forms:
         unit, of_each = (-(-problem.q // 2), 4) if form == "winograd" else (mr(), 1)
@@ -131,7 +131,7 @@ class _Layout:
         self.floats = ends[-1]
 
     def offset(self, name: str | None) -> int:
-        """Of a value that is read in the chain alone; ABSENT of others."""
+        """Returns the offset of a value that only the chain reads, and ABSENT for others."""
         return ABSENT if name is None else self._offsets.get(name, ABSENT)
 
 

@@ -1,7 +1,8 @@
-"""Native steps on the CPU, a few images at a time: all of them for a chunk, then for the next. What
-lies between them is in scratch memory, a chunk's worth; what comes in and goes out is in the arena.
+"""Native steps on the CPU, a few images at a time: all steps of one chunk of the batch, then all of
+the next. The values between them take a chunk's worth of scratch memory; those that come in and go
+out lie in the arena.
 
-Offered by the planner of chunks (chunking.py), not node by node.
+The planner of chunks (chunking.py) offers these candidates, not a node.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -44,7 +45,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native
 
 
 def _layout(part: Graph, choice: Candidate) -> Layout:
-    """Of what nobody but the chunk reads."""
+    """Returns the layout of the values that only the chunk reads."""
     inner = inner_candidates(choice)
     scratch = {c.start: TACTICS[c.tactic].load().scratch(part, c) for c in inner}
     within = {name for c in inner for name in part.inner(c.start, c.stop)}
@@ -59,7 +60,7 @@ def _layout(part: Graph, choice: Candidate) -> Layout:
 
 
 class _ChunkArena(Arena):
-    """Where one chunk's values are: its own in scratch memory, the others' images in the arena."""
+    """The places of a chunk's values: its own in scratch memory, images of others in the arena."""
 
     def __init__(self, outer: Arena, part: Graph, layout: Layout, memory: int, chunk: int) -> None:
         """

@@ -1,4 +1,4 @@
-"""Native steps on maps that are no convolutions: average pools, picked pixels, gates."""
+"""Native steps that are not convolutions: average pools, picked pixels, gates."""
 
 from torch import Tensor, tensor
 
@@ -11,7 +11,9 @@ from resfuse.kernels.engine.memory.buffers import Arena
 
 
 def windows(graph: Graph, node: Node, op: AveragePool | Pick, arena: Arena) -> Native:
-    """Both have a table for the rows of y and one for its columns: divisors, or where to read."""
+    """Lowers operations that have a table for the rows of y and one for its columns: divisors of an
+    average pool, or the pixels of x to pick.
+    """
     n, c, h, w = graph.values[node.inputs[0]].shape
     _, k, p, q = graph.values[node.name].shape
     step = Step(N=n, C=c, K=k, H=h, W=w, P=p, Q=q)

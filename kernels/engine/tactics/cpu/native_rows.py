@@ -1,6 +1,7 @@
-"""A convolution and the max-pool or convolution with windows that alone reads it on the CPU, strip
-by strip of the reader's rows: what a stem computes at full size, and what a bottleneck's first 1x1
-hands to a 3x3 with stride or in groups, never reaches memory. See kernels/cpu/src/fused_rows.h.
+"""A convolution fused on the CPU with the max-pool or convolution with windows that alone reads it,
+strip by strip of the reader's rows: what a stem computes at full size, and what a bottleneck's
+first 1x1 hands to a 3x3 with stride or in groups, never reaches memory. See fused_rows.h in
+kernels/cpu/src.
 """
 
 from collections.abc import Iterable, Iterator
@@ -75,7 +76,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native
 
 
 class _Parts:
-    """The convolution and its reader, as a choice has them, and a thread's scratch memory."""
+    """A candidate's convolution and reader, and the scratch memory of a thread."""
 
     def __init__(self, graph: Graph, choice: Candidate) -> None:
         node, behind = graph.nodes[choice.start : choice.stop]
@@ -90,7 +91,7 @@ class _Parts:
 
 
 def _run(graph: Graph, at: int, config: NativeConfig, rows: int) -> list[Step]:
-    """A convolution and its reader in strips of `rows`: steps that say nothing of memory."""
+    """Returns the steps of a convolution and its reader in strips of `rows`, without addresses."""
     node, behind = graph.nodes[at : at + 2]
     assert isinstance(node.op, Conv)
     conv = conv_candidates.conv_step(node.op.problem, config)
@@ -105,15 +106,16 @@ def _run(graph: Graph, at: int, config: NativeConfig, rows: int) -> list[Step]:
 
 @dataclass(frozen=True)
 class _Window:
-    """Down a column: rows `dilation` apart, the next window `stride` below."""
+    """A window down a column: its rows are `dilation` apart, the next window is `stride` below."""
 
     kernel: int
     stride: int
     dilation: int
 
     def rows(self, problem: ConvProblem, rows: int) -> int:
-        """The most rows of the reader that read no more than so many, at least one; no more than a
-        whole map has."""
+        """Returns the most rows of the reader that read at most `rows` of the convolution: at least
+        one, and no more than a map has.
+        """
         whole = -(-problem.p // self.stride)
         reach = (self.kernel - 1) * self.dilation
         return max(1, min(whole, (rows - 1 - reach) // self.stride + 1))
@@ -128,7 +130,9 @@ def _window(reader: Node) -> _Window:
 
 
 def _reads_in_windows(node: Node) -> bool:
-    """Winograd's form, where it can be had, is worth more than strips, and a 1x1 needs none."""
+    """Returns whether strips may pay for a reader: Winograd's form, where there is one, is worth
+    more, and a 1x1 needs none.
+    """
     if not isinstance(node.op, Conv):
         return isinstance(node.op, MaxPool)
     problem = node.op.problem
@@ -140,7 +144,7 @@ def _reads_in_windows(node: Node) -> bool:
 
 
 def _by_pixel(problem: ConvProblem) -> Iterator[NativeConfig]:
-    """Configurations that compute any range of pixels."""
+    """Yields the configurations that compute any range of pixels."""
     for form in conv_candidates.forms(problem):
         if form in ("direct", "grouped"):
             for config in conv_candidates.configs(form, problem):
@@ -149,7 +153,7 @@ def _by_pixel(problem: ConvProblem) -> Iterator[NativeConfig]:
 
 
 def _reader(node: Node, rows: int) -> NativeConfig | None:
-    """How a reader is computed, in blocks no larger than a strip; None of a max-pool."""
+    """Returns a reader's configuration, in blocks no larger than a strip; None for a max-pool."""
     if not isinstance(node.op, Conv):
         return None
     problem = node.op.problem
