@@ -123,8 +123,8 @@ class _Found:
 def _what_is_done(model: nn.Module) -> _Found:
     found = _Found()
     with unfused(model):
-        drafts = [(name, module, planned) for name, module, planned in plans_of(model)]
-    for name, module, planned in drafts:
+        found_plans = plans_of(model)
+    for name, module, planned in found_plans:
         prefix = f"{name}." if name else ""
         plan = plan_of(module) or planned.plan
         for step in plan.steps.values() if plan is not None else ():
@@ -143,8 +143,8 @@ def _in_training(
     fused: dict[str, None] = {}
     left: dict[str, str] = {}
     with unfused(model):
-        drafts = list(plans_for_training(model))
-    for name, _, plan in drafts:
+        found = list(plans_for_training(model))
+    for name, _, plan in found:
         prefix = f"{name}." if name else ""
         fused |= {prefix + own.name: None for step in plan.steps.values() for own in steps_of(step)}
         left |= {prefix + norm: reason for norm, reason in plan.left.items()}

@@ -81,18 +81,7 @@ def fuse(
     if training and discard_weights:
         raise ValueError("argument discard_weights: True with training=True; accepted: False")
     fused_model = model if inplace else copied(model)
-    drafts = plans_for_training(fused_model) if training else ()
-    in_training = {module: plan for _, module, plan in drafts if plan.steps}
-    for _, module, planned in plans_of(fused_model):
-        if planned.plan is not None and plan_of(module) is None:
-            attach(module, planned.plan, in_training.get(module))
-    for module in fused_model.modules():
-        plan = sequence_plan(module) if plan_of(module) is None else None
-        if plan is not None:
-            attach(module, plan)
-    for module, training_plan in in_training.items():
-        if training_plan_of(module) is None:
-            attach(module, plan_of(module) or empty_plan(module), training_plan)
+    _attach_plans(fused_model, training)
     for module in reversed(list(fused_model.modules())):  # the outermost plan comes last, and wins
         if (plan := plan_of(module)) is not None:
             plan.frozen = weights == "frozen"
@@ -150,6 +139,26 @@ def unfused(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, plan, training in plans:
             attach(module, plan, training)
+
+
+def _attach_plans(model: nn.Module, training: bool) -> None:
+    """Plans every module of a model, and attaches the plans of those that have something to fuse.
+
+    Args:
+        training: attach plans for training mode, too.
+    """
+    found = plans_for_training(model) if training else ()
+    in_training = {module: plan for _, module, plan in found if plan.steps}
+    for _, module, planned in plans_of(model):
+        if planned.plan is not None and plan_of(module) is None:
+            attach(module, planned.plan, in_training.get(module))
+    for module in model.modules():
+        plan = sequence_plan(module) if plan_of(module) is None else None
+        if plan is not None:
+            attach(module, plan)
+    for module, training_plan in in_training.items():
+        if training_plan_of(module) is None:
+            attach(module, plan_of(module) or empty_plan(module), training_plan)
 
 
 def _require_fusible(model: nn.Module) -> None:

@@ -99,8 +99,11 @@ class FusedModule(nn.Module):
 
 
 class FusedGraphModule(FusedModule):
-    """A GraphModule has a class to itself, which `recompile` gives another forward, and ways of its
-    own to be copied and pickled: what they are told is that it is not fused."""
+    """Mixed into the class of a GraphModule while it is fused.
+
+    A GraphModule has a class to itself, which `recompile` gives another forward. It also has ways
+    of its own to be copied and pickled, which see it as it was before it was fused.
+    """
 
     @contextmanager
     def _resfuse_as_it_was(self) -> Iterator[None]:

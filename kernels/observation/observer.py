@@ -95,7 +95,7 @@ _watch = _Watch()
 
 
 class Observer:
-    """Watches the calling thread between `with observer.watching(scope):` and its end."""
+    """Watches the calling thread between `with observer.watching(root):` and its end."""
 
     def __init__(self) -> None:
         self.seen = Observed()
@@ -109,7 +109,7 @@ class Observer:
         self._held: dict[nn.Module, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
 
     @contextmanager
-    def watching(self, scope: nn.Module) -> Iterator[None]:
+    def watching(self, root: nn.Module) -> Iterator[None]:
         """Watches what happens inside; afterwards nothing that was reached is changed.
 
         Raises:
@@ -117,8 +117,8 @@ class Observer:
         """
         resume = pause_profiler()
         _watch.observer, outer = self, _watch.observer
-        self.touch(scope)
-        dice = shared_generators()
+        self.touch(root)
+        generators = shared_generators()
         collects = gc.isenabled()
         gc.disable()  # callbacks of a collection are no part of the forward
         sys.setprofile(self._profile)
@@ -131,14 +131,14 @@ class Observer:
             _watch.observer = outer
             for module, kind in self._classes.items():
                 module.__class__ = kind
-            changed, thrown = self.seen.undo(), put_back(dice)
+            changed, drawn = self.seen.undo(), put_back(generators)
             if (name := self._release()) is not None:
                 own = name.startswith("_tensor_constant")
                 reason = "makes a tensor of its own" if own else f"sets self.{name}"
                 self.reason = self.reason or reason
             if changed is not None:
                 self.reason = self.reason or f"changes {changed}"
-            if thrown:
+            if drawn:
                 self.reason = self.reason or "draws random numbers"
         if self.reason is not None:
             raise Refused(self.reason)
@@ -372,12 +372,12 @@ def shared_generators() -> tuple[Any, ...]:
 def put_back(before: tuple[Any, ...]) -> bool:
     """Sets the generators back; returns whether one had been used."""
     now = shared_generators()
-    thrown = now[0] != before[0] or not torch.equal(now[1], before[1])
+    drawn = now[0] != before[0] or not torch.equal(now[1], before[1])
     if before[2] is not None:
-        thrown = thrown or now[2][2:] != before[2][2:] or (now[2][1] != before[2][1]).any()
-    if thrown:
+        drawn = drawn or now[2][2:] != before[2][2:] or (now[2][1] != before[2][1]).any()
+    if drawn:
         random.setstate(before[0])
         torch.set_rng_state(before[1])
         if before[2] is not None:
             sys.modules["numpy"].random.set_state(before[2])
-    return thrown
+    return drawn

@@ -110,7 +110,7 @@ def draws_random_numbers(graph: fx.Graph) -> bool:
 
 
 def _is_off(node: fx.Node) -> bool:
-    """A dropout that is told not to drop."""
+    """Whether a node is a dropout with training=False."""
     given = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
     return "dropout" in getattr(node.target, "__name__", "") and given is False
 

@@ -17,7 +17,7 @@ _hooked = False
 
 
 def notify_of_steps(listener: Listener) -> None:
-    """From now on, and for as long as it lives, `listener` is told whose parameters were stepped.
+    """Notifies `listener`, as long as it lives, of the parameters that any optimizer has stepped.
 
     The first call registers one hook for all optimizers of the process, which costs a step about
     0.1 us a parameter.
