@@ -6,7 +6,6 @@
 import contextlib
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from resfuse.kernels.cpu.cpus import asking
 from resfuse.kernels.engine.bound_plan import BoundPlan, bind
 from resfuse.kernels.engine.cost.ceilings import Ceilings
+from resfuse.kernels.engine.engine_memory import Memory
 from resfuse.kernels.engine.frontend.batching import images_at_all_sizes
 from resfuse.kernels.engine.frontend.layout_questions import require_layout
 from resfuse.kernels.engine.memory.buffers import WeightStore
@@ -33,33 +33,15 @@ from resfuse.kernels.engine.saving.engine_file import save
 OtherBatches = Literal["error", "pad", "eager"]
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes an engine holds: `arena` for values between layers, `least` what the largest sum of
-    values alive at one moment is, `weights` in the tactics' own layouts, for all batch sizes, and
-    `originals` copies of them as they were given, kept for save, refresh, other batches and torch's
-    operations. On a GPU with CUDA graphs, for all batch sizes together: `graph_pool` what
-    the allocator has reserved for values between layers, outputs and scratch, `graph_inputs` the
-    buffers that inputs are copied into.
-    """
-
-    arena: int
-    least: int
-    weights: int
-    originals: int
-    graph_pool: int = 0
-    graph_inputs: int = 0
-
-
 class Engine:
-    """A network that runs as planned; made by build_engine or load_engine.
+    """A compiled network, made by `build_engine` or `load_engine`.
 
-    Its weights are its own: the model may train on. Calls from several threads take turns: an
-    engine has one arena. Two engines run side by side. In a forked process an engine for a CPU
-    runs on one thread, for OpenMP's others stay behind.
-    The input is copied into the engine's memory and the outputs out of it, within the call. On a
-    GPU a call runs on the caller's stream, behind the engine's previous call on whichever stream,
-    as one CUDA graph unless the engine was built without; it cannot itself be captured in another.
+    An engine owns its weights: the model may train on. Calls from several threads take turns, for
+    an engine has one arena; two engines run at the same time. In a forked process an engine for a
+    CPU runs on one thread, since OpenMP's other threads are not forked.
+    A call copies the input into the engine's memory and the outputs out of it. On a GPU it runs on
+    the caller's stream, behind the engine's previous call on any stream, as one CUDA graph unless
+    the engine was built without; it cannot itself be captured in another.
     """
 
     def __init__(
@@ -97,12 +79,26 @@ class Engine:
         self._input = first.values[first.input]
         self._spec = pytree.treespec_loads(first.spec)
 
+    def __repr__(self) -> str:
+        """Says in one line what the engine takes, how large it is and how long it is said to
+        take."""
+        shape = "x".join(map(str, self._input.shape[1:]))
+        dtype = str(self._input.dtype).removeprefix("torch.")
+        sizes = ", ".join(map(str, self._built))
+        largest = self._built[max(self._built)]
+        ms = sum(segment.ms for segment in largest.segments)
+        return (
+            f"Engine(N x {shape} {dtype} on {self._device.type}, batch sizes {sizes}; "
+            f"{len(largest.segments)} segments, {ms:.3f} ms one by one at batch {max(self._built)})"
+        )
+
     @property
     def batch_sizes(self) -> tuple[int, ...]:
+        """The batch sizes that the engine was built for, in ascending order."""
         return tuple(self._built)
 
     def __call__(self, x: Tensor) -> Any:
-        """What the model returns, in new tensors of the input's memory format.
+        """Returns what the model returns, in new tensors of the input's memory format.
 
         Raises:
             ValueError: an input of another shape, dtype or device than the engine was built for,
@@ -136,7 +132,8 @@ class Engine:
         return Recorded({size: b.executor for size, b in built.items()}, self._device)
 
     def _run(self, size: int, x: Tensor, count: int | None = None) -> Any:
-        """What a batch of a size that was built for gives, or `count` images of it."""
+        """Runs a batch of a size that was built for; returns the outputs for the first `count`
+        images, by default for all."""
         if x.requires_grad:  # an output may be the input
             x = x.detach()
         in_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
@@ -157,8 +154,8 @@ class Engine:
         return pytree.tree_unflatten(outputs, self._spec)
 
     def _settle_after_fork(self) -> None:
-        """Threads stay behind in the parent: those that may have held the lock, and OpenMP's, for
-        which torch's operations would wait for ever."""
+        """Makes a new lock and runs torch on one thread. A fork has none of the parent's threads:
+        not the one that may hold the lock, nor OpenMP's, for which torch would wait for ever."""
         if self._device.type == "cuda":
             raise RuntimeError(
                 "this engine is on a GPU, which a forked process cannot use; start it by spawn and "
@@ -175,24 +172,29 @@ class Engine:
         )
 
     def memory(self, batch_size: int | None = None) -> Memory:
-        """What the engine holds for a batch size (the largest one by default), in bytes."""
-        executor = self._built_for(batch_size).executor
+        """Returns the bytes the engine holds for a batch size, by default the largest."""
+        bound = self._built_for(batch_size)
         pool, inputs = (
             (self._recorded.pool_bytes, self._recorded.input_bytes) if self._recorded else (0, 0)
         )
-        arena = executor.arena
         originals = self._originals()
-        weights, kept = executor.held_bytes(originals), sum(storages(originals).values())
-        return Memory(arena.size, arena.least_size, weights, kept, pool, inputs)
+        return Memory(
+            arena_bytes=bound.executor.arena.size,
+            least_arena_bytes=bound.executor.arena.least_size,
+            weights_bytes=bound.executor.weight_bytes(excluding=originals),
+            originals_bytes=sum(storages(originals).values()),
+            graph_pool_bytes=pool,
+            graph_inputs_bytes=inputs,
+        )
 
     def explain(self, batch_size: int | None = None) -> str:
-        """A table of the segments: tactic, runner-up, time, floor, bytes."""
+        """Returns a table of the segments: tactic, runner-up, time, floor, bytes."""
         built = self._built_for(batch_size)
         return table(built.graph, built.segments, self._ceilings)
 
     @without_meta()
     def refresh(self, state_dict: Mapping[str, Tensor]) -> None:
-        """New weights, without planning anew; for other_batches="eager", too.
+        """Takes new weights without planning again; for other_batches="eager", too.
 
         Args:
             state_dict: of the model. Constants, which no state_dict has, stay as they are: numbers
@@ -223,7 +225,7 @@ class Engine:
             self._model = model
 
     def save(self, path: str | Path) -> None:
-        """One file: the plan as JSON, and the weights (safetensors). See load_engine.
+        """Writes the plan (as JSON) and the weights to one safetensors file. See `load_engine`.
 
         Raises:
             OSError: it cannot be written; what was there before is as it was.
@@ -244,9 +246,9 @@ class Engine:
         return self._built[batch_size or max(self._built)]
 
     def _originals(self) -> list[Tensor]:
-        """Weights as they were given."""
-        beside = [t for _, t in tensors_of(self._model)] if self._model is not None else []
-        return [*(self._state or {}).values(), *beside]
+        """Returns the weights as they were given, and those of the model for other batches."""
+        fallback = [t for _, t in tensors_of(self._model)] if self._model is not None else []
+        return [*(self._state or {}).values(), *fallback]
 
     def _weights(self) -> dict[str, Tensor]:
         if self._state is None:

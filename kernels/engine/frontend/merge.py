@@ -68,10 +68,10 @@ def _joined(first: Node, second: Node) -> Conv | Affine | Pick | None:
         plain = isinstance(op, Conv) and op.norm is None and first.residual is None and not ended
         return replace(op, norm=then.norm) if plain else None
     if then.residual:
-        return None if first.residual is not None else op.adding()
+        return None if first.residual is not None else op.with_residual()
     if ended:
         return None
-    return op.ending(then.activation, then.slope)
+    return op.with_activation(then.activation, then.slope)
 
 
 def _projections_where_added(graph: Graph) -> list[Node]:

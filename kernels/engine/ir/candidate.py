@@ -45,7 +45,9 @@ def key_of(part: Graph) -> str:
     for node in part.nodes:
         shapes = ["x".join(map(str, part.values[name].shape)) for name in node.inputs]
         wires = ",".join(f"{numbers[n]}:{s}" for n, s in zip(node.inputs, shapes, strict=True))
-        words.append(f"{_describe(node)} ({wires}){' in place' * (node.over in part.spent)}")
+        words.append(
+            f"{_describe(node)} ({wires}){' in place' * (node.inplace_input in part.dead_inputs)}"
+        )
     dtype = str(part.values[part.nodes[0].name].dtype).removeprefix("torch.")
     return f"{'; '.join(words)} {dtype}"
 

@@ -52,12 +52,12 @@ class Conv:
     def activation(self) -> str:
         return self.problem.activation
 
-    def ending(self, activation: str, slope: str | float | None) -> "Conv":
-        """With an activation after it."""
+    def with_activation(self, activation: str, slope: str | float | None) -> "Conv":
+        """Returns a copy fused with the activation after it."""
         return replace(self, problem=replace(self.problem, activation=activation), slope=slope)
 
-    def adding(self) -> "Conv":
-        """With a residual, after the activation if it has one."""
+    def with_residual(self) -> "Conv":
+        """Returns a copy fused with a residual, added after the activation if there is one."""
         last = self.activation != "identity"
         return replace(self, problem=replace(self.problem, residual=True), residual_last=last)
 
@@ -76,12 +76,12 @@ class Affine:
     residual_last: bool = False
     gate: bool = False
 
-    def ending(self, activation: str, slope: str | float | None) -> "Affine":
-        """With an activation after it."""
+    def with_activation(self, activation: str, slope: str | float | None) -> "Affine":
+        """Returns a copy fused with the activation after it."""
         return replace(self, activation=activation, slope=slope)
 
-    def adding(self) -> "Affine":
-        """With a residual, after the activation if it has one."""
+    def with_residual(self) -> "Affine":
+        """Returns a copy fused with a residual, added after the activation if there is one."""
         return replace(self, residual=True, residual_last=self.activation != "identity")
 
 
@@ -118,7 +118,7 @@ class Pick:
     zeros: int = 0  # channels
 
     def then(self, other: "Pick") -> "Pick":
-        """What `other` picks of this one's result."""
+        """Returns what `other` picks of this one's result."""
         rows, columns = (self.rows[p] for p in other.rows), (self.columns[q] for q in other.columns)
         return Pick(tuple(rows), tuple(columns), self.zeros + other.zeros)
 
@@ -165,8 +165,8 @@ class Node:
         return self.inputs[-1] if adds else None
 
     @property
-    def over(self) -> str | None:
-        """The value that may be overwritten with the output, once nobody else reads it."""
+    def inplace_input(self) -> str | None:
+        """The value that may be overwritten with the output, if it has no other reader left."""
         if isinstance(self.op, Affine) and not self.op.residual:
             return self.inputs[0]
         return self.residual
@@ -183,7 +183,7 @@ class Graph:
     spec: str = ""  # how the outputs make up the model's result (torch.utils._pytree, as JSON)
     constants: tuple[str, ...] = ()  # of the state, what the model's state_dict does not have
     layout: tuple[int, ...] | None = None  # of the input, strides and offset, if they matter
-    spent: frozenset[str] = frozenset()  # of `reads`, what nobody needs afterwards
+    dead_inputs: frozenset[str] = frozenset()  # of `reads`, what is not read afterwards
     device: torch.device | None = field(default=None, compare=False)  # where it was captured
 
     @cached_property
@@ -202,8 +202,8 @@ class Graph:
         return self.values[self.input].shape[0]
 
     def part(self, start: int, stop: int) -> "Graph":
-        """Nodes [start, stop) as a graph: what it reads from outside comes first in `reads`, and
-        is spent where this graph made it and no later node reads it."""
+        """Returns nodes [start, stop) as a graph. What it reads from outside comes first in
+        `reads`, and is a dead input where this graph made it and no later node reads it."""
         nodes = self.nodes[start:stop]
         made = {node.name for node in nodes}
         read_later = {name for node in self.nodes[stop:] for name in node.inputs}
@@ -211,18 +211,18 @@ class Graph:
         outputs = tuple(node.name for node in nodes if node.name in read_later)
         reads = dict.fromkeys(name for node in nodes for name in node.inputs if name not in made)
         names = [*reads, *made]
-        kept = {*read_later, *self.reads} - self.spent
+        live = {*read_later, *self.reads} - self.dead_inputs
         return Graph(
             next(iter(reads), ""),
             outputs,
             nodes,
             {name: self.values[name] for name in names},
-            spent=frozenset(reads) - kept,
+            dead_inputs=frozenset(reads) - live,
             device=self.device,
         )
 
     def inner(self, start: int, stop: int) -> set[str]:
-        """What nodes [start, stop) make, and they alone read."""
+        """Returns the values that nodes [start, stop) make and they alone read."""
         nodes = self.nodes[start:stop]
         here = Counter(name for node in nodes for name in node.inputs)
         return {n.name for n in nodes if n.name in here and self.readers[n.name] == here[n.name]}
@@ -236,12 +236,12 @@ class Graph:
 
 
 def state_names(graph: Graph) -> set[str]:
-    """What the graph needs of the state."""
+    """Returns the names of the state that the graph needs."""
     return {name for node in graph.nodes for name in node_state(node)}
 
 
 def node_state(node: Node) -> set[str]:
-    """What a node needs of the state."""
+    """Returns the names of the state that a node needs."""
     op, names = node.op, set[str | None]()
     if isinstance(op, Conv):
         names.update((op.weight, op.bias))
@@ -251,12 +251,13 @@ def node_state(node: Node) -> set[str]:
 
 
 def read_at_calls(graph: Graph) -> set[str]:
-    """Of the state, what is read as it is when the graph runs; the rest is folded and laid out."""
+    """Returns the names of the state that is read as it is when the graph runs; the rest is folded
+    and laid out."""
     return {name for node in graph.nodes for name in state_read_by(node.op)}
 
 
 def state_read_by(op: Operation) -> set[str]:
-    """What an operation reads of the state whenever it runs."""
+    """Returns the names of the state that an operation reads whenever it runs."""
     if isinstance(op, Conv | Affine):
         return {op.slope} if isinstance(op.slope, str) else set()
     return _named_in([*op.args, *dict(op.kwargs).values()]) if isinstance(op, Torch) else set()

@@ -1,4 +1,4 @@
-"""What a tactic makes of its nodes: native steps on the arena, or a call on tensors."""
+"""Lowered: what a tactic makes of its nodes, native steps on the arena or a call on tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Native:
-    """Steps; the room holds what they point to."""
+    """Native steps; the arena owns the memory that they point to."""
 
     steps: list[Step]
 
 
 @dataclass(frozen=True)
 class Call:
-    """Reads its inputs among the values and adds its outputs to them."""
+    """A function that reads its inputs among the values and adds its outputs to them."""
 
     run: Callable[[Values], None]
 
 
-Work = Native | Call
+Lowered = Native | Call

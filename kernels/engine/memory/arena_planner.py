@@ -1,9 +1,9 @@
-"""Places buffers in one arena so that those alive at the same time do not overlap.
+"""Places buffers in one arena so that those live at the same time do not overlap.
 
 Greedy by size, as "Efficient Memory Management for Deep Neural Net Inference" (Pisarchyk and Lee,
-2020) found best: the largest first, each at the lowest gap among those it lives together with. Then
-again with those that came to lie at the top first: that took wide ResNet-50's arena from 6.1 MiB to
-the 5.4 below which nothing goes, and the mean excess of random ones from 1.8 to 0.5 percent.
+2020) found best: the largest first, each at the lowest gap among those whose lifetimes meet its
+own. Then again with those first that lay at the top: that took wide ResNet-50's arena from 6.1 MiB
+to its lower bound of 5.4, and the mean excess of random ones from 1.8 to 0.5 percent.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,14 +16,14 @@ _TRIES = 20
 
 @dataclass(frozen=True)
 class Buffer:
-    """`size` bytes that are needed from moment `first` to moment `last`, both included."""
+    """A buffer of `size` bytes that is live from moment `first` to moment `last`, both included."""
 
     size: int
     first: int
     last: int
 
     def meets(self, other: "Buffer") -> bool:
-        """Whether there is a moment when both are needed."""
+        """Tells whether there is a moment when both are live."""
         return self.first <= other.last and other.first <= self.last
 
 
@@ -36,7 +36,7 @@ class ArenaPlan:
 
 
 def arrange(buffers: Sequence[Buffer]) -> ArenaPlan:
-    """Offsets, multiples of ALIGNMENT, in the order of `buffers`."""
+    """Returns offsets, multiples of ALIGNMENT, in the order of `buffers`."""
     least = least_size(buffers)
     order = sorted(range(len(buffers)), key=lambda i: -buffers[i].size)
     best = arena = _place(buffers, order)
@@ -51,7 +51,8 @@ def arrange(buffers: Sequence[Buffer]) -> ArenaPlan:
 
 
 def _place(buffers: Sequence[Buffer], order: Iterable[int]) -> ArenaPlan:
-    """Each at the lowest gap among those it lives together with and that were placed before."""
+    """Places each buffer at the lowest gap among those placed before whose lifetimes meet its
+    own."""
     placed: list[tuple[int, int, Buffer]] = []  # start, end
     offsets = [0] * len(buffers)
     for i in order:
@@ -68,12 +69,12 @@ def _place(buffers: Sequence[Buffer], order: Iterable[int]) -> ArenaPlan:
 
 
 def aligned(size: int) -> int:
-    """Up to the next multiple of ALIGNMENT."""
+    """Returns the size rounded up to a multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def least_size(buffers: Sequence[Buffer]) -> int:
-    """No arrangement is smaller: the most bytes that are alive at one moment."""
+    """Returns the most bytes that are live at one moment: no arrangement is smaller."""
     moments = {b.first for b in buffers}
     return max(
         (sum(aligned(b.size) for b in buffers if b.first <= m <= b.last) for m in moments),

@@ -1,4 +1,4 @@
-"""Arena: where the values of an executor are, for the tactics that write to fixed addresses."""
+"""Arena and WeightStore: the memory of values and weights, for tactics that use fixed addresses."""
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,55 +18,56 @@ class WeightStore:
     """Weights as tactics read them, shared by the executors of all batch sizes."""
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, list[Tensor]] = {}
-        self._shelf = HugePagePool()
-        self._kept: list[Tensor] = []  # those outside of it
+        self._tensors: dict[Hashable, list[Tensor]] = {}
+        self._pool = HugePagePool()
+        self._outside: list[Tensor] = []  # tensors that are not in the pool
 
     def get(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What `make` returns, made once."""
-        if key not in self._found:
-            self._found[key] = [self._shelf.put(tensor) for tensor in make()]
-        return self._found[key]
+        """Returns what `make` returns, called once for a key, copied to large pages as float32."""
+        if key not in self._tensors:
+            self._tensors[key] = [self._pool.put(tensor) for tensor in make()]
+        return self._tensors[key]
 
-    def keep(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Likewise, as `make` returns them: on any device, of any dtype and layout."""
-        if key not in self._found:
-            self._found[key] = make()
-            self.hold(self._found[key])
-        return self._found[key]
+    def get_unchanged(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Like `get`, but leaves the tensors as `make` returns them: on any device, of any dtype
+        and layout."""
+        if key not in self._tensors:
+            self._tensors[key] = make()
+            self.track(self._tensors[key])
+        return self._tensors[key]
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[count], which nobody writes to; all who ask share the largest so far."""
+        """Returns a shared read-only tensor of `count` zeros, a part of the largest so far."""
         key = "zeros", dtype, device
-        if key not in self._found or self._found[key][0].numel() < count:
-            self._found[key] = [torch.zeros(count, dtype=dtype, device=device)]
-            self.hold(self._found[key])
-        return self._found[key][0][:count]
+        if key not in self._tensors or self._tensors[key][0].numel() < count:
+            self._tensors[key] = [torch.zeros(count, dtype=dtype, device=device)]
+            self.track(self._tensors[key])
+        return self._tensors[key][0][:count]
 
-    def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Counts what a tactic keeps for itself."""
-        self._kept += tensors
+    def track(self, tensors: Iterable[Tensor]) -> None:
+        """Adds tensors to `size` that a tactic keeps by itself."""
+        self._outside += tensors
 
-    def size(self, beside: Iterable[Tensor] = ()) -> int:
-        """Bytes, without those of the tensors `beside` it."""
-        kept, known = storages(self._kept), storages(beside)
-        return self._shelf.size + sum(size for key, size in kept.items() if key not in known)
+    def size(self, excluding: Iterable[Tensor] = ()) -> int:
+        """Returns the bytes of all weights, but for storages of the tensors `excluding`."""
+        outside, excluded = storages(self._outside), storages(excluding)
+        return self._pool.size + sum(n for key, n in outside.items() if key not in excluded)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where in an arena values are, and the scratch memory of single nodes. Offsets in bytes."""
+    """Where in an arena values are, and the scratch memory of segments. Offsets are in bytes."""
 
-    homes: Mapping[str, Placement]
+    placements: Mapping[str, Placement]
     offsets: tuple[int, ...]  # of buffers
     scratch: Mapping[int, int]  # of the segment from a position on
     size: int
-    least_size: int  # the most that is alive at one moment
+    least_size: int  # the most that is live at one moment: no arena could be smaller
 
     def offset(self, name: str) -> int:
-        """Of a value's first channel of its first pixel."""
-        home = self.homes[name]
-        return self.offsets[home.buffer] + 4 * home.channel
+        """Returns the offset of a value's first channel of its first pixel."""
+        placement = self.placements[name]
+        return self.offsets[placement.buffer] + 4 * placement.channel
 
 
 def lay_out(
@@ -76,7 +77,7 @@ def lay_out(
     segments: Sequence[tuple[int, int]],
     lanes: int,
 ) -> Layout:
-    """Places values in float32 and scratch memory in one arena.
+    """Places values, in float32, and scratch memory in one arena.
 
     Args:
         values: those that live in the arena.
@@ -85,13 +86,13 @@ def lay_out(
             in one.
         lanes: floats of a vector.
     """
-    homes = assign_buffers(graph, values, segments, lanes, 4)
+    assigned = assign_buffers(graph, values, segments, lanes, 4)
     stops = dict(segments)
-    work = [Buffer(size, at, stops[at] - 1) for at, size in scratch.items()]
-    arena = arrange([*homes.buffers, *work])
-    offsets = dict(zip(scratch, arena.offsets[len(homes.buffers) :], strict=True))
-    least = least_size([*homes.buffers, *work])
-    return Layout(homes.of, arena.offsets, offsets, arena.size, least)
+    scratch_buffers = [Buffer(size, at, stops[at] - 1) for at, size in scratch.items()]
+    buffers = [*assigned.buffers, *scratch_buffers]
+    arena = arrange(buffers)
+    offsets = dict(zip(scratch, arena.offsets[len(assigned.buffers) :], strict=True))
+    return Layout(assigned.of, arena.offsets, offsets, arena.size, least_size(buffers))
 
 
 # A graph, the candidates for its nodes, the network's state and weights laid out for it -> what
@@ -115,42 +116,42 @@ class Arena:
         self.size, self.least_size = layout.size, layout.least_size
 
     def __contains__(self, name: str) -> bool:
-        return name in self._layout.homes
+        return name in self._layout.placements
 
     def address(self, name: str) -> int:
-        """Where a value's first channel of its first pixel is."""
+        """Returns the address of a value's first channel of its first pixel."""
         return self._floats.data_ptr() + self._layout.offset(name)
 
     def pitch(self, name: str) -> int:
-        """Floats from one pixel to the next."""
-        return self._layout.homes[name].pitch
+        """Returns the floats from one pixel of a value to the next."""
+        return self._layout.placements[name].pitch
 
     def scratch(self, at: int) -> int:
-        """The address of the scratch memory of the segment from a position on."""
+        """Returns the address of the scratch memory of the segment from a position on."""
         return self._floats.data_ptr() + self._layout.scratch[at]
 
     def weights(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What `make` returns, float32, in large pages; made once for all that share it."""
+        """Returns what `make` returns, float32, in large pages; made once for all that share it."""
         return self.weight_store.get(key, make)
 
     def tensors(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What `make` returns as it is, made once for all that share it."""
-        return self.weight_store.keep(key, make)
+        """Returns what `make` returns as it is, made once for all that share it."""
+        return self.weight_store.get_unchanged(key, make)
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[count], which nobody writes to, shared as far as it goes."""
+        """Returns a shared read-only tensor of `count` zeros."""
         return self.weight_store.zeros(count, dtype, device)
 
-    def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Counts what a tactic keeps for itself, of one batch size."""
-        self.weight_store.hold(tensors)
+    def track(self, tensors: Iterable[Tensor]) -> None:
+        """Adds tensors that a tactic keeps by itself to the bytes that the engine reports."""
+        self.weight_store.track(tensors)
 
     def view(self, name: str) -> Tensor:
-        """The value as a tensor in the arena, of the shape it has in the graph."""
-        home, shape = self._layout.homes[name], self._graph.values[name].shape
+        """Returns the value as a tensor in the arena, of the shape it has in the graph."""
+        pitch, shape = self.pitch(name), self._graph.values[name].shape
         start = self._floats.storage_offset() + self._layout.offset(name) // 4
         if len(shape) == 2:
-            return self._floats.as_strided(shape, (home.pitch, 1), start)
+            return self._floats.as_strided(shape, (pitch, 1), start)
         n, c, h, w = shape
-        strides = (h * w * home.pitch, 1, w * home.pitch, home.pitch)
+        strides = (h * w * pitch, 1, w * pitch, pitch)
         return self._floats.as_strided((n, c, h, w), strides, start)

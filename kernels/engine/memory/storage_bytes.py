@@ -1,4 +1,6 @@
-"""Bytes behind tensors: every storage once, whoever else looks at it, and oneDNN's packed ones."""
+"""Counts the bytes behind tensors: each storage once, however many tensors share it, and oneDNN's
+packed ones.
+"""
 
 from collections.abc import Hashable, Iterable
 
@@ -7,7 +9,7 @@ from torch import Tensor
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[Hashable, int]:
-    """Bytes of each storage that keeps one of the tensors alive, whole even where that sees a part.
+    """Returns the bytes of each storage behind the tensors, whole even where a tensor sees a part.
 
     A tensor laid out by oneDNN has no storage that torch knows of; it stands for itself.
     """

@@ -21,7 +21,7 @@ class Executor:
     """Runs a graph on values of fixed shapes.
 
     What native steps write lives in one arena, and so does a copy of what they read of others. The
-    other values are torch's, and are let go of when nobody reads them any more.
+    other values are torch's, and are freed after their last use.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Executor:
         self._weight_store = weight_store or WeightStore()
         layout = place(graph, candidates)
         self.arena = Arena(graph, layout, self._weight_store, Executor)
-        self._views = {name: self.arena.view(name) for name in layout.homes}
+        self._views = {name: self.arena.view(name) for name in layout.placements}
         self._items: list[Item] = []
         self._copies: list[Item] = []  # those of the items that bring values into the arena
         self._steps: list[Step] = []
@@ -48,47 +48,49 @@ class Executor:
         for candidate in candidates:
             self._lower(candidate, state)
         self._flush()
-        self._made = {name: self._views[name] for name in self._native}
+        self._native_views = {name: self._views[name] for name in self._native}
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """The outputs, which may lie in the arena; inputs are in the order of `graph.reads`."""
-        values = self._made | dict(zip(self.graph.reads, inputs, strict=True))
+        """Returns the outputs, which may lie in the arena; inputs are in the order of
+        `graph.reads`."""
+        values = self._native_views | dict(zip(self.graph.reads, inputs, strict=True))
         for item in self._items:
             item(values)
         return [values[name] for name in self.graph.outputs]
 
-    def held_bytes(self, beside: Iterable[Tensor] = ()) -> int:
-        """Of weights as tactics keep them, for all that share them; without the tensors `beside`
-        them."""
-        return self._weight_store.size(beside)
+    def weight_bytes(self, excluding: Iterable[Tensor] = ()) -> int:
+        """Returns the bytes of weights as tactics keep them, those of all executors that share
+        them, but for storages of the tensors `excluding`."""
+        return self._weight_store.size(excluding)
 
     def repeat(self, *inputs: Tensor) -> Callable[[], list[Tensor]]:
-        """Runs again what the last call ran, save copying the inputs: for timing a part."""
-        values = self._made | dict(zip(self.graph.reads, inputs, strict=True))
+        """Returns a function that runs again what the last call ran, but for copying the inputs:
+        for timing a part."""
+        values = self._native_views | dict(zip(self.graph.reads, inputs, strict=True))
         items = [item for item in self._items if item not in self._copies]
 
         @torch.inference_mode()
         def again() -> list[Tensor]:
-            here = dict(values)
+            current = dict(values)
             for item in items:
-                item(here)
-            return [here[name] for name in self.graph.outputs]
+                item(current)
+            return [current[name] for name in self.graph.outputs]
 
         return again
 
     def _lower(self, candidate: Candidate, state: State) -> None:
-        work = TACTICS[candidate.tactic].load().lower(self.graph, candidate, state, self.arena)
+        lowered = TACTICS[candidate.tactic].load().lower(self.graph, candidate, state, self.arena)
         nodes = self.graph.nodes[candidate.start : candidate.stop]
-        if isinstance(work, Native):
+        if isinstance(lowered, Native):
             inner = self.graph.inner(candidate.start, candidate.stop)
             for name in dict.fromkeys(name for node in nodes for name in node.inputs):
                 if name not in self._native | inner and name not in self._copied:
                     self._copy_in(name)
-            self._steps += work.steps
+            self._steps += lowered.steps
         else:
             self._flush()
-            self._items.append(self._call(work, [node.name for node in nodes], candidate.stop))
+            self._items.append(self._call(lowered, [node.name for node in nodes], candidate.stop))
 
     def _copy_in(self, name: str) -> None:
         self._flush()
@@ -101,18 +103,19 @@ class Executor:
         self._items.append(copy)
         self._copies.append(copy)
 
-    def _call(self, call: Call, made: list[str], stop: int) -> Item:
-        """`call`, with a copy of results that are views into the arena; then lets values go."""
+    def _call(self, call: Call, outputs: list[str], stop: int) -> Item:
+        """Returns `call`, with a copy of results that are views into the arena; it frees values
+        after their last use."""
         arena = self.arena.pointer
         last = self.graph.last_read
-        gone = [n for n, at in last.items() if at < stop and n not in self._native]
+        dead = [n for n, at in last.items() if at < stop and n not in self._native]
 
         def run(values: Values) -> None:
             call.run(values)
-            for name in made:
+            for name in outputs:
                 if name in values and values[name].untyped_storage().data_ptr() == arena:
                     values[name] = values[name].clone()
-            for name in gone:
+            for name in dead:
                 values.pop(name, None)
 
         return run

@@ -4,7 +4,7 @@ A tactic's module has
 - `refusal(device, dtype) -> str | None`: why it cannot run there, in one sentence;
 - `segments(graph, at) -> Iterable[Candidate]`: what it can do that starts with node `at`;
 - `scratch(graph, candidate) -> int`: bytes it needs while it runs (tactics in the arena only);
-- `lower(graph, candidate, state, arena) -> Work`: the segment, ready to run;
+- `lower(graph, candidate, state, arena) -> Lowered`: the segment, ready to run;
 - `kernels(graph, candidate) -> list[Graph]`, only where a segment takes several kernels: their
   parts;
 - `configuration(graph, candidate) -> Key`, only where it is a kernel's: see
@@ -22,7 +22,7 @@ import torch
 
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph, State
-from resfuse.kernels.engine.ir.lowered import Work
+from resfuse.kernels.engine.ir.lowered import Lowered
 from resfuse.kernels.engine.memory.buffers import Arena
 
 
@@ -35,7 +35,7 @@ class TacticModule(Protocol):
 
     def scratch(self, graph: Graph, candidate: Candidate) -> int: ...
 
-    def lower(self, graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Work: ...
+    def lower(self, graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Lowered: ...
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Builder:
             return
         norm = norm_named(self._norm(k)) if self._draw(st.booleans()) else None
         residual, last = self._residual(shape), self._draw(st.booleans())
-        op = Conv(problem, weight, None, norm).ending(*self._activation(k))
+        op = Conv(problem, weight, None, norm).with_activation(*self._activation(k))
         self._with_residual(op, shape, (x,), residual, last)
 
     def _affine(self) -> None:
@@ -139,8 +139,8 @@ class Builder:
         if residual is None:
             self._append(op, shape, *inputs)
             return
-        plain = type(op).ending(op, "identity", None).adding()
-        added = op.adding() if last else plain.ending(op.activation, op.slope)
+        plain = type(op).with_activation(op, "identity", None).with_residual()
+        added = op.with_residual() if last else plain.with_activation(op.activation, op.slope)
         self._append(added, shape, *inputs, residual)
 
     def _concat(self) -> None:
@@ -182,7 +182,7 @@ class Builder:
             self._append(op, self.shapes[x], x, gate)
             return
         residual, last = self._residual(self.shapes[x]), self._draw(st.booleans())
-        ended = op.ending(*self._activation(c))
+        ended = op.with_activation(*self._activation(c))
         self._with_residual(ended, self.shapes[x], (x, gate), residual, last)
 
     def _mean(self) -> None:

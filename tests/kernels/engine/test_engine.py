@@ -112,13 +112,36 @@ def test_memory_is_what_is_planned_and_held(engine: Engine) -> None:
     memory = engine.memory()
     n, _, h, w = SHAPE
     stem = 4 * n * 16 * ((h + 1) // 2) * ((w + 1) // 2)  # the largest map
-    assert stem <= memory.least <= memory.arena
+    assert stem <= memory.least_arena_bytes <= memory.arena_bytes
     arena = engine._built[2].executor.arena  # its floats end with a line that may be read, not used
-    assert memory.arena <= 4 * arena._floats.numel() <= memory.arena + 64
+    assert memory.arena_bytes <= 4 * arena._floats.numel() <= memory.arena_bytes + 64
     weights = 3 * 16 * 49 + 16 * 32 * 9 + 16 * 32 + 32 * 4 * 9 + 64 * 10
-    assert memory.weights == 0 or memory.weights > 4 * weights / 2
+    assert memory.weights_bytes == 0 or memory.weights_bytes > 4 * weights / 2
     with pytest.raises(ValueError, match="argument batch_size: 7"):
         engine.memory(7)
+
+
+def test_the_former_names_of_memory_still_answer_and_are_deprecated(engine: Engine) -> None:
+    memory = engine.memory()
+    former = {
+        "arena": memory.arena_bytes,
+        "least": memory.least_arena_bytes,
+        "weights": memory.weights_bytes,
+        "originals": memory.originals_bytes,
+        "graph_pool": memory.graph_pool_bytes,
+        "graph_inputs": memory.graph_inputs_bytes,
+    }
+    for name, value in former.items():
+        with pytest.warns(DeprecationWarning, match=rf"Memory\.{name} is now Memory\.\w+_bytes"):
+            assert getattr(memory, name) == value
+
+
+def test_an_engine_prints_one_line(engine: Engine) -> None:
+    segments = engine._built[2].segments
+    assert str(engine) == (
+        f"Engine(N x 3x33x29 float32 on cpu, batch sizes 2; {len(segments)} segments, "
+        f"{sum(s.ms for s in segments):.3f} ms one by one at batch 2)"
+    )
 
 
 def test_explain_has_a_line_for_every_segment(engine: Engine) -> None:

@@ -15,6 +15,7 @@ from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.candidate import key_of
 from resfuse.kernels.engine.ir.graph import Conv, Graph
 from resfuse.kernels.engine.planning.candidates import find_candidates
+from resfuse.kernels.engine.planning.chunking import stage_ends
 from resfuse.kernels.engine.tactics import tactics_for
 from resfuse.kernels.engine.tactics.gpu import (
     triton_block_tail,
@@ -125,3 +126,17 @@ def test_tails_that_lost_to_cudnn_are_tried_once() -> None:
         channels = graph.nodes[at].op.problem.c  # type: ignore[union-attr]
         assert count == 1 if channels > 64 else count > 1
     assert {graph.nodes[at].op.problem.c for at, _ in by_part} == {64, 128, 256}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+@pytest.mark.parametrize("name", ("resnet50", "resnext50_32x4d"))
+def test_early_stages_need_no_candidates_of_their_own(name: str, device: str) -> None:
+    """Their plans are made of the whole graph's, which have been timed, and miss nothing."""
+    graph, tactics = network(name, 8), tactics_for(device)
+    every = [candidate for group in find_candidates(graph, tactics) for candidate in group]
+    ends = stage_ends(graph)
+    assert ends
+    for end in ends:
+        within = [candidate for candidate in every if candidate.stop <= end]
+        own = find_candidates(graph.part(0, end), tactics)
+        assert within == [candidate for group in own for candidate in group]

@@ -210,20 +210,30 @@ def test_a_part_is_timed_in_place_where_the_network_runs_it_so() -> None:
         Node("d", Affine(None, "relu", residual=True), ("c", "x")),
         outputs=("d",),
     )
-    assert [graph.part(at, at + 1).spent for at in range(4)] == [set(), set(), {"a", "b"}, {"c"}]
-    assert graph.part(1, 3).spent == {"a"} and graph.part(1, 3).part(1, 2).spent == {"a", "b"}
+    assert [graph.part(at, at + 1).dead_inputs for at in range(4)] == [
+        set(),
+        set(),
+        {"a", "b"},
+        {"c"},
+    ]
+    assert graph.part(1, 3).dead_inputs == {"a"} and graph.part(1, 3).part(1, 2).dead_inputs == {
+        "a",
+        "b",
+    }
     part = graph.part(2, 3)
     candidate = [Candidate("native", 0, 1)]
     in_place, beside = (
         Executor(part, candidate, {}),
-        Executor(replace(part, spent=frozenset()), candidate, {}),
+        Executor(replace(part, dead_inputs=frozenset()), candidate, {}),
     )
     assert in_place.arena.address("c") == in_place.arena.address("a")
     assert beside.arena.address("c") != beside.arena.address("a")
     inputs = inputs_of(part)
     assert torch.equal(in_place(*inputs)[0], beside(*inputs)[0])
     assert torch.equal(in_place(*inputs)[0], beside(*inputs)[0])  # they are brought in anew
-    assert key_of(part) == key_of(replace(part, spent=frozenset())).replace(")", ") in place", 1)
+    assert key_of(part) == key_of(replace(part, dead_inputs=frozenset())).replace(
+        ")", ") in place", 1
+    )
 
 
 def test_the_parts_of_a_concatenation_are_written_where_the_whole_is() -> None:
@@ -246,9 +256,9 @@ def test_weights_are_laid_out_once_for_all_batch_sizes() -> None:
     candidates = [next(iter(native.segments(graph, 0)))]
     weight_store = WeightStore()
     one = Executor(graph, candidates, state, weight_store)
-    size = one.held_bytes()
+    size = one.weight_bytes()
     two = Executor(graph, candidates, state, weight_store)
-    assert two.held_bytes() == size > 4 * state["w"].numel()
+    assert two.weight_bytes() == size > 4 * state["w"].numel()
 
 
 @settings(max_examples=100, deadline=None)

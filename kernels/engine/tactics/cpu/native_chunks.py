@@ -72,18 +72,18 @@ class _ChunkArena(Arena):
         self._memory, self._chunk = memory, chunk
 
     def __contains__(self, name: str) -> bool:
-        return name in self._layout.homes or name in self._outer
+        return name in self._layout.placements or name in self._outer
 
     def address(self, name: str) -> int:
-        if name in self._layout.homes:
+        if name in self._layout.placements:
             return self._memory + self._layout.offset(name)
         before = self._chunk * pixels_of(self._part, name)
         return self._outer.address(name) + 4 * before * self._outer.pitch(name)
 
     def pitch(self, name: str) -> int:
         return (
-            self._layout.homes[name].pitch
-            if name in self._layout.homes
+            self._layout.placements[name].pitch
+            if name in self._layout.placements
             else self._outer.pitch(name)
         )
 

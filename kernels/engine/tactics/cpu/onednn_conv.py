@@ -39,7 +39,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
     weight, bias = conv_weights(op, state)
     geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
     conv = PackedConv(weight, bias, geometry, problem.activation, slope_of(op, state), input_shape)
-    arena.hold(conv.tensors)
+    arena.track(conv.tensors)
     # a residual that is read here last and belongs to no one else is added in place
     residual = node.residual
     owned = residual is not None and residual not in arena and _is_no_view(graph, residual)

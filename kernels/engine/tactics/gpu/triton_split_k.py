@@ -52,7 +52,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
     config = _config(candidate)
     made = workspace(problem, config, state[op.weight].device)
     counters, partials = made.counters, made.partials.numel()  # counters end each run as zeros
-    arena.hold([counters])
+    arena.track([counters])
 
     def launch_of(t: "Tensors") -> "Launch":
         # The parts of the sum are needed while the launch runs: then others have their memory.

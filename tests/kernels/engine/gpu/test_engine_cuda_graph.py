@@ -113,7 +113,7 @@ class TestOnTheDevice:
         self, engine: Engine, model: nn.Module, timings: Path
     ) -> None:
         plain = build_engine(model, images(1), batch_sizes=SIZES, timings=timings, cuda_graph=False)
-        assert not plain.cuda_graph and plain.memory().graph_pool == 0
+        assert not plain.cuda_graph and plain.memory().graph_pool_bytes == 0
         for n in SIZES:
             x = images(n, 5)
             assert all(torch.equal(a, b) for a, b in zip(engine(x), plain(x), strict=True))
@@ -234,10 +234,10 @@ class TestOnTheDevice:
 
     def test_the_engine_reports_its_pool(self, engine: Engine) -> None:
         memory = engine.memory()
-        assert memory.graph_pool > 0 and memory.graph_pool % 512 == 0
-        assert memory.graph_inputs == sum(n * 3 * 32 * 32 * 2 for n in SIZES)
+        assert memory.graph_pool_bytes > 0 and memory.graph_pool_bytes % 512 == 0
+        assert memory.graph_inputs_bytes == sum(n * 3 * 32 * 32 * 2 for n in SIZES)
         least = 3 * 64 * 16 * 16 * 2  # the stem's output, if nothing else
-        assert memory.graph_pool >= least
+        assert memory.graph_pool_bytes >= least
 
     def test_what_cannot_be_recorded_is_said(self) -> None:
         def synchronises(x: Tensor) -> list[Tensor]:
@@ -392,7 +392,7 @@ def test_turns_wait_for_the_run_before(said: list[str]) -> None:
 def test_on_a_cpu_nothing_is_recorded(engine: Engine, model: nn.Module) -> None:
     assert not engine.cuda_graph
     memory = engine.memory()
-    assert (memory.graph_pool, memory.graph_inputs) == (0, 0)
+    assert (memory.graph_pool_bytes, memory.graph_inputs_bytes) == (0, 0)
     assert "Times were measured on this device" in engine.explain()
     x = images(3)
     require_like(model, engine(x), x)

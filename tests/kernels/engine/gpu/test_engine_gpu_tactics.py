@@ -322,7 +322,7 @@ def test_weights_are_laid_out_once_for_all_batch_sizes() -> None:
         executor = Executor(
             graph, [next(iter(triton_conv1x1.segments(graph, 0)))], state, weight_store
         )
-        held.append(executor.held_bytes())
+        held.append(executor.weight_bytes())
     assert held == [2 * (32 * 32 + 32)] * 2
 
 

@@ -117,7 +117,7 @@ def require_all_counted(engine: Engine) -> None:
     chunks = {shelf._free.untyped_storage().data_ptr() for shelf in shelves}
     inside = sum(shelf.size for shelf in shelves)
     held = {key: n for key, n in bytes_of(found).items() if key not in arenas | chunks}
-    assert memory.weights + memory.originals == sum(held.values()) + inside
+    assert memory.weights_bytes + memory.originals_bytes == sum(held.values()) + inside
 
 
 @pytest.fixture(autouse=True)
@@ -138,8 +138,8 @@ def test_every_byte_of_weights_is_counted_once(
     require_all_counted(engine)
     memory = engine.memory()
     given = sum(4 * t.numel() for t in [*model.parameters(), *model.buffers()] if t.numel() > 1)
-    assert (memory.originals > 0.9 * given) is keep_weights
-    assert memory.weights > 4 * 64 * 64 * 9  # at the least the larger convolution, laid out
+    assert (memory.originals_bytes > 0.9 * given) is keep_weights
+    assert memory.weights_bytes > 4 * 64 * 64 * 9  # at the least the larger convolution, laid out
 
 
 def test_the_model_beside_an_engine_is_counted(timings: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_model_beside_an_engine_is_counted(timings: Path) -> None:
         model, images(), other_batches="eager", timings=timings, keep_weights=False
     )
     require_all_counted(engine)
-    assert engine.memory().originals >= sum(4 * p.numel() for p in model.parameters())
+    assert engine.memory().originals_bytes >= sum(4 * p.numel() for p in model.parameters())
 
 
 def test_a_refreshed_engine_lets_go_of_what_it_had(timings: Path) -> None:
