@@ -54,7 +54,7 @@ def sanitizer(compiler: str) -> str:
     return " ".join(found)
 
 
-def test_native_steps_stay_in_their_memory_and_within_the_language() -> None:
+def test_native_steps_stay_in_their_memory_and_within_the_language(tmp_path: Path) -> None:
     try:
         compiler = _compiler()
     except NativeUnavailable as reason:
@@ -68,7 +68,7 @@ def test_native_steps_stay_in_their_memory_and_within_the_language() -> None:
     tests = [str(HERE / test) for test in TESTS]
     done = subprocess.run(
         [sys.executable, "-c", RUN, " ".join(FLAGS), *tests],
-        env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False,
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "passed" in done.stdout
