@@ -16,7 +16,7 @@ _BELIEVED = 1000  # times as fast as just now; a machine that others use may be 
 
 class Ceilings:
     """GFLOP/s of a large matrix product and GB/s of a large copy, the most ever measured: they are
-    measured again when somebody asks, for whatever else a machine does only slows.
+    measured again whenever they are asked for, since other load on a machine only slows it.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, cache: TimingCache) -> None:

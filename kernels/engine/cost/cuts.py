@@ -2,7 +2,7 @@
 
 Each kernel reads and writes every tensor that it shares with others once, and does all of its
 arithmetic or all of its traffic at the device's full rate, whichever takes longer. A cut is a limit
-for everybody who cuts that way, not a plan: nobody asks whether such a kernel could be built.
+for every implementation that cuts that way, not a plan: such a kernel may be impossible to build.
 """
 
 from collections import Counter
@@ -97,7 +97,7 @@ def _with_pixelwise(graph: Graph, most: int) -> Kernels:
 
 
 def _with_pools(graph: Graph, kernels: Kernels) -> Kernels:
-    """Pooling where its input is made, unless somebody else reads that."""
+    """Moves pooling to where its input is made, unless that has another reader."""
     makers = {node.name: kernel for kernel in kernels for node in kernel}
     left = []
     for kernel in kernels:
@@ -133,15 +133,15 @@ def _followers(graph: Graph, first: Node, most: int, taken: set[str]) -> list[No
 
 
 def _blocks(graph: Graph) -> Kernels:
-    """From one point where a single value is alive to the next: a residual block is one kernel."""
+    """From one point where a single value is live to the next: a residual block is one kernel."""
     kernels: Kernels = [[]]
-    alive: set[str] = set()
+    live: set[str] = set()
     for at, node in enumerate(graph.nodes):
         kernels[-1].append(node)
-        alive.add(node.name)
-        alive = {name for name in alive if graph.last_read[name] > at}
+        live.add(node.name)
+        live = {name for name in live if graph.last_read[name] > at}
         reads_on = graph.input and graph.last_read[graph.input] > at
-        if len(alive) == 1 and not reads_on:
+        if len(live) == 1 and not reads_on:
             kernels.append([])
     return _with_pools(graph, [nodes for nodes in kernels if nodes])
 

@@ -24,7 +24,7 @@ class Captured:
 
     def add_value(self, node: fx.Node, name: str) -> None:
         meta = node.meta["val"]
-        if isinstance(meta, list | tuple):  # a batch norm's result, and statistics nobody reads
+        if isinstance(meta, list | tuple):  # a batch norm's result, and unread statistics
             meta = meta[0]
         if not all(isinstance(n, int) for n in meta.shape):
             raise ValueError(

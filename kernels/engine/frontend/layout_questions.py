@@ -21,7 +21,7 @@ _BETWEEN = ("torch.overrides", "torch._tensor", "torch._jit_internal")
 
 
 class LayoutQuestions(TorchFunctionMode):
-    """Notes what somebody's code asks while this is entered; torch's own code may ask anything."""
+    """Notes what a model's code asks while this is entered; torch's own code may ask anything."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,28 +1,31 @@
-"""Merges into convolutions and batch norms what follows them, where nobody else reads what lies
-between: norm, activation, sum; and picks of picks into one. What remains is what the engine plans
-with.
+"""Passes over a captured graph. They merge into convolutions and batch norms what follows them,
+where what lies between has no other reader: norm, activation, sum; and picks of picks into one.
+What remains is what the engine plans with.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Node, Pick
 
 
 def merge(graph: Graph) -> Graph:
-    """The same computation in fewer nodes; those that nobody reads are gone."""
-    nodes = _without_unread(graph)
-    at = 0
+    """Returns the same computation in fewer nodes, by all passes in order."""
+    for transform in PASSES:
+        graph = transform(graph)
+    return graph
+
+
+def merge_followers(graph: Graph) -> Graph:
+    """Merges each norm, activation, sum and pick into the node before it where that is possible."""
+    nodes, at = list(graph.nodes), 0
     while at < len(nodes):
         merged = _merge_at(replace(graph, nodes=tuple(nodes)), at)
         if merged is None:
             at += 1
         else:
             nodes, at = merged
-    nodes = _projections_where_added(replace(graph, nodes=tuple(nodes)))
-    values = {name: graph.values[name] for node in nodes for name in (*node.inputs, node.name)}
-    return replace(
-        graph, nodes=tuple(nodes), values={graph.input: graph.values[graph.input]} | values
-    )
+    return replace(graph, nodes=tuple(nodes))
 
 
 def _merge_at(graph: Graph, at: int) -> tuple[list[Node], int] | None:
@@ -74,9 +77,9 @@ def _joined(first: Node, second: Node) -> Conv | Affine | Pick | None:
     return op.with_activation(then.activation, then.slope)
 
 
-def _projections_where_added(graph: Graph) -> list[Node]:
-    """A projection shortcut's 1x1 convolution directly before the one convolution that adds it:
-    neighbours can be one segment. What it reads has been made by then, whatever the order was.
+def move_projections(graph: Graph) -> Graph:
+    """Moves a projection shortcut's 1x1 convolution directly before the one convolution that adds
+    it: neighbours can be one segment. What it reads has been made by then, whatever the order was.
     """
     adders = {node.residual: node for node in graph.nodes if isinstance(node.op, Conv)}
     moved = {
@@ -85,12 +88,13 @@ def _projections_where_added(graph: Graph) -> list[Node]:
         if node.name in adders and _is_plain_1x1(node) and graph.readers[node.name] == 1
     }
     names = {node.name for node in moved.values()}
-    return [
+    nodes = [
         placed
         for node in graph.nodes
         if node.name not in names
         for placed in ([moved[id(node)], node] if id(node) in moved else [node])
     ]
+    return replace(graph, nodes=tuple(nodes))
 
 
 def _is_plain_1x1(node: Node) -> bool:
@@ -100,11 +104,27 @@ def _is_plain_1x1(node: Node) -> bool:
     return (op.problem.r, op.problem.s) == (1, 1)
 
 
-def _without_unread(graph: Graph) -> list[Node]:
+def drop_unread(graph: Graph) -> Graph:
+    """Drops the nodes whose results are not read."""
     read = set(graph.outputs)
     kept: list[Node] = []
     for node in reversed(graph.nodes):
         if node.name in read:
             read.update(node.inputs)
             kept.append(node)
-    return kept[::-1]
+    return replace(graph, nodes=tuple(kept[::-1]))
+
+
+def drop_values(graph: Graph) -> Graph:
+    """Drops the values that no node is left to make or read."""
+    names = dict.fromkeys(n for node in graph.nodes for n in (*node.inputs, node.name))
+    values = {name: graph.values[name] for name in [graph.input, *names]}
+    return replace(graph, values=values)
+
+
+PASSES: tuple[Callable[[Graph], Graph], ...] = (
+    drop_unread,
+    merge_followers,
+    move_projections,
+    drop_values,
+)

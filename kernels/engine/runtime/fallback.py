@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 
 def with_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the model's modules around the tensors in `state`, and copies of the others.
+    """Returns a copy of the model's modules around the tensors in `state`, and copies of the
+    others.
 
-    The model itself stays as it is: it is somebody else's, and may be running or training.
+    The model itself stays as it is: it belongs to the caller, and may be running or training.
     """
     own = dict(tensors_of(model))
     new = {id(old): _like(old, state[name]) for name, old in own.items() if name in state}
-    # what a module has beside those, as the old weight_norm does, may be no leaf: deepcopy refuses
-    beside = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in beside} | new)
+    # a module's other tensors, as the old weight_norm has them, may be no leaves: deepcopy refuses
+    others = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in others} | new)
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
@@ -24,6 +25,6 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers under every name they have."""
+    """Yields parameters and buffers under every name they have."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)

@@ -46,7 +46,7 @@ def compile_in_processes(launches: "Sequence[Launch]", arch: int, cores: int) ->
     come to, is left to the caller."""
     count = processes_for(len(launches), cores, free_bytes())
     if count and sys.executable:
-        with contextlib.suppress(Exception):  # no process, no memory, an argument nobody pickles
+        with contextlib.suppress(Exception):  # no process, no memory, or what pickle refuses
             run_processes(launches, arch, count)
 
 

@@ -84,7 +84,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 
 
 def is_projection(graph: Graph, side: Node, node: Node) -> bool:
-    """Whether `node` adds the 1x1 convolution `side`, which nobody else reads."""
+    """Tells whether `node` is the only reader of the 1x1 convolution `side`, and adds it."""
     op = side.op
     return (
         isinstance(op, Conv)
