@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 11
 
 setup: $(STAMP)  ## the virtual environment with the tested versions (about 5.5 GB, some minutes, once)
 
@@ -19,9 +19,14 @@ $(STAMP): pyproject.toml constraints.txt
 bench: $(STAMP)  ## measure networks here and write results/<machine>/REPORT.md; ARGS="-m resnet50 -b 32"
 	$(BIN)/resfuse bench $(ARGS)
 
+TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+	$(BIN)/python -m pytest -q --benchmark-disable -n logical --maxprocesses 8 --dist worksteal
+
 test: $(STAMP)  ## run the tests, one process a core; benchmarks check their answers and time nothing; ARGS="-k native"
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
-	$(BIN)/python -m pytest -q --benchmark-disable -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+	$(TEST) --durations 10 $(ARGS)
+
+test-fast: $(STAMP)  ## those that are not marked slow, in some minutes
+	$(TEST) -m "not slow" $(ARGS)
 
 report: $(STAMP)  ## write the reports of results/ again, from the rows alone
 	$(BIN)/resfuse report $(ARGS)
@@ -46,4 +51,4 @@ types: $(STAMP)  ## mypy
 clean:  ## remove what the targets made, results excepted
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
-.PHONY: help setup bench test report gpu inspect lint format types clean
+.PHONY: help setup bench test test-fast report gpu inspect lint format types clean

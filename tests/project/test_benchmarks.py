@@ -26,6 +26,8 @@ from resfuse.bench.measuring.probes import peak_memory
 from resfuse.bench.records.case import Case
 from resfuse.bench.records.convolutions import Convolution, convolutions
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = {"cpu": 10, "cuda": 50}[DEVICE]
 PRECISION = {"cpu": "float32", "cuda": "float16"}[DEVICE]

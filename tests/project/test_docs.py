@@ -17,6 +17,8 @@ import pytest
 from conftest import ROOT, insert_after
 from resfuse.bench.cli import parser
 
+pytestmark = pytest.mark.slow
+
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 # These say where things are; a page of instructions may name a file that its reader is to write.
 MAPS = (

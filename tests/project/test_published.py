@@ -13,6 +13,8 @@ from resfuse.bench.records import results
 from resfuse.bench.report import write_report
 from resfuse.bench.report.short_report import LONGEST
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob(f"*/{results.ROWS}"))
 README = (ROOT / "README.md").read_text()

@@ -16,7 +16,7 @@ from resfuse.resnet_ref import calibrate, create, shrink_branches
 # A thousand layers are thousands of small kernels, each ended by a barrier between threads. On two
 # cores, one of them busy with other work, ResNet-1202's test took 31 to 84 s with two threads and 4
 # to 8 s with one; on idle cores 3.3 and 4.1 s.
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from torch import nn
 
 from resfuse.resnet_ref import MODELS, create, input_size, num_classes
 
+pytestmark = pytest.mark.slow
+
 
 def weighted_layers(model: nn.Module) -> int:
     """Convolutions and fully connected layers, projections of shortcuts not counted."""

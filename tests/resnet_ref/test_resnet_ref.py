@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from resfuse.resnet_ref import MODELS, create, input_size
 from resfuse.resnet_ref.resnet import plain, preact_resnet, resnet
 
+pytestmark = pytest.mark.slow
+
 IN_TORCHVISION = [
     "resnet18",
     "resnet34",

@@ -25,6 +25,8 @@ from resfuse.tools.gpu_plan import carried, carried_archive, carried_kernels
 from resfuse.tools.gpu_plan.carried_archive import Foreign, extract
 from resfuse.tools.gpu_plan.carried_manifest import Facts, Manifest, Wanted, differences
 
+pytestmark = pytest.mark.slow
+
 WANTED = Wanted("resnet18", 2, "float16")
 HAS_LAUNCHERS = hasattr(c_launchers.nvidia, "make_launcher")
 KEY = "A" * 52

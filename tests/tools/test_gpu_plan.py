@@ -36,6 +36,8 @@ from resfuse.tools.gpu_plan.plan_progress import CUT, DONE, FAILED, Progress
 from resfuse.tools.gpu_plan.plan_steps import BUDGET_S, PARTS, PROBE, STEPS, SURVEY_S, Step
 from resfuse.tools.gpu_plan.restore import restore
 
+pytestmark = pytest.mark.slow
+
 BENCHES = [step for step in STEPS if step.line.startswith("bench")]
 
 

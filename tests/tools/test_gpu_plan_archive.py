@@ -31,6 +31,8 @@ from resfuse.tools.gpu_plan import archive
 from resfuse.tools.gpu_plan.archive import LIMIT_BYTES, Places, pack, unpack
 from resfuse.tools.gpu_plan.restore import restore
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case("resnet50", "engine", "inference", "cuda", "float16", "channels_last", 256, 224)
 STAMP = Stamp("an abacus", "env", "commit", "2026-01-01T00:00:00+00:00")

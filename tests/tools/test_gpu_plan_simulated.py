@@ -15,6 +15,8 @@ from resfuse.tools.gpu_plan.plan_steps import STEPS
 from resfuse.tools.gpu_plan.restore import restore
 from simulated_gpu import CEILINGS, FACTS, Killed, SimulatedGpu
 
+pytestmark = pytest.mark.slow
+
 FOLDER = "a-simulated-h200"
 HEADLINE = {("engine", 1), ("cudnn_fused", 1), ("engine", 256), ("cudnn_fused", 256)}
 SECOND = {step.name for step in STEPS if step.part != "third"}

@@ -14,6 +14,8 @@ from resfuse.bench.common.subcommand import Subcommand
 from resfuse.bench.running.profiles import PROFILES
 from resfuse.bench.studies import STUDIES
 
+pytestmark = pytest.mark.slow
+
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What the command says of bad input: one line on stderr, exit code 2."""

@@ -11,6 +11,8 @@ from resfuse.bench.records.case import Request
 from resfuse.bench.running import survey
 from resfuse.kernels.engine.cost.gpus import GPUS
 
+pytestmark = pytest.mark.slow
+
 ASK = ["roofline", "resnet18", "--img-size", "64", "-b", "1,8"]
 
 

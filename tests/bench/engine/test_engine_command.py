@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from resfuse.bench.cli import main
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["engine", "cifar_resnet20", "--img-size", "16", "--device", "cpu", "--time", "0.05"]
 
 

@@ -30,6 +30,8 @@ from resfuse.kernels.gpu.registry import KERNELS
 from resfuse.kernels.gpu.stem import stem_config
 from resfuse.kernels.ops.conv_problem import MATH_MODES
 
+pytestmark = pytest.mark.slow
+
 FOUND = {
     "device": "cuda",
     "env_id": "0123456789",

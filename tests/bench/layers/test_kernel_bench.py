@@ -27,6 +27,8 @@ from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sheet import Stamp
 from resfuse.kernels.ops.conv_problem import ConvProblem
 
+pytestmark = pytest.mark.slow
+
 PROBLEM = ConvProblem(2, 16, 20, 20, k=24, r=3, s=3, padding=(1, 1), math_mode="ieee")
 CONVOLUTION = Convolution("tiny", 20, "cpu", "float32", "0", 1, PROBLEM)
 OPTIONS = Options(seconds=0, min_rounds=4, max_rounds=4)

@@ -18,6 +18,8 @@ from resfuse.bench.report.data.workload import KernelResult, Workload
 from resfuse.bench.report.tables.reconcile import Reconciled
 from resfuse.bench.running import sweep as whole_sweep
 
+pytestmark = pytest.mark.slow
+
 
 def timed(shape: str, provider: str, count: int, ms: float, error: float = 1e-7) -> KernelResult:
     numbers = {"p50_ms": ms, "rel_l2_err": error, "sol_pct": 50.0}

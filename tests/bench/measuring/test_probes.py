@@ -12,6 +12,8 @@ from resfuse.bench.common.errors import UsageError
 from resfuse.bench.measuring.probes import energy, machine, nvml, peak_memory, processor
 from resfuse.bench.measuring.probes import idle as quiet
 
+pytestmark = pytest.mark.slow
+
 MEGABYTE = 2**20
 
 

@@ -13,6 +13,8 @@ from resfuse.bench.records.case import Case, Options
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running import subprocess_runner
 
+pytestmark = pytest.mark.slow
+
 # Some 30 ms a step: long enough for clocks to be compared, short enough for a suite.
 CASE = Case("resnet18", "eager", "inference", "cpu", "float32", "contiguous", 4, 64)
 SMALL = Case("cifar_resnet20", "eager", "train", "cpu", "float32", "contiguous", 4, 32)

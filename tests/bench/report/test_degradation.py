@@ -26,6 +26,8 @@ from resfuse.bench.trainings.degradation_sheet import ASKED, SHEET
 from resfuse.bench.trainings.training_run import PLAIN, Run
 from trainings import FOUND, QUIET, keep
 
+pytestmark = pytest.mark.slow
+
 RUN = Run("digits", "A", 8, seed=0, epochs=2, batch_size=64, learning_rate=0.02)
 
 

@@ -15,6 +15,8 @@ from resfuse.bench.records.case_row import columns
 from resfuse.bench.records.results import record_environment
 from resfuse.bench.report import HTML, write_merged_report, write_report
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:

@@ -23,6 +23,8 @@ from resfuse.kernels import fold_conv_bn
 from resfuse.kernels.gpu.cudnn.cudnn_relu import FORMS
 from resfuse.resnet_ref import calibrate, create, input_size, shrink_branches
 
+pytestmark = pytest.mark.slow
+
 
 def calibrated(name: str, size: int) -> nn.Module:
     """A network with weights and statistics as in the benchmarks, at another image size."""

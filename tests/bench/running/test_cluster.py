@@ -21,6 +21,8 @@ from resfuse.bench.cli import main
 from resfuse.bench.cluster.collect import collect
 from resfuse.bench.records import results
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("submitit", reason="resfuse sweep needs the extra `cluster`")
 
 # A job that others stop for minutes is slow and not lost.

@@ -24,6 +24,8 @@ from resfuse.bench.records import results
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.world import launched, require_devices, world_of
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).resolve().parents[2] / "helpers"
 TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

@@ -20,6 +20,8 @@ from conftest import Resfuse, insert_after
 from resfuse.bench.records import results
 from resfuse.bench.records.case_row import columns
 
+pytestmark = pytest.mark.slow
+
 PLANTED = '''"""Backends that end badly."""
 import os, time
 

@@ -17,7 +17,7 @@ from resfuse.bench.studies.contention import contention_study, contention_table,
 from resfuse.bench.studies.contention.neighbours import busy
 from resfuse.bench.studies.contention.scenarios import SCENARIOS, Scenario
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from resfuse.bench.running.sweep import expand
 from resfuse.bench.studies.depth_study import requests
 from resfuse.resnet_ref import MODELS
 
+pytestmark = pytest.mark.slow
+
 
 def cases_of(*arguments: str, device: str = "cpu") -> list[tuple[str, str, int]]:
     args = parser().parse_args(["study", "depth", *arguments])

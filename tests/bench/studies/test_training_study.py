@@ -33,6 +33,8 @@ from resfuse.bench.trainings.variants import EAGER, EXACT, FUSED, TWINS, WAYS, r
 from resfuse.kernels.gpu.batch_norm import bn_add_relu
 from trainings import FOUND, QUIET, keep
 
+pytestmark = pytest.mark.slow
+
 RUN = Run("digits", "A", 8, seed=0, epochs=1, batch_size=48, learning_rate=0.02)
 
 

@@ -44,7 +44,7 @@ from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.engine.tactics.cpu import native
 from resfuse.kernels.ops.conv_problem import ConvProblem
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 WIDTHS = {"x86-64-v3": ("avx2", 8), "x86-64-v2": ("sse4_2", 4)}  # -march: what it takes, lanes
 
@@ -116,7 +116,7 @@ def test_a_residual_is_overwritten_in_place(name: str) -> None:
 def test_a_residual_of_few_channels_has_room_for_whole_vectors() -> None:
     """It is read and overwritten in vectors, which would reach into the next pixel."""
     problem = problem_of(2, 16, 5, 5, 3, 1, 1, residual=True)
-    graph = replace(conv_graph(problem), spent=frozenset("r"))
+    graph = replace(conv_graph(problem), dead_inputs=frozenset("r"))
     choice = Candidate("native", 0, 1, tuple(asdict(config_of("direct", problem)).items()))
     state = conv_state(problem)
     executor = Executor(graph, [choice], state)

@@ -11,6 +11,8 @@ import pytest
 
 from resfuse.kernels.cpu.library import NativeUnavailable, _compiler
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 FLAGS = (
     "-fsanitize=address,undefined",

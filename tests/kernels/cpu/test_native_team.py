@@ -29,7 +29,7 @@ from resfuse.kernels.engine.ir.graph import Graph, MaxPool, Mean, State
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics.cpu import native, native_chain, native_rows
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 DISTURBED = "-DRESFUSE_DISTURBED"
 WATCHDOG_S = 120

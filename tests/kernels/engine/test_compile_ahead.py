@@ -25,6 +25,8 @@ from resfuse.kernels.gpu.common.stand_in_driver import stand_in
 from resfuse.kernels.gpu.registry import KERNELS
 from without_interpreter import output_of, printed_by
 
+pytestmark = pytest.mark.slow
+
 
 def two_equal_convolutions() -> tuple[Graph, State, list[Candidate]]:
     """A graph, and every candidate for its nodes."""

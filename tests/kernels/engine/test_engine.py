@@ -21,7 +21,7 @@ from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 from resfuse.resnet_ref import create
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

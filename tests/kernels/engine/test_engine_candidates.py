@@ -26,6 +26,8 @@ from resfuse.kernels.engine.tactics.gpu import (
 from resfuse.kernels.gpu.conv.conv_config import Config
 from resfuse.resnet_ref import create
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def network(name: str, batch: int) -> Graph:

@@ -33,7 +33,7 @@ from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 from resfuse.resnet_ref import create
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 
 def first_native(graph: Graph) -> list[Candidate]:

@@ -14,6 +14,8 @@ from resfuse.kernels.engine.ir.graph import Conv, Graph
 from resfuse.resnet_ref import create
 from resfuse.resnet_ref.cifar import cifar_preact
 
+pytestmark = pytest.mark.slow
+
 H200 = Gpu("measured", {"fp16": 790.0}, 4.3)
 # ResNet-50 v1.5 in fp16 at batch 256, 790 TFLOP/s and 4.3 TB/s: images/s and MB (10^6) an image.
 BY_HAND = {

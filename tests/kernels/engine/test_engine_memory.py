@@ -236,26 +236,6 @@ def test_a_part_is_timed_in_place_where_the_network_runs_it_so() -> None:
     )
 
 
-def test_a_residual_of_few_channels_is_overwritten_by_whole_vectors() -> None:
-    """Its pixels need room for them, or each would clobber the next."""
-    problem = replace(SUM, k=10)
-    graph = graph_of(
-        Node("r", Conv(replace(problem, residual=False), "w"), ("x",)),
-        Node("sum", Conv(problem, "w"), ("x", "r")),
-        outputs=("sum",),
-        channels={"r": 10, "sum": 10},
-    )
-    part = graph.part(1, 2)
-    assert part.dead_inputs == {"r"}
-    inputs, state = inputs_of(part), conv_state(problem)
-    (right,) = Executor(part, eager_choices(part), state)(*inputs)
-    for config in candidates(problem):
-        candidate = Candidate("native", 0, 1, tuple(asdict(config).items()))
-        executor = Executor(part, [candidate], state)
-        assert executor.arena.address("sum") == executor.arena.address("r")
-        assert error(executor(*inputs)[0], right) < CLOSE
-
-
 def test_the_parts_of_a_concatenation_are_written_where_the_whole_is() -> None:
     graph = graph_of(
         Node("a", Affine(None, "relu"), ("x",)),

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from triton.backends.compiler import GPUTarget
@@ -26,6 +27,8 @@ from resfuse.kernels.gpu.common.launch import Launch
 from resfuse.kernels.gpu.conv.conv_config import Config
 from resfuse.kernels.gpu.inspect.inspect import compile_launch
 from resfuse.resnet_ref import create
+
+pytestmark = pytest.mark.slow
 
 # Tactics whose kernels have a pipelined loop, and how many of its different tiles are compiled:
 # some 2 s each. A tail's loops and operands are of several kinds, and inspect.py looks after them.

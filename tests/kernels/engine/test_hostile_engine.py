@@ -24,7 +24,7 @@ from resfuse.kernels import Engine, build_engine
 from resfuse.kernels.engine.load import load_engine
 from scope import Scope
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 AS_EAGER = 2e-6
 SHAPE = (2, 3, 9, 10)

@@ -15,6 +15,8 @@ from resfuse.kernels import explain, fuse, fused, unfuse
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR
 from scope import Scope
 
+pytestmark = pytest.mark.slow
+
 # What stays as it was
 
 

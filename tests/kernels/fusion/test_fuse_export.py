@@ -15,6 +15,8 @@ from resfuse.kernels import FusedBottleneck, fuse
 from resfuse.resnet_ref import create
 from resfuse.resnet_ref.blocks import PreActBottleneck
 
+pytestmark = pytest.mark.slow
+
 BATCHES = (1, 2, 3, 8)
 
 

@@ -9,6 +9,8 @@ from fuse_models import conv_bn, images, is_fused, network
 from resfuse.kernels import explain, fuse
 from scope import Scope
 
+pytestmark = pytest.mark.slow
+
 # Inputs the fused layers do not take are the layers' own business
 
 

@@ -18,6 +18,8 @@ from resfuse.kernels import FusedBottleneck, explain, fuse, unfuse
 from resfuse.kernels.fusion.planning.plan import plan_of
 from training_models import Pair, images, network, require_same_training, steps_in, train_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "make",

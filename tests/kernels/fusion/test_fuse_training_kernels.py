@@ -14,6 +14,8 @@ from resfuse.kernels import fuse
 from resfuse.kernels.fusion.training.training_mode import operations_anywhere
 from training_models import Pair, images, steps_in, train_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def on_kernels() -> Iterator[None]:

@@ -17,6 +17,8 @@ from resfuse.kernels import explain, fuse
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 from resfuse.resnet_ref import MODELS, create
 
+pytestmark = pytest.mark.slow
+
 Factory = Callable[[], nn.Module]
 
 # Odd in both directions, batch 1 and 3. None where a map of width 2 meets a 3x3 with stride 2:

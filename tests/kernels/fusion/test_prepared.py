@@ -29,6 +29,8 @@ from resfuse.kernels.gpu.common import launch
 from resfuse.kernels.gpu.common.stand_in_driver import Launched, StandInDriver, stand_in
 from without_interpreter import printed_by
 
+pytestmark = pytest.mark.slow
+
 
 class Layer(nn.Module):
     """A convolution, its batch norm and an activation."""

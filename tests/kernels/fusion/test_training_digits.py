@@ -3,6 +3,7 @@
 import copy
 from functools import cache
 
+import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from resfuse.kernels import fuse, unfuse
 from resfuse.kernels.fusion.training.training_mode import operations_anywhere
 from resfuse.resnet_ref import create
+
+pytestmark = pytest.mark.slow
 
 EPOCHS = 3
 

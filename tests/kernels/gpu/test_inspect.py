@@ -37,6 +37,8 @@ from resfuse.kernels.gpu.inspect.targets import DEFAULT_TARGETS, TARGETS, reside
 from resfuse.kernels.gpu.registry import KERNELS
 from resfuse.tools.gpu_plan.carried_archive import move_into_cache, relative
 
+pytestmark = pytest.mark.slow
+
 
 @triton.jit
 def matmul(

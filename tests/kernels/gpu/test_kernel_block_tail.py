@@ -31,6 +31,8 @@ from resfuse.kernels.gpu.block_tail.block_tail_kernel import launch, shipped
 from resfuse.kernels.gpu.common.arguments import channels_last
 from resfuse.kernels.ops.conv_problem import MATH_MODES
 
+pytestmark = pytest.mark.slow
+
 SMALL = TailProblem(1, 64, 5, 7, 64, 64, 1, "ieee")  # 35 pixels: neither a tile nor a multiple
 Arguments = dict[str, Tensor | None]
 

@@ -33,6 +33,8 @@ from resfuse.kernels.gpu.conv.conv_config import (
 from resfuse.kernels.ops.activation import ACTIVATIONS
 from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem, math_mode_of
 
+pytestmark = pytest.mark.slow
+
 SMALL = Config(16, 16, 16)
 reference = partial(exact, conv_bn_act_ref)
 

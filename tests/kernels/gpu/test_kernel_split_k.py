@@ -33,6 +33,8 @@ from resfuse.kernels.gpu.split_k.split_k import (
 )
 from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem, math_mode_of
 
+pytestmark = pytest.mark.slow
+
 TILE = conv_config.Config(16, 16, 16)
 reference = partial(exact, conv_bn_act_ref)
 LATE = ConvProblem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1))  # ResNet-50's last 3x3 at batch 1

@@ -17,6 +17,8 @@ from resfuse.kernels.gpu.stem.stem_config import CONFIGS, Config, StemProblem, c
 from resfuse.kernels.gpu.stem.stem_kernel import launch, pack_weight, shipped, window_width
 from resfuse.kernels.ops.conv_problem import MATH_MODES, math_mode_of
 
+pytestmark = pytest.mark.slow
+
 # n, c, h, w, k: an ImageNet shape cut small, primes, one pixel, and every C
 CASES = {
     "imagenet": (2, 3, 16, 16, 16),

@@ -18,6 +18,8 @@ from resfuse.kernels.fusion.training.training_mode import operations_anywhere
 from resfuse.kernels.fusion.training.training_plan_builder import make_training_plan
 from resfuse.kernels.gpu.batch_norm.bn_add_relu import Norm, bn_add_relu
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).resolve().parents[2] / "helpers"
 # A process that others stop for minutes is slow and not lost.
 LIMIT_S = 600

@@ -41,7 +41,10 @@ from resfuse.kernels.gpu.common.launch import Launch
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 from test_engine_cuda_graph import Small
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="of machines without a GPU")
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cuda", reason="of machines without a GPU"),
+    pytest.mark.slow,
+]
 SIZES = (1, 3)
 L2_BYTES = 24 << 10  # between what one image and what three pass from one kernel to the next
 

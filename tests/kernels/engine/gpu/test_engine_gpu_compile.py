@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torchvision
 
@@ -25,6 +26,8 @@ from resfuse.kernels.gpu.inspect.inspect import (
     problems,
 )
 from resfuse.kernels.gpu.inspect.ptxas import sound_path
+
+pytestmark = pytest.mark.slow
 
 # Those of our own kernels that plan all of ResNet-50: big batches in chains, small ones split.
 PLANS = {

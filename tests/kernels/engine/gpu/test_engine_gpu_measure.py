@@ -26,7 +26,10 @@ from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 from resfuse.resnet_ref import create
 from test_engine_planner import Fails, Untouched, Wrong, plant
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="of machines without a GPU")
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cuda", reason="of machines without a GPU"),
+    pytest.mark.slow,
+]
 
 PROBLEM = ConvProblem(2, 16, 6, 5, 16, 3, 3, (1, 1), (1, 1), math_mode="ieee")
 VALUES_BYTES = 2 * 2 * 16 * 6 * 5 * 4  # x and y

@@ -37,6 +37,8 @@ from resfuse.kernels.gpu.cudnn.cudnn_relu import FORMS, Way
 from resfuse.kernels.ops.conv_problem import math_mode_of
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 
+pytestmark = pytest.mark.slow
+
 ON_GPU = [name for name, tactic in TACTICS.items() if tactic.devices == ("cuda",)]
 ON_TRITON = [name for name in ON_GPU if name not in ("cudnn", "chunks")]
 HALVES = (torch.float32, torch.float16)

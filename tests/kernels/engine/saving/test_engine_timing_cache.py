@@ -19,7 +19,7 @@ import torch
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 CPU = torch.device("cpu")
 TIMES = {("conv 1", "native"): 0.5, ("conv 1", "onednn"): None, ("conv 2", "eager"): 3.0}

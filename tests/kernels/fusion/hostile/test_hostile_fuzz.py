@@ -26,6 +26,8 @@ from habits import FLAGS, LINES, NO_GRAPH, RETURNED, TAKEN, Base
 from hostile import spread
 from resfuse.kernels import build_engine, explain, fuse
 
+pytestmark = pytest.mark.slow
+
 SEEDS_OF_FUSE, EXAMPLES_OF_FUSE = 9, 50
 SEEDS_OF_ENGINES, EXAMPLES_OF_ENGINES = 5, 10
 STORES = ("self.kept", "self.cache", "self.last", "self.count")

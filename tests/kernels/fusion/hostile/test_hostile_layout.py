@@ -18,6 +18,8 @@ from resfuse.kernels.fusion.tracing.memory_formats import (
     strides_in,
 )
 
+pytestmark = pytest.mark.slow
+
 
 class Block(nn.Module):
     def __init__(self, c: int, k: int, kernel: int = 3) -> None:

@@ -13,6 +13,8 @@ from torchvision.models._utils import IntermediateLayerGetter
 from hostile import images, is_fused, require_alike, require_same, spread
 from resfuse.kernels import fuse
 
+pytestmark = pytest.mark.slow
+
 PICTURE = (2, 3, 32, 32)
 
 

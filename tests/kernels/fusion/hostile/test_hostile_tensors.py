@@ -19,6 +19,8 @@ from resfuse.kernels.cpu.library import why_unavailable
 from resfuse.kernels.cpu.onednn import Geometry
 from resfuse.kernels.cpu.packed_conv import NativeConv
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (2, 16, 8, 8)
 
 

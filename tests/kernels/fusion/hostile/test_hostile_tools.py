@@ -20,6 +20,8 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from hostile import Block, images, is_fused, pair_of, plans_run, require_alike, require_same, spread
 from resfuse.kernels import explain, fuse, unfuse
 
+pytestmark = pytest.mark.slow
+
 
 def network() -> nn.Module:
     torch.manual_seed(0)
