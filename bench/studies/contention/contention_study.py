@@ -45,6 +45,7 @@ SHEET = Sheet(
     "resfuse study contention",
 )  # fmt: skip
 LEAST_ROUNDS = 5
+END_S = 5.0  # for a process that is done
 LIMIT_S = 300.0  # for a backend's set-up, and for a turn
 TURN_S = 0.7  # a backend's, some ticks of the scheduler; a network that takes longer runs once
 
@@ -123,7 +124,7 @@ def _rows(
         subjects: list[_Subject] = []
         for backend in backends:
             process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-            stack.callback(_kill, process)
+            stack.callback(_end, process)
             asked = process.submit(subject.set_up, backend, model, batch_size, threads, callers)
             try:
                 asked.result(LIMIT_S)
@@ -186,8 +187,10 @@ def _failed(backend: str, failure: Exception) -> dict[str, Value]:
     return {"backend": backend, "status": "fail", "error": " ".join(said.split())[:300]}
 
 
-def _kill(process: ProcessPoolExecutor) -> None:
-    """A backend that hangs would never be done."""
-    for one in list((process._processes or {}).values()):
-        one.kill()
-    process.shutdown(cancel_futures=True)
+def _end(process: ProcessPoolExecutor) -> None:
+    """Lets the process clean up after itself, but does not wait for a backend that hangs."""
+    workers = list((process._processes or {}).values())
+    process.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.join(END_S)
+        worker.kill()
