@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: an unknown name, or a results folder that cannot be written.
     """
-    models = pick("--model", args.model, [*MODELS, *NETWORKS], "resfuse list models")
+    shown_by = "resfuse list models; resfuse study models --list"
+    models = pick("--model", args.model, [*MODELS, *NETWORKS], shown_by)
     backends = pick("--backend", args.backend, list(BACKENDS), "resfuse list backends")
     baseline = pick_one("--baseline", args.baseline, list(BACKENDS))
     if baseline not in backends:
