@@ -8,6 +8,7 @@ tensors, where there is no GPU; where there is one, both use it.
 import copy
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -280,3 +281,7 @@ def main() -> None:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()
+    sys.stdout.flush()
+    # gloo's threads may still hold tensors, and one that frees them while the interpreter ends
+    # aborts the process (pytorch/pytorch#179291).
+    os._exit(0)

@@ -38,3 +38,7 @@ def main(parallel: str) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     main(sys.argv[1])
+    sys.stdout.flush()
+    # gloo's threads may still hold tensors, and one that frees them while the interpreter ends
+    # aborts the process (pytorch/pytorch#179291).
+    os._exit(0)
