@@ -14,7 +14,8 @@ static void affine(const Step& s, const Range& pixels) {
   for (long pixel = pixels.from; pixel < pixels.to; pixel++) {
     const float* const x = s.x + pixel * s.x_pitch;
     for (long k = 0; k < s.K; k += LANES) {
-      epilogue(s, load(x + k) * load(s.w + k) + load(s.bias + k), pixel, k);
+      Sums<1, 1> y = {{load(x + k) * load(s.w + k) + load(s.bias + k)}};
+      epilogue<1, 1>(s, y, pixel, k);
     }
   }
 }

@@ -93,7 +93,8 @@ static void scatter(const Step& s, const TilePosition& at, const float* from, lo
     for (long i = 0; i < min(2, s.P - at.p); i++) {
       for (long j = 0; j < min(2, s.Q - at.q); j++) {
         const long pixel = (at.image * s.P + at.p + i) * s.Q + at.q + j;
-        epilogue(s, y[i][j] + bias, pixel, k + c);
+        Sums<1, 1> sum = {{y[i][j] + bias}};
+        epilogue<1, 1>(s, sum, pixel, k + c);
       }
     }
   }

@@ -47,14 +47,6 @@ struct Windows {
   }
 };
 
-// Stores a tile at pixels from `pixel` on and output channels from `k` on.
-template <long M, long N>
-static inline void write_tile(const Step& s, const Tile<M, N>& tile, long pixel, long k) {
-  for (long m = 0; m < M; m++) {
-    UNROLLED for (long n = 0; n < N; n++) epilogue(s, tile.acc[m][n], pixel + m, k + n * LANES);
-  }
-}
-
 // A panel of output channels [k, k + panel) of pixels [from, to), computed from the input channels
 // that begin at `channel`.
 struct PanelTask {
@@ -100,7 +92,7 @@ static void direct_one_pass(const Step& s, const PanelTask& task, const float* w
         w = tile.accumulate(x, w, depth, nullptr, Prefetch{});
       }
     }
-    write_tile(s, tile, pixel, task.k);
+    epilogue<M, N>(s, tile.acc, pixel, task.k);
   });
 }
 
@@ -142,7 +134,7 @@ static void direct_sliced(const Step& s, const PanelTask& task, const float* w,
       tile.accumulate(x, w, depth, next_w.take(depth), next);
       if (!first) tile.accumulate_partial(partial);
       if (last) {
-        write_tile(s, tile, pixel, task.k);
+        epilogue<M, N>(s, tile.acc, pixel, task.k);
       } else {
         tile.save_partial(partial);
       }

@@ -30,17 +30,17 @@ static void grouped_pixels(const Step& s, long from, long to) {
     for (long tap = 0; tap < taps; tap++) windows.tap(s, tap / s.S, tap % s.S, x[tap]);
     const float* w = s.w;
     for (long k = 0; k < s.K; k += LANES) {
-      Floats acc[M];
-      UNROLLED for (long m = 0; m < M; m++) acc[m] = load(s.bias + k);
+      Floats acc[M][1];
+      UNROLLED for (long m = 0; m < M; m++) acc[m][0] = load(s.bias + k);
       for (long tap = 0; tap < taps; tap++) {
         Floats value[M];
         UNROLLED for (long m = 0; m < M; m++) value[m] = load(x[tap][m] + k);
         UNROLLED for (long i = 0; i < GROUP; i++, w += LANES) {
           const Floats weight = load(w);
-          UNROLLED for (long m = 0; m < M; m++) acc[m] += input_of(value[m], i) * weight;
+          UNROLLED for (long m = 0; m < M; m++) acc[m][0] += input_of(value[m], i) * weight;
         }
       }
-      UNROLLED for (long m = 0; m < M; m++) epilogue(s, acc[m], pixel + m, k);
+      epilogue<M, 1>(s, acc, pixel, k);
     }
   });
 }
@@ -62,8 +62,8 @@ static void grouped_row(const Step& s, long pixel) {
   }
   const float* w = s.w;
   for (long k = 0; k < s.K; k += LANES) {
-    Floats acc[M];
-    UNROLLED for (long m = 0; m < M; m++) acc[m] = load(s.bias + k);
+    Floats acc[M][1];
+    UNROLLED for (long m = 0; m < M; m++) acc[m][0] = load(s.bias + k);
     for (long r = 0; r < 3; r++, w += 3 * GROUP * LANES) {
       UNROLLED for (long i = 0; i < GROUP; i++) {
         Floats weight[3];
@@ -71,12 +71,12 @@ static void grouped_row(const Step& s, long pixel) {
         UNROLLED for (long j = 0; j < M + 2; j++) {
           const Floats v = input_of(load(x[r][j] + k), i);
           UNROLLED for (long t = 0; t < 3; t++) {
-            if (j - t >= 0 && j - t < M) acc[j - t] += v * weight[t];
+            if (j - t >= 0 && j - t < M) acc[j - t][0] += v * weight[t];
           }
         }
       }
     }
-    UNROLLED for (long m = 0; m < M; m++) epilogue(s, acc[m], pixel + m, k);
+    epilogue<M, 1>(s, acc, pixel, k);
   }
 }
 

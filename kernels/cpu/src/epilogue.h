@@ -1,38 +1,62 @@
-// The epilogue of a convolution, on a vector of output channels: residual, activation and store.
+// The epilogue of a convolution, on a tile of sums: residual, activation and store. What it depends
+// on is asked once a tile.
 #pragma once
 
 #include "dcheck.h"
 #include "step.h"
 #include "vectors.h"
 
-// Comparisons are written so that NaN stays NaN.
-static inline Floats activate(const Step& s, Floats v, long k) {
-  switch (s.activation) {
-    case RELU:
-      return v < 0 ? Floats{} : v;
-    case RELU6:
-      v = v < 0 ? Floats{} : v;
-      return v > 6 ? broadcast(6) : v;
-    case HARDSWISH: {
-      Floats gate = v + 3;
-      gate = gate < 0 ? Floats{} : gate;
-      gate = gate > 6 ? broadcast(6) : gate;
-      return v * gate / 6;
-    }
-    case SLOPE:
-      return v < 0 ? v * load(s.slope + k) : v;
-    default:
-      return v;
+// M pixels, one after another, by N vectors of output channels.
+template <long M, long N>
+using Sums = Floats[M][N];
+
+template <long M, long N>
+static ALWAYS_INLINE void add_residual(const Step& s, Sums<M, N>& sums, long pixel, long k) {
+  UNROLLED for (long m = 0; m < M; m++) {
+    const float* const from = s.residual + (pixel + m) * s.residual_pitch + k;
+    UNROLLED for (long n = 0; n < N; n++) sums[m][n] += load(from + n * LANES);
   }
 }
 
-static inline void epilogue(const Step& s, Floats v, long pixel, long k) {
-  DCHECK(0 <= pixel && pixel < s.N * s.P * s.Q && 0 <= k && k < s.K && k % LANES == 0);
-  if (!s.residual) {
-    v = activate(s, v, k);
-  } else {
-    Floats residual = load(s.residual + pixel * s.residual_pitch + k);
-    v = s.residual_last ? activate(s, v, k) + residual : activate(s, v + residual, k);
+template <long M, long N, class Function>
+static ALWAYS_INLINE void map(Sums<M, N>& sums, const Function& function) {
+  UNROLLED for (long m = 0; m < M; m++) {
+    UNROLLED for (long n = 0; n < N; n++) sums[m][n] = function(sums[m][n], n);
   }
-  store(s.y + pixel * s.y_pitch + k, v);
+}
+
+// Comparisons are written so that NaN stays NaN.
+template <long M, long N>
+static ALWAYS_INLINE void activate(const Step& s, Sums<M, N>& sums, long k) {
+  const auto relu = [](Floats v, long) ALWAYS_INLINE_LAMBDA { return v < 0 ? Floats{} : v; };
+  const auto relu6 = [&](Floats v, long n) ALWAYS_INLINE_LAMBDA {
+    v = relu(v, n);
+    return v > 6 ? broadcast(6) : v;
+  };
+  switch (s.activation) {
+    case RELU: map(sums, relu); break;
+    case RELU6: map(sums, relu6); break;
+    case HARDSWISH:
+      map(sums, [&](Floats v, long n) ALWAYS_INLINE_LAMBDA { return v * relu6(v + 3, n) / 6; });
+      break;
+    case SLOPE:
+      map(sums, [&](Floats v, long n) ALWAYS_INLINE_LAMBDA {
+        return v < 0 ? v * load(s.slope + k + n * LANES) : v;
+      });
+      break;
+  }
+}
+
+// Stores the results of pixels from `pixel` on and output channels from `k` on.
+template <long M, long N>
+static ALWAYS_INLINE void epilogue(const Step& s, Sums<M, N>& sums, long pixel, long k) {
+  DCHECK(0 <= pixel && pixel + M <= s.N * s.P * s.Q);
+  DCHECK(0 <= k && k + N * LANES <= s.K && k % LANES == 0);
+  if (s.residual && !s.residual_last) add_residual<M, N>(s, sums, pixel, k);
+  activate<M, N>(s, sums, k);
+  if (s.residual && s.residual_last) add_residual<M, N>(s, sums, pixel, k);
+  UNROLLED for (long m = 0; m < M; m++) {
+    float* const to = s.y + (pixel + m) * s.y_pitch + k;
+    UNROLLED for (long n = 0; n < N; n++) store(to + n * LANES, sums[m][n]);
+  }
 }
