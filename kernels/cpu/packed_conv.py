@@ -5,7 +5,7 @@ keeps NaN.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
         k, of_each, r, s = weight.shape
         return conv_candidates.fits_grouped(of_each * geometry.groups, k, geometry.groups, r * s)
     row = weight.shape[1] * weight.shape[3]
-    return weight.shape[0] % lanes() == 0 and conv_candidates.fits_row(row)
+    return conv_candidates.fits_row(row)
 
 
 class _Workspace(threading.local):
@@ -53,7 +53,7 @@ class _Workspace(threading.local):
         return self._held.data_ptr()
 
 
-_workspace = _Workspace()
+workspace = _Workspace()
 
 
 class NativeConv:
@@ -91,7 +91,7 @@ class NativeConv:
         self._bias = per_channel(bias)
         self._slope = None if slope is None else slopes(slope, weight.shape[0])
         self._run = runner()
-        self._asked = threads
+        self.asked = threads
         self._here = threading.local()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -130,51 +130,54 @@ class NativeConv:
 
     def _computed(self, x: Tensor) -> Tensor:
         step, count, shape = self._step(x, False)
-        x = _nhwc(x)
-        y = _empty(shape)
+        x = nhwc(x)
+        y = empty_output(shape)
         step.x, step.y = x.data_ptr(), y.data_ptr()
         self._compute(step, count)
         return y
 
     def _added(self, x: Tensor, residual: Tensor, overwrite: bool) -> Tensor:
         step, count, shape = self._step(x, True)
-        x, residual = _nhwc(x), _nhwc(residual)
-        y = residual if overwrite else _empty(shape)
+        x, residual = nhwc(x), nhwc(residual)
+        y = residual if overwrite else empty_output(shape)
         step.x, step.residual, step.y = x.data_ptr(), residual.data_ptr(), y.data_ptr()
         self._compute(step, count)
         return y
 
     def _compute(self, step: Step, count: int) -> None:
-        step.scratch = _workspace.of(step.scratch_pitch * count)
+        step.scratch = workspace.of(step.scratch_pitch * count)
         require_done(self._run(step, 1, count))
 
     def _step(self, x: Tensor, residual: bool) -> tuple[Step, int, tuple[int, ...]]:
         """This thread's step for inputs like `x`, how many threads it runs on, and the shape of its
         output.
         """
-        count = self._asked or threads()
+        count = self.asked or threads()
         kept = self._here.__dict__.setdefault("steps", {})
         made = kept.get(residual)
         if made is None or made[0] != count or made[1] != x.shape:
-            made = count, x.shape, *self._make(x, residual)
+            made = count, x.shape, *self.step(x.shape, residual)
             kept[residual] = made
         return made[2], count, made[3]
 
-    def _make(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:
-        n, c, h, w = x.shape
+    def step(self, shape: Sequence[int], residual: bool) -> tuple[Step, tuple[int, ...]]:
+        """Returns a step for inputs of `shape`, without the memory that it reads and writes, and
+        the shape of its output.
+        """
+        n, c, h, w = shape
         k, _, r, s = self._shape
         g = self._geometry
         problem = ConvProblem(
             n, c, h, w, k, r, s, g.stride, g.padding, g.dilation, g.groups,
             math_mode="ieee", activation=self._activation, residual=residual,
         )  # fmt: skip
-        with asking(self._asked):
+        with asking(self.asked):
             config = conv_candidates.choose(problem)
         step = conv_candidates.conv_step(
             problem, config, residual_last=False,
             w=self._weight.data_ptr(), bias=self._bias.data_ptr(),
             slope=0 if self._slope is None else self._slope.data_ptr(),
-            x_pitch=c, residual_pitch=k, y_pitch=k,
+            x_pitch=c, residual_pitch=k, y_pitch=k, unstored=-k % lanes(),
         )  # fmt: skip
         return step, (n, k, problem.p, problem.q)
 
@@ -184,8 +187,8 @@ class NativeConv:
         return back(self._weight, self._shape)
 
 
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    """Memory for an output, whatever the process's default dtype and device are."""
+def empty_output(shape: tuple[int, ...]) -> Tensor:
+    """Returns memory for an output, whatever the process's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 
@@ -197,5 +200,6 @@ def _require_memory(name: str, tensor: Tensor) -> None:
         raise ValueError(f"argument {name}: {found}; accepted: torch.float32 on the CPU")
 
 
-def _nhwc(x: Tensor) -> Tensor:
+def nhwc(x: Tensor) -> Tensor:
+    """Returns x in channels_last memory."""
     return x.contiguous(memory_format=torch.channels_last)

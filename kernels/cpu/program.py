@@ -17,7 +17,7 @@ _POINTERS = ("x", "w", "bias", "slope", "residual", "y", "scratch")
 _NUMBERS = (
     "N", "H", "W", "C", "K", "R", "S", "P", "Q",
     "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups",
-    "x_pitch", "residual_pitch", "y_pitch",
+    "x_pitch", "residual_pitch", "y_pitch", "unstored",
     "activation", "residual_last", "by_channel", "block", "scratch_pitch",
     "length", "rows", "x_local", "residual_local", "y_local",
 )  # fmt: skip

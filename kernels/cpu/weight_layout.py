@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfuse.kernels.cpu.program import lanes, nr
+from resfuse.kernels.cpu.program import lanes, nr, whole_vectors
 
 # Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015: F(2, 3)
 _G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
@@ -23,11 +23,12 @@ def direct_weights(w: Tensor, groups: int = 1) -> Tensor:
 
 
 def direct_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
-    """The weight [K, C, R, S] that direct_weights laid out, for K of whole vectors."""
+    """The weight [K, C, R, S] that direct_weights laid out."""
     k, c, r, s = shape
-    sizes = [c * r * s * min(nr(), k - first) for first in range(0, k, nr())]
+    sizes = [c * r * s * min(nr(), whole_vectors(k) - first) for first in range(0, k, nr())]
     parts = [part.view(r, s, c, -1) for part in laid_out.split(sizes)]
-    return torch.cat(parts, -1).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+    weight = torch.cat(parts, -1)[..., :k].permute(3, 2, 0, 1)
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def winograd_weights(w: Tensor) -> Tensor:

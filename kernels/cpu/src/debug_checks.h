@@ -27,7 +27,8 @@ static void convolution(const Step& s) {
   DCHECK(s.groups > 0 && s.C % s.groups == 0 && s.K % s.groups == 0);
   DCHECK(s.K % LANES == 0);
   DCHECK(s.w && s.bias);
-  DCHECK(s.x_pitch >= s.C && s.y_pitch >= s.K);
+  DCHECK(0 <= s.unstored && s.unstored < LANES && (s.unstored == 0 || s.groups == 1));
+  DCHECK(s.x_pitch >= s.C && s.y_pitch >= s.K - s.unstored);
   if (s.kind == DIRECT) {
     DCHECK(s.groups == 1 || s.K / s.groups % LANES == 0);
     DCHECK(s.C / s.groups <= MAX_ROW);
@@ -46,6 +47,7 @@ static void convolution(const Step& s) {
 
 static void map(const Step& s) {
   const long vectors = whole_vectors(s.K);
+  DCHECK(s.unstored == 0);
   DCHECK(s.K > 0 && s.y_pitch >= vectors);
   DCHECK(s.kind == PICK ? s.x_pitch >= s.C : s.x_pitch >= vectors);
   if (s.kind == MEAN) {
@@ -78,7 +80,7 @@ static void kernel(const Step& s) {
   DCHECK(s.activation != SLOPE || s.slope);
   DCHECK(s.x || s.x_local >= 0);
   DCHECK(s.y || s.y_local >= 0);
-  if (s.residual || s.residual_local >= 0) DCHECK(s.residual_pitch >= whole_vectors(s.K));
+  if (s.residual || s.residual_local >= 0) DCHECK(s.residual_pitch >= whole_vectors(s.K) - s.unstored);
   const long scratch = scratch_floats(s);
   if (scratch) DCHECK(s.scratch && s.scratch_pitch >= scratch);
 }

@@ -11,10 +11,12 @@ template <long M, long N>
 using Sums = Floats[M][N];
 
 template <long M, long N>
-static ALWAYS_INLINE void add_residual(const Step& s, Sums<M, N>& sums, long pixel, long k) {
+static ALWAYS_INLINE void add_residual(const Step& s, Sums<M, N>& sums, long pixel, long k,
+                                       long last) {
   UNROLLED for (long m = 0; m < M; m++) {
     const float* const from = s.residual + (pixel + m) * s.residual_pitch + k;
-    UNROLLED for (long n = 0; n < N; n++) sums[m][n] += load(from + n * LANES);
+    UNROLLED for (long n = 0; n + 1 < N; n++) sums[m][n] += load(from + n * LANES);
+    sums[m][N - 1] += load_first(from + (N - 1) * LANES, last);
   }
 }
 
@@ -47,16 +49,38 @@ static ALWAYS_INLINE void activate(const Step& s, Sums<M, N>& sums, long k) {
   }
 }
 
+// `last` channels of the last vector exist.
+template <long M, long N>
+static ALWAYS_INLINE void finish(const Step& s, Sums<M, N>& sums, long pixel, long k, long last) {
+  if (s.residual && !s.residual_last) add_residual<M, N>(s, sums, pixel, k, last);
+  activate<M, N>(s, sums, k);
+  if (s.residual && s.residual_last) add_residual<M, N>(s, sums, pixel, k, last);
+  UNROLLED for (long m = 0; m < M; m++) {
+    float* const to = s.y + (pixel + m) * s.y_pitch + k;
+    UNROLLED for (long n = 0; n + 1 < N; n++) store(to + n * LANES, sums[m][n]);
+    store_first(to + (N - 1) * LANES, sums[m][N - 1], last);
+  }
+}
+
+// Out of line, once for all kernels.
+template <long M, long N>
+__attribute__((noinline)) static void finish_tail(const Step& s, Sums<M, N>& sums, long pixel,
+                                                  long k) {
+  finish<M, N>(s, sums, pixel, k, LANES - s.unstored);
+}
+
 // Stores the results of pixels from `pixel` on and output channels from `k` on.
 template <long M, long N>
 static ALWAYS_INLINE void epilogue(const Step& s, Sums<M, N>& sums, long pixel, long k) {
   DCHECK(0 <= pixel && pixel + M <= s.N * s.P * s.Q);
-  DCHECK(0 <= k && k + N * LANES <= s.K && k % LANES == 0);
-  if (s.residual && !s.residual_last) add_residual<M, N>(s, sums, pixel, k);
-  activate<M, N>(s, sums, k);
-  if (s.residual && s.residual_last) add_residual<M, N>(s, sums, pixel, k);
-  UNROLLED for (long m = 0; m < M; m++) {
-    float* const to = s.y + (pixel + m) * s.y_pitch + k;
-    UNROLLED for (long n = 0; n < N; n++) store(to + n * LANES, sums[m][n]);
+  DCHECK(0 <= k && k % LANES == 0 && k + (N - 1) * LANES < s.K);
+  if (s.unstored && k + N * LANES == s.K) {
+    Sums<M, N> copy;  // what a call can reach lies in memory, and these sums are in registers
+    UNROLLED for (long m = 0; m < M; m++) {
+      UNROLLED for (long n = 0; n < N; n++) copy[m][n] = sums[m][n];
+    }
+    finish_tail<M, N>(s, copy, pixel, k);
+  } else {
+    finish<M, N>(s, sums, pixel, k, LANES);
   }
 }

@@ -4,8 +4,9 @@
 // Contract of every step:
 // - Tensors are float32, NHWC. A pixel's channels are contiguous, pixels are `pitch` floats apart.
 // - K counts whole vectors of output channels in convolutions, and per-channel parameters (bias,
-//   slope, scale) are padded to whole vectors. Where the channels of other steps are no whole
-//   vectors, pitches have room for the rest of the last one, which is read and written, too.
+//   slope, scale) are padded to whole vectors. Where the channels of other steps, and those of a
+//   convolution without `unstored`, are no whole vectors, pitches have room for the rest of the last
+//   one, which is read and written, too.
 // - x and y may overlap only where they are the same pixels of a step without windows; y may be the
 //   residual.
 // - Scratch memory is `scratch_pitch` floats for each thread. What it holds is undefined before a
@@ -37,6 +38,7 @@ struct Step {
   long N, H, W, C, K, R, S, P, Q;
   long stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
   long x_pitch, residual_pitch, y_pitch;  // floats from one pixel to the next
+  long unstored;  // channels of the last vector that neither y nor the residual of a convolution has
   Activation activation;
   long residual_last;   // whether the residual is added after the activation
   long by_channel;      // whether threads divide the output channels and not the pixels
@@ -60,5 +62,6 @@ static inline bool is_convolution(const Step& s) {
   FIELD(N) FIELD(H) FIELD(W) FIELD(C) FIELD(K) FIELD(R) FIELD(S) FIELD(P) FIELD(Q)            \
   FIELD(stride_h) FIELD(stride_w) FIELD(pad_h) FIELD(pad_w) FIELD(dilation_h)                 \
   FIELD(dilation_w) FIELD(groups) FIELD(x_pitch) FIELD(residual_pitch) FIELD(y_pitch)         \
+  FIELD(unstored)                                                                             \
   FIELD(activation) FIELD(residual_last) FIELD(by_channel) FIELD(block) FIELD(scratch_pitch)  \
   FIELD(length) FIELD(rows) FIELD(x_local) FIELD(residual_local) FIELD(y_local)

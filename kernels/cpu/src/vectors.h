@@ -3,6 +3,10 @@
 #pragma once
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 constexpr long LANES = 16;
 #elif defined(__AVX__)
 constexpr long LANES = 8;
@@ -46,14 +50,31 @@ using Accumulators = T&;
 #endif
 
 static inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-// The first `count` lanes, and zeros in the others.
+static inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
+
+// The first `count` lanes, none if it is negative, and zeros in the others: no memory behind them is
+// touched.
 static inline Floats load_first(const float* from, long count) {
   if (count >= LANES) return load(from);
+  if (count <= 0) return Floats{};
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(
+      _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+#else
   Floats some = {};
   for (long lane = 0; lane < count; lane++) some[lane] = from[lane];
   return some;
+#endif
 }
-static inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
+static inline void store_first(float* to, Floats value, long count) {
+  if (count >= LANES) return store(to, value);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1),
+                        reinterpret_cast<__m512>(value));
+#else
+  for (long lane = 0; lane < count; lane++) to[lane] = value[lane];
+#endif
+}
 static inline Floats broadcast(float value) { return value - Floats{}; }
 
 // Lane j of the result is lane lanes[j] of `from`. GCC has an operation for that; clang has one for

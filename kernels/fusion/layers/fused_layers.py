@@ -67,7 +67,7 @@ class ConvStep:
         self.fold, self.fast_path = fold, fast_path
         self.overwrite = False  # no other code holds the residual: it may be added in place
         self._id = object()  # among steps that share a fold
-        self._bound: Packed | None = None
+        self.bound: Packed | None = None  # what `unchecked` runs on, once there is that
         # Of the last input and of its result; replaced at once, since other threads read them.
         self._shapes: tuple[torch.Size | None, Shape] = (None, (0, 0, 0, 0))
 
@@ -186,7 +186,7 @@ class ConvStep:
     def forget(self) -> None:
         """Forgets what was folded, and how it was run."""
         if not self.fold.discarded:
-            self.fold.made = self._bound = None
+            self.fold.made = self.bound = None
             vars(self).pop("unchecked", None)
 
     def _discard_weight(self) -> None:
@@ -221,11 +221,11 @@ class ConvStep:
 
     def _packed(self, x: Tensor, packed: Packed, residual: Tensor | None) -> Tensor:
         # The fast path is for calls without autocast alone, and other threads may be under it.
-        if packed is not self._bound and not torch._C._is_any_autocast_enabled():
+        if packed is not self.bound and not torch._C._is_any_autocast_enabled():
             adds = self.residual != "none"
             run = packed.bound_add(self.overwrite) if adds else packed.bound()
             vars(self)["unchecked"] = run
-            self._bound = packed
+            self.bound = packed
         if residual is None:
             return packed(x)
         if self.residual == "after":

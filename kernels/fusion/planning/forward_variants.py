@@ -17,6 +17,8 @@ from resfuse.kernels.fusion.planning.rewrite import (
     attribute_of,
     compile_forward,
     drop_checks,
+    join_convolutions,
+    runs_unchecked,
 )
 from resfuse.kernels.fusion.tracing.memory_formats import (
     InputFormat,
@@ -36,6 +38,7 @@ class GraphForwards:
     Args:
         graph: of the forward.
         steps: by attribute name.
+        prefix: of their attribute names.
         fast_path: to which its steps report; None where a forward without their checks may not be
             made.
     """
@@ -45,9 +48,10 @@ class GraphForwards:
         graph: fx.Graph,
         module: nn.Module,
         steps: dict[str, FusedStep],
+        prefix: str,
         fast_path: FastPath | None,
     ) -> None:
-        self._graph, self._module, self._steps = graph, module, steps
+        self._graph, self._module, self._steps, self._prefix = graph, module, steps, prefix
         self.fast_path = fast_path
         self._variants: dict[tuple[InputFormat, bool], Variant] = {}
         self._only_convolves = feeds_convolutions_only(graph, self._is_convolution)
@@ -144,12 +148,15 @@ class GraphForwards:
         if self.fast_path is not None and input_format != "exported":
             # where checked runs found nothing to lay out, there is nothing
             plain = layout.graph if input_format == "contiguous" else layout_for("exported").graph
-            if drop_checks(plain, self._steps):
-                on_cpu = compile_forward(plain, f"{name} unchecked")
+            if runs_unchecked(plain, self._steps):
                 if input_format == "any":
                     on_gpu = compile_forward(
                         layout_for("exported").graph, f"{name} unchecked on a GPU"
                     )
+                prefix = f"{self._prefix}{input_format}{'_flexible' * flexible}"
+                calls |= join_convolutions(plain, self._steps, prefix)
+                drop_checks(plain, self._steps)
+                on_cpu = compile_forward(plain, f"{name} unchecked")
         takes = layout.returns_flexible and not layout.restores_input
         return Variant(input_format, forward, on_cpu, on_gpu, takes, children)
 

@@ -113,7 +113,9 @@ def _plan_module(module: nn.Module, why_skipped: WhySkipped) -> PlannedModule:
         pools = [step.pool for step in made.values() if isinstance(step, StemStep)]
         watched.update(name for name, child in module.named_modules() if child in pools)
         takes_one_tensor = call.arguments == 1 and not call.takes_list
-        forwards[call] = GraphForwards(graph, module, made, fast_path if takes_one_tensor else None)
+        forwards[call] = GraphForwards(
+            graph, module, made, prefix, fast_path if takes_one_tensor else None
+        )
         if call == Call(1):
             fresh = returns_a_step(graph, steps)
     if not steps:

@@ -1,11 +1,13 @@
 """Replaces chains of layers in a module's graph by the steps that compute them, and compiles it."""
 
 import linecache
+import operator
 
 import torch.fx as fx
 from torch import nn
 
 from resfuse.kernels.fusion.layers.compound_layers import FusedStep, ProjectionStep, StemStep
+from resfuse.kernels.fusion.layers.conv_region import ConvRegion
 from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
 from resfuse.kernels.fusion.layers.fold_cache import Fold
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep, NormStep
@@ -133,25 +135,76 @@ def overwrite_input(graph: fx.Graph, steps: dict[str, FusedStep]) -> bool:
     return True
 
 
-def drop_checks(graph: fx.Graph, steps: dict[str, FusedStep]) -> bool:
-    """Makes a graph call its steps without their checks (fast_path.py).
+def runs_unchecked(graph: fx.Graph, steps: dict[str, FusedStep]) -> bool:
+    """Whether a graph may call its steps without their checks (fast_path.py).
 
     Each step must read the forward's input or other steps alone: then everything that a step checks
     follows from that input.
-
-    Returns:
-        Whether that is so; if not, the graph stays as it is.
     """
-    called = [node for node in graph.nodes if attribute_of(node) in steps]
+    called = _called(graph, steps)
     for node in called:
         if isinstance(steps[attribute_of(node)], NormStep):
             return False
         read = [arg for arg in node.args if isinstance(arg, fx.Node)]
         if any(arg.op != "placeholder" and arg not in called for arg in read):
             return False
-    for node in called:
-        node.target = f"{node.target}.unchecked"
     return bool(called)
+
+
+def drop_checks(graph: fx.Graph, steps: dict[str, FusedStep]) -> None:
+    """Makes a graph call its steps without their checks."""
+    for node in _called(graph, steps):
+        node.target = f"{node.target}.unchecked"
+
+
+def join_convolutions(
+    graph: fx.Graph, steps: dict[str, FusedStep], prefix: str
+) -> dict[str, ConvRegion]:
+    """Replaces steps that directly follow each other, and are convolutions, by a region of them.
+
+    Args:
+        graph: of which `runs_unchecked` is true.
+        prefix: of the regions' attribute names.
+
+    Returns:
+        The regions by attribute name.
+    """
+    regions: dict[str, ConvRegion] = {}
+    runs: list[list[fx.Node]] = [[]]
+    for node in graph.nodes:
+        step = steps.get(attribute_of(node))
+        if step is not None and ConvRegion.takes(step):
+            runs[-1].append(node)
+        elif runs[-1]:
+            runs.append([])
+    for run in runs:
+        read = [arg for node in run for arg in node.args if isinstance(arg, fx.Node)]
+        inputs = list(dict.fromkeys(arg for arg in read if arg not in run))
+        region = ConvRegion(len(inputs))
+        values = {node: number for number, node in enumerate(inputs)}
+        for node in run:
+            numbers = [values[arg] for arg in node.args if isinstance(arg, fx.Node)]
+            values[node] = region.add(steps[attribute_of(node)], numbers)
+        if len(region) < 2:
+            continue
+        outputs = [node for node in run if any(user not in run for user in node.users)]
+        region.returns([values[node] for node in outputs])
+        attribute = f"{prefix}_region_{len(regions)}"
+        regions[attribute] = region
+        with graph.inserting_before(run[0]):
+            call = graph.create_node("call_module", f"{STEPS}.{attribute}", tuple(inputs))
+            for i, node in enumerate(outputs):
+                result = call
+                if len(outputs) > 1:
+                    result = graph.call_function(operator.getitem, (call, i))
+                node.replace_all_uses_with(result)
+        for node in reversed(run):
+            graph.erase_node(node)
+    return regions
+
+
+def _called(graph: fx.Graph, steps: dict[str, FusedStep]) -> list[fx.Node]:
+    return [node for node in graph.nodes if attribute_of(node) in steps]
 
 
 def compile_forward(graph: fx.Graph, name: str) -> Forward:

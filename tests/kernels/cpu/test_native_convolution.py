@@ -276,3 +276,51 @@ def test_a_grouped_convolution_runs_by_itself(channels: int, groups: int, stride
     assert torch.equal(conv.dense_weight(), weight)
     with pytest.raises(ValueError, match=str(channels)):
         conv(x[:, : channels // 2])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["identity", "relu6", "hardswish", "prelu"])
+@pytest.mark.parametrize(
+    ("c", "k", "kernel", "stride"),
+    [
+        (24, 24, 1, 1),
+        (16, 40, 3, 2),
+        (32, 17, 3, 1),
+        (8, 72, 1, 1),
+        (12, 100, 5, 2),
+        (64, 71, 3, 1),
+    ],
+)
+def test_channels_that_fill_no_vector(
+    c: int, k: int, kernel: int, stride: int, activation: str, residual: bool
+) -> None:
+    """A fused layer's result has no room behind its channels: the next pixel lies there, and behind
+    the last one other memory."""
+    generator = torch.Generator().manual_seed(k)
+    weight = torch.randn(k, c, kernel, kernel, generator=generator) / (c * kernel**2) ** 0.5
+    bias, slope = (torch.randn(k, generator=generator) for _ in range(2))
+    padding = kernel // 2, kernel // 2
+    geometry = Geometry((stride, stride), padding, (1, 1), 1)
+    assert supports(weight, geometry, activation)
+    conv = NativeConv(weight, bias, geometry, activation, slope if activation == "prelu" else None)
+    x = torch.randn(2, c, 9, 11, generator=generator)
+    want = F.conv2d(x.double(), weight.double(), bias.double(), stride, kernel // 2)
+    added = torch.randn(want.shape, generator=generator)
+    want = want + added if residual else want
+    want = {
+        "identity": lambda: want,
+        "relu6": lambda: want.clamp(0, 6),
+        "hardswish": lambda: F.hardswish(want),
+        "prelu": lambda: F.prelu(want, slope.double()),
+    }[activation]()
+    got = conv.add(x, added) if residual else conv(x)
+    assert got.shape == want.shape and got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(conv.dense_weight(), weight)
+    if residual:  # in place, in the middle of memory that must stay as it is
+        guarded = torch.full((added.numel() + 128,), 7.0)
+        inside = guarded[64:-64].view(2, *want.shape[2:], k).permute(0, 3, 1, 2)
+        inside.copy_(added)
+        assert conv.add(x, inside, overwrite=True).data_ptr() == inside.data_ptr()
+        torch.testing.assert_close(inside.double(), want, rtol=1e-5, atol=1e-5)
+        assert (guarded[:64] == 7).all() and (guarded[-64:] == 7).all()
