@@ -122,14 +122,23 @@ static void chain(const Step* run) {
 }
 
 static void row_fused(const Step* run) {
-  DCHECK(run->length == 2 && run->rows > 0);
+  DCHECK(run->length >= 2 && run->rows > 0);
   const Step &conv = run[1], &reader = run[2];
   DCHECK(conv.kind == DIRECT || conv.kind == GROUPED);
   DCHECK(reader.kind == DIRECT || reader.kind == GROUPED || reader.kind == MAX_POOL);
   DCHECK(!conv.residual && conv.x_local < 0 && conv.residual_local < 0 && conv.y_local >= 0);
-  DCHECK(reader.x_local == conv.y_local && reader.residual_local < 0 && reader.y_local < 0);
+  DCHECK(reader.x_local == conv.y_local && reader.residual_local < 0);
+  DCHECK((reader.y_local >= 0) == (run->length > 2));
   DCHECK(reader.N == conv.N && reader.H == conv.P && reader.W == conv.Q);
   DCHECK(reader.x_pitch == conv.y_pitch);
+  for (long i = 3; i <= run->length; i++) {
+    const Step& s = run[i];
+    DCHECK(s.kind == DIRECT && s.R == 1 && s.S == 1 && s.pad_h == 0 && s.pad_w == 0);
+    DCHECK(s.stride_h == 1 && s.stride_w == 1);
+    DCHECK(s.N == reader.N && s.P == reader.P && s.Q == reader.Q);
+    DCHECK(s.block >= min(run->rows, reader.P) * reader.Q);
+    DCHECK(s.x_local >= 0 && s.residual_local < 0 && (s.y_local >= 0) == (i < run->length));
+  }
 }
 
 static void step(const Step* s) {

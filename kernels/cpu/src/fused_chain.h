@@ -28,6 +28,15 @@ static inline long chain_pixels(const Step& first) {
   return first.block / tiles_across(first) * 2 * first.Q;  // whole rows of tiles
 }
 
+// A step of a fused run whose local values are those of pixels from `pixel` on: steps count pixels
+// from the first of the batch, which would lie before a block's memory.
+static inline Step with_local_values(Step s, float* scratch, long pixel) {
+  if (s.x_local >= 0) s.x = scratch + s.x_local - pixel * s.x_pitch;
+  if (s.residual_local >= 0) s.residual = scratch + s.residual_local - pixel * s.residual_pitch;
+  if (s.y_local >= 0) s.y = scratch + s.y_local - pixel * s.y_pitch;
+  return s;
+}
+
 static void run_first(const Step& s, const Range& units, float* scratch) {
   switch (s.kind) {
     case DIRECT: conv_direct(s, units, Range(0, direct_panels(s)), scratch); break;
@@ -73,13 +82,7 @@ static void fused_chain_piece(const Step* chain, long range, long ranges, long p
     const Range pixels(first_pixel(first, from), first_pixel(first, to));
     DCHECK(pixels.count() <= chain_pixels(first));
     for (long i = 1; i <= chain->length; i++) {
-      Step s = chain[i];
-      // steps count pixels from the first of the batch, which would lie before a block's memory
-      if (s.x_local >= 0) s.x = scratch + s.x_local - pixels.from * s.x_pitch;
-      if (s.residual_local >= 0) {
-        s.residual = scratch + s.residual_local - pixels.from * s.residual_pitch;
-      }
-      if (s.y_local >= 0) s.y = scratch + s.y_local - pixels.from * s.y_pitch;
+      const Step s = with_local_values(chain[i], scratch, pixels.from);
       if (i == 1) {
         run_first(s, Range(from, to), scratch);
       } else {

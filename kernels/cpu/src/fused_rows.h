@@ -1,5 +1,7 @@
 // A convolution and what alone reads it through windows (a stem's max-pool, a bottleneck's 3x3), a
 // strip of the reader's rows at a time, so that the convolution's output never exists as a whole.
+// Behind the reader there may be 1x1 convolutions, each of which reads what the one before it makes
+// of the strip, as in a chain.
 //
 // The rows that a strip reads lie in the thread's scratch memory; those that the next strip reads,
 // too, are moved to its start.
@@ -16,10 +18,12 @@ static inline long window_reach(const Step& reader, long rows) {
   return (rows - 1) * reader.stride_h + (reader.R - 1) * reader.dilation_h + 1;
 }
 
-// The most pixels of the convolution that a strip reads.
+// The most pixels of the convolution that a strip reads, or that the reader makes of them.
 static inline long strip_pixels(const Step* fused) {
   const Step &conv = fused[1], &reader = fused[2];
-  return conv.Q * min(window_reach(reader, fused->rows), conv.P);
+  const long read = conv.Q * min(window_reach(reader, fused->rows), conv.P);
+  const long made = reader.Q * min(fused->rows, reader.P);
+  return read > made ? read : made;
 }
 
 static void run_reader(const Step& s, const Range& rows, float* scratch) {
@@ -73,9 +77,10 @@ struct FusedRowsRange {
 
 static void fused_rows_piece(const Step* fused, long range, long ranges, long piece, int slot,
                              RowCache& cached) {
-  DCHECK(fused->kind == ROW_FUSED && fused->length == 2);
+  DCHECK(fused->kind == ROW_FUSED && fused->length >= 2);
   Step conv = fused[1], reader = fused[2];
-  float* const local = fused->scratch + slot * fused->scratch_pitch + conv.y_local;
+  float* const scratch = fused->scratch + slot * fused->scratch_pitch;
+  float* const local = scratch + conv.y_local;
   float* const conv_scratch = conv.scratch + slot * conv.scratch_pitch;
   float* const reader_scratch = reader.scratch + slot * reader.scratch_pitch;
   const long line = conv.Q * conv.y_pitch;
@@ -97,7 +102,13 @@ static void fused_rows_piece(const Step* fused, long range, long ranges, long pi
     conv.y = local - needed * line;
     reader.x = conv.y;
     run_first(conv, Range((needed + kept) * conv.Q, end * conv.Q), conv_scratch);
+    const Range pixels(from * reader.Q, to * reader.Q);
+    if (reader.y_local >= 0) reader.y = scratch + reader.y_local - pixels.from * reader.y_pitch;
     run_reader(reader, Range(from, to), reader_scratch);
+    for (long i = 3; i <= fused->length; i++) {
+      const Step s = with_local_values(fused[i], scratch, pixels.from);
+      conv_direct(s, pixels, Range(0, direct_panels(s)), s.scratch + slot * s.scratch_pitch);
+    }
     cached = {needed, end, to};
   }
 }

@@ -26,7 +26,7 @@ enum Kind : long {
   PICK = 7,
   WINOGRAD_INLINE = 8,
   CHAIN = 9,       // the `length` steps behind this one, fused block by block (fused_chain.h)
-  ROW_FUSED = 10,  // the two steps behind this one, fused by strips of rows (fused_rows.h)
+  ROW_FUSED = 10,  // the `length` steps behind this one, fused by strips of rows (fused_rows.h)
 };
 
 enum Activation : long { IDENTITY = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SLOPE = 4 };

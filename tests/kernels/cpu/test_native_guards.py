@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 from test_native_chain import SHAPES, bottleneck, in_small_blocks, inputs_of, whole
-from test_native_strips import BOTTLENECKS, STEMS, in_strips, stem
+from test_native_strips import BOTTLENECKS, STEMS, in_strips, inverted_residual, stem
 from test_native_strips import bottleneck as read_in_windows
 
 from graphs import conv_graph, conv_state, pool_graph, require_right
@@ -73,9 +73,19 @@ def test_chains(shape: str) -> None:
 @pytest.mark.parametrize("name", [*STEMS, *BOTTLENECKS])
 def test_strips(name: str) -> None:
     graph, state = stem(*STEMS[name]) if name in STEMS else read_in_windows(*BOTTLENECKS[name])
-    choices = list(native_rows.segments(graph, 0))
-    assert choices
-    for choice in choices:
+    require_strips_guarded(graph, state)
+
+
+@pytest.mark.usefixtures("thread_counts")
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_strips_with_a_1x1_behind(name: str) -> None:
+    require_strips_guarded(*inverted_residual(*BOTTLENECKS[name], 24, True))
+
+
+def require_strips_guarded(graph: Graph, state: State) -> None:
+    whole = [c for c in native_rows.segments(graph, 0) if c.stop == len(graph.nodes)]
+    assert whole
+    for choice in whole:
         for joined in (choice, in_strips(choice, 2)):
             require_guarded(graph, state, joined)
 

@@ -131,6 +131,73 @@ def test_a_convolution_that_reads_in_windows_is_joined(name: str, rows: int) -> 
     require_joined_right(*bottleneck(*BOTTLENECKS[name]), rows)
 
 
+def inverted_residual(
+    problem: ConvProblem, reader: ConvProblem, k: int, residual: bool, seed: int = 0
+) -> tuple[Graph, State]:
+    """A convolution, one that reads it and a 1x1 to `k` channels, which may add a residual."""
+    graph, state = bottleneck(problem, replace(reader, residual=False), seed)
+    generator = torch.Generator().manual_seed(seed + 2)
+    project = problem_of(reader.n, reader.k, reader.p, reader.q, k, 1, 1, residual=residual)
+    state["u"] = torch.randn(k, reader.k, 1, 1, generator=generator) / reader.k**0.5
+    state |= norm_state("end", k, generator)
+    conv, middle = graph.nodes
+    nodes = (
+        conv,
+        replace(middle, name="b"),
+        Node("y", Conv(project, "u", None, norm_named("end")), ("b", "r")[: 1 + residual]),
+    )
+    made = Value((reader.n, reader.k, reader.p, reader.q), torch.float32)
+    end = Value((reader.n, k, reader.p, reader.q), torch.float32)
+    values = graph.values | {"b": made, "y": end, "r": end}
+    return replace(graph, nodes=nodes, values=values), state
+
+
+@pytest.mark.usefixtures("thread_counts")
+@pytest.mark.parametrize("name", BOTTLENECKS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("k", "residual"), [(24, True), (130, False)])
+def test_the_1x1_behind_it_is_joined(name: str, rows: int, k: int, residual: bool) -> None:
+    graph, state = inverted_residual(*BOTTLENECKS[name], k, residual)
+    offered = [choice for choice in native_rows.segments(graph, 0) if choice.stop == 3]
+    assert offered
+    for choice in {c.settings["form"]: c for c in offered}.values():
+        for joined in (choice, in_strips(choice, rows)):
+            executor = Executor(graph, [joined], state)
+            assert "a" not in executor.arena and "b" not in executor.arena
+            require_right(graph, executor, state, inputs_of(graph), scale=1.0)
+
+
+def test_a_block_that_adds_what_it_reads() -> None:
+    """Its input is read by other strips' windows, too, and may not be written over."""
+    problem, reader = BOTTLENECKS["MobileNet's"]
+    graph, state = inverted_residual(problem, reader, problem.c, True)
+    nodes = (*graph.nodes[:2], replace(graph.nodes[2], inputs=("b", "x")))
+    values = {name: value for name, value in graph.values.items() if name != "r"}
+    graph = replace(graph, nodes=nodes, values=values)
+    for choice in native_rows.segments(graph, 0):
+        if choice.stop == 3:
+            executor = Executor(graph, [in_strips(choice, 2)], state)
+            require_right(graph, executor, state, inputs_of(graph), scale=1.0)
+
+
+@pytest.mark.parametrize("why", ["read by others", "strided", "grouped", "reads something else"])
+def test_where_a_run_ends_before_the_1x1(why: str) -> None:
+    graph, _ = inverted_residual(*BOTTLENECKS["MobileNet's"], 32, False)
+    *before, last = graph.nodes
+    assert isinstance(last.op, Conv)
+    if why == "read by others":
+        graph = replace(graph, outputs=("b", "y"))
+    elif why == "reads something else":
+        other = Value(graph.values["b"].shape, torch.float32)
+        values = graph.values | {"s": other}
+        graph = replace(graph, nodes=(*before, replace(last, inputs=("s",))), values=values)
+    else:
+        changed = {"stride": (2, 2)} if why == "strided" else {"groups": 2}
+        op = replace(last.op, problem=replace(last.op.problem, **changed))
+        graph = replace(graph, nodes=(*before, replace(last, op=op)))
+    assert {choice.stop for choice in native_rows.segments(graph, 0)} == {2}
+
+
 def test_where_winograd_can_be_had_nothing_is_joined() -> None:
     graph, _ = bottleneck(*pair(32, 64, (8, 8)))
     assert not list(native_rows.segments(graph, 0))

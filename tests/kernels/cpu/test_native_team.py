@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_native_chain import bottleneck, inputs_of
+from test_native_strips import inverted_residual
 from torch import Tensor
 
 from graphs import conv_graph, conv_state, pool_graph
-from native_problems import PROBLEMS, every_config
+from native_problems import PROBLEMS, every_config, problem_of
 from resfuse.kernels.cpu import library as native_library
 from resfuse.kernels.cpu.conv_candidates import refusal
 from resfuse.kernels.cpu.cpus import asking
@@ -115,6 +116,17 @@ def test_strips_and_pools_have_the_same_bits_on_any_number_of_threads() -> None:
     for op in (MaxPool((3, 3), (2, 2), (1, 1), (1, 1)), Mean()):
         alone = pool_graph(op, (3, 70, 13, 11))
         require_same_bits(alone, {}, Candidate("native", 0, 1))
+
+
+@pytest.mark.usefixtures("disturbed")
+def test_strips_with_a_1x1_behind_have_the_same_bits_on_any_number_of_threads() -> None:
+    wide = problem_of(2, 24, 31, 29, 144, 1, 1)
+    depthwise = problem_of(2, 144, 31, 29, 144, 3, 3, padding=(1, 1), groups=144)
+    graph, state = inverted_residual(wide, depthwise, 24, True)
+    whole = [c for c in native_rows.segments(graph, 0) if c.stop == len(graph.nodes)]
+    assert whole
+    for choice in whole:
+        require_same_bits(graph, state, choice)
 
 
 def large() -> tuple[Graph, State, list[Candidate]]:

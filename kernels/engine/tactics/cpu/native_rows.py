@@ -1,19 +1,28 @@
 """A convolution fused on the CPU with the max-pool or convolution with windows that alone reads it,
-strip by strip of the reader's rows: what a stem computes at full size, and what a bottleneck's
-first 1x1 hands to a 3x3 with stride or in groups, never reaches memory. See fused_rows.h in
-kernels/cpu/src.
+strip by strip of the reader's rows, and with the 1x1 convolution that alone reads the reader: what
+a stem computes at full size, what a bottleneck's first 1x1 hands to a 3x3 with stride or in groups,
+and what that hands to the last 1x1, never reaches memory. See fused_rows.h in kernels/cpu/src.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.conv_candidates import NativeConfig
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.program import Step, fused_run, local_pixels, whole_lines, whole_vectors
+from resfuse.kernels.cpu.program import (
+    ABSENT,
+    Step,
+    fused_run,
+    local_pixels,
+    whole_lines,
+    whole_vectors,
+)
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Conv, Graph, MaxPool, Node, State
 from resfuse.kernels.engine.ir.lowered import Native
+from resfuse.kernels.engine.memory.aliasing import channels_of
 from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.engine.tactics.cpu import native
 from resfuse.kernels.ops.conv_problem import ConvProblem
@@ -44,8 +53,9 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
         for rows in strips
         for pixels in [local_pixels(_run(graph, at, config, rows))]
     ]
-    for settings in dict.fromkeys(offered):
-        yield Candidate("native_strips", at, at + 2, settings)
+    for stop in range(at + 2, _end(graph, at) + 1):
+        for settings in dict.fromkeys(offered):
+            yield Candidate("native_strips", at, stop, settings)
 
 
 def scratch(graph: Graph, choice: Candidate) -> int:
@@ -54,20 +64,23 @@ def scratch(graph: Graph, choice: Candidate) -> int:
 
 def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native:
     parts = _Parts(graph, choice)
-    node, behind = graph.nodes[choice.start : choice.stop]
-    pitches = {node.name: whole_vectors(parts.problem.k)}
-    conv = native.conv_step(node, parts.config, state, arena, pitches)
+    node, behind, *rest = graph.nodes[choice.start : choice.stop]
+    conv = native.conv_step(node, parts.config, state, arena, parts.pitches)
     if parts.reader is None:
-        reader = native.max_pool_step(graph, behind, arena, pitches)
+        reader = native.max_pool_step(graph, behind, arena, parts.pitches)
     else:
-        reader = native.conv_step(behind, parts.reader, state, arena, pitches)
+        reader = native.conv_step(behind, parts.reader, state, arena, parts.pitches)
+    following = [
+        native.conv_step(one, parts.following, state, arena, parts.pitches) for one in rest
+    ]
     memory = arena.scratch(choice.start)
-    conv.scratch, reader.scratch = memory, memory + 4 * parts.own
-    conv.scratch_pitch = reader.scratch_pitch = parts.floats
-    conv.y_local = reader.x_local = parts.own + parts.readers
+    steps = [conv, reader, *following]
+    for one, step, own in zip([node, behind, *rest], steps, parts.own, strict=True):
+        step.scratch, step.scratch_pitch = memory + 4 * own, parts.floats
+        step.x_local, step.y_local = parts.offset(one.inputs[0]), parts.offset(one.name)
     run = fused_run(
         "row_fused",
-        [conv, reader],
+        steps,
         scratch=memory,
         scratch_pitch=parts.floats,
         rows=choice.settings["rows"],
@@ -76,18 +89,33 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native
 
 
 class _Parts:
-    """A candidate's convolution and reader, and the scratch memory of a thread."""
+    """The configurations of a candidate's steps, and the scratch memory of a thread: what each step
+    needs for itself comes first, then the values that only the run reads.
+    """
 
     def __init__(self, graph: Graph, choice: Candidate) -> None:
-        node, behind = graph.nodes[choice.start : choice.stop]
-        assert isinstance(node.op, Conv)
-        self.problem, rows = node.op.problem, choice.settings["rows"]
+        nodes = graph.nodes[choice.start : choice.stop]
+        rows = choice.settings["rows"]
         self.config = NativeConfig(choice.settings["form"], False, choice.settings["block"])
-        self.reader = _reader(behind, rows)
-        # floats: what the convolution needs for itself, then its reader, then what lies between
+        self.reader = _reader(nodes[1], rows)
         run = _run(graph, choice.start, self.config, rows)
-        self.own, self.readers = (whole_lines(step.scratch_pitch) for step in run[1:])
-        self.floats = self.own + self.readers + local_pixels(run) * whole_vectors(self.problem.k)
+        pixels = local_pixels(run)
+        self.following = NativeConfig("direct", False, pixels)
+        needed = [step.scratch_pitch for step in run[1:]]
+        for node in nodes[2:]:
+            assert isinstance(node.op, Conv)
+            needed.append(conv_candidates.scratch_floats(node.op.problem, self.following))
+        *self.own, values = accumulate(map(whole_lines, needed), initial=0)
+        self.pitches = {
+            node.name: whole_vectors(channels_of(graph, node.name)) for node in nodes[:-1]
+        }
+        ends = accumulate((pixels * pitch for pitch in self.pitches.values()), initial=values)
+        *offsets, self.floats = ends
+        self._offsets = dict(zip(self.pitches, offsets, strict=True))
+
+    def offset(self, name: str) -> int:
+        """Returns the offset of a value that only the run reads, and ABSENT for others."""
+        return self._offsets.get(name, ABSENT)
 
 
 def _run(graph: Graph, at: int, config: NativeConfig, rows: int) -> list[Step]:
@@ -102,6 +130,21 @@ def _run(graph: Graph, at: int, config: NativeConfig, rows: int) -> list[Step]:
         assert isinstance(behind.op, Conv)
         reader = conv_candidates.conv_step(behind.op.problem, reader_config)
     return fused_run("row_fused", [conv, reader], rows=rows)
+
+
+def _end(graph: Graph, at: int) -> int:
+    """Returns where the longest run ends that begins at a node with a reader behind it."""
+    _, reader, *rest = graph.nodes[at : at + 3]
+    if not rest or not isinstance(reader.op, Conv) or graph.readers[reader.name] != 1:
+        return at + 2
+    (last,) = rest
+    if not isinstance(last.op, Conv) or last.inputs[0] != reader.name:
+        return at + 2
+    problem = last.op.problem
+    pointwise = (problem.r, problem.s, problem.stride, problem.padding, problem.groups)
+    if pointwise != (1, 1, (1, 1), (0, 0), 1) or conv_candidates.refusal(problem) is not None:
+        return at + 2
+    return at + 3
 
 
 @dataclass(frozen=True)
