@@ -1,0 +1,149 @@
+"""Convolutions of a fused forward that one native call runs."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resfuse.kernels import fuse
+from resfuse.kernels.cpu.conv_program import ConvProgram
+from resfuse.kernels.cpu.library import why_unavailable
+from resfuse.resnet_ref import create
+
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.skipif(why_unavailable() is not None, reason=f"{why_unavailable()}"),
+]
+
+
+class Inverted(nn.Module):
+    """MobileNetV2's inverted residual, with a number of channels that fills no vector."""
+
+    def __init__(self, c: int = 24, narrow: int = 24) -> None:
+        super().__init__()
+        wide = 6 * 16
+        self.expand, self.bn1 = nn.Conv2d(c, wide, 1, bias=False), nn.BatchNorm2d(wide)
+        self.depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+        self.project, self.bn3 = nn.Conv2d(wide, narrow, 1, bias=False), nn.BatchNorm2d(narrow)
+        self.relu, self.adds = nn.ReLU6(), c == narrow
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.expand(x)))
+        y = self.relu(self.bn2(self.depthwise(y)))
+        y = self.bn3(self.project(y))
+        return x + y if self.adds else y
+
+
+class Branches(nn.Module):
+    """Two results, one of which is read again: both leave the region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(32) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.relu(self.norms[0](self.first(x)))
+        b = torch.relu(self.norms[1](self.second(a)))
+        return torch.cat([a, b, x], 1)
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many convolutions each native call has run."""
+    counts: list[int] = []
+    run = ConvProgram.__call__
+
+    def counted(self: ConvProgram, *inputs: Tensor) -> list[Tensor]:
+        counts.append(len(self._calls))
+        return run(self, *inputs)
+
+    monkeypatch.setattr(ConvProgram, "__call__", counted)
+    return counts
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def require_like_eager(model: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    want, got = model(x), fused(x)
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] = {
+    "inverted residual": (Inverted, (2, 24, 9, 10), [3]),
+    "without a sum": (lambda: Inverted(24, 40), (2, 24, 9, 10), [3]),
+    "two results": (Branches, (2, 16, 8, 8), [2]),
+    # those of two whose shortcut is padded read what no step has made
+    "basic blocks": (lambda: create("cifar_resnet20", seed=0), (2, 3, 32, 32), [2] * 7),
+    "bottlenecks": (
+        lambda: create("resnet50", seed=0), (1, 3, 64, 64), [3] * 12 + [4] * 4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_block_is_one_native_call(name: str, channels_last: bool, programs: list[int]) -> None:
+    make, shape, calls = MODELS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    x = images(*shape)
+    if channels_last:
+        model, x = (
+            model.to(memory_format=torch.channels_last),
+            x.contiguous(memory_format=torch.channels_last),
+        )
+    fused = fuse(copy.deepcopy(model))
+    require_like_eager(model, fused, x)
+    programs.clear()
+    require_like_eager(model, fused, x)
+    assert sorted(programs) == calls
+    require_like_eager(
+        model,
+        fused,
+        images(*shape, seed=1).contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        ),
+    )
+
+
+@torch.inference_mode()
+def test_weights_that_change_are_followed(programs: list[int]) -> None:
+    model = Inverted().eval()
+    fused = fuse(copy.deepcopy(model))
+    x = images(1, 24, 7, 7)
+    for _ in range(3):
+        require_like_eager(model, fused, x)
+    for module in (model, fused):
+        module.depthwise.weight.mul_(-1.5)
+        module.bn3.running_mean.add_(1)
+    for _ in range(3):
+        require_like_eager(model, fused, x)
+    assert len(programs) > 2
+
+
+def test_a_convolution_that_is_not_native_runs_in_its_turn(programs: list[int]) -> None:
+    """Eight channels are too few for the native kernels."""
+    model = Inverted(24, 8).eval()
+    fused = fuse(copy.deepcopy(model))
+    for seed in range(3):
+        require_like_eager(model, fused, images(1, 24, 7, 7, seed=seed))
+    assert not programs
+
+
+@torch.inference_mode()
+def test_an_input_that_the_caller_keeps_is_not_written_to() -> None:
+    model = create("cifar_resnet20", seed=0).eval()
+    block = fuse(model).layer1[0]
+    x = images(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    for _ in range(3):
+        block(x)
+    assert torch.equal(x, before)
