@@ -27,15 +27,15 @@ static ALWAYS_INLINE void map(Sums<M, N>& sums, const Function& function) {
   }
 }
 
-// Comparisons are written so that NaN stays NaN.
+// NaN stays NaN.
 template <long M, long N>
 static ALWAYS_INLINE void activate(const Step& s, Sums<M, N>& sums, long k) {
-  const auto relu = [](Floats v, long) ALWAYS_INLINE_LAMBDA { return v < 0 ? Floats{} : v; };
+  const auto relu = [](Floats v, long) ALWAYS_INLINE_LAMBDA { return at_least(Floats{}, v); };
   const auto relu6 = [&](Floats v, long n) ALWAYS_INLINE_LAMBDA {
-    v = relu(v, n);
-    return v > 6 ? broadcast(6) : v;
+    return at_most(broadcast(6), relu(v, n));
   };
   switch (s.activation) {
+    case IDENTITY: break;
     case RELU: map(sums, relu); break;
     case RELU6: map(sums, relu6); break;
     case HARDSWISH:

@@ -2,7 +2,7 @@
 // AVX-512, AVX2, SSE and NEON from one source.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -76,6 +76,37 @@ static inline void store_first(float* to, Floats value, long count) {
 #endif
 }
 static inline Floats broadcast(float value) { return value - Floats{}; }
+
+// The larger and the smaller of a limit and v; v where it is NaN, and where both are zeros. x86's
+// instructions return their second operand then, which compilers do not trust the comparison to be.
+static inline Floats at_least(Floats limit, Floats v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(
+      _mm512_max_ps(reinterpret_cast<__m512>(limit), reinterpret_cast<__m512>(v)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Floats>(
+      _mm256_max_ps(reinterpret_cast<__m256>(limit), reinterpret_cast<__m256>(v)));
+#elif defined(__SSE__)
+  return reinterpret_cast<Floats>(
+      _mm_max_ps(reinterpret_cast<__m128>(limit), reinterpret_cast<__m128>(v)));
+#else
+  return v < limit ? limit : v;
+#endif
+}
+static inline Floats at_most(Floats limit, Floats v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(
+      _mm512_min_ps(reinterpret_cast<__m512>(limit), reinterpret_cast<__m512>(v)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Floats>(
+      _mm256_min_ps(reinterpret_cast<__m256>(limit), reinterpret_cast<__m256>(v)));
+#elif defined(__SSE__)
+  return reinterpret_cast<Floats>(
+      _mm_min_ps(reinterpret_cast<__m128>(limit), reinterpret_cast<__m128>(v)));
+#else
+  return v > limit ? limit : v;
+#endif
+}
 
 // Lane j of the result is lane lanes[j] of `from`. GCC has an operation for that; clang has one for
 // constant lanes only, which it makes of the loop where they turn out to be constant.
