@@ -29,6 +29,10 @@ SCHEMA = 1
 MOST_BYTES = 32 << 20
 _MOST_LINE_BYTES = 1 << 20
 _SENSIBLE_MS = 1e-6, 1e6
+# A time with a larger spread was taken while the machine did other work: it serves the build that
+# took it, and is taken again by later ones, until it has been taken so often.
+NOISY_SPREAD = 0.25
+MOST_TRIES = 3
 Key = tuple[str, str]
 
 
@@ -45,6 +49,7 @@ class TimingCache:
         self._environment = environment(device)
         self.path = (folder or cache_folder() / "timings") / _file_of(self._environment)
         self._torn = False  # the file ends within a line
+        self._noisy: dict[Key, int] = {}  # how often those have been taken whose spread is large
         self._times = self._read()
         self._own: set[Key] = set()
 
@@ -59,19 +64,31 @@ class TimingCache:
         """Whether a time, or that there is none, was found through this object, and not read."""
         return key in self._own
 
+    def is_to_be_taken_again(self, key: Key) -> bool:
+        """Whether a time was read that was taken while the machine did other work."""
+        return key not in self._own and 0 < self._noisy.get(key, 0) < MOST_TRIES
+
     @property
     def barred(self) -> Barred:
         """The configurations that nothing may choose, whatever the part."""
         return frozenset(k for k, ms in self._times.items() if ms is None and is_configuration(k))
 
-    def put(self, key: Key, ms: float | None, why: str = "") -> None:
+    def put(
+        self, key: Key, ms: float | None, why: str = "", *, spread: float | None = None
+    ) -> None:
         """Keeps a time, here and in the file; an unwritable file is a warning.
 
         Args:
             why: there is none, for those who read the file.
+            spread: how much longer a run took than the shortest one, as a share of it.
         """
         self.put_here(key, ms)
-        self._append({"part": key[0], "choice": key[1], "ms": ms} | ({"why": why} if why else {}))
+        row: dict[str, Any] = {"part": key[0], "choice": key[1], "ms": ms}
+        if why:
+            row["why"] = why
+        if spread is not None:
+            row["spread"] = round(spread, 3)
+        self._append(row)
 
     def put_here(self, key: Key, ms: float | None) -> None:
         """Keeps a time for as long as this object lives."""
@@ -128,7 +145,10 @@ class TimingCache:
             elif "forgotten" in row:
                 known.pop((row["part"], row["choice"]), None)
             else:
-                known[row["part"], row["choice"]] = row["ms"]
+                key = row["part"], row["choice"]
+                known[key] = row["ms"]
+                noisy = row.get("spread", 0) > NOISY_SPREAD
+                self._noisy[key] = self._noisy.get(key, 0) + 1 if noisy else 0
         if not headed:
             warnings.warn(
                 f"times kept in {self.path} are from another environment and are not used",
@@ -205,6 +225,8 @@ def _is_time(row: dict[str, Any]) -> bool:
     least, most = _SENSIBLE_MS
     ms = row.get("ms", "missing")
     sensible = ms is None or (type(ms) in (int, float) and least <= ms <= most)  # True is no time
+    spread = row.get("spread", 0)
+    sensible = sensible and type(spread) in (int, float) and spread >= 0
     if "forgotten" in row:
         sensible = row["forgotten"] is True and "ms" not in row
     return sensible and isinstance(row.get("part"), str) and isinstance(row.get("choice"), str)

@@ -6,6 +6,7 @@ A candidate runs as it will in the engine, in an executor of its part of the gra
 
 import contextlib
 import math
+import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -132,9 +133,13 @@ class Tuner:
             for key, candidate in zip(keys, allowed, strict=True):
                 if (run := self._checked(part, key, candidate, weight_store)) is not None:
                     runs[key] = candidate, run
-            for key, ms in self._time_in_turns(runs).items():
+            times = self._time_in_turns(runs)
+            spread = _spread(times.values())
+            for key, turns in times.items():
                 self.measured += 1
-                self._cache.put(key, ms)
+                again = self._cache.is_to_be_taken_again(key)
+                before = self._cache.get(key) if again else None
+                self._cache.put(key, min([*turns, before or math.inf]), spread=spread)
         return [self(candidate) for candidate in candidates]
 
     def knows(self, candidate: Candidate) -> bool:
@@ -179,27 +184,30 @@ class Tuner:
             times += self.in_turns(candidates[first : first + at_once])
         return times
 
-    def _time_in_turns(self, runs: Mapping[Key, tuple[Candidate, Run]]) -> dict[Key, float]:
-        """Returns the least ms of each run that does not fail."""
-        least = dict.fromkeys(runs, math.inf)
+    def _time_in_turns(self, runs: Mapping[Key, tuple[Candidate, Run]]) -> dict[Key, list[float]]:
+        """Returns the ms of each run that does not fail, turn by turn."""
+        times: dict[Key, list[float]] = {key: [] for key in runs}
         for turn in range(ROUNDS):
-            limit = PRUNE_RATIO * min(least.values(), default=math.inf)
+            least = (min(turns) for turns in times.values() if turns)
+            limit = PRUNE_RATIO * min(least, default=math.inf)
             for key, (candidate, run) in runs.items():
-                if key in least and (turn < 2 or least[key] <= limit):
+                if key in times and (turn < 2 or min(times[key]) <= limit):
                     ms = None
                     with self._barring(key, candidate):
                         ms = self._clock.turn(run)
                     if ms is None:
-                        del least[key]
+                        del times[key]
                     else:
-                        least[key] = min(least[key], ms)
-        return least
+                        times[key].append(ms)
+        return times
 
     def _has(self, key: Key, candidate: Candidate) -> bool:
         """Tells whether the cache has the time of a candidate. That torch's own operations, the
         last resort, would fail is not taken from a file."""
         if key not in self._cache or self._cache.is_own(key):
             return key in self._cache
+        if self._cache.is_to_be_taken_again(key):
+            return False
         return candidate.tactic != "eager" or self._cache.get(key) is not None
 
     def _part(self, candidate: Candidate) -> tuple[Graph, Key]:
@@ -352,6 +360,14 @@ class Tuner:
         if self._exact is None or self._exact[0] != key:
             self._exact = key, exact_answer(part, self._state, self._device)
         return self._exact[1]
+
+
+def _spread(times: Iterable[Sequence[float]]) -> float:
+    """Returns how much longer the candidates of a group typically took in a turn than in their
+    shortest one, as a share of it: little on a machine that does nothing else.
+    """
+    shares = [statistics.median(turns) / min(turns) - 1 for turns in times]
+    return statistics.median(shares) if shares else 0.0
 
 
 def _usable(

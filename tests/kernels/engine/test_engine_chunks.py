@@ -30,6 +30,7 @@ from resfuse.kernels.engine.tactics.cpu import native
 from resfuse.kernels.engine.tuning import exact_answers, tuner
 from resfuse.kernels.engine.tuning.clock import Clock, Run
 from resfuse.kernels.engine.tuning.tuner import Tuner
+from resfuse.kernels.tuning_cache import timing_cache
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 from resfuse.resnet_ref import create
 
@@ -287,6 +288,27 @@ def test_choices_are_timed_in_turns_and_short_ones_several_times_in_each(
     assert measured.in_turns(candidates) == [ms, 1.1 * ms]
     turns = [len(list(turn)) for _, turn in itertools.groupby(timed, key=id)]
     assert len(turns) == 10 and set(turns) == {in_a_row}
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_what_a_busy_machine_timed_is_timed_again_by_the_next_build(
+    busy: bool, tmp_path, monkeypatch
+) -> None:
+    """A neighbour takes the processor for most of the first build's turns."""
+    monkeypatch.setattr(timing_cache, "NOISY_SPREAD", 0.25)
+    graph, state, *_ = resnet(2)
+    cpu = torch.device("cpu")
+    candidates = [chunked("native_chunks", planned(graph, 2), count) for count in (1, 2)]
+    turns = itertools.count()
+    monkeypatch.setattr(Clock, "once", lambda self, run: 20.0 if busy and next(turns) > 2 else 9.0)
+    first = Tuner(graph, state, cpu, ["native"], TimingCache(cpu, tmp_path))
+    assert first.in_turns(candidates) == [9.0, 9.0]
+    monkeypatch.setattr(Clock, "once", lambda self, run: 8.0)
+    second = Tuner(graph, state, cpu, ["native"], TimingCache(cpu, tmp_path))
+    assert second.in_turns(candidates) == ([8.0, 8.0] if busy else [9.0, 9.0])
+    assert second.measured == 2 * busy
+    third = Tuner(graph, state, cpu, ["native"], TimingCache(cpu, tmp_path))
+    assert third.in_turns(candidates) == second.in_turns(candidates) and third.measured == 0
 
 
 def test_no_more_are_timed_in_turns_than_there_is_room_for(tmp_path, monkeypatch) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from resfuse.kernels.engine.cost.ceilings import Ceilings
+from resfuse.kernels.tuning_cache import timing_cache
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
@@ -52,9 +53,34 @@ def test_the_latest_time_counts(written: Path, tmp_path: Path) -> None:
     assert times_in(tmp_path)["conv 1", "native"] == 0.25
 
 
+def test_a_time_from_a_busy_machine_is_taken_again_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing_cache, "NOISY_SPREAD", 0.25)
+    noisy, quiet = ("conv 1", "native"), ("conv 2", "native")
+
+    def read() -> TimingCache:
+        return TimingCache(CPU, tmp_path)
+
+    for tries in range(timing_cache.MOST_TRIES):
+        cache = read()
+        assert cache.is_to_be_taken_again(noisy) == (tries > 0)
+        cache.put(noisy, 0.5, spread=0.6)
+        cache.put(quiet, 0.5, spread=0.1)
+        assert not cache.is_to_be_taken_again(noisy), "what this build has taken serves this build"
+    assert not any(map(read().is_to_be_taken_again, (noisy, quiet)))
+    read().put(quiet, 0.5, spread=0.6)
+    assert read().is_to_be_taken_again(quiet)
+    read().put(quiet, 0.4, spread=0.0)
+    assert not read().is_to_be_taken_again(quiet)
+
+
 @pytest.mark.parametrize(
     "line",
     [
+        '{"part": "conv 1", "choice": "native", "ms": 2.0, "spread": -1}',
+        '{"part": "conv 1", "choice": "native", "ms": 2.0, "spread": "much"}',
+        '{"part": "conv 1", "choice": "native", "ms": 2.0, "spread": NaN}',
         "not JSON at all",
         "[1, 2, 3]",
         "null",
