@@ -1,35 +1,42 @@
 """Fused convolutions that read each other's results, run by one native call.
 
 By themselves each of them costs a call from Python and a start of the team of threads; here a
-thread that finds no more of one to do goes on with the next.
+thread that finds no more of one to do goes on with the next. What a convolution hands to a
+depthwise one, and that to a 1x1, stays in strips of rows in a cache where it is large.
 """
 
-import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from resfuse.kernels.cpu import conv_candidates
+from resfuse.kernels.cpu.conv_calls import ConvCall, Placement
+from resfuse.kernels.cpu.conv_candidates import NativeConfig
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.packed_conv import NativeConv, empty_output, nhwc, workspace
-from resfuse.kernels.cpu.program import Step, require_done, runner
+from resfuse.kernels.cpu.packed_conv import empty_output, nhwc, workspace
+from resfuse.kernels.cpu.program import Step, mr, require_done, runner, whole_vectors
+from resfuse.kernels.cpu.row_fusion import RowLayout, is_pointwise, rows_within
+from resfuse.kernels.ops.conv_problem import ConvProblem
 
+# Bytes of a strip, half of a second-level cache, and the least rows of a thread.
+_STRIP_BYTES, _LEAST_ROWS = 1 << 19, 14
 _MOST_SHAPES = 16  # of inputs, whose steps a thread keeps
 
 
 @dataclass(frozen=True)
-class ConvCall:
-    """One convolution of a program. Values have numbers: the program's inputs, then the results of
-    its calls.
+class _Places:
+    """The tensors that a step reads and writes, None where there is none or it lies in scratch
+    memory, and the bytes of scratch memory before its own.
     """
 
-    conv: NativeConv
-    x: int
+    x: int | None = None
     residual: int | None = None
-    overwrite: bool = False  # whether the result is written over the residual
+    y: int | None = None
+    scratch: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class _Bound:
     """
 
     program: Any  # an array of Step
-    steps: list[tuple[Step, int, int | None, int]]  # with the tensors x, residual and y
+    steps: list[tuple[Step, _Places]]
     buffers: list[int]  # floats of each
     output_shapes: list[tuple[int, ...]]
     outputs: list[int]
@@ -76,10 +83,14 @@ class ConvProgram:
             tensors.append(empty_output(shape))
         at = [tensor.data_ptr() for tensor in tensors]
         scratch = workspace.of(bound.scratch_pitch * count)
-        for step, x, residual, y in bound.steps:
-            step.x, step.y, step.scratch = at[x], at[y], scratch
-            if residual is not None:
-                step.residual = at[residual]
+        for step, places in bound.steps:
+            step.scratch = scratch + places.scratch
+            if places.x is not None:
+                step.x = at[places.x]
+            if places.residual is not None:
+                step.residual = at[places.residual]
+            if places.y is not None:
+                step.y = at[places.y]
         require_done(self._run(bound.program, len(bound.steps), count))
         return [tensors[output] for output in bound.outputs]
 
@@ -90,84 +101,114 @@ class ConvProgram:
         if bound is None:
             if len(known) >= _MOST_SHAPES:
                 known.clear()
-            bound = known[key] = self._bind([tuple(x.shape) for x in inputs])
+            bound = known[key] = self._bind(count, [tuple(x.shape) for x in inputs])
         return bound
 
-    def _bind(self, shapes: list[tuple[int, ...]]) -> _Bound:
+    def _bind(self, count: int, shapes: list[tuple[int, ...]]) -> _Bound:
         """Makes the steps for inputs of these shapes, and gives every result memory."""
-        steps = []
+        problems = []
         for call in self._calls:
-            step, shape = call.conv.step(shapes[call.x], call.residual is not None)
-            steps.append(step)
-            shapes.append(shape)
-        placed = _Placement(self._inputs, self._calls, self._outputs, shapes)
+            problem = call.conv.problem(shapes[call.x], call.residual is not None)
+            problems.append(problem)
+            shapes.append((problem.n, problem.k, problem.p, problem.q))
+        units = list(self._units(problems, count))
+        ranges = [unit.calls for unit in units]
+        placed = Placement(self._inputs, self._calls, self._outputs, shapes, ranges)
+        steps: list[Step] = []
+        places: list[_Places] = []
+        for unit in units:
+            steps += self._steps(unit, shapes)
+            if unit.layout is not None:
+                places.append(_Places())
+            for i, floats in zip(unit.calls, unit.layout.own if unit.layout else [0], strict=True):
+                call = self._calls[i]
+                x, y = placed.tensor(call.x), placed.tensor(self._inputs + i)
+                residual = None if call.residual is None else placed.tensor(call.residual)
+                places.append(_Places(x, residual, y, 4 * floats))
         program = (Step * len(steps))(*steps)
         return _Bound(
             program,
-            [
-                (
-                    program[i],
-                    placed.tensor(call.x),
-                    None if call.residual is None else placed.tensor(call.residual),
-                    placed.tensor(self._inputs + i),
-                )
-                for i, call in enumerate(self._calls)
-            ],
+            [(program[i], each) for i, each in enumerate(places)],
             placed.buffers,
             placed.output_shapes,
-            [placed.tensor(value) for value in self._outputs],
+            [tensor for value in self._outputs if (tensor := placed.tensor(value)) is not None],
             max(step.scratch_pitch for step in steps),
         )
 
+    def _steps(self, unit: "_Unit", shapes: Sequence[tuple[int, ...]]) -> list[Step]:
+        """Returns the steps of a unit, without addresses."""
+        steps = []
+        for i, config in zip(unit.calls, unit.configs, strict=True):
+            call = self._calls[i]
+            steps.append(call.conv.step(shapes[call.x], call.residual is not None, config)[0])
+        if unit.layout is None:
+            return steps
+        for before, behind, pitch in zip(steps, steps[1:], unit.layout.pitches, strict=False):
+            before.y_pitch = behind.x_pitch = pitch
+        return unit.layout.fuse(steps, 0)
 
-class _Placement:
-    """Where the results of a program lie: those that leave it in tensors of their own, the others
-    in buffers, each of which may hold results of one size whose lifetimes do not overlap.
+    def _units(self, problems: Sequence[ConvProblem], count: int) -> Iterator["_Unit"]:
+        i = 0
+        while i < len(problems):
+            end = self._end_of_strips(i, problems, count)
+            if end == i + 1:
+                yield _Unit(range(i, end), [None])
+            else:
+                yield _strips(range(i, end), problems[i:end])
+            i = end
+
+    def _end_of_strips(self, i: int, problems: Sequence[ConvProblem], count: int) -> int:
+        """Returns where the calls end that are computed in strips of rows from call `i` on."""
+        first = problems[i]
+        if i + 1 == len(problems) or not self._hands_on(i) or not pays_in_strips(first, count):
+            return i + 1
+        reader = problems[i + 1]
+        if reader.c != reader.groups or reader.r * reader.s == 1:
+            return i + 1
+        if i + 2 < len(problems) and self._hands_on(i + 1) and is_pointwise(problems[i + 2]):
+            return i + 3
+        return i + 2
+
+    def _hands_on(self, i: int) -> bool:
+        """Whether the next call alone reads the result of call `i`, and no residual is added to
+        it."""
+        value, call, behind = self._inputs + i, self._calls[i], self._calls[i + 1]
+        reads = sum((each.x, each.residual).count(value) for each in self._calls)
+        alone = reads == 1 and behind.x == value and value not in self._outputs
+        return alone and call.residual is None
+
+
+def pays_in_strips(problem: ConvProblem, count: int) -> bool:
+    """Whether what a convolution hands to a depthwise one is large, and each of `count` threads has
+    so many rows of it that those which two of them compute do not matter.
+    """
+    large = 4 * problem.n * problem.p * problem.q * problem.k > _STRIP_BYTES
+    return problem.groups == 1 and large and problem.n * problem.p >= _LEAST_ROWS * count
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Calls that are computed together, in strips of rows where there is a layout.
+
+    configs: None where it is the one that is expected to be fastest.
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        calls: Sequence[ConvCall],
-        outputs: Sequence[int],
-        shapes: Sequence[tuple[int, ...]],
-    ) -> None:
-        self._inputs = inputs
-        self.buffers: list[int] = []
-        self.output_shapes: list[tuple[int, ...]] = []
-        owner = list(range(inputs))  # of a value's memory
-        last_read = dict.fromkeys(range(inputs), -1)
-        for i, call in enumerate(calls):
-            written = owner[call.residual] if call.overwrite and call.residual is not None else None
-            owner.append(inputs + i if written is None else written)
-            read = [call.x] if call.residual is None else [call.x, call.residual]
-            for value in (inputs + i, *read):
-                last_read[owner[value]] = i
-        leaving = {owner[value] for value in outputs}
-        busy_until: list[int] = []  # of each buffer
-        place: dict[int, tuple[str, int]] = {value: ("input", value) for value in range(inputs)}
-        for i in range(len(calls)):
-            value = inputs + i
-            if owner[value] != value:
-                continue
-            if value in leaving:
-                place[value] = "output", len(self.output_shapes)
-                self.output_shapes.append(shapes[value])
-                continue
-            floats = math.prod(shapes[value])
-            fits = (
-                b for b, size in enumerate(self.buffers) if size == floats and busy_until[b] < i
-            )
-            buffer = next(fits, len(self.buffers))
-            if buffer == len(self.buffers):
-                self.buffers.append(floats)
-                busy_until.append(-1)
-            busy_until[buffer] = last_read[value]
-            place[value] = "buffer", buffer
-        self._places = [place[each] for each in owner]
+    calls: range
+    configs: Sequence[NativeConfig | None]
+    layout: RowLayout | None = None
 
-    def tensor(self, value: int) -> int:
-        """Returns the number of a value's tensor: inputs come first, then buffers, then outputs."""
-        kind, number = self._places[value]
-        before = {"input": 0, "buffer": self._inputs, "output": self._inputs + len(self.buffers)}
-        return before[kind] + number
+
+def _strips(calls: range, problems: Sequence[ConvProblem]) -> _Unit:
+    first, windows, *following = problems
+    rows_read = max(1, _STRIP_BYTES // (4 * first.q * whole_vectors(first.k)))
+    rows = rows_within(rows_read, first, windows.r, windows.stride[0], windows.dilation[0])
+    by_pixel = [c for c in conv_candidates.configs("direct", first) if not c.by_channel]
+    block = min(by_pixel[len(by_pixel) // 2].block, rows_read * first.q // mr() * mr() or mr())
+    conv, reader = NativeConfig("direct", False, block), NativeConfig("grouped", False, 0)
+    layout = RowLayout(
+        conv_candidates.conv_step(first, conv),
+        conv_candidates.conv_step(windows, reader),
+        following,
+        rows,
+    )
+    return _Unit(calls, [conv, reader, *(layout.following for _ in following)], layout)

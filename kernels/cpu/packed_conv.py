@@ -160,26 +160,41 @@ class NativeConv:
             kept[residual] = made
         return made[2], count, made[3]
 
-    def step(self, shape: Sequence[int], residual: bool) -> tuple[Step, tuple[int, ...]]:
+    def step(
+        self,
+        shape: Sequence[int],
+        residual: bool,
+        config: conv_candidates.NativeConfig | None = None,
+    ) -> tuple[Step, tuple[int, ...]]:
         """Returns a step for inputs of `shape`, without the memory that it reads and writes, and
         the shape of its output.
+
+        Args:
+            config: of a form that reads the weights as they are packed; by default the one that is
+                expected to be fastest.
         """
-        n, c, h, w = shape
-        k, _, r, s = self._shape
-        g = self._geometry
-        problem = ConvProblem(
-            n, c, h, w, k, r, s, g.stride, g.padding, g.dilation, g.groups,
-            math_mode="ieee", activation=self._activation, residual=residual,
-        )  # fmt: skip
-        with asking(self.asked):
-            config = conv_candidates.choose(problem)
+        problem = self.problem(shape, residual)
+        if config is None:
+            with asking(self.asked):
+                config = conv_candidates.choose(problem)
         step = conv_candidates.conv_step(
             problem, config, residual_last=False,
             w=self._weight.data_ptr(), bias=self._bias.data_ptr(),
             slope=0 if self._slope is None else self._slope.data_ptr(),
-            x_pitch=c, residual_pitch=k, y_pitch=k, unstored=-k % lanes(),
+            x_pitch=problem.c, residual_pitch=problem.k, y_pitch=problem.k,
+            unstored=-problem.k % lanes(),
         )  # fmt: skip
-        return step, (n, k, problem.p, problem.q)
+        return step, (problem.n, problem.k, problem.p, problem.q)
+
+    def problem(self, shape: Sequence[int], residual: bool) -> ConvProblem:
+        """Returns the problem for inputs of `shape`."""
+        n, c, h, w = shape
+        k, _, r, s = self._shape
+        g = self._geometry
+        return ConvProblem(
+            n, c, h, w, k, r, s, g.stride, g.padding, g.dilation, g.groups,
+            math_mode="ieee", activation=self._activation, residual=residual,
+        )  # fmt: skip
 
     def dense_weight(self) -> Tensor:
         """The weight as it was given."""

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from resfuse.kernels.cpu.conv_program import ConvCall, ConvProgram
+from resfuse.kernels.cpu.conv_calls import ConvCall
+from resfuse.kernels.cpu.conv_program import ConvProgram
 from resfuse.kernels.cpu.packed_conv import NativeConv
 from resfuse.kernels.fusion.layers.compound_layers import FusedStep, ProjectionStep
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep

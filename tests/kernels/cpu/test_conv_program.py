@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfuse.kernels.cpu.conv_program import ConvCall, ConvProgram
+from resfuse.kernels.cpu.conv_calls import ConvCall
+from resfuse.kernels.cpu.conv_program import ConvProgram
+from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.onednn import Geometry
 from resfuse.kernels.cpu.packed_conv import NativeConv
 
@@ -163,3 +165,82 @@ def test_more_shapes_than_are_kept() -> None:
     for size in [*range(3, 23), 3]:
         x = images(1, 24, size, size)
         require_close(program(x)[0], want(x))
+
+
+def mobile(c: int, wide: int, k: int, stride: int, residual: bool) -> tuple[ConvProgram, Callable]:
+    expand, project = Layer(c, wide, 1), Layer(wide, k, 1)
+    depthwise = Layer(wide, wide, 3, wide, stride)
+    calls = [
+        ConvCall(expand.native, 0),
+        ConvCall(depthwise.native, 1),
+        ConvCall(project.native, 2, residual=0 if residual else None),
+    ]
+    adds = (lambda x: x) if residual else lambda x: 0.0
+    return ConvProgram(1, calls, [3]), lambda x: project(depthwise(expand(x)), adds(x))
+
+
+@pytest.mark.usefixtures("thread_counts")
+@pytest.mark.parametrize(
+    ("c", "k", "stride", "residual"), [(24, 24, 1, True), (16, 40, 2, False), (144, 24, 1, False)]
+)
+def test_large_values_stay_in_strips(c: int, k: int, stride: int, residual: bool) -> None:
+    """What lies between, 96 channels of 60 by 70 pixels, has no buffer."""
+    program, want = mobile(c, 96, k, stride, residual)
+    x = images(2, c, 60, 70)
+    (y,) = program(x)
+    require_close(y, want(x))
+    bound = program._bound(program._asked or threads(), [x])
+    assert not bound.buffers and len(bound.steps) == 4  # the run's head, too
+    small = images(2, c, 7, 9)
+    require_close(program(small)[0], want(small))
+    assert len(program._bound(program._asked or threads(), [small]).steps) == 3
+    (y,) = program(x)
+    require_close(y, want(x))
+
+
+def test_a_large_value_that_is_read_again_has_a_buffer() -> None:
+    expand, depthwise, last = Layer(16, 96, 1), Layer(96, 96, 3, 96), Layer(96, 96, 1)
+    calls = [
+        ConvCall(expand.native, 0),
+        ConvCall(depthwise.native, 1),
+        ConvCall(last.native, 2, residual=1),
+    ]
+    x = images(2, 16, 60, 70)
+    (y,) = ConvProgram(1, calls, [3])(x)
+    wide = expand(x)
+    require_close(y, last(depthwise(wide), wide))
+
+
+@pytest.mark.usefixtures("thread_counts")
+def test_an_input_whose_windows_are_still_to_be_read_is_not_overwritten() -> None:
+    """A block may write over its input; strip by strip it would do so too early."""
+    expand, depthwise, project = Layer(24, 96, 1), Layer(96, 96, 3, 96), Layer(96, 24, 1)
+    calls = [
+        ConvCall(expand.native, 0),
+        ConvCall(depthwise.native, 1),
+        ConvCall(project.native, 2, residual=0, overwrite=True),
+    ]
+    x = images(1, 24, 60, 70).contiguous(memory_format=torch.channels_last)
+    want = project(depthwise(expand(x)), x.double())
+    (y,) = ConvProgram(1, calls, [3])(x)
+    require_close(y, want)
+
+
+@pytest.mark.usefixtures("thread_counts")
+def test_blocks_in_strips_do_not_share_a_buffer_with_what_they_read() -> None:
+    layers = [(Layer(24, 96, 1), Layer(96, 96, 3, 96), Layer(96, 24, 1)) for _ in range(3)]
+    calls, value = [], 0
+    for expand, depthwise, project in layers:
+        first = 1 + len(calls)
+        calls += [
+            ConvCall(expand.native, value),
+            ConvCall(depthwise.native, first),
+            ConvCall(project.native, first + 1),
+        ]
+        value = first + 2
+    x = images(1, 24, 60, 70)
+    (y,) = ConvProgram(1, calls, [value])(x)
+    want = x.double()
+    for expand, depthwise, project in layers:
+        want = project(depthwise(expand(want)))
+    require_close(y, want)

@@ -5,24 +5,15 @@ and what that hands to the last 1x1, never reaches memory. See fused_rows.h in k
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import accumulate
 
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.conv_candidates import NativeConfig
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.program import (
-    ABSENT,
-    Step,
-    fused_run,
-    local_pixels,
-    whole_lines,
-    whole_vectors,
-)
+from resfuse.kernels.cpu.program import Step, fused_run, local_pixels, whole_vectors
+from resfuse.kernels.cpu.row_fusion import RowLayout, is_pointwise, rows_within
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Conv, Graph, MaxPool, Node, State
 from resfuse.kernels.engine.ir.lowered import Native
-from resfuse.kernels.engine.memory.aliasing import channels_of
 from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.engine.tactics.cpu import native
 from resfuse.kernels.ops.conv_problem import ConvProblem
@@ -45,8 +36,7 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     if conv_candidates.refusal(problem) is not None:
         return
     line = 4 * problem.q * whole_vectors(problem.k)
-    window = _window(behind)
-    strips = sorted({window.rows(problem, size // line) for size in _STRIPS})
+    strips = sorted({_rows_within(size // line, problem, behind) for size in _STRIPS})
     offered = [
         (("form", config.form), ("block", min(config.block, pixels)), ("rows", rows))
         for config in _by_pixel(problem)
@@ -59,63 +49,34 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
 
 
 def scratch(graph: Graph, choice: Candidate) -> int:
-    return 4 * threads() * _Parts(graph, choice).floats
+    return 4 * threads() * _layout(graph, choice).floats
 
 
 def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native:
-    parts = _Parts(graph, choice)
-    node, behind, *rest = graph.nodes[choice.start : choice.stop]
-    conv = native.conv_step(node, parts.config, state, arena, parts.pitches)
-    if parts.reader is None:
-        reader = native.max_pool_step(graph, behind, arena, parts.pitches)
-    else:
-        reader = native.conv_step(behind, parts.reader, state, arena, parts.pitches)
-    following = [
-        native.conv_step(one, parts.following, state, arena, parts.pitches) for one in rest
+    layout = _layout(graph, choice)
+    nodes = graph.nodes[choice.start : choice.stop]
+    names = [node.name for node in nodes[:-1]]
+    pitches = dict(zip(names, layout.pitches, strict=True))
+    reader = _reader(nodes[1], layout.rows)
+    configs = [_config(choice), reader, *(layout.following for _ in nodes[2:])]
+    steps = [
+        native.max_pool_step(graph, node, arena, pitches)
+        if config is None
+        else native.conv_step(node, config, state, arena, pitches)
+        for node, config in zip(nodes, configs, strict=True)
     ]
-    memory = arena.scratch(choice.start)
-    steps = [conv, reader, *following]
-    for one, step, own in zip([node, behind, *rest], steps, parts.own, strict=True):
-        step.scratch, step.scratch_pitch = memory + 4 * own, parts.floats
-        step.x_local, step.y_local = parts.offset(one.inputs[0]), parts.offset(one.name)
-    run = fused_run(
-        "row_fused",
-        steps,
-        scratch=memory,
-        scratch_pitch=parts.floats,
-        rows=choice.settings["rows"],
-    )
-    return Native(run)
+    return Native(layout.fuse(steps, arena.scratch(choice.start)))
 
 
-class _Parts:
-    """The configurations of a candidate's steps, and the scratch memory of a thread: what each step
-    needs for itself comes first, then the values that only the run reads.
-    """
+def _config(choice: Candidate) -> NativeConfig:
+    return NativeConfig(choice.settings["form"], False, choice.settings["block"])
 
-    def __init__(self, graph: Graph, choice: Candidate) -> None:
-        nodes = graph.nodes[choice.start : choice.stop]
-        rows = choice.settings["rows"]
-        self.config = NativeConfig(choice.settings["form"], False, choice.settings["block"])
-        self.reader = _reader(nodes[1], rows)
-        run = _run(graph, choice.start, self.config, rows)
-        pixels = local_pixels(run)
-        self.following = NativeConfig("direct", False, pixels)
-        needed = [step.scratch_pitch for step in run[1:]]
-        for node in nodes[2:]:
-            assert isinstance(node.op, Conv)
-            needed.append(conv_candidates.scratch_floats(node.op.problem, self.following))
-        *self.own, values = accumulate(map(whole_lines, needed), initial=0)
-        self.pitches = {
-            node.name: whole_vectors(channels_of(graph, node.name)) for node in nodes[:-1]
-        }
-        ends = accumulate((pixels * pitch for pitch in self.pitches.values()), initial=values)
-        *offsets, self.floats = ends
-        self._offsets = dict(zip(self.pitches, offsets, strict=True))
 
-    def offset(self, name: str) -> int:
-        """Returns the offset of a value that only the run reads, and ABSENT for others."""
-        return self._offsets.get(name, ABSENT)
+def _layout(graph: Graph, choice: Candidate) -> RowLayout:
+    rows = choice.settings["rows"]
+    _, conv, reader = _run(graph, choice.start, _config(choice), rows)
+    rest = [node.op for node in graph.nodes[choice.start + 2 : choice.stop]]
+    return RowLayout(conv, reader, [op.problem for op in rest if isinstance(op, Conv)], rows)
 
 
 def _run(graph: Graph, at: int, config: NativeConfig, rows: int) -> list[Step]:
@@ -141,35 +102,21 @@ def _end(graph: Graph, at: int) -> int:
     if not isinstance(last.op, Conv) or last.inputs[0] != reader.name:
         return at + 2
     problem = last.op.problem
-    pointwise = (problem.r, problem.s, problem.stride, problem.padding, problem.groups)
-    if pointwise != (1, 1, (1, 1), (0, 0), 1) or conv_candidates.refusal(problem) is not None:
-        return at + 2
-    return at + 3
+    return at + 3 if is_pointwise(problem) and conv_candidates.refusal(problem) is None else at + 2
 
 
-@dataclass(frozen=True)
-class _Window:
-    """A window down a column: its rows are `dilation` apart, the next window is `stride` below."""
-
-    kernel: int
-    stride: int
-    dilation: int
-
-    def rows(self, problem: ConvProblem, rows: int) -> int:
-        """Returns the most rows of the reader that read at most `rows` of the convolution: at least
-        one, and no more than a map has.
-        """
-        whole = -(-problem.p // self.stride)
-        reach = (self.kernel - 1) * self.dilation
-        return max(1, min(whole, (rows - 1 - reach) // self.stride + 1))
-
-
-def _window(reader: Node) -> _Window:
+def _rows_within(rows: int, problem: ConvProblem, reader: Node) -> int:
+    """Returns the most rows of the reader that read at most `rows` of the convolution."""
     if isinstance(reader.op, MaxPool):
-        return _Window(reader.op.kernel[0], reader.op.stride[0], reader.op.dilation[0])
+        (kernel, _), (stride, _), (dilation, _) = (
+            reader.op.kernel,
+            reader.op.stride,
+            reader.op.dilation,
+        )
+        return rows_within(rows, problem, kernel, stride, dilation)
     assert isinstance(reader.op, Conv)
-    problem = reader.op.problem
-    return _Window(problem.r, problem.stride[0], problem.dilation[0])
+    windows = reader.op.problem
+    return rows_within(rows, problem, windows.r, windows.stride[0], windows.dilation[0])
 
 
 def _reads_in_windows(node: Node) -> bool:
