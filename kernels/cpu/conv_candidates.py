@@ -112,7 +112,8 @@ def layout_weight(form: Form, weight: Tensor, groups: int) -> Tensor:
 
 def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
     """Returns the floats of scratch memory that a thread needs."""
-    return conv_step(problem, config).scratch_pitch
+    floats: int = conv_step(problem, config).scratch_pitch
+    return floats
 
 
 def conv_step(

@@ -42,8 +42,8 @@ def supports(dtype: torch.dtype) -> bool:
     if dtype == torch.float32:
         return True
     if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 class PackedConv:
@@ -129,4 +129,5 @@ class PackedConv:
 
     def dense_weight(self) -> Tensor:
         """The weight as it was given."""
-        return self.weight.to_dense()
+        weight: Tensor = self.weight.to_dense()
+        return weight

@@ -6,8 +6,8 @@ and how much scratch memory a step needs.
 """
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from resfuse.kernels.cpu import library as native
 from resfuse.kernels.cpu.cpus import asked_for, threads
@@ -67,30 +67,34 @@ def fused_run(
     return [head, *steps]
 
 
+Runner = Callable[[Step | ctypes.Array[Step], int, int], int]
+
+
 def scratch_floats(step: Step) -> int:
     """Floats of scratch memory that a thread needs for a step that is not a fused run."""
-    return _asked("resfuse_scratch_floats", step)
+    return _ask("resfuse_scratch_floats", step)
 
 
 def local_pixels(run: Sequence[Step]) -> int:
     """The most pixels of a value in a thread's scratch memory at a time, of a fused run."""
-    return _asked("resfuse_local_pixels", (Step * len(run))(*run))
+    return _ask("resfuse_local_pixels", (Step * len(run))(*run))
 
 
-def _asked(function: str, steps: Any) -> int:
-    asked = getattr(native.library(), function)
-    asked.restype, asked.argtypes = ctypes.c_long, [ctypes.POINTER(Step)]
-    return asked(steps)
+def _ask(function: str, steps: Step | ctypes.Array[Step]) -> int:
+    ask = getattr(native.library(), function)
+    ask.restype, ask.argtypes = ctypes.c_long, [ctypes.POINTER(Step)]
+    answer: int = ask(steps)
+    return answer
 
 
-def runner() -> Any:
+def runner() -> Runner:
     """Returns the library's function (steps, count, threads) that runs steps; `require_done` takes
     what it returns.
     """
     native.require_layout(Step, "Step")
     run = native.library().resfuse_run
     run.restype, run.argtypes = ctypes.c_long, [ctypes.POINTER(Step), ctypes.c_long, ctypes.c_long]
-    return run
+    return cast(Runner, run)
 
 
 class Program:

@@ -67,11 +67,11 @@ class Digest:
         """What a call asks: a sample of the large tensors, their next window, and all others."""
         start, end = self._next, min(self._next + self._window, len(self._parts))
         self._next = end if end < len(self._parts) else self._always
-        return self._unchanged(self._parts, self._always, start, end) != 0
+        return bool(self._unchanged(self._parts, self._always, start, end))
 
     def is_unchanged(self) -> bool:
         """Whether every byte is as it was."""
-        return self._unchanged(self._parts, self._always, self._always, len(self._parts)) != 0
+        return bool(self._unchanged(self._parts, self._always, self._always, len(self._parts)))
 
 
 def _row(start: int, size: int) -> _Watched:

@@ -41,7 +41,8 @@ def grouped_weights(w: Tensor) -> Tensor:
     """[K, C / groups, R, S] -> for each vector of channels [R, S, i, lanes]: what lane l multiplies
     with input channel l ^ i of all."""
     by_lane = w[_shuffled(w.shape, w.device)]
-    return by_lane.unflatten(0, (-1, lanes())).permute(0, 3, 4, 2, 1).reshape(-1)
+    by_vector: Tensor = by_lane.unflatten(0, (-1, lanes()))
+    return by_vector.permute(0, 3, 4, 2, 1).reshape(-1)
 
 
 def grouped_from(laid_out: Tensor, shape: torch.Size) -> Tensor:

@@ -74,7 +74,8 @@ def table(
         )
     opaque = [s for s in segments if any(isinstance(n.op, Torch) for n in _nodes(graph, s))]
     if opaque:
-        names = sorted({n.op.target for s in opaque for n in _nodes(graph, s)})  # type: ignore[union-attr]
+        operations = [n.op for s in opaque for n in _nodes(graph, s)]
+        names = sorted({op.target for op in operations if isinstance(op, Torch)})
         lines.append(f"Run by torch, {len(opaque)} segments: {', '.join(names)}.")
     if untimed := sum(segment.ms == 0 for segment in segments):
         lines.append(

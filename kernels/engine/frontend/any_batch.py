@@ -4,7 +4,6 @@ with a batch of any size says so, or which line of the forward asks for the size
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from resfuse.kernels.engine.frontend.batching import Images, images_at_all_sizes
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.frontend.side_effects import SideEffects
-from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, State, Torch
+from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Operation, State, Torch
 
 aten = torch.ops.aten
 _NOT_POSSIBLE = "argument other_batches: 'pad' is not possible: "
@@ -102,7 +101,7 @@ def _is_tensor(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), _SYMBOLIC)
 
 
-def _has_symbols(value: Any) -> bool:
+def _has_symbols(value: object) -> bool:
     return isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)
 
 
@@ -123,7 +122,7 @@ def _alike(a: Node, b: Node) -> bool:
     return a.name == b.name and a.inputs == b.inputs and _unsized(a.op) == _unsized(b.op)
 
 
-def _unsized(op: Any) -> Any:
+def _unsized(op: Operation) -> Operation | str:
     """An operation without the sizes that differ with the batch."""
     if isinstance(op, Conv):
         return replace(op, problem=replace(op.problem, n=1))

@@ -56,8 +56,9 @@ def _exported(
         with torch.no_grad():
             with questions, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*was assigned during export", UserWarning)
-                program = torch.export.export(model, (example,), strict=False)
-            program = program.run_decompositions({})  # batch norms and in-place operations as ATen
+                exported = torch.export.export(model, (example,), strict=False)
+            # Batch norms and in-place operations become ATen's functional ones.
+            program: torch.export.ExportedProgram = exported.run_decompositions({})
     except Unreadable:
         raise
     except Exception as error:  # export raises whatever it meets

@@ -72,7 +72,7 @@ _PARTICULAR = _names(
 _PURE = _ANY_NUMBERS | _ANY_FLOATS | _PARTICULAR
 
 
-def operation_named(name: str) -> Any:
+def operation_named(name: str) -> torch._ops.OpOverload[..., Any]:
     """The operation of torch's dispatcher, `aten.sigmoid.default` say.
 
     Raises:

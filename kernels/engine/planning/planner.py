@@ -57,7 +57,8 @@ class Plan:
 
 
 def _price(ms: float, arena_bytes: int) -> float:
-    return ms * max(arena_bytes, 1) ** MEMORY_EXPONENT
+    weight: float = max(arena_bytes, 1) ** MEMORY_EXPONENT
+    return ms * weight
 
 
 @dataclass(frozen=True)

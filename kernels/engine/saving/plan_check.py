@@ -33,6 +33,7 @@ from resfuse.kernels.engine.ir.graph import (
     Pick,
     Torch,
     Value,
+    state_read_by,
 )
 from resfuse.kernels.engine.ir.torch_operations import is_pure
 from resfuse.kernels.engine.planning.chunking import IMAGES
@@ -324,7 +325,7 @@ class _Inference:
         with self._fake, _not_logged():
             state = {
                 name: self._fake.from_tensor(self._state_of(node, name))
-                for name in eager.state_read_by(op)
+                for name in state_read_by(op)
             }
             given = [torch.empty(v.shape, dtype=v.dtype, device=self._device) for v in inputs]
             made = eager.function_of(node, self._graph.values, state)(*given)

@@ -188,7 +188,7 @@ def _pick(op: Pick) -> Function:
 
 
 def _torch(op: Torch, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
-    target: Any = operation_named(op.target)
+    target = operation_named(op.target)
     fixed = {name: _as_it_is(name, state, keep) for name in state_read_by(op)}
     if dtype is not None:
         fixed = {name: _widened(t) for name, t in fixed.items()}
@@ -197,7 +197,8 @@ def _torch(op: Torch, state: State, dtype: torch.dtype | None, keep: Keep) -> Fu
         args = [_decode(arg, inputs, fixed) for arg in op.args]
         kwargs = {key: _decode(arg, inputs, fixed) for key, arg in op.kwargs}
         result = target(*args, **kwargs)
-        return result if op.result is None else result[op.result]
+        part: Tensor = result if op.result is None else result[op.result]
+        return part
 
     return run
 

@@ -62,7 +62,8 @@ class Clock:
             run()
             end.record()
             torch.cuda.synchronize()
-            return start.elapsed_time(end) / self._warmth.in_a_row
+            ms: float = start.elapsed_time(end)
+            return ms / self._warmth.in_a_row
         start_s = time.perf_counter()
         run()
         return (time.perf_counter() - start_s) * 1e3

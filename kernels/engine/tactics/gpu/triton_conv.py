@@ -87,6 +87,6 @@ def _config(candidate: Candidate) -> "Config | depthwise.Config":
     return depthwise.Config(**settings) if form == "depthwise" else Config(**settings)
 
 
-def _candidate(at: int, form: str, config: object) -> Candidate:
-    settings = asdict(config)  # type: ignore[call-overload]
+def _candidate(at: int, form: str, config: "Config | depthwise.Config") -> Candidate:
+    settings = asdict(config)
     return Candidate("triton_conv", at, at + 1, (("form", form), *settings.items()))
