@@ -23,7 +23,7 @@ from resfuse.kernels.cpu.cpus import asking, require_threads
 from resfuse.kernels.engine.bound_plan import BoundPlan, bind
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine import Engine, OtherBatches
-from resfuse.kernels.engine.frontend.any_batch import batch_of, require_paddable
+from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore

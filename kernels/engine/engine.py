@@ -17,7 +17,7 @@ from resfuse.kernels.cpu.cpus import asking
 from resfuse.kernels.engine.bound_plan import BoundPlan, bind
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine_memory import Memory
-from resfuse.kernels.engine.frontend.batching import images_at_all_sizes
+from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.layout_questions import require_layout
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.memory.storage_bytes import storages

@@ -1,5 +1,5 @@
 """Engines on disk: one safetensors file, the weights as tensors and the plan as JSON in its header.
-It is written beside its place and moved there when it is whole.
+It is written under a temporary name and renamed when it is complete.
 
 A file may come from a stranger. Nothing is unpickled; a digest finds damage; everything that
 follows from the graph is inferred again and compared (plan_check.py), so that no number in it
@@ -22,7 +22,7 @@ from resfuse.kernels.cpu.cpus import asking, require_threads
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.planning.planner import Segment
 from resfuse.kernels.engine.runtime.own_weights import require_usable
-from resfuse.kernels.engine.saving.plan_check import sound
+from resfuse.kernels.engine.saving.plan_check import checked_plans
 from resfuse.kernels.engine.saving.plan_json import (
     graph_from_json,
     graph_to_json,
@@ -39,11 +39,11 @@ _MOST_PLAN = 64 << 20  # bytes of JSON: ResNet-152's has 0.3 million
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds, checked, on the device it is for."""
+    """The contents of an engine file, checked, with tensors on the device they are for."""
 
     plans: Plans
     state: Mapping[str, Tensor]
-    other_batches: Any  # as build_engine takes it
+    other_batches: Any  # one of build_engine's values
     cuda_graph: bool
     threads: int | None
 
@@ -57,10 +57,10 @@ def save(
     cuda_graph: bool,
     threads: int | None = None,
 ) -> None:
-    """Writes the file; on failure there is none, or the one that was there.
+    """Writes the file; on failure an earlier file stays as it was.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -91,7 +91,7 @@ def save(
 
 
 def read(path: Path, allow: Collection[str]) -> Saved:
-    """What was saved. Raises what load_engine does (load.py), which takes the same."""
+    """Returns the contents of a file; arguments and errors are those of load_engine (load.py)."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -122,19 +122,19 @@ def read(path: Path, allow: Collection[str]) -> Saved:
 
 
 def cannot_run(path: Path, error: Exception) -> ValueError:
-    """What to raise where a plan has led to an error."""
+    """Returns the error to raise where a plan read from a file has led to `error`."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ValueError(f"argument path: {path} holds no plan that can be run: {said}")
 
 
 class _Damaged(ValueError):
-    """A sentence that is whole."""
+    """An error whose message names the argument already."""
 
 
 def _saved(
     told: dict[str, Any], state: dict[str, Tensor], device: torch.device, allow: Collection[str]
 ) -> Saved:
-    plans = sound(
+    plans = checked_plans(
         {
             int(size): (graph_from_json(p["graph"]), segments_from_json(p["segments"]))
             for size, p in told["plans"].items()
@@ -153,14 +153,14 @@ def _saved(
 
 
 def _environment(device: torch.device, threads: int | None) -> dict[str, str]:
-    """As it is for an engine that was asked to run on so many threads."""
+    """Returns the environment of an engine that runs on `threads` threads."""
     require_threads(threads)
     with asking(threads):
         return environment(device)
 
 
 def _digest(plan: str, state: Mapping[str, Tensor]) -> str:
-    """Of the plan, and each tensor's name, dtype, shape and bytes."""
+    """Returns the SHA-256 of the plan and of each tensor's name, dtype, shape and bytes."""
     found = hashlib.sha256(plan.encode())
     for name, tensor in sorted(state.items()):
         found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -9,7 +9,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from resfuse.kernels.engine.frontend.batching import Images, images_at_all_sizes
+from resfuse.kernels.engine.frontend.batching.image_dimension import Images
+from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.frontend.side_effects import SideEffects
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Operation, State, Torch
