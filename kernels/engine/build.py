@@ -33,7 +33,7 @@ from resfuse.kernels.engine.planning.liveness import with_memory
 from resfuse.kernels.engine.planning.planner import Plan, plan
 from resfuse.kernels.engine.runtime.default_device import without_meta
 from resfuse.kernels.engine.runtime.fallback import with_weights
-from resfuse.kernels.engine.runtime.own_weights import copies, kept_names, require_usable
+from resfuse.kernels.engine.runtime.own_weights import copied_names, copies, require_usable
 from resfuse.kernels.engine.tactics import tactics_on
 from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache, known
@@ -121,7 +121,7 @@ def _built(
     for size in sizes:
         graph, captured = capture(model, batch_of(example, size))
         new = {name: captured[name] for name in sorted(state_names(graph)) if name not in state}
-        state |= copies(new, kept_names(graph, keep_weights))
+        state |= copies(new, copied_names(graph, keep_weights))
         require_usable([graph], state, graph.constants, "model")
         segments = tuned_plan(graph, state, example.device, cache, tiling).segments
         built[size] = bind(graph, segments, state, weight_store)

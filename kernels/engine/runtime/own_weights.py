@@ -37,7 +37,7 @@ def _identity(t: Tensor) -> Any:
     return *where, t.dtype, t.device, tuple(t.shape), t.stride()
 
 
-def kept_names(graph: Graph, keep_weights: bool) -> set[str]:
+def copied_names(graph: Graph, keep_weights: bool) -> set[str]:
     """What an engine needs a copy of: what is read when it is called or, with `keep_weights`, all
     of the state."""
     return state_names(graph) if keep_weights else read_at_calls(graph)

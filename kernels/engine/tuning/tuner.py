@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resfuse.kernels.engine.ir.candidate import Candidate, key_of
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
-from resfuse.kernels.engine.ir.torch_operations import takes_made_up_inputs
+from resfuse.kernels.engine.ir.torch_operations import accepts_random_inputs
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import TACTICS
@@ -151,7 +151,7 @@ class Tuner:
             part, key = self._part(candidate)
             eager = candidate.tactic == "eager"
             known = eager or key in self._confirmed or self._cache.is_own(key)
-            if not known and takes_made_up_inputs(part):
+            if not known and accepts_random_inputs(part):
                 self._confirmed.add(key)
                 right = self._right(part, key, candidate) is not None and right
         return right
@@ -260,7 +260,7 @@ class Tuner:
     ) -> Run | None:
         """Returns what is to be timed, run before and right; None where it is not, put into the
         cache."""
-        if not takes_made_up_inputs(part):
+        if not accepts_random_inputs(part):
             self._cache.put_here(key, NOT_TIMED)  # torch's, and nothing else computes it
             return None
         if (right := self._right(part, key, candidate, weight_store)) is not None:

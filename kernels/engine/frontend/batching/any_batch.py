@@ -51,7 +51,7 @@ def require_any_batch(model: nn.Module, example: Tensor, most: int) -> None:
     several = batch_of(example, most)
     batch = torch.export.Dim("batch", max=most)
     try:
-        undone = SideEffects(model).watched()
+        undone = SideEffects(model).observed()
         with torch.no_grad(), warnings.catch_warnings(), undone:
             warnings.simplefilter("ignore")
             program = torch.export.export(
