@@ -233,7 +233,7 @@ class Graph:
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
-        """Values that no node makes."""
+        """Returns the values that no node computes."""
         made = {node.name for node in self.nodes}
         used = [name for node in self.nodes for name in node.inputs if name not in made]
         return tuple(dict.fromkeys([*filter(None, [self.input]), *used]))

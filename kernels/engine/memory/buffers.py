@@ -29,8 +29,8 @@ class WeightStore:
         return self._tensors[key]
 
     def get_unchanged(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Like `get`, but leaves the tensors as `make` returns them: on any device, of any dtype
-        and layout."""
+        """Returns what `make` returns, called once for a key, unchanged: on any device, of any
+        dtype and layout."""
         if key not in self._tensors:
             self._tensors[key] = make()
             self.track(self._tensors[key])

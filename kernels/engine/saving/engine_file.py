@@ -65,7 +65,7 @@ def save(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    told = {
+    header = {
         "schema": SCHEMA,
         "device_type": device.type,
         "environment": _environment(device, threads),
@@ -81,7 +81,7 @@ def save(
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        text = json.dumps(told)
+        text = json.dumps(header)
         save_file(tensors, name, metadata={"resfuse": text, "sha256": _digest(text, tensors)})
         Path(name).replace(path)
     except SafetensorError as error:
@@ -102,22 +102,22 @@ def read(path: Path, allow: Collection[str]) -> Saved:
             text = metadata["resfuse"]
             if len(text) > _MOST_PLAN:
                 raise ValueError(f"a plan of {len(text)} bytes")
-            told = json.loads(text)
-            if not isinstance(told, dict):
+            header = json.loads(text)
+            if not isinstance(header, dict):
                 raise ValueError("no plan in its header")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"argument path: {path} is no engine, or a damaged one: {error}") from None
     try:
-        device = _same_device(path, told)
+        device = _same_device(path, header)
         if metadata.get("sha256") != _digest(text, state):
             raise _Damaged(
                 f"argument path: {path} is damaged: its digest is that of something else"
             )
-        return _saved(told, {n: tensor.to(device) for n, tensor in state.items()}, device, allow)
+        return _saved(header, {n: tensor.to(device) for n, tensor in state.items()}, device, allow)
     except _Damaged as error:
         raise ValueError(str(error)) from None
-    except Exception as error:  # what a stranger's numbers lead to may be anything
+    except Exception as error:  # a plan that is not trusted may lead to any error
         raise cannot_run(path, error) from error
 
 
@@ -132,12 +132,12 @@ class _Damaged(ValueError):
 
 
 def _saved(
-    told: dict[str, Any], state: dict[str, Tensor], device: torch.device, allow: Collection[str]
+    header: dict[str, Any], state: dict[str, Tensor], device: torch.device, allow: Collection[str]
 ) -> Saved:
     plans = checked_plans(
         {
             int(size): (graph_from_json(p["graph"]), segments_from_json(p["segments"]))
-            for size, p in told["plans"].items()
+            for size, p in header["plans"].items()
         },
         state,
         device,
@@ -145,11 +145,11 @@ def _saved(
     )
     constants = {name for graph, _ in plans.values() for name in graph.constants}
     require_usable([graph for graph, _ in plans.values()], state, constants, "path")
-    if told["other_batches"] not in ("error", "pad", "eager"):
-        raise ValueError(f"other batches: {told['other_batches']!r}")
-    if type(told["cuda_graph"]) is not bool:
-        raise ValueError(f"CUDA graphs: {told['cuda_graph']!r}")
-    return Saved(plans, state, told["other_batches"], told["cuda_graph"], told.get("threads"))
+    if header["other_batches"] not in ("error", "pad", "eager"):
+        raise ValueError(f"other batches: {header['other_batches']!r}")
+    if type(header["cuda_graph"]) is not bool:
+        raise ValueError(f"CUDA graphs: {header['cuda_graph']!r}")
+    return Saved(plans, state, header["other_batches"], header["cuda_graph"], header.get("threads"))
 
 
 def _environment(device: torch.device, threads: int | None) -> dict[str, str]:
@@ -168,20 +168,20 @@ def _digest(plan: str, state: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _same_device(path: Path, told: dict[str, Any]) -> torch.device:
-    if told.get("schema") != SCHEMA:
+def _same_device(path: Path, header: dict[str, Any]) -> torch.device:
+    if header.get("schema") != SCHEMA:
         raise _Damaged(
-            f"argument path: {path} has schema {told.get('schema')}; this version reads {SCHEMA}. "
-            "Build it again here"
+            f"argument path: {path} has schema {header.get('schema')}; this version reads "
+            f"{SCHEMA}. Build it again here"
         )
-    if told["device_type"] not in ("cpu", "cuda"):
-        raise ValueError(f"a device {told['device_type']!r}")
-    if told["device_type"] == "cuda" and not torch.cuda.is_available():
+    if header["device_type"] not in ("cpu", "cuda"):
+        raise ValueError(f"a device {header['device_type']!r}")
+    if header["device_type"] == "cuda" and not torch.cuda.is_available():
         raise _Damaged(f"argument path: {path} was built on a GPU; there is none here")
-    device = torch.device(told["device_type"])
-    here = _environment(device, told.get("threads"))
-    for fact in {**told["environment"], **here}:
-        there = told["environment"].get(fact)
+    device = torch.device(header["device_type"])
+    here = _environment(device, header.get("threads"))
+    for fact in {**header["environment"], **here}:
+        there = header["environment"].get(fact)
         if here.get(fact) != there:
             raise _Damaged(
                 f"argument path: {path} was built with {fact} {there}; here it is "

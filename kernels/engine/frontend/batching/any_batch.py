@@ -1,5 +1,6 @@
-"""Whether a model computes the same, image by image, whatever the size of its batch: torch.export
-with a batch of any size says so, or which line of the forward asks for the size."""
+"""Checks that a model computes the same for each image at any batch size: torch.export with a batch
+of symbolic size succeeds, or names the line of the forward that depends on the size.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Operation, State,
 
 aten = torch.ops.aten
 _NOT_POSSIBLE = "argument other_batches: 'pad' is not possible: "
-# What may be told the size of the batch: it says how large the result is, not what is in it.
+# Operations that may be given the size of the batch, which determines the size of the result only.
 _SHAPED = {
     "reshape", "expand", "repeat", "unflatten", "zeros", "ones", "full", "new_zeros", "new_ones",
     "new_full", "slice",
@@ -26,18 +27,18 @@ _SIZED = _SHAPED | {"view", "_unsafe_view", "sym_size"}
 
 
 def batch_of(example: Tensor, size: int) -> Tensor:
-    """As many images, those of the example again and again."""
+    """Returns a batch of `size` images, the example's in turn."""
     batch = torch.cat([example] * -(-size // example.shape[0]))[:size]
     if size == example.shape[0] and batch.stride() != example.stride():
-        return example.detach()  # a model may ask how it lies in memory
+        return example.detach()  # a model may ask for its strides
     return batch
 
 
 def require_paddable(
     model: nn.Module, example: Tensor, graphs: Mapping[int, Graph], state: State
 ) -> None:
-    """Raises ValueError where the zeros in a batch that is filled up may change answers, or the
-    forward is another for other sizes."""
+    """Raises ValueError if filling up a batch with zeros may change the answers for its images, or
+    if the forward differs between batch sizes."""
     images = images_at_all_sizes(graphs, state)
     if images is not None:
         require_any_batch(model, example, max(graphs))
@@ -75,7 +76,7 @@ def require_any_batch(model: nn.Module, example: Tensor, most: int) -> None:
 
 
 def _require_sizes_only(node: fx.Node, of_images: bool) -> None:
-    """A batch's size may make a result larger, and nothing else."""
+    """Raises ValueError if a node uses the batch size for anything but the size of a result."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return  # arithmetic on sizes
     name = node.target._schema.name.split("::")[1]
@@ -107,8 +108,8 @@ def _has_symbols(value: object) -> bool:
 
 
 def require_same_for_one(one: Graph, several: Graph, images: Sequence[Images]) -> None:
-    """Raises ValueError unless the graph of one image is that of several, its sizes apart: torch
-    takes a size of one for a special case (squeeze, broadcasting)."""
+    """Raises ValueError unless the graph for one image equals that for several except in sizes:
+    torch treats a size of one specially (squeeze, broadcasting)."""
     same = len(one.nodes) == len(several.nodes) and one.spec == several.spec
     same = same and all(map(_alike, one.nodes, several.nodes))
     for a, b, where in zip(one.outputs, several.outputs, images, strict=True):
@@ -124,7 +125,7 @@ def _alike(a: Node, b: Node) -> bool:
 
 
 def _unsized(op: Operation) -> Operation | str:
-    """An operation without the sizes that differ with the batch."""
+    """Returns an operation without the sizes that depend on the batch."""
     if isinstance(op, Conv):
         return replace(op, problem=replace(op.problem, n=1))
     if isinstance(op, Torch) and op.target.split(".")[1] in _SHAPED:
