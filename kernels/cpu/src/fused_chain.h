@@ -1,5 +1,6 @@
-// A convolution and the 1x1 convolutions behind it, a block of pixels at a time: what one writes
-// the next reads from the caches, and no thread waits for the others in between.
+// Computes a convolution and the 1x1 convolutions behind it a block of pixels at a time, so that
+// each reads from the caches what the one before has written, and threads do not wait for each
+// other.
 //
 // A value that only the chain reads is local: a block of it lies in the thread's scratch memory,
 // where the next block's overwrites it.
@@ -74,7 +75,7 @@ static void fused_chain_piece(const Step* chain, long range, long ranges, long p
     DCHECK(pixels.count() <= chain_pixels(first));
     for (long i = 1; i <= chain->length; i++) {
       Step s = chain[i];
-      // steps count pixels from the first of the batch, which would lie before a block's memory
+      // Steps count pixels from the first of the batch, and a block's memory begins at `from`.
       if (s.x_local >= 0) s.x = scratch + s.x_local - pixels.from * s.x_pitch;
       if (s.residual_local >= 0) {
         s.residual = scratch + s.residual_local - pixels.from * s.residual_pitch;

@@ -226,7 +226,7 @@ class Graph:
         )
 
     def inner(self, start: int, stop: int) -> set[str]:
-        """Returns the values that nodes [start, stop) make and they alone read."""
+        """Returns the values that nodes [start, stop) compute and no other node reads."""
         nodes = self.nodes[start:stop]
         here = Counter(name for node in nodes for name in node.inputs)
         return {n.name for n in nodes if n.name in here and self.readers[n.name] == here[n.name]}
@@ -234,8 +234,8 @@ class Graph:
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """Returns the values that no node computes."""
-        made = {node.name for node in self.nodes}
-        used = [name for node in self.nodes for name in node.inputs if name not in made]
+        computed = {node.name for node in self.nodes}
+        used = [name for node in self.nodes for name in node.inputs if name not in computed]
         return tuple(dict.fromkeys([*filter(None, [self.input]), *used]))
 
 

@@ -135,8 +135,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 
 
 def _projecting(node: Node, state: State, arena: Arena) -> Callable[[Values], Tensor]:
-    """Returns a function that computes a projection by the 1x1 kernel in its default
-    configuration."""
+    """The projection by conv1x1's kernel, in the configuration that it would choose."""
     from resfuse.kernels.gpu.conv1x1.conv1x1_kernel import launch
 
     problem = _conv(node).problem
