@@ -61,5 +61,5 @@ static uint64_t digest_of_sample(const Region& region) {
 }
 
 static uint64_t digest_of(const Region& region) {
-  return region.step ? digest_of_sample(part) : digest_of_row(region.start, region.count);
+  return region.step ? digest_of_sample(region) : digest_of_row(region.start, region.count);
 }
