@@ -158,12 +158,12 @@ class NativeConv:
         on and the shape of its output. The last step is cached by thread.
         """
         count = self._asked or threads()
-        cache = self._here.__dict__.setdefault("steps", {})
-        cached = cache.get(residual)
-        if cached is None or cached[0] != count or cached[1] != x.shape:
-            cached = count, x.shape, *self._make(x, residual)
-            cache[residual] = cached
-        return cached[2], count, cached[3]
+        kept = self._here.__dict__.setdefault("steps", {})
+        made = kept.get(residual)
+        if made is None or made[0] != count or made[1] != x.shape:
+            made = count, x.shape, *self._make(x, residual)
+            kept[residual] = made
+        return made[2], count, made[3]
 
     def _make(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:
         n, c, h, w = x.shape
@@ -190,7 +190,7 @@ class NativeConv:
 
 
 def _empty(shape: tuple[int, ...]) -> Tensor:
-    """Returns an uninitialised float32 output on the CPU, whatever the process's defaults are."""
+    """Memory for an output, whatever the process's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 

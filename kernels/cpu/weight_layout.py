@@ -25,7 +25,7 @@ def direct_weights(w: Tensor, groups: int = 1) -> Tensor:
 
 
 def direct_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
-    """Returns the weight [K, C, R, S] that direct_weights has packed, for K of whole vectors."""
+    """The weight [K, C, R, S] that direct_weights laid out, for K of whole vectors."""
     k, c, r, s = shape
     sizes = [c * r * s * min(nr(), k - first) for first in range(0, k, nr())]
     parts = [part.view(r, s, c, -1) for part in laid_out.split(sizes)]

@@ -3,9 +3,9 @@
 //
 // Contract of every step:
 // - Tensors are float32, NHWC. A pixel's channels are contiguous, pixels are `pitch` floats apart.
-// - In convolutions K is a multiple of LANES, and per-channel parameters (bias, slope, scale) are
-//   padded to a multiple of it. Other steps read and write whole vectors of channels, for which
-//   pitches must leave room.
+// - K counts whole vectors of output channels in convolutions, and per-channel parameters (bias,
+//   slope, scale) are padded to whole vectors. Where the channels of other steps are no whole
+//   vectors, pitches have room for the rest of the last one, which is read and written, too.
 // - x and y may overlap only where they are the same pixels of a step without windows; y may be the
 //   residual.
 // - Each thread has `scratch_pitch` floats of scratch memory, undefined before a step.

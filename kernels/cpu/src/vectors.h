@@ -30,9 +30,8 @@ typedef int Ints __attribute__((vector_size(4 * LANES)));
 #define UNROLLED _Pragma("GCC unroll 16")
 #endif
 
-// The accumulators of a loop: under clang a local copy, since it leaves variables with an address
-// in memory (convolutions took three times as long); under GCC a reference, which stays in
-// registers.
+// The accumulators of a loop: a local copy under clang, which keeps in memory what has an address
+// (convolutions took three times as long), a reference under GCC, which keeps them in registers.
 #if defined(__clang__)
 template <class T>
 using Accumulators = T;
@@ -42,7 +41,7 @@ using Accumulators = T&;
 #endif
 
 static inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-// Returns the first `count` floats, and zeros in the other lanes.
+// The first `count` lanes, and zeros in the others.
 static inline Floats load_first(const float* from, long count) {
   if (count >= LANES) return load(from);
   Floats some = {};
