@@ -122,7 +122,7 @@ def find_chains(
         matcher.conv_chain(node)
     for node in graph.nodes:
         matcher.norm_chain(node)
-    return matcher.chains, matcher.left
+    return matcher.chains, matcher.refused
 
 
 class _Matcher:
@@ -143,7 +143,7 @@ class _Matcher:
         self.why_skip_norm = why_skip_norm
         self.taken: set[fx.Node] = set()
         self.chains: list[Chain] = []
-        self.left: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
 
     def conv_chain(self, node: fx.Node) -> None:
         conv = self._called(node)
@@ -154,7 +154,7 @@ class _Matcher:
         if reason is None and not _one_node(node.args, node.kwargs):
             reason = "it is not called with one tensor"
         if reason is not None:
-            self.left[name] = reason
+            self.refused[name] = reason
             return
         (source,) = node.args
         assert isinstance(source, fx.Node)

@@ -179,8 +179,8 @@ class LayoutPass:
                 sensitive.add(node)
                 kinds[node] = "contiguous"
         (output,) = (node for node in self.graph.nodes if node.op == "output")
-        made = output.args[0]
-        self.returns_flexible = isinstance(made, fx.Node) and kinds[made] == "flexible"
+        result = output.args[0]
+        self.returns_flexible = isinstance(result, fx.Node) and kinds[result] == "flexible"
         return kinds, sensitive
 
     def _kind_of(self, node: fx.Node, read: list[Kind]) -> Kind | None:
