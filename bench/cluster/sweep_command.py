@@ -127,9 +127,9 @@ def _fate(job: Any) -> str:
     """
     if not job.paths.result_pickle.exists():
         return f"it ended without a result (log: {job.paths.stderr})"
-    told = job.exception()
-    if told is not None:
-        lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    error = job.exception()
+    if error is not None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{lines[-1]} (log: {job.paths.stderr})"
     if complaint := job.result():
         raise UsageError(complaint)

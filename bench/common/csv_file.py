@@ -142,5 +142,5 @@ def _content(path: Path) -> bytes:
 
 def _warn(path: Path, left_out: Sequence[str]) -> None:
     more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-    told = "; ".join(left_out[:3])
-    warnings.warn(f"{path}: left out {told}{more}", LeftOutWarning, stacklevel=5)
+    examples = "; ".join(left_out[:3])
+    warnings.warn(f"{path}: left out {examples}{more}", LeftOutWarning, stacklevel=5)

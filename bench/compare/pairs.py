@@ -63,11 +63,13 @@ def _reason(key: Key, a: Side, b: Side) -> str:
     names = _differences(key, nearest)
     if "env_id" in names:
         names = [name for name in names if name not in ("env_id", "device_name")]
-        return "; ".join([_environments(key, nearest, a, b), *_told(key, nearest, names)])
-    return "; ".join(_told(key, nearest, names))
+        return "; ".join(
+            [_environments(key, nearest, a, b), *_field_differences(key, nearest, names)]
+        )
+    return "; ".join(_field_differences(key, nearest, names))
 
 
-def _told(key: Key, other: Key, names: Iterable[str]) -> list[str]:
+def _field_differences(key: Key, other: Key, names: Iterable[str]) -> list[str]:
     return [
         f"{NAMES.get(name, name)} {getattr(key, name)} against {getattr(other, name)}"
         for name in names
@@ -82,13 +84,13 @@ def _differences(key: Key, other: Key) -> list[str]:
 def _environments(key: Key, other: Key, a: Side, b: Side) -> str:
     """The facts in which two environments differ; measured ceilings are none."""
     here, there = a.facts.get(key.env_id, {}), b.facts.get(other.env_id, {})
-    told = [
+    differences = [
         f"{name} {here.get(name, 'none')} against {there.get(name, 'none')}"
         for name in dict.fromkeys([*here, *there])
         if here.get(name) != there.get(name) and not name.startswith("ceiling_")
     ]
-    if here and there and told:
-        return f"another environment: {', '.join(told)}"
+    if here and there and differences:
+        return f"another environment: {', '.join(differences)}"
     if key.device_name != other.device_name:
         return f"another machine: {key.device_name} against {other.device_name}"
     return (

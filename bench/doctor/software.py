@@ -43,8 +43,8 @@ def packages() -> list[Finding]:
             absent.append(Finding(name, f"{reason}; nothing is measured without it: {how}", BROKEN))
         else:
             package, use = OPTIONAL[name]
-            told = f"{reason}; without it no {use}: pip install '{package}'"
-            absent.append(Finding(name, told, NOTE))
+            value = f"{reason}; without it no {use}: pip install '{package}'"
+            absent.append(Finding(name, value, NOTE))
     measured = [f"{n} {v}" for n, v in there.items() if n in OPTIONAL or n == "torch"]
     around = [f"{n} {v}" for n, v in there.items() if n in NEEDED and n != "torch"]
     return [
@@ -92,10 +92,10 @@ def ptxas() -> list[Finding]:
     found = get_ptxas(90)
     refused = refusal_of_ptxas(found.version)
     on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    told = f"{found.version}, {found.path}"
+    value = f"{found.version}, {found.path}"
     if refused is not None and not on_hopper:
-        told += "; on Hopper, block_tail would be left out with it"
-    lines = [Finding("ptxas", told)]
+        value += "; on Hopper, block_tail would be left out with it"
+    lines = [Finding("ptxas", value)]
     asked = os.environ.get("TRITON_PTXAS_PATH")
     if asked and asked != found.path:  # Triton passes over one that tells no version
         lines.append(Finding("", f"TRITON_PTXAS_PATH is {asked}, which is no ptxas", NOTE))

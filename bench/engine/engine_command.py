@@ -30,11 +30,11 @@ def engine(args: argparse.Namespace) -> int:
     if args.timings is not None and args.timings.exists() and not args.timings.is_dir():
         raise UsageError(f"argument --timings: {args.timings} is not a folder")
     try:
-        made, how, found = describe(
+        engine, how, found = describe(
             case, args.batch_size, options_of(args), args.timings, args.load
         )
         if args.save is not None:
-            made.save(args.save)
+            engine.save(args.save)
             how.append(f"Saved in {args.save}, {args.save.stat().st_size / 2**20:.1f} MB.")
     except UsageError:
         raise
@@ -43,8 +43,8 @@ def engine(args: argparse.Namespace) -> int:
     print(text(case, how, found))
     if args.json is not None:
         batches = [asdict(one) for one in found]
-        told = {**case.identity(), "device": case.device, "built": how, "batches": batches}
-        args.json.write_text(json.dumps(told, indent=2) + "\n")
+        record = {**case.identity(), "device": case.device, "built": how, "batches": batches}
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
     return int(any(one.error for one in found))
 
 
@@ -90,32 +90,32 @@ def describe(
     set_math_mode(case.math_mode, case.device.split(":")[0])
     model = network.master(case, options.seed)
     if file is None:
-        made, how = _build(model, case, batch_sizes or [1], timings)
+        engine, how = _build(model, case, batch_sizes or [1], timings)
     else:
-        made, how = _load(file, batch_sizes)
-    sizes = sorted(set(batch_sizes)) or made.batch_sizes
-    return made, how, [facts(made, model, replace(case, batch_size=n), options) for n in sizes]
+        engine, how = _load(file, batch_sizes)
+    sizes = sorted(set(batch_sizes)) or engine.batch_sizes
+    return engine, how, [facts(engine, model, replace(case, batch_size=n), options) for n in sizes]
 
 
 def _build(
     model: nn.Module, case: Case, batch_sizes: Sequence[int], timings: Path | None
 ) -> tuple[Engine, list[str]]:
-    made, first_s = build(model, case, batch_sizes, timings)
+    engine, first_s = build(model, case, batch_sizes, timings)
     _, again_s = build(model, case, batch_sizes, timings)
     where = timings or "the user's cache"
     again = f"a second build took {again_s:.1f} s, with the times kept in {where}"
-    return made, [f"Built in {first_s:.1f} s; {again}."]
+    return engine, [f"Built in {first_s:.1f} s; {again}."]
 
 
 def _load(file: Path, batch_sizes: Sequence[int]) -> tuple[Engine, list[str]]:
     watch = timing.Watch()
-    made = load_engine(file)
+    engine = load_engine(file)
     loaded_s = timing.seconds(watch.elapsed())
     for size in batch_sizes:
-        if size not in made.batch_sizes:
-            has = ", ".join(map(str, made.batch_sizes))
+        if size not in engine.batch_sizes:
+            has = ", ".join(map(str, engine.batch_sizes))
             raise UsageError(f"argument --batch-size: {size}; {file} holds {has}")
-    return made, [f"Loaded from {file} in {loaded_s:.1f} s."]
+    return engine, [f"Loaded from {file} in {loaded_s:.1f} s."]
 
 
 def text(case: Case, how: Sequence[str], found: Sequence[EngineFacts]) -> str:

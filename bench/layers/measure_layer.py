@@ -107,8 +107,8 @@ def measure_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     convolution = Convolution.from_plain(job["convolution"])
     options = Options(**job["options"])
     outcomes, span_s = measure(convolution, job["providers"], options, job["ceilings"], tell)
-    told = {name: asdict(outcome) for name, outcome in outcomes.items()}
-    return {"outcomes": told, "span_s": span_s}
+    by_name = {name: asdict(outcome) for name, outcome in outcomes.items()}
+    return {"outcomes": by_name, "span_s": span_s}
 
 
 def _set_out(convolution: Convolution, options: Options) -> _Task:
@@ -119,9 +119,9 @@ def _set_out(convolution: Convolution, options: Options) -> _Task:
     torch.manual_seed(options.seed)
     set_math_mode(problem.math_mode, kind)
     require_device(kind)
-    made = layer(problem, device, options.seed)
+    run = layer(problem, device, options.seed)
     batches = inputs(problem, device, network.TIMED_BATCHES + 1)
-    return _Task(convolution, made, batches, answers(made, batches, problem.math_mode))
+    return _Task(convolution, run, batches, answers(run, batches, problem.math_mode))
 
 
 def _baseline(task: _Task) -> Checked:

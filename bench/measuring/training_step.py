@@ -93,9 +93,10 @@ class Training:
 
     def state_bytes(self) -> int:
         """Parameters, as many gradients, and the optimizer's state."""
-        held = [t for s in self._optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+        values = [t for s in self._optimizer.state.values() for t in s.values()]
+        state = list(filter(torch.is_tensor, values))
         parameters = list(self._model.parameters())
-        return sum(local(t).nbytes for t in (*parameters, *parameters, *held))
+        return sum(local(t).nbytes for t in (*parameters, *parameters, *state))
 
     def step_once(self) -> None:
         self._timed_run(lambda: None)

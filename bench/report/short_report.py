@@ -151,7 +151,7 @@ def _ratio(line: Line, baseline: str) -> str:
     if baseline not in line.ratios:
         return cells.EMPTY
     ratio = line.ratios[baseline]
-    return "1" if ratio is None else ratio.told()
+    return "1" if ratio is None else ratio.text()
 
 
 def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
@@ -164,9 +164,9 @@ def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
     for network in found:
         for batch in network.batches:
             line = network.at(batch)[0]
-            told = f" ({title(network.setting)})" if network.setting != usual else ""
+            words = f" ({title(network.setting)})" if network.setting != usual else ""
             rows.append([
-                f"{escape(network.model)}, {network.img_size} px{told}", str(batch),
+                f"{escape(network.model)}, {network.img_size} px{words}", str(batch),
                 escape(line.label), _number(line.result, "p50_ms"),
                 *(_ratio(line, name) for name in baselines),
             ])  # fmt: skip
@@ -176,17 +176,17 @@ def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
     if shown:
         right = [False, True, False, *(True for _ in titles[3:])]
         blocks.append(markdown.table(titles, right, shown))
-    if left := len(rows) - len(shown):
-        blocks.append(f"{count(left, 'more line')}: see DETAILS.md.")
+    if hidden := len(rows) - len(shown):
+        blocks.append(f"{count(hidden, 'more line')}: see DETAILS.md.")
     return blocks
 
 
 def _conditions(environment: Environment) -> list[str]:
     """Noise, and what else ran beside the rows."""
-    told = [text for comparison in baseline_rows(environment) if (text := noise(comparison))]
+    words = [text for comparison in baseline_rows(environment) if (text := noise(comparison))]
     if text := beside_other_work(environment.results):
-        told.append(text)
-    return ["## Noise", "\n".join(_bullets(told))] if told else []
+        words.append(text)
+    return ["## Noise", "\n".join(_bullets(words))] if words else []
 
 
 def beside_other_work(results: Sequence[Result]) -> str:
@@ -240,9 +240,9 @@ def _why(failed: Sequence[Result], measured: int) -> str:
     if all(result.status == "unavailable" for result in failed) and len(failed) == measured:
         return f"cannot run here: {reason}"
     statuses = Counter(result.status for result in failed)
-    told = listing([f"{n} {status}" for status, n in statuses.most_common()])
+    words = listing([f"{n} {status}" for status, n in statuses.most_common()])
     often = "" if number == len(failed) else " (the most frequent reason)"
-    return f"{told} of {count(measured, 'case')}: {reason}{often}"
+    return f"{words} of {count(measured, 'case')}: {reason}{often}"
 
 
 def _device(environment: Environment) -> str:
@@ -264,8 +264,8 @@ def _measured(results: Sequence[Result]) -> str:
 
 def _machine(environment: Environment) -> str:
     known = facts(environment)
-    told = [f"{key} {escape(known[key])}" for key in FACTS if key in known]
-    return "\n".join(textwrap.wrap("; ".join(told) + ".", WIDTH, break_on_hyphens=False))
+    words = [f"{key} {escape(known[key])}" for key in FACTS if key in known]
+    return "\n".join(textwrap.wrap("; ".join(words) + ".", WIDTH, break_on_hyphens=False))
 
 
 def _number(result: Result, name: str) -> str:

@@ -97,8 +97,8 @@ class _LeftColumn(ProgressColumn):
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        left: Callable[[], float] = task.fields["left"]
-        seconds = left()
+        seconds_left: Callable[[], float] = task.fields["left"]
+        seconds = seconds_left()
         return Text(f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left")
 
 
@@ -118,10 +118,10 @@ def line(case: Case, outcome: Outcome, ci: float | None) -> str:
     low, mid, high = (
         outcome.metrics[name] for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
     )
-    told = f"{case.label():<58} {speed:8.1f} images/s  {mid:.2f}x [{low:.2f}, {high:.2f}]"
+    line = f"{case.label():<58} {speed:8.1f} images/s  {mid:.2f}x [{low:.2f}, {high:.2f}]"
     if is_beside_other_work(outcome):
-        told += f"  beside other work: {outcome.metrics['other_load']:.1f} cores"
-    return f"{told} {_ended(case, outcome, ci)}" if ci else told
+        line += f"  beside other work: {outcome.metrics['other_load']:.1f} cores"
+    return f"{line} {_ended(case, outcome, ci)}" if ci else line
 
 
 def is_beside_other_work(outcome: Outcome) -> bool:

@@ -142,9 +142,9 @@ def train_all(
             counts[outcome.status] += 1
             progress.update(work, description=f"{counts.total()} of {len(runs)} trainings")
             progress.console.print(_line(one, outcome), highlight=False, soft_wrap=True)
-    told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(
-        f"{counts.total()} rows in {folder / sheet.file}: {told}"
+        f"{counts.total()} rows in {folder / sheet.file}: {summary}"
         if counts
         else "Nothing left to train.",
         soft_wrap=True,
@@ -162,12 +162,12 @@ def _outcomes(
     def one_training(one: Run) -> Outcome:
         done = 0.0
 
-        def heard(told: dict[str, Any]) -> None:
+        def heard(message: dict[str, Any]) -> None:
             nonlocal done
             if stopped.is_set():
                 raise KeyboardInterrupt
-            advance((told["share"] - done) * one.depth * one.epochs)
-            done = told["share"]
+            advance((message["share"] - done) * one.depth * one.epochs)
+            done = message["share"]
 
         outcome = trainer(one, heard)
         advance((1 - done) * one.depth * one.epochs)

@@ -28,8 +28,8 @@ def keeping(environment: Mapping[str, str]) -> dict[str, str]:
         return dict(environment)
     old = [int(part) for part in version.split(".")] < [2, 35]
     mapped = MOST_BEFORE_2_35 if old else KEEP
-    told = {"MALLOC_TRIM_THRESHOLD_": str(KEEP), "MALLOC_MMAP_THRESHOLD_": str(mapped)}
-    return {**told, **environment}
+    thresholds = {"MALLOC_TRIM_THRESHOLD_": str(KEEP), "MALLOC_MMAP_THRESHOLD_": str(mapped)}
+    return {**thresholds, **environment}
 
 
 def described(environment: Mapping[str, str]) -> str:
@@ -48,12 +48,13 @@ def giving_back() -> Iterator[None]:
     the size, one of the step's takes its place and stays resident there: fused ResNet-50 at batch 8
     held 217 MB instead of 160. So such holes are taken first, and not touched.
     """
-    told = {name: os.environ[name] for name in THRESHOLDS if os.environ.get(name, "").isdigit()}
-    if not told or platform.libc_ver()[0] != "glibc":
+    given = {name: os.environ.get(name, "") for name in THRESHOLDS}
+    thresholds = {name: value for name, value in given.items() if value.isdigit()}
+    if not thresholds or platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
-    for name in told:
+    for name in thresholds:
         libc.mallopt(THRESHOLDS[name], _GIVE_BACK)
     plugs = _plug_holes(libc)
     try:
@@ -61,7 +62,7 @@ def giving_back() -> Iterator[None]:
     finally:
         for place in plugs:
             libc.free(ctypes.c_void_p(place))
-        for name, value in told.items():
+        for name, value in thresholds.items():
             libc.mallopt(THRESHOLDS[name], min(int(value), _LARGEST))
 
 

@@ -77,8 +77,8 @@ class OtherWork:
         """Names and cores of the programs that used most, from a tenth of a core up. Processes of
         other guests, containers or, without permission, users have no name."""
         found: dict[str, float] = {}
-        for key, (name, spent) in _by_process().items():
-            own = (spent - self._by_process.get(key, ("", 0.0))[1]) / max(seconds, 1e-6)
+        for key, (name, used_s) in _by_process().items():
+            own = (used_s - self._by_process.get(key, ("", 0.0))[1]) / max(seconds, 1e-6)
             found[name] = found.get(name, 0.0) + own
         return sorted((e for e in found.items() if e[1] >= 0.1), key=lambda e: -e[1])[:most]
 

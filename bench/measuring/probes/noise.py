@@ -43,9 +43,9 @@ def _paired_times(
     kind = torch.device(device).type
     a, b = (torch.randn(SIDE[kind], SIDE[kind], device=device) for _ in range(2))
     times: tuple[list[float], list[float]] = ([], [])
-    spent = Watch()
+    watch = Watch()
     torch.mm(a, b)
-    while len(times[0]) < rounds or _spent(spent) < budget_s:
+    while len(times[0]) < rounds or _spent(watch) < budget_s:
         for own in times:
             stopwatch = STOPWATCHES[kind]()
             stopwatch.mark()

@@ -33,10 +33,10 @@ def speedup(result: Result) -> str:
         return "baseline" if result.is_baseline and result.status == "pass" else EMPTY
     if low is None or high is None:
         return f"{number(ratio)} (no interval)"
-    told = interval(ratio, low, high)
+    cell = interval(ratio, low, high)
     if result.is_baseline:
-        return f"baseline; against itself {told}"
-    return told if excludes_one(low, high) else f"{told} not significant"
+        return f"baseline; against itself {cell}"
+    return cell if excludes_one(low, high) else f"{cell} not significant"
 
 
 def interval(ratio: float, low: float, high: float) -> str:

@@ -158,8 +158,8 @@ def experiments(rows: Sequence[Row]) -> tuple[Experiment, ...]:
     for row in latest.values():
         network = row["model"] if "way" in row else ""
         grouped.setdefault((*(row[name] for name in SHARED), network), []).append(row)
-    made = (_experiment(group) for group in grouped.values())
-    return tuple(sorted(made, key=lambda e: (e.device_name, e.data, e.epochs)))
+    every = (_experiment(group) for group in grouped.values())
+    return tuple(sorted(every, key=lambda e: (e.device_name, e.data, e.epochs)))
 
 
 def _experiment(rows: Sequence[Row]) -> Experiment:

@@ -30,7 +30,7 @@ class Ratio:
     high: float
     paired: bool = True
 
-    def told(self) -> str:
+    def text(self) -> str:
         """`1.25 ±0.02`, `~1.25 ±0.03` where it is indirect; `same` where 1 is in the interval."""
         half = max(self.high - self.value, self.value - self.low)
         digits = 1 if self.value >= 10 else 2

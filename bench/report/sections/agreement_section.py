@@ -69,7 +69,7 @@ def agreement_sections(
 
 def verdicts(experiment: Experiment) -> list[str]:
     """A sentence or two for each way beside eager, but float64."""
-    told = []
+    sentences = []
     for way in experiment.ways:
         if way in (EAGER, EXACT) or EAGER not in experiment.ways:
             continue
@@ -78,11 +78,11 @@ def verdicts(experiment: Experiment) -> list[str]:
             if is_equal(experiment, way)
             else _curves(*(agreement(experiment, way, curve) for curve in (TRAIN_LOSS, TEST_LOSS)))
         )
-        told.append(
+        sentences.append(
             f"{way}: {curves}. {_parting(times_eager(experiment, way))}"
             f"{_final(change(experiment, way, 'test_error_pct'))}"
         )
-    return told
+    return sentences
 
 
 def _section(experiment: Experiment, images: Mapping[str, str]) -> list[str]:
@@ -128,10 +128,10 @@ def _parting(times: float | None) -> str:
 def _final(found: Estimate | None) -> str:
     if found is None:
         return "No test error to compare."
-    told = f"Test error at the same seed: {_signed(found)} points"
+    sentence = f"Test error at the same seed: {_signed(found)} points"
     if found.low is None or found.high is None:
-        return f"{told}."
-    return f"{told}: {'a difference' if _excludes(found, 0) else 'no difference shows'}."
+        return f"{sentence}."
+    return f"{sentence}: {'a difference' if _excludes(found, 0) else 'no difference shows'}."
 
 
 def _finished(experiment: Experiment) -> str:

@@ -76,7 +76,7 @@ def _shapes(workload: Workload) -> str:
     for shape in workload.ranked():
         results, best = workload.by_shape[shape], workload.best(shape)
         own = workload.p50_ms(shape, BASELINE)
-        spent = None if own is None else own * workload.count(shape)
+        total_ms = None if own is None else own * workload.count(shape)
         rows.append(
             [
                 escape(shape),
@@ -84,8 +84,8 @@ def _shapes(workload: Workload) -> str:
                 *(_cell(results.get(name)) for name in providers),
                 "-" if best is None else escape(best.provider),
                 cells.number(best.numbers.get("sol_pct") if best else None),
-                cells.number(spent),
-                cells.number(100 * spent / total if spent is not None and total else None),
+                cells.number(total_ms),
+                cells.number(100 * total_ms / total if total_ms is not None and total else None),
                 cells.number(lost.get(shape)),
             ]
         )

@@ -51,18 +51,18 @@ def degradation_sections(
 def verdicts(experiment: Experiment, column: str = TRAIN) -> list[str]:
     """A sentence for each network on its error from the least to the greatest depth, and one for
     each residual network on where it beats the plain one. Where intervals overlap they say so."""
-    told = []
+    sentences = []
     for network in experiment.networks:
         depths = [d for d in experiment.depths if experiment.of(network, d)]
         first, last = (estimate(experiment.of(network, d), column) for d in (depths[0], depths[-1]))
         if first is None or last is None or len(depths) < 2:
             continue
-        told.append(
+        sentences.append(
             f"{_capital(NAMES[network])}: {_between(first, last)} from {depths[0]} to "
             f"{depths[-1]} layers: {cells.estimate(first)} and {cells.estimate(last)} %."
         )
-    told += [_beats(experiment, n, column) for n in experiment.networks if n != PLAIN]
-    return [sentence for sentence in told if sentence]
+    sentences += [_beats(experiment, n, column) for n in experiment.networks if n != PLAIN]
+    return [sentence for sentence in sentences if sentence]
 
 
 def _section(experiment: Experiment, images: Mapping[str, str]) -> list[str]:
@@ -79,7 +79,7 @@ def _section(experiment: Experiment, images: Mapping[str, str]) -> list[str]:
 
 
 def _introduction(experiment: Experiment) -> str:
-    told = [
+    sentences = [
         extent(experiment),
         RECIPE,
         "Errors are those of the finished networks on unshifted images, means over seeds with 95 % "
@@ -87,8 +87,8 @@ def _introduction(experiment: Experiment) -> str:
         rows_from(experiment, SHEET),
     ]
     if 0 < experiment.steps < PAPER_STEPS / 2:
-        told.insert(2, FEW_STEPS)
-    return " ".join(told)
+        sentences.insert(2, FEW_STEPS)
+    return " ".join(sentences)
 
 
 def _table(experiment: Experiment) -> str:
@@ -148,8 +148,8 @@ def _beats(experiment: Experiment, network: str, column: str) -> str:
             side = better if plain.above(residual) else worse if residual.above(plain) else equal
             side.append(str(depth))
     parts = [
-        f"{told} at {markdown.listing(depths)} layers"
-        for told, depths in (
+        f"{words} at {markdown.listing(depths)} layers"
+        for words, depths in (
             ("below the plain network's", better),
             ("not to be told from it", equal),
             ("above it", worse),

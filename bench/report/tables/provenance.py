@@ -63,9 +63,9 @@ def made_from(environment: Environment, escape: Callable[[str], str] = markdown.
         parts.append(f"measured {span}")
     commits = Counter(result.commit for result in results)
     if len(commits) > 1:
-        told = [f"{escape(commit)} ({count(n, 'row')})" for commit, n in commits.items()]
+        words = [f"{escape(commit)} ({count(n, 'row')})" for commit, n in commits.items()]
         parts.append(
-            f"from {len(commits)} commits, which the tables do not tell apart: {listing(told)}"
+            f"from {len(commits)} commits, which the tables do not tell apart: {listing(words)}"
         )
     return f"{'; '.join(parts)}."
 
@@ -92,8 +92,8 @@ def facts(environment: Environment) -> dict[str, str]:
 
 def _named(names: Sequence[str], noun: str, escape: Callable[[str], str]) -> str:
     """`2 models (resnet18 and resnet50)`; only the number where there are many."""
-    told = f" ({listing([escape(name) for name in names])})" if len(names) <= MOST_NAMED else ""
-    return count(len(names), noun) + told
+    words = f" ({listing([escape(name) for name in names])})" if len(names) <= MOST_NAMED else ""
+    return count(len(names), noun) + words
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

@@ -59,13 +59,13 @@ def compare(
 
     def by_fuse() -> float:
         fused = fuse(model)
-        told = explain(fused, batches[0])
-        row["macs_fused_pct"] = None if told.share is None else 100 * told.share
+        explanation = explain(fused, batches[0])
+        row["macs_fused_pct"] = None if explanation.share is None else 100 * explanation.share
         with torch.no_grad():
             got = [y for x in batches for y in leaves(fused, x)]
-        for made, wanted in zip(got, eager, strict=True):
-            if made.stride() != wanted.stride():
-                raise WrongAnswerError(f"strides {made.stride()} for eager's {wanted.stride()}")
+        for answer, wanted in zip(got, eager, strict=True):
+            if answer.stride() != wanted.stride():
+                raise WrongAnswerError(f"strides {answer.stride()} for eager's {wanted.stride()}")
         return max(map(error, got, exact))
 
     def by_engine() -> float:

@@ -201,6 +201,6 @@ class _Worker:
 def _failed(
     network: str, img_size: int, kinds: Sequence[str], status: str, said: str
 ) -> dict[str, Value]:
-    told = {f"{kind}_{column}": text for kind in kinds
+    columns = {f"{kind}_{column}": text for kind in kinds
             for column, text in (("status", status), ("error", said))}  # fmt: skip
-    return {"network": network, "img_size": img_size, **told}
+    return {"network": network, "img_size": img_size, **columns}

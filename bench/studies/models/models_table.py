@@ -125,8 +125,10 @@ def _exceptions(networks: Sequence[Row], kinds: Sequence[str]) -> str:
             kind: _end(row, kind) for kind in kinds if row[f"{kind}_status"] not in ("pass", "")
         }
         same = len(ends) > 1 and len(set(ends.values())) == 1
-        told = {" and ".join(ends): next(iter(ends.values()))} if same else ends
-        lines += [f"- {escape(str(row['network']))}, {who}: {said}" for who, said in told.items()]
+        endings = {" and ".join(ends): next(iter(ends.values()))} if same else ends
+        lines += [
+            f"- {escape(str(row['network']))}, {who}: {said}" for who, said in endings.items()
+        ]
     return "\n".join(lines) or "All passed."
 
 

@@ -176,12 +176,12 @@ def create(network: str) -> nn.Module:
     if package == "timm":
         import timm
 
-        made: nn.Module = timm.create_model(name, pretrained=False)
+        module: nn.Module = timm.create_model(name, pretrained=False)
     else:
         import torchvision
 
-        made = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
-    return made
+        module = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
+    return module
 
 
 def image_size(network: str, model: nn.Module, wanted: int) -> int:
