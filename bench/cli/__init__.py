@@ -137,7 +137,7 @@ def _warnings_in_a_sentence() -> Iterator[None]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command and flag; `command` of what it parses is a name in COMMANDS."""
+    """Returns the parser of all commands and flags; it sets `command` to a name in COMMANDS."""
     top = _Parser(
         prog="resfuse", description="Benchmarks for residual networks that you can trust."
     )

@@ -79,7 +79,7 @@ def _run(
     shared: Path,
     show: Callable[[Cells], None],
 ) -> dict[int, str]:
-    """Submits as many as may run, and waits; rows are collected as they come.
+    """Submits as many jobs as may run at once, waits for them, and collects rows as they come.
 
     Returns:
         number of a job -> why it failed.
@@ -120,7 +120,7 @@ def _submit(executor: Any, shard: Shard) -> Any:
 
 
 def _fate(job: Any) -> str:
-    """Why an ended job failed, or nothing.
+    """Returns why an ended job failed, "" if it did not.
 
     Raises:
         UsageError: the input was at fault.

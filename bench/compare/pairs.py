@@ -1,4 +1,4 @@
-"""Which cases of two sides may be compared, and why the others may not."""
+"""Pairs the cases of two sides that may be compared, and says why the others may not."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,8 @@ class Pairs:
 
 
 def pair(a: Side, b: Side) -> Pairs:
-    """Cases with rows that passed in A and any in B, baselines against themselves left out."""
+    """Returns the cases with rows that passed in A and any rows in B, without baselines measured
+    against themselves."""
     cases, unpaired = {}, Counter[str]()
     for key, runs in a.runs.items():
         if key.is_baseline:
@@ -42,8 +43,8 @@ def pair(a: Side, b: Side) -> Pairs:
 
 
 def comparable(a: Side, b: Side, pairs: Pairs) -> Iterable[tuple[Key, Runs]]:
-    """All cases, on either side, that were measured where the paired ones were: their scatter is
-    the noise."""
+    """Yields all cases of either side that were measured in the environments of the paired ones;
+    their scatter is the noise."""
     settings = {(key.env_id, key.mode, key.precision) for key in pairs.cases}
     for side in (a, b):
         for key, runs in side.runs.items():
@@ -82,7 +83,7 @@ def _differences(key: Key, other: Key) -> list[str]:
 
 
 def _environments(key: Key, other: Key, a: Side, b: Side) -> str:
-    """The facts in which two environments differ; measured ceilings are none."""
+    """Returns the facts in which two environments differ, without measured ceilings."""
     here, there = a.facts.get(key.env_id, {}), b.facts.get(other.env_id, {})
     differences = [
         f"{name} {here.get(name, 'none')} against {there.get(name, 'none')}"

@@ -27,7 +27,7 @@ ENDED = "ended because another process failed"
 
 
 def bench(args: argparse.Namespace) -> int:
-    """The whole command in one of torchrun's processes.
+    """Runs the whole command in one of torchrun's processes and returns its exit code.
 
     Raises:
         UsageError: bad input, found by the process that leads; the others end with its exit code.
@@ -63,7 +63,7 @@ def _complete(args: argparse.Namespace, world: World) -> None:
 
 
 class Leader:
-    """Tells the others what to measure, and makes one outcome of everybody's."""
+    """Tells the other processes what to measure, and combines the outcomes of all."""
 
     def __init__(self, world: World, store: Store) -> None:
         self._world, self._store = world, store
@@ -121,7 +121,8 @@ def _run(
     options: Options,
     ceilings: dict[str, float],
 ) -> Outcome:
-    """This process's part of a case; its failure ends the others' (see distributed.measure)."""
+    """Measures this process's part of a case; its failure ends the others'
+    (measure_together.py)."""
     try:
         outcome = run_case(case, options, ceilings, task=MEASURE, key=key)
     except UsageError as error:
@@ -132,7 +133,7 @@ def _run(
 
 
 def combine(outcomes: Mapping[int, Outcome]) -> Outcome:
-    """The outcome of a case: the first process's where all passed, else every process's failure.
+    """Returns the outcome of a case: the first process's if all passed, otherwise all failures.
 
     Args:
         outcomes: rank -> its outcome.

@@ -40,7 +40,7 @@ STEPS_A_ROUND = 3
 def measure_together(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Any, key: str
 ) -> tuple[Outcome, float]:
-    """This process's outcome of one case, as `measure.measure` gives one.
+    """Measures one case and returns this process's outcome, as `measure_case.measure` does.
 
     Args:
         tell: sends a message to the parent process.
@@ -71,7 +71,7 @@ def measure_together(
 
 
 def together_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
-    """`measure_together` for a worker; what it returns goes through JSON."""
+    """Runs `measure_together` in a worker, and returns its results as JSON can carry them."""
     case, options = Case(**job["case"]), Options(**job["options"])
     outcome, span_s = measure_together(case, options, job["ceilings"], tell, job["key"])
     return {"outcome": asdict(outcome), "span_s": span_s}

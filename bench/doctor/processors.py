@@ -32,7 +32,8 @@ def device_part(device: str) -> list[Finding]:
 
 
 def cores(folder: Path = CGROUP, own: Path = OWN_CGROUP) -> Finding:
-    """Processors this process may use, and whether its cgroup grants less than that."""
+    """Returns the number of processors this process may use, and whether its cgroup grants
+    fewer."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     granted = cgroup_cores(folder, own)
     value = f"{count} of {os.cpu_count()} processors"
@@ -45,7 +46,8 @@ def cores(folder: Path = CGROUP, own: Path = OWN_CGROUP) -> Finding:
 
 
 def cgroup_cores(folder: Path, own: Path) -> float | None:
-    """The least number of processors that the cgroups of this process grant; None without a limit.
+    """Returns the least number of processors that this process's cgroups grant, None without a
+    limit.
 
     Args:
         folder: where they are mounted, of version 2 or 1.
@@ -77,7 +79,8 @@ def clocks(governor: Path = GOVERNOR) -> Finding:
 
 
 def arithmetic(device: str) -> list[Finding]:
-    """Memory format and TF32, as this torch has them now and as the harness sets them."""
+    """Returns whether convolutions keep channels_last, whether they compute finite numbers, and
+    TF32's switches."""
     import torch
 
     x = torch.randn(1, 16, 8, 8, device=device).to(memory_format=torch.channels_last)
@@ -98,7 +101,7 @@ def arithmetic(device: str) -> list[Finding]:
 
 
 def rates(device: str, folder: Path) -> list[Finding]:
-    """Ceilings on record for this environment, and whether the results folder can be written."""
+    """Returns the recorded ceilings of this environment, and whether its results can be written."""
     from resfuse.bench.common.errors import UsageError
     from resfuse.bench.measuring.probes import machine
     from resfuse.bench.records import results
@@ -130,7 +133,7 @@ def rates(device: str, folder: Path) -> list[Finding]:
 
 
 def facts_of_rows(device: str) -> dict[str, str]:
-    """The environment that rows would have, whose processes get settings of the allocator."""
+    """Returns the environment that rows would have, with the allocator's settings."""
     from resfuse.bench.measuring.probes import allocator, machine
 
     malloc = allocator.described(allocator.keeping(os.environ))

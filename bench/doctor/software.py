@@ -31,7 +31,7 @@ DISTRIBUTIONS = {
 
 
 def packages() -> list[Finding]:
-    """Versions on two lines, then a line for each that cannot be imported."""
+    """Returns the versions on two lines, then a line for each package that cannot be imported."""
     there: dict[str, str] = {}
     absent: list[Finding] = []
     for name in [*NEEDED, *OPTIONAL]:
@@ -55,7 +55,7 @@ def packages() -> list[Finding]:
 
 
 def providers() -> list[Finding]:
-    """ONNX Runtime's, by its own list; whether one loads, only a session shows."""
+    """Returns ONNX Runtime's providers by its own list; only a session shows whether one loads."""
     if _import_error("onnxruntime"):
         return []
     names = importlib.import_module("onnxruntime").get_available_providers()
@@ -65,7 +65,7 @@ def providers() -> list[Finding]:
 
 
 def compilers() -> list[Finding]:
-    """The C++ compiler of the native steps, and what it has built."""
+    """Returns the C++ compiler of the native steps, and what it has built."""
     from resfuse.kernels.cpu.library import cache_folder, why_unavailable
 
     reason = why_unavailable()
@@ -81,7 +81,8 @@ def compilers() -> list[Finding]:
 
 
 def ptxas() -> list[Finding]:
-    """Triton's for Hopper, with the warning where one is due; nothing without triton."""
+    """Returns Triton's ptxas for Hopper, with a warning if its version is known to miscompile;
+    nothing without triton."""
     if _import_error("triton"):
         return []
     import torch

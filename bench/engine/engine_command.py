@@ -49,7 +49,7 @@ def engine(args: argparse.Namespace) -> int:
 
 
 def case_of(args: argparse.Namespace) -> Case:
-    """The case of the parsed flags, at batch 1.
+    """Returns the case that the parsed flags describe, at batch 1.
 
     Raises:
         UsageError: an unknown name, a size below 1, or a device that cannot be used.
@@ -119,7 +119,7 @@ def _load(file: Path, batch_sizes: Sequence[int]) -> tuple[Engine, list[str]]:
 
 
 def text(case: Case, how: Sequence[str], found: Sequence[EngineFacts]) -> str:
-    """All there is to read about an engine, a section for each batch size."""
+    """Returns the page on an engine, with a section for each batch size."""
     title = f"{case.model}, {case.precision}, {case.img_size} pixels, {case.device}"
     parts = [f"{title}. {' '.join(how)}"]
     parts += [f"Batch {one.batch_size}\n\n{one.explain}\n\n{summary(one)}" for one in found]
@@ -127,7 +127,7 @@ def text(case: Case, how: Sequence[str], found: Sequence[EngineFacts]) -> str:
 
 
 def summary(one: EngineFacts) -> str:
-    """Memory, error and speed of one batch size."""
+    """Returns sentences on memory, error and speed of one batch size."""
     graphs = f", {one.graphs_mb:.1f} MB for CUDA graphs of all batches" if one.graphs_mb else ""
     lines = [
         f"Memory: {one.arena_mb:.1f} MB between layers (at least {one.least_mb:.1f} MB), "

@@ -33,7 +33,7 @@ CEILING = "ceiling_{}_tflops"
 
 @dataclass(frozen=True)
 class Rates:
-    """A device as the roofline sees it."""
+    """The rates of a device and where they are from."""
 
     device: Gpu
     predicted: bool
@@ -41,7 +41,8 @@ class Rates:
     cached: bool = False  # by a cache that may hold what a kernel leaves to the next
 
     def balance(self, math_mode: str) -> str:
-        """Rates in one math mode, and from which intensity on arithmetic is what takes the time."""
+        """Returns a phrase on the rates in one math mode, and the intensity above which arithmetic
+        is the limit."""
         tflops, tb = self.device.tflops[math_mode], self.device.tb_per_s
         rate = f"{tflops:.4g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.4g} GFLOP/s"
         return (
@@ -128,7 +129,7 @@ def _subjects(
 
 
 def _graph(model: str, pixels: int, precision: str) -> Graph:
-    """The network on the meta device: nothing is computed."""
+    """Returns the graph of a network, captured on the meta device without computing."""
     dtype = getattr(torch, PRECISIONS[precision].dtype)
     with torch.device("meta"):
         network, images = create(model).eval().to(dtype), torch.empty(1, 3, pixels, pixels)
@@ -147,7 +148,7 @@ def _of_data_sheet(gpu: Gpu) -> Rates:
 def _measured(
     args: argparse.Namespace, precisions: list[str], models: list[str]
 ) -> tuple[Rates, list[str]]:
-    """This device's rates, and the precisions asked for: one that it is good at by default."""
+    """Returns this device's rates and the precisions asked for, by default one that suits it."""
     request = Request(
         profile="quick", device=args.device, models=models[:1], backends=["eager"],
         batch_sizes=[1], precisions=precisions, memory_formats=[], modes=["inference"],
@@ -173,7 +174,7 @@ def _measured(
 
 
 def _recorded(folder: Path, env_id: str) -> dict[str, float]:
-    """Ceilings that measurements in the same environment found; nothing without any."""
+    """Returns the ceilings measured in the same environment, empty without any."""
     if not (folder / results.ENVIRONMENTS).exists():
         return {}
     facts = results.read_environments(folder).get(env_id, {})

@@ -65,7 +65,7 @@ def write_report(folder: Path) -> Path:
 
 
 def written(page: Path) -> str:
-    """A line for the terminal on what write_report wrote, and which package it lacked."""
+    """Returns a line for the terminal on what write_report wrote, and which package it lacked."""
     packages = lacking(PAGE)
     if not packages:
         return f"Report: {page}, {DETAILS} and {HTML}"
@@ -170,7 +170,7 @@ class _Gallery:
 
 
 def _draw_short(environment: Environment, folder: Path) -> dict[str, str]:
-    """The two pictures of REPORT.md, as far as there is something to draw."""
+    """Returns the two pictures of REPORT.md, as far as there is something to draw."""
     if lacking(DRAWING):
         return {}
     from matplotlib import style

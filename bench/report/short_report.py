@@ -59,7 +59,7 @@ FACTS = (
 
 
 def short_report(environment: Environment, images: Mapping[str, str]) -> list[str]:
-    """The blocks of the page.
+    """Returns the blocks of the page.
 
     Args:
         environment: the only one on the page.
@@ -120,7 +120,7 @@ def _full(found: Sequence[Network]) -> list[str]:
 
 
 def table(network: Network, batches: Sequence[int] | None = None) -> str:
-    """The markdown table of a network, or of some of its batches."""
+    """Returns the markdown table of a network, or of some of its batches."""
     lines = [line for line in network.lines if batches is None or line.result.batch_size in batches]
     beside_eager = any(line.is_beside_eager for line in lines)
     columns = [("batch", True), ("backend", False), ("ms", True)]
@@ -155,7 +155,7 @@ def _ratio(line: Line, baseline: str) -> str:
 
 
 def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
-    """The fastest backend of each network and batch, in one table."""
+    """Returns the fastest backend of each network and batch, in one table."""
     if not found:
         return []
     baselines = list(dict.fromkeys(name for network in found for name in network.baselines))
@@ -213,7 +213,7 @@ def is_beside_other_work(result: Result) -> bool:
 
 
 def other_load(result: Result) -> str:
-    """The cell of a row: cores that other processes used while it was timed."""
+    """Returns the cell of a row: cores that other processes used while it was timed."""
     load = result.numbers.get("other_load")
     if load is None:
         return "busy" if is_beside_other_work(result) else cells.EMPTY
@@ -221,7 +221,7 @@ def other_load(result: Result) -> str:
 
 
 def _not_passed(results: Sequence[Result]) -> list[str]:
-    """A line for each backend that failed or cannot run here."""
+    """Returns a line for each backend that failed or cannot run here."""
     lines = []
     for backend in dict.fromkeys(result.backend for result in results):
         own = [result for result in results if result.backend == backend]
@@ -246,7 +246,7 @@ def _why(failed: Sequence[Result], measured: int) -> str:
 
 
 def _device(environment: Environment) -> str:
-    """The device, with the design of a processor whose name does not say it."""
+    """Returns the device, with the design of a processor whose name does not say it."""
     chip = microarchitecture(environment.facts)
     is_named = environment.facts.get("device") == "cpu" and chip
     return listing([escape(name) for name in environment.device_names]) + (

@@ -40,7 +40,7 @@ TRUSTED_S = 15.0  # the guess counts as much as this many seconds of cases that 
 
 
 def expected_s(case: Case, seconds: float, gmacs: float, is_busy: bool) -> float:
-    """A guess at how long a case takes.
+    """Returns a guess at how long a case takes.
 
     Args:
         case: what is measured.
@@ -103,7 +103,7 @@ class _LeftColumn(ProgressColumn):
 
 
 def bar(console: Any) -> Progress:
-    """The progress bar; its tasks have a field `left`, a function that returns seconds."""
+    """Returns the progress bar; its tasks have a field `left`, a function that returns seconds."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         _LeftColumn(), console=console,
@@ -111,7 +111,8 @@ def bar(console: Any) -> Progress:
 
 
 def line(case: Case, outcome: Outcome, ci: float | None) -> str:
-    """A case's result as one line: what a reader wants to know before the report is there."""
+    """Returns a case's result as one line: what a reader wants to know before the report is
+    there."""
     if outcome.status != "pass":
         return f"{case.label():<58} {outcome.status}: {outcome.error}"
     speed = outcome.metrics["infer_samples_per_sec"] or outcome.metrics["train_samples_per_sec"]

@@ -145,7 +145,7 @@ def run_task(
 def _listen(
     read: int, timeout_s: float, heard: Callable[[dict[str, Any]], None], silence_s: float
 ) -> dict[str, Any] | None:
-    """The result message with `watched_s` added; None where the process ended without one.
+    """Returns the result message with `watched_s` added; None where the process ended without one.
 
     Raises:
         ValueError: what came is no message.

@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(device: str, cycles: int) -> tuple[pd.DataFrame, Runs]:
-    """The rows of all runs, as the report and `compare` read them, and which is of which kind."""
+    """Returns the rows of all runs, as the report and `compare` read them, and which is of which
+    kind."""
     batch = BATCH_SIZES[device.split(":")[0]]
     case = Case(MODEL, "subject", "inference", device, "float32", "contiguous", batch, IMG_SIZE)
     facts = machine.facts(device, 0)

@@ -44,7 +44,7 @@ Trainer = Callable[[Run, Callable[[dict[str, Any]], None]], Outcome]
 
 
 def kind_of(asked: str) -> str:
-    """The key of PROTOCOLS for what `--data` asks for."""
+    """Returns the key of PROTOCOLS for what `--data` asks for."""
     return data.DIGITS if asked == data.DIGITS else data.CIFAR
 
 
@@ -95,7 +95,7 @@ def study(args: argparse.Namespace, runs_on: RunsOn, sheet: Sheet) -> int:
 def unsettled(
     runs: Sequence[Run], folder: Path, found: dict[str, Any], sheet: Sheet
 ) -> Sequence[Run]:
-    """The trainings that this environment and commit have not settled yet."""
+    """Returns the trainings that this environment and commit have not settled yet."""
     known = settled(folder, found["env_id"], found["commit"], sheet)
     return [one for one in runs if key(one, sheet) not in known]
 

@@ -118,7 +118,7 @@ def _mean_loss(by_step: Sequence[float], batch_size: int, images: int) -> float:
 
 
 def learning_rate(run: Run, epoch: int, warming: bool) -> float:
-    """The rate of an epoch, counted from 0, which may be one of those that warm up."""
+    """Returns the rate of an epoch, counted from 0, which may be one of those that warm up."""
     if warming:
         return run.learning_rate / 10
     drops = (2 * epoch >= run.epochs) + (4 * epoch >= 3 * run.epochs)
@@ -126,7 +126,8 @@ def learning_rate(run: Run, epoch: int, warming: bool) -> float:
 
 
 def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, ...]:
-    """The L2 norm of the loss's gradient by each layer's weight, from the first layer to the last.
+    """Returns the L2 norm of the loss's gradient by each layer's weight, from the first layer to
+    the last.
 
     Convolutions and the fully connected layer; projection shortcuts are no layers. `model` is left
     as it is, batch-norm statistics too.
@@ -161,8 +162,8 @@ def evaluate(model: nn.Module, split: Split, prepare: Prepare) -> tuple[float, f
 
 
 def preparation(data: Data, device: str, dtype: torch.dtype = torch.float32) -> Prepare:
-    """A function from uint8 images [N, 3, H, W] to what a network reads: channels_last, on the
-    device, minus the training images' mean pixel by pixel, over their standard deviation. It is
+    """Returns a function from uint8 images [N, 3, H, W] to what a network reads: channels_last, on
+    the device, minus the training images' mean pixel by pixel, over their standard deviation. It is
     computed in float32, so that networks of another dtype read the same numbers."""
     mean = data.train.images.double().mean(0)
     deviation = sum(float(part.double().sub(mean).square().sum())
@@ -178,7 +179,8 @@ def preparation(data: Data, device: str, dtype: torch.dtype = torch.float32) -> 
 
 
 def _batches(data: Data, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch: every training image once, in random order, each shifted and mirrored at random."""
+    """Yields an epoch: every training image once, in random order, each shifted and mirrored at
+    random."""
     order = torch.randperm(len(data.train.labels), generator=generator)
     for chosen in order.split(size):
         images = data.train.images[chosen]

@@ -34,7 +34,7 @@ TEXT = (
 
 
 def sheet_of(file: str, asked: Sequence[str], found: Sequence[str], command: str) -> Sheet:
-    """A study's CSV file.
+    """Returns a study's CSV file.
 
     Args:
         asked: the columns, of IDENTITY, that tell two of its trainings apart.
@@ -74,18 +74,18 @@ def settled(folder: Path, env_id: str, commit: str, sheet: Sheet) -> set[tuple[s
 
 
 def key(run: Run, sheet: Sheet) -> tuple[str, ...]:
-    """A training's identity in the form `settled` returns."""
+    """Returns a training's identity in the form `settled` returns."""
     identity = run.identity()
     return tuple(_plain(identity[name]) for name in asked(sheet))
 
 
 def asked(sheet: Sheet) -> list[str]:
-    """The columns of a sheet that tell two trainings apart."""
+    """Returns the columns of a sheet that tell two trainings apart."""
     return [name for name in IDENTITY if name in sheet.columns]
 
 
 def joined(values: Sequence[float], digits: int = 6) -> str:
-    """A curve as the text of a cell."""
+    """Returns a curve as the text of a cell."""
     return " ".join(f"{value:.{digits}g}" for value in values)
 
 

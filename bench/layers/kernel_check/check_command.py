@@ -56,14 +56,14 @@ def check(args: argparse.Namespace) -> int:
 
 
 def kernels_of(args: argparse.Namespace) -> list[str]:
-    """The kernels the parsed flags name; UsageError for an unknown one."""
+    """Returns the kernels that the flags name, and raises UsageError for an unknown one."""
     from resfuse.kernels.gpu.registry import KERNELS
 
     return pick("--kernel", args.kernel, list(KERNELS))
 
 
 def math_modes_of(args: argparse.Namespace) -> list[str]:
-    """The math modes the parsed flags name; UsageError for an unknown one."""
+    """Returns the math modes that the flags name, and raises UsageError for an unknown one."""
     from resfuse.kernels.ops.conv_problem import MATH_MODES
 
     return pick("--math-mode", args.math_mode, list(MATH_MODES))

@@ -1,5 +1,4 @@
-"""glibc's allocator, held still: what the processes that measure tell it, and what the memory probe
-does.
+"""Settings of glibc's allocator, for the processes that measure and for the memory probe.
 
 By default it gives freed memory back to the system and faults it in again, or does not, by chance
 of what was allocated before: eager ResNet-18 at batch 8 took 116 ms in some processes and 135 ms in
@@ -22,7 +21,7 @@ _LARGEST = 2**31 - 1  # mallopt takes an int
 
 
 def keeping(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that keeps what it frees; what the user has set stays."""
+    """Returns the environment of a process that keeps freed memory; the user's settings stay."""
     name, version = platform.libc_ver()
     if name != "glibc":
         return dict(environment)
@@ -33,7 +32,7 @@ def keeping(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def described(environment: Mapping[str, str]) -> str:
-    """The settings in force, as a fact of the results."""
+    """Returns the settings in force, as a fact of the results."""
     found = [f"{name}={environment[name]}" for name in THRESHOLDS if name in environment]
     return " ".join(found) or "default"
 

@@ -23,7 +23,7 @@ def number(value: float | None) -> str:
 
 
 def speedup(result: Result) -> str:
-    """The row's own paired speed-up and interval, in words where it cannot be told from 1.
+    """Returns the row's own paired speed-up and interval, in words where it cannot be told from 1.
 
     The baseline is measured against a second copy of itself; that ratio is the noise of the run.
     """
@@ -46,7 +46,7 @@ def interval(ratio: float, low: float, high: float) -> str:
 
 
 def estimate(found: Estimate | None) -> str:
-    """A mean over seeds and its interval."""
+    """Returns a mean over seeds and its interval."""
     if found is None:
         return EMPTY
     if found.low is None or found.high is None:

@@ -39,7 +39,8 @@ def read_kernel_rows(folder: Path) -> dict[str, list[Row]]:
 
 
 def workloads(rows: Sequence[Row]) -> tuple[Workload, ...]:
-    """The workloads of one environment's rows, by precision, model in order of depth and batch."""
+    """Returns the workloads of one environment's rows, by precision, model in order of depth and
+    batch."""
     latest = {tuple(str(row[name]) for name in IDENTITY): row for row in rows}
     grouped: dict[tuple[str, ...], list[Row]] = {}
     for row in latest.values():

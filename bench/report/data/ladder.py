@@ -65,7 +65,7 @@ class Network:
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        """The baselines that any line has a ratio over."""
+        """Returns the baselines that any line has a ratio over."""
         return tuple(
             name for name in BASELINES if any(line.ratios.get(name) for line in self.lines)
         )
@@ -79,7 +79,7 @@ class Network:
 
 
 def networks(environment: Environment) -> list[Network]:
-    """The networks of an environment that have a time, in the order of its comparisons."""
+    """Returns the networks of an environment that have a time, in the order of its comparisons."""
     found: dict[tuple[Setting, str, int], list[Result]] = {}
     for comparison in environment.comparisons:
         setting = replace(comparison.setting, baseline="")
@@ -92,7 +92,7 @@ def networks(environment: Environment) -> list[Network]:
 
 
 def baseline_rows(environment: Environment) -> list[Comparison]:
-    """The comparisons whose baseline was measured against itself."""
+    """Returns the comparisons whose baseline was measured against itself."""
     return [c for c in environment.comparisons if any(r.is_baseline for r in c.measured)]
 
 
@@ -114,7 +114,7 @@ def _lines(results: Sequence[Result]) -> tuple[Line, ...]:
 
 
 def _standing(beside: Mapping[str, Result], eager: str) -> Result:
-    """The row whose time is shown: the one beside eager, or else the latest."""
+    """Returns the row whose time is shown: the one beside eager, or else the latest."""
     return max(beside.values(), key=lambda r: (_label(r.baseline) == eager, r.timestamp))
 
 
@@ -173,7 +173,7 @@ def _over_eager(name: str, rows: Mapping[str, Mapping[str, Result]], eager: str)
 
 
 def _turns(name: str, reference: str, rows: Mapping[str, Mapping[str, Result]]) -> Ratio | None:
-    """The row's own ratio, where the two took turns."""
+    """Returns the row's own ratio, where the two took turns."""
     own = rows.get(name, {}).values()
     result = next((r for r in own if _label(r.baseline) == reference), None)
     value, low, high = (result.numbers.get(each, 0.0) if result else 0.0 for each in INTERVAL)
@@ -181,13 +181,13 @@ def _turns(name: str, reference: str, rows: Mapping[str, Mapping[str, Result]]) 
 
 
 def _label(baseline: str) -> str:
-    """A baseline as rows have it, `<backend> <memory format>`, as tables name it."""
+    """Returns a baseline as rows have it, `<backend> <memory format>`, as tables name it."""
     backend, _, memory_format = baseline.rpartition(" ")
     return label(backend, memory_format)
 
 
 def divided(one: Ratio, other: Ratio) -> Ratio:
-    """The quotient of two independent ratios; relative half-widths add up in squares."""
+    """Returns the quotient of two independent ratios; relative half-widths add up in squares."""
 
     def apart(ratio: Ratio, end: float) -> float:
         return abs(math.log(end / ratio.value))

@@ -52,7 +52,8 @@ class _Gathered:
 
 
 def read_folders(folders: Sequence[Path]) -> list[Environment]:
-    """The environments of the folders, the last measured first; a folder given twice counts once.
+    """Returns the environments of the folders, the last measured first; a folder given twice counts
+    once.
 
     Raises:
         UsageError: a folder has no results, or a file in it cannot be read.

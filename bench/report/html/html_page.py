@@ -27,7 +27,7 @@ SCRIPTS = (
 
 
 def render(environments: Sequence[Environment], source: str) -> str:
-    """The whole page.
+    """Returns the whole page.
 
     Args:
         environments: what select.read_folders found.

@@ -46,7 +46,7 @@ STYLE: list[str | dict[str, object]] = [  # draw and save in matplotlib.style.co
 def panels(
     rows: int, columns: int, row_height: float | Sequence[float]
 ) -> tuple[Figure, list[list[Axes]]]:
-    """An empty grid of panels, GitHub's width, `row_height` inches a row or for each."""
+    """Returns an empty grid of panels, GitHub's width, `row_height` inches a row or for each."""
     heights = list(row_height) if isinstance(row_height, Sequence) else [row_height] * rows
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -119,5 +119,5 @@ def spread(ticks: Sequence[float], gap: float) -> list[float]:
 
 
 def tick_label(result_label: str) -> str:
-    """A backend's label on two lines where one would push the panels aside."""
+    """Returns a backend's label on two lines where one would push the panels aside."""
     return result_label.replace(" ", "\n", 1)

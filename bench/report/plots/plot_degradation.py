@@ -85,8 +85,8 @@ def curves(experiment: Experiment) -> Figure | None:
 
 
 def gradients(experiment: Experiment) -> Figure | None:
-    """The gradient's norm by layer before the first step, a panel for each network. Geometric means
-    over seeds, and from the least to the most."""
+    """Returns the gradient's norm by layer before the first step, a panel for each network.
+    Geometric means over seeds, and from the least to the most."""
     if not experiment.finished:
         return None
     figure, axes = _by_network(experiment, 3.2)
@@ -135,7 +135,7 @@ def _against_depth(ax: Axes, experiment: Experiment, network: str, column: str) 
 
 
 def _by_network(experiment: Experiment, height: float) -> tuple[Figure, list[Axes]]:
-    """A panel for each network, side by side, on one scale."""
+    """Returns a panel for each network, side by side, on one scale."""
     figure, (axes,) = panels(1, len(experiment.networks), height)
     for ax, network in zip(axes, experiment.networks, strict=True):
         ax.sharey(axes[0])

@@ -23,8 +23,8 @@ NAMES = {
 
 
 def headline_network(found: Sequence[Network]) -> Network | None:
-    """The network of the picture: inference that has ratios over eager, MODEL before others, then
-    the one that most backends were measured on."""
+    """Returns the network of the picture: inference that has ratios over eager, MODEL before
+    others, then the one that most backends were measured on."""
     able = [n for n in found if n.setting.mode == "inference" and bars(n)]
     return max(able, key=lambda n: (n.model == MODEL, len(n.lines)), default=None)
 
@@ -45,7 +45,7 @@ def bars(network: Network) -> dict[int, list[Line]]:
 
 
 def headline(network: Network) -> Figure:
-    """A panel for the smallest and the largest batch, a bar for each backend."""
+    """Returns a panel for the smallest and the largest batch, a bar for each backend."""
     shown = bars(network)
     appearance = looks(line.result.backend for lines in shown.values() for line in lines)
     most = max(len(lines) for lines in shown.values())

@@ -40,7 +40,8 @@ class Point:
 
 
 def roofline(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
-    """A panel for each model: the roof, and a point for each backend and batch, joined by backend.
+    """Returns a panel for each model: the roof, and a point for each backend and batch, joined by
+    backend.
 
     None for training (its least bytes are another matter), or where ceilings or counts are unknown.
     """
@@ -66,7 +67,7 @@ def roofline(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
 
 
 def measured_roof(comparison: Comparison) -> Roof | None:
-    """The ceilings of this environment and math mode; None unless both are known."""
+    """Returns the ceilings of this environment and math mode; None unless both are known."""
     tflops = comparison.ceiling(f"{comparison.setting.math_mode}_tflops")
     copy = comparison.ceiling("copy_gb_s")
     return None if tflops is None or copy is None else Roof(1e3 * tflops, copy)

@@ -13,7 +13,8 @@ from resfuse.bench.report.plots.small_multiples import Panel, by_model_and_batch
 
 
 def throughput(comparison: Comparison, looks: dict[str, Look]) -> Figure:
-    """A bar with its number for each backend; one that failed says how in the place of its bar."""
+    """Returns a bar with its number for each backend; one that failed says how in the place of its
+    bar."""
 
     def draw(ax: Axes, panel: Panel, shown: Sequence[str]) -> None:
         rates = {name: r.images_per_s for name, r in panel.results.items() if r.measured}

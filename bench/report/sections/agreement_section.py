@@ -55,7 +55,7 @@ MEANINGS = (
 def agreement_sections(
     experiments: Sequence[Experiment], images: Sequence[Mapping[str, str]]
 ) -> list[str]:
-    """The blocks for all experiments of an environment.
+    """Returns the blocks for all experiments of an environment.
 
     Args:
         experiments: of one environment.
@@ -68,7 +68,7 @@ def agreement_sections(
 
 
 def verdicts(experiment: Experiment) -> list[str]:
-    """A sentence or two for each way beside eager, but float64."""
+    """Returns a sentence or two for each way beside eager, but float64."""
     sentences = []
     for way in experiment.ways:
         if way in (EAGER, EXACT) or EAGER not in experiment.ways:

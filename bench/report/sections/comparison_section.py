@@ -30,8 +30,8 @@ class Plot:
 
 
 def _by(name: str) -> Callable[[Comparison, dict[str, Look]], "Figure | None"]:
-    """The function of that name in plot_<name>.py, which is imported once something is drawn: a
-    page can do without matplotlib."""
+    """Returns the function of that name in plot_<name>.py, which is imported once something is
+    drawn: a page can do without matplotlib."""
 
     def draw(comparison: Comparison, looks: dict[str, Look]) -> "Figure | None":
         module = import_module(f"resfuse.bench.report.plots.plot_{name}")
@@ -64,7 +64,7 @@ GROWTH_TOLD = (
 
 
 def section(comparison: Comparison, images: Mapping[str, str]) -> list[str]:
-    """The blocks of a section.
+    """Returns the blocks of a section.
 
     Args:
         comparison: rows that may stand side by side.

@@ -17,7 +17,7 @@ NOT_ONE = "n.s."
 
 
 def convolution_sections(environment: Environment) -> list[str]:
-    """The blocks for all workloads; nothing where no convolution was measured by itself."""
+    """Returns the blocks for all workloads; nothing where no convolution was measured by itself."""
     blocks = []
     for (precision, math_mode), group in groupby(
         environment.workloads, key=lambda w: (w.precision, w.math_mode)
@@ -101,7 +101,7 @@ def _shapes(workload: Workload) -> str:
 
 
 def _providers(workload: Workload) -> str:
-    """A line a provider: its sum, where it loses most, and its worst error."""
+    """Returns a line a provider: its sum, where it loses most, and its worst error."""
     rows = []
     for name in workload.providers:
         own = [r for r in workload.results if r.provider == name]
@@ -144,7 +144,7 @@ def _cell(result: KernelResult | None) -> str:
 
 
 def _failures(workloads: Sequence[Workload]) -> str:
-    """A table of status, provider, count and reason; "" where everything passed."""
+    """Returns a table of status, provider, count and reason; "" where everything passed."""
     every = [(workload, result) for workload in workloads for result in workload.results]
     failed = [pair for pair in every if pair[1].status != "pass"]
     if not failed:

@@ -36,7 +36,7 @@ NAMES = {
 def degradation_sections(
     experiments: Sequence[Experiment], images: Sequence[Mapping[str, str]]
 ) -> list[str]:
-    """The blocks for all experiments of an environment.
+    """Returns the blocks for all experiments of an environment.
 
     Args:
         experiments: of one environment.
@@ -49,8 +49,9 @@ def degradation_sections(
 
 
 def verdicts(experiment: Experiment, column: str = TRAIN) -> list[str]:
-    """A sentence for each network on its error from the least to the greatest depth, and one for
-    each residual network on where it beats the plain one. Where intervals overlap they say so."""
+    """Returns a sentence for each network on its error from the least to the greatest depth, and
+    one for each residual network on where it beats the plain one. Where intervals overlap they say
+    so."""
     sentences = []
     for network in experiment.networks:
         depths = [d for d in experiment.depths if experiment.of(network, d)]
@@ -121,8 +122,8 @@ def _cells(network: str, trainings: Sequence[Training]) -> list[str]:
 
 
 def _gradient_ratio(trainings: Sequence[Training]) -> float | None:
-    """The gradient's norm at the first convolution over that at the last one, before the first
-    step; the geometric mean over seeds."""
+    """Returns the gradient's norm at the first convolution over that at the last one, before the
+    first step; the geometric mean over seeds."""
     curves = [t.curves.get("gradient_norm_by_layer", ()) for t in trainings]
     ratios = [norms[0] / norms[-2] for norms in curves if len(norms) > 1 and min(norms) > 0]
     return geometric_mean(ratios) if ratios else None

@@ -30,7 +30,7 @@ def depth_series(comparison: Comparison) -> dict[str, list[Result]]:
 
 
 def depth_scaling(comparison: Comparison) -> list[str]:
-    """A heading and a table for each family of which at least two depths were measured."""
+    """Returns a heading and a table for each family of which at least two depths were measured."""
     blocks = []
     for title, results in depth_series(comparison).items():
         batch = _fullest_batch(results)
@@ -47,7 +47,7 @@ def depth_scaling(comparison: Comparison) -> list[str]:
 
 
 def ceiling_sentence(comparison: Comparison) -> str:
-    """The ceilings that the percentages refer to."""
+    """Returns the ceilings that the percentages refer to."""
     math_mode = comparison.setting.math_mode
     tflops, copy = comparison.ceiling(f"{math_mode}_tflops"), comparison.ceiling("copy_gb_s")
     known = [
@@ -92,7 +92,7 @@ def _columns(comparison: Comparison) -> tuple[Column, ...]:
 
 
 def _fullest_batch(results: Sequence[Result]) -> int:
-    """The batch with most depths; of equals the one with most rows, then the largest."""
+    """Returns the batch with most depths; of equals the one with most rows, then the largest."""
     rows = Counter(result.batch_size for result in results)
     depths = {b: len({r.model for r in results if r.batch_size == b}) for b in rows}
     return max(rows, key=lambda batch: (depths[batch], rows[batch], batch))

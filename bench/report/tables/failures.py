@@ -20,7 +20,7 @@ class Failure:
 
 
 def failures(results: Sequence[Result]) -> str:
-    """A table of status, number of cases, cases and reason; "" where everything passed."""
+    """Returns a table of status, number of cases, cases and reason; "" where everything passed."""
     found = failure_groups(results)
     if not found:
         return ""

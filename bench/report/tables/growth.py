@@ -39,7 +39,7 @@ class Line:
         return (ends[1] - ends[0]) / (self._depths[1] - self._depths[0]) if ends else None
 
     def doubling(self, metric: str) -> float | None:
-        """The factor that twice the depth brings, from the least to the greatest depth."""
+        """Returns the factor that twice the depth brings, from the least to the greatest depth."""
         ends = self._ends(metric)
         if not ends or min(ends) <= 0:
             return None
@@ -64,7 +64,7 @@ class Suite:
 
 
 def suites(comparison: Comparison) -> list[Suite]:
-    """The suites of which both residual and plain networks were measured at two depths."""
+    """Returns the suites of which both residual and plain networks were measured at two depths."""
     found = []
     for title, families in SUITES.items():
         members = [
@@ -79,7 +79,7 @@ def suites(comparison: Comparison) -> list[Suite]:
 
 
 def growth_tables(comparison: Comparison) -> list[str]:
-    """A heading and a table for each suite."""
+    """Returns a heading and a table for each suite."""
     blocks = []
     for suite in suites(comparison):
         blocks += [f"#### {markdown.escape(suite.title)}", _table(suite)]

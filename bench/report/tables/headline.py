@@ -36,7 +36,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """A heading, a line of facts and a table for each model and image size.
+    """Returns a heading, a line of facts and a table for each model and image size.
 
     Cases that are unavailable never ran; they are listed with the failures only.
     """

@@ -17,7 +17,7 @@ def escape(text: str) -> str:
 
 
 def table(titles: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]]) -> str:
-    """A pipe table with padded cells.
+    """Returns a pipe table with padded cells.
 
     Args:
         titles: of the columns.

@@ -44,7 +44,8 @@ def opening(environment: Environment, escape: Callable[[str], str] = markdown.es
 
 
 def made_from(environment: Environment, escape: Callable[[str], str] = markdown.escape) -> str:
-    """How many rows stand, how many do not, their time span and commits; `escape` as above."""
+    """Returns how many rows stand, how many do not, their time span and commits; `escape` as
+    above."""
     results = environment.results
     older = environment.rows_read - environment.incomplete - len(results)
     rows = count(environment.rows_read, "row")
@@ -71,14 +72,14 @@ def made_from(environment: Environment, escape: Callable[[str], str] = markdown.
 
 
 def facts_table(environment: Environment) -> str:
-    """The machine and versions as a table."""
+    """Returns the machine and versions as a table."""
     cells = [[escape(key), escape(value)] for key, value in facts(environment).items()]
     note = "" if environment.facts else f"\n\n{NO_FACTS}"
     return markdown.table(["fact", "value"], [False, False], cells) + note
 
 
 def facts(environment: Environment) -> dict[str, str]:
-    """The machine and versions, without the ceilings, which stand where they are used."""
+    """Returns the machine and versions, without the ceilings, which stand where they are used."""
     lines = {"env_id": environment.env_id, "device_name": listing(environment.device_names)}
     lines |= {
         key: value for key, value in environment.facts.items() if not key.startswith("ceiling_")

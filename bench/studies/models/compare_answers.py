@@ -24,7 +24,7 @@ LEAST_VARIANCE = 0.1  # of the norm's mean
 def compare(
     network: str, wanted_size: int, kinds: Sequence[str] = ("fuse", "engine")
 ) -> dict[str, Value]:
-    """A row of the study: both answers to two batches beside eager's and fp64's.
+    """Returns a row of the study: both answers to two batches beside eager's and fp64's.
 
     `fuse` also answers a batch of another size, which it must, and gives memory formats as eager
     does. A refusal is a ValueError whose message goes into the row; any other exception is an error
@@ -134,7 +134,7 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
 
 
 def leaves(run: Run, x: Tensor) -> list[Tensor]:
-    """The tensors in an answer."""
+    """Returns the tensors in an answer."""
     return [leaf.clone() for leaf in tree_leaves(run(x.clone())) if isinstance(leaf, Tensor)]
 
 

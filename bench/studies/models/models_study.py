@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settled(home: Path, where: dict[str, str], kinds: Sequence[str]) -> set[str]:
-    """The networks that this environment and commit have an answer of each kind of."""
+    """Returns the networks that this environment and commit have an answer of each kind of."""
     if not results.has_rows(home, SHEET):
         return set()
     known = results.read_rows(home, SHEET, only_whole=True)
@@ -99,8 +99,8 @@ def rows(
     kinds: Sequence[str] = KINDS,
     jobs: int = 1,
 ) -> Iterator[dict[str, Value]]:
-    """A row for each network as soon as it is known, also for one whose process died or took too
-    long.
+    """Yields a row for each network as soon as it is known, also for one whose process died or took
+    too long.
 
     Args:
         jobs: how many processes compare at a time; they share the CPU's cores.

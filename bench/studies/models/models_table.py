@@ -42,7 +42,7 @@ def write(home: Path, rows: pd.DataFrame, kinds: Sequence[str]) -> Path:
 
 
 def page(rows: pd.DataFrame, kinds: Sequence[str]) -> str:
-    """The newest environment and commit: of each network the last answer of each kind.
+    """Returns the newest environment and commit: of each network the last answer of each kind.
 
     Args:
         rows: of models.csv, not empty, in the order they were measured.
@@ -118,7 +118,7 @@ def _family(name: str, members: Sequence[Row], kinds: Sequence[str]) -> list[str
 
 
 def _exceptions(networks: Sequence[Row], kinds: Sequence[str]) -> str:
-    """A line each: the kind, how it ended, and the whole sentence that was said."""
+    """Returns a line each: the kind, how it ended, and the whole sentence that was said."""
     lines = []
     for row in networks:
         ends = {

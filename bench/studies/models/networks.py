@@ -167,7 +167,7 @@ _OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights
 
 
 def create(network: str) -> nn.Module:
-    """A network of NETWORKS with random weights.
+    """Returns a network of NETWORKS with random weights.
 
     Raises:
         ModuleNotFoundError: its package is not installed.
