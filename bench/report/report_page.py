@@ -65,7 +65,8 @@ def write_report(folder: Path) -> Path:
 
 
 def written(page: Path) -> str:
-    """Returns a line for the terminal on what write_report wrote, and which package it lacked."""
+    """Returns a line for the terminal on what write_report has written and which packages it
+    lacked."""
     packages = lacking(PAGE)
     if not packages:
         return f"Report: {page}, {DETAILS} and {HTML}"
@@ -122,7 +123,8 @@ def _write_short(newest: Sequence[Environment], path: Path) -> Path:
 def _write_details(
     environments: Sequence[Environment], path: Path, source: str, pictures: str = ""
 ) -> Path:
-    """Everything of each environment, with plots beside the page or in the folder `pictures`."""
+    """Writes everything of each environment, with plots beside the page or in the folder
+    `pictures`."""
     several = len(environments) > 1
     blocks = ["# resfuse: results of several environments", APART] if several else []
     with _told_where(path):
@@ -170,7 +172,7 @@ class _Gallery:
 
 
 def _draw_short(environment: Environment, folder: Path) -> dict[str, str]:
-    """Returns the two pictures of REPORT.md, as far as there is something to draw."""
+    """Draws the two pictures of REPORT.md, as far as there are rows for them."""
     if lacking(DRAWING):
         return {}
     from matplotlib import style

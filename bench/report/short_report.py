@@ -86,7 +86,7 @@ def short_report(environment: Environment, images: Mapping[str, str]) -> list[st
 
 
 def _tables(found: Sequence[Network], room: int) -> list[str]:
-    """Tables of the networks that most was measured on, and a line for each of the others."""
+    """Returns tables of the networks with most rows, and a line for each of the others."""
     order = sorted(range(len(found)), key=lambda i: -len(found[i].lines) * len(found[i].baselines))
     most = max((len(network.baselines) for network in found), default=0)
     order = [i for i in order if len(found[i].baselines) >= most - 1]
@@ -182,7 +182,7 @@ def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
 
 
 def _conditions(environment: Environment) -> list[str]:
-    """Noise, and what else ran beside the rows."""
+    """Returns the section on noise and on other load while rows were measured."""
     words = [text for comparison in baseline_rows(environment) if (text := noise(comparison))]
     if text := beside_other_work(environment.results):
         words.append(text)
@@ -205,8 +205,8 @@ def beside_other_work(results: Sequence[Result]) -> str:
 
 
 def is_beside_other_work(result: Result) -> bool:
-    """By the load measured during the timed rounds; rows older than that column say only whether
-    the machine came to rest before them."""
+    """Returns whether other processes ran beside a row, by the load during the timed rounds; older
+    rows only say whether the machine was idle before them."""
     if "other_load" in result.numbers:
         return result.numbers["other_load"] > BUSY_CORES
     return "other processes" in result.throttle
@@ -280,5 +280,5 @@ def _bullets(texts: Sequence[str]) -> list[str]:
 
 
 def _lines(blocks: Sequence[str]) -> int:
-    """Lines that these blocks take on the page, each followed by an empty one."""
+    """Returns the number of lines that blocks take on the page, each followed by an empty one."""
     return sum(block.count("\n") + 2 for block in blocks if block)

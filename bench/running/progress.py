@@ -84,7 +84,7 @@ class TimeLeft:
 
 
 def minutes(seconds: float) -> str:
-    """`about 9 minutes`, `less than a minute`."""
+    """Returns text such as `about 9 minutes` or `less than a minute`."""
     whole = round(seconds / 60)
     if whole == 0:
         return "less than a minute"
@@ -92,7 +92,7 @@ def minutes(seconds: float) -> str:
 
 
 class _LeftColumn(ProgressColumn):
-    """`7 min left`, from the task's field `left`."""
+    """A column with text such as `7 min left`, from the task's field `left`."""
 
     max_refresh = 0.5
 
@@ -111,8 +111,7 @@ def bar(console: Any) -> Progress:
 
 
 def line(case: Case, outcome: Outcome, ci: float | None) -> str:
-    """Returns a case's result as one line: what a reader wants to know before the report is
-    there."""
+    """Returns a case's result as one line for the terminal."""
     if outcome.status != "pass":
         return f"{case.label():<58} {outcome.status}: {outcome.error}"
     speed = outcome.metrics["infer_samples_per_sec"] or outcome.metrics["train_samples_per_sec"]
@@ -126,13 +125,14 @@ def line(case: Case, outcome: Outcome, ci: float | None) -> str:
 
 
 def is_beside_other_work(outcome: Outcome) -> bool:
-    """True where other processes kept more of the machine busy than an idle system does."""
+    """Returns whether other processes kept more of the machine busy than an idle system does."""
     load = outcome.metrics.get("other_load")
     return isinstance(load, int | float) and load > BUSY_CORES
 
 
 def _ended(case: Case, outcome: Outcome, ci: float) -> str:
-    """Against what, and whether the interval's width or the budget ended the rounds."""
+    """Returns text on the baseline, and on whether the interval's width or the budget ended the
+    rounds."""
     metrics = outcome.metrics
     low, ratio, high = (
         float(metrics[name] or 0) for name in ("speedup_ci_low", "speedup", "speedup_ci_high")

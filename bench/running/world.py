@@ -27,7 +27,7 @@ class World:
 
 
 def launched(environment: Mapping[str, str]) -> bool:
-    """True in a process that torchrun, or something that speaks like it, has started."""
+    """Returns whether torchrun, or a launcher with its variables, has started this process."""
     return "MASTER_ADDR" in environment and all(name in environment for name in TOLD)
 
 
@@ -54,7 +54,7 @@ def world_of(environment: Mapping[str, str]) -> World:
 
 
 def require_devices(device: str, processes: int) -> None:
-    """Every process needs a GPU, or a core, of its own.
+    """Raises UsageError unless there is a GPU, or a core, for each process.
 
     Args:
         device: "cpu" or "cuda".

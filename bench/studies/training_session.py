@@ -95,7 +95,7 @@ def study(args: argparse.Namespace, runs_on: RunsOn, sheet: Sheet) -> int:
 def unsettled(
     runs: Sequence[Run], folder: Path, found: dict[str, Any], sheet: Sheet
 ) -> Sequence[Run]:
-    """Returns the trainings that this environment and commit have not settled yet."""
+    """Returns the trainings that this environment and commit have not finished yet."""
     known = settled(folder, found["env_id"], found["commit"], sheet)
     return [one for one in runs if key(one, sheet) not in known]
 
@@ -155,8 +155,8 @@ def train_all(
 def _outcomes(
     runs: Sequence[Run], trainer: Trainer, jobs: int, advance: Callable[[float], None]
 ) -> Generator[tuple[Run, Outcome], None, None]:
-    """Each training as it ends. Where the caller stops listening (Ctrl-C, a full disk), those that
-    have begun are killed at their next word and the others never begin."""
+    """Yields each training as it ends. If the caller stops (Ctrl-C, a full disk), running trainings
+    are killed at their next message, and the others are not started."""
     stopped = threading.Event()
 
     def one_training(one: Run) -> Outcome:

@@ -112,7 +112,7 @@ def _train(run: Run, model: nn.Module, data: Data, device: str, tell: Tell) -> T
 
 
 def _mean_loss(by_step: Sequence[float], batch_size: int, images: int) -> float:
-    """Over an epoch's images, of which the last step may have had fewer."""
+    """Returns the mean loss over an epoch's images; the last step may have had fewer."""
     *whole, last = by_step
     return (sum(whole) * batch_size + last * (images - len(whole) * batch_size)) / images
 
@@ -148,7 +148,8 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[fl
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, split: Split, prepare: Prepare) -> tuple[float, float]:
-    """Error (share of images) and mean cross-entropy, in eval mode; the mode is put back."""
+    """Returns the error (share of images) and mean cross-entropy in eval mode, and restores the
+    mode."""
     model.eval()
     pieces = zip(split.images.split(AT_ONCE), split.labels.split(AT_ONCE), strict=True)
     wrong, loss = 0, 0.0
@@ -188,8 +189,8 @@ def _batches(data: Data, size: int, generator: torch.Generator) -> Iterator[tupl
 
 
 def shifted(images: Tensor, most: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each of the images [N, C, H, W] moved by up to `most` pixels either way, zeros coming in;
-    with `flip`, half of them mirrored."""
+    """Returns images [N, C, H, W], each shifted by up to `most` pixels either way and filled with
+    zeros, and half of them mirrored if `flip`."""
     count, _, height, width = images.shape
     framed = F.pad(images, (most,) * 4)
     down, right = torch.randint(0, 2 * most + 1, (2, count, 1, 1), generator=generator)

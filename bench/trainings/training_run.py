@@ -54,7 +54,8 @@ class Run:
         )
 
     def identity(self) -> dict[str, str | int | float]:
-        """Returns the run as it stands in a row; equal identity and environment train the same."""
+        """Returns the columns that identify the run; equal ones train the same in one
+        environment."""
         return {"model": self.model, **asdict(self)}
 
 

@@ -32,7 +32,8 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """Below 1, the ways are closer to each other than two seeds are."""
+        """Returns the distance between the ways over that between seeds; below 1 the ways are
+        closer."""
         return self.distance / self.between_seeds if self.between_seeds else float("inf")
 
 

@@ -9,7 +9,8 @@ EMPTY = "-"
 
 
 def number(value: float | None) -> str:
-    """Three significant digits: 1.23e-7, 0.0123, 1.23; whole from 100 up; a dash for None."""
+    """Returns three significant digits (1.23e-7, 0.0123, 1.23), whole numbers from 100 on, and a
+    dash for None."""
     if value is None:
         return EMPTY
     rounded = float(f"{value:.2e}")
@@ -40,7 +41,7 @@ def speedup(result: Result) -> str:
 
 
 def interval(ratio: float, low: float, high: float) -> str:
-    """`1.42 [1.38, 1.46]`, with as many digits as it takes to see whether 1 is inside."""
+    """Returns text such as `1.42 [1.38, 1.46]`, with enough digits to show whether 1 is inside."""
     digits = _ratio_digits(ratio, low, high)
     return f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -59,7 +60,7 @@ def excludes_one(low: float, high: float) -> bool:
 
 
 def _ratio_digits(ratio: float, low: float, high: float) -> int:
-    """Two decimals, or three where an interval that excludes 1 would seem to touch it."""
+    """Returns two decimals, or three where an interval that excludes 1 would seem to touch it."""
     nearest = low if ratio > 1 else high
     hidden = excludes_one(low, high) and f"{nearest:.2f}" == "1.00"
     if ratio >= 10:

@@ -116,15 +116,15 @@ def estimate(trainings: Sequence[Training], column: str) -> Estimate | None:
 
 
 def stacked(trainings: Sequence[Training], curve: str) -> np.ndarray:
-    """Returns a curve of each [seeds, points]; of equal length only, which those of an experiment
-    are."""
+    """Returns a curve of each training as [seeds, points]; the curves of an experiment have one
+    length."""
     found = [t.curves[curve] for t in trainings if t.curves.get(curve)]
     return np.array([line for line in found if len(line) == len(found[0])])
 
 
 def read_training_rows(folder: Path, sheet: Sheet) -> dict[str, list[Row]]:
-    """env_id -> whole rows of a study's file in a folder, in the order of the file; nothing without
-    it.
+    """Returns the complete rows of a study's file in a folder by env_id, in order; empty without a
+    file.
 
     Raises:
         UsageError: the file cannot be read, or names a network or a way that is none.

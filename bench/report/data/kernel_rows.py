@@ -24,7 +24,8 @@ Row = Mapping[str, object]
 
 
 def read_kernel_rows(folder: Path) -> dict[str, list[Row]]:
-    """env_id -> whole rows of a folder's kernels.csv, in the order of the file; nothing without it.
+    """Returns the complete rows of a folder's kernels.csv by env_id, in order; empty without a
+    file.
 
     Raises:
         UsageError: the file cannot be read.

@@ -31,7 +31,8 @@ class Ratio:
     paired: bool = True
 
     def text(self) -> str:
-        """`1.25 ±0.02`, `~1.25 ±0.03` where it is indirect; `same` where 1 is in the interval."""
+        """Returns `1.25 ±0.02`, `~1.25 ±0.03` if it is indirect, and `same` if 1 is in the
+        interval."""
         half = max(self.high - self.value, self.value - self.low)
         digits = 1 if self.value >= 10 else 2
         number = f"{'' if self.paired else '~'}{self.value:.{digits}f} ±{half:.{digits}f}"
@@ -119,9 +120,8 @@ def _standing(beside: Mapping[str, Result], eager: str) -> Result:
 
 
 def _references(rows: Mapping[str, Mapping[str, Result]]) -> dict[str, str]:
-    """baseline -> the label that stands for it: of eager, the memory format that most rows were
-    paired with; of the others, the one that is faster here, or else one that rows were paired
-    with."""
+    """Returns the label that represents each baseline: for eager, the memory format that most rows
+    were paired with; for others the faster one here, or else one that rows were paired with."""
     every = [result for beside in rows.values() for result in beside.values()]
     eager = Counter(_label(r.baseline) for r in every if r.baseline.startswith("eager "))
     found = {"eager": eager.most_common(1)[0][0] if eager else "eager"}
@@ -152,7 +152,7 @@ def _ratios(
 def _over(
     name: str, reference: str, rows: Mapping[str, Mapping[str, Result]], eager: str
 ) -> Ratio | None:
-    """`name` over `reference`: from their turns, or from what both took turns with."""
+    """Returns the ratio of `name` over `reference`, from their turns or by way of eager."""
     if turns := _turns(name, reference, rows):
         return turns
     mine, other = _over_eager(name, rows, eager), _over_eager(reference, rows, eager)
@@ -173,7 +173,7 @@ def _over_eager(name: str, rows: Mapping[str, Mapping[str, Result]], eager: str)
 
 
 def _turns(name: str, reference: str, rows: Mapping[str, Mapping[str, Result]]) -> Ratio | None:
-    """Returns the row's own ratio, where the two took turns."""
+    """Returns the row's own ratio, None unless the two took turns."""
     own = rows.get(name, {}).values()
     result = next((r for r in own if _label(r.baseline) == reference), None)
     value, low, high = (result.numbers.get(each, 0.0) if result else 0.0 for each in INTERVAL)
@@ -181,7 +181,7 @@ def _turns(name: str, reference: str, rows: Mapping[str, Mapping[str, Result]]) 
 
 
 def _label(baseline: str) -> str:
-    """Returns a baseline as rows have it, `<backend> <memory format>`, as tables name it."""
+    """Returns the label in tables of a baseline in rows, `<backend> <memory format>`."""
     backend, _, memory_format = baseline.rpartition(" ")
     return label(backend, memory_format)
 

@@ -44,7 +44,7 @@ class Result:
 
     @property
     def measured(self) -> bool:
-        """True where there is a speed to show."""
+        """Returns whether there is a speed to show."""
         return "p50_ms" in self.numbers and RATE[self.mode] in self.numbers
 
 

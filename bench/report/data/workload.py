@@ -47,7 +47,7 @@ class Workload:
 
     @cached_property
     def by_shape(self) -> dict[str, dict[str, KernelResult]]:
-        """shape -> provider -> result, in the order of the rows."""
+        """Returns the results by shape and provider, in the order of the rows."""
         found: dict[str, dict[str, KernelResult]] = {}
         for result in self.results:
             found.setdefault(result.shape, {})[result.provider] = result
@@ -82,7 +82,7 @@ class Workload:
         return sorted(found, key=lambda lost: -lost.ms)
 
     def total_ms(self, provider: str) -> float | None:
-        """Sum of count x p50 over all convolutions; None where one has no time."""
+        """Returns the sum of count x p50 over all convolutions, None where one has no time."""
         times = [self.p50_ms(shape, provider) for shape in self.by_shape]
         counts = [self.count(shape) for shape in self.by_shape]
         if any(time is None for time in times):
@@ -90,7 +90,8 @@ class Workload:
         return sum(c * (t or 0.0) for c, t in zip(counts, times, strict=True))
 
     def ranked(self) -> list[str]:
-        """Returns the shapes, by what the baseline loses on them; those it has no time for last."""
+        """Returns the shapes, those first on which the baseline loses most, those without its time
+        last."""
         ranks = {lost.shape: lost.ms for lost in self.lost(BASELINE)}
         return sorted(self.by_shape, key=lambda shape: -ranks.get(shape, float("-inf")))
 

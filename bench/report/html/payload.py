@@ -47,7 +47,7 @@ FIELDS = (
 
 
 def payload(environments: Sequence[Environment]) -> dict[str, Any]:
-    """Everything on the page, ready for JSON."""
+    """Returns the content of the page, ready for JSON."""
     backends = [result.backend for e in environments for result in e.results]
     appearance = looks(backends)
     return {

@@ -68,7 +68,7 @@ def agreement_sections(
 
 
 def verdicts(experiment: Experiment) -> list[str]:
-    """Returns a sentence or two for each way beside eager, but float64."""
+    """Returns a sentence or two for each way compared with eager, except float64."""
     sentences = []
     for way in experiment.ways:
         if way in (EAGER, EXACT) or EAGER not in experiment.ways:
@@ -153,7 +153,8 @@ def _finished(experiment: Experiment) -> str:
 
 
 def _differences(experiment: Experiment) -> str:
-    """Beside eager over the epochs, beside the exact curve over the first steps."""
+    """Returns the differences from eager over the epochs, and from the exact curve over the first
+    steps."""
     reference = EXACT if EXACT in experiment.ways else EAGER
     titles = ["way", "distance from eager, training", "testing", "loss, of eager's, training",
               "testing", "largest difference, training, nats", "in epoch", "seeds there span, nats",

@@ -103,7 +103,7 @@ def section(comparison: Comparison, images: Mapping[str, str]) -> list[str]:
 
 
 def title(setting: Setting) -> str:
-    """`Inference, float32`, with the math mode where it adds something."""
+    """Returns a title such as `Inference, float32 (ieee arithmetic)`."""
     mode = MODE_TITLES[setting.mode]
     together = (
         f" on {setting.world_size} processes ({escape(setting.parallel)})"

@@ -17,7 +17,7 @@ NOT_ONE = "n.s."
 
 
 def convolution_sections(environment: Environment) -> list[str]:
-    """Returns the blocks for all workloads; nothing where no convolution was measured by itself."""
+    """Returns the blocks for all workloads, none if no convolution was measured by itself."""
     blocks = []
     for (precision, math_mode), group in groupby(
         environment.workloads, key=lambda w: (w.precision, w.math_mode)
@@ -68,7 +68,8 @@ def _workload(workload: Workload, environment: Environment) -> list[str]:
 
 
 def _shapes(workload: Workload) -> str:
-    """Shapes x providers, by what the baseline loses against the fastest."""
+    """Returns a table of shapes and providers, those shapes first on which the baseline loses
+    most."""
     providers = workload.providers
     total = workload.total_ms(BASELINE)
     lost = {one.shape: one.ms for one in workload.lost(BASELINE)}
@@ -101,7 +102,8 @@ def _shapes(workload: Workload) -> str:
 
 
 def _providers(workload: Workload) -> str:
-    """Returns a line a provider: its sum, where it loses most, and its worst error."""
+    """Returns a table with a line for each provider: its sum, where it loses most, its worst
+    error."""
     rows = []
     for name in workload.providers:
         own = [r for r in workload.results if r.provider == name]

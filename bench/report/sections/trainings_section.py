@@ -45,7 +45,7 @@ def rows_from(experiment: Experiment, sheet: Sheet) -> str:
 
 
 def failures(experiment: Experiment) -> list[str]:
-    """Returns a line for each training that came to nothing."""
+    """Returns a line for each training that failed."""
     several = len({t.way for t in experiment.trainings}) > 1
     return [
         f"{escape(t.model)}{f', {escape(t.way)}' if several else ''}, seed {t.seed}: {t.status}, "

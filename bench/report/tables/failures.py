@@ -62,7 +62,8 @@ def _reason(error: str) -> str:
 
 
 def which(results: Sequence[Result], among: Sequence[Result]) -> str:
-    """These cases, no others: `onnxrt: resnet18 at batch 1, 8; fused: all 5 models at batch 8`."""
+    """Returns text that names cases: `onnxrt: resnet18 at batch 1, 8; fused: all 5 models at batch
+    8`."""
     every_model = {model_name(result, among) for result in among}
     batches: dict[str, dict[str, list[str]]] = {}
     for result in results:

@@ -34,12 +34,14 @@ class Line:
         return self.results[0].label
 
     def slope(self, metric: str) -> float | None:
-        """What one more layer adds, from the least to the greatest depth."""
+        """Returns what one more layer adds to a metric, between the least and the greatest
+        depth."""
         ends = self._ends(metric)
         return (ends[1] - ends[0]) / (self._depths[1] - self._depths[0]) if ends else None
 
     def doubling(self, metric: str) -> float | None:
-        """Returns the factor that twice the depth brings, from the least to the greatest depth."""
+        """Returns the factor by which twice the depth changes a metric, between the least and the
+        greatest depth."""
         ends = self._ends(metric)
         if not ends or min(ends) <= 0:
             return None

@@ -71,7 +71,7 @@ def noise(comparison: Comparison) -> str:
 
 
 def _facts(results: list[Result]) -> str:
-    """Parameters and multiply-accumulates: of the model, so any row that has them will do."""
+    """Returns parameters and multiply-accumulates of a model, from any row that has them."""
     names = {"param_count": "M parameters", "infer_gmacs": "GMACs an image (forward)"}
     found = [
         f"{cells.number(next(r.numbers[name] for r in results if name in r.numbers))} {noun}"

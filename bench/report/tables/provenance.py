@@ -14,7 +14,7 @@ MODE_NAMES = {"inference": "inference", "train": "training steps"}
 
 
 def opening(environment: Environment, escape: Callable[[str], str] = markdown.escape) -> str:
-    """One sentence: what was measured on what, and how many cases passed.
+    """Returns a sentence on what was measured on which machine, and how many cases passed.
 
     Args:
         escape: makes foreign text harmless where the sentence goes.
@@ -44,8 +44,8 @@ def opening(environment: Environment, escape: Callable[[str], str] = markdown.es
 
 
 def made_from(environment: Environment, escape: Callable[[str], str] = markdown.escape) -> str:
-    """Returns how many rows stand, how many do not, their time span and commits; `escape` as
-    above."""
+    """Returns text on the number of rows shown and left out, their time span and commits; `escape`
+    is as for `opening`."""
     results = environment.results
     older = environment.rows_read - environment.incomplete - len(results)
     rows = count(environment.rows_read, "row")
@@ -79,7 +79,8 @@ def facts_table(environment: Environment) -> str:
 
 
 def facts(environment: Environment) -> dict[str, str]:
-    """Returns the machine and versions, without the ceilings, which stand where they are used."""
+    """Returns the machine and versions, without the ceilings, which are shown where they are
+    used."""
     lines = {"env_id": environment.env_id, "device_name": listing(environment.device_names)}
     lines |= {
         key: value for key, value in environment.facts.items() if not key.startswith("ceiling_")
@@ -92,7 +93,7 @@ def facts(environment: Environment) -> dict[str, str]:
 
 
 def _named(names: Sequence[str], noun: str, escape: Callable[[str], str]) -> str:
-    """`2 models (resnet18 and resnet50)`; only the number where there are many."""
+    """Returns text such as `2 models (resnet18 and resnet50)`, without names if there are many."""
     words = f" ({listing([escape(name) for name in names])})" if len(names) <= MOST_NAMED else ""
     return count(len(names), noun) + words
 

@@ -24,7 +24,8 @@ LEAST_VARIANCE = 0.1  # of the norm's mean
 def compare(
     network: str, wanted_size: int, kinds: Sequence[str] = ("fuse", "engine")
 ) -> dict[str, Value]:
-    """Returns a row of the study: both answers to two batches beside eager's and fp64's.
+    """Returns a row of the study, which compares both answers to two batches with eager's and
+    fp64's.
 
     `fuse` also answers a batch of another size, which it must, and gives memory formats as eager
     does. A refusal is a ValueError whose message goes into the row; any other exception is an error
@@ -83,7 +84,8 @@ class WrongAnswerError(Exception):
 
 
 def judged(what: str, answer: Callable[[], float], allowed: float) -> dict[str, Value]:
-    """How it ended (pass, wrong, refused or error), the error against fp64, and what was said."""
+    """Returns the status (pass, wrong, refused or error), the error against fp64, and the
+    message."""
     try:
         found = answer()
     except ValueError as refusal:
@@ -112,8 +114,8 @@ def spread(model: nn.Module) -> None:
 
 
 def calibrate(model: nn.Module, images: Tensor) -> None:
-    """Statistics of these images for every batch norm, so that roundings do not grow from layer to
-    layer as they do in a network whose activations explode; the model is in eval mode afterwards.
+    """Sets the statistics of every batch norm to those of `images` and the model to eval mode, so
+    that activations do not explode, and rounding errors with them.
 
     The images that are compared must be among them. Statistics of a few images, at two pixels a
     side, fit no others: without, activations of torchvision's EfficientNetV2-S grew 400 times, and
@@ -139,7 +141,7 @@ def leaves(run: Run, x: Tensor) -> list[Tensor]:
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """Relative L2 error; infinite where the shapes differ."""
+    """Returns the relative L2 error, infinite where the shapes differ."""
     if got.shape != exact.shape:
         return float("inf")
     distance = float((got.double() - exact.double()).norm())

@@ -185,7 +185,7 @@ def create(network: str) -> nn.Module:
 
 
 def image_size(network: str, model: nn.Module, wanted: int) -> int:
-    """Pixels a side: as wanted, or what the network insists on."""
+    """Returns the pixels of a side: `wanted`, or what the network requires."""
     config = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", {})
     if "inception_" in network and "next" not in network:  # their stems shrink too much for 64
         return 128
