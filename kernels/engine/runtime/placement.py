@@ -1,5 +1,4 @@
-"""place: assigns the values of a plan and the scratch memory of its segments offsets in an
-arena."""
+"""place: lays out the values of a plan, and the scratch memory of its segments, in one arena."""
 
 from collections.abc import Sequence
 

@@ -41,7 +41,7 @@ class BrokenDevice(RuntimeError):
 
 
 class Tuner:
-    """Returns the time of candidates in ms, from the timing cache or measured."""
+    """Measures the time of candidates in ms, or takes it from the timing cache."""
 
     def __init__(
         self,

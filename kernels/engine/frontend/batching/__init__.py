@@ -1,1 +1,1 @@
-"""Whether a batch may be filled up with zeros: proved from the graph, and by torch.export."""
+"""Proves, from the graph and by torch.export, that a batch may be filled up with zeros."""

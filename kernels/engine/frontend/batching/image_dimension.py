@@ -1,4 +1,4 @@
-"""Where the images of a batch are in the operands and the result of an operation.
+"""Describes where the images of a batch are in the operands and the result of an operation.
 
 The images of a value lie along one dimension, in order, with the same number of entries each.
 """
