@@ -30,11 +30,11 @@ def engine(args: argparse.Namespace) -> int:
     if args.timings is not None and args.timings.exists() and not args.timings.is_dir():
         raise UsageError(f"argument --timings: {args.timings} is not a folder")
     try:
-        engine, how, found = describe(
+        made, how, found = describe(
             case, args.batch_size, options_of(args), args.timings, args.load
         )
         if args.save is not None:
-            engine.save(args.save)
+            made.save(args.save)
             how.append(f"Saved in {args.save}, {args.save.stat().st_size / 2**20:.1f} MB.")
     except UsageError:
         raise
@@ -43,13 +43,13 @@ def engine(args: argparse.Namespace) -> int:
     print(text(case, how, found))
     if args.json is not None:
         batches = [asdict(one) for one in found]
-        record = {**case.identity(), "device": case.device, "built": how, "batches": batches}
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        told = {**case.identity(), "device": case.device, "built": how, "batches": batches}
+        args.json.write_text(json.dumps(told, indent=2) + "\n")
     return int(any(one.error for one in found))
 
 
 def case_of(args: argparse.Namespace) -> Case:
-    """Returns the case that the parsed flags describe, at batch 1.
+    """The case of the parsed flags, at batch 1.
 
     Raises:
         UsageError: an unknown name, a size below 1, or a device that cannot be used.
@@ -90,36 +90,36 @@ def describe(
     set_math_mode(case.math_mode, case.device.split(":")[0])
     model = network.master(case, options.seed)
     if file is None:
-        engine, how = _build(model, case, batch_sizes or [1], timings)
+        made, how = _build(model, case, batch_sizes or [1], timings)
     else:
-        engine, how = _load(file, batch_sizes)
-    sizes = sorted(set(batch_sizes)) or engine.batch_sizes
-    return engine, how, [facts(engine, model, replace(case, batch_size=n), options) for n in sizes]
+        made, how = _load(file, batch_sizes)
+    sizes = sorted(set(batch_sizes)) or made.batch_sizes
+    return made, how, [facts(made, model, replace(case, batch_size=n), options) for n in sizes]
 
 
 def _build(
     model: nn.Module, case: Case, batch_sizes: Sequence[int], timings: Path | None
 ) -> tuple[Engine, list[str]]:
-    engine, first_s = build(model, case, batch_sizes, timings)
+    made, first_s = build(model, case, batch_sizes, timings)
     _, again_s = build(model, case, batch_sizes, timings)
     where = timings or "the user's cache"
     again = f"a second build took {again_s:.1f} s, with the times kept in {where}"
-    return engine, [f"Built in {first_s:.1f} s; {again}."]
+    return made, [f"Built in {first_s:.1f} s; {again}."]
 
 
 def _load(file: Path, batch_sizes: Sequence[int]) -> tuple[Engine, list[str]]:
     watch = timing.Watch()
-    engine = load_engine(file)
+    made = load_engine(file)
     loaded_s = timing.seconds(watch.elapsed())
     for size in batch_sizes:
-        if size not in engine.batch_sizes:
-            has = ", ".join(map(str, engine.batch_sizes))
+        if size not in made.batch_sizes:
+            has = ", ".join(map(str, made.batch_sizes))
             raise UsageError(f"argument --batch-size: {size}; {file} holds {has}")
-    return engine, [f"Loaded from {file} in {loaded_s:.1f} s."]
+    return made, [f"Loaded from {file} in {loaded_s:.1f} s."]
 
 
 def text(case: Case, how: Sequence[str], found: Sequence[EngineFacts]) -> str:
-    """Returns the page on an engine, with a section for each batch size."""
+    """All there is to read about an engine, a section for each batch size."""
     title = f"{case.model}, {case.precision}, {case.img_size} pixels, {case.device}"
     parts = [f"{title}. {' '.join(how)}"]
     parts += [f"Batch {one.batch_size}\n\n{one.explain}\n\n{summary(one)}" for one in found]
@@ -127,7 +127,7 @@ def text(case: Case, how: Sequence[str], found: Sequence[EngineFacts]) -> str:
 
 
 def summary(one: EngineFacts) -> str:
-    """Returns sentences on memory, error and speed of one batch size."""
+    """Memory, error and speed of one batch size."""
     graphs = f", {one.graphs_mb:.1f} MB for CUDA graphs of all batches" if one.graphs_mb else ""
     lines = [
         f"Memory: {one.arena_mb:.1f} MB between layers (at least {one.least_mb:.1f} MB), "

@@ -129,7 +129,7 @@ def _subjects(
 
 
 def _graph(model: str, pixels: int, precision: str) -> Graph:
-    """Returns the graph of a network, captured on the meta device without computing."""
+    """The network on the meta device: nothing is computed."""
     dtype = getattr(torch, PRECISIONS[precision].dtype)
     with torch.device("meta"):
         network, images = create(model).eval().to(dtype), torch.empty(1, 3, pixels, pixels)

@@ -167,7 +167,7 @@ _OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights
 
 
 def create(network: str) -> nn.Module:
-    """Returns a network of NETWORKS with random weights.
+    """A network of NETWORKS with random weights.
 
     Raises:
         ModuleNotFoundError: its package is not installed.
@@ -176,16 +176,16 @@ def create(network: str) -> nn.Module:
     if package == "timm":
         import timm
 
-        module: nn.Module = timm.create_model(name, pretrained=False)
+        made: nn.Module = timm.create_model(name, pretrained=False)
     else:
         import torchvision
 
-        module = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
-    return module
+        made = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
+    return made
 
 
 def image_size(network: str, model: nn.Module, wanted: int) -> int:
-    """Returns the pixels of a side: `wanted`, or what the network requires."""
+    """Pixels a side: as wanted, or what the network insists on."""
     config = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", {})
     if "inception_" in network and "next" not in network:  # their stems shrink too much for 64
         return 128

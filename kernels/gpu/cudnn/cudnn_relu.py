@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, pad, dilation, groups
-Blank = Callable[[int], Tensor]  # zeros [count] of x's dtype, on its device; read-only
+Blank = Callable[[int], Tensor]  # zeros [count] of x's dtype, on its device; nobody writes to them
 
 FORMS = {
     "relu_op": "torch.cudnn_convolution_relu",
