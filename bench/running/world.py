@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from resfuse.bench.common.errors import UsageError
 
-TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 PARALLEL = ("ddp", "fsdp")
 
 
@@ -28,12 +28,12 @@ class World:
 
 def launched(environment: Mapping[str, str]) -> bool:
     """Returns whether torchrun, or a launcher with its variables, has started this process."""
-    return "MASTER_ADDR" in environment and all(name in environment for name in TOLD)
+    return "MASTER_ADDR" in environment and all(name in environment for name in VARIABLES)
 
 
 def world_of(environment: Mapping[str, str]) -> World:
     """Raises UsageError where the launcher's variables make no sense."""
-    number = {name: environment[name] for name in TOLD}
+    number = {name: environment[name] for name in VARIABLES}
     number["LOCAL_WORLD_SIZE"] = environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])
     for name, value in number.items():
         if not value.isdigit():

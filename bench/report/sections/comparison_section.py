@@ -55,7 +55,7 @@ PLOTS = {
 }
 
 
-GROWTH_TOLD = (
+GROWTH_TEXT = (
     "From the least to the greatest depth of each line: what a layer adds to the time of a batch, "
     "what twice the depth multiplies that time by, what 100 layers add to the peak memory, and the "
     "error against fp64 at both ends. ImageNet networks change their blocks between 34 and 50 "
@@ -91,7 +91,7 @@ def section(comparison: Comparison, images: Mapping[str, str]) -> list[str]:
         blocks += ["### Depth scaling", ceiling_sentence(comparison), *depths]
         blocks.append(images.get("latency", ""))
     if grown := growth_tables(comparison):
-        blocks += ["### What another layer costs, plain and residual", GROWTH_TOLD]
+        blocks += ["### What another layer costs, plain and residual", GROWTH_TEXT]
         blocks += [images.get("growth", ""), *grown]
     if "roofline" in images:
         blocks += [
