@@ -44,7 +44,7 @@ class Explanation:
 
     @property
     def share(self) -> float | None:
-        """Fused share of the convolutions' MACs, 0 to 1; None where MACs are unknown."""
+        """Returns the fused share of the convolutions' MACs, 0 to 1, None if MACs are unknown."""
         if any(line.macs is None for line in self.lines):
             return None
         total = sum(line.macs or 0 for line in self.lines)
@@ -201,7 +201,8 @@ def _count_macs(
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy to run, whose forward may write to what it keeps; the model where it has none."""
+    """Returns a copy of the model to run, since its forward may write to attributes, or the model
+    itself if it cannot be copied."""
     try:
         return copied(model)
     except Exception:  # torch's, of parametrized and pruned layers

@@ -47,8 +47,8 @@ from resfuse.kernels.observation.observed import Observed
 
 
 def plans_for_training(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainingPlan]]:
-    """Every module that calls batch norms in its forward: its name, itself, and its plan, which
-    may have no forward. Nothing is changed."""
+    """Yields every module that calls batch norms in its forward: its name, itself, and its plan,
+    which may have no forward. Nothing is changed."""
     why_skipped = why_skipped_in(model)
     taken: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -179,7 +179,7 @@ def _ends_in_relu(step: TrainingStep) -> bool:
 
 
 def _is_projection(step: TrainingStep, projection: TrainingStep) -> bool:
-    """Whether a step adds a norm's result, so that both norms can be applied at once."""
+    """Returns whether a step adds a norm's result, so that both norms can be applied at once."""
     return (
         step.residual == "before"
         and step.activation in ("relu", "identity")
@@ -204,7 +204,7 @@ def _is_identity(module: nn.Module) -> bool:
 
 
 def _inlined(module: nn.Module, plan: TrainingPlan) -> list[nn.Module]:
-    """Sequences whose layers are in the module's own plan."""
+    """Returns the sequences whose layers are in the module's own plan."""
     names = {own.name.rpartition(".")[0] for s in plan.steps.values() for own in steps_of(s)}
     modules = [module.get_submodule(name) for name in names if name]
     return [child for child in modules if is_plain_sequence(child)]
