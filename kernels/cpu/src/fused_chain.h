@@ -75,7 +75,7 @@ static void fused_chain_piece(const Step* chain, long range, long ranges, long p
     DCHECK(pixels.count() <= chain_pixels(first));
     for (long i = 1; i <= chain->length; i++) {
       Step s = chain[i];
-      // Steps count pixels from the first of the batch, and a block's memory begins at `from`.
+      // steps count pixels from the first of the batch, which would lie before a block's memory
       if (s.x_local >= 0) s.x = scratch + s.x_local - pixels.from * s.x_pitch;
       if (s.residual_local >= 0) {
         s.residual = scratch + s.residual_local - pixels.from * s.residual_pitch;

@@ -1,8 +1,8 @@
-// Computes a convolution and its only reader (a stem's max-pool, a bottleneck's 3x3) a strip of the
-// reader's rows at a time, so that the convolution's output never exists as a whole.
+// A convolution and what alone reads it through windows (a stem's max-pool, a bottleneck's 3x3), a
+// strip of the reader's rows at a time, so that the convolution's output never exists as a whole.
 //
-// The rows that a strip reads are in the thread's scratch memory; those that the next strip reads
-// again are moved to its start.
+// The rows that a strip reads lie in the thread's scratch memory; those that the next strip reads,
+// too, are moved to its start.
 #pragma once
 
 #include <cstring>
@@ -88,15 +88,15 @@ static void fused_rows_piece(const Step* fused, long range, long ranges, long pi
     const long top = from % reader.P * reader.stride_h - reader.pad_h;
     const long bottom = top + window_reach(reader, to - from);
     const long needed = above + (top < 0 ? 0 : top), end = above + min(bottom, conv.P);
-    const long reused = cached.last > needed ? cached.last - needed : 0;
+    const long kept = cached.last > needed ? cached.last - needed : 0;
     DCHECK((end - needed) * conv.Q <= strip_pixels(fused));
-    if (reused) {
-      std::memmove(local, local + (needed - cached.first) * line, reused * line * sizeof(float));
+    if (kept) {
+      std::memmove(local, local + (needed - cached.first) * line, kept * line * sizeof(float));
     }
-    // Rows are counted from the first of the batch, and a strip's memory begins at row `needed`.
+    // rows are counted from the first of the batch, which would lie before a strip's memory
     conv.y = local - needed * line;
     reader.x = conv.y;
-    run_first(conv, Range((needed + reused) * conv.Q, end * conv.Q), conv_scratch);
+    run_first(conv, Range((needed + kept) * conv.Q, end * conv.Q), conv_scratch);
     run_reader(reader, Range(from, to), reader_scratch);
     cached = {needed, end, to};
   }

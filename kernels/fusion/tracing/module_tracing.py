@@ -172,8 +172,8 @@ class _Answers(fx.Proxy):
         return _Attribute(self, name)
 
     def __iadd__(self, other: Any) -> fx.Proxy:
-        """Refuses `x += y`, which fx would trace as `x = x + y`, so that other references to x
-        would miss the write."""
+        """Traces `x += y` as a write in place; fx would take it for `x = x + y`, and other
+        references to x would miss the write."""
         return self._in_place(operator.iadd, other)
 
     def __isub__(self, other: Any) -> fx.Proxy:

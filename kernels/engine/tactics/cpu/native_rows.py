@@ -1,7 +1,7 @@
-"""Fuses a convolution on the CPU with its only reader, a max-pool or a convolution larger than 1x1,
-and computes both strip by strip of the reader's rows. So the full-size map of a stem, and the map
-between a bottleneck's first 1x1 and a strided or grouped 3x3, never reach memory. See
-kernels/cpu/src/fused_rows.h.
+"""A convolution fused on the CPU with the max-pool or convolution with windows that alone reads it,
+strip by strip of the reader's rows: what a stem computes at full size, and what a bottleneck's
+first 1x1 hands to a 3x3 with stride or in groups, never reaches memory. See fused_rows.h in
+kernels/cpu/src.
 """
 
 from collections.abc import Iterable, Iterator
@@ -48,20 +48,20 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
         yield Candidate("native_strips", at, at + 2, settings)
 
 
-def scratch(graph: Graph, candidate: Candidate) -> int:
-    return 4 * threads() * _Parts(graph, candidate).floats
+def scratch(graph: Graph, choice: Candidate) -> int:
+    return 4 * threads() * _Parts(graph, choice).floats
 
 
-def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Native:
-    parts = _Parts(graph, candidate)
-    node, behind = graph.nodes[candidate.start : candidate.stop]
+def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native:
+    parts = _Parts(graph, choice)
+    node, behind = graph.nodes[choice.start : choice.stop]
     pitches = {node.name: whole_vectors(parts.problem.k)}
     conv = native.conv_step(node, parts.config, state, arena, pitches)
     if parts.reader is None:
         reader = native.max_pool_step(graph, behind, arena, pitches)
     else:
         reader = native.conv_step(behind, parts.reader, state, arena, pitches)
-    memory = arena.scratch(candidate.start)
+    memory = arena.scratch(choice.start)
     conv.scratch, reader.scratch = memory, memory + 4 * parts.own
     conv.scratch_pitch = reader.scratch_pitch = parts.floats
     conv.y_local = reader.x_local = parts.own + parts.readers
@@ -70,23 +70,22 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Nat
         [conv, reader],
         scratch=memory,
         scratch_pitch=parts.floats,
-        rows=candidate.settings["rows"],
+        rows=choice.settings["rows"],
     )
     return Native(run)
 
 
 class _Parts:
-    """The configurations of a candidate's convolution and reader, and a thread's scratch memory in
-    floats."""
+    """A candidate's convolution and reader, and the scratch memory of a thread."""
 
-    def __init__(self, graph: Graph, candidate: Candidate) -> None:
-        node, behind = graph.nodes[candidate.start : candidate.stop]
+    def __init__(self, graph: Graph, choice: Candidate) -> None:
+        node, behind = graph.nodes[choice.start : choice.stop]
         assert isinstance(node.op, Conv)
-        self.problem, rows = node.op.problem, candidate.settings["rows"]
-        self.config = NativeConfig(candidate.settings["form"], False, candidate.settings["block"])
+        self.problem, rows = node.op.problem, choice.settings["rows"]
+        self.config = NativeConfig(choice.settings["form"], False, choice.settings["block"])
         self.reader = _reader(behind, rows)
-        # Scratch memory in order: the convolution's own, its reader's, the map between them.
-        run = _run(graph, candidate.start, self.config, rows)
+        # floats: what the convolution needs for itself, then its reader, then what lies between
+        run = _run(graph, choice.start, self.config, rows)
         self.own, self.readers = (whole_lines(step.scratch_pitch) for step in run[1:])
         self.floats = self.own + self.readers + local_pixels(run) * whole_vectors(self.problem.k)
 
@@ -107,15 +106,15 @@ def _run(graph: Graph, at: int, config: NativeConfig, rows: int) -> list[Step]:
 
 @dataclass(frozen=True)
 class _Window:
-    """The vertical extent of a window, in rows of its input."""
+    """A window down a column: its rows are `dilation` apart, the next window is `stride` below."""
 
     kernel: int
     stride: int
     dilation: int
 
     def rows(self, problem: ConvProblem, rows: int) -> int:
-        """Returns the largest number of reader rows that read at most `rows` rows of the
-        convolution, between one and the height of the reader's map.
+        """Returns the most rows of the reader that read at most `rows` of the convolution: at least
+        one, and no more than a map has.
         """
         whole = -(-problem.p // self.stride)
         reach = (self.kernel - 1) * self.dilation
@@ -131,8 +130,8 @@ def _window(reader: Node) -> _Window:
 
 
 def _reads_in_windows(node: Node) -> bool:
-    """Returns whether fusing with this reader may pay: for a max-pool, and for a convolution larger
-    than 1x1 without a Winograd form, which would gain more.
+    """Returns whether strips may pay for a reader: Winograd's form, where there is one, is worth
+    more, and a 1x1 needs none.
     """
     if not isinstance(node.op, Conv):
         return isinstance(node.op, MaxPool)
@@ -154,12 +153,12 @@ def _by_pixel(problem: ConvProblem) -> Iterator[NativeConfig]:
 
 
 def _reader(node: Node, rows: int) -> NativeConfig | None:
-    """Returns a reader's configuration with blocks no larger than a strip, None for a max-pool."""
+    """Returns a reader's configuration, in blocks no larger than a strip; None for a max-pool."""
     if not isinstance(node.op, Conv):
         return None
     problem = node.op.problem
     every = list(_by_pixel(problem))
-    first = next(config.form for config in every)  # "grouped" where the problem allows it
+    first = next(config.form for config in every)  # grouped, where it can be
     of_form = [config for config in every if config.form == first]
     config = of_form[len(of_form) // 2]
     return NativeConfig(config.form, False, min(config.block, rows * problem.q))
