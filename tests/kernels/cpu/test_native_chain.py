@@ -169,7 +169,7 @@ def same_size(nodes: tuple[Node, ...], channels: dict[str, int], outputs: tuple[
 
 
 def test_what_the_window_reads_is_not_written_over_before_all_blocks_are_done() -> None:
-    """y = conv1x1(conv3x3(x)) + x, where x has no later reader, by itself or as a part."""
+    """y = conv1x1(conv3x3(x)) + x, where x is nobody's any more, by itself or as a part."""
     window = ConvProblem(1, 32, 12, 12, 32, 3, 3, (1, 1), (1, 1), math_mode="ieee")
     last = ConvProblem(1, 32, 12, 12, 32, 1, 1, math_mode="ieee", residual=True)
     first = ConvProblem(1, 32, 12, 12, 32, 1, 1, math_mode="ieee")
