@@ -160,12 +160,12 @@ class Copies:
             else words[:: len(words) // self._SAMPLES | 1]
             for tensor, words in zip(tensors, self._all, strict=True)
         ]  # fmt: skip
-        self._copies = [words.clone() for words in self._read]
+        self._kept = [words.clone() for words in self._read]
         self._sums = self._summed()
 
     def seems_unchanged(self) -> bool:
         with _disable_current_modes():
-            return all(map(torch.equal, self._read, self._copies))
+            return all(map(torch.equal, self._read, self._kept))
 
     def is_unchanged(self) -> bool:
         return self.seems_unchanged() and self._summed() == self._sums
