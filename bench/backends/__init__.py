@@ -1,4 +1,4 @@
-"""BACKENDS: every way to run a network, a file each.
+"""BACKENDS: every way to run a network, one file for each.
 
 A backend's `build(model, example) -> run` does everything that happens once (folding, export,
 compilation); `run(images)` is what gets timed. `trainable(model, example) -> module` is its
@@ -112,7 +112,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 def backend(name: str, argument: str = "--backend") -> Backend:
-    """The backend of that name; `argument` is where it was given.
+    """Returns the backend of a name given by `argument`.
 
     Raises:
         UsageError: there is none; the message lists them.
@@ -126,8 +126,8 @@ def load_build(name: str) -> "Build":
 
 
 def why_unavailable(name: str, device: "torch.device") -> str | None:
-    """Why a backend cannot run on a device at all, in a sentence; None where it may. Whether it
-    computes in a precision, only `build` finds out."""
+    """Returns why a backend cannot run on a device at all, in a sentence, None where it may. Only
+    `build` finds out whether it computes in a precision."""
     target = backend(name).require
     if target is None:
         return None
@@ -150,7 +150,7 @@ def load_trainable(name: str) -> "Trainable":
 
 
 def load(target: str) -> Any:
-    """The object behind "module:name"; Unavailable where a package it needs is missing."""
+    """Returns the object behind "module:name", and raises Unavailable if a package is missing."""
     module, function = target.split(":")
     try:
         return getattr(importlib.import_module(module), function)

@@ -25,7 +25,7 @@ def require(device: torch.device) -> None:
 
 
 def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """Default mode, frozen: inductor folds batch norm and prepacks the weights.
+    """Compiles in the default mode, frozen: inductor folds batch norm and prepacks the weights.
 
     Raises:
         Unavailable: there is no compiler, as in the functions below.
@@ -34,7 +34,8 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def build_max_autotune(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """Frozen, in mode max-autotune: measured kernel choices, and CUDA graphs on a GPU."""
+    """Compiles in mode max-autotune, frozen: kernels chosen by measurement, CUDA graphs on a
+    GPU."""
     return _frozen(torch.compile(model, dynamic=False, mode="max-autotune"), example)
 
 

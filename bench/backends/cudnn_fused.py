@@ -86,7 +86,7 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def rewrite(model: nn.Module, form: str) -> fx.GraphModule:
-    """The model with every conv(-BN)(-add)(-ReLU) as one fused op; the rest stays as it is.
+    """Returns the model with every conv(-BN)(-add)(-ReLU) as one fused op; the rest stays as it is.
 
     Args:
         model: in evaluation mode.
@@ -150,7 +150,8 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _module(node: fx.Node, modules: dict[str, nn.Module], kind: type[Kind]) -> Kind | None:
-    """The module a node calls, if it is exactly of that kind; a subclass may do anything."""
+    """Returns the module a node calls, if it is exactly of that kind; a subclass may do
+    anything."""
     module = modules.get(str(node.target)) if node.op == "call_module" else None
     return module if isinstance(module, kind) and type(module) is kind else None
 
@@ -167,7 +168,8 @@ def _is_add(node: fx.Node) -> bool:
 
 
 def _graphed(network: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
-    """A CUDA graph over static buffers; copying inputs in and the output out is timed.
+    """Returns a run by a CUDA graph on static buffers; copying inputs in and the output out is
+    timed.
 
     A graph has addresses and keeps nothing alive: what runs has to keep the network, or its weights
     are freed and overwritten, and the answer is NaN (H200, torch 2.11).

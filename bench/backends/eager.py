@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """The model in eval mode under inference_mode."""
+    """Returns the model in eval mode under inference_mode."""
 
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:

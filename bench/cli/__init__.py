@@ -124,12 +124,12 @@ def _warnings_in_a_sentence() -> Iterator[None]:
     """Prints warnings about what is left out without the line of code that found it."""
     before = warnings.formatwarning
 
-    def told(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> str:
+    def one_line(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> str:
         if issubclass(category, LeftOutWarning):
             return f"resfuse: warning: {message}\n"
         return before(message, category, *rest, **named)
 
-    warnings.formatwarning = told
+    warnings.formatwarning = one_line
     try:
         yield
     finally:
@@ -137,7 +137,7 @@ def _warnings_in_a_sentence() -> Iterator[None]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command and flag; `command` of what it parses is a name in COMMANDS."""
+    """Returns the parser of all commands and flags; it sets `command` to a name in COMMANDS."""
     top = _Parser(
         prog="resfuse", description="Benchmarks for residual networks that you can trust."
     )

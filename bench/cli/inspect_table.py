@@ -15,7 +15,7 @@ NUMBERS = ("registers", "spilled B", "shared KB", "tensor-core", "CTAs/SM", "war
 
 
 def table(results: Sequence[Inspection]) -> Table:
-    """A line for each launch and target; what is wrong with it stands at the end."""
+    """Returns a table with a line for each launch and target; problems are in the last column."""
     shown = Table(title="kernels", title_justify="left", title_style="bold", box=None)
     for heading in ("kernel", "launch", "target"):
         shown.add_column(heading, overflow="fold")
@@ -51,7 +51,7 @@ def summary(results: Sequence[Inspection]) -> list[str]:
 
 
 def write_csv(results: Sequence[Inspection], file: Path) -> None:
-    """Every field of every result, and its problems in the last column."""
+    """Writes every field of every result, with its problems in the last column."""
     with file.open("w", newline="") as out:
         out.write(line([*(field.name for field in fields(Inspection)), "problems"]))
         for result in results:

@@ -37,7 +37,7 @@ def collect(job: Path, shared: Path) -> list[Cells]:
 
 
 def _rows(folder: Path) -> list[Cells]:
-    """The whole rows of a folder as they stand in the file; a job may just be writing one more."""
+    """Returns the complete rows of a folder as text; a job may be writing one more."""
     if not results.has_rows(folder):
         return []
     rows = results.read_cells(folder).to_dict("records")

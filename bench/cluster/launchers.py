@@ -1,4 +1,4 @@
-"""LAUNCHERS: where the jobs of a sweep run, and how one finds out what has become of them."""
+"""LAUNCHERS: where the jobs of a sweep run, and how their state is found out."""
 
 import importlib.util
 import os
@@ -26,7 +26,7 @@ ALIVE = frozenset(
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks for; None leaves it to the cluster."""
+    """The resources of a job; None leaves a value to the cluster."""
 
     minutes: int
     partition: str | None = None
@@ -38,7 +38,8 @@ class Resources:
 
 @dataclass(frozen=True)
 class Launcher:
-    """`at_once`: jobs that may run side by side without slowing each other down."""
+    """A way to run jobs, of which `at_once` may run side by side without slowing each other
+    down."""
 
     require: Callable[[], None]
     executor: Callable[[Path, Resources], Any]
@@ -95,7 +96,8 @@ def _slurm(folder: Path, wanted: Resources) -> Any:
 
 
 def _slurm_ended(job: Any) -> bool:
-    """Not by sacct, which submitit asks: it needs a database that smaller clusters do not have."""
+    """Returns whether a job has ended, from squeue: sacct, which submitit asks, needs a database
+    that smaller clusters do not have."""
     if job.paths.result_pickle.exists():
         return True
     command = [

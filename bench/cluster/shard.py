@@ -1,4 +1,4 @@
-"""What one job does: it is pickled here, and called on the machine that got the job."""
+"""The work of one job, pickled here and called on the machine that runs the job."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -79,7 +79,7 @@ def _run(
     shared: Path,
     show: Callable[[Cells], None],
 ) -> dict[int, str]:
-    """Submits as many as may run, and waits; rows are collected as they come.
+    """Submits as many jobs as may run at once, waits for them, and collects rows as they come.
 
     Returns:
         number of a job -> why it failed.
@@ -120,16 +120,16 @@ def _submit(executor: Any, shard: Shard) -> Any:
 
 
 def _fate(job: Any) -> str:
-    """Why an ended job failed, or nothing.
+    """Returns why an ended job failed, "" if it did not.
 
     Raises:
         UsageError: the input was at fault.
     """
     if not job.paths.result_pickle.exists():
         return f"it ended without a result (log: {job.paths.stderr})"
-    told = job.exception()
-    if told is not None:
-        lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    error = job.exception()
+    if error is not None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{lines[-1]} (log: {job.paths.stderr})"
     if complaint := job.result():
         raise UsageError(complaint)

@@ -31,7 +31,7 @@ def read(
     only_whole: bool = False,
     strict: bool = False,
 ) -> pd.DataFrame:
-    """The cells of a file as they stand in it; the index is a line's place among its rows, from 0.
+    """Returns the cells of a file as text; the index is a line's position among its rows, from 0.
 
     Args:
         check: told the columns and a line's cells; a line that it has something to say against is
@@ -84,7 +84,7 @@ def read(
 
 
 def header_of(path: Path, data: bytes) -> list[str]:
-    """The columns of a file that begins with `data`."""
+    """Returns the columns of a file that begins with `data`."""
     try:
         return next(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline="")), [])
     except (UnicodeDecodeError, csv.Error) as error:
@@ -92,7 +92,7 @@ def header_of(path: Path, data: bytes) -> list[str]:
 
 
 def number_in(cell: str) -> float | None:
-    """The number that a cell holds, or None."""
+    """Returns the number in a cell, None if it is no number."""
     return float(cell) if _NUMBER.fullmatch(cell) else None
 
 
@@ -114,7 +114,7 @@ def hides_rows(data: bytes, whole: int) -> bool:
 
 
 def _hidden_line(data: bytes, whole: int) -> int:
-    """The number of the line whose quotation mark swallows whole lines; 0 where there is none."""
+    """Returns the number of the line whose quotation mark swallows whole lines, 0 without one."""
     columns = data[: data.find(b"\n") + 1].count(b",")
     swallowed = data[whole:].split(b"\n")[1:]
     if columns and any(line.count(b",") >= columns for line in swallowed):
@@ -142,5 +142,5 @@ def _content(path: Path) -> bytes:
 
 def _warn(path: Path, left_out: Sequence[str]) -> None:
     more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-    told = "; ".join(left_out[:3])
-    warnings.warn(f"{path}: left out {told}{more}", LeftOutWarning, stacklevel=5)
+    examples = "; ".join(left_out[:3])
+    warnings.warn(f"{path}: left out {examples}{more}", LeftOutWarning, stacklevel=5)

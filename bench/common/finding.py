@@ -1,4 +1,4 @@
-"""A line of the page, and how bad what it says is."""
+"""Finding: a line of the doctor's page and how serious it is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ OK, NOTE, BROKEN = "ok", "note", "broken"
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact. `broken`: `make bench` cannot do its work; `note`: it can, with less."""
+    """A fact. With state `broken` `make bench` cannot work, with `note` it can do less."""
 
     name: str
     value: str

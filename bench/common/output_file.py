@@ -1,4 +1,4 @@
-"""A file that a flag asks to be written: found to be impossible before the work is done."""
+"""Checks before the work begins that a file named by a flag can be written."""
 
 import os
 import tempfile

@@ -10,8 +10,8 @@ from resfuse.bench.common.errors import UsageError
 def pick(
     argument: str, patterns: Sequence[str], known: Sequence[str], shown_by: str = ""
 ) -> list[str]:
-    """All known names that match any of the patterns (`resnet*`), in the order of `known`, each
-    once.
+    """Returns all known names that match any of the patterns (`resnet*`), in the order of `known`,
+    each once.
 
     Args:
         shown_by: the command that lists them, where they are too many for a sentence.
@@ -37,7 +37,7 @@ def _near(pattern: str, known: Sequence[str]) -> list[str]:
 
 
 def pick_one(argument: str, name: str, known: Sequence[str], shown_by: str = "") -> str:
-    """The one known name that matches; raises UsageError for none, or several."""
+    """Returns the one known name that matches; raises UsageError for none, or several."""
     found = pick(argument, [name], known, shown_by)
     if len(found) > 1:
         raise UsageError(f"argument {argument}: '{name}' stands for {len(found)} names; give one")

@@ -9,13 +9,13 @@ CONFIDENCE = 95
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile (0-100), interpolated linearly between the two nearest values."""
+    """Returns the q-th percentile (0-100), interpolated linearly between the two nearest values."""
     return float(np.percentile(values, q))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """The mean, and its 95 % interval by Student's t, which holds for a handful of values that
-    scatter about normally; one value has none.
+    """Returns the mean, and its 95 % interval by Student's t, which holds for a handful of values
+    that scatter about normally; one value has none.
 
     Raises:
         ValueError: there is no value.

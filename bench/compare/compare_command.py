@@ -33,7 +33,7 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def examine(a: Path, b: Path, fail_above: float) -> tuple[Verdict, Pairs, list[str]]:
-    """The verdict on two files, which cases it rests on, and what to know about their rows."""
+    """Returns the verdict on two files, the cases that it is based on, and notes on their rows."""
     rows_a, rows_b = side.read(a), side.read(b)
     notes = []
     shared = side.standing_in(rows_b, rows_a)
@@ -49,7 +49,7 @@ def examine(a: Path, b: Path, fail_above: float) -> tuple[Verdict, Pairs, list[s
 
 
 def decide(a: Side, b: Side, fail_above: float) -> tuple[Verdict, Pairs]:
-    """The verdict on two sides, and which cases it rests on.
+    """Returns the verdict on two sides and the cases that it is based on.
 
     Raises:
         UsageError: no case stands in both, or nothing tells the noise.
@@ -122,7 +122,8 @@ def _unpaired(pairs: Pairs) -> list[str]:
 
 
 def _table(verdict: Verdict) -> Table:
-    """A line a case, regressions first, then by how much longer B takes."""
+    """Returns a table with a line for each case, regressions first, then by how much longer B
+    takes."""
     table = Table(box=None)
     table.add_column("case", overflow="fold")
     for heading in ("A", "B", "time B / A", "[95 %]"):

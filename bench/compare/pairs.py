@@ -1,4 +1,4 @@
-"""Which cases of two sides may be compared, and why the others may not."""
+"""Pairs the cases of two sides that may be compared, and says why the others may not."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,8 @@ class Pairs:
 
 
 def pair(a: Side, b: Side) -> Pairs:
-    """Cases with rows that passed in A and any in B, baselines against themselves left out."""
+    """Returns the cases with rows that passed in A and any rows in B, without baselines measured
+    against themselves."""
     cases, unpaired = {}, Counter[str]()
     for key, runs in a.runs.items():
         if key.is_baseline:
@@ -42,8 +43,8 @@ def pair(a: Side, b: Side) -> Pairs:
 
 
 def comparable(a: Side, b: Side, pairs: Pairs) -> Iterable[tuple[Key, Runs]]:
-    """All cases, on either side, that were measured where the paired ones were: their scatter is
-    the noise."""
+    """Yields all cases of either side that were measured in the environments of the paired ones;
+    their scatter is the noise."""
     settings = {(key.env_id, key.mode, key.precision) for key in pairs.cases}
     for side in (a, b):
         for key, runs in side.runs.items():
@@ -63,11 +64,13 @@ def _reason(key: Key, a: Side, b: Side) -> str:
     names = _differences(key, nearest)
     if "env_id" in names:
         names = [name for name in names if name not in ("env_id", "device_name")]
-        return "; ".join([_environments(key, nearest, a, b), *_told(key, nearest, names)])
-    return "; ".join(_told(key, nearest, names))
+        return "; ".join(
+            [_environments(key, nearest, a, b), *_field_differences(key, nearest, names)]
+        )
+    return "; ".join(_field_differences(key, nearest, names))
 
 
-def _told(key: Key, other: Key, names: Iterable[str]) -> list[str]:
+def _field_differences(key: Key, other: Key, names: Iterable[str]) -> list[str]:
     return [
         f"{NAMES.get(name, name)} {getattr(key, name)} against {getattr(other, name)}"
         for name in names
@@ -80,15 +83,15 @@ def _differences(key: Key, other: Key) -> list[str]:
 
 
 def _environments(key: Key, other: Key, a: Side, b: Side) -> str:
-    """The facts in which two environments differ; measured ceilings are none."""
+    """Returns the facts in which two environments differ, without measured ceilings."""
     here, there = a.facts.get(key.env_id, {}), b.facts.get(other.env_id, {})
-    told = [
+    differences = [
         f"{name} {here.get(name, 'none')} against {there.get(name, 'none')}"
         for name in dict.fromkeys([*here, *there])
         if here.get(name) != there.get(name) and not name.startswith("ceiling_")
     ]
-    if here and there and told:
-        return f"another environment: {', '.join(told)}"
+    if here and there and differences:
+        return f"another environment: {', '.join(differences)}"
     if key.device_name != other.device_name:
         return f"another machine: {key.device_name} against {other.device_name}"
     return (

@@ -23,7 +23,7 @@ NORMAL_95 = 1.96  # half a 95 % interval, in standard errors
 
 @dataclass(frozen=True)
 class Key:
-    """What two rows share that may be compared. The order tells which difference weighs most."""
+    """The columns in which two comparable rows agree, the most important difference first."""
 
     model: str
     backend: str
@@ -67,7 +67,7 @@ class Runs:
     failed: list[str] = field(default_factory=list)  # "timeout: not done after 300 s"
 
     def speedup(self) -> float:
-        """Geometric mean over the rows that passed."""
+        """Returns the geometric mean of the speed-ups of the rows that passed."""
         return exp(sum(run.log_speedup for run in self.passed) / len(self.passed))
 
 
@@ -80,7 +80,7 @@ class Side:
 
 
 def read(given: Path) -> pd.DataFrame:
-    """The rows of a results folder, or of a file that holds some under any name.
+    """Returns the rows of a results folder, or of a file of rows under any name.
 
     Raises:
         UsageError: see results.read_rows.
@@ -165,7 +165,7 @@ def _run(row: Mapping[str, object]) -> Run | None:
 
 
 def _number(value: object) -> float:
-    """A number above 0, or 0 for whatever is none."""
+    """Returns a number above 0, or 0 for any other value."""
     if not isinstance(value, int | float) or not isfinite(value):
         return 0.0
     return max(float(value), 0.0)

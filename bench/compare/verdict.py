@@ -32,7 +32,7 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Noise:
-    """Variance of one row's log speed-up between processes."""
+    """The variance of a row's log speed-up between processes."""
 
     variance: float
     degrees: int  # of freedom, 0 where nothing is known
@@ -41,13 +41,13 @@ class Noise:
 
     @property
     def percent(self) -> float:
-        """Standard deviation of a row, in percent of its speed-up."""
+        """Returns the standard deviation of a row in percent of its speed-up."""
         return 100 * (exp(sqrt(self.variance)) - 1)
 
 
 @dataclass(frozen=True)
 class Change:
-    """How much longer B takes than A, both relative to their baseline: 1.1 is 10 % longer."""
+    """The ratio of B's time to A's, each relative to its baseline: 1.1 is 10 % longer."""
 
     log_ratio: float
     error: float  # standard error of it
@@ -59,19 +59,19 @@ class Change:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of `ratio`."""
+        """Returns the 95 % interval of `ratio`."""
         half = float(t.isf(ALPHA / 2, self.degrees)) * self.error
         return exp(self.log_ratio - half), exp(self.log_ratio + half)
 
     def p_slower(self) -> float:
-        """Chance to see such a slowdown, or a larger one, where there is none."""
+        """Returns the probability of at least such a slowdown if there is none."""
         return self._tail(self.log_ratio)
 
     def p_faster(self) -> float:
         return self._tail(-self.log_ratio)
 
     def visible(self, tests: int) -> float:
-        """The least ratio that would be significant as the first of so many tests."""
+        """Returns the least ratio that would be significant as the first of `tests` tests."""
         return exp(float(t.isf(ALPHA / tests, self.degrees)) * self.error)
 
     def _tail(self, log_ratio: float) -> float:
@@ -126,7 +126,7 @@ def noise(cases: Iterable[tuple[Key, Runs]]) -> Noise:
 def judge(
     pairs: Mapping[Key, tuple[Runs, Runs]], scatter: Noise, fail_above: float = 0.05
 ) -> Verdict:
-    """The verdict on all cases that both sides have.
+    """Returns the verdict on all cases that both sides have.
 
     Args:
         pairs: case -> rows of A, rows of B; A has at least one that passed. No baselines against
@@ -167,7 +167,7 @@ def judge(
 
 
 def _change(a: Sequence[Run], b: Sequence[Run], scatter: Noise) -> Change:
-    """Difference of the means: a higher speed-up in A is a longer time in B."""
+    """Returns the difference of the mean log speed-ups: a higher one in A is a longer time in B."""
     sides = [[run.log_speedup for run in runs] for runs in (a, b)]
     own_degrees = len(a) + len(b) - 2
     variance, degrees = scatter.variance, scatter.degrees
@@ -193,7 +193,7 @@ def _squares(values: Sequence[float]) -> float:
 
 
 def _holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given."""
+    """Returns Holm's adjusted p-values in the order given."""
     adjusted, most = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         most = max(most, (len(p_values) - rank) * p_values[i])
@@ -202,7 +202,7 @@ def _holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _baseline_change(pairs: Iterable[tuple[Runs, Runs]]) -> float:
-    """Geometric mean of B / A over the cases whose baselines have a time on both sides."""
+    """Returns the geometric mean of the baselines' times B / A over the cases that have both."""
     ratios = []
     for a, b in pairs:
         times = [

@@ -1,4 +1,4 @@
-"""`resfuse bench`, whether a user has started it or torchrun has."""
+"""The entry of `resfuse bench`, whether a user or torchrun starts it."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from resfuse.bench.running.world import launched
 
 
 def bench(args: argparse.Namespace) -> int:
-    """`resfuse bench`, by itself or as one of the processes that torchrun has started."""
+    """Runs `resfuse bench`, by itself or as one of torchrun's processes."""
     if launched(os.environ):
         from resfuse.bench.distributed.leader import bench as bench_together
 

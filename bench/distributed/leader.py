@@ -27,7 +27,7 @@ ENDED = "ended because another process failed"
 
 
 def bench(args: argparse.Namespace) -> int:
-    """The whole command in one of torchrun's processes.
+    """Runs the whole command in one of torchrun's processes and returns its exit code.
 
     Raises:
         UsageError: bad input, found by the process that leads; the others end with its exit code.
@@ -63,11 +63,11 @@ def _complete(args: argparse.Namespace, world: World) -> None:
 
 
 class Leader:
-    """Tells the others what to measure, and makes one outcome of everybody's."""
+    """Tells the other processes what to measure, and combines the outcomes of all."""
 
     def __init__(self, world: World, store: Store) -> None:
         self._world, self._store = world, store
-        self._told = 0
+        self._sent = 0
 
     def measure(self, case: Case, options: Options, ceilings: dict[str, float]) -> Outcome:
         """Measures a case on all processes, in place of `subprocess_runner.run_case`."""
@@ -81,7 +81,7 @@ class Leader:
         self._tell({"end": code})
 
     def _tell(self, message: Mapping[str, Any]) -> str:
-        key, self._told = f"told/{self._told}", self._told + 1
+        key, self._sent = f"told/{self._sent}", self._sent + 1
         self._store.set(key, json.dumps(message))
         return key
 
@@ -96,9 +96,9 @@ class Leader:
 
 
 def _follow(world: World) -> int:
-    store, told = connect(world), 0
+    store, received = connect(world), 0
     while True:
-        key = f"told/{told}"
+        key = f"told/{received}"
         appears(store, key)  # a leader that is gone takes the store or, by torchrun, this process
         try:
             message = json_file.parse(store.get(key))
@@ -110,7 +110,7 @@ def _follow(world: World) -> int:
             raise UsageError(f"the process that leads sent no case: {error}") from None
         outcome = _run(store, key, world.rank, case, options, ceilings)
         store.set(f"{key}/ended/{world.rank}", json.dumps(asdict(outcome)))
-        told += 1
+        received += 1
 
 
 def _run(
@@ -121,7 +121,8 @@ def _run(
     options: Options,
     ceilings: dict[str, float],
 ) -> Outcome:
-    """This process's part of a case; its failure ends the others' (see distributed.measure)."""
+    """Measures this process's part of a case; its failure ends the others'
+    (measure_together.py)."""
     try:
         outcome = run_case(case, options, ceilings, task=MEASURE, key=key)
     except UsageError as error:
@@ -132,7 +133,7 @@ def _run(
 
 
 def combine(outcomes: Mapping[int, Outcome]) -> Outcome:
-    """The outcome of a case: the first process's where all passed, else every process's failure.
+    """Returns the outcome of a case: the first process's if all passed, otherwise all failures.
 
     Args:
         outcomes: rank -> its outcome.

@@ -40,7 +40,7 @@ STEPS_A_ROUND = 3
 def measure_together(
     case: Case, options: Options, ceilings: Mapping[str, float], tell: Any, key: str
 ) -> tuple[Outcome, float]:
-    """This process's outcome of one case, as `measure.measure` gives one.
+    """Measures one case and returns this process's outcome, as `measure_case.measure` does.
 
     Args:
         tell: sends a message to the parent process.
@@ -71,7 +71,7 @@ def measure_together(
 
 
 def together_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
-    """`measure_together` for a worker; what it returns goes through JSON."""
+    """Runs `measure_together` in a worker, and returns its results as JSON can carry them."""
     case, options = Case(**job["case"]), Options(**job["options"])
     outcome, span_s = measure_together(case, options, job["ceilings"], tell, job["key"])
     return {"outcome": asdict(outcome), "span_s": span_s}
@@ -96,9 +96,9 @@ def _measure(
     model, batches = network.master(case, options.seed), network.batches(case, world.rank)
 
     def subject(kind: type[Training], backend: str, memory_format: str) -> Training:
-        made = measure_case.subject(case, backend, memory_format, model, batches, kind)
-        assert isinstance(made, Training)
-        return made
+        built = measure_case.subject(case, backend, memory_format, model, batches, kind)
+        assert isinstance(built, Training)
+        return built
 
     dist.barrier()
     before = peak_memory.held(device)
@@ -176,7 +176,7 @@ def _alone(
         its times in ms, on all processes; how many rounds the budget then allows with all at work;
         whether the machine was at rest.
     """
-    told: list[Any] = [None]
+    shared: list[Any] = [None]
     if world.leads:
         training.set_up()
         quiet = wait_for_quiet(limit_s(device))
@@ -187,8 +187,8 @@ def _alone(
         times_ms = tuple(sum(lap) for lap in laps[0])
         fitting = round(STEPS_A_ROUND * share_s * 1e3 / (STEPS_A_ROUND * median(times_ms)))
         rounds = max(options.min_rounds, min(options.max_rounds, fitting))
-        told = [(times_ms, rounds, quiet)]
+        shared = [(times_ms, rounds, quiet)]
     # gloo's processes sleep while they wait for the first; NCCL's keep a GPU of their own busy.
-    dist.broadcast_object_list(told, src=0)
-    found: tuple[tuple[float, ...], int, bool] = told[0]
+    dist.broadcast_object_list(shared, src=0)
+    found: tuple[tuple[float, ...], int, bool] = shared[0]
     return found

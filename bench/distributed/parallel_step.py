@@ -20,7 +20,7 @@ from resfuse.bench.records.case import Case
 
 
 def spread(model: nn.Module, parallel: str) -> nn.Module:
-    """The model on all processes of the default group, gradients averaged.
+    """Returns the model spread over the processes of the default group, with averaged gradients.
 
     Args:
         parallel: "ddp": every process keeps all weights. "fsdp": each keeps its share, and the
@@ -75,7 +75,7 @@ class ParallelTraining(Training):
 
 
 def started_together(step: Step) -> Step:
-    """The step, its clock started on all processes at once: what came before is in no time."""
+    """Returns the step with its clock started on all processes at once, after their preparation."""
 
     def prepare() -> None:
         step.prepare()

@@ -1,4 +1,4 @@
-"""The key-value store that all processes share: how they tell each other what happens."""
+"""Connects to the key-value store by which all processes exchange messages."""
 
 from datetime import timedelta
 from math import inf
@@ -14,7 +14,7 @@ LOOK_S = 0.2
 
 
 def connect(world: World, host: bool = False) -> Store:
-    """The store that all processes share.
+    """Returns the store that all processes share.
 
     Args:
         host: hold it here, where the launcher does not.

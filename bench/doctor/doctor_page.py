@@ -35,7 +35,7 @@ def close(found: list[Finding]) -> int:
 
 
 def lines(finding: Finding, width: int) -> list[str]:
-    """A finding, folded below its own column."""
+    """Returns a finding as lines, wrapped within its own column."""
     head = f"{MARKS[finding.state]} {finding.name:<{NAME}} "
     return textwrap.wrap(
         head + finding.value, width, subsequent_indent=" " * len(head), break_long_words=False,

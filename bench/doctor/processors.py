@@ -22,30 +22,32 @@ def device_part(device: str) -> list[Finding]:
             f"{facts['gpu_memory_gb']} GB, {facts['gpu_sms']} multiprocessors"
         )
         clock, why = nvml.sm_clock_mhz(), nvml.throttle()
-        told = "unknown: NVML does not answer" if clock is None else f"{clock} MHz now"
+        value = "unknown: NVML does not answer" if clock is None else f"{clock} MHz now"
         slowed = f", slowed by {why}" if why not in (None, "none") else ""
         state = NOTE if clock is None or slowed else "ok"
-        found += [Finding("", parts), Finding("GPU clock", told + slowed, state)]
+        found += [Finding("", parts), Finding("GPU clock", value + slowed, state)]
     cpu = f"{facts['cpu']} ({facts.get('cpu_isa', 'unknown instructions')})"
     found += [Finding("CPU", f"{cpu}, {facts['threads']} threads of torch"), cores(), clocks()]
     return found
 
 
 def cores(folder: Path = CGROUP, own: Path = OWN_CGROUP) -> Finding:
-    """Processors this process may use, and whether its cgroup grants less than that."""
+    """Returns the number of processors this process may use, and whether its cgroup grants
+    fewer."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     granted = cgroup_cores(folder, own)
-    told = f"{count} of {os.cpu_count()} processors"
+    value = f"{count} of {os.cpu_count()} processors"
     if granted is None:
-        return Finding("CPU limits", f"{told}; no cgroup limit")
+        return Finding("CPU limits", f"{value}; no cgroup limit")
     if granted >= (count or 1):
-        return Finding("CPU limits", f"{told}; the cgroup grants {granted:g}")
-    value = f"{told}, but the cgroup grants {granted:g}: threads will be stopped; --threads helps"
+        return Finding("CPU limits", f"{value}; the cgroup grants {granted:g}")
+    value = f"{value}, but the cgroup grants {granted:g}: threads will be stopped; --threads helps"
     return Finding("CPU limits", value, NOTE)
 
 
 def cgroup_cores(folder: Path, own: Path) -> float | None:
-    """The least number of processors that the cgroups of this process grant; None without a limit.
+    """Returns the least number of processors that this process's cgroups grant, None without a
+    limit.
 
     Args:
         folder: where they are mounted, of version 2 or 1.
@@ -72,18 +74,19 @@ def clocks(governor: Path = GOVERNOR) -> Finding:
         return Finding("CPU clock", "set by the host of this virtual machine or container")
     if name in ("performance", "schedutil"):
         return Finding("CPU clock", f"governor {name}")
-    told = f"governor {name}: the clock wanders; `cpupower frequency-set -g performance` holds it"
-    return Finding("CPU clock", told, NOTE)
+    value = f"governor {name}: the clock wanders; `cpupower frequency-set -g performance` holds it"
+    return Finding("CPU clock", value, NOTE)
 
 
 def arithmetic(device: str) -> list[Finding]:
-    """Memory format and TF32, as this torch has them now and as the harness sets them."""
+    """Returns whether convolutions keep channels_last, whether they compute finite numbers, and
+    TF32's switches."""
     import torch
 
     x = torch.randn(1, 16, 8, 8, device=device).to(memory_format=torch.channels_last)
     weight = torch.randn(16, 16, 3, 3, device=device)
     y = torch.conv2d(x, weight, padding=1)
-    kept = y.is_contiguous(memory_format=torch.channels_last)
+    preserved = y.is_contiguous(memory_format=torch.channels_last)
     wrong = not torch.isfinite(y).all().item()
     on = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     tf32 = f"convolutions {_on(on[0])}, products {_on(on[1])}"
@@ -92,13 +95,13 @@ def arithmetic(device: str) -> list[Finding]:
     return [
         Finding("convolution", "gives numbers that are not finite", BROKEN)
         if wrong
-        else Finding("channels_last", "kept by convolutions" if kept else "not kept", "ok"),
+        else Finding("channels_last", "kept by convolutions" if preserved else "not kept", "ok"),
         Finding("TF32", f"{tf32}; bench sets both by --precision"),
     ]
 
 
 def rates(device: str, folder: Path) -> list[Finding]:
-    """Ceilings on record for this environment, and whether the results folder can be written."""
+    """Returns the recorded ceilings of this environment, and whether its results can be written."""
     from resfuse.bench.common.errors import UsageError
     from resfuse.bench.measuring.probes import machine
     from resfuse.bench.records import results
@@ -119,8 +122,8 @@ def rates(device: str, folder: Path) -> list[Finding]:
     }
     where = Finding("results", str(own))
     if not ceilings:
-        told = "not measured here with these versions: `resfuse bench` or `resfuse roofline` does"
-        return [where, Finding("ceilings", told)]
+        value = "not measured here with these versions: `resfuse bench` or `resfuse roofline` does"
+        return [where, Finding("ceilings", value)]
     words = [
         f"{value:.4g} GB/s copied" if key == "copy_gb_s"
         else f"{1e3 * value:.4g} GFLOP/s {key.removesuffix('_tflops')}"
@@ -130,7 +133,7 @@ def rates(device: str, folder: Path) -> list[Finding]:
 
 
 def facts_of_rows(device: str) -> dict[str, str]:
-    """The environment that rows would have, whose processes get settings of the allocator."""
+    """Returns the environment that rows would have, with the allocator's settings."""
     from resfuse.bench.measuring.probes import allocator, machine
 
     malloc = allocator.described(allocator.keeping(os.environ))

@@ -31,7 +31,7 @@ DISTRIBUTIONS = {
 
 
 def packages() -> list[Finding]:
-    """Versions on two lines, then a line for each that cannot be imported."""
+    """Returns the versions on two lines, then a line for each package that cannot be imported."""
     there: dict[str, str] = {}
     absent: list[Finding] = []
     for name in [*NEEDED, *OPTIONAL]:
@@ -43,8 +43,8 @@ def packages() -> list[Finding]:
             absent.append(Finding(name, f"{reason}; nothing is measured without it: {how}", BROKEN))
         else:
             package, use = OPTIONAL[name]
-            told = f"{reason}; without it no {use}: pip install '{package}'"
-            absent.append(Finding(name, told, NOTE))
+            value = f"{reason}; without it no {use}: pip install '{package}'"
+            absent.append(Finding(name, value, NOTE))
     measured = [f"{n} {v}" for n, v in there.items() if n in OPTIONAL or n == "torch"]
     around = [f"{n} {v}" for n, v in there.items() if n in NEEDED and n != "torch"]
     return [
@@ -55,7 +55,7 @@ def packages() -> list[Finding]:
 
 
 def providers() -> list[Finding]:
-    """ONNX Runtime's, by its own list; whether one loads, only a session shows."""
+    """Returns ONNX Runtime's providers by its own list; only a session shows whether one loads."""
     if _import_error("onnxruntime"):
         return []
     names = importlib.import_module("onnxruntime").get_available_providers()
@@ -65,7 +65,7 @@ def providers() -> list[Finding]:
 
 
 def compilers() -> list[Finding]:
-    """The C++ compiler of the native steps, and what it has built."""
+    """Returns the C++ compiler of the native steps, and what it has built."""
     from resfuse.kernels.cpu.library import cache_folder, why_unavailable
 
     reason = why_unavailable()
@@ -81,7 +81,8 @@ def compilers() -> list[Finding]:
 
 
 def ptxas() -> list[Finding]:
-    """Triton's for Hopper, with the warning where one is due; nothing without triton."""
+    """Returns Triton's ptxas for Hopper, with a warning if its version is known to miscompile;
+    nothing without triton."""
     if _import_error("triton"):
         return []
     import torch
@@ -92,10 +93,10 @@ def ptxas() -> list[Finding]:
     found = get_ptxas(90)
     refused = refusal_of_ptxas(found.version)
     on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    told = f"{found.version}, {found.path}"
+    value = f"{found.version}, {found.path}"
     if refused is not None and not on_hopper:
-        told += "; on Hopper, block_tail would be left out with it"
-    lines = [Finding("ptxas", told)]
+        value += "; on Hopper, block_tail would be left out with it"
+    lines = [Finding("ptxas", value)]
     asked = os.environ.get("TRITON_PTXAS_PATH")
     if asked and asked != found.path:  # Triton passes over one that tells no version
         lines.append(Finding("", f"TRITON_PTXAS_PATH is {asked}, which is no ptxas", NOTE))

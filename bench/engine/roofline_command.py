@@ -33,15 +33,16 @@ CEILING = "ceiling_{}_tflops"
 
 @dataclass(frozen=True)
 class Rates:
-    """A device as the roofline sees it."""
+    """The rates of a device and where they are from."""
 
     device: Gpu
     predicted: bool
-    told: str  # where the rates are from, a sentence
+    source: str  # where the rates are from, a sentence
     cached: bool = False  # by a cache that may hold what a kernel leaves to the next
 
     def balance(self, math_mode: str) -> str:
-        """Rates in one math mode, and from which intensity on arithmetic is what takes the time."""
+        """Returns a phrase on the rates in one math mode, and the intensity above which arithmetic
+        is the limit."""
         tflops, tb = self.device.tflops[math_mode], self.device.tb_per_s
         rate = f"{tflops:.4g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.4g} GFLOP/s"
         return (
@@ -93,7 +94,7 @@ def _print(console: Console, rates: Rates, subjects: Sequence[Subject], layers: 
 
     mode = subjects[0].math_mode
     how = "predicted" if rates.predicted else "measured rates"
-    say(f"{rates.device.name}, {subjects[0].precision}: {how}. {rates.told}")
+    say(f"{rates.device.name}, {subjects[0].precision}: {how}. {rates.source}")
     say(f"{rates.balance(mode)}. Launches are not in it.\n")
     if layers:
         for one in subjects:
@@ -139,14 +140,15 @@ def _graph(model: str, pixels: int, precision: str) -> Graph:
 
 
 def _of_data_sheet(gpu: Gpu) -> Rates:
-    told = f"Nothing was run: dense rates of the data sheet ({gpu.source}), as if all reached them."
-    return Rates(gpu, True, told)
+    sheet = f"dense rates of the data sheet ({gpu.source}), as if all reached them"
+    source = f"Nothing was run: {sheet}."
+    return Rates(gpu, True, source)
 
 
 def _measured(
     args: argparse.Namespace, precisions: list[str], models: list[str]
 ) -> tuple[Rates, list[str]]:
-    """This device's rates, and the precisions asked for: one that it is good at by default."""
+    """Returns this device's rates and the precisions asked for, by default one that suits it."""
     request = Request(
         profile="quick", device=args.device, models=models[:1], backends=["eager"],
         batch_sizes=[1], precisions=precisions, memory_formats=[], modes=["inference"],
@@ -157,22 +159,22 @@ def _measured(
     kind = str(found["device"]).split(":")[0]
     precisions = precisions or ["float32" if kind == "cpu" else "float16"]
     ceilings = {key: float(value) for key, value in found["ceilings"].items()}
-    told = "Seen on this device just now: the fastest matrix product or convolution, and copy."
+    source = "Seen on this device just now: the fastest matrix product or convolution, and copy."
     recorded = _recorded(args.results / found["folder"], found["env_id"])
     if recorded:
         ceilings = {key: max(value, recorded.get(key, 0.0)) for key, value in ceilings.items()}
-        told = told[:-1] + f", or the fastest in {args.results / found['folder']}."
+        source = source[:-1] + f", or the fastest in {args.results / found['folder']}."
     modes = {PRECISIONS[name].math_mode: name for name in precisions}
     for mode, name in modes.items():
         if CEILING.format(mode) not in ceilings:
             raise UsageError(f"argument --precision: {name} is no arithmetic of this {kind}")
     rates = {mode: ceilings[CEILING.format(mode)] for mode in modes}
     device = Gpu(found["facts"]["device_name"], rates, ceilings["ceiling_copy_gb_s"] / 1e3)
-    return Rates(device, False, told, kind == "cpu"), precisions
+    return Rates(device, False, source, kind == "cpu"), precisions
 
 
 def _recorded(folder: Path, env_id: str) -> dict[str, float]:
-    """Ceilings that measurements in the same environment found; nothing without any."""
+    """Returns the ceilings measured in the same environment, empty without any."""
     if not (folder / results.ENVIRONMENTS).exists():
         return {}
     facts = results.read_environments(folder).get(env_id, {})

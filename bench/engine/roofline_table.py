@@ -20,7 +20,7 @@ ARITHMETIC = "arithmetic alone"
 
 @dataclass(frozen=True)
 class Subject:
-    """One network at one batch size and precision."""
+    """A network at one batch size and precision."""
 
     model: str
     img_size: int  # pixels
@@ -73,7 +73,7 @@ WORDS = ("model", "cut", "layer", "bound")
 
 
 def lines(subject: Subject, device: Gpu) -> list[CutLine]:
-    """A line for each cut, and one for the arithmetic by itself."""
+    """Returns a line for each cut, and one for the arithmetic alone."""
     n, mode = subject.batch_size, subject.math_mode
     found = []
     for name in CUTS:
@@ -91,7 +91,7 @@ def lines(subject: Subject, device: Gpu) -> list[CutLine]:
 
 
 def layer_lines(subject: Subject, device: Gpu) -> list[LayerLine]:
-    """Every distinct layer with its epilogue, in the order they first run."""
+    """Returns every distinct layer with its epilogue, in the order they first run."""
     mode, total = subject.math_mode, limit(subject.graph, "conv by conv", device, subject.math_mode)
     alike: dict[str, list[Node]] = {}
     for node in subject.graph.nodes:
@@ -118,7 +118,7 @@ def _kind(graph: Graph, node: Node) -> str:
 
 
 def table(lines: Sequence[Line]) -> Table:
-    """Lines of one kind."""
+    """Returns a table of lines of one kind."""
     shown = Table(box=None, pad_edge=False)
     names = [field.name for field in fields(lines[0]) if field.name != "memory_pct"]
     for name in names:
@@ -130,8 +130,8 @@ def table(lines: Sequence[Line]) -> Table:
 
 
 def write_csv(rows: Sequence[tuple[Gpu, bool, Subject]], file: Path, layers: bool) -> None:
-    """Every line with its device and rates. With `layers` those of layers come first, whose GFLOP
-    and MB are of a call; cells that a line has no value for stay empty.
+    """Writes every line with its device and rates. With `layers` the lines of layers come first,
+    whose GFLOP and MB are of one call; cells without a value stay empty.
 
     Args:
         rows: device, whether its rates are predicted, and subject.

@@ -10,7 +10,8 @@ READ_OVER_COPY = 1.25
 
 
 def floor(problem: ConvProblem, ceilings: Mapping[str, float], cold: bool = False) -> Floor | None:
-    """The arithmetic, or moving every tensor once, whichever takes longer; None without ceilings.
+    """Returns the time of the arithmetic or of moving every tensor once, whichever is longer; None
+    without ceilings.
 
     What is impossible is less: Winograd's saving is granted, and on a CPU the tensors may sit in a
     cache that is faster than the copy the ceiling was measured with.

@@ -20,7 +20,7 @@ TASK = "resfuse.bench.layers.measure_layer:measure_task"
 
 
 def expand(request: Request) -> list[Convolution]:
-    """Every distinct convolution of every model, batch size and precision of a request.
+    """Returns every distinct convolution of every model, batch size and precision of a request.
 
     Raises:
         UsageError: an unknown name, a batch or image size below 1.

@@ -92,7 +92,8 @@ def _request(args: argparse.Namespace) -> Request:
 
 
 def _whole(case: Case, providers: Iterable[str]) -> list[Case]:
-    """The whole network, once for each way to run it that a provider stands for."""
+    """Returns the cases of the whole network, one for each way to run it that a provider stands
+    for."""
     ways = dict.fromkeys(way for name in providers if (way := PROVIDERS[name].whole))
     return [replace(case, backend=backend, memory_format=format) for backend, format in ways]
 

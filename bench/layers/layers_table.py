@@ -10,7 +10,8 @@ from resfuse.bench.report.tables.reconcile import Reconciled
 
 
 def table(workload: Workload, reconciled: Sequence[Reconciled]) -> Table:
-    """A line a distinct convolution in the order they run, then sums, whole networks and the rest.
+    """Returns a table with a line for each distinct convolution in order, then sums, whole networks
+    and the rest.
 
     Times are p50 in ms of one call; sums count each convolution as often as it occurs.
     """
@@ -45,7 +46,7 @@ def table(workload: Workload, reconciled: Sequence[Reconciled]) -> Table:
 
 
 def notes(workload: Workload, reconciled: Sequence[Reconciled]) -> list[str]:
-    """Explains the table: which whole networks ran, what a share is, which providers failed."""
+    """Returns lines that explain the table: whole networks, shares, providers that failed."""
     found = []
     if workload.providers:
         found += [
@@ -75,7 +76,8 @@ def notes(workload: Workload, reconciled: Sequence[Reconciled]) -> list[str]:
 def _close(
     shown: Table, workload: Workload, reconciled: Sequence[Reconciled], total: float
 ) -> None:
-    """The last lines: each provider's sum, its whole network, what is left, and its worst error."""
+    """Adds the last lines: each provider's sum, its whole network, the rest, and its worst
+    error."""
     whole = {one.provider: one for one in reconciled}
     sums, networks, rests, shares, errors = [], [], [], [], []
     for name in workload.providers:

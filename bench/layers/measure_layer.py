@@ -35,7 +35,7 @@ HEAD_START_CYCLES = 1_000_000  # about half a millisecond: time to queue a call 
 
 @dataclass(frozen=True)
 class _Task:
-    """The input that every provider is given, and the answer it must reach."""
+    """The input of every provider, and the answer that it must give."""
 
     convolution: Convolution
     layer: ConvRelu
@@ -43,7 +43,7 @@ class _Task:
     expected: Answers
 
     def subject(self, provider: str) -> Checked:
-        """The provider on a layer of its own, whose weights it may lay out anew."""
+        """Returns the provider on a copy of the layer, whose weights it may lay out anew."""
         memory_format = PROVIDERS[provider].memory_format
         own = deepcopy(self.layer)
         network.in_format(own, memory_format)
@@ -66,9 +66,10 @@ def measure(
     ceilings: Mapping[str, float],
     tell: Tell,
 ) -> tuple[dict[str, Outcome], float]:
-    """Providers on one convolution; what goes wrong in one before timing becomes its outcome alone.
+    """Measures providers on one convolution. A failure of one before timing becomes its outcome
+    alone.
 
-    Whatever goes wrong while they take turns is every provider's outcome: the caller tries each
+    A failure while they take turns becomes the outcome of all, and the caller then tries each
     alone.
 
     Args:
@@ -107,8 +108,8 @@ def measure_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     convolution = Convolution.from_plain(job["convolution"])
     options = Options(**job["options"])
     outcomes, span_s = measure(convolution, job["providers"], options, job["ceilings"], tell)
-    told = {name: asdict(outcome) for name, outcome in outcomes.items()}
-    return {"outcomes": told, "span_s": span_s}
+    by_name = {name: asdict(outcome) for name, outcome in outcomes.items()}
+    return {"outcomes": by_name, "span_s": span_s}
 
 
 def _set_out(convolution: Convolution, options: Options) -> _Task:
@@ -119,9 +120,9 @@ def _set_out(convolution: Convolution, options: Options) -> _Task:
     torch.manual_seed(options.seed)
     set_math_mode(problem.math_mode, kind)
     require_device(kind)
-    made = layer(problem, device, options.seed)
+    run = layer(problem, device, options.seed)
     batches = inputs(problem, device, network.TIMED_BATCHES + 1)
-    return _Task(convolution, made, batches, answers(made, batches, problem.math_mode))
+    return _Task(convolution, run, batches, answers(run, batches, problem.math_mode))
 
 
 def _baseline(task: _Task) -> Checked:

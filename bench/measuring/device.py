@@ -1,10 +1,10 @@
-"""Which device to run on."""
+"""Resolves `--device`."""
 
 from resfuse.bench.common.errors import UsageError
 
 
 def resolve_device(asked: str) -> str:
-    """The device to run on; "auto" is the GPU where there is one.
+    """Returns the device to run on; "auto" is the GPU where there is one.
 
     Raises:
         UsageError: torch cannot use the device that was asked for.

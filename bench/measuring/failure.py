@@ -18,7 +18,7 @@ TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def outcome_of(error: Exception) -> Outcome:
-    """The outcome of a case in which that was raised; it has no speed."""
+    """Returns the outcome of a case in which `error` was raised; it has no speed."""
     if isinstance(error, Unavailable):
         return Outcome("unavailable", _sentence(error))
     if isinstance(error, WrongAnswer):
@@ -40,7 +40,7 @@ def blame(baseline: str) -> Iterator[None]:
 
 
 def blamed(step: Step, baseline: str) -> Step:
-    """The baseline's step, its wrong answers under its own name."""
+    """Returns the baseline's step, which reports its wrong answers under its own name."""
 
     def verify(output: torch.Tensor) -> None:
         with blame(baseline):
@@ -83,7 +83,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line of what an exception says, and of what caused it, short enough for a table."""
+    """Returns the first line of an exception's message and of its cause's, short enough for a
+    table."""
     root = error
     while root.__cause__ is not None:
         root = root.__cause__

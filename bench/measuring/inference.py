@@ -106,7 +106,8 @@ class Checked:
         return Step(self._prepare, self._timed_run, self._verify)
 
     def unseen(self) -> Step:
-        """A step on inputs that never come twice: the last batch, further rolled each time."""
+        """Returns a step on inputs that never come twice: the last batch, further rolled each
+        time."""
         return Step(self._prepare_unseen, self._timed_run, self._verify_unseen)
 
     def _set_out(self, batch: int, rolled: int = 0) -> None:

@@ -184,7 +184,7 @@ def rehearse(case: Case, device: str) -> None:
 
 
 def conclude(measured: Measured, floor: roofline.Floor | None) -> Outcome:
-    """The outcome of a case that passed its checks.
+    """Returns the outcome of a case that passed its checks.
 
     Raises:
         RuntimeError: it was faster than possible.
@@ -222,13 +222,13 @@ def _ended_by(narrow: Narrow, rounds: int, options: Options) -> str:
 
 
 def peak_of(subject: Subject, device: str, before: int | None) -> Memory:
-    """The peak of a step, and how much of it stays from one training step to the next."""
+    """Returns the peak of a step, and how much of it stays from one training step to the next."""
     peak = peak_memory.peak_of(subject.step_once, device, before)
     return replace(peak, state=subject.state_bytes()) if isinstance(subject, Training) else peak
 
 
 def phases(subject: Subject, laps: list[list[float]]) -> dict[str, tuple[float, ...]]:
-    """The laps of all rounds by phase; empty where a step has no phases."""
+    """Returns the laps of all rounds by phase; empty where a step has no phases."""
     if not subject.phases:
         return {}
     return dict(zip(subject.phases, zip(*laps, strict=True), strict=True))
@@ -242,7 +242,7 @@ def subject(
     batches: list[torch.Tensor],
     training: type[Training] = Training,
 ) -> Subject:
-    """A copy of the model as a backend runs it in the case's mode."""
+    """Returns a copy of the model as a backend runs it in the case's mode."""
     copy = deepcopy(model)
     if case.mode == "train":
         return training(backend, memory_format, copy, batches, case)

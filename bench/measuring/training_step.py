@@ -69,7 +69,7 @@ class Training:
         self._scaler = torch.amp.GradScaler(device, FP16_SCALE, enabled=product == "float16")
 
     def set_up(self) -> None:
-        """Everything that happens once; the first step compiles and tunes, so it belongs here."""
+        """Does everything that happens once, the first step included, which compiles and tunes."""
         self._module = self.make_module()
         self._optimizer = torch.optim.SGD(self._model.parameters(), LEARNING_RATE, MOMENTUM)
         self.step_once()
@@ -78,7 +78,7 @@ class Training:
         return self._make(self._model, self._images)
 
     def plain_copy(self) -> nn.Module:
-        """The module as it was before any backend changed it, with the present weights."""
+        """Returns the module as it was before any backend changed it, with the present weights."""
         copy = deepcopy(self._structure).to_empty(device=self._images.device)
         state = {name: whole(tensor) for name, tensor in self._model.state_dict().items()}
         copy.load_state_dict(state)
@@ -92,10 +92,11 @@ class Training:
         return next(self._model.parameters()).detach()
 
     def state_bytes(self) -> int:
-        """Parameters, as many gradients, and the optimizer's state."""
-        held = [t for s in self._optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+        """Returns the bytes of parameters, as many gradients, and the optimizer's state."""
+        values = [t for s in self._optimizer.state.values() for t in s.values()]
+        state = list(filter(torch.is_tensor, values))
         parameters = list(self._model.parameters())
-        return sum(local(t).nbytes for t in (*parameters, *parameters, *held))
+        return sum(local(t).nbytes for t in (*parameters, *parameters, *state))
 
     def step_once(self) -> None:
         self._timed_run(lambda: None)
@@ -173,7 +174,7 @@ class Training:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that is spread over several."""
+    """Returns this process's part of a tensor that is spread over several."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -185,7 +186,7 @@ def gradients(
     cast: Callable[[], AbstractContextManager[object]] = nullcontext,
     scale: float = 1.0,
 ) -> Gradients:
-    """All parameters' gradients of one batch, and its loss; leaves none behind.
+    """Returns all parameters' gradients of one batch and its loss, and clears the gradients.
 
     Args:
         through: what runs the model forward, if not the model itself.
@@ -204,5 +205,5 @@ def gradients(
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that is spread over several processes; every one of them has to ask."""
+    """Returns a tensor that is spread over several processes, all of which must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

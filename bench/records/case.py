@@ -24,7 +24,7 @@ class Precision:
 
     @property
     def product(self) -> str:
-        """The type that matrix products and convolutions take."""
+        """Returns the type that matrix products and convolutions take."""
         return self.autocast or self.dtype
 
 
@@ -75,7 +75,8 @@ class Case:
         return same_backend and self.memory_format == self.baseline_memory_format
 
     def identity(self) -> dict[str, str | int]:
-        """The case as it stands in a row; equal identity and environment measure the same."""
+        """Returns the columns that identify the case; equal ones measure the same in one
+        environment."""
         return {
             "model": self.model,
             "backend": self.backend,

@@ -14,7 +14,7 @@ ASKED = (
 
 
 def columns() -> tuple[str, ...]:
-    """The columns of rows.csv, in order."""
+    """Returns the columns of rows.csv, in order."""
     timm = tuple(name for name in METRICS if name.startswith(("infer_", "train_", "param_")))
     ours = tuple(name for name in METRICS if name not in timm)
     return ("model", "infer_img_size", "train_img_size", *timm, *ASKED, *ours, *ENDED)

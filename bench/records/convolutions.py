@@ -47,7 +47,7 @@ class Convolution:
 
 
 def convolutions(case: Case) -> list[Convolution]:
-    """Every distinct convolution of a case's network, in the order they first run.
+    """Returns every distinct convolution of a case's network, in the order they first run.
 
     The network runs once on the meta device: shapes are found, nothing is computed.
     """
@@ -78,7 +78,7 @@ def convolutions(case: Case) -> list[Convolution]:
 
 
 def every(cases: Iterable[Case]) -> list[Convolution]:
-    """The convolutions of several cases, one case after the other."""
+    """Returns the convolutions of several cases, one case after the other."""
     return [convolution for case in cases for convolution in convolutions(case)]
 
 

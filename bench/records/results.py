@@ -48,10 +48,10 @@ MOST_CEILING = 1e6  # TFLOP/s or GB/s
 
 
 def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> pd.DataFrame:
-    """All rows of a sheet in a results folder, in the order they were measured; text columns hold
-    "" where a cell is empty, the others numbers or NaN. A line that is damaged (another number of
-    cells, something else where a number belongs) is left out with a LeftOutWarning; the index
-    counts it, so that a row keeps its place in the file.
+    """Returns all rows of a sheet in a results folder, in the order they were measured; text
+    columns hold "" where a cell is empty, the others numbers or NaN. A line that is damaged
+    (another number of cells, something else where a number belongs) is left out with a
+    LeftOutWarning; the index counts it, so that a row keeps its place in the file.
 
     Columns are known by name: their order in the file does not matter, others may stand among them,
     and a metric that the file does not have yet is empty. No column was ever renamed; the day one
@@ -162,7 +162,7 @@ def record_environment(folder: Path, env_id: str, facts: Mapping[str, str]) -> N
 
 
 def _speed(text: str) -> float:
-    """A ceiling as it stands in the file; what is no number is below any."""
+    """Returns a ceiling as it stands in the file; what is no number is below any."""
     try:
         speed = float(text)
     except ValueError:
@@ -196,7 +196,7 @@ def settled_cases(folder: Path, env_id: str, commit: str) -> set[tuple[tuple[str
 
 
 def identity_key(case: Case) -> tuple[tuple[str, str], ...]:
-    """A case's identity in the form `settled_cases` returns."""
+    """Returns a case's identity in the form `settled_cases` returns."""
     identity = case.identity()
     return tuple((name, _plain(identity[name])) for name in _identity_columns(case.mode))
 

@@ -27,7 +27,7 @@ class Stamp:
 
 
 def stamp_of(found: Mapping[str, Any]) -> Stamp:
-    """The stamp of a row that is measured now on the machine that a survey found."""
+    """Returns the stamp of a row that is measured now on the machine that a survey found."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Stamp(found["facts"]["device_name"], found["env_id"], found["commit"], now)
 

@@ -65,7 +65,8 @@ def write_report(folder: Path) -> Path:
 
 
 def written(page: Path) -> str:
-    """A line for the terminal on what write_report wrote, and which package it lacked."""
+    """Returns a line for the terminal on what write_report has written and which packages it
+    lacked."""
     packages = lacking(PAGE)
     if not packages:
         return f"Report: {page}, {DETAILS} and {HTML}"
@@ -105,14 +106,14 @@ def _write_html(environments: Sequence[Environment], path: Path, source: str) ->
     from resfuse.bench.report.html.html_page import render
 
     page = render(environments, source.replace("`", ""))
-    with _told_where(path):
+    with _naming_file(path):
         path.write_text(page, encoding="utf-8", newline="\n")
     return path
 
 
 def _write_short(newest: Sequence[Environment], path: Path) -> Path:
     blocks = ["# resfuse: no results", NOTHING]
-    with _told_where(path):
+    with _naming_file(path):
         for environment in newest:
             blocks = short_report(environment, _draw_short(environment, path.parent))
         path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8", newline="\n")
@@ -122,10 +123,11 @@ def _write_short(newest: Sequence[Environment], path: Path) -> Path:
 def _write_details(
     environments: Sequence[Environment], path: Path, source: str, pictures: str = ""
 ) -> Path:
-    """Everything of each environment, with plots beside the page or in the folder `pictures`."""
+    """Writes everything of each environment, with plots beside the page or in the folder
+    `pictures`."""
     several = len(environments) > 1
     blocks = ["# resfuse: results of several environments", APART] if several else []
-    with _told_where(path):
+    with _naming_file(path):
         gallery = _Gallery(path.parent, pictures)
         for environment in environments:
             own = _environment(environment, gallery, f"{environment.env_id}-" * several)
@@ -140,7 +142,7 @@ def _write_details(
 
 
 @contextmanager
-def _told_where(path: Path) -> Iterator[None]:
+def _naming_file(path: Path) -> Iterator[None]:
     """Makes the page's folder, and turns the operating system's errors into a sentence."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +172,7 @@ class _Gallery:
 
 
 def _draw_short(environment: Environment, folder: Path) -> dict[str, str]:
-    """The two pictures of REPORT.md, as far as there is something to draw."""
+    """Draws the two pictures of REPORT.md, as far as there are rows for them."""
     if lacking(DRAWING):
         return {}
     from matplotlib import style
@@ -194,9 +196,9 @@ def _draw_short(environment: Environment, folder: Path) -> dict[str, str]:
 
 def _environment(environment: Environment, gallery: _Gallery, prefix: str) -> list[str]:
     devices = markdown.listing([markdown.escape(name) for name in environment.device_names])
-    told_apart = f", environment {markdown.escape(environment.env_id)}" if prefix else ""
+    environment_name = f", environment {markdown.escape(environment.env_id)}" if prefix else ""
     blocks = [
-        f"# resfuse on {devices}{told_apart}",
+        f"# resfuse on {devices}{environment_name}",
         opening(environment),
         made_from(environment),
         facts_table(environment),

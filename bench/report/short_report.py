@@ -59,7 +59,7 @@ FACTS = (
 
 
 def short_report(environment: Environment, images: Mapping[str, str]) -> list[str]:
-    """The blocks of the page.
+    """Returns the blocks of the page.
 
     Args:
         environment: the only one on the page.
@@ -86,7 +86,7 @@ def short_report(environment: Environment, images: Mapping[str, str]) -> list[st
 
 
 def _tables(found: Sequence[Network], room: int) -> list[str]:
-    """Tables of the networks that most was measured on, and a line for each of the others."""
+    """Returns tables of the networks with most rows, and a line for each of the others."""
     order = sorted(range(len(found)), key=lambda i: -len(found[i].lines) * len(found[i].baselines))
     most = max((len(network.baselines) for network in found), default=0)
     order = [i for i in order if len(found[i].baselines) >= most - 1]
@@ -120,7 +120,7 @@ def _full(found: Sequence[Network]) -> list[str]:
 
 
 def table(network: Network, batches: Sequence[int] | None = None) -> str:
-    """The markdown table of a network, or of some of its batches."""
+    """Returns the markdown table of a network, or of some of its batches."""
     lines = [line for line in network.lines if batches is None or line.result.batch_size in batches]
     beside_eager = any(line.is_beside_eager for line in lines)
     columns = [("batch", True), ("backend", False), ("ms", True)]
@@ -151,11 +151,11 @@ def _ratio(line: Line, baseline: str) -> str:
     if baseline not in line.ratios:
         return cells.EMPTY
     ratio = line.ratios[baseline]
-    return "1" if ratio is None else ratio.told()
+    return "1" if ratio is None else ratio.text()
 
 
 def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
-    """The fastest backend of each network and batch, in one table."""
+    """Returns the fastest backend of each network and batch, in one table."""
     if not found:
         return []
     baselines = list(dict.fromkeys(name for network in found for name in network.baselines))
@@ -164,9 +164,9 @@ def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
     for network in found:
         for batch in network.batches:
             line = network.at(batch)[0]
-            told = f" ({title(network.setting)})" if network.setting != usual else ""
+            words = f" ({title(network.setting)})" if network.setting != usual else ""
             rows.append([
-                f"{escape(network.model)}, {network.img_size} px{told}", str(batch),
+                f"{escape(network.model)}, {network.img_size} px{words}", str(batch),
                 escape(line.label), _number(line.result, "p50_ms"),
                 *(_ratio(line, name) for name in baselines),
             ])  # fmt: skip
@@ -176,17 +176,17 @@ def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
     if shown:
         right = [False, True, False, *(True for _ in titles[3:])]
         blocks.append(markdown.table(titles, right, shown))
-    if left := len(rows) - len(shown):
-        blocks.append(f"{count(left, 'more line')}: see DETAILS.md.")
+    if hidden := len(rows) - len(shown):
+        blocks.append(f"{count(hidden, 'more line')}: see DETAILS.md.")
     return blocks
 
 
 def _conditions(environment: Environment) -> list[str]:
-    """Noise, and what else ran beside the rows."""
-    told = [text for comparison in baseline_rows(environment) if (text := noise(comparison))]
+    """Returns the section on noise and on other load while rows were measured."""
+    words = [text for comparison in baseline_rows(environment) if (text := noise(comparison))]
     if text := beside_other_work(environment.results):
-        told.append(text)
-    return ["## Noise", "\n".join(_bullets(told))] if told else []
+        words.append(text)
+    return ["## Noise", "\n".join(_bullets(words))] if words else []
 
 
 def beside_other_work(results: Sequence[Result]) -> str:
@@ -205,15 +205,15 @@ def beside_other_work(results: Sequence[Result]) -> str:
 
 
 def is_beside_other_work(result: Result) -> bool:
-    """By the load measured during the timed rounds; rows older than that column say only whether
-    the machine came to rest before them."""
+    """Returns whether other processes ran beside a row, by the load during the timed rounds; older
+    rows only say whether the machine was idle before them."""
     if "other_load" in result.numbers:
         return result.numbers["other_load"] > BUSY_CORES
     return "other processes" in result.throttle
 
 
 def other_load(result: Result) -> str:
-    """The cell of a row: cores that other processes used while it was timed."""
+    """Returns the cell of a row: cores that other processes used while it was timed."""
     load = result.numbers.get("other_load")
     if load is None:
         return "busy" if is_beside_other_work(result) else cells.EMPTY
@@ -221,7 +221,7 @@ def other_load(result: Result) -> str:
 
 
 def _not_passed(results: Sequence[Result]) -> list[str]:
-    """A line for each backend that failed or cannot run here."""
+    """Returns a line for each backend that failed or cannot run here."""
     lines = []
     for backend in dict.fromkeys(result.backend for result in results):
         own = [result for result in results if result.backend == backend]
@@ -240,13 +240,13 @@ def _why(failed: Sequence[Result], measured: int) -> str:
     if all(result.status == "unavailable" for result in failed) and len(failed) == measured:
         return f"cannot run here: {reason}"
     statuses = Counter(result.status for result in failed)
-    told = listing([f"{n} {status}" for status, n in statuses.most_common()])
+    words = listing([f"{n} {status}" for status, n in statuses.most_common()])
     often = "" if number == len(failed) else " (the most frequent reason)"
-    return f"{told} of {count(measured, 'case')}: {reason}{often}"
+    return f"{words} of {count(measured, 'case')}: {reason}{often}"
 
 
 def _device(environment: Environment) -> str:
-    """The device, with the design of a processor whose name does not say it."""
+    """Returns the device, with the design of a processor whose name does not say it."""
     chip = microarchitecture(environment.facts)
     is_named = environment.facts.get("device") == "cpu" and chip
     return listing([escape(name) for name in environment.device_names]) + (
@@ -264,8 +264,8 @@ def _measured(results: Sequence[Result]) -> str:
 
 def _machine(environment: Environment) -> str:
     known = facts(environment)
-    told = [f"{key} {escape(known[key])}" for key in FACTS if key in known]
-    return "\n".join(textwrap.wrap("; ".join(told) + ".", WIDTH, break_on_hyphens=False))
+    words = [f"{key} {escape(known[key])}" for key in FACTS if key in known]
+    return "\n".join(textwrap.wrap("; ".join(words) + ".", WIDTH, break_on_hyphens=False))
 
 
 def _number(result: Result, name: str) -> str:
@@ -280,5 +280,5 @@ def _bullets(texts: Sequence[str]) -> list[str]:
 
 
 def _lines(blocks: Sequence[str]) -> int:
-    """Lines that these blocks take on the page, each followed by an empty one."""
+    """Returns the number of lines that blocks take on the page, each followed by an empty one."""
     return sum(block.count("\n") + 2 for block in blocks if block)

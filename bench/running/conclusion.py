@@ -18,7 +18,7 @@ Measured = Sequence[tuple[Case, Outcome]]
 
 
 def cannot_run(unavailable: Mapping[str, str]) -> list[str]:
-    """A line for each reason why backends cannot run here."""
+    """Returns a line for each reason why backends cannot run here."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in unavailable.items():
         by_reason.setdefault(reason, []).append(name)

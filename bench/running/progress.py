@@ -40,7 +40,7 @@ TRUSTED_S = 15.0  # the guess counts as much as this many seconds of cases that 
 
 
 def expected_s(case: Case, seconds: float, gmacs: float, is_busy: bool) -> float:
-    """A guess at how long a case takes.
+    """Returns a guess at how long a case takes.
 
     Args:
         case: what is measured.
@@ -84,7 +84,7 @@ class TimeLeft:
 
 
 def minutes(seconds: float) -> str:
-    """`about 9 minutes`, `less than a minute`."""
+    """Returns text such as `about 9 minutes` or `less than a minute`."""
     whole = round(seconds / 60)
     if whole == 0:
         return "less than a minute"
@@ -92,18 +92,18 @@ def minutes(seconds: float) -> str:
 
 
 class _LeftColumn(ProgressColumn):
-    """`7 min left`, from the task's field `left`."""
+    """A column with text such as `7 min left`, from the task's field `left`."""
 
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        left: Callable[[], float] = task.fields["left"]
-        seconds = left()
+        seconds_left: Callable[[], float] = task.fields["left"]
+        seconds = seconds_left()
         return Text(f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left")
 
 
 def bar(console: Any) -> Progress:
-    """The progress bar; its tasks have a field `left`, a function that returns seconds."""
+    """Returns the progress bar; its tasks have a field `left`, a function that returns seconds."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         _LeftColumn(), console=console,
@@ -111,27 +111,28 @@ def bar(console: Any) -> Progress:
 
 
 def line(case: Case, outcome: Outcome, ci: float | None) -> str:
-    """A case's result as one line: what a reader wants to know before the report is there."""
+    """Returns a case's result as one line for the terminal."""
     if outcome.status != "pass":
         return f"{case.label():<58} {outcome.status}: {outcome.error}"
     speed = outcome.metrics["infer_samples_per_sec"] or outcome.metrics["train_samples_per_sec"]
     low, mid, high = (
         outcome.metrics[name] for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
     )
-    told = f"{case.label():<58} {speed:8.1f} images/s  {mid:.2f}x [{low:.2f}, {high:.2f}]"
+    line = f"{case.label():<58} {speed:8.1f} images/s  {mid:.2f}x [{low:.2f}, {high:.2f}]"
     if is_beside_other_work(outcome):
-        told += f"  beside other work: {outcome.metrics['other_load']:.1f} cores"
-    return f"{told} {_ended(case, outcome, ci)}" if ci else told
+        line += f"  beside other work: {outcome.metrics['other_load']:.1f} cores"
+    return f"{line} {_ended(case, outcome, ci)}" if ci else line
 
 
 def is_beside_other_work(outcome: Outcome) -> bool:
-    """True where other processes kept more of the machine busy than an idle system does."""
+    """Returns whether other processes kept more of the machine busy than an idle system does."""
     load = outcome.metrics.get("other_load")
     return isinstance(load, int | float) and load > BUSY_CORES
 
 
 def _ended(case: Case, outcome: Outcome, ci: float) -> str:
-    """Against what, and whether the interval's width or the budget ended the rounds."""
+    """Returns text on the baseline, and on whether the interval's width or the budget ended the
+    rounds."""
     metrics = outcome.metrics
     low, ratio, high = (
         float(metrics[name] or 0) for name in ("speedup_ci_low", "speedup", "speedup_ci_high")

@@ -145,7 +145,7 @@ def run_task(
 def _listen(
     read: int, timeout_s: float, heard: Callable[[dict[str, Any]], None], silence_s: float
 ) -> dict[str, Any] | None:
-    """The result message with `watched_s` added; None where the process ended without one.
+    """Returns the result message with `watched_s` added; None where the process ended without one.
 
     Raises:
         ValueError: what came is no message.
@@ -154,8 +154,8 @@ def _listen(
     pending, began, watched_s, last = b"", 0.0, 0.0, 0.0
     while True:
         now = seconds(watch.elapsed())
-        left = min(timeout_s - now, silence_s - (now - last))
-        if left <= 0 or not select.select([read], [], [], left)[0]:
+        remaining_s = min(timeout_s - now, silence_s - (now - last))
+        if remaining_s <= 0 or not select.select([read], [], [], remaining_s)[0]:
             raise TimeoutError
         received = os.read(read, 65536)
         if not received:

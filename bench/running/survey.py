@@ -108,8 +108,8 @@ def take_survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
 
 
 def _reason(backend: str, device: "torch.device") -> str | None:
-    """Why a backend cannot run here, as far as that is known without a case. One that fails to
-    answer is asked again by its case, which has a row to say it in."""
+    """Returns why a backend cannot run here, as far as that is known without a case. One that fails
+    to answer is asked again by its case, which has a row to say it in."""
     from resfuse.bench.backends import why_unavailable
 
     try:

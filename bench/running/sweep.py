@@ -27,7 +27,7 @@ def profile(request: Request) -> Profile:
 
 
 def expand(request: Request) -> list[Case]:
-    """Every case of a request, one model and batch after the other so that their rows stand
+    """Returns every case of a request, one model and batch after the other so that their rows stand
     together.
 
     A backend is asked only for memory formats it distinguishes; one that takes NCHW alone appears
@@ -121,8 +121,8 @@ class _Attempt:
     say: Callable[[str], None]
 
     def __call__(self, case: Case) -> Outcome | None:
-        """The case's outcome, after a second try where the first asks for it; None where it was
-        cut off."""
+        """Returns the case's outcome, after a second try where the first asks for it; None where it
+        was cut off."""
         first = self._once(case)
         if first is None or not first.again:
             return first
@@ -174,7 +174,7 @@ def _outcomes(
 
 
 def unsettled(cases: list[Case], folder: Path, found: dict[str, Any]) -> list[Case]:
-    """The cases that this environment and commit have not settled yet."""
+    """Returns the cases that this environment and commit have not measured yet."""
     settled = results.settled_cases(folder, found["env_id"], found["commit"])
     return [case for case in cases if results.identity_key(case) not in settled]
 

@@ -47,14 +47,15 @@ def _load(task: str) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
 
 
 def ignore_notices() -> None:
-    """A cluster tells all processes of a job that its time is up; what follows is the parent's
-    business, and a worker that died of it would leave a row that says so."""
+    """Ignores the signal by which a cluster tells all processes of a job that its time is up: the
+    parent reacts, and a worker that died of it would leave a failed row."""
     for notice in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(notice, signal.SIG_IGN)
 
 
 def die_with_parent() -> None:
-    """A killed harness leaves no process behind that slows down the next one (Linux)."""
+    """Makes this process end with its parent (Linux), so that a killed harness leaves nothing
+    behind that slows down the next one."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

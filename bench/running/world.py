@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from resfuse.bench.common.errors import UsageError
 
-TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 PARALLEL = ("ddp", "fsdp")
 
 
@@ -27,13 +27,13 @@ class World:
 
 
 def launched(environment: Mapping[str, str]) -> bool:
-    """True in a process that torchrun, or something that speaks like it, has started."""
-    return "MASTER_ADDR" in environment and all(name in environment for name in TOLD)
+    """Returns whether torchrun, or a launcher with its variables, has started this process."""
+    return "MASTER_ADDR" in environment and all(name in environment for name in VARIABLES)
 
 
 def world_of(environment: Mapping[str, str]) -> World:
     """Raises UsageError where the launcher's variables make no sense."""
-    number = {name: environment[name] for name in TOLD}
+    number = {name: environment[name] for name in VARIABLES}
     number["LOCAL_WORLD_SIZE"] = environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])
     for name, value in number.items():
         if not value.isdigit():
@@ -54,7 +54,7 @@ def world_of(environment: Mapping[str, str]) -> World:
 
 
 def require_devices(device: str, processes: int) -> None:
-    """Every process needs a GPU, or a core, of its own.
+    """Raises UsageError unless there is a GPU, or a core, for each process.
 
     Args:
         device: "cpu" or "cuda".

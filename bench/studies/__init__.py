@@ -57,7 +57,7 @@ STUDIES: dict[str, Subcommand] = {
 
 
 def add_studies(parser: argparse.ArgumentParser) -> None:
-    """A command for each study; `study` of what they parse is its name."""
+    """Adds a command for each study, which sets `study` to its name."""
     names = parser.add_subparsers(required=True, metavar="NAME")
     for name, study in STUDIES.items():
         own = names.add_parser(name, help=study.does, description=study.does)

@@ -15,7 +15,7 @@ def plan(
     seeds: int,
     epochs: int | None,
 ) -> list[Run]:
-    """Every training asked for, in the order of `runs_of`.
+    """Returns every training asked for, in the order of `runs_of`.
 
     Args:
         depths: none for DEPTHS.

@@ -52,7 +52,7 @@ PARTS = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """`resfuse study depth`: a sweep that ends with the budget, and its report."""
+    """Runs `resfuse study depth`: a sweep that ends with the budget, and its report."""
     watch = timing.Watch()
     return measure_all(
         args,

@@ -55,7 +55,7 @@ Runs = Mapping[str, Sequence[int]]  # kind -> the numbers of its runs, in the or
 
 
 def run(args: argparse.Namespace) -> int:
-    """`resfuse study gate`: measures, compares, appends a row for each kind; prints a line each.
+    """Runs `resfuse study gate`: measures, compares, and appends and prints a row for each kind.
 
     Raises:
         UsageError: the results folder cannot be written, or too few runs passed.
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(device: str, cycles: int) -> tuple[pd.DataFrame, Runs]:
-    """The rows of all runs, as the report and `compare` read them, and which is of which kind."""
+    """Measures all runs, and returns their rows as `compare` reads them and the runs of each
+    kind."""
     batch = BATCH_SIZES[device.split(":")[0]]
     case = Case(MODEL, "subject", "inference", device, "float32", "contiguous", batch, IMG_SIZE)
     facts = machine.facts(device, 0)
@@ -106,14 +107,14 @@ def measure(device: str, cycles: int) -> tuple[pd.DataFrame, Runs]:
 
 
 def equal_sides(runs: Runs) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """Each three equal runs and the three after them."""
+    """Yields every three equal runs and the three after them."""
     equal = runs["equal"]
     for i in range(len(equal) - 2 * SIDE + 1):
         yield equal[i : i + SIDE], equal[i + SIDE : i + 2 * SIDE]
 
 
 def slowed_sides(runs: Runs) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """Equal runs before or after, and three slowed ones."""
+    """Yields three slowed runs with the equal runs before or after them."""
     equal, slowed = runs["equal"], runs["slowed"]
     for i in range(len(slowed) - SIDE + 1):
         planted = slowed[i : i + SIDE]

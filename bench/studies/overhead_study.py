@@ -27,7 +27,8 @@ MODELS = ("resnet18", "resnet50")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`resfuse study overhead`: every model of MODELS at batch 1; prints a line each."""
+    """Runs `resfuse study overhead`: times every model of MODELS at batch 1 and prints a line for
+    each."""
     device = resolve_device(args.device)
     home = args.results / machine.folder_name(machine.facts(device, 0))
     results.check_writable(home, HARNESS)

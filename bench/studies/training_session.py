@@ -44,7 +44,7 @@ Trainer = Callable[[Run, Callable[[dict[str, Any]], None]], Outcome]
 
 
 def kind_of(asked: str) -> str:
-    """The key of PROTOCOLS for what `--data` asks for."""
+    """Returns the key of PROTOCOLS for what `--data` asks for."""
     return data.DIGITS if asked == data.DIGITS else data.CIFAR
 
 
@@ -95,7 +95,7 @@ def study(args: argparse.Namespace, runs_on: RunsOn, sheet: Sheet) -> int:
 def unsettled(
     runs: Sequence[Run], folder: Path, found: dict[str, Any], sheet: Sheet
 ) -> Sequence[Run]:
-    """The trainings that this environment and commit have not settled yet."""
+    """Returns the trainings that this environment and commit have not finished yet."""
     known = settled(folder, found["env_id"], found["commit"], sheet)
     return [one for one in runs if key(one, sheet) not in known]
 
@@ -142,9 +142,9 @@ def train_all(
             counts[outcome.status] += 1
             progress.update(work, description=f"{counts.total()} of {len(runs)} trainings")
             progress.console.print(_line(one, outcome), highlight=False, soft_wrap=True)
-    told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(
-        f"{counts.total()} rows in {folder / sheet.file}: {told}"
+        f"{counts.total()} rows in {folder / sheet.file}: {summary}"
         if counts
         else "Nothing left to train.",
         soft_wrap=True,
@@ -155,19 +155,19 @@ def train_all(
 def _outcomes(
     runs: Sequence[Run], trainer: Trainer, jobs: int, advance: Callable[[float], None]
 ) -> Generator[tuple[Run, Outcome], None, None]:
-    """Each training as it ends. Where the caller stops listening (Ctrl-C, a full disk), those that
-    have begun are killed at their next word and the others never begin."""
+    """Yields each training as it ends. If the caller stops (Ctrl-C, a full disk), running trainings
+    are killed at their next message, and the others are not started."""
     stopped = threading.Event()
 
     def one_training(one: Run) -> Outcome:
         done = 0.0
 
-        def heard(told: dict[str, Any]) -> None:
+        def heard(message: dict[str, Any]) -> None:
             nonlocal done
             if stopped.is_set():
                 raise KeyboardInterrupt
-            advance((told["share"] - done) * one.depth * one.epochs)
-            done = told["share"]
+            advance((message["share"] - done) * one.depth * one.epochs)
+            done = message["share"]
 
         outcome = trainer(one, heard)
         advance((1 - done) * one.depth * one.epochs)

@@ -58,7 +58,7 @@ class Data:
 
 
 def load(asked: str) -> Data:
-    """The data behind `--data`.
+    """Returns the data behind `--data`.
 
     Args:
         asked: "digits", or a folder with CIFAR-10's batches (or that holds their folder).

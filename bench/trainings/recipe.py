@@ -112,13 +112,13 @@ def _train(run: Run, model: nn.Module, data: Data, device: str, tell: Tell) -> T
 
 
 def _mean_loss(by_step: Sequence[float], batch_size: int, images: int) -> float:
-    """Over an epoch's images, of which the last step may have had fewer."""
+    """Returns the mean loss over an epoch's images; the last step may have had fewer."""
     *whole, last = by_step
     return (sum(whole) * batch_size + last * (images - len(whole) * batch_size)) / images
 
 
 def learning_rate(run: Run, epoch: int, warming: bool) -> float:
-    """The rate of an epoch, counted from 0, which may be one of those that warm up."""
+    """Returns the rate of an epoch, counted from 0, which may be one of those that warm up."""
     if warming:
         return run.learning_rate / 10
     drops = (2 * epoch >= run.epochs) + (4 * epoch >= 3 * run.epochs)
@@ -126,7 +126,8 @@ def learning_rate(run: Run, epoch: int, warming: bool) -> float:
 
 
 def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, ...]:
-    """The L2 norm of the loss's gradient by each layer's weight, from the first layer to the last.
+    """Returns the L2 norm of the loss's gradient by each layer's weight, from the first layer to
+    the last.
 
     Convolutions and the fully connected layer; projection shortcuts are no layers. `model` is left
     as it is, batch-norm statistics too.
@@ -147,7 +148,8 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[fl
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, split: Split, prepare: Prepare) -> tuple[float, float]:
-    """Error (share of images) and mean cross-entropy, in eval mode; the mode is put back."""
+    """Returns the error (share of images) and mean cross-entropy in eval mode, and restores the
+    mode."""
     model.eval()
     pieces = zip(split.images.split(AT_ONCE), split.labels.split(AT_ONCE), strict=True)
     wrong, loss = 0, 0.0
@@ -161,8 +163,8 @@ def evaluate(model: nn.Module, split: Split, prepare: Prepare) -> tuple[float, f
 
 
 def preparation(data: Data, device: str, dtype: torch.dtype = torch.float32) -> Prepare:
-    """A function from uint8 images [N, 3, H, W] to what a network reads: channels_last, on the
-    device, minus the training images' mean pixel by pixel, over their standard deviation. It is
+    """Returns a function from uint8 images [N, 3, H, W] to what a network reads: channels_last, on
+    the device, minus the training images' mean pixel by pixel, over their standard deviation. It is
     computed in float32, so that networks of another dtype read the same numbers."""
     mean = data.train.images.double().mean(0)
     deviation = sum(float(part.double().sub(mean).square().sum())
@@ -178,7 +180,8 @@ def preparation(data: Data, device: str, dtype: torch.dtype = torch.float32) -> 
 
 
 def _batches(data: Data, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch: every training image once, in random order, each shifted and mirrored at random."""
+    """Yields an epoch: every training image once, in random order, each shifted and mirrored at
+    random."""
     order = torch.randperm(len(data.train.labels), generator=generator)
     for chosen in order.split(size):
         images = data.train.images[chosen]
@@ -186,8 +189,8 @@ def _batches(data: Data, size: int, generator: torch.Generator) -> Iterator[tupl
 
 
 def shifted(images: Tensor, most: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each of the images [N, C, H, W] moved by up to `most` pixels either way, zeros coming in;
-    with `flip`, half of them mirrored."""
+    """Returns images [N, C, H, W], each shifted by up to `most` pixels either way and filled with
+    zeros, and half of them mirrored if `flip`."""
     count, _, height, width = images.shape
     framed = F.pad(images, (most,) * 4)
     down, right = torch.randint(0, 2 * most + 1, (2, count, 1, 1), generator=generator)

@@ -34,7 +34,7 @@ TEXT = (
 
 
 def sheet_of(file: str, asked: Sequence[str], found: Sequence[str], command: str) -> Sheet:
-    """A study's CSV file.
+    """Returns a study's CSV file.
 
     Args:
         asked: the columns, of IDENTITY, that tell two of its trainings apart.
@@ -45,7 +45,7 @@ def sheet_of(file: str, asked: Sequence[str], found: Sequence[str], command: str
 
 
 def metrics(trained: "Trained", data: "Data") -> dict[str, Value]:
-    """What a training found, by column: parameters in millions, errors in percent of the images."""
+    """Returns the results of a training by column: parameters in millions, errors in percent."""
     return {
         "param_count": trained.param_count / 1e6,
         "train_images": len(data.train.labels),
@@ -64,7 +64,8 @@ def metrics(trained: "Trained", data: "Data") -> dict[str, Value]:
 
 
 def settled(folder: Path, env_id: str, commit: str, sheet: Sheet) -> set[tuple[str, ...]]:
-    """Keys (see `key`) of the trainings that this environment and commit have settled."""
+    """Returns the keys (see `key`) of the trainings that this environment and commit have
+    finished."""
     if not results.has_rows(folder, sheet):
         return set()
     rows = results.read_rows(folder, sheet)
@@ -74,18 +75,18 @@ def settled(folder: Path, env_id: str, commit: str, sheet: Sheet) -> set[tuple[s
 
 
 def key(run: Run, sheet: Sheet) -> tuple[str, ...]:
-    """A training's identity in the form `settled` returns."""
+    """Returns a training's identity in the form `settled` returns."""
     identity = run.identity()
     return tuple(_plain(identity[name]) for name in asked(sheet))
 
 
 def asked(sheet: Sheet) -> list[str]:
-    """The columns of a sheet that tell two trainings apart."""
+    """Returns the columns of a sheet that identify a training."""
     return [name for name in IDENTITY if name in sheet.columns]
 
 
 def joined(values: Sequence[float], digits: int = 6) -> str:
-    """A curve as the text of a cell."""
+    """Returns a curve as the text of a cell."""
     return " ".join(f"{value:.{digits}g}" for value in values)
 
 

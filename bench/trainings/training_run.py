@@ -46,7 +46,7 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The network as MODELS would name it."""
+        """Returns the network as MODELS would name it."""
         if self.shortcut == PLAIN:
             return f"cifar_plain{self.depth}"
         return f"cifar_resnet{self.depth}" + (
@@ -54,7 +54,8 @@ class Run:
         )
 
     def identity(self) -> dict[str, str | int | float]:
-        """The run as it stands in a row; equal identity and environment train the same."""
+        """Returns the columns that identify the run; equal ones train the same in one
+        environment."""
         return {"model": self.model, **asdict(self)}
 
 
@@ -66,8 +67,8 @@ def runs_of(
     epochs: int | None,
     ways: Sequence[str] = (EAGER,),
 ) -> list[Run]:
-    """Every training asked for, the first seed of everything before the second of anything: what
-    is there after an hour says most.
+    """Returns every training asked for, the first seed of everything before the second of anything:
+    what is there after an hour says most.
 
     Args:
         data: a key of PROTOCOLS.
@@ -97,7 +98,7 @@ def runs_of(
 
 
 def build(run: Run) -> "ResNet":
-    """The network with the weights of its seed, drawn as the paper does (He et al. 2015,
+    """Returns the network with the weights of its seed, drawn as the paper does (He et al. 2015,
     arXiv:1502.01852).
 
     Reseeds torch's own generator, from which they are drawn: one training a process.

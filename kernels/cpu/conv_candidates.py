@@ -1,4 +1,4 @@
-"""Convolutions as native steps: the algorithms (forms) that compute one, and their block sizes.
+"""Lists the algorithms (forms) that compute a convolution as a native step, and their block sizes.
 
 Every form takes float32, NHWC, with channels padded to whole vectors (`pitch`); see step.h.
 """
@@ -112,7 +112,8 @@ def layout_weight(form: Form, weight: Tensor, groups: int) -> Tensor:
 
 def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
     """Returns the floats of scratch memory that a thread needs."""
-    return conv_step(problem, config).scratch_pitch
+    floats: int = conv_step(problem, config).scratch_pitch
+    return floats
 
 
 def conv_step(
@@ -162,12 +163,13 @@ def _is_grouped(problem: ConvProblem) -> bool:
 
 
 def fits_row(values: int) -> bool:
-    """Whether rows of a window may have so many values: there are as many zeros for padding."""
+    """Returns whether a window's rows may have so many values, of which padding needs as many
+    zeros."""
     return values <= constant("MAX_ROW")
 
 
 def fits_grouped(c: int, k: int, groups: int, taps: int) -> bool:
-    """Whether the grouped form computes a convolution from `c` to `k` channels."""
+    """Returns whether the grouped form computes a convolution from `c` to `k` channels."""
     whole_groups = groups > 1 and c == k and c % lanes() == 0 and lanes() % (c // groups) == 0
     return whole_groups and taps <= constant("MAX_TAPS") and c <= constant("MAX_ROW")
 

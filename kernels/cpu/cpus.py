@@ -1,5 +1,5 @@
-"""How many threads native steps run on: as many as there are CPUs that this process may use, and no
-more than torch does, or as many as a caller asks for.
+"""Decides the number of threads for native steps: as many as there are CPUs that this process may
+use, but no more than torch's, or as many as a caller asks for.
 """
 
 import math
@@ -15,13 +15,13 @@ import torch
 
 from resfuse.kernels.cpu.library import NativeUnavailable, constant
 
-_KEPT_S = 1.0  # a limit that changes while the process runs is seen after that
+_CACHED_S = 1.0  # seconds after which changed limits are noticed
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 class _Known(threading.local):
-    """What was found out last; each thread has its own affinity."""
+    """The last count of CPUs and when it expires, by thread, since each has its own affinity."""
 
     cpus, until = 0, 0.0
 
@@ -34,20 +34,20 @@ _asked, _known = _Asked(), _Known()
 
 
 def threads() -> int:
-    """As many as asked for (`asking`), else the fewer of torch's threads and the CPUs to use."""
+    """Returns the count asked for by `asking`, or the smaller of torch's threads and `usable`."""
     if _asked.threads is not None:
         return _asked.threads
     return min(torch.get_num_threads(), usable())
 
 
 def asked_for() -> int | None:
-    """The count of `asking`, in this thread."""
+    """Returns the count asked for by `asking` in this thread, None outside of it."""
     return _asked.threads
 
 
 @contextmanager
 def asking(count: int | None) -> Iterator[None]:
-    """Has `threads` return `count` in this thread, None: what it returned before."""
+    """Makes `threads` return `count` in this thread; None changes nothing."""
     before = _asked.threads
     _asked.threads = before if count is None else count
     try:
@@ -57,10 +57,10 @@ def asking(count: int | None) -> Iterator[None]:
 
 
 def require_threads(count: int | None) -> None:
-    """Warns where there are fewer CPUs to use.
+    """Checks a number of threads, and warns if there are fewer CPUs to use.
 
     Raises:
-        ValueError: it is no number of threads.
+        ValueError: `count` is neither None nor an accepted number of threads.
     """
     if count is None:
         return
@@ -77,7 +77,7 @@ def require_threads(count: int | None) -> None:
 
 
 def _most() -> float:
-    """The most threads of a native step; what computes without them has no such limit."""
+    """Returns the most threads that a native step can use, infinity without the native library."""
     try:
         return constant("MAX_THREADS")
     except NativeUnavailable:
@@ -85,9 +85,10 @@ def _most() -> float:
 
 
 def usable() -> int:
-    """CPUs that this thread may run on: its affinity's, as far as the cgroup's quota goes."""
+    """Returns the number of CPUs that this thread may use, by its affinity and the cgroup's
+    quota."""
     if (now := time.monotonic()) >= _known.until:
-        _known.cpus, _known.until = max(1, round(min(_affinity(), _quota()))), now + _KEPT_S
+        _known.cpus, _known.until = max(1, round(min(_affinity(), _quota()))), now + _CACHED_S
     return _known.cpus
 
 
@@ -98,7 +99,7 @@ def _affinity() -> int:
 
 
 def _quota() -> float:
-    """CPUs' worth of time that the cgroup, or one around it, may use; infinite without a limit."""
+    """Returns the CPUs that the cgroup and those around it may use, infinity without a limit."""
     limits = [math.inf]
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
@@ -113,7 +114,7 @@ def _quota() -> float:
         else:
             continue
         for root in roots:
-            inner = root / path.lstrip("/")  # in a container it may be the root itself
+            inner = root / path.lstrip("/")  # may be the root itself in a container
             for folder in (inner, *inner.parents):
                 limits += _limit(folder)
                 if folder == root:
@@ -122,7 +123,8 @@ def _quota() -> float:
 
 
 def _limit(folder: Path) -> list[float]:
-    """The limit of one cgroup, if it has one: cgroup v2's, or v1's."""
+    """Returns the CPU limit of one cgroup, of version 2 or 1, as a list that is empty without
+    one."""
     try:
         if (both := folder / "cpu.max").exists():
             quota, period = both.read_text().split()

@@ -1,8 +1,9 @@
-"""The shared library of native steps: compiled for this processor at first use, kept on disk.
+"""Compiles and loads the shared library of native steps: for this processor, at first use, cached
+on disk.
 
-Like torch.compile and Triton, this needs a compiler where it runs; what uses it has another way
-where there is none. The file's name is a hash of everything it was made from, and it is moved into
-place whole, so processes that compile at once do no harm.
+Like torch.compile and Triton, this needs a compiler where it runs; callers have a fallback where
+there is none. The file's name is a hash of everything that it is compiled from, and it is renamed
+into place when it is complete, so several processes may compile it at once.
 """
 
 import ctypes
@@ -22,19 +23,19 @@ _COMPILERS = ("g++", "c++", "clang++")
 
 
 class NativeUnavailable(RuntimeError):
-    """The native steps cannot be had on this machine; the message says why in one sentence."""
+    """There are no native steps on this machine; the message says why in one sentence."""
 
 
 @functools.cache
 def library(architecture: str = "native", *further: str) -> ctypes.CDLL:
-    """The library, compiled if need be (about 15 s).
+    """Returns the library, compiled if need be (about 15 s).
 
     Args:
-        architecture: what the compiler's -march takes; tests have it make vectors of other widths.
-        further: flags for the compiler, of tests, too.
+        architecture: a value of the compiler's -march; tests compile for other vector widths.
+        further: more flags for the compiler, for tests.
 
     Raises:
-        NativeUnavailable: no compiler, one that fails, or a processor without vectors.
+        NativeUnavailable: there is no compiler, it fails, or the processor has no vectors.
     """
     compiler = _compiler()
     flags = (*_flags(architecture), *further)
@@ -48,7 +49,7 @@ def library(architecture: str = "native", *further: str) -> ctypes.CDLL:
 
 
 def constant(name: str) -> int:
-    """A constant of the C++ sources, of those in exports.h.
+    """Returns a constant of the C++ sources that exports.h lists.
 
     Raises:
         NativeUnavailable: there is no library.
@@ -75,7 +76,7 @@ class _Constant(ctypes.Structure):
 
 @functools.cache
 def _constants(lib: ctypes.CDLL) -> dict[str, int]:
-    """All of exports.h, whose table ends with an entry without a name."""
+    """Returns all constants in exports.h; the table ends with an entry without a name."""
     table = lib.resfuse_constants
     table.restype = ctypes.POINTER(_Constant)
     entries = takewhile(lambda entry: entry.name, map(table().__getitem__, count()))
@@ -83,14 +84,15 @@ def _constants(lib: ctypes.CDLL) -> dict[str, int]:
 
 
 def cache_folder() -> Path:
-    """Where what is made once is kept: $RESFUSE_CACHE_DIR, or resfuse/ in the user's cache."""
+    """Returns the folder of caches: $RESFUSE_CACHE_DIR, or resfuse/ in the user's cache folder."""
     own = os.environ.get("RESFUSE_CACHE_DIR")
     shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(own) if own else Path(shared) / "resfuse"
 
 
 def fingerprint() -> str:
-    """A hash of the library's sources, flags, compiler and processor; "none" without a compiler."""
+    """Returns a hash of the library's sources, flags, compiler and processor, "none" without a
+    compiler."""
     try:
         return _key(_compiler(), _flags("native"))
     except NativeUnavailable:
@@ -98,7 +100,7 @@ def fingerprint() -> str:
 
 
 def why_unavailable() -> str | None:
-    """The reason there is no library here, None where there is one."""
+    """Returns the reason why there is no library here, None where there is one."""
     try:
         library()
     except NativeUnavailable as reason:
@@ -139,12 +141,12 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 def processor() -> str:
-    """What -march=native goes by."""
+    """Returns the lines of /proc/cpuinfo that -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    told = (
+    prefixes = (
         "vendor_id",
         "model name",
         "cpu family",
@@ -154,26 +156,26 @@ def processor() -> str:
         "Features",
         "CPU part",
     )
-    return "\n".join(sorted({line for line in lines if line.startswith(told)}))
+    return "\n".join(sorted({line for line in lines if line.startswith(prefixes)}))
 
 
 def _compile(compiler: str, flags: tuple[str, ...], built: Path) -> None:
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            made = Path(folder) / built.name
+            output = Path(folder) / built.name
             source = str(_SOURCES / "steps.cpp")
-            command = [compiler, *flags, source, "-o", str(made)]
+            command = [compiler, *flags, source, "-o", str(output)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 said = _first_error(done.stderr)
                 raise NativeUnavailable(f"{compiler} cannot compile the native steps: {said}")
-            made.replace(built)
+            output.replace(built)
     except OSError as error:
         raise NativeUnavailable(f"the native library cannot be made: {error}") from None
 
 
 def _first_error(said: str) -> str:
-    """Of what a compiler said: clang's last line only counts its errors."""
+    """Returns the first error that a compiler printed; clang's last line only counts its errors."""
     lines = said.strip().splitlines() or ["no message"]
     return next((line for line in lines if "error:" in line), lines[-1])

@@ -1,9 +1,9 @@
-"""A fused convolution on the CPU: oneDNN's convolution with bias, residual and activation in its
-epilogue, on a weight laid out once for it. The ops are the ones inductor's freezing emits.
+"""PackedConv: oneDNN's convolution on the CPU with bias, residual and activation in its epilogue,
+and a weight packed once. The ops are those that inductor's freezing emits.
 
-oneDNN's ReLU and ReLU6 in an epilogue turn NaN into a number, where torch's keep it (so does
-whatever else uses them: torch.compile with freezing). A pass of its own over every output would
-keep it; by its bytes that is 18 % of ResNet-50's time at batch 8.
+oneDNN's ReLU and ReLU6 in an epilogue turn NaN into a number, where torch's keep it; torch.compile
+with freezing does the same. A separate pass over every output would keep NaN, but its traffic would
+take 18 % of ResNet-50's time at batch 8.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
 
-# our name -> oneDNN's, and its scalars
+# activation -> oneDNN's name for it and its scalars
 _ELTWISE: dict[str, tuple[str, list[float]]] = {
     "identity": ("none", []),
     "relu": ("relu", []),
@@ -36,14 +36,14 @@ class Geometry:
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """True where this torch and CPU have the fused ops for `dtype`."""
+    """Returns whether this torch and CPU have the fused ops for `dtype`."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if dtype == torch.float32:
         return True
     if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 class PackedConv:
@@ -94,7 +94,8 @@ class PackedConv:
         return y if self._fused else self._act.forward(y, self._slope)
 
     def add(self, x: Tensor, residual: Tensor, overwrite: bool = False) -> Tensor:
-        """With a residual of the output's shape, written over it if `overwrite`."""
+        """Returns act(conv(x) + bias + residual), with a residual [N, K, P, Q] that is overwritten
+        if `overwrite`."""
         if not self._adds:
             y = self._conv(x, *self._layer, "none", [], "").add_(residual)
         elif overwrite and residual.is_contiguous(memory_format=torch.channels_last):
@@ -104,14 +105,15 @@ class PackedConv:
         return y if self._adds and self._relu else self._act.forward(y, self._slope)
 
     def bound(self) -> Callable[[Tensor], Tensor]:
-        """`self(x)` with everything looked up beforehand."""
+        """Returns a function equal to `self`, with all attributes looked up beforehand."""
         if not self._fused:
             return self
         conv, arguments = self._conv, (*self._layer, *self._epilogue)
         return lambda x: conv(x, *arguments)
 
     def bound_add(self, overwrite: bool) -> Callable[[Tensor, Tensor], Tensor]:
-        """`self.add(x, residual, overwrite)` likewise; the residual is channels_last."""
+        """Returns a function (x, residual) equal to `self.add`, with all attributes looked up
+        beforehand; the residual must be channels_last."""
         if not (self._adds and self._relu):
             return lambda x, residual: self.add(x, residual, overwrite)
         arguments = (*self._layer, *self._add_epilogue)
@@ -123,10 +125,11 @@ class PackedConv:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What it keeps."""
+        """Returns the tensors that the convolution stores."""
         slope = [self._slope] if isinstance(self._slope, Tensor) else []
         return [self.weight, self._bias, *slope]
 
     def dense_weight(self) -> Tensor:
-        """The weight as it was given."""
-        return self.weight.to_dense()
+        """Returns the weight [K, C / groups, R, S] in its original layout."""
+        weight: Tensor = self.weight.to_dense()
+        return weight

@@ -1,6 +1,7 @@
-"""A fused convolution in float32 on the CPU, by a native step: a PackedConv (onednn.py) of our own.
+"""NativeConv: a fused convolution in float32 on the CPU by a native step, with the interface of
+PackedConv (onednn.py).
 
-One call costs 5 us beside its arithmetic, where torch's oneDNN op costs 27 (two cores), and ReLU
+A call costs 5 us besides its arithmetic, where torch's oneDNN op costs 27 us (two cores), and ReLU
 keeps NaN.
 """
 
@@ -29,7 +30,7 @@ from resfuse.kernels.ops.conv_problem import ConvProblem
 
 
 def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
-    """Whether there is a native step for the convolution here."""
+    """Returns whether there is a native step for a convolution with `weight` here."""
     fits = weight.dtype == torch.float32 and activation in ACTIVATIONS
     if not fits or weight.shape[0] < 16 or why_unavailable() is not None:
         return False
@@ -41,16 +42,17 @@ def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
 
 
 class _Workspace(threading.local):
-    """Scratch memory of a calling thread, for whichever convolution it runs: one at a time."""
+    """The scratch memory of a calling thread, shared by all convolutions, of which it runs one at a
+    time."""
 
     def __init__(self) -> None:
-        self._held = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def of(self, floats: int) -> int:
-        """The address of so many floats."""
-        if floats > self._held.numel():
-            self._held = torch.empty(floats, dtype=torch.float32, device="cpu")
-        return self._held.data_ptr()
+        """Returns the address of memory for at least `floats` floats."""
+        if floats > self._memory.numel():
+            self._memory = torch.empty(floats, dtype=torch.float32, device="cpu")
+        return self._memory.data_ptr()
 
 
 workspace = _Workspace()
@@ -85,7 +87,7 @@ class NativeConv:
         self._shape = weight.shape
         self._geometry, self._activation = geometry, activation
         self._channels = weight.shape[1] * geometry.groups
-        # the inline Winograd reads the direct form's, too
+        # The inline Winograd form reads the layout of the direct form.
         lay_out = grouped_weights if geometry.groups > 1 else direct_weights
         self._weight = lay_out(weight)
         self._bias = per_channel(bias)
@@ -99,10 +101,11 @@ class NativeConv:
         return self._computed(x)
 
     def add(self, x: Tensor, residual: Tensor, overwrite: bool = False) -> Tensor:
-        """With a residual of the output's shape, written over it if `overwrite`.
+        """Returns act(conv(x) + bias + residual), with a residual [N, K, P, Q] that is overwritten
+        if `overwrite`.
 
         Raises:
-            ValueError: an argument is not what `__call__` takes, or the residual has another shape.
+            ValueError: x or the residual is not accepted, or the residual has another shape.
         """
         self._require(x)
         _require_memory("residual", residual)
@@ -114,15 +117,17 @@ class NativeConv:
         return self._added(x, residual, overwrite)
 
     def bound(self) -> Callable[[Tensor], Tensor]:
-        """`self(x)`, without looking at what x is."""
+        """Returns a function equal to `self` that does not check x."""
         return self._computed
 
     def bound_add(self, overwrite: bool) -> Callable[[Tensor, Tensor], Tensor]:
-        """`self.add(x, residual, overwrite)` likewise."""
+        """Returns a function (x, residual) equal to `self.add` that does not check its
+        arguments."""
         return lambda x, residual: self._added(x, residual, overwrite)
 
     def _require(self, x: Tensor) -> None:
-        """What the native step cannot tell from an address."""
+        """Raises ValueError unless x is a float32 tensor [N, C, H, W] in the CPU's memory: the
+        native step sees only its address."""
         _require_memory("x", x)
         if x.dim() != 4 or x.size(1) != self._channels or x.numel() == 0:
             wanted = f"[N, {self._channels}, H, W], none of them 0"
@@ -149,8 +154,8 @@ class NativeConv:
         require_done(self._run(step, 1, count))
 
     def _step(self, x: Tensor, residual: bool) -> tuple[Step, int, tuple[int, ...]]:
-        """This thread's step for inputs like `x`, how many threads it runs on, and the shape of its
-        output.
+        """Returns this thread's step for inputs of the shape of `x`, the number of threads it runs
+        on and the shape of its output. The last step is cached by thread.
         """
         count = self.asked or threads()
         kept = self._here.__dict__.setdefault("steps", {})
@@ -197,7 +202,7 @@ class NativeConv:
         )  # fmt: skip
 
     def dense_weight(self) -> Tensor:
-        """The weight as it was given."""
+        """Returns the weight [K, C / groups, R, S] in its original layout."""
         back = grouped_from if self._geometry.groups > 1 else direct_from
         return back(self._weight, self._shape)
 

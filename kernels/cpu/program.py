@@ -1,13 +1,13 @@
 """Step, the description of one native step, and programs of several steps.
 
-The fields are those of `struct Step` in step.h; `runner` compares their offsets. What else the two
-languages have to agree on is asked of the library: constants, the numbers of kinds and activations,
-and how much scratch memory a step needs.
+The fields are those of `struct Step` in step.h; `runner` compares their offsets. Everything else
+that the two languages must agree on is asked of the library: constants, the numbers of kinds and
+activations, and the scratch memory that a step needs.
 """
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from resfuse.kernels.cpu import library as native
 from resfuse.kernels.cpu.cpus import asked_for, threads
@@ -21,11 +21,11 @@ _NUMBERS = (
     "activation", "residual_last", "by_channel", "block", "scratch_pitch",
     "length", "rows", "x_local", "residual_local", "y_local",
 )  # fmt: skip
-ABSENT = -1  # of an offset into scratch memory
+ABSENT = -1  # the offset into scratch memory of a value that is not there
 
 
 class Step(ctypes.Structure):
-    """One step; pointers are addresses (0: none), numbers count elements, offsets into scratch
+    """A native step. Pointers are addresses or 0, numbers count elements, and offsets into scratch
     memory are ABSENT unless given.
     """
 
@@ -41,25 +41,25 @@ class Step(ctypes.Structure):
 
 
 def kind(name: str) -> int:
-    """The number of a kind of step: "direct", "max_pool", "chain" and so on."""
+    """Returns the number of a kind of step, such as "direct", "max_pool" or "chain"."""
     return native.constant(f"kind.{name}")
 
 
 def activation(name: str) -> int:
-    """The number of one of ACTIVATIONS."""
+    """Returns the number of an activation in ACTIVATIONS."""
     return native.constant(f"activation.{name}")
 
 
 def fused_run(
     name: str, steps: Sequence[Step], *, scratch: int = 0, scratch_pitch: int = 0, rows: int = 0
 ) -> list[Step]:
-    """Returns the steps behind a step that fuses them.
+    """Returns `steps` preceded by the step that fuses them.
 
     Args:
         name: "chain" or "row_fused".
         scratch: the address of the threads' scratch memory, which holds the local values.
-        scratch_pitch: floats of it for each thread.
-        rows: of a strip ("row_fused").
+        scratch_pitch: the floats of scratch memory for each thread.
+        rows: the rows of a strip ("row_fused").
     """
     head = Step(
         kind=kind(name), length=len(steps), scratch=scratch, scratch_pitch=scratch_pitch, rows=rows
@@ -67,40 +67,46 @@ def fused_run(
     return [head, *steps]
 
 
+Runner = Callable[[Step | ctypes.Array[Step], int, int], int]
+
+
 def scratch_floats(step: Step) -> int:
-    """Floats of scratch memory that a thread needs for a step that is not a fused run."""
-    return _asked("resfuse_scratch_floats", step)
+    """Returns the floats of scratch memory that a thread needs for a step, which is no fused
+    run."""
+    return _ask("resfuse_scratch_floats", step)
 
 
 def local_pixels(run: Sequence[Step]) -> int:
-    """The most pixels of a value in a thread's scratch memory at a time, of a fused run."""
-    return _asked("resfuse_local_pixels", (Step * len(run))(*run))
+    """Returns the most pixels of a value that a fused run has in a thread's scratch memory at a
+    time."""
+    return _ask("resfuse_local_pixels", (Step * len(run))(*run))
 
 
-def _asked(function: str, steps: Any) -> int:
-    asked = getattr(native.library(), function)
-    asked.restype, asked.argtypes = ctypes.c_long, [ctypes.POINTER(Step)]
-    return asked(steps)
+def _ask(function: str, steps: Step | ctypes.Array[Step]) -> int:
+    ask = getattr(native.library(), function)
+    ask.restype, ask.argtypes = ctypes.c_long, [ctypes.POINTER(Step)]
+    answer: int = ask(steps)
+    return answer
 
 
-def runner() -> Any:
-    """Returns the library's function (steps, count, threads) that runs steps; `require_done` takes
-    what it returns.
+def runner() -> Runner:
+    """Returns the library's function (steps, count, threads) that runs steps, whose result
+    `require_done` checks.
     """
     native.require_layout(Step, "Step")
     run = native.library().resfuse_run
     run.restype, run.argtypes = ctypes.c_long, [ctypes.POINTER(Step), ctypes.c_long, ctypes.c_long]
-    return run
+    return cast(Runner, run)
 
 
 class Program:
-    """Steps that one call runs one after another.
+    """A sequence of steps that one call runs in order.
 
-    The memory they point to is the caller's and must outlive the program. Unless the number of
-    threads was asked for, a call uses no more than there are then.
+    The memory they point to belongs to the caller and must outlive the program. Unless the number
+    of threads was asked for, a call uses no more than `cpus.threads` returns then.
 
     Args:
-        threads: how many there is scratch memory for.
+        threads: the number of threads that there is scratch memory for.
     """
 
     def __init__(self, steps: Sequence[Step], threads: int) -> None:
@@ -120,26 +126,26 @@ def require_done(failed: int) -> None:
 
 
 def lanes() -> int:
-    """Floats in a vector; channels are padded to it."""
+    """Returns the floats in a vector, to whose multiple channels are padded."""
     return native.constant("LANES")
 
 
 def whole_vectors(channels: int) -> int:
-    """Channels up to a whole number of vectors."""
+    """Returns `channels` rounded up to a whole number of vectors."""
     return -(-channels // lanes()) * lanes()
 
 
 def whole_lines(floats: int) -> int:
-    """Floats up to a whole number of cache lines."""
+    """Returns `floats` rounded up to a whole number of cache lines."""
     line = native.constant("CACHE_LINE")
     return -(-floats // line) * line
 
 
 def nr() -> int:
-    """Columns of a register tile: output channels that are computed together, a panel."""
+    """Returns the columns of a register tile: the output channels of a panel."""
     return native.constant("NR")
 
 
 def mr() -> int:
-    """Rows of a register tile: pixels that are computed together."""
+    """Returns the rows of a register tile: the pixels that are computed together."""
     return native.constant("MR")

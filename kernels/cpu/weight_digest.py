@@ -1,8 +1,8 @@
-"""Whether weights in memory are what they were, told from their bytes and not from torch's counts.
+"""Checks by their bytes, not by torch's version counters, whether weights in memory have changed.
 
-At every call: small tensors in full, a sample of the large ones, and the next window of them, so
-that after WINDOWS calls every byte has been looked at. Networks of up to a megabyte are read in
-full every time. On one core, ResNet-50's 102 MB: see docs/fuse-your-model.md for the times.
+Every call reads small tensors in full, a sample of the large ones, and the next window of these, so
+that WINDOWS calls read every byte. Networks of up to a megabyte are read in full at every call.
+docs/fuse-your-model.md has the times for ResNet-50's 102 MB on one core.
 """
 
 import ctypes
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from resfuse.kernels.cpu.library import library, require_layout
 
-WINDOWS = 128  # calls until every byte has been looked at
-_SMALL = 1 << 14  # bytes of a tensor that is always read in full
-_ALL = 1 << 20  # bytes of a network that is
-_CHUNK = 1 << 15  # bytes of a part
-_SAMPLES = 64  # elements of a large tensor that are read at every call
+WINDOWS = 128  # calls that read every byte once
+_SMALL = 1 << 14  # the most bytes of a tensor that every call reads in full
+_ALL = 1 << 20  # the most bytes of a network that every call reads in full
+_CHUNK = 1 << 15  # bytes of a part of a large tensor
+_SAMPLES = 64  # elements of a large tensor that every call reads
 
 
-class _Watched(ctypes.Structure):
-    """The fields of `struct Watched` in digest.h, in its order."""
+class _Region(ctypes.Structure):
+    """A region of memory with its digest: the fields of `struct Region` in digest.h, in its
+    order."""
 
     _fields_ = [
         ("start", ctypes.c_void_p),
@@ -31,17 +32,18 @@ class _Watched(ctypes.Structure):
 
 
 class Digest:
-    """What was in the memory of some tensors when this was made.
+    """A digest of the memory of some tensors at the time of its creation.
 
     Args:
-        tensors: on the CPU, without gaps or overlaps in memory; the caller keeps them, and makes
-            sure that they are where they were before it asks.
-        in_full: read all of those tensors at every call: nothing else tells of a write.
+        tensors: tensors on the CPU without gaps or overlaps in memory. The caller must hold on to
+            them, and must check that they have not moved before each call.
+        in_full: those of the tensors that every call reads in full, since no counter shows writes
+            to them.
     """
 
     def __init__(self, tensors: Sequence[Tensor], in_full: Sequence[Tensor] = ()) -> None:
         lib = library()
-        require_layout(_Watched, "Watched")
+        require_layout(_Region, "Region")
         rows = [(t, t.numel() * t.element_size()) for t in tensors if t.numel() > 0]
         few = sum(size for _, size in rows) <= _ALL
         always = {id(t) for t in in_full}
@@ -53,35 +55,36 @@ class Digest:
         for t, size in large:
             start = t.data_ptr()
             parts += [_row(start + at, min(_CHUNK, size - at)) for at in range(0, size, _CHUNK)]
-        self._parts = (_Watched * len(parts))(*parts)
+        self._parts = (_Region * len(parts))(*parts)
         self._window = -(-(len(parts) - self._always) // WINDOWS)
         self._next = self._always
         self._unchanged = lib.resfuse_unchanged
         self._unchanged.restype = ctypes.c_long
-        self._unchanged.argtypes = [ctypes.POINTER(_Watched), *[ctypes.c_long] * 3]
+        self._unchanged.argtypes = [ctypes.POINTER(_Region), *[ctypes.c_long] * 3]
         digest = lib.resfuse_digest
-        digest.restype, digest.argtypes = None, [ctypes.POINTER(_Watched), ctypes.c_long]
+        digest.restype, digest.argtypes = None, [ctypes.POINTER(_Region), ctypes.c_long]
         digest(self._parts, len(parts))
 
     def seems_unchanged(self) -> bool:
-        """What a call asks: a sample of the large tensors, their next window, and all others."""
+        """Returns whether the small tensors, a sample of the large ones and the next window of
+        these are unchanged."""
         start, end = self._next, min(self._next + self._window, len(self._parts))
         self._next = end if end < len(self._parts) else self._always
-        return self._unchanged(self._parts, self._always, start, end) != 0
+        return bool(self._unchanged(self._parts, self._always, start, end))
 
     def is_unchanged(self) -> bool:
-        """Whether every byte is as it was."""
-        return self._unchanged(self._parts, self._always, self._always, len(self._parts)) != 0
+        """Returns whether every byte is unchanged."""
+        return bool(self._unchanged(self._parts, self._always, self._always, len(self._parts)))
 
 
-def _row(start: int, size: int) -> _Watched:
-    return _Watched(start, size, 1, 0, size)
+def _row(start: int, size: int) -> _Region:
+    return _Region(start, size, 1, 0, size)
 
 
-def _sample(tensor: Tensor) -> _Watched:
-    """Elements a golden section apart: the longest run without one is two averages long."""
+def _sample(tensor: Tensor) -> _Region:
+    """Returns a part of elements a golden section apart, whose longest gap is twice the average."""
     total = tensor.numel()
     step = round(total * (math.sqrt(5) - 1) / 2)
     while math.gcd(step, total) != 1:
         step += 1
-    return _Watched(tensor.data_ptr(), _SAMPLES, tensor.element_size(), step, total)
+    return _Region(tensor.data_ptr(), _SAMPLES, tensor.element_size(), step, total)

@@ -1,12 +1,12 @@
-"""What folded weights were made from, and whether it is still what it was.
+"""Origin: checks whether the tensors that folded weights were computed from have changed.
 
-torch counts writes to a tensor, but not all: not those of optimizers with fused=True, through
-`.data`, numpy or another process, nor any to an inference tensor. So three things are looked at:
+torch counts writes to a tensor, but not those of optimizers with fused=True, through `.data`, numpy
+or another process, nor any to an inference tensor. So three things are checked:
 
-- which tensors the layers hold, where those lie, in which strides, and their counts of writes;
-- a digest of what lies there, on a CPU (cpu/weight_digest.py): of some of it at every call, of all
-  of it when something has happened that may write;
-- steps of optimizers, which tell which parameters they own (plan.py).
+- the identity, address, strides and version of the layers' tensors;
+- on a CPU, a digest of their bytes (weight_digest.py): of some at every call, of all after anything
+  that may write to them;
+- steps of optimizers, which know their parameters (fusion/planning).
 """
 
 from typing import Any
@@ -18,26 +18,28 @@ from torch.utils._python_dispatch import _disable_current_modes
 from resfuse.kernels.cpu.library import why_unavailable
 from resfuse.kernels.cpu.weight_digest import Digest
 
-Source = tuple[dict[str, Any], str]  # where a layer keeps a tensor: its dict and the name in it
+Source = tuple[dict[str, Any], str]  # a tensor of a layer: the layer's dict and the name in it
 Stamp = tuple[list[int], list[int], list[int], list[tuple[int, ...]]]
 NO_STAMP: Stamp = ([], [], [], [])
 _UNCOUNTED = -1  # the version of a tensor that has none
 
 
 def sources_of(layer: nn.Module) -> list[Source]:
-    """Where the tensors are that tell whether a layer has changed. torch's batch norm moves its
-    running statistics without counting their versions, but counts the batch."""
+    """Returns the sources of all tensors by which a change of a layer is recognised. torch's batch
+    norm updates its running statistics without counting a version, but counts the batch."""
     named: list[Source] = [(layer._parameters, name) for name in layer._parameters]
     telling = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     return named + [(layer._buffers, name) for name in layer._buffers if name in telling]
 
 
 def tensors_of(sources: list[Source]) -> list[Tensor]:
+    """Returns the tensors of the sources that have one."""
     return [tensor for holder, name in sources if (tensor := holder.get(name)) is not None]
 
 
 def stamp_of(tensors: list[Tensor]) -> Stamp:
-    """Changes when a tensor is replaced, moved, restrided, or written to by what counts."""
+    """Returns a value that differs after a tensor is replaced, moved, restrided, or written to by
+    an operation that counts a version."""
     try:
         versions = [tensor._version for tensor in tensors]
     except RuntimeError:  # there are inference tensors among them
@@ -53,13 +55,15 @@ def stamp_of(tensors: list[Tensor]) -> Stamp:
 def _version_of(tensor: Tensor) -> int:
     try:
         return tensor._version
-    except RuntimeError:  # nor has one that was given other data, which is_inference() denies then
+    except (
+        RuntimeError
+    ):  # an inference tensor, even where is_inference() denies it after its data was replaced
         return _UNCOUNTED
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is memory and nothing else: no subclass that does things of its own, nothing
-    sparse, quantised, nested, wrapped by functorch, or to be negated or conjugated when read."""
+    """Returns whether a tensor is plain strided memory: no subclass, not sparse, quantised, nested
+    or wrapped by functorch, and not lazily negated or conjugated."""
     return (
         (type(tensor) is Tensor or type(tensor) is nn.Parameter)
         and tensor.layout is torch.strided
@@ -71,7 +75,8 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def why_not_followed(sources: list[Source]) -> str | None:
-    """The reason not to fold layers whose tensors cannot be followed; None where there is none."""
+    """Returns the reason why changes of the sources' tensors cannot be noticed, None without
+    one."""
     for holder, name in sources:
         if name not in holder:
             return f"{name} is no parameter or buffer any more"
@@ -88,7 +93,7 @@ def why_not_followed(sources: list[Source]) -> str | None:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements are all the memory from the first to the last, each once."""
+    """Returns whether the tensor's elements fill its memory without gaps or overlaps."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -99,16 +104,16 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class Origin:
-    """Tensors as they are when this is made.
+    """The state of some tensors at the time of its creation.
 
-    The memory is held, too: as long as it is not given back, nothing new can lie at its address.
+    It holds on to their memory, so that no other tensor can appear at the same address.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.stamp = stamp_of(tensors)
         self._tensors = tensors
         self._memory = [tensor.detach() for tensor in tensors]
-        # Of what lies on a GPU nothing is read: the host would have to wait for it at every call.
+        # Tensors on a GPU are not read, since the host would have to wait for it at every call.
         self.is_readable = all(tensor.is_cpu for tensor in tensors)
         here = [t for t in self._memory if t.is_cpu and t.numel() > 0 and is_plain(t)]
         here = [tensor for tensor in here if _is_dense(tensor)]
@@ -120,28 +125,30 @@ class Origin:
             )
 
     def is_where_it_was(self, tensors: list[Tensor]) -> bool:
-        """Whether those are the same tensors, in the same memory, not written to by what counts."""
+        """Returns whether `tensors` have the original stamp: identities, addresses, versions,
+        strides."""
         try:
             return stamp_of(tensors) == self.stamp
-        except (RuntimeError, TypeError):  # some are not memory any more: fake ones, sparse ones
+        except (RuntimeError, TypeError):  # some have no memory any more: fake or sparse tensors
             return False
 
     def seems_unchanged(self) -> bool:
-        """What a call asks of memory that is where it was."""
+        """Returns whether a sample of the memory is unchanged, as a call checks it; the tensors
+        must not have moved."""
         return self._digest is None or self._digest.seems_unchanged()
 
     def is_unchanged(self) -> bool:
-        """Whether every byte is as it was, as far as that can be told from a CPU."""
+        """Returns whether every byte of the tensors on the CPU is unchanged."""
         return self._digest is None or self._digest.is_unchanged()
 
     def is_fresh(self) -> bool:
-        """Whether its own tensors are as they were."""
+        """Returns whether the original tensors have not changed."""
         return self.is_where_it_was(self._tensors) and self.is_unchanged()
 
 
 class Copies:
-    """What Digest does, where there is no native library: small tensors and a sample of the large
-    ones are kept and compared at a call, sums of all elements otherwise. About 1 ms a call."""
+    """A Digest without the native library: copies of small tensors and of samples of large ones are
+    compared at every call (about 1 ms), and sums of all elements for a full check."""
 
     _SMALL, _SAMPLES = 1 << 12, 64  # elements
 
@@ -164,7 +171,7 @@ class Copies:
         return self.seems_unchanged() and self._summed() == self._sums
 
     def _summed(self) -> list[tuple[int, int]]:
-        """Of each tensor's words, plain and by place, modulo 2**64."""
+        """Returns two sums of each tensor's words modulo 2**64: plain, and weighted by position."""
         with _disable_current_modes():
             return [
                 (int(w.sum()), int((w * torch.arange(1, 2 * len(w), 2, device="cpu")).sum()))
@@ -173,7 +180,7 @@ class Copies:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The memory of a dense tensor as integers, of the same size each."""
+    """Returns the memory of a dense tensor as integers of its elements' size."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = torch.as_strided(tensor, (tensor.numel(),), (1,))
     return flat.view(kinds[tensor.element_size()])

@@ -1,7 +1,7 @@
-"""build_engine: a whole network compiled for its shapes and the device at hand.
+"""build_engine: compiles a whole network for its shapes and the device at hand.
 
-TensorRT's idea, and words. A network goes through these steps, each a function of what the ones
-before it have made; only tuning measures:
+The idea and the terms are TensorRT's. A network goes through these steps, each a function of the
+results before it; only tuning measures:
 
 capture     the model as a graph, a node for each operation (frontend/export.py)
 passes      batch norms, activations and sums merged into convolutions (frontend/merge.py)
@@ -23,7 +23,7 @@ from resfuse.kernels.cpu.cpus import asking, require_threads
 from resfuse.kernels.engine.bound_plan import BoundPlan, bind
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine import Engine, OtherBatches
-from resfuse.kernels.engine.frontend.any_batch import batch_of, require_paddable
+from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
@@ -33,7 +33,7 @@ from resfuse.kernels.engine.planning.liveness import with_memory
 from resfuse.kernels.engine.planning.planner import Plan, plan
 from resfuse.kernels.engine.runtime.default_device import without_meta
 from resfuse.kernels.engine.runtime.fallback import with_weights
-from resfuse.kernels.engine.runtime.own_weights import copies, kept_names, require_usable
+from resfuse.kernels.engine.runtime.own_weights import copied_names, copies, require_usable
 from resfuse.kernels.engine.tactics import tactics_on
 from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache, known
@@ -55,27 +55,30 @@ def build_engine(
     """Compiles a model in eval mode for the shape, dtype and device of `example`.
 
     Args:
-        model: whose forward takes one tensor, and does not depend on its values.
-        example: [N, C, H, W].
-        batch_sizes: those to build for; the example's by default.
-        other_batches: what to do with others: "error"; "pad" up to the next one that was built, if
-            it is proved that images do not see each other; or run a copy of the model ("eager").
-        timings: a folder for measured times; by default one in the user's cache.
-        keep_weights: for `save` and `refresh`: costs a copy of the weights. Without, the engine has
-            them laid out, and copies only what torch's operations read.
-        cuda_graph: on a GPU, record each batch size as a CUDA graph; nothing on a CPU.
-        tiling: run early stages a few images at a time where that is quicker, so that what lies
-            between layers stays in a cache (TensorRT's tiling optimization). Whole stages are built
-            and timed to find out, in four ways each: seconds on a CPU, where it is on by default,
-            and on a GPU, where it is off, an estimated 10 to 25 s for ResNet-50 at batch 256.
-        threads: that native steps run on, on a CPU; torch's own operations run on torch's. By
-            default as many as there are CPUs to use (affinity, cgroup quota), and no more than
-            torch.get_num_threads() says now, and at each call.
+        model: a module whose forward takes one tensor and whose control flow does not depend on
+            its values.
+        example: an input [N, C, H, W].
+        batch_sizes: the batch sizes to build for, by default the example's.
+        other_batches: what to do with other batch sizes: raise ("error"); fill up to the next size
+            built, if it is proved that images do not depend on each other ("pad"); or run a copy of
+            the model ("eager").
+        timings: a folder for measured times, by default one in the user's cache.
+        keep_weights: whether to store a copy of the weights, which `save` and `refresh` need.
+            Otherwise the engine only has them in the tactics' layouts, and copies those that
+            torch's operations read.
+        cuda_graph: whether to record each batch size as a CUDA graph; ignored on a CPU.
+        tiling: whether to run early stages a few images at a time where that is faster, so that
+            values between layers stay in a cache (TensorRT's tiling optimization). To find out,
+            whole stages are built and timed in four ways each: seconds on a CPU, where it is on by
+            default, and an estimated 10 to 25 s for ResNet-50 at batch 256 on a GPU, where it is
+            off by default.
+        threads: the number of threads for native steps on a CPU; torch's own operations use
+            torch's. By default as many as there are CPUs to use (affinity, cgroup quota), but no
+            more than torch.get_num_threads() returns now and at each call.
 
     Raises:
-        ValueError: a model in training mode, one that cannot be captured, a weight that is not
-            finite, or a batch size or number of threads below one; or one that no CUDA graph can
-            record.
+        ValueError: the model is in training mode, cannot be captured or recorded as a CUDA graph,
+            or has a weight that is not finite; or a batch size or `threads` is below one.
     """
     require_threads(threads)
     usable = isinstance(example, Tensor) and example.layout == torch.strided
@@ -121,7 +124,7 @@ def _built(
     for size in sizes:
         graph, captured = capture(model, batch_of(example, size))
         new = {name: captured[name] for name in sorted(state_names(graph)) if name not in state}
-        state |= copies(new, kept_names(graph, keep_weights))
+        state |= copies(new, copied_names(graph, keep_weights))
         require_usable([graph], state, graph.constants, "model")
         segments = tuned_plan(graph, state, example.device, cache, tiling).segments
         built[size] = bind(graph, segments, state, weight_store)
@@ -147,7 +150,7 @@ def tuned_plan(
     cache: TimingCache,
     tiling: bool | None = None,
 ) -> Plan:
-    """Returns the best plan of a graph on a device, whose candidates it times.
+    """Times the candidates of a graph on a device and returns the best plan.
 
     Args:
         tiling: see `build_engine`.
@@ -165,4 +168,4 @@ def tuned_plan(
             planned = with_chunks(planned, stages, with_memory(graph, tactics, times))
         if tuner.confirm(segment.candidate for segment in planned.segments):
             return planned
-        # otherwise plan without those that are barred now
+        # Otherwise plan again without the candidates that are barred now.

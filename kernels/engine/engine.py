@@ -1,6 +1,5 @@
-"""Engine: a compiled network as its users hold it, to call, explain, refresh and save.
-
-`build_engine` makes one (build.py), or `load_engine` (load.py).
+"""Engine: a compiled network to call, explain, refresh and save, made by `build_engine` (build.py)
+or `load_engine` (load.py).
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from resfuse.kernels.cpu.cpus import asking
 from resfuse.kernels.engine.bound_plan import BoundPlan, bind
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine_memory import Memory
-from resfuse.kernels.engine.frontend.batching import images_at_all_sizes
+from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.layout_questions import require_layout
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.memory.storage_bytes import storages
@@ -36,12 +35,13 @@ OtherBatches = Literal["error", "pad", "eager"]
 class Engine:
     """A compiled network, made by `build_engine` or `load_engine`.
 
-    An engine owns its weights: the model may train on. Calls from several threads take turns, for
-    an engine has one arena; two engines run at the same time. In a forked process an engine for a
-    CPU runs on one thread, since OpenMP's other threads are not forked.
+    An engine owns its weights, so the model may go on training. Calls from several threads take
+    turns, since an engine has one arena; different engines run at the same time. In a forked
+    process an engine on a CPU runs on one thread, since OpenMP's other threads are not forked.
+
     A call copies the input into the engine's memory and the outputs out of it. On a GPU it runs on
-    the caller's stream, behind the engine's previous call on any stream, as one CUDA graph unless
-    the engine was built without; it cannot itself be captured in another.
+    the caller's stream, after the engine's previous call on any stream, as one CUDA graph unless
+    the engine was built without; a call cannot be captured in another CUDA graph.
     """
 
     def __init__(
@@ -74,14 +74,13 @@ class Engine:
         self.cuda_graph = cuda_graph and on_gpu
         self._recorded = self._record(self._built)
         if isinstance(self._turns, Turns):
-            self._turns.finish()  # weights are laid out, on whichever stream the first call is
+            self._turns.finish()  # weights are laid out before a call on any stream
         first = next(iter(self._built.values())).graph
         self._input = first.values[first.input]
         self._spec = pytree.treespec_loads(first.spec)
 
     def __repr__(self) -> str:
-        """Says in one line what the engine takes, how large it is and how long it is said to
-        take."""
+        """Returns one line with the engine's input, batch sizes, segments and time."""
         shape = "x".join(map(str, self._input.shape[1:]))
         dtype = str(self._input.dtype).removeprefix("torch.")
         sizes = ", ".join(map(str, self._built))
@@ -94,15 +93,15 @@ class Engine:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """The batch sizes that the engine was built for, in ascending order."""
+        """Returns the batch sizes that the engine was built for, in ascending order."""
         return tuple(self._built)
 
     def __call__(self, x: Tensor) -> Any:
-        """Returns what the model returns, in new tensors of the input's memory format.
+        """Returns the model's result in new tensors of the input's memory format.
 
         Raises:
-            ValueError: an input of another shape, dtype or device than the engine was built for,
-                or of other strides where the model asks for strides.
+            ValueError: the input has another shape, dtype or device than the engine was built for,
+                or other strides where the model asks for strides.
         """
         require_input(x, self._input, self._device)
         count = x.shape[0]
@@ -132,8 +131,8 @@ class Engine:
         return Recorded({size: b.executor for size, b in built.items()}, self._device)
 
     def _run(self, size: int, x: Tensor, count: int | None = None) -> Any:
-        """Runs a batch of a size that was built for; returns the outputs for the first `count`
-        images, by default for all."""
+        """Runs a batch of a size that the engine was built for, and returns the outputs for the
+        first `count` images, by default for all."""
         if x.requires_grad:  # an output may be the input
             x = x.detach()
         in_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
@@ -142,20 +141,21 @@ class Engine:
         with self._lock, self._turns:
             with torch.inference_mode():
                 run = self._built[size].executor
-                made = self._recorded(size, x) if self._recorded else run(x)
+                results = self._recorded(size, x) if self._recorded else run(x)
             if count is not None and self._images:
-                pairs = zip(made, self._images, strict=True)
-                made = [y.narrow(at.dim, 0, count * at.each) for y, at in pairs]
+                pairs = zip(results, self._images, strict=True)
+                results = [y.narrow(at.dim, 0, count * at.each) for y, at in pairs]
             # outside of inference mode: autograd may save these
             outputs = [
                 y.clone(memory_format=in_format if y.dim() == 4 else torch.contiguous_format)
-                for y in made
+                for y in results
             ]
         return pytree.tree_unflatten(outputs, self._spec)
 
     def _settle_after_fork(self) -> None:
-        """Makes a new lock and runs torch on one thread. A fork has none of the parent's threads:
-        not the one that may hold the lock, nor OpenMP's, for which torch would wait for ever."""
+        """Makes a new lock and sets torch to one thread, since a forked process has none of its
+        parent's threads: neither the one that may own the lock, nor OpenMP's, for which torch would
+        wait for ever."""
         if self._device.type == "cuda":
             raise RuntimeError(
                 "this engine is on a GPU, which a forked process cannot use; start it by spawn and "
@@ -172,7 +172,7 @@ class Engine:
         )
 
     def memory(self, batch_size: int | None = None) -> Memory:
-        """Returns the bytes the engine holds for a batch size, by default the largest."""
+        """Returns the bytes that the engine uses for a batch size, by default the largest."""
         bound = self._built_for(batch_size)
         pool, inputs = (
             (self._recorded.pool_bytes, self._recorded.input_bytes) if self._recorded else (0, 0)
@@ -188,21 +188,23 @@ class Engine:
         )
 
     def explain(self, batch_size: int | None = None) -> str:
-        """Returns a table of the segments: tactic, runner-up, time, floor, bytes."""
+        """Returns a table of the segments for a batch size, by default the largest: tactic, time,
+        floor, bytes and runner-up."""
         built = self._built_for(batch_size)
         return table(built.graph, built.segments, self._ceilings)
 
     @without_meta()
     def refresh(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Takes new weights without planning again; for other_batches="eager", too.
+        """Replaces the weights without planning again, also those for other_batches="eager".
 
         Args:
-            state_dict: of the model. Constants, which no state_dict has, stay as they are: numbers
-                written in a forward, and buffers that are not persistent unless they are given.
+            state_dict: the model's. Constants that are not in it keep their values: numbers written
+                in a forward, and buffers that are not persistent.
 
         Raises:
-            ValueError: it is no state_dict of dense tensors; one is missing, has another shape or
-                cannot be used; or the engine was built with keep_weights=False. It stays as it was.
+            ValueError: `state_dict` is no state_dict of dense tensors; a tensor is missing, has
+                another shape or cannot be used; or the engine was built with keep_weights=False.
+                The engine stays unchanged.
         """
         fresh = refreshed(self._weights(), self._constants, state_dict)
         graphs = [b.graph for b in self._built.values()]
@@ -220,7 +222,7 @@ class Engine:
         recorded = self._record(built)
         with self._lock:
             if isinstance(self._turns, Turns):
-                self._turns.finish()  # another stream may still replay what is let go of here
+                self._turns.finish()  # another stream may still replay the old graphs
             self._state, self._built, self._recorded = fresh, built, recorded
             self._model = model
 
@@ -228,7 +230,7 @@ class Engine:
         """Writes the plan (as JSON) and the weights to one safetensors file. See `load_engine`.
 
         Raises:
-            OSError: it cannot be written; what was there before is as it was.
+            OSError: the file cannot be written; an earlier one stays unchanged.
             ValueError: the engine was built with keep_weights=False.
         """
         plans = {size: (b.graph, b.segments) for size, b in self._built.items()}
@@ -246,7 +248,7 @@ class Engine:
         return self._built[batch_size or max(self._built)]
 
     def _originals(self) -> list[Tensor]:
-        """Returns the weights as they were given, and those of the model for other batches."""
+        """Returns the copies of the original weights, and those of the model for other batches."""
         fallback = [t for _, t in tensors_of(self._model)] if self._model is not None else []
         return [*(self._state or {}).values(), *fallback]
 

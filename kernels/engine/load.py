@@ -1,4 +1,4 @@
-"""load_engine: an engine from the file that `Engine.save` has written."""
+"""load_engine: reads an engine from a file that `Engine.save` has written."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -13,21 +13,22 @@ from resfuse.kernels.engine.saving.engine_file import Saved, cannot_run, read
 
 @without_meta()
 def load_engine(path: str | Path, *, allow: Collection[str] = ()) -> Engine:
-    """The engine that was saved, on the device it was planned for; nothing is measured.
+    """Returns a saved engine on the device it was planned for, without measuring anything.
 
     Args:
-        allow: operations that the engine may run beside those of torch's that only compute, as
-            `explain` names them: "torchvision.roi_align.default", say.
+        path: the file.
+        allow: names of operations that the engine may run besides those of torch that only compute,
+            as `explain` prints them ("torchvision.roi_align.default").
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no engine, damaged, of another schema, or of another device or software;
-            or its plan does not fit together, or runs what is not allowed.
+        ValueError: the file is no engine, damaged, of another schema, or for another device or
+            other software; or its plan is not consistent, or runs an operation that is not allowed.
     """
     saved = read(Path(path), allow)
     try:
         return _engine(saved)
-    except Exception as error:  # what a stranger's numbers lead to may be anything
+    except Exception as error:  # a plan that is not trusted may lead to any error
         raise cannot_run(Path(path), error) from error
 
 

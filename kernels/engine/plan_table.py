@@ -1,5 +1,5 @@
-"""The table Engine.explain prints: a line a segment, a line more for each operation joined to its
-first, and what the whole could be at best.
+"""Formats the table of Engine.explain: a line for each segment, a line more for each operation that
+is fused with its first, and the total.
 """
 
 from collections.abc import Sequence
@@ -42,10 +42,10 @@ def table(
     ceilings: Ceilings | None,
     times: str = _MEASURED,
 ) -> str:
-    """Aligned columns; floors only where the device's ceilings are known.
+    """Returns a table of segments with aligned columns; floors only if ceilings are given.
 
     Args:
-        times: a sentence that says where they are from.
+        times: a sentence that says where the times are from.
     """
     if not segments:
         return "No segments: the outputs are the input."
@@ -74,7 +74,8 @@ def table(
         )
     opaque = [s for s in segments if any(isinstance(n.op, Torch) for n in _nodes(graph, s))]
     if opaque:
-        names = sorted({n.op.target for s in opaque for n in _nodes(graph, s)})  # type: ignore[union-attr]
+        operations = [n.op for s in opaque for n in _nodes(graph, s)]
+        names = sorted({op.target for op in operations if isinstance(op, Torch)})
         lines.append(f"Run by torch, {len(opaque)} segments: {', '.join(names)}.")
     if untimed := sum(segment.ms == 0 for segment in segments):
         lines.append(
@@ -85,7 +86,7 @@ def table(
 
 
 def name_of(node: Node) -> str:
-    """`layer1.0.conv1 1x64x56x56 k64 3x3 relu`, say."""
+    """Returns a name such as `layer1.0.conv1 1x64x56x56 k64 3x3 relu`."""
     op = node.op
     if isinstance(op, Conv):
         words = [op.weight.removesuffix(".weight"), op.problem.label()]
@@ -121,7 +122,8 @@ def _row(
 
 
 def _joined(graph: Graph, candidate: Candidate) -> list[str]:
-    """What else a segment computes; of chunks, everything, and by which tactic."""
+    """Returns lines for the operations fused with a segment's first; for chunks, lines for all,
+    with their tactics."""
     names = [name_of(node) for node in graph.nodes[candidate.start : candidate.stop]]
     if "inner" not in candidate.settings:
         return [f"+ {name}" for name in names[1:]]
@@ -134,7 +136,7 @@ def _nodes(graph: Graph, segment: Segment) -> tuple[Node, ...]:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Numbers to the right, words to the left."""
+    """Returns a row of cells padded to the widths, numbers to the right, words to the left."""
     aligned = [
         cell.rjust(width) if 2 <= i <= 6 else cell.ljust(width)
         for i, (cell, width) in enumerate(zip(cells, widths, strict=True))

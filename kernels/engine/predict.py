@@ -1,4 +1,4 @@
-"""plan_for: what build_engine would plan on a GPU that is not here, by its data sheet."""
+"""plan_for: predicts from a GPU's data sheet what build_engine would plan on it."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,19 +26,19 @@ class Prediction:
 
     @property
     def ms(self) -> float:
-        """Of the whole network."""
+        """Returns the predicted ms of the whole network."""
         return sum(segment.ms for segment in self.segments)
 
     def explain(self) -> str:
-        """A table of the segments, as Engine.explain's, but for what was not measured."""
+        """Returns a table of the segments like Engine.explain's, with predicted times."""
         dtype = self.graph.values[self.graph.input].dtype
         mode = math_mode_of(dtype)
-        told = (
+        source = (
             f"Times are predicted by the roofline, not measured: {self.gpu.name}'s data sheet, "
             f"{self.gpu.tflops[mode]:g} TFLOP/s in {mode} and {self.gpu.tb_per_s:g} TB/s, as if "
             "every kernel reached them."
         )
-        return table(self.graph, self.segments, None, told)
+        return table(self.graph, self.segments, None, source)
 
 
 def plan_for(
@@ -50,17 +50,17 @@ def plan_for(
 ) -> Prediction:
     """Plans a model in eval mode for a GPU from GPUS, at the shape and dtype of `example`.
 
-    Every tactic counts as sound there: whether a kernel is right is found out where it runs.
+    No candidate is left out as wrong, since kernels can only be checked where they run.
 
     Args:
-        model: on any device, meta included; its weights are not looked at.
-        example: [N, C, H, W], likewise.
+        model: a module on any device, meta included; its weights are not read.
+        example: an input [N, C, H, W] on any device.
         gpu: a name in GPUS.
-        tactics: names in TACTICS, of those for GPUs; all of them by default.
+        tactics: names in TACTICS of tactics for GPUs, by default all of them.
 
     Raises:
-        ValueError: an unknown GPU or tactic, a model that cannot be captured or is in training
-            mode, or nodes that none of `tactics` computes.
+        ValueError: the GPU or a tactic is unknown, the model cannot be captured or is in training
+            mode, or none of `tactics` computes some node.
     """
     device = gpu_named(gpu)
     if any(module.training for module in model.modules()):

@@ -23,7 +23,7 @@ EXAMPLE_SIZE = 224  # pixels, where no example is given
 
 @dataclass(frozen=True)
 class Line:
-    """What explain says about one convolution of a model."""
+    """One convolution of a model, as explain describes it."""
 
     name: str
     shape: str  # C -> K RxS /stride
@@ -44,7 +44,7 @@ class Explanation:
 
     @property
     def share(self) -> float | None:
-        """Fused share of the convolutions' MACs, 0 to 1; None where MACs are unknown."""
+        """Returns the fused share of the convolutions' MACs, 0 to 1, None if MACs are unknown."""
         if any(line.macs is None for line in self.lines):
             return None
         total = sum(line.macs or 0 for line in self.lines)
@@ -55,8 +55,10 @@ class Explanation:
         return tuple(line for line in self.lines if not line.fused)
 
     def __str__(self) -> str:
-        left = (f"left in training mode: {name}: {why}" for name, why in self.left_in_training)
-        return "\n".join([*_table(self.lines), *left, self.summary()])
+        in_training = (
+            f"left in training mode: {name}: {why}" for name, why in self.left_in_training
+        )
+        return "\n".join([*_table(self.lines), *in_training, self.summary()])
 
     def summary(self) -> str:
         if not self.lines:
@@ -100,7 +102,7 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
 
 
 def _not_read(model: nn.Module) -> str:
-    """What else there is: convolutions of other dimensions, and what no forward shows."""
+    """Returns a note on convolutions of other dimensions and on TorchScript modules."""
     kinds = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     others = Counter(type(m).__name__ for m in model.modules() if isinstance(m, kinds))
     words = "".join(f"; {number} {name} left as they are" for name, number in others.items())
@@ -111,13 +113,13 @@ def _not_read(model: nn.Module) -> str:
 class _Found:
     def __init__(self) -> None:
         self.how: dict[str, str] = {}
-        self.left: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self.norms: dict[str, None] = {}  # in order, each once: a module has a step for every call
 
     def of(self, name: str) -> tuple[bool, str]:
         if name in self.how:
             return True, self.how[name]
-        return False, self.left.get(name, "no forward that could be read calls it")
+        return False, self.reasons.get(name, "no forward that could be read calls it")
 
 
 def _what_is_done(model: nn.Module) -> _Found:
@@ -130,25 +132,26 @@ def _what_is_done(model: nn.Module) -> _Found:
         for step in plan.steps.values() if plan is not None else ():
             _add(found, prefix, step)
         for layer, reason in planned.left.items():
-            found.left[prefix + layer] = reason
+            found.reasons[prefix + layer] = reason
     return found
 
 
 def _in_training(
     model: nn.Module,
 ) -> tuple[tuple[str, ...] | None, tuple[tuple[str, str], ...]]:
-    """Names of what is fused in training mode, if that was asked for, and what is not."""
+    """Returns the names fused in training mode, None if that was not asked for, and the reasons for
+    the others by name."""
     if all(training_plan_of(module) is None for module in model.modules()):
         return None, ()
     fused: dict[str, None] = {}
-    left: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     with unfused(model):
         found = list(plans_for_training(model))
     for name, _, plan in found:
         prefix = f"{name}." if name else ""
         fused |= {prefix + own.name: None for step in plan.steps.values() for own in steps_of(step)}
-        left |= {prefix + norm: reason for norm, reason in plan.left.items()}
-    return tuple(fused), tuple(left.items())
+        reasons |= {prefix + norm: reason for norm, reason in plan.left.items()}
+    return tuple(fused), tuple(reasons.items())
 
 
 def _add(found: _Found, prefix: str, step: FusedStep) -> None:
@@ -198,7 +201,8 @@ def _count_macs(
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy to run, whose forward may write to what it keeps; the model where it has none."""
+    """Returns a copy of the model to run, since its forward may write to attributes, or the model
+    itself if it cannot be copied."""
     try:
         return copied(model)
     except Exception:  # torch's, of parametrized and pruned layers

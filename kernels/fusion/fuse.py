@@ -116,7 +116,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[nn.Module]:
-    """`with fused(model):` runs it fused inside, and as it was afterwards."""
+    """Fuses a model inside `with fused(model):` and restores it afterwards."""
     fuse(model, inplace=True)
     try:
         yield model
@@ -126,7 +126,8 @@ def fused(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[nn.Module]:
-    """`with unfused(model):` runs the original layers inside; plans and folded weights are kept."""
+    """Runs the original layers inside `with unfused(model):`, without discarding plans and folded
+    weights."""
     plans = [
         (module, plan, training_plan_of(module))
         for module in model.modules()

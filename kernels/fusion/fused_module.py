@@ -28,9 +28,9 @@ from resfuse.kernels.fusion.training.training_plan import (
 )
 from resfuse.kernels.fusion.training.training_plan_builder import make_training_plan
 
-_LEFT = "_resfuse_left"
+_PLAN_STATE = "_resfuse_plan_state"
 # Reasons by layer, in eval mode and in training mode; and whether the weights are frozen.
-Left = tuple[dict[str, str], dict[str, str] | None, bool]
+PlanState = tuple[dict[str, str], dict[str, str] | None, bool]
 
 
 class Steps:
@@ -70,26 +70,27 @@ class FusedModule(nn.Module):
         vars(self)[PLAN].suspect()
 
     def _resfuse_fold_ahead(self) -> None:
-        """Folds, unless the weights are about to be trained: a copy of them would be no use."""
+        """Folds the weights, unless they are about to be trained."""
         if not (self.training and TRAINING_PLAN in vars(self)):
             vars(self)[PLAN].fold_ahead()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles hold the layers; a plan is made again from them."""
+        """Returns a pickle of the layers, from which the plan is made again."""
         require_weights(vars(self)[PLAN].has_discarded())
         state = {k: v for k, v in vars(self).items() if k not in _OURS}
-        return _empty, (original_class(self), self._resfuse_left()), state
+        return _empty, (original_class(self), self._resfuse_plan_state()), state
 
-    def _resfuse_left(self) -> Left:
-        """What was left alone, and why: a copy of a part cannot see the whole."""
+    def _resfuse_plan_state(self) -> PlanState:
+        """Returns the reasons why layers are not fused, in both modes, and whether the weights are
+        frozen. A copy of a part needs them, since it cannot see the whole model."""
         training = vars(self).get(TRAINING_PLAN)
         plan = vars(self)[PLAN]
         return plan.left, None if training is None else training.left, plan.frozen
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        left = vars(self).pop(_LEFT)
+        plan_state = vars(self).pop(_PLAN_STATE)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _attach_anew(self, left)
+        _attach_anew(self, plan_state)
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
@@ -120,40 +121,40 @@ class FusedGraphModule(FusedModule):
         """Compiles the changed graph, and makes a new plan from it."""
         with self._resfuse_as_it_was():
             code = self.recompile()
-        left = self._resfuse_left()
+        plan_state = self._resfuse_plan_state()
         detach(self)
-        _attach_anew(self, left)
+        _attach_anew(self, plan_state)
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         with self._resfuse_as_it_was():
             twin = deepcopy(self, memo)
         twin.training = self.training
-        return _attach_anew(twin, self._resfuse_left())
+        return _attach_anew(twin, self._resfuse_plan_state())
 
     def __copy__(self) -> Any:
         with self._resfuse_as_it_was():
             twin = copy(self)
         twin.training = self.training
-        return _attach_anew(twin, self._resfuse_left())
+        return _attach_anew(twin, self._resfuse_plan_state())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with self._resfuse_as_it_was():
             reduced = self.__reduce__()
         assert isinstance(reduced, tuple)
-        return _made_anew, (*reduced[:2], self.training, self._resfuse_left())
+        return _made_anew, (*reduced[:2], self.training, self._resfuse_plan_state())
 
 
-def _made_anew(make: Any, arguments: Any, training: bool, left: Left) -> nn.Module:
-    """A fused GraphModule out of a pickle."""
+def _made_anew(make: Any, arguments: Any, training: bool, plan_state: PlanState) -> nn.Module:
+    """Returns a fused GraphModule from the contents of a pickle."""
     module = make(*arguments)
     module.training = training
-    return _attach_anew(module, left)
+    return _attach_anew(module, plan_state)
 
 
-def _attach_anew(module: nn.Module, left: Left) -> nn.Module:
-    """Gives a module the plans that it had, made again."""
-    why_skipped, left_in_training, frozen = left
+def _attach_anew(module: nn.Module, plan_state: PlanState) -> nn.Module:
+    """Makes a module's plans again and attaches them."""
+    why_skipped, left_in_training, frozen = plan_state
     module.__class__ = original_class(module)
     plan = make_plan(module, _reasons(module, why_skipped).get).plan or sequence_plan(module)
     if left_in_training is not None:
@@ -167,9 +168,9 @@ def _attach_anew(module: nn.Module, left: Left) -> nn.Module:
     return module
 
 
-def _reasons(module: nn.Module, left: dict[str, str]) -> dict[nn.Module, str]:
+def _reasons(module: nn.Module, by_name: dict[str, str]) -> dict[nn.Module, str]:
     named = dict(module.named_modules())
-    return {named[name]: reason for name, reason in left.items() if name in named}
+    return {named[name]: reason for name, reason in by_name.items() if name in named}
 
 
 def attach(module: nn.Module, plan: Plan, training: TrainingPlan | None = None) -> None:
@@ -231,8 +232,8 @@ def _forward_in(kind: type[nn.Module]) -> Forward:
     return forward
 
 
-def _empty(kind: type[nn.Module], left: Left) -> nn.Module:
+def _empty(kind: type[nn.Module], plan_state: PlanState) -> nn.Module:
     fused = _fused_class(kind)
     module = fused.__new__(fused)
-    vars(module)[_LEFT] = left
+    vars(module)[_PLAN_STATE] = plan_state
     return module

@@ -62,7 +62,7 @@ class FusedConvBNAct(_FusesInEval):
         self.act = _activation(activation, out_channels)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [N, C, H, W], residual [N, K, P, Q] -> y [N, K, P, Q]."""
+        """Computes y [N, K, P, Q] from x [N, C, H, W] and a residual [N, K, P, Q]."""
         y = self.bn(self.conv(x))
         z: Tensor = self.act(y if residual is None else y + residual)
         return z
@@ -106,7 +106,7 @@ class FusedBasicBlock(_FusesInEval):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] -> y [N, planes, P, Q]."""
+        """Computes y [N, planes, P, Q] from x [N, C, H, W]."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += x if self.downsample is None else self.downsample(x)
@@ -150,7 +150,7 @@ class FusedBottleneck(_FusesInEval):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] -> y [N, 4 planes, P, Q]."""
+        """Computes y [N, 4 planes, P, Q] from x [N, C, H, W]."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))

@@ -1,4 +1,4 @@
-"""Does a fused model still answer what the model did? Asked once, at fuse time, of an example."""
+"""Checks, once when a model is fused, that it still gives the same answer to an example."""
 
 from contextlib import AbstractContextManager
 
@@ -67,7 +67,7 @@ def _answer(model: nn.Module, example: Tensor) -> list[Tensor]:
 
 
 def _error(got: Tensor, want: Tensor) -> float:
-    """Relative L2 error; 0 where both are empty or zero."""
+    """Returns the relative L2 error, 0 where both are empty or zero."""
     distance = float((got.double() - want.double()).norm())
     size = float(want.double().norm())
     return distance / size if size else distance

@@ -214,7 +214,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values under one name nobody can say which was meant."""
+    """Returns the pairs as a dict, and raises ValueError if a name occurs twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError("a name stands twice")

@@ -154,7 +154,7 @@ def other_worker(model: nn.Module, example: Tensor) -> Run:
 
 
 def other_stream(model: nn.Module, example: Tensor) -> Run:
-    """Queues the work on a stream that nobody waits for."""
+    """Queues the work on a stream that is never waited for."""
     honest, stream = _honest(model), torch.cuda.Stream()
 
     def run(images: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def patched_clock(model: nn.Module, example: Tensor) -> Run:
 
 
 def patched_both_clocks(model: nn.Module, example: Tensor) -> Run:
-    """Slows both clocks of the process: only somebody outside of it can tell."""
+    """Slows both clocks of the process: only another process can tell."""
     from resfuse.bench.measuring.clock import timing
 
     for name in ("_clock_ns", "_second_clock_ns"):

@@ -17,7 +17,7 @@ from habits import CHANNELS
 
 
 class Tagged(Tensor):
-    """Somebody's subclass."""
+    """A user's subclass of Tensor."""
 
 
 def randn(*shape: int) -> Tensor:

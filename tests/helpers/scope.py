@@ -1,4 +1,4 @@
-"""Somebody's forward over somebody's layers, without a class for each."""
+"""Builds a module from given layers and a given forward, without a class for each."""
 
 from collections.abc import Callable
 from typing import Any

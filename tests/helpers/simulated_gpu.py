@@ -43,7 +43,7 @@ METRICS: dict[str, float | str | None] = {
 
 
 class Killed(BaseException):
-    """What nobody can catch: the process is gone. The files are as they were at that moment."""
+    """Stands for a killed process: no handler catches it, and the files stay as they are."""
 
 
 @dataclass
@@ -180,7 +180,7 @@ class SimulatedGpu:
 
 
 class _Nowhere:
-    """A terminal nobody looks at."""
+    """A terminal whose output is dropped."""
 
     encoding = "utf-8"
 

@@ -122,7 +122,7 @@ def test_refuses_a_machine_without_a_gpu(
 
 
 class FakeClock:
-    """Time passes when somebody says so."""
+    """A clock that a test moves on."""
 
     def __init__(self) -> None:
         self.now = 0.0

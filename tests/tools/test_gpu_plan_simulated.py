@@ -104,7 +104,7 @@ def test_commands_follow_each_other_until_all_is_done(root: Path, tmp_path: Path
     assert len(settled) == len(set(settled))
     rows = rows_of(folder)
     assert set(rows[rows.backend == "onnxrt"].status) == {"unavailable"}
-    assert not any(case.backend == "onnxrt" for case in gpu.begun)  # nobody was asked twice
+    assert not any(case.backend == "onnxrt" for case in gpu.begun)  # it was not asked twice
 
 
 def cuts() -> list[tuple[float, type[BaseException]]]:

@@ -22,7 +22,7 @@ class ConvRelu(nn.Module):
 
 
 def layer(problem: ConvProblem, device: str, seed: int) -> ConvRelu:
-    """The layer with seeded weights: He's initialisation, biases of a tenth."""
+    """Returns the layer with seeded weights: He's initialisation, biases of a tenth."""
     generator = torch.Generator().manual_seed(seed)
     made = ConvRelu(problem).eval().requires_grad_(False)
     nn.init.kaiming_normal_(made.conv.weight, nonlinearity="relu", generator=generator)

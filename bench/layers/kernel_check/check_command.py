@@ -56,14 +56,14 @@ def check(args: argparse.Namespace) -> int:
 
 
 def kernels_of(args: argparse.Namespace) -> list[str]:
-    """The kernels the parsed flags name; UsageError for an unknown one."""
+    """Returns the kernels that the flags name, and raises UsageError for an unknown one."""
     from resfuse.kernels.gpu.registry import KERNELS
 
     return pick("--kernel", args.kernel, list(KERNELS))
 
 
 def math_modes_of(args: argparse.Namespace) -> list[str]:
-    """The math modes the parsed flags name; UsageError for an unknown one."""
+    """Returns the math modes that the flags name, and raises UsageError for an unknown one."""
     from resfuse.kernels.ops.conv_problem import MATH_MODES
 
     return pick("--math-mode", args.math_mode, list(MATH_MODES))
@@ -113,12 +113,12 @@ def check_configs(
                 f"{kernel} {math_mode} {label}: {status}: {error}", highlight=False, soft_wrap=True
             )
 
-    def heard(told: dict[str, Any]) -> None:
+    def heard(message: dict[str, Any]) -> None:
         under_way.clear()
-        if "began" in told:
-            under_way.append(told["began"])
+        if "began" in message:
+            under_way.append(message["began"])
         else:
-            append(told["key"], told["status"], told["error"], told["metrics"])
+            append(message["key"], message["status"], message["error"], message["metrics"])
 
     finished = False
     while not finished and time_left() >= LEAST_S:
@@ -134,10 +134,10 @@ def check_configs(
             append(under_way.pop(), died.status, died.error, {})
         elif len(skip) == before:
             raise RuntimeError(f"no configuration can be tried: {died.error}")
-    told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     left_out = "" if finished else "; the others are left out for want of time"
     where = folder / SHEET.file
-    say(f"{counts.total()} configurations in {where}: {told or 'nothing to try'}{left_out}")
+    say(f"{counts.total()} configurations in {where}: {summary or 'nothing to try'}{left_out}")
     return counts, finished
 
 

@@ -31,7 +31,7 @@ Tell = Callable[..., None]
 
 
 def key(kernel: str, trial: Trial) -> str:
-    """Stands for a configuration of a kernel among all of them."""
+    """Returns the name of a configuration among those of all kernels."""
     return f"{kernel}|{trial.math_mode}|{trial.label}"
 
 
@@ -89,7 +89,7 @@ def judge(trial: Trial) -> Outcome:
 
 
 def attempt(trial: Trial, device: str) -> Outcome:
-    """Judges a trial (see `judge`); whatever it raises becomes the outcome."""
+    """Returns the outcome of `judge` for a trial; an exception becomes one."""
     if device.startswith("cuda"):
         major, minor = torch.cuda.get_device_capability(device)
         if trial.launch.least_capability > 10 * major + minor:

@@ -46,7 +46,7 @@ def statistics(place: Place) -> Iterator[Trial]:
 
 
 def _parts(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The Partials of x by parts of so many pixels, in fp64."""
+    """Returns the Partials of x by parts of so many pixels, in fp64."""
     parts = x.double().permute(0, 2, 3, 1).flatten(0, 2).split(rows)
     found = []
     for part in parts:
@@ -124,7 +124,7 @@ def _wide(vector: Tensor | None) -> Tensor:
 
 
 def conv_statistics(place: Place) -> Iterator[Trial]:
-    """A convolution and the statistics of its output, tile by tile."""
+    """Yields trials of a convolution and the statistics of its output, tile by tile."""
     problems = [p for p in resnet_problems(place.math_mode) if p.n == 32]
     if place.small:
         problems = [ConvProblem(1, 16, 5, 7, 24, 3, 3, (1, 1), (1, 1), math_mode=place.math_mode)]
@@ -157,7 +157,8 @@ def conv_statistics(place: Place) -> Iterator[Trial]:
 
 
 def bn_conv1x1(place: Place) -> Iterator[Trial]:
-    """A 1x1 convolution of an image normalised on the way, and the statistics of its output."""
+    """Yields trials of a 1x1 convolution of an image normalised on the way, with the statistics of
+    its output."""
     n, c, hw, k = (1, 16, 5, 24) if place.small else (32, 64, 28, 256)
     x, filters = place.draw(n, c, hw, hw), place.draw(k, c, 1, 1, fan_in=c)
     mean, scale, weight, bias = (place.draw(c, seed=seed).float() for seed in range(4))

@@ -1,4 +1,4 @@
-"""One configuration of a kernel to be tried, and where."""
+"""Trial: a configuration of a kernel to try, and Place: where to try it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration: what to launch, what it fills (NaN so far), and what must stand there."""
+    """A configuration to try: its launch, the output (NaN before), and the expected values."""
 
     label: str
     math_mode: str
@@ -30,14 +30,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Place:
-    """Where trials run, in which math mode, and how large they are."""
+    """The device, math mode and size of trials."""
 
     device: str  # "meta" to compile only
     math_mode: str
     small: bool
 
     def draw(self, *shape: int, fan_in: int = 1, seed: int = 0) -> Tensor:
-        """Random numbers of variance 1 / fan_in, the same for the same shape and seed."""
+        """Returns random numbers of variance 1 / fan_in, the same for the same shape and seed."""
         dtype = MATH_MODES[self.math_mode][0]
         if self.device == "meta":
             drawn = torch.empty(shape, dtype=dtype, device="meta")

@@ -1,1 +1,1 @@
-"""The only clock, and when to stop looking at it."""
+"""The only clock of measurements, and the rule when to stop."""

@@ -117,7 +117,7 @@ class Watch:
 
 
 def seconds(span: Span) -> float:
-    """The span's length, once its clocks agree within 2 % and 5 ms.
+    """Returns the span's length, once its clocks agree within 2 % and 5 ms.
 
     Raises:
         ClockError: they do not.

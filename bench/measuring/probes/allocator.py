@@ -1,5 +1,4 @@
-"""glibc's allocator, held still: what the processes that measure tell it, and what the memory probe
-does.
+"""Settings of glibc's allocator, for the processes that measure and for the memory probe.
 
 By default it gives freed memory back to the system and faults it in again, or does not, by chance
 of what was allocated before: eager ResNet-18 at batch 8 took 116 ms in some processes and 135 ms in
@@ -22,18 +21,18 @@ _LARGEST = 2**31 - 1  # mallopt takes an int
 
 
 def keeping(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that keeps what it frees; what the user has set stays."""
+    """Returns the environment of a process that keeps freed memory; the user's settings stay."""
     name, version = platform.libc_ver()
     if name != "glibc":
         return dict(environment)
     old = [int(part) for part in version.split(".")] < [2, 35]
     mapped = MOST_BEFORE_2_35 if old else KEEP
-    told = {"MALLOC_TRIM_THRESHOLD_": str(KEEP), "MALLOC_MMAP_THRESHOLD_": str(mapped)}
-    return {**told, **environment}
+    thresholds = {"MALLOC_TRIM_THRESHOLD_": str(KEEP), "MALLOC_MMAP_THRESHOLD_": str(mapped)}
+    return {**thresholds, **environment}
 
 
 def described(environment: Mapping[str, str]) -> str:
-    """The settings in force, as a fact of the results."""
+    """Returns the settings in force, as a fact of the results."""
     found = [f"{name}={environment[name]}" for name in THRESHOLDS if name in environment]
     return " ".join(found) or "default"
 
@@ -48,12 +47,13 @@ def giving_back() -> Iterator[None]:
     the size, one of the step's takes its place and stays resident there: fused ResNet-50 at batch 8
     held 217 MB instead of 160. So such holes are taken first, and not touched.
     """
-    told = {name: os.environ[name] for name in THRESHOLDS if os.environ.get(name, "").isdigit()}
-    if not told or platform.libc_ver()[0] != "glibc":
+    given = {name: os.environ.get(name, "") for name in THRESHOLDS}
+    thresholds = {name: value for name, value in given.items() if value.isdigit()}
+    if not thresholds or platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
-    for name in told:
+    for name in thresholds:
         libc.mallopt(THRESHOLDS[name], _GIVE_BACK)
     plugs = _plug_holes(libc)
     try:
@@ -61,7 +61,7 @@ def giving_back() -> Iterator[None]:
     finally:
         for place in plugs:
             libc.free(ctypes.c_void_p(place))
-        for name, value in told.items():
+        for name, value in thresholds.items():
             libc.mallopt(THRESHOLDS[name], min(int(value), _LARGEST))
 
 

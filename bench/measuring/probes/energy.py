@@ -23,7 +23,7 @@ _QUEUED = 8
 def joules_of(
     step: Callable[[], None], device: str, rapl: Path = RAPL, seconds_s: float = SECONDS
 ) -> float | None:
-    """Joules of one step of the whole device (CPU: all packages).
+    """Returns the joules of one step of the whole device (CPU: all packages), None if unknown.
 
     Args:
         step: what to run.
@@ -62,13 +62,15 @@ class Counters:
         }
 
     def read(self) -> dict[str, float]:
-        """Joules by package; empty where one cannot be read, which takes root on most systems."""
+        """Returns the joules by package, empty if one cannot be read: most systems allow only root
+        to."""
         found = {str(zone): _number(zone / "energy_uj") for zone in self._zones}
         known = {zone: value / 1e6 for zone, value in found.items() if value is not None}
         return known if len(known) == len(found) else {}
 
     def gained(self, before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
-        """Joules between two readings; None where a counter began anew and does not say where."""
+        """Returns the joules between two readings, None where a counter wrapped around at an
+        unknown value."""
         ranges = {str(zone): most for zone, most in self._zones.items()}
         total = 0.0
         for zone, start in before.items():
@@ -85,7 +87,7 @@ class Counters:
 
 
 def _gpu_joules() -> dict[str, float]:
-    """The counter since the driver was loaded, in 64 bits of mJ: it does not wrap around."""
+    """Returns the GPU's joules since its driver was loaded; 64 bits of mJ do not wrap around."""
     torch.cuda.synchronize()
     millijoules = nvml.read("nvmlDeviceGetTotalEnergyConsumption")
     return {} if millijoules is None else {"gpu": millijoules / 1e3}

@@ -1,4 +1,4 @@
-"""Waits until nothing else is using the machine, and measures what is.
+"""Waits until the machine is idle, and measures the load of other processes.
 
 Two OpenMP threads beside one busy process took 40 times as long as alone (eager ResNet-18 on two
 cores, 830 ms instead of 20): they wait for each other. What a backend left running after its set-up
@@ -20,7 +20,7 @@ BUSY_CORES = 0.25  # background load of an idle system
 
 
 def limit_s(kind: str) -> float:
-    """Seconds to wait at the most: $RESFUSE_QUIET_S where a machine is known never to rest, or
+    """Returns the most seconds to wait: $RESFUSE_QUIET_S, for machines known never to rest, or
     LIMIT_S.
 
     Raises:
@@ -39,7 +39,7 @@ def limit_s(kind: str) -> float:
 
 
 def wait_for_quiet(limit_s: float) -> bool:
-    """Sleeps until the processors have been idle for a moment.
+    """Waits until the processors have been idle for a moment.
 
     Args:
         limit_s: seconds to wait at the most.
@@ -66,7 +66,7 @@ class OtherWork:
         self._by_process = _by_process()
 
     def cores(self, seconds: float) -> float:
-        """Processors kept busy on average.
+        """Returns the average number of processors that other processes kept busy.
 
         Args:
             seconds: since this object was made.
@@ -77,14 +77,14 @@ class OtherWork:
         """Names and cores of the programs that used most, from a tenth of a core up. Processes of
         other guests, containers or, without permission, users have no name."""
         found: dict[str, float] = {}
-        for key, (name, spent) in _by_process().items():
-            own = (spent - self._by_process.get(key, ("", 0.0))[1]) / max(seconds, 1e-6)
+        for key, (name, used_s) in _by_process().items():
+            own = (used_s - self._by_process.get(key, ("", 0.0))[1]) / max(seconds, 1e-6)
             found[name] = found.get(name, 0.0) + own
         return sorted((e for e in found.items() if e[1] >= 0.1), key=lambda e: -e[1])[:most]
 
 
 def _others_s() -> float:
-    """CPU seconds since the system started of everything but this process."""
+    """Returns the CPU seconds since the system started of all but this process."""
     processors = psutil.cpu_times(percpu=True)
     if hasattr(os, "sched_getaffinity"):
         allowed = os.sched_getaffinity(0)
@@ -95,7 +95,7 @@ def _others_s() -> float:
 
 
 def _by_process() -> dict[tuple[int, float], tuple[str, float]]:
-    """(pid, start) -> name and CPU seconds of every other process that can be seen."""
+    """Returns the name and CPU seconds of every other visible process by (pid, start)."""
     mine = {os.getpid(), os.getppid()}
     found = {}
     for process in psutil.process_iter():

@@ -68,13 +68,13 @@ def facts(device: str, threads: int) -> dict[str, str]:
 
 
 def env_id(found: dict[str, str]) -> str:
-    """Ten hex digits that stand for an environment in every row."""
+    """Returns ten hex digits that identify an environment in every row."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def folder_name(found: Mapping[str, str]) -> str:
-    """The results folder of a machine, in words a person would use: `nvidia-h200`,
-    `intel-xeon-emerald-rapids-2-cores`. Versions are told apart by env_id, within the folder."""
+    """Returns the results folder of a machine in readable words: `nvidia-h200`,
+    `intel-xeon-emerald-rapids-2-cores`. Within it, env_id distinguishes versions."""
     name = found["device_name"]
     if found.get("device") == "cpu":
         cores = f"{found['cpu_cores']} cores"
@@ -90,8 +90,8 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The last commit that changed more than results, with a hash of uncommitted changes; without
-    git the version, with a hash of the sources: a copy of them may have been mended since."""
+    """Returns the last commit that changed more than results, with a hash of uncommitted changes;
+    without git the version, with a hash of the sources, which may have been changed."""
     head = _git("rev-list", "-1", "--abbrev-commit", "--abbrev=12", "HEAD", "--", ".", NO_RESULTS)
     if not head:
         return f"v{_version('resfuse') or 'unknown'}+{_sources_digest()}"
@@ -105,8 +105,8 @@ def commit() -> str:
 def known_ceilings(
     found: Mapping[str, str], environments: Iterable[Mapping[str, str]]
 ) -> dict[str, str]:
-    """The fastest that this device was seen to be, with the same driver and libraries: what else
-    differs between environments (Triton, packages) neither copies nor multiplies.
+    """Returns the highest ceilings recorded for this device with the same driver and libraries.
+    Other differences between environments (Triton, packages) do not change them.
 
     Args:
         found: facts of the environment at hand.
@@ -122,7 +122,7 @@ def known_ceilings(
 
 
 def _sources_digest() -> str:
-    """Six hex digits that stand for the three packages' Python and C++ files."""
+    """Returns six hex digits that identify the packages' Python and C++ files."""
     digest = hashlib.sha256()
     for package in ("bench", "kernels", "resnet_ref", "tools"):
         for path in sorted((SOURCES / package).rglob("*")):
@@ -134,8 +134,7 @@ def _sources_digest() -> str:
 def ceilings(
     device: str, precisions: Iterable[str], known: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
-    """The fastest this device was seen to copy memory and to multiply in each math mode, on random
-    data.
+    """Measures how fast this device copies memory and multiplies in each math mode, on random data.
 
     A copy counts its bytes twice (read and written). A product is a square matrix multiplication or
     a 3x3 convolution, whichever is faster. Takes about two seconds.

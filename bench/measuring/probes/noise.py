@@ -1,4 +1,4 @@
-"""How much a fixed loop's time varies here, and so which speed-ups may be believed."""
+"""Measures how much a fixed loop's time varies here, and so which speed-ups can be told from 1."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -23,9 +23,9 @@ def noise(device: str, budget_s: float = SECONDS) -> list[Finding]:
 
 
 def expected_interval(device: str) -> float:
-    """About how wide the 95 % intervals of speed-ups will be, as half of the width over the ratio:
-    that of two copies of a loop as long as a step of a small network, in as many rounds as a case
-    of a quick sweep has."""
+    """Returns the expected width of 95 % intervals of speed-ups, as half of the width over the
+    ratio: that of two copies of a loop as long as a step of a small network, in as many rounds as a
+    case of a quick sweep has."""
     from resfuse.bench.common.statistics import paired_speedup
 
     ratio, low, high = paired_speedup(*_paired_times(device, ROUNDS, 0.0, REPEATS))
@@ -43,9 +43,9 @@ def _paired_times(
     kind = torch.device(device).type
     a, b = (torch.randn(SIDE[kind], SIDE[kind], device=device) for _ in range(2))
     times: tuple[list[float], list[float]] = ([], [])
-    spent = Watch()
+    watch = Watch()
     torch.mm(a, b)
-    while len(times[0]) < rounds or _spent(spent) < budget_s:
+    while len(times[0]) < rounds or _spent(watch) < budget_s:
         for own in times:
             stopwatch = STOPWATCHES[kind]()
             stopwatch.mark()
@@ -57,7 +57,8 @@ def _paired_times(
 
 
 def judged(first: Sequence[float], second: Sequence[float]) -> list[Finding]:
-    """Judges this machine by the times (ms) of two copies of one loop, taken in turns."""
+    """Returns findings on this machine from the times (ms) of two copies of one loop run in
+    turns."""
     from resfuse.bench.common.statistics import paired_speedup, percentile
 
     every = [*first, *second]

@@ -35,7 +35,7 @@ HARMLESS = 0x1 | 0x10  # idle and sync boost cost a loaded card nothing
 
 
 def throttle() -> str | None:
-    """Why the GPU runs below its boost clock right now; "none" where it gives no reason."""
+    """Returns why the GPU runs below its boost clock now, "none" if it gives no reason."""
     bits = read("nvmlDeviceGetCurrentClocksEventReasons")
     if bits is None:
         bits = read("nvmlDeviceGetCurrentClocksThrottleReasons")

@@ -23,7 +23,7 @@ _RESET_HIGH_WATER_MARK = "5"  # proc(5)
 
 
 def held(device: str) -> int | None:
-    """Bytes held now by the allocator (GPU) or the process (CPU); None if unknown."""
+    """Returns the bytes in use by the allocator (GPU) or the process (CPU), None if unknown."""
     _give_back_free_memory(device)
     return (
         torch.cuda.memory_allocated() + _idle_in_graphs() if device == "cuda" else _status("VmRSS")
@@ -69,9 +69,10 @@ def peak_of(step: Callable[[], None], device: str, before: int | None) -> Memory
 
 
 def _idle_in_graphs() -> int:
-    """Bytes of the current GPU that pools of CUDA graphs have reserved and not allocated.
+    """Returns the bytes of the current GPU that pools of CUDA graphs have reserved but not
+    allocated.
 
-    The allocator lists segments by pool; (0, 0) is everybody's.
+    The allocator lists segments by pool; (0, 0) is the common one.
     """
     here = torch.cuda.current_device()
     return sum(

@@ -30,13 +30,14 @@ SKYLAKE = ("6", "85")  # its steppings are three chips
 
 
 def cpu_name() -> str:
-    """The processor's name without trademark signs, from the system's own tables."""
+    """Returns the processor's name without trademark signs, from the system's own tables."""
     name = _first().get("model name") or platform.processor() or platform.machine()
     return " ".join(name.replace("(R)", "").replace("(TM)", "").split())
 
 
 def cpu_facts() -> dict[str, str]:
-    """`cpu`, and what tells processors of one name apart: `cpu_model`, `cpu_isa` where known."""
+    """Returns the fact `cpu`, and `cpu_model` and `cpu_isa` where known, which distinguish
+    processors of one name."""
     entry = _first()
     number = [
         f"{word} {entry[key]}"
@@ -54,7 +55,7 @@ def cpu_facts() -> dict[str, str]:
 
 
 def microarchitecture(facts: Mapping[str, str]) -> str:
-    """The name of a server chip's design by the fact `cpu_model`; "" where that says nothing."""
+    """Returns the name of a server chip's design by the fact `cpu_model`, "" if it is unknown."""
     words = facts.get("cpu_model", "").split()
     number = dict(zip(words[::2], words[1::2], strict=False))
     chip = number.get("family", ""), number.get("model", "")

@@ -108,8 +108,8 @@ def floor(
     ceilings: Mapping[str, float],
     math_mode: str,
 ) -> Floor | None:
-    """The time the arithmetic, or reading the weights and input and writing the output once, takes
-    at the ceilings.
+    """Returns the time the arithmetic, or reading the weights and input and writing the output
+    once, takes at the ceilings.
 
     A training step computes three times the forward pass's MACs (output, input gradient, weight
     gradient).

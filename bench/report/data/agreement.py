@@ -32,7 +32,8 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """Below 1, the ways are closer to each other than two seeds are."""
+        """Returns the distance between the ways over that between seeds; below 1 the ways are
+        closer."""
         return self.distance / self.between_seeds if self.between_seeds else float("inf")
 
 
@@ -108,7 +109,7 @@ def change(experiment: Experiment, way: str, column: str) -> Estimate | None:
 
 
 def _root_mean_square(lines: np.ndarray) -> np.ndarray:
-    """The root mean square over the first axis."""
+    """Returns the root mean square over the first axis."""
     root: np.ndarray = np.sqrt(np.square(lines).mean(0))
     return root
 
@@ -120,7 +121,7 @@ def _rms(values: np.ndarray) -> float:
 def _same_seeds(
     experiment: Experiment, way: str, other: str
 ) -> tuple[list[Training], list[Training]]:
-    """The finished trainings of two ways by the seeds that both have."""
+    """Returns the finished trainings of two ways by the seeds that both have."""
     sides = [{t.seed: t for t in experiment.run_as(name)} for name in (way, other)]
     seeds = [seed for seed in sides[0] if seed in sides[1]]
     return [sides[0][seed] for seed in seeds], [sides[1][seed] for seed in seeds]

@@ -9,7 +9,8 @@ EMPTY = "-"
 
 
 def number(value: float | None) -> str:
-    """Three significant digits: 1.23e-7, 0.0123, 1.23; whole from 100 up; a dash for None."""
+    """Returns three significant digits (1.23e-7, 0.0123, 1.23), whole numbers from 100 on, and a
+    dash for None."""
     if value is None:
         return EMPTY
     rounded = float(f"{value:.2e}")
@@ -23,7 +24,7 @@ def number(value: float | None) -> str:
 
 
 def speedup(result: Result) -> str:
-    """The row's own paired speed-up and interval, in words where it cannot be told from 1.
+    """Returns the row's own paired speed-up and interval, in words where it cannot be told from 1.
 
     The baseline is measured against a second copy of itself; that ratio is the noise of the run.
     """
@@ -33,20 +34,20 @@ def speedup(result: Result) -> str:
         return "baseline" if result.is_baseline and result.status == "pass" else EMPTY
     if low is None or high is None:
         return f"{number(ratio)} (no interval)"
-    told = interval(ratio, low, high)
+    cell = interval(ratio, low, high)
     if result.is_baseline:
-        return f"baseline; against itself {told}"
-    return told if excludes_one(low, high) else f"{told} not significant"
+        return f"baseline; against itself {cell}"
+    return cell if excludes_one(low, high) else f"{cell} not significant"
 
 
 def interval(ratio: float, low: float, high: float) -> str:
-    """`1.42 [1.38, 1.46]`, with as many digits as it takes to see whether 1 is inside."""
+    """Returns text such as `1.42 [1.38, 1.46]`, with enough digits to show whether 1 is inside."""
     digits = _ratio_digits(ratio, low, high)
     return f"{ratio:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def estimate(found: Estimate | None) -> str:
-    """A mean over seeds and its interval."""
+    """Returns a mean over seeds and its interval."""
     if found is None:
         return EMPTY
     if found.low is None or found.high is None:
@@ -59,7 +60,7 @@ def excludes_one(low: float, high: float) -> bool:
 
 
 def _ratio_digits(ratio: float, low: float, high: float) -> int:
-    """Two decimals, or three where an interval that excludes 1 would seem to touch it."""
+    """Returns two decimals, or three where an interval that excludes 1 would seem to touch it."""
     nearest = low if ratio > 1 else high
     hidden = excludes_one(low, high) and f"{nearest:.2f}" == "1.00"
     if ratio >= 10:

@@ -76,16 +76,16 @@ class Experiment:
 
     @property
     def steps(self) -> int:
-        """The optimizer's steps in the longest training; 0 where none is finished."""
+        """Returns the optimizer's steps in the longest training; 0 where none is finished."""
         images = [int(t.numbers.get("train_images", 0)) for t in self.finished]
         return self.epochs * -(-max(images, default=0) // self.batch_size)
 
     def of(self, network: str, depth: int) -> list[Training]:
-        """The finished trainings of a network at a depth, a seed each."""
+        """Returns the finished trainings of a network at a depth, a seed each."""
         return [t for t in self.finished if (t.shortcut, t.depth) == (network, depth)]
 
     def run_as(self, way: str) -> list[Training]:
-        """The finished trainings of a way, a seed each."""
+        """Returns the finished trainings of a way, a seed each."""
         return [t for t in self.finished if t.way == way]
 
 
@@ -105,7 +105,7 @@ class Estimate:
 
 
 def estimate(trainings: Sequence[Training], column: str) -> Estimate | None:
-    """The error in `column` over the seeds; None where there is none."""
+    """Returns the error in `column` over the seeds; None where there is none."""
     values = [t.numbers[column] for t in trainings if column in t.numbers]
     if not values:
         return None
@@ -116,14 +116,15 @@ def estimate(trainings: Sequence[Training], column: str) -> Estimate | None:
 
 
 def stacked(trainings: Sequence[Training], curve: str) -> np.ndarray:
-    """A curve of each [seeds, points]; of equal length only, which those of an experiment are."""
+    """Returns a curve of each training as [seeds, points]; the curves of an experiment have one
+    length."""
     found = [t.curves[curve] for t in trainings if t.curves.get(curve)]
     return np.array([line for line in found if len(line) == len(found[0])])
 
 
 def read_training_rows(folder: Path, sheet: Sheet) -> dict[str, list[Row]]:
-    """env_id -> whole rows of a study's file in a folder, in the order of the file; nothing without
-    it.
+    """Returns the complete rows of a study's file in a folder by env_id, in order; empty without a
+    file.
 
     Raises:
         UsageError: the file cannot be read, or names a network or a way that is none.
@@ -150,16 +151,16 @@ def _require_known(row: Mapping[object, object], path: Path) -> None:
 
 
 def experiments(rows: Sequence[Row]) -> tuple[Experiment, ...]:
-    """The experiments of one environment's rows of one sheet, by data and length, and by network
-    where each was run in several ways."""
+    """Returns the experiments of one environment's rows of one sheet, by data and length, and by
+    network where each was run in several ways."""
     identity = ("device_name", *IDENTITY)
     latest = {tuple(str(row.get(name)) for name in identity): row for row in rows}
     grouped: dict[tuple[object, ...], list[Row]] = {}
     for row in latest.values():
         network = row["model"] if "way" in row else ""
         grouped.setdefault((*(row[name] for name in SHARED), network), []).append(row)
-    made = (_experiment(group) for group in grouped.values())
-    return tuple(sorted(made, key=lambda e: (e.device_name, e.data, e.epochs)))
+    every = (_experiment(group) for group in grouped.values())
+    return tuple(sorted(every, key=lambda e: (e.device_name, e.data, e.epochs)))
 
 
 def _experiment(rows: Sequence[Row]) -> Experiment:

@@ -11,11 +11,11 @@ _DEPTH = re.compile(r"\d+")
 
 
 def family(model: str) -> str:
-    """The name with `*` for its depth: `resnet*_v1`."""
+    """Returns the name with `*` for its depth: `resnet*_v1`."""
     return _DEPTH.sub("*", model, count=1)
 
 
 def depth(model: str) -> int:
-    """The depth in a name, 0 where there is none."""
+    """Returns the depth in a name, 0 where there is none."""
     found = _DEPTH.search(model)
     return int(found.group()) if found else 0

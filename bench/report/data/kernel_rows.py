@@ -24,7 +24,8 @@ Row = Mapping[str, object]
 
 
 def read_kernel_rows(folder: Path) -> dict[str, list[Row]]:
-    """env_id -> whole rows of a folder's kernels.csv, in the order of the file; nothing without it.
+    """Returns the complete rows of a folder's kernels.csv by env_id, in order; empty without a
+    file.
 
     Raises:
         UsageError: the file cannot be read.
@@ -39,7 +40,8 @@ def read_kernel_rows(folder: Path) -> dict[str, list[Row]]:
 
 
 def workloads(rows: Sequence[Row]) -> tuple[Workload, ...]:
-    """The workloads of one environment's rows, by precision, model in order of depth and batch."""
+    """Returns the workloads of one environment's rows, by precision, model in order of depth and
+    batch."""
     latest = {tuple(str(row[name]) for name in IDENTITY): row for row in rows}
     grouped: dict[tuple[str, ...], list[Row]] = {}
     for row in latest.values():

@@ -7,5 +7,5 @@ PAGE = ("jinja2", "plotly", "matplotlib")  # of report.html, whose axes are the 
 
 
 def lacking(packages: tuple[str, ...]) -> str:
-    """The packages that are not installed, as "one and another"; "" where all are."""
+    """Returns the packages that are not installed, as "one and another"; "" where all are."""
     return " and ".join(name for name in packages if find_spec(name) is None)

@@ -30,8 +30,9 @@ class Ratio:
     high: float
     paired: bool = True
 
-    def told(self) -> str:
-        """`1.25 ±0.02`, `~1.25 ±0.03` where it is indirect; `same` where 1 is in the interval."""
+    def text(self) -> str:
+        """Returns `1.25 ±0.02`, `~1.25 ±0.03` if it is indirect, and `same` if 1 is in the
+        interval."""
         half = max(self.high - self.value, self.value - self.low)
         digits = 1 if self.value >= 10 else 2
         number = f"{'' if self.paired else '~'}{self.value:.{digits}f} ±{half:.{digits}f}"
@@ -65,7 +66,7 @@ class Network:
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        """The baselines that any line has a ratio over."""
+        """Returns the baselines that any line has a ratio over."""
         return tuple(
             name for name in BASELINES if any(line.ratios.get(name) for line in self.lines)
         )
@@ -79,7 +80,7 @@ class Network:
 
 
 def networks(environment: Environment) -> list[Network]:
-    """The networks of an environment that have a time, in the order of its comparisons."""
+    """Returns the networks of an environment that have a time, in the order of its comparisons."""
     found: dict[tuple[Setting, str, int], list[Result]] = {}
     for comparison in environment.comparisons:
         setting = replace(comparison.setting, baseline="")
@@ -92,7 +93,7 @@ def networks(environment: Environment) -> list[Network]:
 
 
 def baseline_rows(environment: Environment) -> list[Comparison]:
-    """The comparisons whose baseline was measured against itself."""
+    """Returns the comparisons whose baseline was measured against itself."""
     return [c for c in environment.comparisons if any(r.is_baseline for r in c.measured)]
 
 
@@ -114,14 +115,13 @@ def _lines(results: Sequence[Result]) -> tuple[Line, ...]:
 
 
 def _standing(beside: Mapping[str, Result], eager: str) -> Result:
-    """The row whose time is shown: the one beside eager, or else the latest."""
+    """Returns the row whose time is shown: the one beside eager, or else the latest."""
     return max(beside.values(), key=lambda r: (_label(r.baseline) == eager, r.timestamp))
 
 
 def _references(rows: Mapping[str, Mapping[str, Result]]) -> dict[str, str]:
-    """baseline -> the label that stands for it: of eager, the memory format that most rows were
-    paired with; of the others, the one that is faster here, or else one that rows were paired
-    with."""
+    """Returns the label that represents each baseline: for eager, the memory format that most rows
+    were paired with; for others the faster one here, or else one that rows were paired with."""
     every = [result for beside in rows.values() for result in beside.values()]
     eager = Counter(_label(r.baseline) for r in every if r.baseline.startswith("eager "))
     found = {"eager": eager.most_common(1)[0][0] if eager else "eager"}
@@ -152,7 +152,7 @@ def _ratios(
 def _over(
     name: str, reference: str, rows: Mapping[str, Mapping[str, Result]], eager: str
 ) -> Ratio | None:
-    """`name` over `reference`: from their turns, or from what both took turns with."""
+    """Returns the ratio of `name` over `reference`, from their turns or by way of eager."""
     if turns := _turns(name, reference, rows):
         return turns
     mine, other = _over_eager(name, rows, eager), _over_eager(reference, rows, eager)
@@ -173,7 +173,7 @@ def _over_eager(name: str, rows: Mapping[str, Mapping[str, Result]], eager: str)
 
 
 def _turns(name: str, reference: str, rows: Mapping[str, Mapping[str, Result]]) -> Ratio | None:
-    """The row's own ratio, where the two took turns."""
+    """Returns the row's own ratio, None unless the two took turns."""
     own = rows.get(name, {}).values()
     result = next((r for r in own if _label(r.baseline) == reference), None)
     value, low, high = (result.numbers.get(each, 0.0) if result else 0.0 for each in INTERVAL)
@@ -181,13 +181,13 @@ def _turns(name: str, reference: str, rows: Mapping[str, Mapping[str, Result]]) 
 
 
 def _label(baseline: str) -> str:
-    """A baseline as rows have it, `<backend> <memory format>`, as tables name it."""
+    """Returns the label in tables of a baseline in rows, `<backend> <memory format>`."""
     backend, _, memory_format = baseline.rpartition(" ")
     return label(backend, memory_format)
 
 
 def divided(one: Ratio, other: Ratio) -> Ratio:
-    """The quotient of two independent ratios; relative half-widths add up in squares."""
+    """Returns the quotient of two independent ratios; relative half-widths add up in squares."""
 
     def apart(ratio: Ratio, end: float) -> float:
         return abs(math.log(end / ratio.value))

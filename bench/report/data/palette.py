@@ -60,6 +60,6 @@ def backend_rank(backend: str) -> tuple[int, str]:
 
 
 def looks(backends: Iterable[str]) -> dict[str, Look]:
-    """backend -> its look, the same whatever else is on the page for every backend of the table."""
+    """Returns the look of each backend, which for known ones does not depend on the others."""
     unknown = sorted(set(backends) - LOOKS.keys())
     return LOOKS | {name: SPARE[i % len(SPARE)] for i, name in enumerate(unknown)}

@@ -44,7 +44,7 @@ class Result:
 
     @property
     def measured(self) -> bool:
-        """True where there is a speed to show."""
+        """Returns whether there is a speed to show."""
         return "p50_ms" in self.numbers and RATE[self.mode] in self.numbers
 
 
@@ -74,7 +74,7 @@ class Comparison:
         return [result for result in self.results if result.measured]
 
     def ceiling(self, name: str) -> float | None:
-        """A measured ceiling, `copy_gb_s` or `<math mode>_tflops`; None where unknown."""
+        """Returns a measured ceiling, `copy_gb_s` or `<math mode>_tflops`; None where unknown."""
         try:
             value = float(self.facts[f"ceiling_{name}"])
         except (KeyError, ValueError):
@@ -112,17 +112,18 @@ class Environment:
 
 
 def label(backend: str, memory_format: str) -> str:
-    """A backend as tables and plots name it: contiguous (NCHW) goes without saying."""
+    """Returns a backend as tables and plots name it: contiguous (NCHW) goes without saying."""
     return backend if memory_format == "contiguous" else f"{backend} {memory_format}"
 
 
 def labels(results: Sequence[Result]) -> list[str]:
-    """The labels of these results, the baseline's first, then in the order of the palette."""
+    """Returns the labels of these results, the baseline's first, then in the order of the
+    palette."""
     ranked = {r.label: (not r.is_baseline, backend_rank(r.backend), r.label) for r in results}
     return sorted(ranked, key=lambda name: ranked[name])
 
 
 def model_name(result: Result, among: Sequence[Result]) -> str:
-    """The model, with its image size where that is not the only one among these results."""
+    """Returns the model, with its image size where that is not the only one among these results."""
     sizes = {other.img_size for other in among if other.model == result.model}
     return f"{result.model} {result.img_size} px" if len(sizes) > 1 else result.model

@@ -52,7 +52,8 @@ class _Gathered:
 
 
 def read_folders(folders: Sequence[Path]) -> list[Environment]:
-    """The environments of the folders, the last measured first; a folder given twice counts once.
+    """Returns the environments of the folders, the last measured first; a folder given twice counts
+    once.
 
     Raises:
         UsageError: a folder has no results, or a file in it cannot be read.
@@ -92,7 +93,7 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
 
 
 def _last_time(entry: _Gathered) -> str:
-    """When its last row was measured, in ISO 8601."""
+    """Returns when an environment's last row was measured, in ISO 8601."""
     every = entry.rows, entry.kernel_rows, entry.degradation_rows, entry.training_rows
     return max((_text(row["timestamp"]) for rows in every for row in rows), default="")
 

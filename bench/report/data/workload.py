@@ -47,7 +47,7 @@ class Workload:
 
     @cached_property
     def by_shape(self) -> dict[str, dict[str, KernelResult]]:
-        """shape -> provider -> result, in the order of the rows."""
+        """Returns the results by shape and provider, in the order of the rows."""
         found: dict[str, dict[str, KernelResult]] = {}
         for result in self.results:
             found.setdefault(result.shape, {})[result.provider] = result
@@ -55,7 +55,7 @@ class Workload:
 
     @property
     def providers(self) -> list[str]:
-        """The providers with a time, in the registry's order, unknown ones last."""
+        """Returns the providers with a time, in the registry's order, unknown ones last."""
         timed = {r.provider for r in self.results if r.p50_ms is not None}
         known = [name for name in PROVIDERS if name in timed]
         return [*known, *sorted(timed - set(known))]
@@ -68,7 +68,7 @@ class Workload:
         return None if result is None else result.p50_ms
 
     def best(self, shape: str) -> KernelResult | None:
-        """The fastest provider's result; None where none passed."""
+        """Returns the fastest provider's result; None where none passed."""
         timed = [r for r in self.by_shape[shape].values() if r.p50_ms is not None]
         return min(timed, key=lambda r: r.p50_ms or 0.0, default=None)
 
@@ -82,7 +82,7 @@ class Workload:
         return sorted(found, key=lambda lost: -lost.ms)
 
     def total_ms(self, provider: str) -> float | None:
-        """Sum of count x p50 over all convolutions; None where one has no time."""
+        """Returns the sum of count x p50 over all convolutions, None where one has no time."""
         times = [self.p50_ms(shape, provider) for shape in self.by_shape]
         counts = [self.count(shape) for shape in self.by_shape]
         if any(time is None for time in times):
@@ -90,12 +90,13 @@ class Workload:
         return sum(c * (t or 0.0) for c, t in zip(counts, times, strict=True))
 
     def ranked(self) -> list[str]:
-        """The shapes, by what the baseline loses on them; those it has no time for last."""
+        """Returns the shapes, those first on which the baseline loses most, those without its time
+        last."""
         ranks = {lost.shape: lost.ms for lost in self.lost(BASELINE)}
         return sorted(self.by_shape, key=lambda shape: -ranks.get(shape, float("-inf")))
 
 
 def worst_error(results: Sequence[KernelResult]) -> KernelResult | None:
-    """The result furthest from fp64; None where no error is known."""
+    """Returns the result furthest from fp64; None where no error is known."""
     known = [result for result in results if "rel_l2_err" in result.numbers]
     return max(known, key=lambda r: r.numbers["rel_l2_err"], default=None)

@@ -27,7 +27,7 @@ SCRIPTS = (
 
 
 def render(environments: Sequence[Environment], source: str) -> str:
-    """The whole page.
+    """Returns the whole page.
 
     Args:
         environments: what select.read_folders found.
@@ -54,9 +54,9 @@ def render(environments: Sequence[Environment], source: str) -> str:
 
 
 def json_block(data: Any) -> str:
-    """JSON that can stand inside <script>: no sequence in it ends the element or begins a comment.
+    """Returns JSON for a <script> element: no sequence in it ends the element or begins a comment.
 
-    NaN and infinities are refused; a reader of JSON would be, too.
+    NaN and infinities are refused, as a JSON parser would.
     """
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII: no U+2028
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -14,9 +14,9 @@ DEFAULTS = {
 
 
 def command_line(result: Result, setting: Setting, facts: Mapping[str, str]) -> str:
-    """`resfuse bench ...` for exactly this case, quoted for a shell.
+    """Returns the `resfuse bench` command that measures exactly this case, quoted for a shell.
 
-    How long it was timed and the seed are no columns of rows.csv; they are left to their defaults.
+    Timing limits and the seed are not in rows.csv and have their defaults.
 
     Args:
         facts: of the environment; its device and number of threads are asked for.

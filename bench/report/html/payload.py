@@ -47,7 +47,7 @@ FIELDS = (
 
 
 def payload(environments: Sequence[Environment]) -> dict[str, Any]:
-    """Everything on the page, ready for JSON."""
+    """Returns the content of the page, ready for JSON."""
     backends = [result.backend for e in environments for result in e.results]
     appearance = looks(backends)
     return {
@@ -111,7 +111,7 @@ def _comparison(comparison: Comparison, environment: int, known: Any) -> dict[st
             result.label, result.batch_size, result.img_size, result.is_baseline, result.status,
             error, result.throttle, result.commit, result.timestamp, result.place,
             command_line(result, setting, known), depth(result.model),
-            series.get(id(result), ""), _told(result), cells.speedup(result),
+            series.get(id(result), ""), _details(result), cells.speedup(result),
             gflop_per_s(result), intensity.get(id(result)),
         )  # fmt: skip
         return [*fields, *(result.numbers.get(name) for name in METRICS)]
@@ -145,7 +145,7 @@ def _comparison(comparison: Comparison, environment: int, known: Any) -> dict[st
     }
 
 
-def _told(result: Result) -> str:
+def _details(result: Result) -> str:
     """Returns what the interval says: faster, slower, or nothing; empty without an interval."""
     names = ("speedup_ci_low", "speedup_ci_high")
     if result.is_baseline or any(name not in result.numbers for name in names):

@@ -46,7 +46,8 @@ STYLE: list[str | dict[str, object]] = [  # draw and save in matplotlib.style.co
 def panels(
     rows: int, columns: int, row_height: float | Sequence[float]
 ) -> tuple[Figure, list[list[Axes]]]:
-    """An empty grid of panels, GitHub's width, `row_height` inches a row or for each."""
+    """Returns an empty grid of panels of GitHub's width; `row_height` is in inches, for all rows or
+    each."""
     heights = list(row_height) if isinstance(row_height, Sequence) else [row_height] * rows
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,7 +56,7 @@ def panels(
 
 
 def wrapped(count: int, row_height: float) -> tuple[Figure, list[Axes]]:
-    """`count` panels, at most MOST_COLUMNS side by side."""
+    """Returns a figure and `count` panels, at most MOST_COLUMNS side by side."""
     columns = min(MOST_COLUMNS, count)
     figure, axes = panels(-(-count // columns), columns, row_height)
     flat = [ax for row in axes for ax in row]
@@ -70,7 +71,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def key(figure: Figure, results: Sequence[Result], looks: dict[str, Look]) -> None:
-    """A legend above the panels: a line with its marker for each backend, baseline first."""
+    """Draws a legend above the panels, with a line and marker for each backend, baseline first."""
     first = {result.label: result for result in reversed(results)}
     handles = [
         Line2D([], [], label=name, **line_look(first[name], looks)) for name in labels(results)
@@ -79,14 +80,15 @@ def key(figure: Figure, results: Sequence[Result], looks: dict[str, Look]) -> No
 
 
 def legend(figure: Figure, handles: Sequence[Artist], most_columns: int = 7) -> None:
-    """Above the panels, which keep their height."""
+    """Draws a legend above the panels, whose height it does not change."""
     columns = min(most_columns, len(handles))
     figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(handles) // columns))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
 
 def line_look(result: Result, looks: dict[str, Look]) -> dict[str, Any]:
-    """Keywords for a line: solid for contiguous, hollow and dashed for another memory format."""
+    """Returns keywords for a line: solid for contiguous, hollow and dashed for another memory
+    format."""
     look = looks[result.backend]
     solid = result.memory_format == "contiguous"
     return {
@@ -110,7 +112,8 @@ def _power_of_ten(value: float, _: int) -> str:
 
 
 def spread(ticks: Sequence[float], gap: float) -> list[float]:
-    """Ticks of a logarithmic axis at least a factor of `gap` apart; earlier ones are preferred."""
+    """Returns ticks of a logarithmic axis at least a factor of `gap` apart, preferring earlier
+    ones."""
     chosen: list[float] = []
     for tick in ticks:
         if all(max(tick / other, other / tick) >= gap for other in chosen):
@@ -119,5 +122,5 @@ def spread(ticks: Sequence[float], gap: float) -> list[float]:
 
 
 def tick_label(result_label: str) -> str:
-    """A backend's label on two lines where one would push the panels aside."""
+    """Returns a backend's label on two lines where one would push the panels aside."""
     return result_label.replace(" ", "\n", 1)

@@ -26,8 +26,8 @@ WIDE = 10  # from the least loss to the most, from where on an axis is logarithm
 
 
 def curves(experiment: Experiment) -> Figure | None:
-    """Loss over the epochs, and the difference at the same seed over the first steps; means over
-    seeds. None where nothing is finished."""
+    """Draws loss over the epochs, and the difference at the same seed over the first steps, as
+    means over seeds; returns None where no training is finished."""
     if not experiment.finished:
         return None
     figure, ((training, testing, parting),) = panels(1, 3, 3.2)
@@ -61,7 +61,7 @@ def epochs_axis(ax: Axes, epochs: int) -> None:
 
 
 def _by_epoch(ax: Axes, experiment: Experiment, curve: str) -> None:
-    """Lines of means over bands from the least to the most of the seeds."""
+    """Draws lines of means over bands from the least to the greatest value of the seeds."""
     for way in experiment.ways:
         lines = stacked(experiment.run_as(way), curve)
         if not lines.size:
@@ -80,7 +80,7 @@ def _by_epoch(ax: Axes, experiment: Experiment, curve: str) -> None:
 
 
 def _parting(ax: Axes, experiment: Experiment) -> None:
-    """The difference from float64 (or from eager, without it) by step."""
+    """Draws the difference from float64, or without it from eager, by step."""
     reference = EXACT if EXACT in experiment.ways else EAGER
     for way in experiment.ways:
         line = apart(experiment, way, reference)

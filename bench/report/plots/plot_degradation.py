@@ -26,8 +26,8 @@ GUESSING = 90.0  # percent wrong, of ten classes
 
 
 def errors(experiment: Experiment) -> Figure | None:
-    """Training and test error of the finished networks against depth: a dot for each seed, a line
-    through the means with their 95 % intervals. None where nothing is finished."""
+    """Draws training and test error of the finished networks against depth: a dot for each seed, a
+    line through the means with their 95 % intervals. Returns None where no training is finished."""
     if not experiment.finished:
         return None
     figure, ((left, right),) = panels(1, 2, row_height=3.2)
@@ -57,8 +57,8 @@ def errors(experiment: Experiment) -> Figure | None:
 
 
 def curves(experiment: Experiment) -> Figure | None:
-    """Error over the epochs, a panel for each network: figure 6 of the paper. Means over seeds;
-    training dashed, test solid."""
+    """Draws error over the epochs with a panel for each network, as figure 6 of the paper: means
+    over seeds, training dashed, test solid."""
     if not experiment.finished:
         return None
     figure, axes = _by_network(experiment, 3.2)
@@ -85,8 +85,8 @@ def curves(experiment: Experiment) -> Figure | None:
 
 
 def gradients(experiment: Experiment) -> Figure | None:
-    """The gradient's norm by layer before the first step, a panel for each network. Geometric means
-    over seeds, and from the least to the most."""
+    """Draws the gradient's norm by layer before the first step, a panel for each network. Geometric
+    means over seeds, and from the least to the most."""
     if not experiment.finished:
         return None
     figure, axes = _by_network(experiment, 3.2)
@@ -135,7 +135,7 @@ def _against_depth(ax: Axes, experiment: Experiment, network: str, column: str) 
 
 
 def _by_network(experiment: Experiment, height: float) -> tuple[Figure, list[Axes]]:
-    """A panel for each network, side by side, on one scale."""
+    """Returns a figure with a panel for each network, side by side, on one scale."""
     figure, (axes,) = panels(1, len(experiment.networks), height)
     for ax, network in zip(axes, experiment.networks, strict=True):
         ax.sharey(axes[0])
@@ -146,7 +146,7 @@ def _by_network(experiment: Experiment, height: float) -> tuple[Figure, list[Axe
 
 
 def _depth_colours(experiment: Experiment) -> dict[int, str]:
-    """Darker is deeper, told apart by lightness alone."""
+    """Returns a colour for each depth, darker for deeper ones."""
     depths = experiment.depths
     shades = np.linspace(0.85, 0.0, len(depths)) if len(depths) > 1 else [0.3]
     return {d: to_hex(colormaps["viridis"](shade)) for d, shade in zip(depths, shades, strict=True)}

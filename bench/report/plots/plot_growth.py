@@ -22,8 +22,9 @@ METRICS = {
 
 
 def growth(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
-    """All axes are logarithmic, so a cost that goes with the number of layers rises by a decade in
-    a decade. None where plain and residual networks were not both measured at two depths."""
+    """Draws time, memory and error against depth on logarithmic axes, where a cost proportional to
+    the number of layers rises by a decade in a decade. Returns None unless plain and residual
+    networks were both measured at two depths."""
     shown = suites(comparison)
     if not shown:
         return None

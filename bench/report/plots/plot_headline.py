@@ -23,15 +23,15 @@ NAMES = {
 
 
 def headline_network(found: Sequence[Network]) -> Network | None:
-    """The network of the picture: inference that has ratios over eager, MODEL before others, then
-    the one that most backends were measured on."""
+    """Returns the network of the picture: one in inference with ratios over eager, preferably
+    MODEL, then the one that most backends were measured on."""
     able = [n for n in found if n.setting.mode == "inference" and bars(n)]
     return max(able, key=lambda n: (n.model == MODEL, len(n.lines)), default=None)
 
 
 def bars(network: Network) -> dict[int, list[Line]]:
-    """batch -> the fastest memory format of each backend beside eager, slowest first; batches with
-    nothing to compare are left out."""
+    """Returns, for the smallest and largest batch, the fastest memory format of each backend
+    measured beside eager, slowest first; batches with nothing to compare are left out."""
     found = {}
     for batch in (network.batches[0], network.batches[-1]):
         best: dict[str, Line] = {}
@@ -45,7 +45,7 @@ def bars(network: Network) -> dict[int, list[Line]]:
 
 
 def headline(network: Network) -> Figure:
-    """A panel for the smallest and the largest batch, a bar for each backend."""
+    """Draws a panel for the smallest and the largest batch, with a bar for each backend."""
     shown = bars(network)
     appearance = looks(line.result.backend for lines in shown.values() for line in lines)
     most = max(len(lines) for lines in shown.values())

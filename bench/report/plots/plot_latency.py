@@ -16,7 +16,7 @@ from resfuse.bench.report.tables.depth import depth_series
 
 
 def latency(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
-    """Both axes are logarithmic: of two parallel lines one is slower by a constant factor.
+    """Draws latency against depth on logarithmic axes: parallel lines differ by a constant factor.
 
     A backend stands at the baseline's time over its speed-up, which its own rounds measured: two
     rows may be from different hours of a machine, whose speed varies by more than backends do.
@@ -51,7 +51,8 @@ def _panels(comparison: Comparison) -> dict[str, list[Result]]:
 
 
 def _time_ms(result: Result, base: Mapping[str, float]) -> float:
-    """Beside the baseline's times by model; the row's own where there is nothing to compare."""
+    """Returns a row's ms by its speed-up over the baseline's time of the same model, or its own
+    time without one."""
     speedup = result.numbers.get("speedup")
     if result.is_baseline or result.model not in base or speedup is None:
         return result.numbers["p50_ms"]

@@ -40,7 +40,8 @@ class Point:
 
 
 def roofline(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
-    """A panel for each model: the roof, and a point for each backend and batch, joined by backend.
+    """Draws a panel for each model: the roof, and a point for each backend and batch, joined by
+    backend.
 
     None for training (its least bytes are another matter), or where ceilings or counts are unknown.
     """
@@ -66,14 +67,14 @@ def roofline(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
 
 
 def measured_roof(comparison: Comparison) -> Roof | None:
-    """The ceilings of this environment and math mode; None unless both are known."""
+    """Returns the ceilings of this environment and math mode, None unless both are known."""
     tflops = comparison.ceiling(f"{comparison.setting.math_mode}_tflops")
     copy = comparison.ceiling("copy_gb_s")
     return None if tflops is None or copy is None else Roof(1e3 * tflops, copy)
 
 
 def least_byte_points(comparison: Comparison) -> list[Point]:
-    """Where each measured inference row lies; none where the data type is not in BYTES."""
+    """Returns the point of each measured inference row, none if the data type is not in BYTES."""
     precision = PRECISIONS.get(comparison.setting.precision)
     if comparison.setting.mode != "inference" or precision is None:
         return []

@@ -24,7 +24,8 @@ INTERVAL = ("speedup", "speedup_ci_low", "speedup_ci_high")
 
 
 def speedup(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
-    """A point and whiskers for each row with an interval; None where no row has one."""
+    """Draws a point and whiskers for each row with an interval; returns None where no row has
+    one."""
     values = [r.numbers[name] for r in _with_interval(comparison.measured) for name in INTERVAL]
     if not values:
         return None
@@ -64,7 +65,7 @@ def speedup(comparison: Comparison, looks: dict[str, Look]) -> Figure | None:
 
 
 def _missing(panel: Panel, name: str) -> str | None:
-    """Why a line has no point; None where it has one."""
+    """Returns why a line has no point, None where it has one."""
     if name not in panel.results:
         return "not measured"
     result = panel.results[name]

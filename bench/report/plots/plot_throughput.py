@@ -13,7 +13,7 @@ from resfuse.bench.report.plots.small_multiples import Panel, by_model_and_batch
 
 
 def throughput(comparison: Comparison, looks: dict[str, Look]) -> Figure:
-    """A bar with its number for each backend; one that failed says how in the place of its bar."""
+    """Draws a bar with its number for each backend, or the status of one that failed."""
 
     def draw(ax: Axes, panel: Panel, shown: Sequence[str]) -> None:
         rates = {name: r.images_per_s for name, r in panel.results.items() if r.measured}

@@ -55,7 +55,7 @@ MEANINGS = (
 def agreement_sections(
     experiments: Sequence[Experiment], images: Sequence[Mapping[str, str]]
 ) -> list[str]:
-    """The blocks for all experiments of an environment.
+    """Returns the blocks for all experiments of an environment.
 
     Args:
         experiments: of one environment.
@@ -68,8 +68,8 @@ def agreement_sections(
 
 
 def verdicts(experiment: Experiment) -> list[str]:
-    """A sentence or two for each way beside eager, but float64."""
-    told = []
+    """Returns a sentence or two for each way compared with eager, except float64."""
+    sentences = []
     for way in experiment.ways:
         if way in (EAGER, EXACT) or EAGER not in experiment.ways:
             continue
@@ -78,11 +78,11 @@ def verdicts(experiment: Experiment) -> list[str]:
             if is_equal(experiment, way)
             else _curves(*(agreement(experiment, way, curve) for curve in (TRAIN_LOSS, TEST_LOSS)))
         )
-        told.append(
+        sentences.append(
             f"{way}: {curves}. {_parting(times_eager(experiment, way))}"
             f"{_final(change(experiment, way, 'test_error_pct'))}"
         )
-    return told
+    return sentences
 
 
 def _section(experiment: Experiment, images: Mapping[str, str]) -> list[str]:
@@ -128,10 +128,10 @@ def _parting(times: float | None) -> str:
 def _final(found: Estimate | None) -> str:
     if found is None:
         return "No test error to compare."
-    told = f"Test error at the same seed: {_signed(found)} points"
+    sentence = f"Test error at the same seed: {_signed(found)} points"
     if found.low is None or found.high is None:
-        return f"{told}."
-    return f"{told}: {'a difference' if _excludes(found, 0) else 'no difference shows'}."
+        return f"{sentence}."
+    return f"{sentence}: {'a difference' if _excludes(found, 0) else 'no difference shows'}."
 
 
 def _finished(experiment: Experiment) -> str:
@@ -153,7 +153,8 @@ def _finished(experiment: Experiment) -> str:
 
 
 def _differences(experiment: Experiment) -> str:
-    """Beside eager over the epochs, beside the exact curve over the first steps."""
+    """Returns the differences from eager over the epochs, and from the exact curve over the first
+    steps."""
     reference = EXACT if EXACT in experiment.ways else EAGER
     titles = ["way", "distance from eager, training", "testing", "loss, of eager's, training",
               "testing", "largest difference, training, nats", "in epoch", "seeds there span, nats",

@@ -30,8 +30,8 @@ class Plot:
 
 
 def _by(name: str) -> Callable[[Comparison, dict[str, Look]], "Figure | None"]:
-    """The function of that name in plot_<name>.py, which is imported once something is drawn: a
-    page can do without matplotlib."""
+    """Returns the function of that name in plot_<name>.py, which is imported once something is
+    drawn: a page can do without matplotlib."""
 
     def draw(comparison: Comparison, looks: dict[str, Look]) -> "Figure | None":
         module = import_module(f"resfuse.bench.report.plots.plot_{name}")
@@ -55,7 +55,7 @@ PLOTS = {
 }
 
 
-GROWTH_TOLD = (
+GROWTH_TEXT = (
     "From the least to the greatest depth of each line: what a layer adds to the time of a batch, "
     "what twice the depth multiplies that time by, what 100 layers add to the peak memory, and the "
     "error against fp64 at both ends. ImageNet networks change their blocks between 34 and 50 "
@@ -64,7 +64,7 @@ GROWTH_TOLD = (
 
 
 def section(comparison: Comparison, images: Mapping[str, str]) -> list[str]:
-    """The blocks of a section.
+    """Returns the blocks of a section.
 
     Args:
         comparison: rows that may stand side by side.
@@ -91,7 +91,7 @@ def section(comparison: Comparison, images: Mapping[str, str]) -> list[str]:
         blocks += ["### Depth scaling", ceiling_sentence(comparison), *depths]
         blocks.append(images.get("latency", ""))
     if grown := growth_tables(comparison):
-        blocks += ["### What another layer costs, plain and residual", GROWTH_TOLD]
+        blocks += ["### What another layer costs, plain and residual", GROWTH_TEXT]
         blocks += [images.get("growth", ""), *grown]
     if "roofline" in images:
         blocks += [
@@ -103,7 +103,7 @@ def section(comparison: Comparison, images: Mapping[str, str]) -> list[str]:
 
 
 def title(setting: Setting) -> str:
-    """`Inference, float32`, with the math mode where it adds something."""
+    """Returns a title such as `Inference, float32 (ieee arithmetic)`."""
     mode = MODE_TITLES[setting.mode]
     together = (
         f" on {setting.world_size} processes ({escape(setting.parallel)})"

@@ -17,7 +17,7 @@ NOT_ONE = "n.s."
 
 
 def convolution_sections(environment: Environment) -> list[str]:
-    """The blocks for all workloads; nothing where no convolution was measured by itself."""
+    """Returns the blocks for all workloads, none if no convolution was measured by itself."""
     blocks = []
     for (precision, math_mode), group in groupby(
         environment.workloads, key=lambda w: (w.precision, w.math_mode)
@@ -68,7 +68,8 @@ def _workload(workload: Workload, environment: Environment) -> list[str]:
 
 
 def _shapes(workload: Workload) -> str:
-    """Shapes x providers, by what the baseline loses against the fastest."""
+    """Returns a table of shapes and providers, those shapes first on which the baseline loses
+    most."""
     providers = workload.providers
     total = workload.total_ms(BASELINE)
     lost = {one.shape: one.ms for one in workload.lost(BASELINE)}
@@ -76,7 +77,7 @@ def _shapes(workload: Workload) -> str:
     for shape in workload.ranked():
         results, best = workload.by_shape[shape], workload.best(shape)
         own = workload.p50_ms(shape, BASELINE)
-        spent = None if own is None else own * workload.count(shape)
+        total_ms = None if own is None else own * workload.count(shape)
         rows.append(
             [
                 escape(shape),
@@ -84,8 +85,8 @@ def _shapes(workload: Workload) -> str:
                 *(_cell(results.get(name)) for name in providers),
                 "-" if best is None else escape(best.provider),
                 cells.number(best.numbers.get("sol_pct") if best else None),
-                cells.number(spent),
-                cells.number(100 * spent / total if spent is not None and total else None),
+                cells.number(total_ms),
+                cells.number(100 * total_ms / total if total_ms is not None and total else None),
                 cells.number(lost.get(shape)),
             ]
         )
@@ -101,7 +102,8 @@ def _shapes(workload: Workload) -> str:
 
 
 def _providers(workload: Workload) -> str:
-    """A line a provider: its sum, where it loses most, and its worst error."""
+    """Returns a table with a line for each provider: its sum, where it loses most, its worst
+    error."""
     rows = []
     for name in workload.providers:
         own = [r for r in workload.results if r.provider == name]
@@ -144,7 +146,7 @@ def _cell(result: KernelResult | None) -> str:
 
 
 def _failures(workloads: Sequence[Workload]) -> str:
-    """A table of status, provider, count and reason; "" where everything passed."""
+    """Returns a table of status, provider, count and reason; "" where everything passed."""
     every = [(workload, result) for workload in workloads for result in workload.results]
     failed = [pair for pair in every if pair[1].status != "pass"]
     if not failed:

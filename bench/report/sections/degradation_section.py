@@ -36,7 +36,7 @@ NAMES = {
 def degradation_sections(
     experiments: Sequence[Experiment], images: Sequence[Mapping[str, str]]
 ) -> list[str]:
-    """The blocks for all experiments of an environment.
+    """Returns the blocks for all experiments of an environment.
 
     Args:
         experiments: of one environment.
@@ -49,20 +49,21 @@ def degradation_sections(
 
 
 def verdicts(experiment: Experiment, column: str = TRAIN) -> list[str]:
-    """A sentence for each network on its error from the least to the greatest depth, and one for
-    each residual network on where it beats the plain one. Where intervals overlap they say so."""
-    told = []
+    """Returns a sentence for each network on its error from the least to the greatest depth, and
+    one for each residual network on where it beats the plain one. Where intervals overlap they say
+    so."""
+    sentences = []
     for network in experiment.networks:
         depths = [d for d in experiment.depths if experiment.of(network, d)]
         first, last = (estimate(experiment.of(network, d), column) for d in (depths[0], depths[-1]))
         if first is None or last is None or len(depths) < 2:
             continue
-        told.append(
+        sentences.append(
             f"{_capital(NAMES[network])}: {_between(first, last)} from {depths[0]} to "
             f"{depths[-1]} layers: {cells.estimate(first)} and {cells.estimate(last)} %."
         )
-    told += [_beats(experiment, n, column) for n in experiment.networks if n != PLAIN]
-    return [sentence for sentence in told if sentence]
+    sentences += [_beats(experiment, n, column) for n in experiment.networks if n != PLAIN]
+    return [sentence for sentence in sentences if sentence]
 
 
 def _section(experiment: Experiment, images: Mapping[str, str]) -> list[str]:
@@ -79,7 +80,7 @@ def _section(experiment: Experiment, images: Mapping[str, str]) -> list[str]:
 
 
 def _introduction(experiment: Experiment) -> str:
-    told = [
+    sentences = [
         extent(experiment),
         RECIPE,
         "Errors are those of the finished networks on unshifted images, means over seeds with 95 % "
@@ -87,8 +88,8 @@ def _introduction(experiment: Experiment) -> str:
         rows_from(experiment, SHEET),
     ]
     if 0 < experiment.steps < PAPER_STEPS / 2:
-        told.insert(2, FEW_STEPS)
-    return " ".join(told)
+        sentences.insert(2, FEW_STEPS)
+    return " ".join(sentences)
 
 
 def _table(experiment: Experiment) -> str:
@@ -121,8 +122,8 @@ def _cells(network: str, trainings: Sequence[Training]) -> list[str]:
 
 
 def _gradient_ratio(trainings: Sequence[Training]) -> float | None:
-    """The gradient's norm at the first convolution over that at the last one, before the first
-    step; the geometric mean over seeds."""
+    """Returns the gradient's norm at the first convolution over that at the last one, before the
+    first step; the geometric mean over seeds."""
     curves = [t.curves.get("gradient_norm_by_layer", ()) for t in trainings]
     ratios = [norms[0] / norms[-2] for norms in curves if len(norms) > 1 and min(norms) > 0]
     return geometric_mean(ratios) if ratios else None
@@ -148,8 +149,8 @@ def _beats(experiment: Experiment, network: str, column: str) -> str:
             side = better if plain.above(residual) else worse if residual.above(plain) else equal
             side.append(str(depth))
     parts = [
-        f"{told} at {markdown.listing(depths)} layers"
-        for told, depths in (
+        f"{words} at {markdown.listing(depths)} layers"
+        for words, depths in (
             ("below the plain network's", better),
             ("not to be told from it", equal),
             ("above it", worse),

@@ -24,17 +24,17 @@ def data_name(experiment: Experiment) -> str:
 def extent(experiment: Experiment) -> str:
     """Says how many trainings of what length there are, on how many images."""
     seeds = len({t.seed for t in experiment.trainings})
-    told = (
+    sentence = (
         f"{markdown.count(len(experiment.finished), 'training')} of "
         f"{markdown.count(seeds, 'seed')}, batch {experiment.batch_size}, learning rate "
         f"{experiment.learning_rate:g}"
     )
     if not experiment.finished:
-        return f"{told}."
+        return f"{sentence}."
     numbers = experiment.finished[0].numbers
     train, test = (numbers.get(name, 0) for name in ("train_images", "test_images"))
     return (
-        f"{told}, {experiment.steps:,} steps, {train:.0f} images to train on and {test:.0f} to "
+        f"{sentence}, {experiment.steps:,} steps, {train:.0f} images to train on and {test:.0f} to "
         "test on."
     )
 
@@ -45,7 +45,7 @@ def rows_from(experiment: Experiment, sheet: Sheet) -> str:
 
 
 def failures(experiment: Experiment) -> list[str]:
-    """A line for each training that came to nothing."""
+    """Returns a line for each training that failed."""
     several = len({t.way for t in experiment.trainings}) > 1
     return [
         f"{escape(t.model)}{f', {escape(t.way)}' if several else ''}, seed {t.seed}: {t.status}, "

@@ -16,7 +16,7 @@ def _images(result: Result) -> str:
 
 
 def _after(result: Result) -> str:
-    """The time those images take, set-up not included."""
+    """Returns the time that a number of images take, without set-up."""
     images, rate = result.numbers.get("break_even_images"), result.images_per_s
     return cells.EMPTY if images is None or not rate else cells.number(images / rate)
 
@@ -32,7 +32,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def break_even(comparison: Comparison) -> str:
-    """A table of everything but the baseline, soonest first; empty where there is nothing else."""
+    """Returns a table of all but the baseline, earliest first, "" if there is nothing else."""
     others = [r for r in comparison.measured if not r.is_baseline and "setup_s" in r.numbers]
     ordered = [
         result

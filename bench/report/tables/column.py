@@ -18,7 +18,7 @@ class Column:
 
 
 def of_metric(title: str, metric: str, optional: bool = False) -> Column:
-    """A column that shows one metric as a number."""
+    """Returns a column that shows one metric as a number."""
 
     def cell(result: Result) -> str:
         return cells.number(result.numbers.get(metric))
@@ -27,7 +27,7 @@ def of_metric(title: str, metric: str, optional: bool = False) -> Column:
 
 
 def of_count(title: str, metric: str) -> Column:
-    """A column that shows one metric as a whole number."""
+    """Returns a column that shows one metric as a whole number."""
 
     def cell(result: Result) -> str:
         value = result.numbers.get(metric)
@@ -37,7 +37,7 @@ def of_count(title: str, metric: str) -> Column:
 
 
 def render(columns: Sequence[Column], results: Sequence[Result]) -> str:
-    """The markdown table, a row for each result in the order given."""
+    """Returns the markdown table, a row for each result in the order given."""
     filled = [
         (column, texts)
         for column, texts in ((c, [c.cell(result) for result in results]) for c in columns)

@@ -14,7 +14,8 @@ FORWARD_PASSES = {"inference": 1, "train": 3}
 
 
 def depth_series(comparison: Comparison) -> dict[str, list[Result]]:
-    """title -> measured results of a family at one image size, of at least two depths."""
+    """Returns the measured results by title, of families with at least two depths at one image
+    size."""
     found: dict[tuple[str, int], list[Result]] = {}
     for result in comparison.measured:
         if depth(result.model):
@@ -30,7 +31,7 @@ def depth_series(comparison: Comparison) -> dict[str, list[Result]]:
 
 
 def depth_scaling(comparison: Comparison) -> list[str]:
-    """A heading and a table for each family of which at least two depths were measured."""
+    """Returns a heading and a table for each family of which at least two depths were measured."""
     blocks = []
     for title, results in depth_series(comparison).items():
         batch = _fullest_batch(results)
@@ -47,7 +48,7 @@ def depth_scaling(comparison: Comparison) -> list[str]:
 
 
 def ceiling_sentence(comparison: Comparison) -> str:
-    """The ceilings that the percentages refer to."""
+    """Returns the ceilings that the percentages refer to."""
     math_mode = comparison.setting.math_mode
     tflops, copy = comparison.ceiling(f"{math_mode}_tflops"), comparison.ceiling("copy_gb_s")
     known = [
@@ -64,7 +65,8 @@ def ceiling_sentence(comparison: Comparison) -> str:
 
 
 def gflop_per_s(result: Result) -> float | None:
-    """Achieved rate by the network's direct count of operations; 1 MAC = 2 FLOP."""
+    """Returns the achieved GFLOP/s by the network's operations of direct convolution; 1 MAC = 2
+    FLOP."""
     gmacs, rate = result.numbers.get("infer_gmacs"), result.images_per_s
     if gmacs is None or rate is None:
         return None
@@ -92,7 +94,7 @@ def _columns(comparison: Comparison) -> tuple[Column, ...]:
 
 
 def _fullest_batch(results: Sequence[Result]) -> int:
-    """The batch with most depths; of equals the one with most rows, then the largest."""
+    """Returns the batch with most depths, among equals the one with most rows, then the largest."""
     rows = Counter(result.batch_size for result in results)
     depths = {b: len({r.model for r in results if r.batch_size == b}) for b in rows}
     return max(rows, key=lambda batch: (depths[batch], rows[batch], batch))

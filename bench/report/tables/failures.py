@@ -20,7 +20,7 @@ class Failure:
 
 
 def failures(results: Sequence[Result]) -> str:
-    """A table of status, number of cases, cases and reason; "" where everything passed."""
+    """Returns a table of status, number of cases, cases and reason; "" where everything passed."""
     found = failure_groups(results)
     if not found:
         return ""
@@ -62,7 +62,8 @@ def _reason(error: str) -> str:
 
 
 def which(results: Sequence[Result], among: Sequence[Result]) -> str:
-    """These cases, no others: `onnxrt: resnet18 at batch 1, 8; fused: all 5 models at batch 8`."""
+    """Returns text that names cases: `onnxrt: resnet18 at batch 1, 8; fused: all 5 models at batch
+    8`."""
     every_model = {model_name(result, among) for result in among}
     batches: dict[str, dict[str, list[str]]] = {}
     for result in results:

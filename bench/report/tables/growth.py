@@ -34,12 +34,14 @@ class Line:
         return self.results[0].label
 
     def slope(self, metric: str) -> float | None:
-        """What one more layer adds, from the least to the greatest depth."""
+        """Returns what one more layer adds to a metric, between the least and the greatest
+        depth."""
         ends = self._ends(metric)
         return (ends[1] - ends[0]) / (self._depths[1] - self._depths[0]) if ends else None
 
     def doubling(self, metric: str) -> float | None:
-        """The factor that twice the depth brings, from the least to the greatest depth."""
+        """Returns the factor by which twice the depth changes a metric, between the least and the
+        greatest depth."""
         ends = self._ends(metric)
         if not ends or min(ends) <= 0:
             return None
@@ -64,7 +66,7 @@ class Suite:
 
 
 def suites(comparison: Comparison) -> list[Suite]:
-    """The suites of which both residual and plain networks were measured at two depths."""
+    """Returns the suites of which both residual and plain networks were measured at two depths."""
     found = []
     for title, families in SUITES.items():
         members = [
@@ -79,7 +81,7 @@ def suites(comparison: Comparison) -> list[Suite]:
 
 
 def growth_tables(comparison: Comparison) -> list[str]:
-    """A heading and a table for each suite."""
+    """Returns a heading and a table for each suite."""
     blocks = []
     for suite in suites(comparison):
         blocks += [f"#### {markdown.escape(suite.title)}", _table(suite)]

@@ -39,7 +39,7 @@ RULES = (
 
 
 def guide(modes: Collection[str], source: str) -> list[str]:
-    """The closing section.
+    """Returns the closing section.
 
     Args:
         modes: of the rows on the page; columns of the other mode are left out.

@@ -36,7 +36,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """A heading, a line of facts and a table for each model and image size.
+    """Returns a heading, a line of facts and a table for each model and image size.
 
     Cases that are unavailable never ran; they are listed with the failures only.
     """
@@ -71,7 +71,7 @@ def noise(comparison: Comparison) -> str:
 
 
 def _facts(results: list[Result]) -> str:
-    """Parameters and multiply-accumulates: of the model, so any row that has them will do."""
+    """Returns parameters and multiply-accumulates of a model, from any row that has them."""
     names = {"param_count": "M parameters", "infer_gmacs": "GMACs an image (forward)"}
     found = [
         f"{cells.number(next(r.numbers[name] for r in results if name in r.numbers))} {noun}"

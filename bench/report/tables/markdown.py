@@ -7,7 +7,7 @@ _SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def escape(text: str) -> str:
-    """Foreign text (a name, an error) on one line, shown as it is: no markup, HTML or table cell.
+    """Returns foreign text (a name, an error) on one line and escaped, without markup or HTML.
 
     An underscore inside a word is no markup on GitHub and stays as it is.
     """
@@ -17,7 +17,7 @@ def escape(text: str) -> str:
 
 
 def table(titles: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]]) -> str:
-    """A pipe table with padded cells.
+    """Returns a pipe table with padded cells.
 
     Args:
         titles: of the columns.
@@ -42,10 +42,10 @@ def image(file_name: str, alt: str) -> str:
 
 
 def listing(names: Sequence[str]) -> str:
-    """a, b and c."""
+    """Returns "a, b and c"."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def count(number: int, noun: str) -> str:
-    """1 row, 2 rows."""
+    """Returns "1 row", "2 rows"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

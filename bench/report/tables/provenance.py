@@ -14,7 +14,7 @@ MODE_NAMES = {"inference": "inference", "train": "training steps"}
 
 
 def opening(environment: Environment, escape: Callable[[str], str] = markdown.escape) -> str:
-    """One sentence: what was measured on what, and how many cases passed.
+    """Returns a sentence on what was measured on which machine, and how many cases passed.
 
     Args:
         escape: makes foreign text harmless where the sentence goes.
@@ -44,7 +44,8 @@ def opening(environment: Environment, escape: Callable[[str], str] = markdown.es
 
 
 def made_from(environment: Environment, escape: Callable[[str], str] = markdown.escape) -> str:
-    """How many rows stand, how many do not, their time span and commits; `escape` as above."""
+    """Returns text on the number of rows shown and left out, their time span and commits; `escape`
+    is as for `opening`."""
     results = environment.results
     older = environment.rows_read - environment.incomplete - len(results)
     rows = count(environment.rows_read, "row")
@@ -63,22 +64,23 @@ def made_from(environment: Environment, escape: Callable[[str], str] = markdown.
         parts.append(f"measured {span}")
     commits = Counter(result.commit for result in results)
     if len(commits) > 1:
-        told = [f"{escape(commit)} ({count(n, 'row')})" for commit, n in commits.items()]
+        words = [f"{escape(commit)} ({count(n, 'row')})" for commit, n in commits.items()]
         parts.append(
-            f"from {len(commits)} commits, which the tables do not tell apart: {listing(told)}"
+            f"from {len(commits)} commits, which the tables do not tell apart: {listing(words)}"
         )
     return f"{'; '.join(parts)}."
 
 
 def facts_table(environment: Environment) -> str:
-    """The machine and versions as a table."""
+    """Returns the machine and versions as a table."""
     cells = [[escape(key), escape(value)] for key, value in facts(environment).items()]
     note = "" if environment.facts else f"\n\n{NO_FACTS}"
     return markdown.table(["fact", "value"], [False, False], cells) + note
 
 
 def facts(environment: Environment) -> dict[str, str]:
-    """The machine and versions, without the ceilings, which stand where they are used."""
+    """Returns the machine and versions, without the ceilings, which are shown where they are
+    used."""
     lines = {"env_id": environment.env_id, "device_name": listing(environment.device_names)}
     lines |= {
         key: value for key, value in environment.facts.items() if not key.startswith("ceiling_")
@@ -91,9 +93,9 @@ def facts(environment: Environment) -> dict[str, str]:
 
 
 def _named(names: Sequence[str], noun: str, escape: Callable[[str], str]) -> str:
-    """`2 models (resnet18 and resnet50)`; only the number where there are many."""
-    told = f" ({listing([escape(name) for name in names])})" if len(names) <= MOST_NAMED else ""
-    return count(len(names), noun) + told
+    """Returns text such as `2 models (resnet18 and resnet50)`, without names if there are many."""
+    words = f" ({listing([escape(name) for name in names])})" if len(names) <= MOST_NAMED else ""
+    return count(len(names), noun) + words
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

@@ -25,8 +25,8 @@ class Reconciled:
 
 
 def reconcile(workload: Workload, comparisons: Sequence[Comparison]) -> list[Reconciled]:
-    """Every provider that timed all convolutions, and whose whole network has a row in the same
-    environment, device, precision, image size and batch."""
+    """Returns every provider that timed all convolutions, and whose whole network has a row in the
+    same environment, device, precision, image size and batch."""
     found = []
     for name in workload.providers:
         way = PROVIDERS[name].whole if name in PROVIDERS else None
@@ -38,7 +38,7 @@ def reconcile(workload: Workload, comparisons: Sequence[Comparison]) -> list[Rec
 
 
 def sentence(one: Reconciled) -> str:
-    """The reconciliation as a line of the page."""
+    """Returns the reconciliation as a line of the page."""
     parts = (
         f"{escape(one.provider)}: the convolutions add up to {number(one.convolutions_ms)} ms "
         f"(p50 x count), the whole network as {escape(one.backend)} takes "

@@ -33,6 +33,6 @@ COLUMNS = (
 
 
 def training_split(comparison: Comparison) -> str:
-    """The table, or nothing where no row has the split (inference)."""
+    """Returns the table, or nothing where no row has the split (inference)."""
     split = [r for r in comparison.measured if any(name in r.numbers for name in PHASES)]
     return render(COLUMNS, split) if split else ""

@@ -119,7 +119,7 @@ def _rows(
     scenarios: Sequence[str],
     least_s: float,
 ) -> Iterator[dict[str, Value]]:
-    """A row for each backend that cannot run, and for each scenario of the others."""
+    """Yields a row for each backend that cannot run, and for each scenario of the others."""
     callers = max(SCENARIOS[name].callers for name in scenarios)
     with ExitStack() as stack:
         subjects: list[_Subject] = []
@@ -155,7 +155,8 @@ def _rows(
 
 
 def _found(name: str, subjects: Sequence[_Subject], baseline: str) -> Iterator[dict[str, Value]]:
-    """The rows of a scenario; the first one that is measured is quiet, if that is asked for."""
+    """Yields the rows of a scenario; the first one that is measured is quiet, if that is asked
+    for."""
     known = {one.backend: [1 / turn.samples_per_sec for turn in one.turns] for one in subjects}
     for one in subjects:
         latencies = [ms for turn in one.turns for ms in turn.latencies_ms]

@@ -37,7 +37,7 @@ def write(home: Path, rows: pd.DataFrame) -> Path:
 
 
 def page(rows: pd.DataFrame) -> str:
-    """Markdown, from the standing rows."""
+    """Returns the page in Markdown, from the newest rows."""
     blocks = ["# Beside busy neighbours", _HOW, f"![images/s beside others]({PICTURE})"]
     for (model, batch, threads), group in _settings(rows):
         passed = group[group.status == "pass"]
@@ -59,7 +59,7 @@ def page(rows: pd.DataFrame) -> str:
 
 
 def _standing(rows: pd.DataFrame) -> pd.DataFrame:
-    """The newest environment; of each measurement the last."""
+    """Returns the last row of each measurement in the newest environment."""
     own = rows[rows.env_id == rows.iloc[-1].env_id]
     what = ["model", "batch_size", "threads", "backend", "scenario"]
     standing: pd.DataFrame = own.drop_duplicates(what, keep="last")
@@ -92,8 +92,8 @@ def _ratio(row: dict[Hashable, Any]) -> str:
 
 
 def picture(rows: pd.DataFrame) -> Figure:
-    """A panel a network and batch: images/s of each backend in each scenario, in percent of what
-    the fastest backend has alone (the largest, where quiet was not measured)."""
+    """Draws a panel for each network and batch: images/s of each backend in each scenario, in
+    percent of what the fastest backend has alone (the largest, where quiet was not measured)."""
     settings = [(key, group[group.status == "pass"]) for key, group in _settings(rows)]
     settings = [(key, group) for key, group in settings if len(group)]
     names = [name for name in SCENARIOS if any(name in set(g.scenario) for _, g in settings)]

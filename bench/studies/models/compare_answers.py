@@ -24,7 +24,8 @@ LEAST_VARIANCE = 0.1  # of the norm's mean
 def compare(
     network: str, wanted_size: int, kinds: Sequence[str] = ("fuse", "engine")
 ) -> dict[str, Value]:
-    """A row of the study: both answers to two batches beside eager's and fp64's.
+    """Returns a row of the study, which compares both answers to two batches with eager's and
+    fp64's.
 
     `fuse` also answers a batch of another size, which it must, and gives memory formats as eager
     does. A refusal is a ValueError whose message goes into the row; any other exception is an error
@@ -59,13 +60,13 @@ def compare(
 
     def by_fuse() -> float:
         fused = fuse(model)
-        told = explain(fused, batches[0])
-        row["macs_fused_pct"] = None if told.share is None else 100 * told.share
+        explanation = explain(fused, batches[0])
+        row["macs_fused_pct"] = None if explanation.share is None else 100 * explanation.share
         with torch.no_grad():
             got = [y for x in batches for y in leaves(fused, x)]
-        for made, wanted in zip(got, eager, strict=True):
-            if made.stride() != wanted.stride():
-                raise WrongAnswerError(f"strides {made.stride()} for eager's {wanted.stride()}")
+        for answer, wanted in zip(got, eager, strict=True):
+            if answer.stride() != wanted.stride():
+                raise WrongAnswerError(f"strides {answer.stride()} for eager's {wanted.stride()}")
         return max(map(error, got, exact))
 
     def by_engine() -> float:
@@ -83,7 +84,8 @@ class WrongAnswerError(Exception):
 
 
 def judged(what: str, answer: Callable[[], float], allowed: float) -> dict[str, Value]:
-    """How it ended (pass, wrong, refused or error), the error against fp64, and what was said."""
+    """Returns the status (pass, wrong, refused or error), the error against fp64, and the
+    message."""
     try:
         found = answer()
     except ValueError as refusal:
@@ -134,12 +136,12 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
 
 
 def leaves(run: Run, x: Tensor) -> list[Tensor]:
-    """The tensors in an answer."""
+    """Returns the tensors in an answer."""
     return [leaf.clone() for leaf in tree_leaves(run(x.clone())) if isinstance(leaf, Tensor)]
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """Relative L2 error; infinite where the shapes differ."""
+    """Returns the relative L2 error, infinite where the shapes differ."""
     if got.shape != exact.shape:
         return float("inf")
     distance = float((got.double() - exact.double()).norm())

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settled(home: Path, where: dict[str, str], kinds: Sequence[str]) -> set[str]:
-    """The networks that this environment and commit have an answer of each kind of."""
+    """Returns the networks for which this environment and commit have all kinds of answers."""
     if not results.has_rows(home, SHEET):
         return set()
     known = results.read_rows(home, SHEET, only_whole=True)
@@ -99,7 +99,7 @@ def rows(
     kinds: Sequence[str] = KINDS,
     jobs: int = 1,
 ) -> Iterator[dict[str, Value]]:
-    """A row for each network as soon as it is known, also for one whose process died or took too
+    """Yields a row for each network as soon as it is known, also if its process died or took too
     long.
 
     Args:
@@ -132,8 +132,8 @@ def rows(
 
 
 def _result(asked: Future[dict[str, Value]], pid: int, limit_s: float) -> dict[str, Value]:
-    """What a process answers within `limit_s` of CPU time: on a busy machine a clock would tell
-    of the others.
+    """Returns the answer of a process within `limit_s` of its CPU time, which a busy machine does
+    not change.
 
     Raises:
         TimeoutError: it has used that much, or has waited as long without using any.
@@ -152,7 +152,7 @@ def _result(asked: Future[dict[str, Value]], pid: int, limit_s: float) -> dict[s
 
 
 def _started() -> None:
-    """Nothing, once a process has imported this module."""
+    """Does nothing; its end shows that a process has imported this module."""
 
 
 class _Worker:
@@ -201,6 +201,6 @@ class _Worker:
 def _failed(
     network: str, img_size: int, kinds: Sequence[str], status: str, said: str
 ) -> dict[str, Value]:
-    told = {f"{kind}_{column}": text for kind in kinds
+    columns = {f"{kind}_{column}": text for kind in kinds
             for column, text in (("status", status), ("error", said))}  # fmt: skip
-    return {"network": network, "img_size": img_size, **told}
+    return {"network": network, "img_size": img_size, **columns}

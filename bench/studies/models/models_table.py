@@ -42,7 +42,8 @@ def write(home: Path, rows: pd.DataFrame, kinds: Sequence[str]) -> Path:
 
 
 def page(rows: pd.DataFrame, kinds: Sequence[str]) -> str:
-    """The newest environment and commit: of each network the last answer of each kind.
+    """Returns the page for the newest environment and commit, with the last answer of each kind for
+    every network.
 
     Args:
         rows: of models.csv, not empty, in the order they were measured.
@@ -82,7 +83,7 @@ def page(rows: pd.DataFrame, kinds: Sequence[str]) -> str:
 
 
 def _merged(answers: pd.DataFrame, kinds: Sequence[str]) -> Row:
-    """One row of several: each kind's answer from the last that has it, the rest what is known."""
+    """Returns one row merged from several: each kind's answer from the last row that has it."""
     merged: dict[Hashable, object] = dict(answers.ffill().to_dict("records")[-1])
     for kind in kinds:
         asked = answers[answers[f"{kind}_status"] != ""].to_dict("records")
@@ -92,7 +93,7 @@ def _merged(answers: pd.DataFrame, kinds: Sequence[str]) -> Row:
 
 
 def _families(networks: Sequence[Row]) -> dict[str, list[Row]]:
-    """In the order of FAMILIES."""
+    """Returns the families of the rows in the order of FAMILIES."""
     found: dict[str, list[Row]] = {name: [] for name in (*dict.fromkeys(FAMILY.values()), OTHER)}
     for row in networks:
         found[FAMILY.get(str(row["network"]), OTHER)].append(row)
@@ -118,15 +119,17 @@ def _family(name: str, members: Sequence[Row], kinds: Sequence[str]) -> list[str
 
 
 def _exceptions(networks: Sequence[Row], kinds: Sequence[str]) -> str:
-    """A line each: the kind, how it ended, and the whole sentence that was said."""
+    """Returns a line for each answer that did not pass: network, kind, status and message."""
     lines = []
     for row in networks:
         ends = {
             kind: _end(row, kind) for kind in kinds if row[f"{kind}_status"] not in ("pass", "")
         }
         same = len(ends) > 1 and len(set(ends.values())) == 1
-        told = {" and ".join(ends): next(iter(ends.values()))} if same else ends
-        lines += [f"- {escape(str(row['network']))}, {who}: {said}" for who, said in told.items()]
+        endings = {" and ".join(ends): next(iter(ends.values()))} if same else ends
+        lines += [
+            f"- {escape(str(row['network']))}, {who}: {said}" for who, said in endings.items()
+        ]
     return "\n".join(lines) or "All passed."
 
 
@@ -158,7 +161,7 @@ def _answer(row: Row, kind: str) -> str:
 
 
 def _ratio(row: Row, kind: str) -> float | None:
-    """Its error in eager's; None where one of them is not known, or eager's is 0."""
+    """Returns the error over eager's, None where one of them is unknown or eager's is 0."""
     error, eager = _value(row[f"{kind}_rel_l2"]), _value(row["eager_rel_l2"])
     return error / eager if error is not None and eager else None
 

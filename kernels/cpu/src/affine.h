@@ -1,5 +1,5 @@
-// Batch norm that could not be folded into a convolution: y = act(x * scale + shift + residual),
-// NHWC.
+// Computes a batch norm that could not be folded into a convolution: y = act(x * scale + shift +
+// residual), NHWC.
 #pragma once
 
 #include "epilogue.h"

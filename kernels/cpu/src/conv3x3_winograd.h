@@ -54,7 +54,7 @@ static inline void transform_output(const Floats m[4][4], Floats y[2][2]) {
   }
 }
 
-// Where the 2x2 output tile number `tile` lies.
+// The image and first row and column of the 2x2 output tile number `tile`.
 struct TilePosition {
   long image, p, q;
   TilePosition(const Step& s, long tile) {
@@ -104,8 +104,8 @@ static void scatter(const Step& s, const TilePosition& at, const float* from, lo
 // fit into a second-level cache.
 constexpr long WINOGRAD_KC = 64;
 
-// Without it the planes of the 16 elements would lie a power of two apart, all in one set of the
-// caches.
+// Padding without which the planes of the 16 elements would be a power of two apart and share one
+// set of the caches.
 constexpr long PLANE_PADDING = 3 * CACHE_LINE;
 
 // A panel's output channels and a slice of the input channels.
@@ -183,8 +183,7 @@ static void multiply(const Step& s, const Slice& slice, long e, const float* w,
   });
 }
 
-// Computes the products of panel p from transformed weights; those that follow in memory are
-// prefetched meanwhile.
+// Computes the products of panel p from transformed weights, and prefetches the next ones.
 static void products(const Step& s, long p, const Workspace& ws, long count) {
   const long parts = (s.C + KC - 1) / KC;
   for (long e = 0; e < 16; e++) {
@@ -196,8 +195,8 @@ static void products(const Step& s, long p, const Workspace& ws, long count) {
   }
 }
 
-// The same from the weights of conv_direct.h; the taps of the next slice, or of panel `next`, are
-// prefetched meanwhile.
+// Computes the products of panel p from the weights of conv_direct.h, and prefetches the taps of
+// the next slice or of panel `next`.
 static void products_inline(const Step& s, long p, long next, const Workspace& ws, long count) {
   const long parts = (s.C + WINOGRAD_KC - 1) / WINOGRAD_KC;
   for (long part = 0; part < parts; part++) {
@@ -217,7 +216,7 @@ static inline long winograd_tiles(const Step& s) {
 
 static inline long winograd_panels(const Step& s) { return (s.K + NR - 1) / NR; }
 
-// The size of blocks that are as few as with `block` but even: each reads all weights, so that a
+// Returns the size of equal blocks, as few as with `block`: each block reads all weights, so a
 // small last one would be expensive.
 static inline long even_block(long tiles, long block) {
   if (tiles <= block) return block;

@@ -14,13 +14,13 @@
 #include "step.h"
 #include "tile.h"
 
-// What every pointer to padding points to; Python refuses rows that are longer.
+// Zeros for pointers to padding. Python refuses convolutions with longer rows.
 constexpr long MAX_ROW = 1 << 14;
 static const float zeros[MAX_ROW] = {0};
 
 template <long M>
 struct Windows {
-  const float* corner[M];  // where the window's first tap would be
+  const float* corner[M];  // the address of the window's first tap, inside or not
   long h[M], w[M];
   bool inside = true;  // whether no window hangs over the edge
 
@@ -53,20 +53,20 @@ struct PanelTask {
   long from, to, k, panel, channel;
 };
 
-// Whether a panel of so many output channels is computed with all weights in one pass.
+// Returns whether a panel of `panel` output channels is computed with all weights in one pass.
 static inline bool in_one_pass(const Step& s, long panel) {
   const long C = s.C / s.groups, taps = s.R * s.S;
   return C < CACHE_LINE || (taps > 1 && taps * C * panel <= 2 * KC * NR);
 }
 
-// Slices of channels that each tap's weights are divided into otherwise.
+// Returns the slices of channels that each tap's weights are divided into otherwise.
 static inline long slices_per_tap(const Step& s) {
   const long C = s.C / s.groups, deep = s.R * s.S == 1 && C > 2 * KC;
   const long most = deep ? 2 * KC : KC;
   return (C + most - 1) / most;
 }
 
-// Floats of partial sums that a thread saves between slices.
+// Returns the floats of partial sums that a thread saves between slices.
 static inline long direct_scratch_floats(const Step& s) {
   const bool saved = !in_one_pass(s, min(NR, s.K / s.groups)) && s.R * s.S * slices_per_tap(s) > 1;
   return saved ? s.block * NR : 0;
@@ -143,7 +143,7 @@ static void direct_sliced(const Step& s, const PanelTask& task, const float* w,
   }
 }
 
-// The panels of all groups, which are counted one group after another.
+// Returns the number of panels of all groups, numbered one group after another.
 static inline long direct_panels(const Step& s) {
   return s.groups * ((s.K / s.groups + NR - 1) / NR);
 }

@@ -1,4 +1,4 @@
-// The preconditions of step.h and of the kernels that can be told from a step, for debug builds.
+// Asserts, in debug builds, all preconditions of step.h and the kernels that a step shows.
 #pragma once
 
 #include "conv3x3_winograd.h"
@@ -67,7 +67,7 @@ static void map(const Step& s) {
   }
 }
 
-// What holds of a step by itself and of a fused one.
+// Checks a step, fused or not.
 static void kernel(const Step& s) {
   DCHECK(s.length == 0);
   if (is_convolution(s)) {
@@ -85,7 +85,7 @@ static void kernel(const Step& s) {
   if (scratch) DCHECK(s.scratch && s.scratch_pitch >= scratch);
 }
 
-// A fused step's own scratch memory ends before the values that lie in the run's.
+// Checks that a local value fits in the run's scratch memory, behind the fused step's own.
 static void local(const Step& run, const Step& s, long offset, long floats) {
   if (offset < 0) return;
   DCHECK(offset + floats <= run.scratch_pitch);

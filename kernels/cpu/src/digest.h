@@ -1,26 +1,28 @@
-// Whether memory is as it was: digests of bytes in a row, and of elements here and there. Changing
-// one word changes the digest, always; changing several leaves it with a chance of 2^-32.
+// Digests of contiguous bytes and of samples of elements, to find out whether memory has changed. A
+// change of one word always changes the digest; a change of several is missed with a chance of
+// 2^-32.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 // Python fills these in (kernels/cpu/weight_digest.py has the same fields in the same order).
-struct Watched {
+struct Region {
   const unsigned char* start;
-  long count;  // of bytes in a row; of elements, where there is a step
+  long count;  // contiguous bytes or, with a step, elements
   long unit;   // bytes of an element
-  long step;   // elements from one that is read to the next, modulo total; 0: bytes in a row
+  long step;   // elements from one read to the next, modulo total; 0: contiguous bytes
   long total;  // elements
   uint64_t digest;
 };
 
 // The names of all fields, for exports.h.
-#define WATCHED_FIELDS(FIELD) \
+#define REGION_FIELDS(FIELD) \
   FIELD(start) FIELD(count) FIELD(unit) FIELD(step) FIELD(total) FIELD(digest)
 
+// Mixes a word into a digest; one-to-one in each argument.
 static inline uint64_t mix(uint64_t mixed, uint64_t read) {
-  return (((mixed << 29) | (mixed >> 35)) ^ read) * 0x9E3779B97F4A7C15ull;  // one to one in each
+  return (((mixed << 29) | (mixed >> 35)) ^ read) * 0x9E3779B97F4A7C15ull;
 }
 
 static uint64_t digest_of_row(const unsigned char* start, long bytes) {
@@ -32,7 +34,8 @@ static uint64_t digest_of_row(const unsigned char* start, long bytes) {
     for (int i = 0; i < 4; ++i) {
       Words read;
       std::memcpy(&read, start + at + 64 * i, 64);
-      // rotated: a multiplication alone leaves the top bits, all signs, to cancel each other
+      // Rotated, since after a multiplication alone changes of the top bits, such as all signs,
+      // could cancel each other.
       sums[i] = (((sums[i] << 13) | (sums[i] >> 19)) ^ read) * odd;
     }
   }
@@ -44,19 +47,19 @@ static uint64_t digest_of_row(const unsigned char* start, long bytes) {
   return mixed;
 }
 
-static uint64_t digest_of_sample(const Watched& part) {
-  uint64_t mixed = part.count;
+static uint64_t digest_of_sample(const Region& region) {
+  uint64_t mixed = region.count;
   long element = 0;
-  for (long i = 0; i < part.count; ++i) {
+  for (long i = 0; i < region.count; ++i) {
     uint64_t read = 0;
-    std::memcpy(&read, part.start + element * part.unit, part.unit);
+    std::memcpy(&read, region.start + element * region.unit, region.unit);
     mixed = mix(mixed, read);
-    element += part.step;
-    if (element >= part.total) element -= part.total;
+    element += region.step;
+    if (element >= region.total) element -= region.total;
   }
   return mixed;
 }
 
-static uint64_t digest_of(const Watched& part) {
-  return part.step ? digest_of_sample(part) : digest_of_row(part.start, part.count);
+static uint64_t digest_of(const Region& region) {
+  return region.step ? digest_of_sample(region) : digest_of_row(region.start, region.count);
 }

@@ -1,4 +1,4 @@
-// What Python asks for instead of knowing it, too: constants, and how structs are laid out.
+// The constants and struct layouts that Python asks for, so that they exist once.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ struct Constant {
 
 #define CONSTANT(name) {#name, name},
 #define STEP_OFFSET(field) {"Step." #field, offsetof(Step, field)},
-#define WATCHED_OFFSET(field) {"Watched." #field, offsetof(Watched, field)},
+#define REGION_OFFSET(field) {"Region." #field, offsetof(Region, field)},
 
 static const Constant constants[] = {
     CONSTANT(LANES) CONSTANT(MR) CONSTANT(NR) CONSTANT(CACHE_LINE)
@@ -32,6 +32,6 @@ static const Constant constants[] = {
     {"activation.leaky_relu", SLOPE},  // with its slope for every channel
     {"activation.prelu", SLOPE},
     STEP_FIELDS(STEP_OFFSET) {"Step", sizeof(Step)},
-    WATCHED_FIELDS(WATCHED_OFFSET) {"Watched", sizeof(Watched)},
+    REGION_FIELDS(REGION_OFFSET) {"Region", sizeof(Region)},
     {nullptr, 0},
 };

@@ -1,5 +1,6 @@
-// A convolution and the 1x1 convolutions behind it, a block of pixels at a time: what one writes
-// the next reads from the caches, and no thread waits for the others in between.
+// Computes a convolution and the 1x1 convolutions behind it a block of pixels at a time, so that
+// each reads from the caches what the one before has written, and threads do not wait for each
+// other.
 //
 // A value that only the chain reads is local: a block of it lies in the thread's scratch memory,
 // where the next block's overwrites it.

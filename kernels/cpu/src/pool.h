@@ -52,8 +52,8 @@ static void global_mean(const Step& s, const Range& part) {
   }
 }
 
-// The sum of each window divided by w[p] * slope[q]. Those are Python's, which knows what counts of
-// a window that hangs over the edge.
+// Computes the sum of each window divided by w[p] * slope[q], which Python computes from how
+// windows at the edge count.
 static void average_pool(const Step& s, const Range& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long top = row % s.P * s.stride_h - s.pad_h;
@@ -75,7 +75,7 @@ static void average_pool(const Step& s, const Range& rows) {
   }
 }
 
-// y[p, q] = x[w[p], slope[q]], with zeros in the channels that x does not have.
+// Computes y[p, q] = x[w[p], slope[q]], with zeros in the channels that x does not have.
 static void pick(const Step& s, const Range& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long h = row / s.P * s.H + static_cast<long>(s.w[row % s.P]);

@@ -1,4 +1,4 @@
-// How much scratch memory steps need: the only place that says so.
+// The scratch memory that steps need. Python asks for it and has no rule of its own.
 #pragma once
 
 #include "conv3x3_winograd.h"
@@ -7,8 +7,7 @@
 #include "fused_rows.h"
 #include "step.h"
 
-// Floats that a thread needs for a step that is not a fused run; what a fused step needs for
-// itself.
+// Returns the floats that a thread needs for a step that is no fused run, or for one step in it.
 static inline long scratch_floats(const Step& s) {
   switch (s.kind) {
     case DIRECT: return direct_scratch_floats(s);
@@ -18,7 +17,7 @@ static inline long scratch_floats(const Step& s) {
   }
 }
 
-// The most pixels of a value that are in a thread's scratch memory at a time, for a fused run.
+// Returns the most pixels of a value that a fused run has in a thread's scratch memory at a time.
 static inline long local_pixels(const Step* run) {
   return run->kind == CHAIN ? chain_pixels(run[1]) : strip_pixels(run);
 }

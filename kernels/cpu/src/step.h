@@ -9,10 +9,10 @@
 //   one, which is read and written, too.
 // - x and y may overlap only where they are the same pixels of a step without windows; y may be the
 //   residual.
-// - Scratch memory is `scratch_pitch` floats for each thread. What it holds is undefined before a
-//   step; resfuse_scratch_floats says how many floats a step needs.
-// - All memory outlives the call; nothing is kept after it.
-// debug_checks.h asserts what of this can be told from a step.
+// - Each thread has `scratch_pitch` floats of scratch memory, undefined before a step.
+//   resfuse_scratch_floats returns the floats that a step needs.
+// - All memory must outlive the call; steps store no pointers.
+// debug_checks.h asserts as much of this as a step shows.
 #pragma once
 
 enum Kind : long {
@@ -46,8 +46,8 @@ struct Step {
   long scratch_pitch;   // floats from one thread's scratch memory to the next's
   long length;          // CHAIN, ROW_FUSED: how many of the next steps are fused; else 0
   long rows;            // ROW_FUSED: rows of the last step's output in a strip
-  // In a fused run: where the value lies in a thread's scratch memory of the run, in floats from
-  // its start, or -1 where it lies at its address.
+  // In a fused run: the value's offset in the thread's scratch memory of the run, in floats, or -1
+  // for a value at its address.
   long x_local, residual_local, y_local;
 };
 

@@ -14,8 +14,7 @@
 #include "step.h"
 #include "team.h"
 
-// What a thread's scratch memory holds of the step that it computed last, for its next piece to
-// reuse.
+// The results of the last step in a thread's scratch memory, for its next piece to reuse.
 struct ScratchContents {
   uint64_t step = 0;
   TransformedTiles tiles;
@@ -81,8 +80,7 @@ class StepWork final : public team::Work {
   }
 };
 
-// The steps of a run. Each stands for itself or, as a fused run, for the `length` steps behind it,
-// too.
+// The steps of a run. A fused run is one step together with the `length` steps behind it.
 struct Steps {
   const Step* steps;
   long count;
@@ -106,26 +104,27 @@ extern "C" long resfuse_run(const Step* steps, long count, long threads) {
   return team::run(Steps{steps, count}, static_cast<int>(threads)) ? 0 : 1;
 }
 
-// All constants and field offsets that Python uses, up to one without a name.
+// Returns all constants and field offsets that Python uses; the table ends with one without a name.
 extern "C" const Constant* resfuse_constants() { return constants; }
 
-// Floats of scratch memory that a thread needs for a step that is not a fused run.
+// Returns the floats of scratch memory that a thread needs for a step, which is no fused run.
 extern "C" long resfuse_scratch_floats(const Step* step) { return scratch_floats(*step); }
 
-// The most pixels of a value that lie in a thread's scratch memory at a time, for a fused run.
+// Returns the most pixels of a value that a fused run has in a thread's scratch memory at a time.
 extern "C" long resfuse_local_pixels(const Step* run) { return local_pixels(run); }
 
-extern "C" void resfuse_digest(Watched* parts, long count) {
-  for (long i = 0; i < count; ++i) parts[i].digest = digest_of(parts[i]);
+// Stores the digest of each region in it.
+extern "C" void resfuse_digest(Region* regions, long count) {
+  for (long i = 0; i < count; ++i) regions[i].digest = digest_of(regions[i]);
 }
 
-// Returns whether parts [0, always) and [from, to) have the digests that they had.
-extern "C" long resfuse_unchanged(const Watched* parts, long always, long from, long to) {
+// Returns whether regions [0, always) and [from, to) still have their digests.
+extern "C" long resfuse_unchanged(const Region* regions, long always, long from, long to) {
   for (long i = 0; i < always; ++i) {
-    if (digest_of(parts[i]) != parts[i].digest) return 0;
+    if (digest_of(regions[i]) != regions[i].digest) return 0;
   }
   for (long i = from; i < to; ++i) {
-    if (digest_of(parts[i]) != parts[i].digest) return 0;
+    if (digest_of(regions[i]) != regions[i].digest) return 0;
   }
   return 1;
 }

@@ -1,5 +1,5 @@
-// Work stealing: distributes the steps of a run over OpenMP's threads. These are also torch's
-// threads. Threads of our own would compete for the cores with torch's, which spin for some 4 ms
+// Distributes the steps of a run over OpenMP's threads, with work stealing. These are also torch's
+// threads: separate ones would compete for the cores with torch's, which spin for some 4 ms
 // after each operation (ResNet-50 is then 1.15 times slower, MobileNetV2 twice as slow).
 //
 // All steps of a run are one parallel region. A step is divided into a range of pieces per thread.
@@ -146,7 +146,7 @@ struct alignas(64) Job {
 static std::atomic<int> active{0};
 static std::atomic<uint64_t> last_step{0};
 static bool forked = false;
-static const int watching = pthread_atfork(nullptr, nullptr, [] {
+static const int registered = pthread_atfork(nullptr, nullptr, [] {
   forked = true;
   active.store(0);
 });
@@ -214,7 +214,8 @@ static bool run_shared(Job& job, const Work& work, int threads) {
   return !job.failed.load(std::memory_order_relaxed);
 }
 
-// What the other threads do until the caller has finished its last step.
+// Computes pieces of the caller's steps until the last is finished, in a thread other than the
+// caller's.
 static void help(Job& job, int id) {
   long idle_since = now();
   for (long tries = 1; !job.finished.load(std::memory_order_acquire); tries++) {

@@ -126,7 +126,7 @@ static inline void for_each_tile(long from, long to, const Body& body) {
   }
 }
 
-// The same, with N the vectors that `channels` fills: at most NR_VECTORS.
+// Calls for_each_tile with N = channels / LANES, at most NR_VECTORS.
 template <class Body>
 static inline void for_each_tile_of_width(long channels, long from, long to, const Body& body) {
   DCHECK(0 < channels && channels <= NR && channels % LANES == 0);

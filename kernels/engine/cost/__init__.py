@@ -1,1 +1,1 @@
-"""What parts of a network cost at the least, here or on a GPU that is not here."""
+"""Lower bounds for the time of parts of a network, on this device or on any GPU."""

@@ -1,4 +1,4 @@
-"""How fast this device multiplies and copies: what a floor is made of."""
+"""Measures how fast this device multiplies and copies, from which floors are computed."""
 
 import time
 from collections.abc import Callable
@@ -11,12 +11,15 @@ from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 _SIDE = {"cpu": 1536, "cuda": 8192}
 _BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 _ROUNDS = 5
-_BELIEVED = 1000  # times as fast as just now; a machine that others use may be slow now
+# A stored time is believed up to this many times below the one just measured: other users of the
+# machine may slow it down now.
+_BELIEVED = 1000
 
 
 class Ceilings:
-    """GFLOP/s of a large matrix product and GB/s of a large copy, the most ever measured: they are
-    measured again whenever they are asked for, since other load on a machine only slows it.
+    """The highest GFLOP/s of a large matrix product and GB/s of a large copy ever measured.
+
+    Both are measured again for every instance, since other load on a machine only slows it down.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, cache: TimingCache) -> None:
@@ -36,7 +39,7 @@ class Ceilings:
         return 2 * size / self._least_ever(f"copy {size}", _copy(self._device)) / 1e6
 
     def floor_ms(self, flops: int, moved: int) -> float:
-        """The least time of so many FLOPs and bytes."""
+        """Returns the least ms for a number of FLOPs and bytes."""
         return max(flops / self.gflops, moved / self.gb_per_s) / 1e6
 
     def _least_ever(self, what: str, ms: float) -> float:

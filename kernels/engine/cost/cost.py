@@ -1,6 +1,5 @@
-"""What a part of a graph computes and moves at the least: FLOPs of its convolutions, and each
-tensor that it reads or leaves behind once, with its weights. Pixels that strides leave out are not
-read.
+"""Counts the least that a part of a graph computes and moves: the FLOPs of its convolutions, and
+the bytes of its weights, inputs and outputs, each once and without pixels that strides skip.
 """
 
 from dataclasses import dataclass
@@ -12,14 +11,14 @@ from resfuse.kernels.ops.conv_problem import MATH_MODES
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run."""
+    """The FLOPs and bytes of one run."""
 
     flops: int
     moved: int  # bytes
 
 
 def cost_of(part: Graph) -> Cost:
-    """FLOPs as convolutions are defined; Winograd's needs fewer."""
+    """Returns the cost of a part, with FLOPs of direct convolution; Winograd's needs fewer."""
     flops = weights = 0
     for node in part.nodes:
         if isinstance(node.op, Conv):
@@ -33,7 +32,7 @@ def cost_of(part: Graph) -> Cost:
 
 
 def _read_bytes(part: Graph, name: str) -> int:
-    """Of a value from outside: the pixels that some node looks at."""
+    """Returns the bytes that are read of an input: those of the pixels that some node needs."""
     readers = [node for node in part.nodes if name in node.inputs]
     seen = [
         node.op.problem.pixels_read

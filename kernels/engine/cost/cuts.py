@@ -1,4 +1,4 @@
-"""CUTS: ways to cut a network into kernels, and the least that each can take on some device.
+"""CUTS: ways to cut a network into kernels, and the least time of each on some device.
 
 Each kernel reads and writes every tensor that it shares with others once, and does all of its
 arithmetic or all of its traffic at the device's full rate, whichever takes longer. A cut is a limit
@@ -18,7 +18,7 @@ Kernels = list[list[Node]]
 
 @dataclass(frozen=True)
 class Cut:
-    """`kernels(graph)` puts every node into one kernel."""
+    """A way to cut a network; `kernels(graph)` returns the nodes of each kernel."""
 
     kernels: Callable[[Graph], Kernels]
     does: str
@@ -26,7 +26,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Limit:
-    """The least that a network takes when it is cut in some way."""
+    """The least FLOPs, bytes and time of a network under one cut."""
 
     kernels: int
     flops: int
@@ -36,12 +36,12 @@ class Limit:
 
     @property
     def bound(self) -> str:
-        """What most of the time goes to."""
+        """Returns whether most of the time goes to "bytes" or "FLOPs"."""
         return "bytes" if 2 * self.memory_ms > self.ms else "FLOPs"
 
 
 def limit(graph: Graph, cut: str, device: Gpu, math_mode: str) -> Limit:
-    """The least time of a graph under a cut named in CUTS, by the device's rates."""
+    """Returns the limit of a graph under a cut named in CUTS, at the device's peak rates."""
     costs = [kernel_cost(graph, nodes) for nodes in CUTS[cut].kernels(graph)]
     times = [device.ms(math_mode, cost.flops, cost.moved) for cost in costs]
     waiting = [
@@ -56,7 +56,7 @@ def limit(graph: Graph, cut: str, device: Gpu, math_mode: str) -> Limit:
 
 
 def with_batch(graph: Graph, n: int) -> Graph:
-    """The graph for another batch size; every value begins with the batch, as a network's do."""
+    """Returns the graph for another batch size; the batch must be every value's first dimension."""
 
     def resized(node: Node) -> Node:
         if not isinstance(node.op, Conv):
@@ -68,11 +68,11 @@ def with_batch(graph: Graph, n: int) -> Graph:
 
 
 def kernel_cost(graph: Graph, nodes: Sequence[Node]) -> Cost:
-    """FLOPs and least bytes of some nodes as one kernel."""
+    """Returns the FLOPs and least bytes of some nodes as one kernel."""
     within = Counter(name for node in nodes for name in node.inputs)
     outputs = tuple(node.name for node in nodes if graph.readers[node.name] > within[node.name])
-    made = {node.name for node in nodes}
-    names = dict.fromkeys([*(name for name in within if name not in made), *made])
+    computed = {node.name for node in nodes}
+    names = dict.fromkeys([*(name for name in within if name not in computed), *computed])
     first = next(iter(names))
     return cost_of(Graph(first, outputs, tuple(nodes), {n: graph.values[n] for n in names}))
 
@@ -82,8 +82,9 @@ def _one_by_one(graph: Graph) -> Kernels:
 
 
 def _with_pixelwise(graph: Graph, most: int) -> Kernels:
-    """A convolution with a window takes in the 1x1 convolutions behind it, `most` of them: they
-    need a pixel's channels only. A projection goes where it is added, as more channels to sum."""
+    """Returns kernels in which a convolution larger than 1x1 takes in up to `most` 1x1 convolutions
+    behind it, which need one pixel at a time. A projection is part of the kernel that adds it, as
+    more channels to sum."""
     taken: set[str] = set()
     kernels = []
     for node in graph.nodes:
@@ -97,19 +98,19 @@ def _with_pixelwise(graph: Graph, most: int) -> Kernels:
 
 
 def _with_pools(graph: Graph, kernels: Kernels) -> Kernels:
-    """Moves pooling to where its input is made, unless that has another reader."""
-    makers = {node.name: kernel for kernel in kernels for node in kernel}
-    left = []
+    """Moves pooling into the kernel that computes its input, unless that has another reader."""
+    producers = {node.name: kernel for kernel in kernels for node in kernel}
+    remaining = []
     for kernel in kernels:
         node = kernel[0]
         pools = isinstance(node.op, MaxPool | Mean) and graph.readers[node.inputs[0]] == 1
-        maker = makers.get(node.inputs[0]) if pools and len(kernel) == 1 else None
-        if maker is None:
-            left.append(kernel)
+        producer = producers.get(node.inputs[0]) if pools and len(kernel) == 1 else None
+        if producer is None:
+            remaining.append(kernel)
         else:
-            maker.append(node)
-            makers[node.name] = maker
-    return left
+            producer.append(node)
+            producers[node.name] = producer
+    return remaining
 
 
 def _followers(graph: Graph, first: Node, most: int, taken: set[str]) -> list[Node]:
@@ -133,7 +134,8 @@ def _followers(graph: Graph, first: Node, most: int, taken: set[str]) -> list[No
 
 
 def _blocks(graph: Graph) -> Kernels:
-    """From one point where a single value is live to the next: a residual block is one kernel."""
+    """Returns kernels that reach from one point where a single value is live to the next: each
+    residual block is one."""
     kernels: Kernels = [[]]
     live: set[str] = set()
     for at, node in enumerate(graph.nodes):
@@ -147,7 +149,7 @@ def _blocks(graph: Graph) -> Kernels:
 
 
 def _is_pixelwise(node: Node) -> bool:
-    """An output pixel needs one pixel of its input."""
+    """Returns whether an output pixel depends on one pixel of each input only."""
     if isinstance(node.op, Affine):
         return True
     if not isinstance(node.op, Conv):
@@ -157,7 +159,7 @@ def _is_pixelwise(node: Node) -> bool:
 
 
 def _is_projection(graph: Graph, node: Node) -> bool:
-    """A 1x1 convolution that is made for a sum alone."""
+    """Returns whether a node is a 1x1 convolution whose only reader adds it."""
     p = node.op.problem if isinstance(node.op, Conv) else None
     only_read_once = graph.readers[node.name] == 1
     window = p is not None and (p.r, p.s) == (1, 1) and not p.residual

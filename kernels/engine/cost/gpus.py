@@ -1,15 +1,16 @@
-"""GPUS: what the data sheets of GPUs promise, for plans made without one."""
+"""GPUS: the peak rates in the data sheets of GPUs, for plans made without the GPU."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates; what can be measured of them is about 0.8 of the first and 0.9 of the second.
+    """The peak rates of a GPU. Measurements reach about 80 % of its TFLOP/s and 90 % of its TB/s.
 
-    tflops: by math mode, dense.
-    tb_per_s: of its memory.
-    source: the data sheet.
+    Attributes:
+        tflops: dense TFLOP/s by math mode.
+        tb_per_s: the bandwidth of its memory.
+        source: the data sheet.
     """
 
     name: str
@@ -18,11 +19,11 @@ class Gpu:
     source: str = ""
 
     def ms(self, math_mode: str, flops: int, moved: int) -> float:
-        """The least time of so many FLOPs and bytes."""
+        """Returns the least ms for a number of FLOPs and bytes."""
         return max(self._flops_ms(math_mode, flops), self._bytes_ms(moved))
 
     def bound(self, math_mode: str, flops: int, moved: int) -> str:
-        """Which of the two takes longer: "FLOPs" or "bytes"."""
+        """Returns which of the two takes longer, "FLOPs" or "bytes"."""
         return "bytes" if self._bytes_ms(moved) > self._flops_ms(math_mode, flops) else "FLOPs"
 
     def _flops_ms(self, math_mode: str, flops: int) -> float:
@@ -65,7 +66,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """Raises ValueError for one that is not in GPUS."""
+    """Returns the GPU of a name in GPUS, and raises ValueError for any other name."""
     if name not in GPUS:
         raise ValueError(f"argument gpu: {name!r} is not known; accepted: {', '.join(GPUS)}")
     return GPUS[name]

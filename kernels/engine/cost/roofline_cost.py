@@ -1,9 +1,8 @@
-"""RooflineCost: what a candidate should take on a GPU that is not here, by data sheet and
-arithmetic.
+"""RooflineCost: predicts the time of candidates from a GPU's data sheet.
 
-Every kernel is taken to reach the GPU's peak in FLOPs or bytes, whichever takes longer; so times
-are too short, and all configurations of a tactic alike. What the model tells apart is how often
-tensors go through memory: that is where the tactics for several nodes win.
+Every kernel is assumed to reach the GPU's peak in FLOPs or bytes, whichever takes longer. So times
+are too short, and equal for all configurations of a tactic; they differ by how often tensors go
+through memory, where tactics for several nodes win.
 """
 
 from math import prod
@@ -19,7 +18,7 @@ LAUNCH_US = 1.3  # from one kernel of a CUDA graph to the next on Hopper; read, 
 
 
 class RooflineCost:
-    """ms of a candidate, for `planner.plan`."""
+    """Predicts the ms of candidates, for `planner.plan`."""
 
     def __init__(self, graph: Graph, gpu: Gpu, launch_us: float = LAUNCH_US) -> None:
         self._graph, self._gpu, self._launch_us = graph, gpu, launch_us
@@ -36,7 +35,8 @@ class RooflineCost:
         return self._launch_us / 1e3 + self._gpu.ms(self._math_mode, cost.flops, cost.moved)
 
     def _passes_ms(self, tactic: str, part: Graph) -> float:
-        """Of the kernels beside the first, which read and write what it wrote."""
+        """Returns the ms of the elementwise kernels after the first, which read and write its
+        result."""
         ms = 0.0
         for node in part.nodes:
             value = part.values[node.name]
@@ -52,7 +52,7 @@ class RooflineCost:
 
 
 def _passes(tactic: str, node: Node) -> int:
-    """How many elementwise operations follow in kernels of their own."""
+    """Returns the number of elementwise operations that follow in kernels of their own."""
     op = node.op
     if tactic == "cudnn":  # its fused operations take a bias only with a ReLU
         return int(isinstance(op, Conv) and op.activation == "identity")

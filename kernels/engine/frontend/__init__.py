@@ -1,1 +1,1 @@
-"""From a model to a graph: export, operations, merging, images of a batch."""
+"""Turns a model into a graph: export, operations, merging, images of a batch."""

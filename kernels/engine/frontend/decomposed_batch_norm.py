@@ -1,8 +1,8 @@
-"""Batch norm written out in a forward, as torchvision's FrozenBatchNorm2d does:
+"""Recognises a batch norm that a forward writes out, as torchvision's FrozenBatchNorm2d does:
 
     scale = weight * (var + eps).rsqrt();  y = x * scale + (bias - mean * scale)
 
-Read back as the norm it is, with its own eps, so that it is folded as any other.
+It becomes a Norm with its own eps, and is folded like any other.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ StateOf = Callable[[Any], str | None]
 
 
 def spelled_norm(node: fx.Node, state_of: StateOf) -> tuple[fx.Node, Norm] | None:
-    """What is normalised by the sum `node`, and by what; None where it is another sum.
+    """Returns the input and the norm that the sum `node` computes, None if it is no batch norm.
 
     Args:
-        state_of: the name of a placeholder in the state, None for anything else.
+        state_of: returns the name of a placeholder in the state, None for any other argument.
     """
     for product, shift in _either(node, aten.add.Tensor):
         for x, scale in _either(product, aten.mul.Tensor):
@@ -54,7 +54,7 @@ def _under_root(root: Any) -> tuple[Any, float]:
 
 
 def _either(node: Any, target: Any) -> list[tuple[Any, Any]]:
-    """The operands of a sum or product of two tensors, in both orders."""
+    """Returns the operands of a sum or product of two tensors, in both orders."""
     if not _is(node, target) or node.kwargs:
         return []
     a, b = node.args
@@ -66,14 +66,14 @@ def _is(node: Any, target: Any) -> bool:
 
 
 def _plain(arg: Any) -> Any:
-    """What views of it show."""
+    """Returns the argument that `arg` is a view of, or `arg` itself."""
     while isinstance(arg, fx.Node) and arg.target in _VIEWS:
         arg = arg.args[0]
     return arg
 
 
 def _is_per_channel(x: Any, factor: Any) -> bool:
-    """Whether `factor` has one number for each channel of the maps `x`."""
+    """Returns whether `factor` has one number for each channel of the maps `x`."""
     if not isinstance(x, fx.Node) or not isinstance(x.meta.get("val"), torch.Tensor):
         return False
     shape, given = x.meta["val"].shape, factor.meta["val"].shape

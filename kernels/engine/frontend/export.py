@@ -1,4 +1,4 @@
-"""Captures a model as a Graph, by torch.export."""
+"""Captures a model as a Graph by torch.export."""
 
 import hashlib
 import operator
@@ -24,14 +24,14 @@ aten = torch.ops.aten
 
 
 def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]]:
-    """The graph of `model` in eval mode for inputs like `example`, and the state it needs.
+    """Returns the graph of `model` in eval mode for inputs like `example`, and its state by name.
 
     Raises:
         ValueError: the model cannot be exported, most often because its control flow depends on
-            data; or it writes to its buffers in eval mode, or changes anything else.
+            data; or its forward has side effects, writes to buffers included.
     """
     effects, questions, settled = SideEffects(model), LayoutQuestions(), False
-    with effects.watched():
+    with effects.observed():
         program = _exported(model, example, questions)
         effects.undo()  # torch has put back copies of lists
         if effects.change is not None:
@@ -56,8 +56,9 @@ def _exported(
         with torch.no_grad():
             with questions, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*was assigned during export", UserWarning)
-                program = torch.export.export(model, (example,), strict=False)
-            program = program.run_decompositions({})  # batch norms and in-place operations as ATen
+                exported = torch.export.export(model, (example,), strict=False)
+            # Batch norms and in-place operations become ATen's functional ones.
+            program: torch.export.ExportedProgram = exported.run_decompositions({})
     except Unreadable:
         raise
     except Exception as error:  # export raises whatever it meets
@@ -86,7 +87,8 @@ def _require_no_address(model: nn.Module, questions: LayoutQuestions) -> None:
 
 
 def _settles(model: nn.Module, example: Tensor, effects: SideEffects) -> bool:
-    """Whether the model writes things down at its first forward only, and answers the same."""
+    """Returns whether only the model's first forward has side effects, and later ones answer the
+    same."""
     x = _other_numbers(example)
     try:
         with torch.no_grad():
@@ -98,14 +100,14 @@ def _settles(model: nn.Module, example: Tensor, effects: SideEffects) -> bool:
 def _require_equal(
     model: nn.Module, example: Tensor, program: torch.export.ExportedProgram
 ) -> None:
-    """Raises ValueError unless what was captured answers as the model does."""
+    """Raises ValueError unless the captured program answers as the model does."""
     x = _other_numbers(example)
     with torch.no_grad(), undrawn():
         torch.manual_seed(0)
         want = pytree.tree_leaves(model(x.clone()))
         torch.manual_seed(0)
-        found = pytree.tree_leaves(program.module()(x.clone()))
-    for one, other in zip(found, want, strict=True):
+        answers = pytree.tree_leaves(program.module()(x.clone()))
+    for one, other in zip(answers, want, strict=True):
         if isinstance(other, Tensor) and not torch.allclose(
             one, other, rtol=1e-3, atol=1e-3, equal_nan=True
         ):
@@ -124,7 +126,7 @@ def _other_numbers(example: Tensor) -> Tensor:
 
 
 class _Reader:
-    """Reads an exported program, a node of ATen each."""
+    """Turns an exported program, whose nodes are ATen operations, into a Graph."""
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         self.read = Captured({name: t.detach() for name, t in program.state_dict.items()})
@@ -160,8 +162,10 @@ class _Reader:
         )  # fmt: skip
 
     def _name_of(self, spec: InputSpec) -> str:
-        """In the state. A tensor that the forward makes of numbers may have others for other batch
-        sizes, though torch calls it the same: its content becomes part of its name.
+        """Returns the name of an input in the state.
+
+        A constant that the forward creates may differ between batch sizes under torch's one name
+        for it, so a hash of its content becomes part of its name.
         """
         name = str(spec.target)
         if name in self._program.state_dict:
@@ -186,29 +190,29 @@ class _Reader:
         read, target, args = self.read, node.target, arguments(node)
         if target is operator.getitem:
             if args[1] == 0 and read.names[args[0]] in read.values:
-                read.same(node, args[0])  # of a batch norm read as one
+                read.same(node, args[0])  # the result of a batch norm; its statistics are not read
             else:
                 self._one_of_several(node)
         elif target is aten._assert_tensor_metadata.default:
-            pass  # held for the example; the engine takes inputs like it only
+            pass  # true of the example, and the engine takes inputs like it only
         elif target in SAME_VALUES and args[0] in read.names:
             read.same(node, args[0])
         elif not (add := OPERATIONS.get(target)) or not add(read, node):
             self._torch(node)
 
     def _one_of_several(self, node: fx.Node) -> None:
-        """One result of an operation of torch's that has several: a call of its own."""
+        """Adds one result of an operation with several results, as a call of its own."""
         source, which = arguments(node)
-        made = next(n for n in self.read.nodes if n.name == self.read.names[source])
-        assert isinstance(made.op, Torch)
+        call = next(n for n in self.read.nodes if n.name == self.read.names[source])
+        assert isinstance(call.op, Torch)
         self.read.add_value(node, node.name)
-        one = Torch(made.op.target, made.op.args, made.op.kwargs, int(which))
-        self.read.nodes.append(Node(node.name, one, made.inputs))
+        one = Torch(call.op.target, call.op.args, call.op.kwargs, int(which))
+        self.read.nodes.append(Node(node.name, one, call.inputs))
 
     def _torch(self, node: fx.Node) -> None:
-        """An operation that stays torch's; how to call it becomes plain data.
+        """Adds an operation that torch runs, its arguments encoded as plain data.
 
-        Views become reshapes: in the engine's own layouts not every shape is a view.
+        Views become reshapes, since not every view exists of a value in the engine's layouts.
         """
         inputs: list[fx.Node] = []
 

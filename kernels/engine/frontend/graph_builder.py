@@ -1,4 +1,4 @@
-"""What has been read of an exported program: its state, its values and their names, its nodes."""
+"""Collects the state, values and nodes that are read from an exported program."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,10 @@ _COMPUTED = tuple(dtype for dtype, _ in MATH_MODES.values())
 
 @dataclass
 class Captured:
-    """Filled by export.py, node by node, and by what stands in operations.py for its target."""
+    """The part of an exported program that has been read so far.
+
+    export.py goes through the program node by node, and the functions of operations.py add them.
+    """
 
     state: dict[str, Tensor]
     states: dict[fx.Node, str] = field(default_factory=dict)  # placeholders: names in the state
@@ -23,6 +26,7 @@ class Captured:
     nodes: list[Node] = field(default_factory=list)
 
     def add_value(self, node: fx.Node, name: str) -> None:
+        """Adds the result of `node` as the value `name`."""
         meta = node.meta["val"]
         if isinstance(meta, list | tuple):  # a batch norm's result, and unread statistics
             meta = meta[0]
@@ -35,20 +39,21 @@ class Captured:
         self.values[name] = Value(tuple(meta.shape), meta.dtype)
 
     def add(self, node: fx.Node, op: Operation, *inputs: fx.Node) -> None:
-        """An operation whose result is the value `node`."""
+        """Adds an operation whose result is the value `node`."""
         self.add_value(node, node.name)
         self.nodes.append(Node(node.name, op, tuple(self.names[x] for x in inputs)))
 
     def same(self, node: fx.Node, x: fx.Node) -> None:
-        """`node` is the value `x` by another name."""
+        """Makes `node` another name of the value `x`."""
         self.names[node] = self.names[x]
 
     def state_of(self, arg: Any) -> str | None:
-        """The name of a placeholder in the state, None for anything else."""
+        """Returns the name of a placeholder in the state, None for any other argument."""
         return self.states.get(arg) if isinstance(arg, fx.Node) else None
 
     def is_map(self, arg: Any) -> bool:
-        """[N, C, H, W], or [N, C] for maps of one pixel, of a dtype that is computed in."""
+        """Returns whether an argument is a value [N, C, H, W] or [N, C] of a dtype that tactics
+        compute in."""
         if not isinstance(arg, fx.Node) or arg not in self.names:
             return False
         value = self.values.get(self.names[arg])

@@ -1,5 +1,6 @@
-"""Whether a forward asks how a tensor lies in memory: `y.is_contiguous()`, `x.stride()`. What was
-captured has the example's answers built in: the engine takes inputs only that lie as that did.
+"""Notices when a forward asks for a tensor's memory layout: `y.is_contiguous()`, `x.stride()`. The
+captured graph has the answers for the example built in, so such an engine accepts only inputs of
+the example's layout.
 """
 
 import sys
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 _QUESTIONS = frozenset({
     "stride", "is_contiguous", "dim_order", "storage_offset", "is_non_overlapping_and_dense",
 })  # fmt: skip
-_BY_ADDRESS = frozenset(  # what is there is another matter in memory of the engine's own
+_BY_ADDRESS = frozenset(  # these read raw memory, which differs in the engine's arena
     {"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "set_",
      "untyped_storage", "storage", "_typed_storage", "data_ptr", "resize_", "resize_as_"}
 )  # fmt: skip
@@ -21,12 +22,13 @@ _BETWEEN = ("torch.overrides", "torch._tensor", "torch._jit_internal")
 
 
 class LayoutQuestions(TorchFunctionMode):
-    """Notes what a model's code asks while this is entered; torch's own code may ask anything."""
+    """A context that records the questions that a model's code asks; those of torch's own code do
+    not count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.asked = self.offset = False
-        self.by_address: str | None = None  # what reads memory past torch's idea of a tensor
+        self.by_address: str | None = None  # the call that reads memory by address
 
     def __torch_function__(
         self,
@@ -41,15 +43,15 @@ class LayoutQuestions(TorchFunctionMode):
             self.by_address = self.by_address or (name if name in _BY_ADDRESS else None)
             self.offset = self.offset or name == "storage_offset"
         profiler = sys.getprofile()
-        sys.setprofile(None)  # the forward is watched, and not what torch does for it
+        sys.setprofile(None)  # the profiler observes the forward only, not torch's own code
         try:
             return func(*args, **(kwargs or {}))
         finally:
             sys.setprofile(profiler)
 
     def layout_of(self, example: Tensor) -> tuple[int, ...] | None:
-        """What inputs must have in common with the example: strides, and where it was asked for,
-        the storage offset; None where nothing was."""
+        """Returns the strides that inputs must share with the example, followed by the storage
+        offset if the forward asks for it; None if it asks for neither."""
         offset = (example.storage_offset(),) if self.offset else ()
         return (*example.stride(), *offset) if self.asked else None
 
@@ -69,9 +71,9 @@ def require_layout(x: Tensor, wanted: tuple[int, ...] | None) -> None:
         return
     found = (*x.stride(), x.storage_offset())
     if found[: len(wanted)] != wanted:
-        told = [f"strides {lies[: x.dim()]}" + f" at offset {lies[-1]}" * (len(wanted) > x.dim())
+        layouts = [f"strides {lies[: x.dim()]}" + f" at offset {lies[-1]}" * (len(wanted) > x.dim())
                 for lies in (found, wanted)]  # fmt: skip
         raise ValueError(
-            f"argument x: {told[0]}; the model asks how its tensors lie in memory, and this engine "
-            f"was built for {told[1]}"
+            f"argument x: {layouts[0]}; the model asks how its tensors lie in memory, and this "
+            f"engine was built for {layouts[1]}"
         )

@@ -1,6 +1,6 @@
-"""Passes over a captured graph. They merge into convolutions and batch norms what follows them,
-where what lies between has no other reader: norm, activation, sum; and picks of picks into one.
-What remains is what the engine plans with.
+"""Passes over a captured graph, which leave the nodes that the engine plans with. Convolutions and
+batch norms take in the norm, activation or sum that follows them, where the value between has no
+other reader; picks of picks become one.
 """
 
 from collections.abc import Callable
@@ -29,32 +29,34 @@ def merge_followers(graph: Graph) -> Graph:
 
 
 def _merge_at(graph: Graph, at: int) -> tuple[list[Node], int] | None:
-    """The nodes with node `at` merged into one before it, and where to go on."""
+    """Returns the nodes with node `at` merged into an earlier one, and the position to go on from;
+    None where it cannot be merged."""
     node = graph.nodes[at]
     if not isinstance(node.op, Affine | Pick):
         return None
-    makers = {made.name: i for i, made in enumerate(graph.nodes[:at])}
+    producers = {node.name: i for i, node in enumerate(graph.nodes[:at])}
     found = [
-        (maker, op)
+        (producer, op)
         for name in dict.fromkeys(node.inputs)
-        if (maker := makers.get(name)) is not None and graph.readers[name] == 1
-        if (op := _joined(graph.nodes[maker], node)) is not None
+        if (producer := producers.get(name)) is not None and graph.readers[name] == 1
+        if (op := _joined(graph.nodes[producer], node)) is not None
     ]
     if not found:
         return None
-    # Of the two branches of a sum, the residual branch's convolution takes it: its input is its
-    # alone, where a projection's is the block's. So conv 3x3, conv 1x1 + sum stay neighbours.
-    maker, op = max(found, key=lambda f: (graph.readers[graph.nodes[f[0]].inputs[0]] == 1, f[0]))
-    first = graph.nodes[maker]
+    # Of the two branches of a sum, the convolution of the residual branch takes it in: its input
+    # has no other reader, while a projection reads the block's input. So conv 3x3 and conv 1x1 +
+    # sum stay neighbours.
+    producer, op = max(found, key=lambda f: (graph.readers[graph.nodes[f[0]].inputs[0]] == 1, f[0]))
+    first = graph.nodes[producer]
     residual = [name for name in node.inputs if name != first.name]
     merged = Node(node.name, op, (*first.inputs, *residual))
-    nodes = [n for i, n in enumerate(graph.nodes) if i not in (maker, at)]
+    nodes = [n for i, n in enumerate(graph.nodes) if i not in (producer, at)]
     nodes.insert(at - 1, merged)
     return nodes, at - 1
 
 
 def _joined(first: Node, second: Node) -> Conv | Affine | Pick | None:
-    """One operation for both, None where there is none."""
+    """Returns one operation that computes both nodes, None where there is none."""
     op, then = first.op, second.op
     if isinstance(then, Pick):
         return op.then(then) if isinstance(op, Pick) else None
@@ -79,7 +81,7 @@ def _joined(first: Node, second: Node) -> Conv | Affine | Pick | None:
 
 def move_projections(graph: Graph) -> Graph:
     """Moves a projection shortcut's 1x1 convolution directly before the one convolution that adds
-    it: neighbours can be one segment. What it reads has been made by then, whatever the order was.
+    it, so that both can be one segment. Its input has been computed by then in any order.
     """
     adders = {node.residual: node for node in graph.nodes if isinstance(node.op, Conv)}
     moved = {
@@ -107,16 +109,16 @@ def _is_plain_1x1(node: Node) -> bool:
 def drop_unread(graph: Graph) -> Graph:
     """Drops the nodes whose results are not read."""
     read = set(graph.outputs)
-    kept: list[Node] = []
+    needed: list[Node] = []
     for node in reversed(graph.nodes):
         if node.name in read:
             read.update(node.inputs)
-            kept.append(node)
-    return replace(graph, nodes=tuple(kept[::-1]))
+            needed.append(node)
+    return replace(graph, nodes=tuple(needed[::-1]))
 
 
 def drop_values(graph: Graph) -> Graph:
-    """Drops the values that no node is left to make or read."""
+    """Drops the values that no remaining node computes or reads."""
     names = dict.fromkeys(n for node in graph.nodes for n in (*node.inputs, node.name))
     values = {name: graph.values[name] for name in [graph.input, *names]}
     return replace(graph, values=values)

@@ -1,4 +1,4 @@
-"""Which ATen operations the graph has operations of its own for, and how each is read as one."""
+"""Translates ATen operations into the graph's own, where the graph has one for them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -138,7 +138,7 @@ def _average_pool(read: Captured, node: fx.Node) -> bool:
 
 
 def _nearest(read: Captured, node: fx.Node) -> bool:
-    """Which pixels are picked is found out by having torch pick numbers."""
+    """Adds nearest upsampling as a Pick, whose pixels are found by upsampling their coordinates."""
     x, *how = arguments(node)
     if not read.is_map(x) or len(x.meta["val"].shape) != 4 or node.kwargs:
         return False
@@ -152,7 +152,7 @@ def _nearest(read: Captured, node: fx.Node) -> bool:
 
 
 def _slice(read: Captured, node: fx.Node) -> bool:
-    """Rows or columns of a map: a crop, or every second one."""
+    """Adds a slice of rows or columns as a Pick: a crop, or every second pixel."""
     x, dim, start, end, step = _with_defaults(node, (0, None, None, 1))
     if not read.is_map(x) or len(x.meta["val"].shape) != 4:
         return False
@@ -169,7 +169,7 @@ def _slice(read: Captured, node: fx.Node) -> bool:
 
 
 def _pad(read: Captured, node: fx.Node) -> bool:
-    """Channels of zeros behind those of a map."""
+    """Adds padding by channels of zeros behind those of a map as a Pick."""
     x, sides, mode, value = _with_defaults(node, ("constant", None))
     if not read.is_map(x) or len(x.meta["val"].shape) != 4 or mode != "constant" or value:
         return False
@@ -182,7 +182,7 @@ def _pad(read: Captured, node: fx.Node) -> bool:
 
 
 def _product(read: Captured, node: fx.Node) -> bool:
-    """Maps times one number a channel, as of squeeze-and-excitation."""
+    """Adds maps times one number a channel, as in squeeze-and-excitation, as a gate."""
     for x, gate in (arguments(node), arguments(node)[::-1]):
         gate = _unexpanded(gate)
         if not (read.is_map(x) and read.is_map(gate)) or node.kwargs:
@@ -212,7 +212,7 @@ def _mean(read: Captured, node: fx.Node) -> bool:
 
 
 def _adaptive_pool(read: Captured, node: fx.Node, x: fx.Node, to: tuple[int, int]) -> bool:
-    """To as many windows, where they are all alike."""
+    """Adds adaptive pooling to `to` windows as an AveragePool, where all windows are equal."""
     h, w = x.meta["val"].shape[2:]
     if h % to[0] or w % to[1]:
         return False
@@ -229,7 +229,7 @@ def _concat(read: Captured, node: fx.Node) -> bool:
     return True
 
 
-# ATen's operation -> what adds it to what is read, or says False: it stays torch's
+# ATen's operation -> a function that adds it and returns True, or returns False: it stays torch's
 OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
     aten.conv2d.default: _conv,
     aten.linear.default: _linear,
@@ -250,12 +250,12 @@ OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Those given by position; fx's own type for them has a dozen members."""
+    """Returns a node's positional arguments, whose type in fx is a union of a dozen members."""
     return node.args
 
 
 def _with_defaults(node: fx.Node, defaults: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments by position, `defaults` standing for the last ones where they are left out."""
+    """Returns the arguments by position, the last ones filled up from `defaults`."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = list(node.args) + [node.kwargs[n] for n in names[len(node.args) :] if n in node.kwargs]
     return (*given, *defaults[len(defaults) - (len(names) - len(given)) :])
@@ -267,21 +267,21 @@ def _pair(given: Any) -> tuple[int, int]:
 
 
 def _reshaped(arg: Any) -> Any:
-    """What a view of it shows."""
+    """Returns the argument that `arg` is a reshape of, or `arg` itself."""
     while isinstance(arg, fx.Node) and arg.target in RESHAPES:
         arg = arg.args[0]
     return arg
 
 
 def _unexpanded(arg: Any) -> Any:
-    """What is repeated in it."""
+    """Returns the argument that `arg` expands, or `arg` itself."""
     while isinstance(arg, fx.Node) and arg.target in (aten.expand.default, *SAME_VALUES):
         arg = arg.args[0]
     return arg
 
 
 def _flattened(arg: Any) -> Any:
-    """The map [N, C, H, W] that `arg` [N, C * H * W] is a flattened view of, or `arg` itself."""
+    """Returns the map [N, C, H, W] that `arg` [N, C * H * W] is a view of, or `arg` itself."""
     source = _reshaped(arg)
     while isinstance(source, fx.Node) and source.target in SAME_VALUES:
         source = _reshaped(source.args[0])

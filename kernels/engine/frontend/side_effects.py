@@ -1,8 +1,8 @@
-"""What a forward changes besides computing: attributes, lists and dicts, globals, classes, random
-generators of Python's. An engine would answer with the values of its capture for ever.
+"""Finds what a forward changes besides computing: attributes, lists and dicts, globals, classes,
+Python's random generators. An engine would answer with the values at its capture for ever.
 
-torch.export takes back what was assigned to attributes before anybody could look, so this looks as
-soon as the forward has returned; and undoes what torch leaves behind, lists that were copied, say.
+torch.export restores assigned attributes before it returns, so changes are looked for in a hook, as
+soon as the forward has returned. What torch leaves changed (lists that it copied) is undone.
 """
 
 import dis
@@ -32,7 +32,7 @@ from resfuse.kernels.observation.snapshot import (
     same,
 )
 
-# Packages that run while torch captures: their globals are no part of a forward
+# Packages that run while torch captures. Their globals are no part of a forward.
 _TOOLS = frozenset({
     "torch", "functorch", "sympy", "mpmath", "numpy", "optree", "networkx", "triton",
     "typing_extensions", "resfuse", "hypothesis", "_pytest", "pytest", "pluggy",
@@ -42,25 +42,27 @@ _CALL_FORWARDS = (
     "torch.nn.", "torch.utils.checkpoint", "torch.utils._pytree", "torch.autograd.function",
     "torch.fx.graph_module", _OUR_LAYERS,
 )  # fmt: skip
-_OPAQUE = ("torch", "weakref", "logging", "_io", "threading", "_thread")  # others' classes
-Place = tuple[str, str]  # whose forward, and what it would change
-_OF_TENSORS = ("_parameters", "_buffers")  # torch.export's own, and it says what is written there
+# Packages whose objects are not looked into.
+_OPAQUE = ("torch", "weakref", "logging", "_io", "threading", "_thread")
+Place = tuple[str, str]  # the class whose forward it is, and what that would change
+_OF_TENSORS = ("_parameters", "_buffers")  # torch.export itself reports writes to these
 
 
 class Unreadable(ValueError):
-    """Something that the forward may read cannot be put back afterwards."""
+    """Says what the forward may read that could not be restored afterwards."""
 
 
 class SideEffects:
-    """Of a model's forwards between `with effects.watched():` and its end, where all is undone."""
+    """The changes made by a model's forwards inside `with effects.observed():`, which undoes them
+    at its end."""
 
     def __init__(self, model: nn.Module) -> None:
         self.change: str | None = None  # "<Class> changes self.calls", once something has changed
-        self.asks_type = (
-            False  # of tensors, perhaps: while torch captures they are of its own types
-        )
+        # Whether the forward calls type(), perhaps of tensors: while torch captures, they are of
+        # types of its own.
+        self.asks_type = False
         self._model, self._name = model, type(model).__name__
-        self._held = _Held()
+        self._snapshot = _ForwardSnapshot()
         self._codes: set[types.CodeType] = set()
         self._users: set[types.CodeType] = set()
         self._spaces: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
@@ -69,8 +71,12 @@ class SideEffects:
         self._cells: dict[int, tuple[types.CellType, Any]] = {}
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Raises ValueError for what could not be undone."""
+    def observed(self) -> Iterator[None]:
+        """Records changes until its end, and undoes them there.
+
+        Raises:
+            ValueError: the forward may read what could not be restored.
+        """
         if isinstance(self._model, torch.jit.ScriptModule):  # which torch does not capture
             yield
             return
@@ -80,7 +86,7 @@ class SideEffects:
             raise ValueError(f"argument model: its forward {reason}") from None
         hook = self._model.register_forward_hook(lambda *_: self.look())
         generators, collects = shared_generators(), gc.isenabled()
-        gc.disable()  # callbacks of a collection are no part of the forward
+        gc.disable()  # a collection may run callbacks that are no part of the forward
         try:
             self._add_module(self._model)
             self._add_found()
@@ -97,17 +103,17 @@ class SideEffects:
             put_back(generators)
 
     def look(self) -> None:
-        """Notes the first thing that is not as it was, once the forward has returned."""
+        """Records the first change, once the forward has returned."""
         sys.setprofile(None)
         self.change = self.change or next(self._changes(), None)
 
     def settle(self, forward: Callable[[], Any]) -> bool:
-        """Whether what a first forward writes is there for good, and a second one, which finds it,
-        answers the same: a cache, or a note of the input's shape."""
+        """Runs `forward` twice and returns whether the second run changes nothing and answers the
+        same: the first one has filled a cache, or recorded its input's shape."""
         sys.setprofile(self._profile)
         first = forward()
         again = SideEffects(self._model)
-        with again.watched():
+        with again.observed():
             second = forward()
         return again.change is None and _equal(first, second)
 
@@ -118,10 +124,12 @@ class SideEffects:
                 for name in [*before, *(name for name in now if name not in before)]:
                     if not same(now.get(name, MISSING), before.get(name, MISSING)):
                         yield f"{type(module).__name__} changes self.{name}"
-        for (container, before), where in zip(self._held.pairs, self._held.places, strict=True):
+        for (container, before), where in zip(
+            self._snapshot.pairs, self._snapshot.places, strict=True
+        ):
             if where is not None and not alike(container, before):
                 yield f"{where[0]} changes {where[1]}"
-        for holder, name, value in self._held.slots:
+        for holder, name, value in self._snapshot.slots:
             if not same(getattr(holder, name, MISSING), value):
                 yield f"{self._name} changes a {type(holder).__name__}.{name}"
         for space, name, value in self._spaces.values():
@@ -135,11 +143,11 @@ class SideEffects:
         for cell, value in self._cells.values():
             if not same(contents(cell), value):
                 yield f"{self._name} changes a variable of an enclosing function"
-        if any(tensor._version != version for tensor, version, _ in self._held.tensors):
+        if any(tensor._version != version for tensor, version, _ in self._snapshot.tensors):
             yield f"{self._name} writes to a tensor that is no buffer"
 
     def undo(self) -> None:
-        """Gives everything back what it held."""
+        """Restores every value that has changed."""
         for module, before in self._modules.items():
             now = vars(module)
             if len(now) != len(before) or any(
@@ -147,10 +155,10 @@ class SideEffects:
             ):
                 now.clear()
                 now.update(before)
-        for container, before in self._held.pairs:
+        for container, before in self._snapshot.pairs:
             if not alike(container, before):
                 restore(container, before)
-        for holder, name, value in self._held.slots:
+        for holder, name, value in self._snapshot.slots:
             if getattr(holder, name, MISSING) is not value:
                 setattr(holder, name, value)
         for space, name, value in self._spaces.values():
@@ -167,7 +175,7 @@ class SideEffects:
         for cell, value in self._cells.values():
             if value is not MISSING and contents(cell) is not value:
                 cell.cell_contents = value
-        for tensor, version, copy in self._held.tensors:
+        for tensor, version, copy in self._snapshot.tensors:
             if tensor._version != version:
                 with torch.no_grad():
                     tensor.copy_(copy)
@@ -181,10 +189,10 @@ class SideEffects:
         for name, value in list(attributes.items()):
             quiet = torchs or name in _OF_TENSORS
             if name in _OF_TENSORS:
-                self._held.hold(value)
+                self._snapshot.add_contents(value)
             else:
                 owner = type(module).__name__
-                self._held.take(value, None if quiet else (owner, f"self.{name}"))
+                self._snapshot.take(value, None if quiet else (owner, f"self.{name}"))
         for kind in type(module).__mro__:
             self._add_kind(kind)
 
@@ -195,13 +203,14 @@ class SideEffects:
         self._kinds[kind] = dict(vars(kind))
         for name, value in self._kinds[kind].items():
             if name not in ("__dict__", "__weakref__"):
-                self._held.take(value, (self._name, f"{kind.__name__}.{name}"))
+                self._snapshot.take(value, (self._name, f"{kind.__name__}.{name}"))
 
     def _add_found(self) -> None:
-        """What has turned up on the way: modules in lists, functions' enclosing variables."""
-        while self._held.modules:
-            self._add_module(self._held.modules.pop())
-        for cell, value in self._held.cells():
+        """Adds what the snapshot has come across: modules in lists, variables of enclosing
+        functions."""
+        while self._snapshot.modules:
+            self._add_module(self._snapshot.modules.pop())
+        for cell, value in self._snapshot.cells():
             self._cells.setdefault(id(cell), (cell, value))
 
     def _profile(self, frame: types.FrameType, event: str, arg: Any) -> None:
@@ -224,7 +233,7 @@ class SideEffects:
         self._add_found()
 
     def _by_forward(self, caller: types.FrameType | None) -> bool:
-        """Whether a part of the forward calls, and not torch's machinery for its own ends."""
+        """Returns whether the call comes from the forward and not from torch's own machinery."""
         while caller is not None and caller.f_code not in self._users:
             name = caller.f_globals.get("__name__") or ""
             if name.startswith(_CALL_FORWARDS):
@@ -235,7 +244,7 @@ class SideEffects:
         return caller is not None
 
     def _add_global(self, space: dict[str, Any], chain: tuple[str, ...]) -> None:
-        """A global, and what is read of it as far as modules go."""
+        """Adds a global, and the attributes read from it as long as they are modules."""
         for name in chain:
             value = self._remember(space, name)
             if not isinstance(value, types.ModuleType):
@@ -251,35 +260,35 @@ class SideEffects:
             if isinstance(value, type):
                 self._add_kind(value)
             elif value is not MISSING:
-                self._held.take(value, (self._name, f"the global {name}"))
+                self._snapshot.take(value, (self._name, f"the global {name}"))
         return value
 
 
-class _Held(Snapshot):
-    """A snapshot that passes over what it cannot watch, and knows where it found each container."""
+class _ForwardSnapshot(Snapshot):
+    """A snapshot that skips objects it cannot observe, and records the place of each container."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: list[Place | None] = []  # of `pairs`; None where nobody asks
-        self.tensors: list[tuple[Tensor, int, Tensor]] = []  # with their versions, and copies
+        self.places: list[Place | None] = []  # of `pairs`; None where a change need not be reported
+        self.tensors: list[tuple[Tensor, int, Tensor]] = []  # tensor, its version, a copy
         self.slots: list[tuple[Any, str, Any]] = []
         self._place: Place | None = None
         self._paired: set[int] = set()
         self._waiting: list[Any] = []
 
     def take(self, value: Any, place: Place | None) -> None:
-        """Adds a value; not by recursion, since a list of nodes may be long."""
+        """Adds a value and what it contains, without recursion, since a linked list may be long."""
         self._place, self._waiting = place, [value]
         while self._waiting:
             super().add(self._waiting.pop())
 
-    def hold(self, container: Any) -> None:
-        """To be given its contents back, that is all."""
+    def add_contents(self, container: Any) -> None:
+        """Adds a container to be restored, without what it contains."""
         self._place = None
         self._pair(container)
 
     def add(self, value: Any) -> None:
-        """Puts what was found in something behind it."""
+        """Queues a value that was found in another one."""
         self._waiting.append(value)
 
     def _parts(self, value: Any) -> list[Any]:
@@ -299,8 +308,9 @@ class _Held(Snapshot):
         names = [name for each in kind.__mro__ for name in _slots_of(each)]
         if names and not hasattr(value, "__dict__"):
             found = [(name, getattr(value, name, MISSING)) for name in names]
-            self.slots += [(value, name, held) for name, held in found if held is not MISSING]
-            return [held for _, held in found if held is not MISSING]
+            present = [(name, content) for name, content in found if content is not MISSING]
+            self.slots += [(value, name, content) for name, content in present]
+            return [content for _, content in present]
         try:
             return super()._parts(value)
         except Unwatchable:
@@ -321,13 +331,13 @@ def _slots_of(kind: type) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def _sets(code: types.CodeType) -> tuple[str, ...]:
-    """Globals that a function assigns or deletes."""
+    """Returns the globals that a function assigns or deletes."""
     wanted = ("STORE_GLOBAL", "DELETE_GLOBAL")
     return tuple({step.argval for step in dis.get_instructions(code) if step.opname in wanted})
 
 
 def _drawn(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    """Whether Python's or numpy's shared generator has been used."""
+    """Returns whether Python's or numpy's shared generator has been used."""
     if before[2] is None or now[2] is None:
         return bool(before[0] != now[0])
     numpys = now[2][2:] != before[2][2:] or (now[2][1] != before[2][1]).any()

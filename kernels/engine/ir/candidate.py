@@ -10,7 +10,11 @@ from resfuse.kernels.engine.ir.graph import Affine, Concat, Conv, Graph, Node, P
 
 @dataclass(frozen=True)
 class Candidate:
-    """Nodes [start, stop) are computed by `tactic`; `config` are its own settings, JSON's types."""
+    """A way to compute nodes [start, stop) of a graph by `tactic`.
+
+    Attributes:
+        config: the tactic's own settings, of JSON's types.
+    """
 
     tactic: str
     start: int
@@ -22,24 +26,25 @@ class Candidate:
         return dict(self.config)
 
     def at_start(self) -> "Candidate":
-        """The same for the part of a graph that it covers."""
+        """Returns the candidate with positions counted from its own first node."""
         return Candidate(self.tactic, 0, self.stop - self.start, self.config)
 
     def label(self) -> str:
-        """`native direct by_channel=True`, say."""
-        words = [str(v) if k == "form" else f"{k}={_told(v)}" for k, v in self.config]
+        """Returns a name for tables, such as `native direct by_channel=True`."""
+        words = [str(v) if k == "form" else f"{k}={_short(v)}" for k, v in self.config]
         return " ".join([self.tactic, *words])
 
 
-def _told(value: Any) -> str:
-    """Of a plan within a candidate, what tells it from others."""
+def _short(value: Any) -> str:
+    """Returns a value as text, and a plan within a candidate as eight digits of its hash."""
     if not isinstance(value, tuple):
         return str(value)
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
 
 
 def key_of(part: Graph) -> str:
-    """What the time of a part depends on: operations, shapes and what is in place, not names."""
+    """Returns what the time of a part depends on as text: its operations, shapes, wiring and what
+    is computed in place, but no names."""
     numbers = {name: i for i, name in enumerate([*part.reads, *(n.name for n in part.nodes)])}
     words = []
     for node in part.nodes:

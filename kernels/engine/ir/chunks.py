@@ -1,8 +1,8 @@
-"""Nodes of a graph a few images at a time: what the tactics for chunks and their planner share.
+"""Describes candidates that compute nodes of a graph a few images, a chunk, at a time.
 
-A chunk goes through all of the nodes before the next one starts, so that what lies between them is
-as large as a few images' and stays in a cache. Images do not depend on each other in anything but
-torch's own operations, which no chunk has.
+A chunk goes through all of the nodes before the next one starts, so that the values between them
+have the size of a few images and stay in a cache. Only torch's own operations may mix images, and
+no chunk has any.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,15 @@ from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Torch, Value
 
 
 def chunked(tactic: str, candidates: Sequence[Candidate], count: int) -> Candidate:
-    """All that neighbouring candidates compute, in `count` chunks."""
+    """Returns the candidate that computes the nodes of neighbouring candidates in `count`
+    chunks."""
     start, stop = candidates[0].start, candidates[-1].stop
     inner = tuple((c.tactic, c.start - start, c.stop - start, c.config) for c in candidates)
     return Candidate(tactic, start, stop, (("count", count), ("inner", inner)))
 
 
 def inner_candidates(candidate: Candidate) -> list[Candidate]:
-    """What a chunk runs, of the part of the graph that the candidate covers."""
+    """Returns the candidates that each chunk runs; positions count from the first node covered."""
     inner: tuple[tuple[str, int, int, tuple[tuple[str, Any], ...]], ...] = candidate.settings[
         "inner"
     ]
@@ -29,13 +30,14 @@ def inner_candidates(candidate: Candidate) -> list[Candidate]:
 
 
 def can_be_chunked(part: Graph) -> bool:
-    """Whether every value has the batch first, and no operation looks beyond an image."""
+    """Returns whether every value has the batch as its first dimension, and no operation mixes
+    images."""
     sizes = {value.shape[:1] for value in part.values.values()}  # torch's may have no dimension
     return len(sizes) == 1 and not any(isinstance(node.op, Torch) for node in part.nodes)
 
 
 def chunk_of(graph: Graph, candidate: Candidate) -> Graph:
-    """What the candidate covers, for the batch of a chunk."""
+    """Returns the nodes that the candidate covers as a graph with the batch size of a chunk."""
     part = graph.part(candidate.start, candidate.stop)
     images = next(iter(part.values.values())).shape[0] // candidate.settings["count"]
     values = {

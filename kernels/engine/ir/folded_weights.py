@@ -1,4 +1,4 @@
-"""What operations need of a network's state: batch norms folded, in fp64, rounded once."""
+"""Folds batch norms into the weights of operations, in fp64, and rounds once."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from resfuse.kernels.engine.ir.graph import Affine, Conv, Norm, State
 
 
 def conv_weights(op: Conv, state: State, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Weight [K, C / groups, R, S] and bias [K] of the one convolution, in its math's dtype, or
-    in another.
+    """Returns the weight [K, C / groups, R, S] and bias [K] of a convolution with its norm folded
+    in, in `dtype` or the dtype of its math mode.
     """
     dtype = dtype or op.problem.dtype
     problem = op.problem
@@ -26,7 +26,7 @@ def conv_weights(op: Conv, state: State, dtype: torch.dtype | None = None) -> tu
 def scale_and_shift(
     op: Affine, channels: int, state: State, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Both [C]; one and zero without a batch norm."""
+    """Returns the scale and shift, both [C], that equal the norm; one and zero without a norm."""
     if op.norm is None:
         zeros = torch.zeros(channels, dtype=dtype, device="cpu")
         return torch.ones_like(zeros), zeros
@@ -35,11 +35,13 @@ def scale_and_shift(
 
 
 def slope_of(op: Conv | Affine, state: State) -> Tensor | float | None:
-    """The slope of leaky_relu, or prelu's [K], or of one value for all."""
+    """Returns the slope of leaky_relu or prelu ([K], or one value for all channels), None without
+    one."""
     return state[op.slope].detach() if isinstance(op.slope, str) else op.slope
 
 
 def _exact(norm: Norm, state: State) -> tuple[Tensor, Tensor]:
+    """Returns the scale and shift of a norm in fp64."""
     scale = (state[norm.var].double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * state[norm.weight].detach().double()

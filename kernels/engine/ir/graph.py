@@ -1,7 +1,7 @@
-"""Graph: a network as the engine sees it. Plain data that goes to JSON and back.
+"""Graph: a network as the engine sees it, plain data that can be saved as JSON.
 
-Convolutions have taken in their batch norm, activation and sum; a linear layer is a convolution of
-a 1x1 map (or of the whole map, behind a flatten); what has no operation here is a `Torch` call.
+Convolutions have taken in their batch norm, activation and sum. A linear layer is a convolution of
+a 1x1 map, or of the whole map behind a flatten. Every other operation is a `Torch` call.
 """
 
 from collections import Counter
@@ -20,7 +20,8 @@ State = Mapping[str, Tensor]  # parameters, buffers and constants by name
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor between operations: [N, C, H, W], or any shape where only torch handles it."""
+    """The shape and dtype of a tensor between operations: [N, C, H, W], or any shape where only
+    torch reads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -28,7 +29,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Norm:
-    """Names of an inference batch norm's tensors in the state."""
+    """An inference batch norm, by the names of its tensors in the state."""
 
     mean: str
     var: str
@@ -64,9 +65,9 @@ class Conv:
 
 @dataclass(frozen=True)
 class Affine:
-    """y = act(norm(x) + residual): what follows no convolution that could take it in.
+    """y = act(norm(x) + residual), where no convolution could take it in.
 
-    With a gate, the second input [N, C, 1, 1], x is multiplied by it and there is no norm.
+    With a gate, x is multiplied by the second input [N, C, 1, 1], and there is no norm.
     """
 
     norm: Norm | None = None
@@ -87,13 +88,13 @@ class Affine:
 
 @dataclass(frozen=True)
 class MaxPool:
-    """The largest value of each window; what hangs over the edge does not count."""
+    """The largest value of each window; values beyond the edge do not count."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
-    ceil: bool = False  # a last window that hangs over the far edge counts, too
+    ceil: bool = False  # whether a last window may reach beyond the far edge
 
 
 @dataclass(frozen=True)
@@ -110,34 +111,35 @@ class AveragePool:
 
 @dataclass(frozen=True)
 class Pick:
-    """A map of pixels of another, y[:, p, q] = x[:, rows[p], columns[q]], with channels of zeros
-    behind: nearest upsampling, a crop, a ResNet's shortcut without parameters."""
+    """y[:, p, q] = x[:, rows[p], columns[q]], followed by channels of zeros: nearest upsampling, a
+    crop, a ResNet's shortcut without parameters."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
-    zeros: int = 0  # channels
+    zeros: int = 0  # channels behind those of x
 
     def then(self, other: "Pick") -> "Pick":
-        """Returns what `other` picks of this one's result."""
+        """Returns one Pick that equals `other` applied to this one's result."""
         rows, columns = (self.rows[p] for p in other.rows), (self.columns[q] for q in other.columns)
         return Pick(tuple(rows), tuple(columns), self.zeros + other.zeros)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of each channel's map."""
+    """The mean of each channel over its map."""
 
 
 @dataclass(frozen=True)
 class Concat:
-    """Channels one after another."""
+    """The channels of all inputs one after another."""
 
 
 @dataclass(frozen=True)
 class Torch:
-    """An ATen operation that torch runs.
+    """An operation that torch runs.
 
-    Where `args` has {"value": i} the node's input i goes in, and for {"state": name} the state's.
+    In `args` and `kwargs`, {"value": i} stands for the node's input i, {"state": name} for a tensor
+    of the state.
     """
 
     target: str  # "aten.sigmoid.default"
@@ -151,22 +153,22 @@ Operation = Conv | Affine | MaxPool | AveragePool | Pick | Mean | Concat | Torch
 
 @dataclass(frozen=True)
 class Node:
-    """An operation on values; the last input of a Conv or Affine with a residual is that."""
+    """An operation on values; a residual is the last input of its Conv or Affine."""
 
-    name: str  # what it computes, and its output's name
+    name: str  # of the node and of its output
     op: Operation
     inputs: tuple[str, ...]
 
     @property
     def residual(self) -> str | None:
-        """The value that is added, if any."""
+        """Returns the name of the value that is added, None without one."""
         op = self.op
         adds = op.problem.residual if isinstance(op, Conv) else getattr(op, "residual", False)
         return self.inputs[-1] if adds else None
 
     @property
     def inplace_input(self) -> str | None:
-        """The value that may be overwritten with the output, if it has no other reader left."""
+        """Returns the name of the input that the output may overwrite if no later node reads it."""
         if isinstance(self.op, Affine) and not self.op.residual:
             return self.inputs[0]
         return self.residual
@@ -176,24 +178,24 @@ class Node:
 class Graph:
     """Nodes in an order in which they can run."""
 
-    input: str  # "" where it reads none
+    input: str  # "" where the graph has no input
     outputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     values: dict[str, Value]
-    spec: str = ""  # how the outputs make up the model's result (torch.utils._pytree, as JSON)
-    constants: tuple[str, ...] = ()  # of the state, what the model's state_dict does not have
-    layout: tuple[int, ...] | None = None  # of the input, strides and offset, if they matter
-    dead_inputs: frozenset[str] = frozenset()  # of `reads`, what is not read afterwards
+    spec: str = ""  # the containers of the model's result (torch.utils._pytree, as JSON)
+    constants: tuple[str, ...] = ()  # names of the state that are not in the model's state_dict
+    layout: tuple[int, ...] | None = None  # strides and offset that inputs must have, if any
+    dead_inputs: frozenset[str] = frozenset()  # of `reads`, those that are not read afterwards
     device: torch.device | None = field(default=None, compare=False)  # where it was captured
 
     @cached_property
     def readers(self) -> Counter[str]:
-        """How often each value is read, by nodes and as an output."""
+        """Returns how often each value is read, by nodes and as an output."""
         return Counter([name for node in self.nodes for name in node.inputs] + list(self.outputs))
 
     @cached_property
     def last_read(self) -> dict[str, int]:
-        """The position of the node after which a value is no longer needed."""
+        """Returns, for each value, the position of the last node that reads it."""
         last = {name: at for at, node in enumerate(self.nodes) for name in node.inputs}
         return last | dict.fromkeys(self.outputs, len(self.nodes))
 
@@ -202,15 +204,17 @@ class Graph:
         return self.values[self.input].shape[0]
 
     def part(self, start: int, stop: int) -> "Graph":
-        """Returns nodes [start, stop) as a graph. What it reads from outside comes first in
-        `reads`, and is a dead input where this graph made it and no later node reads it."""
+        """Returns nodes [start, stop) as a graph. Values from outside are its `reads`, and dead
+        inputs among them those that this graph computes and no later node reads."""
         nodes = self.nodes[start:stop]
-        made = {node.name for node in nodes}
+        computed = {node.name for node in nodes}
         read_later = {name for node in self.nodes[stop:] for name in node.inputs}
         read_later.update(self.outputs)
         outputs = tuple(node.name for node in nodes if node.name in read_later)
-        reads = dict.fromkeys(name for node in nodes for name in node.inputs if name not in made)
-        names = [*reads, *made]
+        reads = dict.fromkeys(
+            name for node in nodes for name in node.inputs if name not in computed
+        )
+        names = [*reads, *computed]
         live = {*read_later, *self.reads} - self.dead_inputs
         return Graph(
             next(iter(reads), ""),
@@ -222,16 +226,16 @@ class Graph:
         )
 
     def inner(self, start: int, stop: int) -> set[str]:
-        """Returns the values that nodes [start, stop) make and they alone read."""
+        """Returns the values that nodes [start, stop) compute and no other node reads."""
         nodes = self.nodes[start:stop]
         here = Counter(name for node in nodes for name in node.inputs)
         return {n.name for n in nodes if n.name in here and self.readers[n.name] == here[n.name]}
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
-        """Values that no node makes."""
-        made = {node.name for node in self.nodes}
-        used = [name for node in self.nodes for name in node.inputs if name not in made]
+        """Returns the values that no node computes."""
+        computed = {node.name for node in self.nodes}
+        used = [name for node in self.nodes for name in node.inputs if name not in computed]
         return tuple(dict.fromkeys([*filter(None, [self.input]), *used]))
 
 

@@ -1,4 +1,5 @@
-"""Lowered: what a tactic makes of its nodes, native steps on the arena or a call on tensors."""
+"""Lowered: the form in which a tactic's nodes run, native steps in the arena or a call on
+tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
-"""Operations of torch's that a graph calls by name: what is known of them.
+"""Lists the torch operations that are known to only compute, and those of them that accept any
+numbers.
 
-A name is ATen's ("aten.sigmoid.default") or of a package that registered it with torch.library
-("torchvision.roi_align.default"). Of those listed here it is known that they only compute, and
-whether they take any numbers: trials of the engine are made up, and an index that is out of range
-raises an exception on a CPU and on a GPU ends the process.
+A name is ATen's ("aten.sigmoid.default") or that of a package which registered it with
+torch.library ("torchvision.roi_align.default"). Candidates are timed on random numbers, and an
+index out of range raises an exception on a CPU but ends the process on a GPU.
 """
 
 from functools import reduce
@@ -18,7 +18,7 @@ def _names(listed: str) -> frozenset[str]:
     return frozenset(listed.split())
 
 
-# ATen, without overloads: take whatever numbers they get
+# ATen operations, without overloads, that accept any numbers.
 _ANY_NUMBERS = _names(
     """
     abs add addcdiv addcmul amax amin aminmax any all arange argmax argmin atan atan2 bitwise_and
@@ -55,12 +55,12 @@ _ANY_NUMBERS = _names(
     unbind unflatten unfold unsafe_split unsqueeze view _unsafe_view view_as vstack
     """
 )
-# likewise, where no integers are given: those are indices, and must be in range
+# Those that accept any floats; integers are indices and must be in range.
 _ANY_FLOATS = _names(
     "embedding gather index index_select one_hot scatter scatter_add take_along_dim index_put "
     "_unsafe_index"
 )
-# only what suits them
+# Those that accept some numbers only.
 _PARTICULAR = _names(
     """
     acos asin atanh binary_cross_entropy bucketize erfinv histc linalg_cholesky linalg_cholesky_ex
@@ -72,11 +72,11 @@ _PARTICULAR = _names(
 _PURE = _ANY_NUMBERS | _ANY_FLOATS | _PARTICULAR
 
 
-def operation_named(name: str) -> Any:
-    """The operation of torch's dispatcher, `aten.sigmoid.default` say.
+def operation_named(name: str) -> torch._ops.OpOverload[..., Any]:
+    """Returns an operation of torch's dispatcher by a name such as `aten.sigmoid.default`.
 
     Raises:
-        ValueError: nothing registered it here.
+        ValueError: no such operation is registered.
     """
     try:
         found = reduce(getattr, name.split("."), torch.ops)
@@ -88,8 +88,8 @@ def operation_named(name: str) -> Any:
 
 
 def is_pure(name: str) -> bool:
-    """Whether the operation is known to compute its result and do nothing else: it writes to no
-    argument, draws no random numbers, and touches neither files nor the process."""
+    """Returns whether the operation is known to only compute its result: it writes to no argument,
+    draws no random numbers, and touches neither files nor the process."""
     namespace, _, rest = name.partition(".")
     if namespace != "aten" or rest.split(".")[0] not in _PURE:
         return False
@@ -97,14 +97,14 @@ def is_pure(name: str) -> bool:
     return not operation._schema.is_mutable
 
 
-def takes_made_up_inputs(part: Graph) -> bool:
-    """Whether a graph may be run on random numbers and ones."""
+def accepts_random_inputs(part: Graph) -> bool:
+    """Returns whether a graph may be run on random numbers and ones."""
     return all(_takes(part, node) for node in part.nodes)
 
 
 def _takes(part: Graph, node: Node) -> bool:
     if not isinstance(node.op, Torch) or not node.inputs:
-        return True  # what has no inputs reads the state
+        return True  # without inputs it reads the state only
     namespace, name, *_ = node.op.target.split(".")
     if namespace != "aten":
         return False

@@ -1,1 +1,1 @@
-"""Where values live: buffers, their lifetimes and aliases, and one arena for them."""
+"""Memory of values: buffers, their lifetimes and aliases, and one arena for all of them."""

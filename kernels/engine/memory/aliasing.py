@@ -1,6 +1,6 @@
-"""Assigns the values that live in the arena to buffers: which buffer, from which channel on, and
-how far one pixel is from the next. A sum is written over its residual where that is not read again,
-and the parts of a concatenation are written to where the whole will be.
+"""Assigns the values in the arena to buffers: a buffer, the first channel in it, and the distance
+from one pixel to the next. A sum overwrites its residual where that is not read again, and the
+parts of a concatenation are written directly to their places in the whole.
 """
 
 from collections.abc import Collection, Sequence
@@ -32,7 +32,7 @@ class _OpenBuffer:
 
 @dataclass(frozen=True)
 class Placements:
-    """A place for each value, and the buffers they are in."""
+    """The placement of each value, and the buffers."""
 
     of: dict[str, Placement]
     buffers: list[Buffer]
@@ -76,7 +76,7 @@ class _BufferAssigner:
     ) -> None:
         self._graph, self._values, self._lanes = graph, set(values), lanes
         self._segment = {at: (start, stop) for start, stop in segments for at in range(start, stop)}
-        self._made_at = {node.name: at for at, node in enumerate(graph.nodes)}
+        self._position_of = {node.name: at for at, node in enumerate(graph.nodes)}
         self._buffers: list[_OpenBuffer] = []
         self._of: dict[str, tuple[int, int]] = {}  # buffer, channel
 
@@ -98,7 +98,7 @@ class _BufferAssigner:
 
     def _assign(self, name: str) -> None:
         """Assigns a value to the buffer that it may overwrite, or to one of its own."""
-        at = self._made_at.get(name)
+        at = self._position_of.get(name)
         if at is not None and (over := self._overwritten(self._graph.nodes[at])) is not None:
             self._add(name, *self._of[over])
             return
@@ -106,13 +106,13 @@ class _BufferAssigner:
         exact = at is None and channels < self._lanes and self._only_convolved(name)
         pitch = channels if exact else self._padded(channels)
         pixels = pixels_of(self._graph, name)
-        self._buffers.append(_OpenBuffer(pixels, pitch, len(self._made_at), -1))
+        self._buffers.append(_OpenBuffer(pixels, pitch, len(self._position_of), -1))
         self._add(name, len(self._buffers) - 1, 0)
 
     def _add(self, name: str, index: int, channel: int) -> None:
         """Adds a value to a buffer, whose lifetime grows to include the value's."""
         self._of[name] = index, channel
-        buffer, at = self._buffers[index], self._made_at.get(name, 0)
+        buffer, at = self._buffers[index], self._position_of.get(name, 0)
         buffer.values.append(name)
         last = max(self._graph.last_read.get(name, at), at)
         buffer.first = min(buffer.first, self._segment.get(at, (at, at))[0])
@@ -123,10 +123,10 @@ class _BufferAssigner:
         over = node.inplace_input
         if over is None or over not in self._of:
             return None
-        if over not in self._made_at and over not in self._graph.dead_inputs:
+        if over not in self._position_of and over not in self._graph.dead_inputs:
             return None
         buffer, _ = self._of[over]
-        at = self._made_at[node.name]
+        at = self._position_of[node.name]
         start, stop = self._segment[at]
         alone = all(
             self._graph.last_read.get(value, 0) < start and self._of[value] == self._of[over]
@@ -138,12 +138,12 @@ class _BufferAssigner:
         return over if alone and last and reads == 1 else None
 
     def _assign_parts(self, node: Node) -> None:
-        """Assigns the parts of a concatenation to where the whole is, next to each other; where
-        that cannot be, they are left to be copied."""
+        """Assigns the parts of a concatenation to their places in the whole; where that is not
+        possible, they get buffers of their own and are copied."""
         parts = node.inputs
         fit = all(
             part in self._values
-            and part in self._made_at
+            and part in self._position_of
             and channels_of(self._graph, part) % self._lanes == 0
             for part in parts
         )
@@ -158,7 +158,7 @@ class _BufferAssigner:
         if node.name not in self._of:
             pitch = self._padded(channels_of(self._graph, node.name))
             pixels = pixels_of(self._graph, node.name)
-            self._buffers.append(_OpenBuffer(pixels, pitch, len(self._made_at), -1))
+            self._buffers.append(_OpenBuffer(pixels, pitch, len(self._position_of), -1))
             self._add(node.name, len(self._buffers) - 1, 0)
         buffer, channel = self._of[node.name]
         for part in parts:

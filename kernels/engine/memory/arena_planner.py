@@ -1,9 +1,10 @@
 """Places buffers in one arena so that those live at the same time do not overlap.
 
-Greedy by size, as "Efficient Memory Management for Deep Neural Net Inference" (Pisarchyk and Lee,
-2020) found best: the largest first, each at the lowest gap among those whose lifetimes meet its
-own. Then again with those first that lay at the top: that took wide ResNet-50's arena from 6.1 MiB
-to its lower bound of 5.4, and the mean excess of random ones from 1.8 to 0.5 percent.
+Greedy by size, which "Efficient Memory Management for Deep Neural Net Inference" (Pisarchyk and
+Lee, 2020) found best: the largest buffer first, each at the lowest gap among those whose lifetimes
+meet its own. Further rounds start with the buffers that ended up at the top: that took wide
+ResNet-50's arena from 6.1 MiB to its lower bound of 5.4, and the mean excess of random ones from
+1.8 to 0.5 percent.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,13 +24,13 @@ class Buffer:
     last: int
 
     def meets(self, other: "Buffer") -> bool:
-        """Tells whether there is a moment when both are live."""
+        """Returns whether there is a moment when both are live."""
         return self.first <= other.last and other.first <= self.last
 
 
 @dataclass(frozen=True)
 class ArenaPlan:
-    """Where each buffer starts, in bytes, and how large the whole is."""
+    """The offset of each buffer and the size of the arena, in bytes."""
 
     offsets: tuple[int, ...]
     size: int

@@ -29,8 +29,8 @@ class WeightStore:
         return self._tensors[key]
 
     def get_unchanged(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Like `get`, but leaves the tensors as `make` returns them: on any device, of any dtype
-        and layout."""
+        """Returns what `make` returns, called once for a key, unchanged: on any device, of any
+        dtype and layout."""
         if key not in self._tensors:
             self._tensors[key] = make()
             self.track(self._tensors[key])
@@ -56,13 +56,13 @@ class WeightStore:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where in an arena values are, and the scratch memory of segments. Offsets are in bytes."""
+    """The places of values and of the segments' scratch memory in an arena, offsets in bytes."""
 
     placements: Mapping[str, Placement]
     offsets: tuple[int, ...]  # of buffers
-    scratch: Mapping[int, int]  # of the segment from a position on
+    scratch: Mapping[int, int]  # by the position of a segment's first node
     size: int
-    least_size: int  # the most that is live at one moment: no arena could be smaller
+    least_size: int  # the most bytes live at one moment, a lower bound
 
     def offset(self, name: str) -> int:
         """Returns the offset of a value's first channel of its first pixel."""
@@ -82,8 +82,8 @@ def lay_out(
     Args:
         values: those that live in the arena.
         scratch: bytes that the segment from a position on needs while it runs.
-        segments: nodes [start, stop) that one candidate computes, in any order among them; all are
-            in one.
+        segments: nodes [start, stop) that one candidate computes, possibly interleaved; every node
+            is in one segment.
         lanes: floats of a vector.
     """
     assigned = assign_buffers(graph, values, segments, lanes, 4)
@@ -95,8 +95,8 @@ def lay_out(
     return Layout(assigned.of, arena.offsets, offsets, arena.size, least_size(buffers))
 
 
-# A graph, the candidates for its nodes, the network's state and weights laid out for it -> what
-# runs the graph on its inputs: an Executor, which a tactic for many nodes may want of its own.
+# (graph, candidates for its nodes, state, weights laid out for it) -> an Executor that runs the
+# graph on its inputs; tactics that cover many nodes bind their part by it.
 Bind = Callable[[Graph, Sequence[Candidate], State, WeightStore], Callable[..., list[Tensor]]]
 
 
@@ -107,10 +107,10 @@ class Arena:
         """
         Args:
             weight_store: weights that have been laid out before; others are added.
-            bind: makes what runs a part of the graph by itself.
+            bind: returns an executor for a part of the graph.
         """
         self._graph, self._layout, self.weight_store, self.bind = graph, layout, weight_store, bind
-        # the end may be read as part of a vector
+        # Vector loads may read beyond the last value.
         self._floats = allocate(layout.size + ALIGNMENT).view(torch.float32)
         self.pointer = self._floats.untyped_storage().data_ptr()
         self.size, self.least_size = layout.size, layout.least_size

@@ -1,1 +1,1 @@
-"""From candidates and their costs to the cheapest cover of a graph."""
+"""Finds the cheapest cover of a graph by candidates, from their costs."""

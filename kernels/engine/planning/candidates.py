@@ -1,5 +1,5 @@
-"""Lists everything that the tactics of a device can compute of a graph: the planner's input, once
-it has been timed.
+"""Lists all candidates that the tactics of a device offer for a graph. Once timed, they are the
+planner's input.
 """
 
 from collections.abc import Mapping

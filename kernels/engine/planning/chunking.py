@@ -1,8 +1,9 @@
 """Plans the early stages of a network in chunks of a few images, where that pays.
 
-A segment's time says nothing about it: what a chunk saves is what the segments before have left in
-a cache. So whole stages are timed, in one chunk and in several. Chunking is a pass over a plan in
-two pure halves: `chunk_stages` lists what is to be timed, `with_chunks` takes what is quicker.
+The times of segments cannot show that: a chunk is faster because of what earlier segments have left
+in a cache. So whole stages are timed, in one chunk and in several. Chunking is a pass over a plan
+in two pure halves: `chunk_stages` lists the candidates to time, `with_chunks` takes the faster
+ones.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from resfuse.kernels.engine.ir.graph import Conv, Graph, Node
 from resfuse.kernels.engine.planning.planner import Plan, Segment, TimedCandidate, plan
 from resfuse.kernels.engine.tactics import TACTICS
 
-_NOISE = 0.01  # of a price: what chunks must save at least
+_NOISE = 0.01  # the least share of a price that chunks must save
 # Images of a chunk. On a GPU fewer leave most multiprocessors without a tile.
 IMAGES = {"native_chunks": (1, 2, 4), "chunks": (8, 16, 32)}
 
@@ -24,11 +25,12 @@ IMAGES = {"native_chunks": (1, 2, 4), "chunks": (8, 16, 32)}
 class Stage:
     """The early nodes of a graph, up to the end of one stage, that may run in chunks.
 
-    early: the plan of these nodes.
-    rest: the plan of the nodes behind them.
-    whole: the early plan as one chunk of all images.
-    chunks: the early plan in several chunks, of various sizes. They are to be timed in turns with
-        `whole`: only their proportions count.
+    Attributes:
+        early: the plan of these nodes.
+        rest: the plan of the nodes behind them.
+        whole: the early plan as one chunk of all images.
+        chunks: the early plan in several chunks, of various sizes. They are to be timed in turns
+            with `whole`, since only the proportions count.
     """
 
     early: Plan
@@ -38,7 +40,7 @@ class Stage:
 
     @property
     def candidates(self) -> list[Candidate]:
-        """What is to be timed of the stage."""
+        """Returns the candidates of the stage that are to be timed."""
         return [self.whole, *self.chunks]
 
 
@@ -49,7 +51,7 @@ def chunk_stages(
 
     Args:
         tactics: names of those that may be used.
-        timed: what the whole graph is planned with.
+        timed: the candidates that the whole graph is planned with.
     """
     tactic = next((name for name in IMAGES if name in tactics), None)
     if tactic is None or not graph.input or not graph.nodes:
@@ -73,12 +75,12 @@ def chunk_stages(
 
 
 def with_chunks(unchunked: Plan, stages: Iterable[Stage], timed: Iterable[TimedCandidate]) -> Plan:
-    """Returns the plan with as many stages in chunks as lowers its price, from the first on, and
-    costs no time: for memory alone, four ResNets at batch 8 on a CPU had become 0 to 3 % slower.
+    """Returns the plan with those early stages in chunks that lower its price most without taking
+    longer: to save memory alone made four ResNets at batch 8 on a CPU 0 to 3 % slower.
 
     Args:
         unchunked: the plan of the whole graph.
-        timed: of the stages' candidates, those that may be used.
+        timed: those of the stages' candidates that may be used.
     """
     times = {one.candidate: one for one in timed}
     best, least = unchunked, (1 - _NOISE) * unchunked.price
@@ -90,9 +92,9 @@ def with_chunks(unchunked: Plan, stages: Iterable[Stage], timed: Iterable[TimedC
 
 
 def _in_chunks(stage: Stage, times: Mapping[Candidate, TimedCandidate]) -> Iterator[Plan]:
-    """Yields plans of the whole graph with the stage in chunks of each size, as one segment. Its
-    time is the sum of its segments', in the proportion in which the chunks are quicker than all
-    images at once."""
+    """Yields plans of the whole graph with the stage as one segment in chunks of each size. The
+    segment's time is the sum for the early plan, scaled by the chunks' time over that of
+    `whole`."""
     whole = times.get(stage.whole)
     for chunks in filter(None, map(times.get, stage.chunks)):
         if whole is not None:
@@ -103,13 +105,14 @@ def _in_chunks(stage: Stage, times: Mapping[Candidate, TimedCandidate]) -> Itera
 
 
 def stage_ends(graph: Graph, images: int | None = None) -> list[int]:
-    """Where early stages end: the last position at each size of map across which a single value
-    goes, as long as that is more than the stage's weights, which every chunk reads.
+    """Returns the positions where early stages end: for each size of map, the last position that a
+    single value crosses, as long as that value is larger than the stage's weights, which every
+    chunk reads.
 
     Args:
-        images: of the value that is compared with the weights; by default the whole batch. On a
-            GPU a chunk's: of a batch of 256, all stages of ResNet-50 had more than their weights,
-            and the whole network was built and timed in chunks twice.
+        images: the number of images of the value that is compared with the weights, by default the
+            whole batch. On a GPU it is a chunk's: at batch 256 all stages of ResNet-50 were larger
+            than their weights, and the whole network was built and timed in chunks twice.
     """
     share = 1 if images is None else images / graph.batch_size
     ends: dict[tuple[int, ...], int] = {}

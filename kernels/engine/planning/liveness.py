@@ -1,4 +1,4 @@
-"""How much of the arena is in use while a candidate runs: what a plan weighs against time."""
+"""Computes the arena bytes in use while a candidate runs, which the planner weighs against time."""
 
 from collections.abc import Mapping
 
@@ -13,8 +13,8 @@ from resfuse.kernels.engine.tactics import TACTICS, TacticModule
 def with_memory(
     graph: Graph, tactics: Mapping[str, TacticModule], times: Mapping[Candidate, float]
 ) -> list[TimedCandidate]:
-    """Returns the candidates with their times and the arena bytes in use while each runs. Without
-    an arena, memory is the allocator's business and time alone counts.
+    """Returns the candidates with their times and the arena bytes in use while each runs; zero
+    bytes for tactics without an arena, whose memory is the allocator's.
 
     Args:
         tactics: those that may be used on the device.
@@ -32,19 +32,19 @@ def with_memory(
 class Liveness:
     """The live ranges of a graph's values, as if all of them lay in the arena, in float32.
 
-    A plan's buffers depend on its segments; these are those of a plan without longer ones, where
-    what a segment makes and alone reads is left out.
+    A plan's buffers depend on its segments. These are the buffers of a plan with a segment for each
+    node; the bytes of a longer candidate leave out the values that only it reads.
     """
 
     def __init__(self, graph: Graph, lanes: int) -> None:
         self._graph = graph
         one_by_one = [(at, at + 1) for at in range(len(graph.nodes))]
-        # what torch's own operations make may have any shape; it is not in the arena
+        # Results of torch's own operations have any shape and are not in the arena.
         values = [name for name, v in graph.values.items() if len(v.shape) in (2, 4)]
         placements = assign_buffers(graph, values, one_by_one, lanes, 4)
-        made_at = {node.name: at for at, node in enumerate(graph.nodes)}
+        position_of = {node.name: at for at, node in enumerate(graph.nodes)}
         self._ranges = [  # value, buffer, first and last position
-            (name, placement.buffer, at := made_at.get(name, 0), graph.last_read.get(name, at))
+            (name, placement.buffer, at := position_of.get(name, 0), graph.last_read.get(name, at))
             for name, placement in placements.of.items()
         ]
         self._sizes = [buffer.size for buffer in placements.buffers]
@@ -56,8 +56,8 @@ class Liveness:
         return values + tactic.scratch(self._graph, candidate)
 
     def _bytes_of_values(self, start: int, stop: int) -> int:
-        """Returns the bytes of the buffers that are live while nodes [start, stop) run, but for
-        values that only these nodes use."""
+        """Returns the bytes of the buffers that are live while nodes [start, stop) run, without
+        those of values that only these nodes read."""
         if (start, stop) not in self._value_bytes:
             inner = self._graph.inner(start, stop)
             live = {

@@ -2,8 +2,8 @@
 
 Segments are runs of neighbouring nodes, so the cheapest cover of the first j nodes is the cheapest
 of the first i, and one segment [i, j): dynamic programming over positions, as exact as trying every
-combination. Memory is a cover's most in use at one moment, so that what other moments need costs
-nothing: the cheapest covers under ever lower limits are all there is to choose from.
+combination. A cover's memory is its peak, so memory below the peak costs nothing, and only the
+fastest covers under ever lower limits of memory need to be compared.
 
 The planner is a pure function of candidates and their times: it measures nothing.
 """
@@ -47,22 +47,23 @@ class Plan:
 
     @property
     def ms(self) -> float:
-        """The sum of the segments' times."""
+        """Returns the sum of the segments' times."""
         return sum(segment.ms for segment in self.segments)
 
     @property
     def price(self) -> float:
-        """What the plan costs in time and memory: see MEMORY_EXPONENT."""
+        """Returns the plan's price in time and memory: see MEMORY_EXPONENT."""
         return _price(self.ms, self.arena_bytes)
 
 
 def _price(ms: float, arena_bytes: int) -> float:
-    return ms * max(arena_bytes, 1) ** MEMORY_EXPONENT
+    weight: float = max(arena_bytes, 1) ** MEMORY_EXPONENT
+    return ms * weight
 
 
 @dataclass(frozen=True)
 class _Cover:
-    """Segments that cover the first nodes, one after another."""
+    """Segments that cover a graph's first nodes, one after another."""
 
     ms: float
     arena_bytes: int  # the most of any segment
@@ -88,7 +89,7 @@ def plan(
         stop: the end of the graph by default.
 
     Raises:
-        ValueError: a node that no candidate computes.
+        ValueError: no candidate computes some node.
     """
     stop = len(graph.nodes) if stop is None else stop
     table = _by_start_and_stop(timed, start, stop)
@@ -139,7 +140,7 @@ def _segment(chosen: TimedCandidate, rivals: Sequence[TimedCandidate]) -> Segmen
 
 
 def _first_uncovered(graph: Graph, table: Sequence[_ByStop], start: int) -> str:
-    """Names the first node that no cover goes past."""
+    """Returns the sentence that names the first node which no cover goes past."""
     reached = {start}
     for at, by_stop in enumerate(table):
         if at in reached:

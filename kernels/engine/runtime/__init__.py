@@ -1,1 +1,1 @@
-"""A bound plan at work: executor, CUDA graphs, inputs, weights."""
+"""Runs a bound plan: executor, CUDA graphs, checks of inputs, weights."""

@@ -1,8 +1,8 @@
-"""CUDA graphs: a network's kernels recorded once a batch size, and launched again all at once.
+"""Records a network's kernels as a CUDA graph for each batch size, and launches them all at once.
 
-The input is copied into a buffer of the engine's first, and the outputs are copied out by the
-engine: both are part of a call, and of its time. What lies between is in one pool of memory that
-all batch sizes of an engine share, for only one of them runs at a time (Turns).
+A call copies the input into a buffer of the engine and the outputs out of it; both count in its
+time. All other values are in one memory pool that the batch sizes of an engine share, since only
+one of them runs at a time (Turns).
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from resfuse.kernels.gpu.common.graph_capture import Replay, record, warm_up
 
 
 class Turns:
-    """A context in which an engine runs: on its device, and after its previous run, whichever
-    stream that was on.
+    """A context for one run of an engine: on its device, and after the engine's previous run on any
+    stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,10 +28,11 @@ class Turns:
         self._ended: torch.cuda.Event | None = None
 
     def finish(self) -> None:
-        """Waits on the host for the last run and for what the current stream has been given.
+        """Waits on the host for the last run and for all work queued on the current stream.
 
-        Then the run's memory may be freed, for the allocator knows the stream that memory was
-        taken on and not those that read it; and what was laid out here may be read on any stream.
+        Afterwards the run's memory may be freed, which the allocator knows by the stream it was
+        allocated on and not by those that read it; and weights laid out on the current stream may
+        be read on any other.
         """
         with self:
             pass
@@ -54,10 +55,13 @@ class Turns:
 
 
 class Recorded:
-    """Executors by batch size, each as a CUDA graph on static buffers."""
+    """The executors of an engine by batch size, each as a CUDA graph on static buffers."""
 
     def __init__(self, executors: Mapping[int, Executor], device: torch.device) -> None:
-        """Raises ValueError where something of a network cannot be recorded."""
+        """
+        Raises:
+            ValueError: a network cannot be recorded as a CUDA graph.
+        """
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: dict[int, Tensor] = {}
         self._replays: dict[int, Replay[list[Tensor]]] = {}
@@ -67,8 +71,8 @@ class Recorded:
             try:
                 for run in runs.values():
                     warm_up(run, stream)
-                torch.cuda.empty_cache()  # what only the warm-up needed
-                for size in sorted(runs, reverse=True):  # the others fit where the largest was
+                torch.cuda.empty_cache()  # frees what only the warm-up needed
+                for size in sorted(runs, reverse=True):  # smaller ones fit in the largest's memory
                     self._replays[size] = record(runs[size], stream, self._pool)
             except RuntimeError as error:
                 raise ValueError(
@@ -77,27 +81,28 @@ class Recorded:
                 ) from error
 
     def __call__(self, size: int, x: Tensor) -> list[Tensor]:
-        """The outputs, which the next call overwrites."""
+        """Returns the outputs for the batch `x`; the next call overwrites them."""
         self._inputs[size].copy_(x)
         return self._replays[size]()
 
     @property
     def pool_bytes(self) -> int:
-        """What torch's allocator has reserved for the graphs: values, outputs and scratch."""
+        """Returns the bytes that torch's allocator has reserved for values, outputs and scratch
+        memory of the graphs."""
         segments = torch.cuda.memory_snapshot()
         own = [s for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool)]
         return sum(segment["total_size"] for segment in own)
 
     @property
     def input_bytes(self) -> int:
-        """Of the buffers that inputs are copied into."""
+        """Returns the bytes of the buffers that inputs are copied into."""
         return sum(x.numel() * x.element_size() for x in self._inputs.values())
 
     def _bound(
         self, size: int, executor: Executor, device: torch.device
     ) -> Callable[[], list[Tensor]]:
-        """The executor's run on a buffer for its input. That is channels_last, as kernels read it,
-        so that copying an input in lays it out as well."""
+        """Returns a function that runs the executor on a static buffer for its input. The buffer is
+        channels_last, as kernels read it, so copying an input in also converts its layout."""
         static = self._inputs[size] = _buffer(executor.graph.values[executor.graph.input], device)
         return lambda: executor(static)
 

@@ -1,4 +1,4 @@
-"""torch's default device while an engine is made."""
+"""Sets torch's default device while an engine is built."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ import torch
 
 @contextmanager
 def without_meta() -> Iterator[None]:
-    """Puts tensors on the CPU where the default device has no numbers: torch's own capture, and
-    weights laid out, need tensors that do."""
+    """Makes the CPU the default device where that is meta: capturing a model and laying out weights
+    need tensors with numbers."""
     if torch.get_default_device().type != "meta":
         yield
         return

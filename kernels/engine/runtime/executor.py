@@ -1,4 +1,4 @@
-"""Executor: a graph, every node lowered by the tactic chosen for it, ready to run."""
+"""Executor: a graph with every node lowered by the tactic chosen for it, ready to run."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -20,8 +20,8 @@ Item = Callable[[Values], None]
 class Executor:
     """Runs a graph on values of fixed shapes.
 
-    What native steps write lives in one arena, and so does a copy of what they read of others. The
-    other values are torch's, and are freed after their last use.
+    Values that native steps write are in one arena, and so are copies of the other values that they
+    read. All remaining values are torch tensors, freed after their last use.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Executor:
         return [values[name] for name in self.graph.outputs]
 
     def weight_bytes(self, excluding: Iterable[Tensor] = ()) -> int:
-        """Returns the bytes of weights as tactics keep them, those of all executors that share
-        them, but for storages of the tensors `excluding`."""
+        """Returns the bytes of the weights laid out by tactics, including those of executors that
+        share them, without the storages of the tensors `excluding`."""
         return self._weight_store.size(excluding)
 
     def repeat(self, *inputs: Tensor) -> Callable[[], list[Tensor]]:
-        """Returns a function that runs again what the last call ran, but for copying the inputs:
-        for timing a part."""
+        """Returns a function that runs the graph on `inputs` without copying them into the arena,
+        for timing: a call with the same inputs must have come before."""
         values = self._native_views | dict(zip(self.graph.reads, inputs, strict=True))
         items = [item for item in self._items if item not in self._copies]
 
@@ -104,8 +104,8 @@ class Executor:
         self._copies.append(copy)
 
     def _call(self, call: Call, outputs: list[str], stop: int) -> Item:
-        """Returns `call`, with a copy of results that are views into the arena; it frees values
-        after their last use."""
+        """Returns a function that runs `call`, copies results that are views into the arena, and
+        frees values after their last use."""
         arena = self.arena.pointer
         last = self.graph.last_read
         dead = [n for n, at in last.items() if at < stop and n not in self._native]

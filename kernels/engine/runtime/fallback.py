@@ -1,4 +1,4 @@
-"""The model that serves batch sizes an engine was not built for, with the engine's weights."""
+"""Copies a model around an engine's weights, to serve batch sizes the engine was not built for."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 
 def with_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Returns a copy of the model's modules around the tensors in `state`, and copies of the
-    others.
+    """Returns a copy of the model whose tensors are those in `state`, and copies of the others.
 
-    The model itself stays as it is: it belongs to the caller, and may be running or training.
+    The model itself stays unchanged: the caller may be running or training it.
     """
     own = dict(tensors_of(model))
     new = {id(old): _like(old, state[name]) for name, old in own.items() if name in state}
-    # a module's other tensors, as the old weight_norm has them, may be no leaves: deepcopy refuses
+    # Other tensors of a module may be no leaves (the old weight_norm's), which deepcopy refuses.
     others = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in others} | new)
 

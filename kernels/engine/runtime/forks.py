@@ -1,4 +1,4 @@
-"""How often this process has been forked off, told without a system call."""
+"""Counts how often this process has been forked, without a system call for each query."""
 
 import functools
 import os
@@ -9,13 +9,13 @@ class _Forks:
 
 
 def forks() -> int:
-    """Goes up in a forked process; counted from the first call of `watch` on."""
+    """Returns the number of forks between the first call of `watch` and this process."""
     return _Forks.count
 
 
 @functools.cache
 def watch() -> None:
-    """Has Python tell of forks, once a process."""
+    """Starts counting forks; further calls do nothing."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forked)
 

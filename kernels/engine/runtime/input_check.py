@@ -1,4 +1,4 @@
-"""What an engine takes."""
+"""Checks the input of an engine's call."""
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +8,8 @@ from resfuse.kernels.engine.runtime.symbolic import is_traced, is_wrapper
 
 
 def require_input(x: object, value: Value, device: torch.device) -> None:
-    """Raises ValueError unless `x` is a plain tensor on `device`, of `value`'s dtype and, but for
-    the batch, its shape, and torch computes with it here and now."""
+    """Raises ValueError unless `x` is a plain tensor on `device` with the dtype of `value` and,
+    apart from the batch, its shape, and torch is not tracing or transforming it."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         raise ValueError(f"argument x: {type(x).__name__}; accepted: a tensor")
     if x.layout != torch.strided:

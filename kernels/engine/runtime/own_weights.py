@@ -1,11 +1,11 @@
-"""The weights an engine keeps: its own, whatever becomes of the model's or of a caller's.
+"""Copies and checks the weights of an engine, which are independent of the model's.
 
-Native steps and folded convolutions read copies laid out for them. What torch's operations read at
-every call is copied here, and, to be saved and refreshed, everything else the graph needs.
+Native steps and folded convolutions read copies in layouts of their own. Tensors that torch's
+operations read at every call are copied here, and so is the rest of the graph's state if the engine
+is to be saved or refreshed.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,32 +24,35 @@ from resfuse.kernels.engine.runtime.symbolic import is_wrapper
 
 
 def copies(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """The state with those under `names` copied; names of one tensor share the copy."""
-    made: dict[Any, Tensor] = {}
+    """Returns the state with the tensors under `names` copied; names of one tensor share its
+    copy."""
+    copied: dict[Hashable, Tensor] = {}
     return {
-        name: made.setdefault(_identity(t), t.detach().clone()) if name in names else t
+        name: copied.setdefault(_identity(t), t.detach().clone()) if name in names else t
         for name, t in state.items()
     }
 
 
-def _identity(t: Tensor) -> Any:
-    where = t.untyped_storage().data_ptr(), t.storage_offset()
-    return *where, t.dtype, t.device, tuple(t.shape), t.stride()
+def _identity(t: Tensor) -> Hashable:
+    memory = t.untyped_storage().data_ptr(), t.storage_offset()
+    return *memory, t.dtype, t.device, tuple(t.shape), t.stride()
 
 
-def kept_names(graph: Graph, keep_weights: bool) -> set[str]:
-    """What an engine needs a copy of: what is read when it is called or, with `keep_weights`, all
-    of the state."""
+def copied_names(graph: Graph, keep_weights: bool) -> set[str]:
+    """Returns the names of the tensors that an engine copies: those read at each call or, with
+    `keep_weights`, all of the state."""
     return state_names(graph) if keep_weights else read_at_calls(graph)
 
 
 def refreshed(
     state: Mapping[str, Tensor], constants: Collection[str], given: object
 ) -> dict[str, Tensor]:
-    """A copy of `given` with the names, dtypes and device of `state`; constants it lacks stay.
+    """Returns a copy of `given` with the names, dtypes and device of `state`; constants that are
+    not in it keep their values.
 
     Raises:
-        ValueError: it is no state_dict of dense tensors, or lacks one, or has another shape.
+        ValueError: `given` is no state_dict of dense tensors, or a tensor is missing or has another
+            shape.
     """
     if not isinstance(given, Mapping):
         raise ValueError(
@@ -74,8 +77,8 @@ def refreshed(
     return fresh
 
 
-def _beneath(given: Mapping[Any, Any]) -> str:
-    """A hint, where the state_dict is one of a checkpoint's entries."""
+def _beneath(given: Mapping[object, object]) -> str:
+    """Returns a hint if the state_dict seems to be one of a checkpoint's entries."""
     found = [key for key, value in given.items() if isinstance(value, Mapping)]
     return f"; {found[0]!r} may hold the state_dict" if found else ""
 
@@ -99,11 +102,11 @@ def _require_dense(name: str, tensor: object) -> None:
 def require_usable(
     graphs: Iterable[Graph], state: Mapping[str, Tensor], constants: Collection[str], argument: str
 ) -> None:
-    """Raises ValueError for weights that cannot be folded, or are broken.
+    """Raises ValueError for weights that cannot be folded or are not finite.
 
-    What goes into a convolution or norm must be finite: the forms of a convolution add and multiply
-    in orders of their own, in which infinity becomes NaN. What torch alone reads may be infinite
-    (an attention mask), and if it is no parameter or buffer of the state_dict it may be NaN.
+    Weights of convolutions and norms must be finite: each form of a convolution adds and multiplies
+    in an order of its own, where infinity may become NaN. Tensors that only torch reads may be
+    infinite (an attention mask), and NaN if they are not in the state_dict.
     """
     nodes = [node for graph in graphs for node in graph.nodes]
     folded = {name for node in nodes for name in _folded(node)}
@@ -128,5 +131,6 @@ def _norm_of(node: Node) -> Norm | None:
 
 
 def _folded(node: Node) -> set[str]:
-    """What is folded into a convolution or a norm, or is a slope."""
+    """Returns the names of the tensors that are folded into a convolution or norm, or are a
+    slope."""
     return node_state(node) if isinstance(node.op, Conv | Affine) else set()

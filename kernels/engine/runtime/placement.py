@@ -1,4 +1,4 @@
-"""place: where in one arena the values of a plan lie, and the scratch memory of its segments."""
+"""place: lays out the values of a plan, and the scratch memory of its segments, in one arena."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from resfuse.kernels.engine.tactics import TACTICS
 
 
 def native_values(graph: Graph, candidates: Sequence[Candidate]) -> set[str]:
-    """Returns the values that native steps make and others read."""
+    """Returns the values that native steps compute for other segments."""
     nodes, inner = _native_nodes(graph, candidates)
     return {node.name for node in nodes} - inner
 
 
 def place(graph: Graph, candidates: Sequence[Candidate]) -> Layout:
-    """Returns the offset of each value that native steps make or read, and of scratch memory.
+    """Returns the layout of all values that native steps write or read, and of scratch memory.
 
     Args:
-        candidates: one after another, for all nodes.
+        candidates: those that cover all nodes, in order.
     """
     nodes, inner = _native_nodes(graph, candidates)
     names = {name for node in nodes for name in (node.name, *node.inputs)} - inner
@@ -30,8 +30,8 @@ def place(graph: Graph, candidates: Sequence[Candidate]) -> Layout:
 
 
 def _native_nodes(graph: Graph, candidates: Sequence[Candidate]) -> tuple[list[Node], set[str]]:
-    """Returns the nodes that native steps compute, and the values that never leave a segment of
-    theirs."""
+    """Returns the nodes that native steps compute, and the values that only the native segment
+    which computes them reads."""
     native = [c for c in candidates if TACTICS[c.tactic].in_arena]
     nodes = [node for c in native for node in graph.nodes[c.start : c.stop]]
     return nodes, {name for c in native for name in graph.inner(c.start, c.stop)}

@@ -1,5 +1,6 @@
-"""Tensors and modes for which torch computes no numbers here and now: nothing that reads memory can
-serve them, and what records operations would keep one answer for ever."""
+"""Recognises tensors and modes under which torch computes no numbers: an engine cannot read such a
+tensor's memory, and a recorder of operations would store one answer for ever.
+"""
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ _tracing, _mode = torch._C._get_tracing_state, torch._C._get_dispatch_mode
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether the numbers are elsewhere, if anywhere: FakeTensor, DTensor and other classes with a
-    dispatch of their own; and what vmap and torch.func.grad hand to a function."""
+    """Returns whether a tensor has no memory of its own numbers: FakeTensor, DTensor and other
+    classes with their own dispatch, and the wrappers of vmap and torch.func.grad."""
     return type(tensor).__torch_dispatch__ is not _PLAIN or _is_functorch(tensor)
 
 
 def is_traced() -> bool:
-    """Whether torch.jit.trace, make_fx, torch.export or FakeTensorMode is at work."""
+    """Returns whether torch.jit.trace, make_fx, torch.export or FakeTensorMode is active."""
     return _tracing() is not None or _mode(_FAKE) is not None or _mode(_PROXY) is not None

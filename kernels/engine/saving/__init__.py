@@ -1,1 +1,1 @@
-"""Engines on disk: written, read, and checked as a stranger's file."""
+"""Engines on disk: written, read and checked, since a file is not trusted."""

@@ -1,5 +1,5 @@
 """Engines on disk: one safetensors file, the weights as tensors and the plan as JSON in its header.
-It is written beside its place and moved there when it is whole.
+It is written under a temporary name and renamed when it is complete.
 
 A file may come from a stranger. Nothing is unpickled; a digest finds damage; everything that
 follows from the graph is inferred again and compared (plan_check.py), so that no number in it
@@ -22,7 +22,7 @@ from resfuse.kernels.cpu.cpus import asking, require_threads
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.planning.planner import Segment
 from resfuse.kernels.engine.runtime.own_weights import require_usable
-from resfuse.kernels.engine.saving.plan_check import sound
+from resfuse.kernels.engine.saving.plan_check import checked_plans
 from resfuse.kernels.engine.saving.plan_json import (
     graph_from_json,
     graph_to_json,
@@ -39,11 +39,11 @@ _MOST_PLAN = 64 << 20  # bytes of JSON: ResNet-152's has 0.3 million
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds, checked, on the device it is for."""
+    """The contents of an engine file, checked, with tensors on the device they are for."""
 
     plans: Plans
     state: Mapping[str, Tensor]
-    other_batches: Any  # as build_engine takes it
+    other_batches: Any  # one of build_engine's values
     cuda_graph: bool
     threads: int | None
 
@@ -57,15 +57,15 @@ def save(
     cuda_graph: bool,
     threads: int | None = None,
 ) -> None:
-    """Writes the file; on failure there is none, or the one that was there.
+    """Writes the file; on failure an earlier file stays as it was.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    told = {
+    header = {
         "schema": SCHEMA,
         "device_type": device.type,
         "environment": _environment(device, threads),
@@ -81,7 +81,7 @@ def save(
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        text = json.dumps(told)
+        text = json.dumps(header)
         save_file(tensors, name, metadata={"resfuse": text, "sha256": _digest(text, tensors)})
         Path(name).replace(path)
     except SafetensorError as error:
@@ -91,7 +91,7 @@ def save(
 
 
 def read(path: Path, allow: Collection[str]) -> Saved:
-    """What was saved. Raises what load_engine does (load.py), which takes the same."""
+    """Returns the contents of a file; arguments and errors are those of load_engine (load.py)."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -102,42 +102,42 @@ def read(path: Path, allow: Collection[str]) -> Saved:
             text = metadata["resfuse"]
             if len(text) > _MOST_PLAN:
                 raise ValueError(f"a plan of {len(text)} bytes")
-            told = json.loads(text)
-            if not isinstance(told, dict):
+            header = json.loads(text)
+            if not isinstance(header, dict):
                 raise ValueError("no plan in its header")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"argument path: {path} is no engine, or a damaged one: {error}") from None
     try:
-        device = _same_device(path, told)
+        device = _same_device(path, header)
         if metadata.get("sha256") != _digest(text, state):
             raise _Damaged(
                 f"argument path: {path} is damaged: its digest is that of something else"
             )
-        return _saved(told, {n: tensor.to(device) for n, tensor in state.items()}, device, allow)
+        return _saved(header, {n: tensor.to(device) for n, tensor in state.items()}, device, allow)
     except _Damaged as error:
         raise ValueError(str(error)) from None
-    except Exception as error:  # what a stranger's numbers lead to may be anything
+    except Exception as error:  # a plan that is not trusted may lead to any error
         raise cannot_run(path, error) from error
 
 
 def cannot_run(path: Path, error: Exception) -> ValueError:
-    """What to raise where a plan has led to an error."""
+    """Returns the error to raise where a plan read from a file has led to `error`."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ValueError(f"argument path: {path} holds no plan that can be run: {said}")
 
 
 class _Damaged(ValueError):
-    """A sentence that is whole."""
+    """An error whose message names the argument already."""
 
 
 def _saved(
-    told: dict[str, Any], state: dict[str, Tensor], device: torch.device, allow: Collection[str]
+    header: dict[str, Any], state: dict[str, Tensor], device: torch.device, allow: Collection[str]
 ) -> Saved:
-    plans = sound(
+    plans = checked_plans(
         {
             int(size): (graph_from_json(p["graph"]), segments_from_json(p["segments"]))
-            for size, p in told["plans"].items()
+            for size, p in header["plans"].items()
         },
         state,
         device,
@@ -145,22 +145,22 @@ def _saved(
     )
     constants = {name for graph, _ in plans.values() for name in graph.constants}
     require_usable([graph for graph, _ in plans.values()], state, constants, "path")
-    if told["other_batches"] not in ("error", "pad", "eager"):
-        raise ValueError(f"other batches: {told['other_batches']!r}")
-    if type(told["cuda_graph"]) is not bool:
-        raise ValueError(f"CUDA graphs: {told['cuda_graph']!r}")
-    return Saved(plans, state, told["other_batches"], told["cuda_graph"], told.get("threads"))
+    if header["other_batches"] not in ("error", "pad", "eager"):
+        raise ValueError(f"other batches: {header['other_batches']!r}")
+    if type(header["cuda_graph"]) is not bool:
+        raise ValueError(f"CUDA graphs: {header['cuda_graph']!r}")
+    return Saved(plans, state, header["other_batches"], header["cuda_graph"], header.get("threads"))
 
 
 def _environment(device: torch.device, threads: int | None) -> dict[str, str]:
-    """As it is for an engine that was asked to run on so many threads."""
+    """Returns the environment of an engine that runs on `threads` threads."""
     require_threads(threads)
     with asking(threads):
         return environment(device)
 
 
 def _digest(plan: str, state: Mapping[str, Tensor]) -> str:
-    """Of the plan, and each tensor's name, dtype, shape and bytes."""
+    """Returns the SHA-256 of the plan and of each tensor's name, dtype, shape and bytes."""
     found = hashlib.sha256(plan.encode())
     for name, tensor in sorted(state.items()):
         found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -168,20 +168,20 @@ def _digest(plan: str, state: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _same_device(path: Path, told: dict[str, Any]) -> torch.device:
-    if told.get("schema") != SCHEMA:
+def _same_device(path: Path, header: dict[str, Any]) -> torch.device:
+    if header.get("schema") != SCHEMA:
         raise _Damaged(
-            f"argument path: {path} has schema {told.get('schema')}; this version reads {SCHEMA}. "
-            "Build it again here"
+            f"argument path: {path} has schema {header.get('schema')}; this version reads "
+            f"{SCHEMA}. Build it again here"
         )
-    if told["device_type"] not in ("cpu", "cuda"):
-        raise ValueError(f"a device {told['device_type']!r}")
-    if told["device_type"] == "cuda" and not torch.cuda.is_available():
+    if header["device_type"] not in ("cpu", "cuda"):
+        raise ValueError(f"a device {header['device_type']!r}")
+    if header["device_type"] == "cuda" and not torch.cuda.is_available():
         raise _Damaged(f"argument path: {path} was built on a GPU; there is none here")
-    device = torch.device(told["device_type"])
-    here = _environment(device, told.get("threads"))
-    for fact in {**told["environment"], **here}:
-        there = told["environment"].get(fact)
+    device = torch.device(header["device_type"])
+    here = _environment(device, header.get("threads"))
+    for fact in {**header["environment"], **here}:
+        there = header["environment"].get(fact)
         if here.get(fact) != there:
             raise _Damaged(
                 f"argument path: {path} was built with {fact} {there}; here it is "

@@ -1,4 +1,4 @@
-"""A graph and its segments as JSON: what a saved engine holds beside its weights."""
+"""Converts a graph and its segments to JSON and back: what a saved engine has besides weights."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,6 +31,7 @@ _OPERATIONS = {
 
 
 def graph_to_json(graph: Graph) -> dict[str, Any]:
+    """Returns a graph as objects that json can write."""
     return {
         "input": graph.input,
         "outputs": list(graph.outputs),
@@ -54,7 +55,11 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
 
 
 def graph_from_json(data: dict[str, Any]) -> Graph:
-    """Raises KeyError, TypeError or ValueError for what graph_to_json did not write."""
+    """Returns the graph that graph_to_json wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError: graph_to_json did not write `data`.
+    """
     return Graph(
         data["input"],
         tuple(data["outputs"]),
@@ -74,6 +79,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def segments_to_json(segments: tuple[Segment, ...]) -> list[dict[str, Any]]:
+    """Returns segments as objects that json can write."""
     return [
         {
             "choice": asdict(segment.candidate),
@@ -86,7 +92,11 @@ def segments_to_json(segments: tuple[Segment, ...]) -> list[dict[str, Any]]:
 
 
 def segments_from_json(data: list[dict[str, Any]]) -> tuple[Segment, ...]:
-    """Raises KeyError, TypeError or ValueError for what segments_to_json did not write."""
+    """Returns the segments that segments_to_json wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError: segments_to_json did not write `data`.
+    """
     return tuple(
         Segment(
             _candidate(item["choice"]),
@@ -103,7 +113,7 @@ def _candidate(data: dict[str, Any]) -> Candidate:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON knows lists only."""
+    """Turns lists into tuples at every level, since JSON knows lists only."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 

@@ -1,14 +1,16 @@
-"""TACTICS: every way to compute a segment of a graph, a file each.
+"""Defines TACTICS, all ways to compute a segment of a graph; each is a module of its own.
 
 A tactic's module has
-- `refusal(device, dtype) -> str | None`: why it cannot run there, in one sentence;
-- `segments(graph, at) -> Iterable[Candidate]`: what it can do that starts with node `at`;
-- `scratch(graph, candidate) -> int`: bytes it needs while it runs (tactics in the arena only);
-- `lower(graph, candidate, state, arena) -> Lowered`: the segment, ready to run;
-- `kernels(graph, candidate) -> list[Graph]`, only where a segment takes several kernels: their
-  parts;
-- `configuration(graph, candidate) -> Key`, only where it is a kernel's: see
-  resfuse/kernels/tuning_cache/denylist.py.
+- `refusal(device, dtype) -> str | None`: the reason why the tactic cannot run there, in one
+  sentence;
+- `segments(graph, at) -> Iterable[Candidate]`: its candidates for runs of nodes from `at` on;
+- `scratch(graph, candidate) -> int`: the bytes of scratch memory that a candidate needs (tactics in
+  the arena only);
+- `lower(graph, candidate, state, arena) -> Lowered`: a candidate made ready to run;
+- `kernels(graph, candidate) -> list[Graph]`, optional: the parts that a segment's kernels compute,
+  where there are several;
+- `configuration(graph, candidate) -> Key`, optional: the key under which a Triton kernel's
+  configuration is on the denylist (resfuse/kernels/tuning_cache/denylist.py).
 
 Tactics on a GPU pass values on as torch's tensors, [N, C, H, W] in channels_last.
 """
@@ -27,7 +29,7 @@ from resfuse.kernels.engine.memory.buffers import Arena
 
 
 class TacticModule(Protocol):
-    """What the module of a tactic has."""
+    """The interface of a tactic's module."""
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
 
@@ -40,7 +42,7 @@ class TacticModule(Protocol):
 
 @dataclass(frozen=True)
 class Tactic:
-    """Where to find a tactic, and what it does."""
+    """The module of a tactic and what it does."""
 
     module: str
     does: str
@@ -124,16 +126,16 @@ TACTICS: dict[str, Tactic] = {
 
 
 def tactics_on(device: torch.device, dtype: torch.dtype) -> dict[str, TacticModule]:
-    """Those that run there and are meant for it, by name.
+    """Returns the tactics, by name, that are meant for a device and can run on it.
 
-    Triton's interpreter runs GPU tactics on the CPU, for tests; no plan is to use them there.
+    GPU tactics are left out on a CPU, though Triton's interpreter can run them there for tests.
     """
     loaded = tactics_for(device.type)
     return {name: m for name, m in loaded.items() if m.refusal(device, dtype) is None}
 
 
 def tactics_for(device_type: str) -> dict[str, TacticModule]:
-    """Those that are meant for a type of device, whether or not there is one."""
+    """Returns the tactics, by name, that are meant for a type of device, present or not."""
     return {
         name: tactic.load()
         for name, tactic in TACTICS.items()

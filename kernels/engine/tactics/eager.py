@@ -1,4 +1,6 @@
-"""torch's own operations on folded weights: the reference, and what else no tactic computes."""
+"""Computes nodes by torch's own operations on folded weights: the reference for every tactic, and
+the fallback where no other tactic applies.
+"""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -60,7 +62,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 
 @torch.inference_mode()
 def exact(graph: Graph, state: State, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs in fp64, for inputs in the order of the graph's `reads`."""
+    """Returns a graph's outputs computed in fp64 from inputs in the order of its `reads`."""
     values = dict(zip(graph.reads, (_widened(x) for x in inputs), strict=True))
     for node in graph.nodes:
         function = function_of(node, graph.values, state, torch.float64)
@@ -75,13 +77,13 @@ def function_of(
     dtype: torch.dtype | None = None,
     arena: Arena | None = None,
 ) -> Function:
-    """The node as a function of its inputs, in the graph's dtype or in another.
+    """Returns a node as a function of its inputs, in the graph's dtype or in `dtype`.
 
     Args:
-        arena: keeps the weights, for all that share them.
+        arena: stores the folded weights for all nodes that share them.
     """
     op = node.op
-    keep = arena.tensors if arena is not None else _make
+    keep = arena.tensors if arena is not None else _uncached
     if isinstance(op, Conv):
         return _conv(op, values[node.name].shape, state, dtype, keep)
     if isinstance(op, Affine):
@@ -102,8 +104,8 @@ def function_of(
     return _torch(op, state, dtype, keep)
 
 
-def _make(key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """Keeps nothing."""
+def _uncached(key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Returns what `make` returns without storing it."""
     return make()
 
 
@@ -152,7 +154,7 @@ def _affine(
 def _finish(
     op: Conv | Affine, state: State, keep: Keep
 ) -> Callable[[Tensor, tuple[Tensor, ...]], Tensor]:
-    """Activation and residual, in the operation's order."""
+    """Returns a function that applies activation and residual in the operation's order."""
     forward = ACTIVATIONS[op.activation].forward
     slope = _as_it_is(op.slope, state, keep) if isinstance(op.slope, str) else op.slope
 
@@ -170,7 +172,7 @@ def _as_it_is(name: str, state: State, keep: Keep) -> Tensor:
 
 
 def _pick(op: Pick) -> Function:
-    """Its result is memory of its own, whatever is picked."""
+    """Returns a function that picks pixels; its result never shares memory with its input."""
     indices: dict[torch.device, list[Tensor]] = {}  # of rows and columns: a CUDA graph copies none
 
     def run(x: Tensor) -> Tensor:
@@ -188,7 +190,7 @@ def _pick(op: Pick) -> Function:
 
 
 def _torch(op: Torch, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
-    target: Any = operation_named(op.target)
+    target = operation_named(op.target)
     fixed = {name: _as_it_is(name, state, keep) for name in state_read_by(op)}
     if dtype is not None:
         fixed = {name: _widened(t) for name, t in fixed.items()}
@@ -197,7 +199,8 @@ def _torch(op: Torch, state: State, dtype: torch.dtype | None, keep: Keep) -> Fu
         args = [_decode(arg, inputs, fixed) for arg in op.args]
         kwargs = {key: _decode(arg, inputs, fixed) for key, arg in op.kwargs}
         result = target(*args, **kwargs)
-        return result if op.result is None else result[op.result]
+        part: Tensor = result if op.result is None else result[op.result]
+        return part
 
     return run
 

@@ -1,5 +1,5 @@
-"""Times runs on the device at hand, from caches that hold of their inputs and weights what they
-will hold in the network (warm_timing.py).
+"""Times runs on the device at hand, with as much of their inputs and weights in the caches as in
+the network (warm_timing.py).
 """
 
 import math
@@ -13,7 +13,7 @@ from resfuse.kernels.engine.tuning.warm_timing import Warmth
 Run = Callable[[], object]
 
 ROUNDS = 5
-# Times as slow as the best candidate so far, above which one is not measured any further.
+# A candidate this many times slower than the best so far is not measured any further.
 PRUNE_RATIO = 1.5
 # A run that takes less than _SHORT_MS is repeated this often in each of its turns. In a network, a
 # similar kernel has just run; alone among others it finds caches full of theirs. CIFAR's ResNet-110
@@ -25,7 +25,7 @@ _SWEPT_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # several second-level cach
 
 
 class Clock:
-    """Measures milliseconds, sweeping the caches before each run where they are to be cold."""
+    """Measures runs in milliseconds, and sweeps the caches first where they are to be cold."""
 
     def __init__(self, device: torch.device, warmth: Warmth) -> None:
         self._device, self._warmth = device, warmth
@@ -33,17 +33,17 @@ class Clock:
         self._swept = torch.zeros(count, dtype=torch.float32, device=device)
 
     def least(self, run: Run, best_ms: float = math.inf) -> float:
-        """Returns the least ms of several runs; of two, where it is hopelessly slower than
-        `best_ms`."""
+        """Returns the least ms of ROUNDS runs, or of two runs if both are more than PRUNE_RATIO
+        times slower than `best_ms`."""
         times: list[float] = []
         for _ in range(ROUNDS):
             times.append(self.once(run))
             if len(times) == 2 and min(times) > PRUNE_RATIO * best_ms:
                 break
-        return min(times)  # whatever else the machine does only adds
+        return min(times)  # other load on the machine only adds time
 
     def turn(self, run: Run) -> float:
-        """Returns the least ms of one run, or of several where they are short."""
+        """Returns the ms of one run, or the least of _REPEATS runs if they are short."""
         least = self.once(run)
         for _ in range(_REPEATS - 1):
             if least > _SHORT_MS:
@@ -52,8 +52,8 @@ class Clock:
         return least
 
     def once(self, run: Run) -> float:
-        """Returns the ms of one run, or of one of those in a row, behind a sweep of the caches:
-        what they still hold of a row is what its runs leave to each other."""
+        """Returns the ms of one run, or the mean of several in a row, after a sweep of the caches:
+        within a row, runs find in the caches what earlier ones have left."""
         if self._warmth.swept:
             self._swept.add_(1)
         if self._device.type == "cuda":
@@ -62,7 +62,8 @@ class Clock:
             run()
             end.record()
             torch.cuda.synchronize()
-            return start.elapsed_time(end) / self._warmth.in_a_row
+            ms: float = start.elapsed_time(end)
+            return ms / self._warmth.in_a_row
         start_s = time.perf_counter()
         run()
         return (time.perf_counter() - start_s) * 1e3

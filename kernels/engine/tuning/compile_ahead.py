@@ -1,8 +1,8 @@
-"""Compiles what a build is about to measure, side by side, before anything is timed.
+"""Compiles the Triton kernels that a build is about to measure, in parallel, before any is timed.
 
-A build tries some hundred configurations of Triton kernels, half a second of compilation each.
-Their launches are written down on meta tensors, which differ from the real ones in nothing but the
-device. Triton's cache on disk hands the results over, and what it has already costs a millisecond.
+A build tries some hundred configurations, half a second of compilation each. Their launches are
+recorded on meta tensors, which differ from the real ones in the device only. Results are passed on
+in Triton's cache on disk; a kernel that is in it already costs a millisecond.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,21 +21,23 @@ from resfuse.kernels.engine.tactics import TACTICS
 from resfuse.kernels.engine.tactics.gpu import triton_kernels
 
 if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
+
     from resfuse.kernels.gpu.common.launch import Launch
     from resfuse.kernels.gpu.inspect.inspect import Specialized
 
 
 def compile_ahead(graph: Graph, state: State, candidates: Iterable[Candidate], arch: int) -> int:
     """Compiles the kernels of `candidates` for the NVIDIA GPU `sm_<arch>`, and their launchers
-    where Triton has one for each; returns how many launches that were. What fails here fails again,
-    and is reported, where it is to be measured."""
+    where Triton has one for each, and returns the number of launches. A failure is not reported
+    here: it repeats, and is reported, when the candidate is measured."""
     found = list(launches(graph, state, candidates))
     compile_launches(found, arch)
     return len(found)
 
 
 def compile_launches(found: "Iterable[Launch]", arch: int) -> None:
-    """The same of launches: each kernel once, those first that Triton's cache does not have."""
+    """Compiles the kernels of launches, each once and those missing in Triton's cache first."""
     from triton.backends.compiler import GPUTarget
 
     from resfuse.kernels.engine.tuning.compile_processes import compile_in_processes
@@ -53,14 +55,14 @@ def compile_launches(found: "Iterable[Launch]", arch: int) -> None:
 
 
 def cores() -> int:
-    """Those this process may run on."""
+    """Returns the number of CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def launches(graph: Graph, state: State, candidates: Iterable[Candidate]) -> "Iterator[Launch]":
-    """What the candidates would launch, on meta tensors; of equal parts of the graph once."""
+    """Yields the launches of the candidates on meta tensors, once for equal parts of the graph."""
     shapes = {name: tensor.to("meta") for name, tensor in state.items()}
     seen = set()
     for candidate in candidates:
@@ -72,7 +74,7 @@ def launches(graph: Graph, state: State, candidates: Iterable[Candidate]) -> "It
 
 
 def is_triton(candidate: Candidate) -> bool:
-    """Whether kernels of ours compute it."""
+    """Returns whether Triton kernels compute a candidate."""
     return hasattr(TACTICS[candidate.tactic].load(), "configuration")
 
 
@@ -82,12 +84,12 @@ def _launches(part: Graph, candidate: Candidate, shapes: State) -> "list[Launch]
     with triton_kernels.written_down() as found:
         try:
             Executor(part, [candidate], shapes)(*inputs)
-        except (RuntimeError, ValueError):  # it will be said where it is measured
+        except (RuntimeError, ValueError):  # reported when it is measured
             return []
     return found
 
 
-def _specialize(launch: "Launch", gpu: Any) -> "Specialized | None":
+def _specialize(launch: "Launch", gpu: "GPUTarget") -> "Specialized | None":
     from resfuse.kernels.gpu.inspect.inspect import specialize
 
     try:
@@ -98,7 +100,7 @@ def _specialize(launch: "Launch", gpu: Any) -> "Specialized | None":
 
 
 def _compile(kernel: "Specialized") -> None:
-    """Nothing where a process has done it."""
+    """Compiles a kernel unless a process has already done so."""
     if kernel.cached_metadata() is None:
         kernel.compile()
 
@@ -113,13 +115,13 @@ def _build_launchers(kernels: "Iterable[Specialized]") -> None:
         if metadata is not None:
             source = c_launchers.source_of(kernel.source, SimpleNamespace(**metadata))
             if source is None:
-                return  # one for all
+                return  # this Triton has one launcher for all kernels
             sources.add(source)
     _side_by_side(c_launchers.build_ahead, sources)
 
 
 def _side_by_side(work: Callable[[str], object], keys: Iterable[str]) -> None:
-    """By threads: Triton's passes, ptxas and gcc let go of Python's lock."""
+    """Runs `work` on all keys by threads: Triton's passes, ptxas and gcc release Python's lock."""
 
     def attempt(key: str) -> None:
         with contextlib.suppress(Exception):  # a compiler may raise anything

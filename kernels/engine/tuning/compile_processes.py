@@ -1,4 +1,4 @@
-"""Compilation by processes, where threads would wait for each other.
+"""Compiles Triton kernels by processes, where threads would wait for each other.
 
 Triton holds Python's lock for an eighth of a compilation (from the source to its first IR: 67 of
 560 ms with triton 3.6), so that threads are worth eight cores at the most. A process has to import
@@ -36,14 +36,14 @@ _PROGRAM = (
 
 
 def processes_for(kernels: int, cores: int, free_bytes: int) -> int:
-    """How many processes pay; 0 where threads do as well."""
+    """Returns the number of processes that pay off, 0 where threads are as fast."""
     count = min(cores, MOST, kernels // LEAST_KERNELS, free_bytes // BYTES)
     return count if count > THREADS_ARE_WORTH else 0
 
 
 def compile_in_processes(launches: "Sequence[Launch]", arch: int, cores: int) -> None:
-    """Compiles launches into Triton's cache if that pays; what a process cannot do, or does not
-    come to, is left to the caller."""
+    """Compiles launches into Triton's cache if that pays off; what a process fails to compile is
+    left to the caller."""
     count = processes_for(len(launches), cores, free_bytes())
     if count and sys.executable:
         with contextlib.suppress(Exception):  # no process, no memory, or what pickle refuses
@@ -54,7 +54,7 @@ def run_processes(launches: "Sequence[Launch]", arch: int, count: int) -> None:
     """Compiles launches by `count` processes, each every `count`-th of them.
 
     Raises:
-        OSError: the processes cannot be started, or told what to do.
+        OSError: the processes cannot be started, or their input cannot be written.
     """
     jobs = [_pickled(launch) for launch in launches]
     # no GPU is needed, and one thread a process is enough
@@ -62,14 +62,14 @@ def run_processes(launches: "Sequence[Launch]", arch: int, count: int) -> None:
     started: list[subprocess.Popen[bytes]] = []
     try:
         for first in range(count):
-            with tempfile.TemporaryFile() as told:
-                pickle.dump(sys.path, told)
-                pickle.dump((os.getpid(), arch, jobs[first::count]), told)
-                told.seek(0)
+            with tempfile.TemporaryFile() as jobs_file:
+                pickle.dump(sys.path, jobs_file)
+                pickle.dump((os.getpid(), arch, jobs[first::count]), jobs_file)
+                jobs_file.seek(0)
                 started.append(
                     subprocess.Popen(
-                        [sys.executable, "-c", _PROGRAM], stdin=told, env=environment,
-                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                        [sys.executable, "-c", _PROGRAM], stdin=jobs_file,
+                        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                     )
                 )  # fmt: skip
         for process in started:
@@ -80,22 +80,23 @@ def run_processes(launches: "Sequence[Launch]", arch: int, count: int) -> None:
             process.wait()
 
 
-def compile_all(told: IO[bytes]) -> None:
-    """The program of a process: compiles what it is told, unless its parent is gone."""
+def compile_all(jobs_file: IO[bytes]) -> None:
+    """Compiles the launches read from `jobs_file`, in a process started by `run_processes`, until
+    its parent has ended."""
     from triton.backends.compiler import GPUTarget
 
     from resfuse.kernels.gpu.inspect.inspect import compile_launch
 
-    parent, arch, jobs = pickle.load(told)
+    parent, arch, jobs = pickle.load(jobs_file)
     for job in jobs:
         if os.getppid() != parent:
             return
-        with contextlib.suppress(Exception):  # it will be said where it is measured
+        with contextlib.suppress(Exception):  # reported when it is measured
             compile_launch(_Unpickler(io.BytesIO(job)).load(), GPUTarget("cuda", arch, 32))
 
 
 def free_bytes() -> int:
-    """Memory that this machine can give without paging; 0 where it does not say."""
+    """Returns the bytes of memory available without paging, 0 where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
@@ -110,9 +111,9 @@ def _pickled(launch: "Launch") -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Kernels go by name, as functions do."""
+    """A pickler that stores Triton kernels by name, as pickle stores functions."""
 
-    def persistent_id(self, value: Any) -> tuple[str, str] | None:
+    def persistent_id(self, value: object) -> tuple[str, str] | None:
         if isinstance(value, JITFunction):
             return value.fn.__module__, value.fn.__qualname__
         return None

@@ -1,4 +1,6 @@
-"""What a part of a graph answers in fp64 to made-up inputs, and how far a candidate may be off."""
+"""Computes in fp64 what a part of a graph returns for random inputs, and the error allowed to
+candidates.
+"""
 
 import math
 from collections.abc import Sequence
@@ -18,8 +20,8 @@ from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 
 @dataclass(frozen=True)
 class ExactAnswer:
-    """Inputs of a part, its outputs in fp64, and the relative error that is allowed: EAGER_FACTOR
-    times that of torch's own operations, and a floor."""
+    """Inputs of a part of a graph, its outputs in fp64, and the relative error allowed:
+    EAGER_FACTOR times the error of torch's own operations, plus the tolerance of the math mode."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -31,7 +33,8 @@ class ExactAnswer:
 
 
 def exact_answer(part: Graph, state: State, device: torch.device) -> ExactAnswer:
-    """Computes a part of a graph in fp64, and once with torch's own operations."""
+    """Returns the answer of a part of a graph in fp64, and the error allowed from one run of
+    torch's own operations."""
     generator = torch.Generator(device).manual_seed(0)
     inputs = [_random(part.values[name], generator) for name in part.reads]
     exact = eager.exact(part, state, inputs)
@@ -53,7 +56,7 @@ def relative_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 def _random(value: Value, generator: torch.Generator) -> Tensor:
-    """Returns numbers as activations are: as many below zero as above; channels_last."""
+    """Returns normally distributed numbers in channels_last, or ones where they are integers."""
     device = generator.device
     if not value.dtype.is_floating_point:
         return torch.ones(value.shape, dtype=value.dtype, device=device)

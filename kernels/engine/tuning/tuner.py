@@ -1,7 +1,7 @@
-"""Tunes: finds the time of every candidate on the device at hand, each after it has given the right
-answer. All that is measured for an engine is measured here.
+"""Tuner: measures the time of every candidate on the device at hand, after checking its answer. All
+measurements for an engine are made here.
 
-A candidate runs as it will in the engine, in an executor of its part of the graph alone.
+A candidate runs as it will in the engine, in an executor for its part of the graph alone.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from resfuse.kernels.engine.ir.candidate import Candidate, key_of
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
-from resfuse.kernels.engine.ir.torch_operations import takes_made_up_inputs
+from resfuse.kernels.engine.ir.torch_operations import accepts_random_inputs
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import TACTICS
@@ -27,22 +27,22 @@ from resfuse.kernels.gpu.common.graph_capture import replayed
 from resfuse.kernels.tuning_cache.denylist import NONE, Barred
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
-NOT_TIMED = 0.0  # ms of what would fail on made-up inputs: indices out of range, say
-Key = tuple[str, str]  # of the timing cache: a part of a graph, and what computes it
+NOT_TIMED = 0.0  # ms of candidates that random inputs would make fail: indices out of range
+Key = tuple[str, str]  # of the timing cache: a part of a graph, and the candidate that computes it
 
-# What a tactic outside of the arena costs on top of its own time, as a share of it, where native
-# steps stop for it and start again: with six of ResNet-50 and ResNeXt-50 that were up to 1 % faster
-# by themselves, the whole network took 0.3 to 1.5 % longer.
+# The share of its own time that a tactic outside the arena costs in addition, because native steps
+# stop for it and start again: with six such candidates, each up to 1 % faster alone, ResNet-50 and
+# ResNeXt-50 took 0.3 to 1.5 % longer.
 NATIVE_EXIT_PENALTY = 0.03
-_BYTES_IN_TURNS = 2 << 30  # of values, for all candidates that are timed in turns
+_BYTES_IN_TURNS = 2 << 30  # the most bytes of values of candidates that are timed in turns
 
 
 class BrokenDevice(RuntimeError):
-    """A kernel has broken the GPU for this process. It is barred: the next process does without."""
+    """A kernel has broken the GPU for this process. It is barred, so the next process avoids it."""
 
 
 class Tuner:
-    """Finds the time of a candidate in ms, from the timing cache or by the clock."""
+    """Measures the time of candidates in ms, or takes it from the timing cache."""
 
     def __init__(
         self,
@@ -55,15 +55,15 @@ class Tuner:
     ) -> None:
         """
         Args:
-            tactics: those that run on the device.
-            barred: configurations that were found wrong, besides those in the cache.
+            tactics: names of the tactics that run on the device.
+            barred: configurations found wrong, besides those in the cache.
         """
         self._barred = cache.barred | barred
         self._warned: set[str] = set()
         self._confirmed: set[Key] = set()
         self._arena = any(TACTICS[name].in_arena for name in tactics)
         self._graph, self._state, self._device, self._cache = graph, state, device, cache
-        self.measured = 0  # how many candidates were not in the cache
+        self.measured = 0  # the number of candidates that were not in the cache
         self._warmth = warmth_of(graph, state, device)
         self._clock = Clock(device, self._warmth)
         self._copied: tuple[frozenset[str], list[tuple[dict[str, Tensor], WeightStore]]] | None = (
@@ -73,8 +73,8 @@ class Tuner:
         self._exact: tuple[str, ExactAnswer] | None = None
 
     def tune(self, groups: Iterable[Sequence[Candidate]]) -> dict[Candidate, float]:
-        """Returns the ms of each candidate that may be used: that gives the right answer and is not
-        barred.
+        """Returns the ms of each candidate that may be used: one that gives the right answer and is
+        not barred.
 
         On a CPU the candidates of a group are timed in turns; on a GPU, whose speed changes less,
         one after another, once all of their kernels are compiled.
@@ -95,19 +95,19 @@ class Tuner:
         return times
 
     def tune_in_turns(self, groups: Iterable[Sequence[Candidate]]) -> dict[Candidate, float]:
-        """Returns what `tune` returns, all candidates of a group being timed in turns, on any
-        device and however much memory they take."""
+        """Returns what `tune` returns, with all candidates of a group timed in turns on any device,
+        however much memory they take."""
         times: dict[Candidate, float] = {}
         for group in groups:
             times |= _usable(group, self.in_turns(group))
         return times
 
     def __call__(self, candidate: Candidate) -> float | None:
-        """Returns the ms of a candidate; None where it fails, or computes something else; or is
-        barred for every part.
+        """Returns the ms of a candidate, None where it fails, gives a wrong answer or is barred.
 
         Raises:
-            BrokenDevice: it has broken the device for this process; the next one knows.
+            BrokenDevice: the candidate has broken the device for this process; the next one avoids
+                it.
         """
         if self._is_barred(candidate):
             return None
@@ -119,11 +119,12 @@ class Tuner:
         return ms and ms * (1 + NATIVE_EXIT_PENALTY * self._is_copied(candidate))
 
     def in_turns(self, candidates: Sequence[Candidate]) -> list[float | None]:
-        """Returns the ms of candidates for the same nodes, timed in turns: the speed of a machine
-        may change between one and the next by more than what tells them apart.
+        """Returns the ms of candidates for the same nodes, timed in turns, since the speed of a
+        machine may change by more than the candidates differ.
 
         Raises:
-            BrokenDevice: a candidate has broken the device for this process; the next one knows.
+            BrokenDevice: a candidate has broken the device for this process; the next one avoids
+                it.
         """
         allowed = [candidate for candidate in candidates if not self._is_barred(candidate)]
         keys = [self._part(candidate)[1] for candidate in allowed]
@@ -143,26 +144,28 @@ class Tuner:
         return [self(candidate) for candidate in candidates]
 
     def knows(self, candidate: Candidate) -> bool:
-        """Tells whether asking for its time measures nothing."""
+        """Returns whether the time of a candidate is known without a measurement."""
         return self._is_barred(candidate) or self._has(self._part(candidate)[1], candidate)
 
     def confirm(self, candidates: Iterable[Candidate]) -> bool:
-        """Tells whether each has given the right answer in this build; what has not is barred. The
-        cache is a file, and no proof of it. Takes 0.7 of 3 s that ResNet-50 at batch 1 is built in
-        from known times (one thread of a Xeon).
+        """Checks the answer of each candidate that this build has not checked yet, since the timing
+        cache, a file, proves nothing. Returns whether all are right; wrong ones are barred.
+
+        It takes 0.7 of the 3 s in which ResNet-50 at batch 1 is built from known times (one thread
+        of a Xeon).
         """
         right = True
         for candidate in candidates:
             part, key = self._part(candidate)
             eager = candidate.tactic == "eager"
             known = eager or key in self._confirmed or self._cache.is_own(key)
-            if not known and takes_made_up_inputs(part):
+            if not known and accepts_random_inputs(part):
                 self._confirmed.add(key)
                 right = self._right(part, key, candidate) is not None and right
         return right
 
     def _compile_ahead(self, groups: Sequence[Sequence[Candidate]]) -> None:
-        """Compiles what is to be measured, as far as it takes Triton."""
+        """Compiles the Triton kernels of all candidates that are to be measured."""
         from resfuse.kernels.engine.tuning.compile_ahead import compile_ahead
 
         every = (candidate for group in groups for candidate in group)
@@ -174,8 +177,8 @@ class Tuner:
         return [self(candidate) for candidate in candidates]
 
     def _as_memory_allows(self, candidates: Sequence[Candidate]) -> list[float | None]:
-        """Returns the times of candidates for the same nodes, as many of them in turns as fit
-        _BYTES_IN_TURNS."""
+        """Returns the ms of candidates for the same nodes, timed in turns by as many at a time as
+        fit in _BYTES_IN_TURNS."""
         part = self._graph.part(candidates[0].start, candidates[0].stop)
         each = sum(math.prod(v.shape) * v.dtype.itemsize for v in part.values.values())
         at_once = max(1, _BYTES_IN_TURNS // max(1, each))
@@ -202,8 +205,8 @@ class Tuner:
         return times
 
     def _has(self, key: Key, candidate: Candidate) -> bool:
-        """Tells whether the cache has the time of a candidate. That torch's own operations, the
-        last resort, would fail is not taken from a file."""
+        """Returns whether the cache has the time of a candidate. Failures of torch's own
+        operations, the last resort, are not believed if they come from a file."""
         if key not in self._cache or self._cache.is_own(key):
             return key in self._cache
         if self._cache.is_to_be_taken_again(key):
@@ -211,7 +214,8 @@ class Tuner:
         return candidate.tactic != "eager" or self._cache.get(key) is not None
 
     def _part(self, candidate: Candidate) -> tuple[Graph, Key]:
-        """Returns what the candidate computes, and under which key its time is cached."""
+        """Returns the part of the graph that a candidate computes, and the cache key of its
+        time."""
         part = self._graph.part(candidate.start, candidate.stop)
         copied = ", copied" * self._is_copied(candidate)
         return part, (key_of(part), candidate.label() + copied + self._warmth.label)
@@ -230,7 +234,7 @@ class Tuner:
         return barred
 
     def _measure(self, part: Graph, key: Key, candidate: Candidate) -> None:
-        """Puts a time into the cache, or the reason why there is none."""
+        """Puts a candidate's time into the cache, or the reason why there is none."""
         run = self._checked(part, key, candidate)
         if run is not None:
             with self._barring(key, candidate):
@@ -240,10 +244,11 @@ class Tuner:
 
     @contextlib.contextmanager
     def _barring(self, key: Key, candidate: Candidate) -> Iterator[None]:
-        """Bars a candidate that fails within: for good where the failure is the tactic's own."""
+        """Bars a candidate that fails in this context: for this build only if memory ran out or the
+        mistake is resfuse's, otherwise for good."""
         try:
             yield
-        except torch.OutOfMemoryError as failure:  # another day there may be enough
+        except torch.OutOfMemoryError as failure:  # another build may have enough memory
             self._cache.put_here(key, None)
             _warn(candidate, key[0], f"finds no room: {failure}")
         except _failures() as failure:
@@ -254,7 +259,7 @@ class Tuner:
         except Exception as failure:
             if self._device.type != "cuda":
                 raise
-            # A mistake of ours, or of a library's, that no CPU has met: the engine does without.
+            # A mistake of resfuse or a library that shows on a GPU only: build without it.
             self._cache.put_here(key, None)
             self._require_device(key, candidate, failure)
             _warn(candidate, key[0], f"is left out of this build, {_described(failure)}")
@@ -266,10 +271,10 @@ class Tuner:
         candidate: Candidate,
         weight_store: WeightStore | None = None,
     ) -> Run | None:
-        """Returns what is to be timed, run before and right; None where it is not, put into the
-        cache."""
-        if not takes_made_up_inputs(part):
-            self._cache.put_here(key, NOT_TIMED)  # torch's, and nothing else computes it
+        """Returns a run to be timed, once its answer is right; otherwise puts the reason into the
+        cache and returns None."""
+        if not accepts_random_inputs(part):
+            self._cache.put_here(key, NOT_TIMED)  # only torch computes such a part
             return None
         if (right := self._right(part, key, candidate, weight_store)) is not None:
             with self._barring(key, candidate):
@@ -283,8 +288,8 @@ class Tuner:
         candidate: Candidate,
         weight_store: WeightStore | None = None,
     ) -> tuple[Executor, list[Tensor]] | None:
-        """Returns what computes the part, and inputs it is right for; None where it is not:
-        barred."""
+        """Returns an executor of the part whose answer is right, and its inputs; otherwise bars the
+        candidate and returns None."""
         exact = self._exact_answer(part, key[0])
         with self._barring(key, candidate):
             executor = Executor(part, [candidate.at_start()], self._state, weight_store)
@@ -297,7 +302,8 @@ class Tuner:
         return None
 
     def _require_device(self, key: Key, candidate: Candidate, failure: Exception) -> None:
-        """After an illegal access a GPU answers nothing, and every tactic would be barred."""
+        """Raises BrokenDevice if the GPU no longer responds, as after an illegal access; otherwise
+        every following tactic would be barred."""
         if self._device.type != "cuda":
             return
         try:
@@ -312,18 +318,18 @@ class Tuner:
     def _timed(
         self, part: Graph, executor: Executor, inputs: list[Tensor], candidate: Candidate
     ) -> Run:
-        """Returns the executor as the clock is to see it, run once."""
+        """Returns the function that is timed for a candidate, after one run."""
         run = executor.repeat(*inputs)
         if self._device.type == "cuda":  # kernels without the Python that launches them
-            made = replayed(self._in_a_row(part, run, inputs, candidate), self._device)
+            timed = replayed(self._in_a_row(part, run, inputs, candidate), self._device)
         else:
-            made = _copying(run) if self._is_copied(candidate) else run
-        made()
-        return made
+            timed = _copying(run) if self._is_copied(candidate) else run
+        timed()
+        return timed
 
     def _in_a_row(self, part: Graph, run: Run, inputs: list[Tensor], candidate: Candidate) -> Run:
-        """Returns as many runs as one is timed by, on copies of the weights where these are to be
-        cold."""
+        """Returns a function of as many runs in a row as the warmth asks for, on copies of the
+        weights if these are to be cold."""
         if self._warmth.in_a_row == 1:
             return run
         runs = [run]
@@ -338,8 +344,8 @@ class Tuner:
         return row
 
     def _copies(self, part: Graph) -> list[tuple[dict[str, Tensor], WeightStore]]:
-        """Returns copies of the part's weights, for all candidates for it; those of the last part
-        only."""
+        """Returns copies of the part's weights, shared by all candidates for it; only the last
+        part's are cached."""
         names = frozenset(state_names(part))
         if self._copied is None or self._copied[0] != names:
             self._copied = None  # frees their memory first
@@ -347,7 +353,7 @@ class Tuner:
         return self._copied[1]
 
     def _is_copied(self, candidate: Candidate) -> bool:
-        """Tells whether its outputs would have to be copied to where native steps read them.
+        """Returns whether a candidate's outputs would have to be copied into the arena.
 
         Most nodes are native where there are native steps at all. Without the copies in the time,
         ResNet-50 at batch 8 was planned with ten of oneDNN's convolutions, each a few percent
@@ -356,7 +362,7 @@ class Tuner:
         return self._arena and not TACTICS[candidate.tactic].in_arena
 
     def _exact_answer(self, part: Graph, key: str) -> ExactAnswer:
-        """Returns the part's answer in fp64, computed once for all candidates in a row for it."""
+        """Returns the part's answer in fp64; the last one is cached."""
         if self._exact is None or self._exact[0] != key:
             self._exact = key, exact_answer(part, self._state, self._device)
         return self._exact[1]
@@ -377,8 +383,8 @@ def _usable(
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """Returns what counts as a tactic's own failure: it is unsupported, or cannot be compiled, or
-    run. Everything else is a mistake of ours, or the user's wish to stop.
+    """Returns the exceptions that count as a tactic's own failure: it is unsupported or cannot be
+    compiled or run. All others are mistakes of resfuse, or the user's wish to stop.
 
     Triton's errors are looked up among what is loaded: without it they are not raised.
     """
@@ -395,7 +401,7 @@ def _warn(candidate: Candidate, key: str, what: str) -> None:
 
 
 def _copying(run: Callable[[], list[Tensor]]) -> Run:
-    """Returns the run with a copy of its results."""
+    """Returns a function that runs `run` and copies its results."""
     targets = [torch.empty_like(y) for y in run()]
 
     def again() -> None:

@@ -1,16 +1,16 @@
-"""What a GPU's second-level cache holds of a candidate when it is timed: what it will hold of it in
-the network.
+"""Decides how warm a GPU's second-level cache is when a candidate is timed: as warm as in the
+network.
 
-A batch of a few images passes its values on in the cache: each kernel finds what the one before it
-has written, and starts a microsecond behind it. Timed alone behind a sweep, a kernel would read
-all of that from memory, and the start of a graph would count as its own: segments of many nodes,
-which pay for both once, and small tiles would look better than they are. So such candidates are
-timed ten in a row, in one graph.
+A batch of a few images passes its values on in the cache: each kernel finds there what the previous
+one has written, and starts a microsecond after it. Timed alone after a sweep of the cache, a kernel
+would read all of that from memory, and the start of a graph would count as its own: segments of
+many nodes, which pay for both once, and small tiles would look better than they are. So such
+candidates are timed ten in a row, in one graph.
 
-Weights are another matter. Where a whole network fits the cache, as ResNet-18 does in fp16 at
-batch 1 (28 MB), they are found there, too. ResNet-50 moves 73 MB from one reading of a weight to
-the next, more than an H200's 60 MB: there, the ten run on as many copies of the weights, behind a
-sweep that has cleared the cache of them.
+Weights are found in the cache only where a whole network fits it, as ResNet-18 does in fp16 at
+batch 1 (28 MB). ResNet-50 moves 73 MB between two reads of a weight, more than an H200's 60 MB:
+there, the ten run on as many copies of the weights, after a sweep that has evicted these from the
+cache.
 """
 
 from collections.abc import Mapping
@@ -24,20 +24,21 @@ from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 
 IN_A_ROW = 10
-# Of the second-level cache, what counts on being found in it: each half of an H100's serves half of
-# the multiprocessors, and may hold again what the other one has.
+# The share of the second-level cache that is counted on: each half of an H100's serves half of the
+# multiprocessors, and may duplicate what is in the other half.
 _SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Warmth:
-    """How a candidate is timed.
+    """The state of the caches in which a candidate is timed.
 
-    in_a_row: runs in one graph.
-    swept: whether the caches are cleared before these.
-    cleared_bytes: of different weights, what leaves none of them in the cache; 0 where the runs are
-        to find theirs there.
-    label: tells times in one way from those in another.
+    Attributes:
+        in_a_row: the number of runs in one graph.
+        swept: whether the caches are cleared before these runs.
+        cleared_bytes: the bytes of weights after which none of the first ones is left in the cache;
+            0 where runs are to find their weights in the cache.
+        label: a suffix that distinguishes times under one warmth from those under another.
     """
 
     in_a_row: int = 1
@@ -46,11 +47,12 @@ class Warmth:
     label: str = ""
 
 
-COLD = Warmth()  # from caches that hold nothing: a hundred megabytes pass from one run to the next
+COLD = Warmth()  # empty caches: in a network, 100 MB pass between two runs of a layer
 
 
 def warmth_of(graph: Graph, state: State, device: torch.device) -> Warmth:
-    """How all candidates for a graph are timed, for their times are added up."""
+    """Returns the warmth under which all candidates of a graph are timed; one for all, since their
+    times are added up."""
     if device.type != "cuda":
         return COLD
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -68,8 +70,8 @@ def warmth_of(graph: Graph, state: State, device: torch.device) -> Warmth:
 def copies(
     names: frozenset[str], state: Mapping[str, Tensor], warmth: Warmth
 ) -> list[tuple[dict[str, Tensor], WeightStore]]:
-    """The weights `names` once more for every run in a row but the first, or as often as clears
-    the cache of them; with room for what tactics lay out of each."""
+    """Returns copies of the weights `names`, one for every run in a row but the first, or as many
+    as evict the first from the cache; each with a store for what tactics lay out."""
     weights = sum(state[name].nbytes for name in names)
     if not warmth.cleared_bytes or not weights:
         return []

@@ -43,7 +43,7 @@ class Effects:
         self._graphs: dict[nn.Module, fx.Graph | None] = {}
 
     def returns_input(self, module: nn.Module) -> bool:
-        """Whether a module returns what it is given, in eval mode."""
+        """Returns whether a module returns what it is given, in eval mode."""
         if skips_in_eval(module):
             return True
         if is_torchs(module) or has_hooks(module) or any(True for _ in module.parameters()):
@@ -55,7 +55,7 @@ class Effects:
         return len(nodes) == 2 and nodes[1].args[0] is nodes[0]
 
     def writes(self, module: nn.Module) -> bool:
-        """Whether a module may write to the tensor it is given."""
+        """Returns whether a module may write to the tensor it is given."""
         if any(has_hooks(inner) for inner in module.modules()):
             return True
         if is_norm(module) or skips_in_eval(module):
@@ -72,7 +72,7 @@ class Effects:
         )
 
     def _is_new(self, value: Any, module: nn.Module) -> bool:
-        """Whether a tensor is the module's own, and no view of what it was given."""
+        """Returns whether a result is a new tensor, and no view of the input."""
         if not isinstance(value, fx.Node) or value.op in ("placeholder", "get_attr"):
             return False
         if value.op == "call_module":
@@ -100,8 +100,8 @@ class Effects:
 
 
 def draws_random_numbers(graph: fx.Graph) -> bool:
-    """Whether a graph draws random numbers. In which order a tensor gets them depends on its memory
-    format, and so would what a seed stands for."""
+    """Returns whether a graph draws random numbers. In which order a tensor gets them depends on
+    its memory format, and so would what a seed stands for."""
     return any(
         getattr(node.target, "__name__", node.target) in _RANDOM_FUNCTIONS and not _is_off(node)
         for node in graph.nodes
@@ -110,7 +110,7 @@ def draws_random_numbers(graph: fx.Graph) -> bool:
 
 
 def _is_off(node: fx.Node) -> bool:
-    """Whether a node is a dropout with training=False."""
+    """Returns whether a node is a dropout with training=False."""
     given = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
     return "dropout" in getattr(node.target, "__name__", "") and given is False
 
@@ -125,13 +125,13 @@ _RANDOM_FUNCTIONS = frozenset({
 
 
 def is_torchs(module: nn.Module) -> bool:
-    """True for a layer of torch's own, of which nothing was overridden."""
+    """Returns whether a layer is torch's own with nothing overridden."""
     kind = original_class(module)
     return kind.__module__.startswith("torch.nn.") and kind.__call__ is nn.Module.__call__
 
 
 def writes_in_place(node: fx.Node, module: nn.Module, writes: Writes) -> bool:
-    """Whether a node of `module`'s graph may write to a tensor that others see.
+    """Returns whether a node of `module`'s graph may write to a tensor that others see.
 
     Args:
         writes: whether a module may write to what it is given.
@@ -154,7 +154,7 @@ def writes_in_place(node: fx.Node, module: nn.Module, writes: Writes) -> bool:
 
 
 def _is_known(function: Any) -> bool:
-    """Whether it is a function of torch's or Python's own."""
+    """Returns whether a function is torch's or Python's own."""
     module = getattr(function, "__module__", None) or "torch"
     return module.partition(".")[0] in (
         "torch",

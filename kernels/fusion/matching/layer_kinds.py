@@ -17,7 +17,8 @@ ACTIVATING_NORMS = ("BatchNormAct2d", "FrozenBatchNormAct2d")  # timm's, which a
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, but for what cannot be copied: the process groups of its SyncBatchNorms."""
+    """Returns a deep copy that shares the process groups of SyncBatchNorms, which cannot be
+    copied."""
     norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     groups = [norm.process_group for norm in norms if norm.process_group is not None]
     with torch.inference_mode(False):  # nothing would count the writes to inference tensors
@@ -28,7 +29,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def why_not_conv(conv: nn.Conv2d) -> str | None:
-    """The reason to leave a convolution alone; None where there is none."""
+    """Returns the reason not to fuse a convolution, None without one."""
     if hasattr(conv, "parametrizations"):
         return "its weight is parametrized"
     own = [getattr(type(conv), name) is not getattr(nn.Conv2d, name) for name in _CONV_METHODS]
@@ -51,7 +52,7 @@ def why_not_conv(conv: nn.Conv2d) -> str | None:
 
 
 def why_not_norm(norm: nn.Module) -> str | None:
-    """The reason to leave a batch norm alone."""
+    """Returns the reason not to fuse a batch norm, None without one."""
     if has_hooks(norm):
         return "its batch norm has hooks"
     if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
@@ -65,8 +66,9 @@ def why_not_norm(norm: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _computes_as_named(norm: nn.Module) -> bool:
-    """Whether a norm that goes by its class's name computes what the class of that name does: many
-    projects have a FrozenBatchNorm2d of their own, with another eps or none. torch's are known."""
+    """Returns whether a norm that goes by its class's name computes what the class of that name
+    does: many projects have a FrozenBatchNorm2d of their own, with another eps or none. torch's are
+    known."""
     if _is_torchs(norm):
         return True
     eps, mean = getattr(norm, "eps", None), norm.running_mean
@@ -93,7 +95,7 @@ def _computes_as_named(norm: nn.Module) -> bool:
 
 
 def why_not_norm_in_training(norm: nn.Module) -> str | None:
-    """The reason to leave a batch norm alone in training mode."""
+    """Returns the reason not to fuse a batch norm in training mode, None without one."""
     if has_hooks(norm):
         return "it has hooks"
     if hasattr(norm, "parametrizations"):
@@ -104,13 +106,13 @@ def why_not_norm_in_training(norm: nn.Module) -> str | None:
 
 
 def channels_of(norm: nn.Module) -> int:
-    """How many channels a batch norm normalises."""
+    """Returns the number of channels that a batch norm normalises."""
     mean = getattr(norm, "running_mean", None)
     return norm.num_features if mean is None else mean.numel()  # type: ignore[return-value]
 
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
-    """How the window of a convolution moves that there is no reason to leave alone."""
+    """Returns the geometry of a convolution that can be fused."""
     padding = padding_of(conv)
     assert padding is not None
     (stride_h, stride_w), (dilation_h, dilation_w) = conv.stride, conv.dilation
@@ -118,7 +120,8 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """The zeros on either side, as numbers; None where the sides differ ("same", even kernels)."""
+    """Returns the zeros on either side, as numbers; None where the sides differ ("same", even
+    kernels)."""
     if conv.padding == "valid":
         return (0, 0)
     if conv.padding == "same":
@@ -129,7 +132,8 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """True for a batch norm over images, frozen ones and timm's batch norm + activation too."""
+    """Returns whether a module is a batch norm over images, frozen or timm's batch norm +
+    activation included."""
     kind = original_class(module)
     if kind.__name__ in FROZEN_NORMS:
         return True
@@ -143,9 +147,9 @@ def _is_torchs(norm: nn.Module) -> bool:
 
 
 def activation_in_norm(norm: nn.Module) -> nn.Module | None:
-    """The activation that the norm's own forward applies, as timm's do; None where it applies none:
-    torch's batch norm does not look at an attribute `act` that was given to it, and timm's
-    `apply_act=False` puts an Identity there."""
+    """Returns the activation that the norm's own forward applies, as timm's do; None where it
+    applies none: torch's batch norm does not look at an attribute `act` that was given to it, and
+    timm's `apply_act=False` puts an Identity there."""
     act = getattr(norm, "act", None)
     if original_class(norm).__name__ not in ACTIVATING_NORMS or not isinstance(act, nn.Module):
         return None
@@ -153,14 +157,14 @@ def activation_in_norm(norm: nn.Module) -> nn.Module | None:
 
 
 def differs_in_training(module: nn.Module) -> bool:
-    """True for a layer that computes something else in training mode."""
+    """Returns whether a layer computes something else in training mode."""
     if is_norm(module) and original_class(module).__name__ in FROZEN_NORMS:
         return False
     return is_norm(module) or (skips_in_eval(module) and not isinstance(module, nn.Identity))
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """The name in ACTIVATIONS of a module; None if it is none of them, or has hooks."""
+    """Returns the name in ACTIVATIONS of a module; None if it is none of them, or has hooks."""
     names = {
         nn.Identity: "identity",
         nn.ReLU: "relu",
@@ -175,7 +179,7 @@ def activation_of(module: nn.Module) -> str | None:
 
 
 def slope_of(act: nn.Module | None, channels: int) -> Slope:
-    """The slope of LeakyReLU (a number) or PReLU (a tensor [channels]); else None."""
+    """Returns the slope of LeakyReLU (a number) or PReLU (a tensor [channels]); else None."""
     if isinstance(act, nn.LeakyReLU):
         return float(act.negative_slope)
     if isinstance(act, nn.PReLU):
@@ -185,7 +189,7 @@ def slope_of(act: nn.Module | None, channels: int) -> Slope:
 
 
 def skips_in_eval(module: nn.Module) -> bool:
-    """True for what hands its input on in eval mode, as far as its class tells."""
+    """Returns whether a module of such a class returns its input in eval mode."""
     if has_hooks(module):
         return False
     kind = original_class(module)
@@ -201,5 +205,6 @@ _SKIPPED = (
 
 
 def _is_from(kind: type, *packages: str) -> bool:
-    """Whether a class is one of a package's own; others use its names for things of their own."""
+    """Returns whether a class is one of a package's own; others use its names for things of their
+    own."""
     return kind.__module__.partition(".")[0] in packages

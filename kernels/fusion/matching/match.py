@@ -68,7 +68,7 @@ class Chain:
         return self.nodes[-1]
 
     def summary(self) -> str:
-        """`conv + bn + add + relu`."""
+        """Returns text such as `conv + bn + add + relu`."""
         words = ["conv"] if self.conv is not None else []
         words += ["bn"] if self.norm is not None else []
         act = [] if self.activation == "identity" else [self.activation]
@@ -103,7 +103,7 @@ def find_chains(
     why_skip_norm: WhySkipped = why_not_norm,
     writes: Writes | None = None,
 ) -> tuple[list[Chain], dict[str, str]]:
-    """All chains of a graph, and why the other convolutions are left.
+    """Returns all chains of a graph, and the reasons why other convolutions are not fused.
 
     Args:
         graph: of the module; not changed.
@@ -122,7 +122,7 @@ def find_chains(
         matcher.conv_chain(node)
     for node in graph.nodes:
         matcher.norm_chain(node)
-    return matcher.chains, matcher.left
+    return matcher.chains, matcher.refused
 
 
 class _Matcher:
@@ -143,7 +143,7 @@ class _Matcher:
         self.why_skip_norm = why_skip_norm
         self.taken: set[fx.Node] = set()
         self.chains: list[Chain] = []
-        self.left: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
 
     def conv_chain(self, node: fx.Node) -> None:
         conv = self._called(node)
@@ -154,7 +154,7 @@ class _Matcher:
         if reason is None and not _one_node(node.args, node.kwargs):
             reason = "it is not called with one tensor"
         if reason is not None:
-            self.left[name] = reason
+            self.refused[name] = reason
             return
         (source,) = node.args
         assert isinstance(source, fx.Node)
@@ -207,12 +207,13 @@ class _Matcher:
         return False
 
     def _watch_inside(self, chain: Chain, norm: nn.Module) -> None:
-        """What timm's norms have inside may be replaced, or given hooks, like any other layer."""
+        """Adds the layers inside timm's norms to those that are guarded, since they may be replaced
+        or given hooks like any other."""
         within = [name for name in ("drop", "act") if name in norm._modules]
         chain.modules += [f"{chain.modules[-1]}.{name}" for name in within]
 
     def _tail(self, chain: Chain) -> None:
-        """residual and activation, in either order."""
+        """Takes residual and activation into a chain, in either order."""
         self._add(chain, "before")
         if self._activation(chain) and chain.residual == "none":
             self._add(chain, "after")
@@ -255,7 +256,8 @@ class _Matcher:
             chain.modules.append(str(node.target))
 
     def _next(self, chain: Chain) -> fx.Node | None:
-        """The only reader of the chain's end, unless something is written on the way to it."""
+        """Returns the only reader of the chain's end, unless something is written on the way to
+        it."""
         if len(chain.end.users) != 1:
             return None
         (node,) = chain.end.users

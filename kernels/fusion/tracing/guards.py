@@ -128,7 +128,7 @@ class Guards:
         return one
 
     def hold(self) -> bool:
-        """Whether the rewritten forward computes what the original would."""
+        """Returns whether the rewritten forward computes the same as the original."""
         if any(self._hooks):
             return False
         now = self._now
@@ -186,7 +186,8 @@ class Guards:
         return list(now) == list(then) and all(map(self._same_child, now.values(), then.values()))
 
     def _same_child(self, now: Any, then: Any) -> bool:
-        """A module that the forward only calls may be replaced by one of its class: a new head."""
+        """Returns whether a child is still acceptable: one that is only called may be replaced by
+        another of its class, such as a new head."""
         if now is then:
             return True
         alike = isinstance(now, nn.Module) and kind_of(now) is kind_of(then)
@@ -194,7 +195,7 @@ class Guards:
 
 
 def _once(values: Iterable[_T]) -> list[_T]:
-    """Each object once."""
+    """Returns the objects without repetitions."""
     return list({id(value): value for value in values}.values())
 
 
@@ -204,7 +205,7 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
 
 
 def attribute(module: nn.Module, name: str) -> Any:
-    """A module's own attribute, child, parameter or buffer; MISSING where it has none."""
+    """Returns a module's own attribute, child, parameter or buffer; MISSING where it has none."""
     attributes = vars(module)
     if name in attributes:
         return attributes[name]
@@ -215,7 +216,7 @@ def attribute(module: nn.Module, name: str) -> Any:
 
 
 def _lists_of(layer: nn.Module) -> list[list[Any]]:
-    """Sizes that were given as lists, and may be written to."""
+    """Returns the sizes in a layer that were given as lists, which may be written to."""
     return [v for k, v in vars(layer).items() if type(v) is list and not k.startswith("_")]
 
 

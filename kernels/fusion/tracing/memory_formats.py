@@ -42,7 +42,7 @@ _LAYOUT_PRESERVING_CALLS = (
 
 
 def strides_in(shape: torch.Size | tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
-    """Of a dense [N, C, H, W], as torch.empty has them."""
+    """Returns the strides of a dense [N, C, H, W] in a memory format, as torch.empty sets them."""
     _, c, h, w = shape
     if channels_last:
         return (max(c, 1) * max(h, 1) * max(w, 1), 1, max(c, 1) * max(w, 1), max(c, 1))
@@ -50,7 +50,8 @@ def strides_in(shape: torch.Size | tuple[int, ...], channels_last: bool) -> tupl
 
 
 def suggests_channels_last(x: Tensor) -> bool:
-    """What c10's suggest_memory_format says of a tensor, by which layers choose."""
+    """Returns what c10's suggest_memory_format returns for a tensor, by which layers choose a
+    format."""
     if x.dim() != 4:
         return False
     strides, least = x.stride(), 0
@@ -66,14 +67,14 @@ def suggests_channels_last(x: Tensor) -> bool:
 
 
 def convolves_to_channels_last(x: Tensor, weight: Tensor) -> bool:
-    """Whether eager's convolution of x by `weight` is channels_last."""
+    """Returns whether eager's convolution of x by `weight` is channels_last."""
     if x.is_cuda and torch.float64 in (x.dtype, weight.dtype):  # cuDNN has no such convolution
         return False
     return suggests_channels_last(x) or suggests_channels_last(weight)
 
 
 def laid_out(y: Tensor, channels_last: bool) -> Tensor:
-    """y [N, C, H, W], dense in that format: itself, where it is."""
+    """Returns y [N, C, H, W] dense in a memory format, without a copy if it is already."""
     if y.dim() != 4 or y.numel() == 0:
         return y
     if torch.compiler.is_compiling():
@@ -89,8 +90,8 @@ def laid_out(y: Tensor, channels_last: bool) -> Tensor:
 
 
 def is_ambiguous(shape: tuple[int, ...]) -> bool:
-    """Whether tensors of a shape are contiguous and channels_last at once: eager's elementwise
-    operations then make contiguous ones of them, unless they work in place."""
+    """Returns whether tensors of a shape are contiguous and channels_last at once: eager's
+    elementwise operations then make contiguous ones of them, unless they work in place."""
     return shape[1] == 1 or shape[2] == shape[3] == 1
 
 
@@ -102,7 +103,7 @@ def contiguous(y: Any) -> Any:
 
 
 def preserves_layout(module: nn.Module) -> bool:
-    """Whether a module takes any format, computes the same in it, and hands it on."""
+    """Returns whether a module accepts any format, computes the same in it, and preserves it."""
     return (
         type(module) in _LAYOUT_PRESERVING_MODULES
         and not has_hooks(module)
@@ -161,7 +162,8 @@ class LayoutPass:
     def _read_by_sensitive(
         self, kinds: dict[fx.Node, Kind], restored: set[fx.Node]
     ) -> tuple[dict[fx.Node, Kind], set[fx.Node]]:
-        """The kinds of all values, and the flexible ones that something reads which may ask.
+        """Returns the kinds of all values, and the flexible ones that something reads which may
+        ask.
 
         Args:
             kinds: filled in.
@@ -179,12 +181,12 @@ class LayoutPass:
                 sensitive.add(node)
                 kinds[node] = "contiguous"
         (output,) = (node for node in self.graph.nodes if node.op == "output")
-        made = output.args[0]
-        self.returns_flexible = isinstance(made, fx.Node) and kinds[made] == "flexible"
+        result = output.args[0]
+        self.returns_flexible = isinstance(result, fx.Node) and kinds[result] == "flexible"
         return kinds, sensitive
 
     def _kind_of(self, node: fx.Node, read: list[Kind]) -> Kind | None:
-        """None where the node may ask for the format of what it reads."""
+        """Returns the kind of a node's result, None if the node may ask for its input's format."""
         if node.op == "placeholder":
             known: Kind = "flexible" if self._flexible else "contiguous"
             return "eager" if self._input_format == "any" else known
@@ -220,20 +222,20 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _is_shared(node: fx.Node) -> bool:
-    """Whether what a node reads first has other readers, which see what it writes."""
+    """Returns whether what a node reads first has other readers, which see what it writes."""
     first = node.args[0] if node.args else None
     return not isinstance(first, fx.Node) or first.op == "placeholder" or len(first.users) > 1
 
 
 def _flattens(node: fx.Node) -> bool:
-    """flatten(x, 1), whose result lies in one row, whatever x did."""
+    """Returns whether a node is flatten(x, 1), whose result is contiguous for x in any format."""
     named = node.target in (torch.flatten, "flatten") and not node.kwargs
     return named and node.args[1:] in ((1,), (1, -1))
 
 
 def feeds_convolutions_only(graph: fx.Graph, is_conv: Callable[[fx.Node], bool]) -> bool:
-    """Whether all that reads the forward's inputs is convolutions, in place of their x: then of the
-    inputs' strides only what they suggest matters."""
+    """Returns whether all that reads the forward's inputs is convolutions, in place of their x:
+    then of the inputs' strides only what they suggest matters."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     users = [(user, node) for node in inputs for user in node.users]
     return len(inputs) == 1 and all(

@@ -51,7 +51,7 @@ class Trace:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before it was fused."""
+    """Returns the class of a module before it was fused."""
     return getattr(type(module), ORIGINAL, type(module))
 
 
@@ -60,7 +60,8 @@ def is_atom(module: nn.Module) -> bool:
 
 
 def is_plain_sequence(module: nn.Module) -> bool:
-    """A Sequential of atoms with nothing attached to it, and a forward that only runs them."""
+    """Returns whether a module is a Sequential of atoms with nothing attached, and a forward that
+    only runs them."""
     return (
         isinstance(module, nn.Sequential)
         and original_class(module).forward is nn.Sequential.forward
@@ -70,7 +71,7 @@ def is_plain_sequence(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """True where calling the module does more than its forward."""
+    """Returns whether calling the module does more than its forward."""
     own = vars(module)
     return (
         any(hooks_of(module))
@@ -90,7 +91,7 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def calls(module: nn.Module) -> list[Call]:
-    """The ways to call a module by position: without its optional tensors, and with them.
+    """Returns the ways to call a module by position: without its optional tensors, and with them.
 
     Raises:
         NotTraceable: forward takes any number of arguments.
@@ -171,7 +172,8 @@ class _Answers(fx.Proxy):
         return _Attribute(self, name)
 
     def __iadd__(self, other: Any) -> fx.Proxy:
-        """fx takes `x += y` for `x = x + y`; who else holds x would miss the write."""
+        """Traces `x += y` as a write in place; fx would take it for `x = x + y`, and other
+        references to x would miss the write."""
         return self._in_place(operator.iadd, other)
 
     def __isub__(self, other: Any) -> fx.Proxy:
@@ -219,7 +221,7 @@ class ModuleTracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def kind_of(self, symbol: fx.Proxy) -> type | None:
-        """The type of the value a symbol stands for; None where only a run can tell."""
+        """Returns the type of the value a symbol stands for; None where only a run can tell."""
         return None if type(symbol) is _Attribute else self._kind_of_node(symbol.node)
 
     def _kind_of_node(self, node: Any) -> type | None:
@@ -235,13 +237,15 @@ class ModuleTracer(fx.Tracer):
         return Tensor if node.op == "get_attr" or node.target in _MAKE_TENSORS else None
 
     def _tensor_attribute(self, tensor: Tensor) -> Any:
-        """A tensor that is a plain attribute is read when the graph runs, as a buffer is."""
+        """Returns a node for a tensor that is a plain attribute, read whenever the graph runs, like
+        a buffer."""
         name = self.tensor_attrs.get(tensor)
         return tensor if name is None else self.create_proxy("get_attr", name, (), {})
 
 
 def returns_a_tensor(module: nn.Module) -> bool:
-    """True for torch's own layers, given one tensor, and sequences of them."""
+    """Returns whether a module is one of torch's own layers, called with one tensor, or a sequence
+    of them."""
     if isinstance(module, nn.Sequential):
         return is_plain_sequence(module) and len(module) > 0
     return is_atom(module) or isinstance(module, _TENSOR_LAYERS)
@@ -265,7 +269,8 @@ _ARITHMETIC = (
 
 
 def _contexts() -> tuple[Any, ...]:
-    """What decides how the operations of a forward compute, beside their arguments."""
+    """Returns the settings that affect how a forward's operations compute, besides their
+    arguments."""
     autocasts = [
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         for device in ("cpu", "cuda")
@@ -274,7 +279,8 @@ def _contexts() -> tuple[Any, ...]:
 
 
 def _drop_defaults(graph: fx.Graph, arguments: int) -> None:
-    """fx asserts that concrete arguments keep their values; we do not pass them at all."""
+    """Removes fx's assertions that concrete arguments have their traced values: they are never
+    passed."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node in placeholders[arguments:]:
         for user in list(node.users):

@@ -47,7 +47,8 @@ class TrainingStep:
         return self._finish(self.norm(x if self.conv is None else self.conv(x)), residual)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the layers' own checks would pass: where not, they raise their own errors."""
+        """Returns whether the layers' own checks would pass: where not, they raise their own
+        errors."""
         if self.before is not None and not self.before.takes(x):
             return False
         first = self.before is None
@@ -65,17 +66,18 @@ class TrainingStep:
         )
 
     def _takes_nothing(self) -> bool:
-        """Whether an empty batch may stay on the kernels: of a norm over processes it must, since
-        the others' wait for this one's and not for what torch's layer would tell them."""
+        """Returns whether an empty batch may stay on the kernels: of a norm over processes it must,
+        since the others' wait for this one's and not for what torch's layer would tell them."""
         return group_of(self.norm) is not None or not uses_batch(self.norm)
 
     def take_in(self, before: "TrainingStep") -> None:
-        """From now on also computes the step before it, whose result this step alone reads."""
+        """Fuses the step before this one into it, which is the only reader of that step's
+        result."""
         self.before = before
         self.chain = f"{before.chain} -> {self.chain}"
 
     def takes_in(self, before: "TrainingStep") -> bool:
-        """Whether one kernel can normalise for, and compute, this step's convolution."""
+        """Returns whether one kernel can normalise for, and compute, this step's convolution."""
         conv, window = self.conv, self.geometry
         return (
             conv is not None
@@ -89,7 +91,7 @@ class TrainingStep:
         )
 
     def convolved(self, x: Tensor) -> tuple[Tensor, Any]:
-        """conv(x), and its statistics where one kernel made both."""
+        """Returns conv(x), and its statistics if one kernel computed both."""
         if self.before is None:
             return self._convolved(x)
         before = self.before
@@ -122,7 +124,7 @@ class TrainingStep:
         )  # fmt: skip
 
     def _after_convolution(self, x: Tensor, partials: Any, residual: Tensor | None) -> Tensor:
-        """Norm, residual and activation of what the convolution made."""
+        """Applies norm, residual and activation to the result of the convolution."""
         adds = residual is not None and self.residual == "before"
         if adds and not _joins(residual, x):
             return self._finish(self._normed(x, partials), residual)
@@ -212,14 +214,15 @@ def steps_of(step: AnyTrainingStep) -> list[TrainingStep]:
 
 
 def _has_tensor_cores(x: Tensor) -> bool:
-    """Whether our matrix products are fast; the interpreter's are not meant to be."""
+    """Returns whether Triton's matrix products are fast on the device; the interpreter's never
+    are."""
     from resfuse.kernels.ops.conv_problem import math_mode_of
 
     return not x.is_cuda or math_mode_of(x.dtype) != "ieee"
 
 
 def add(y: Tensor, residual: Tensor, keeps_dtype: bool = False) -> Tensor:
-    """y + residual, over y where the sum fits in it."""
+    """Returns y + residual, written over y if the sum has its dtype and shape."""
     fits = residual.dtype == y.dtype or keeps_dtype
     if fits and torch.broadcast_shapes(y.shape, residual.shape) == y.shape:
         return y.add_(residual)
@@ -227,14 +230,14 @@ def add(y: Tensor, residual: Tensor, keeps_dtype: bool = False) -> Tensor:
 
 
 def uses_batch(norm: nn.Module) -> bool:
-    """Whether a norm takes its statistics from the batch now."""
+    """Returns whether a norm now takes its statistics from the batch."""
     if type(norm).__name__ in FROZEN_NORMS:
         return False
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def group_of(norm: nn.Module) -> str | None:
-    """The name of the process group whose batches a norm averages now, as torch decides it
+    """Returns the name of the process group whose batches a norm averages now, as torch decides it
     (torch.nn.SyncBatchNorm.forward); None where that is this process alone."""
     if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
         return None
@@ -245,13 +248,14 @@ def group_of(norm: nn.Module) -> str | None:
 
 
 def averages_over(norm: nn.Module) -> Any:
-    """What is equal for two norms that average over the same processes in every mode."""
+    """Returns a value that is equal for two norms that average over the same processes in every
+    mode."""
     return isinstance(norm, nn.SyncBatchNorm), getattr(norm, "process_group", None)
 
 
 def norm_of(norm: nn.Module) -> Any:
-    """A batch norm as `bn_add_relu` takes it, having counted the batch as torch's layer does
-    (torch.nn.modules.batchnorm._BatchNorm.forward)."""
+    """Returns a batch norm as `bn_add_relu` takes it, having counted the batch as torch's layer
+    does (torch.nn.modules.batchnorm._BatchNorm.forward)."""
     from resfuse.kernels.gpu.batch_norm.bn_add_relu import Norm
 
     layer: Any = norm

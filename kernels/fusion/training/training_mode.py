@@ -11,7 +11,7 @@ _ANYWHERE: ContextVar[bool] = ContextVar("resfuse_operations_anywhere", default=
 
 @contextmanager
 def operations_anywhere() -> Iterator[None]:
-    """Within it, training steps run the fused operations on any device, and not on a GPU alone.
+    """Makes training steps run the fused operations on any device, not only on a GPU.
 
     On a CPU those compute their plain-torch twins, whose backward formulas are the kernels', or the
     kernels themselves in Triton's interpreter. Either is slower than the layers that run otherwise:
@@ -26,5 +26,6 @@ def operations_anywhere() -> Iterator[None]:
 
 
 def runs_operations(x: Tensor) -> bool:
-    """True where a training step on `x` runs fused operations; elsewhere it calls the layers."""
+    """Returns whether a training step on `x` runs fused operations; otherwise it calls the
+    layers."""
     return x.is_cuda or _ANYWHERE.get()

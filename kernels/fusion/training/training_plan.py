@@ -24,12 +24,12 @@ class TrainingPlan:
         module: nn.Module,
         forwards: dict[Call, Forward],
         steps: dict[str, AnyTrainingStep],
-        watched: list[str],
+        guarded: list[str],
         left: dict[str, str],
         observed: Observed | None = None,
     ) -> None:
         self.forwards, self.steps, self.left = forwards, steps, left
-        locations = [watch(module, name) for name in watched]
+        locations = [watch(module, name) for name in guarded]
         layers = [layer for *_, layer in locations]
         self._guards = Guards(observed or Observed(), layers, locations=locations, module=module)
 

@@ -47,8 +47,8 @@ from resfuse.kernels.observation.observed import Observed
 
 
 def plans_for_training(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainingPlan]]:
-    """Every module that calls batch norms in its forward: its name, itself, and its plan, which
-    may have no forward. Nothing is changed."""
+    """Yields every module that calls batch norms in its forward: its name, itself, and its plan,
+    which may have no forward. Nothing is changed."""
     why_skipped = why_skipped_in(model)
     taken: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -68,8 +68,8 @@ def make_training_plan(module: nn.Module, why_skipped: WhySkipped) -> TrainingPl
     """
     steps: dict[str, AnyTrainingStep] = {}
     forwards: dict[Call, fx.Graph] = {}
-    watched: set[str] = set()
-    left: dict[str, str] = {}
+    guarded: set[str] = set()
+    reasons: dict[str, str] = {}
     observed = Observed()
     try:
         traces = _traces(module)
@@ -82,25 +82,25 @@ def make_training_plan(module: nn.Module, why_skipped: WhySkipped) -> TrainingPl
         observed.update(traced.observed)
         containers = containers_in(graph)
         norms = _norms_in(graph, module)
-        watched.update(remove_no_ops(graph, module, _is_identity))
+        guarded.update(remove_no_ops(graph, module, _is_identity))
         twice = or_called_twice(why_skipped, called_twice(graph, module))
         found, _ = find_chains(graph, module, twice, why_not_norm_in_training)
         chains = [chain for chain in found if chain.norm is not None]
-        made = _rewrite(graph, chains, f"with_{call.arguments}_")
+        fused_steps = _rewrite(graph, chains, f"with_{call.arguments}_")
         fused = {name for chain in chains for name in chain.modules}
-        fused |= _take_pools(graph, module, made)
+        fused |= _take_pools(graph, module, fused_steps)
         for name, norm in norms.items():
             if name not in fused:
-                left[name] = twice(norm) or why_not_norm_in_training(norm) or "nothing fits it"
-        if made:
-            steps |= made
-            watched.update(fused | containers)
+                reasons[name] = twice(norm) or why_not_norm_in_training(norm) or "nothing fits it"
+        if fused_steps:
+            steps |= fused_steps
+            guarded.update(fused | containers)
             forwards[call] = graph
     compiled = {
         call: compile_forward(graph, f"{original_class(module).__name__} in training")
         for call, graph in forwards.items()
     }
-    return TrainingPlan(module, compiled, steps, sorted(watched), left, observed)
+    return TrainingPlan(module, compiled, steps, sorted(guarded), reasons, observed)
 
 
 def _traces(module: nn.Module) -> dict[Call, Trace]:
@@ -179,7 +179,7 @@ def _ends_in_relu(step: TrainingStep) -> bool:
 
 
 def _is_projection(step: TrainingStep, projection: TrainingStep) -> bool:
-    """Whether a step adds a norm's result, so that both norms can be applied at once."""
+    """Returns whether a step adds a norm's result, so that both norms can be applied at once."""
     return (
         step.residual == "before"
         and step.activation in ("relu", "identity")
@@ -204,7 +204,7 @@ def _is_identity(module: nn.Module) -> bool:
 
 
 def _inlined(module: nn.Module, plan: TrainingPlan) -> list[nn.Module]:
-    """Sequences whose layers are in the module's own plan."""
+    """Returns the sequences whose layers are in the module's own plan."""
     names = {own.name.rpartition(".")[0] for s in plan.steps.values() for own in steps_of(s)}
     modules = [module.get_submodule(name) for name in names if name]
     return [child for child in modules if is_plain_sequence(child)]

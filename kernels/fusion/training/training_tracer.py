@@ -16,7 +16,7 @@ from resfuse.kernels.fusion.tracing.module_tracing import Call, NotTraceable, Tr
 
 
 def trace_for_training(module: nn.Module, call: Call) -> Trace:
-    """`module.forward` as a graph, called that way, in training mode.
+    """Traces `module.forward`, called in a given way, in training mode.
 
     Raises:
         NotTraceable: with the reason.

@@ -4,10 +4,10 @@ of its group, once a pass. Batches may differ in size, or be empty.
 Forward: means, squared deviations and count of its batch, 2C + 1 numbers. They are gathered and not
 added up, since Chan's formula needs each process's own; all merge them in the order of ranks, and
 come to the same bits. Backward: the sums over g and g x^, [2 or 3, C], and the count, are added up;
-a join of two norms does that once for both. Counts stay on the device: nobody waits for a number.
+a join of two norms does that once for both. Counts stay on the device, so the host waits for none.
 
-The gradients of weight and bias are this process's alone, as torch's are: whoever trains in
-parallel (DistributedDataParallel) averages them like any other.
+The gradients of weight and bias are this process's alone, as torch's are:
+DistributedDataParallel averages them like any other.
 
 A group goes by its name, since it must pass through registered ops, and its collectives are called
 within them: a compiler sees ops it need not know, and cannot part a collective from its pass. They

@@ -10,9 +10,9 @@ the provider `cudnn` all go by that.
 
 torch keeps cuDNN's plans by thread, under a key that has alpha but neither z's shape nor
 torch.backends.cudnn.benchmark (ATen's Conv_v8.cpp, CacheKeyFused). So a plan made for one z would
-run with another, beyond its end: every shape of z has an alpha of its own. And whoever runs a
-convolution first in a thread decides whether its plan is searched for, or taken from heuristics:
-one answer for all that runs in a process.
+run with another, beyond its end: every shape of z has an alpha of its own. And the
+first run of a convolution in a thread decides whether its plan is searched for or taken from
+heuristics, for all later runs in the process.
 """
 
 import contextlib

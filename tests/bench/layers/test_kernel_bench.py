@@ -141,7 +141,7 @@ def test_a_wrong_provider_fails_alone(wrong: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_wrong_answers_under_the_clock_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In company nobody has a number then; the sweep tries each alone."""
+    """Together with others, no provider has a number then; the sweep tries each alone."""
     plant(monkeypatch, "remembers")
     found = measured("planted", "eager")
     assert {outcome.status for outcome in found.values()} == {"fail_accuracy"}

@@ -138,7 +138,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("mounting a tmpfs takes Linux and root")
     if (done := subprocess.run(mount, capture_output=True, text=True)).returncode:
-        pytest.skip(f"this system lets nobody mount a tmpfs: {done.stderr.strip()}")
+        pytest.skip(f"this system allows no mount of a tmpfs: {done.stderr.strip()}")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 

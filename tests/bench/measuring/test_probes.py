@@ -102,8 +102,8 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
 
 
 def test_gpu_memory_comes_from_the_allocator(allocator: Allocator) -> None:
-    """300 bytes before the model, 100 of weights, 600 for a moment of a step; 50 that set-up left
-    are nobody's."""
+    """300 bytes before the model, 100 of weights, 600 for a moment of a step; 50 left
+    over by set-up do not count."""
     allocator.add(512, 300)
     before = peak_memory.held("cuda")
     allocator.add(128, 100)
@@ -142,7 +142,7 @@ def test_graphs_that_were_there_before_are_not_the_candidates(allocator: Allocat
 
 
 def test_what_a_step_takes_from_its_pool_counts_once(allocator: Allocator) -> None:
-    """As CUDA graphs of torch.compile do, which give an output back when nobody looks at it."""
+    """As CUDA graphs of torch.compile do, which give an output back once it is unreferenced."""
     for used in ((40, 0), (0, 40), (40, 40)):
         allocator.segments.clear()
         allocator.reset_peak_memory_stats()

@@ -76,7 +76,7 @@ def test_a_quotient_is_less_certain_than_its_parts() -> None:
     assert found.value == pytest.approx(1.25) and not found.paired
     assert 1.25 / found.low > max(2.0 / 1.9, 1.7 / 1.6)
     assert found.high / 1.25 > max(2.1 / 2.0, 1.6 / 1.5)
-    assert Ratio(1.01, 0.99, 1.03).told() == "same (1.01 ±0.02)"
+    assert Ratio(1.01, 0.99, 1.03).text() == "same (1.01 ±0.02)"
 
 
 def test_by_way_of_what_took_turns_with_both(tmp_path: Path) -> None:

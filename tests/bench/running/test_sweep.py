@@ -33,7 +33,7 @@ def hang(model, example):
     time.sleep(600)
 
 def eat(model, example):
-    os.kill(os.getpid(), 9)  # what the kernel does to whoever eats all memory
+    os.kill(os.getpid(), 9)  # what the kernel does to a process that eats all memory
 
 def allocate(model, example):
     example.new_empty(2**52)
@@ -227,7 +227,7 @@ def test_ctrl_c_keeps_the_rows_and_leaves_no_process(
 def test_a_killed_harness_leaves_no_process(
     start: Callable[[str], subprocess.Popen[bytes]], contributed: Path
 ) -> None:
-    """kill -9 gives nobody the chance to clean up; the worker notices on its own."""
+    """kill -9 leaves no chance to clean up; the worker notices on its own."""
     process = start("hang")
     wait_until(lambda: _workers_of(contributed))
     process.kill()

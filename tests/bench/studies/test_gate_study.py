@@ -31,7 +31,7 @@ def test_sides_are_neighbours_in_time() -> None:
 
 
 def test_the_slowed_network_gives_the_same_answer() -> None:
-    """It works on a tenth more images, and nobody sees them."""
+    """It works on a tenth more images, whose answers are dropped."""
     model, images = create("cifar_resnet20").eval(), torch.randn(20, 3, 32, 32)
     worked_on: list[int] = []
     model.conv1.register_forward_hook(lambda layer, given, y: worked_on.append(len(y)))

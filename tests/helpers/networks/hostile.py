@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Settings:
-    """Somebody's configuration."""
+    """The settings of a user's model."""
 
     def __init__(self) -> None:
         self.gain = 1.0

@@ -37,7 +37,7 @@ def bottleneck(
     """A 3x3 with batch norm and ReLU, 1x1 + residual + ReLU, the projection that is the residual,
     and the next block's 1x1.
 
-    What comes in is read by nobody else, so that memory is used again wherever it may be.
+    The inputs have no other reader, so that memory is reused wherever it may be.
     """
     generator = torch.Generator().manual_seed(seed)
     state: State = {}

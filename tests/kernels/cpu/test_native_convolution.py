@@ -93,7 +93,7 @@ def test_every_activation_with_and_without_a_residual(
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_residual_is_overwritten_in_place(name: str) -> None:
-    """z = conv(x) + y where y = affine(v): nobody reads y again, and z is where y was."""
+    """z = conv(x) + y where y = affine(v): y is not read again, and z is where y was."""
     form, problem = FORMS[name]
     problem = replace(problem, residual=True)
     shapes = {"x": (problem.n, problem.c, problem.h, problem.w)}

@@ -94,7 +94,7 @@ def test_an_affinity_that_changes_is_followed(monkeypatch: pytest.MonkeyPatch) -
     mine = os.sched_getaffinity(0)
     if len(mine) < 2:
         pytest.skip("one CPU")
-    monkeypatch.setattr(cpus, "_KEPT_S", 0.01)
+    monkeypatch.setattr(cpus, "_CACHED_S", 0.01)
     fused, x = fuse(small()), torch.randn(1, 3, 40, 40)
     with torch.inference_mode():
         want = fused(x)

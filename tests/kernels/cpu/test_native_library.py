@@ -152,7 +152,7 @@ def test_with_a_compiler_that_is_no_program_the_engine_goes_on(
 def test_with_an_unwritable_cache_the_engine_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cache").write_text("a file where the folder should be: nobody can write into it")
+    (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("RESFUSE_CACHE_DIR", str(tmp_path / "cache"))
     assert "cannot be made" in str(why_unavailable())
     require_engine_without_native(tmp_path)

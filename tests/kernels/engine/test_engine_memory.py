@@ -25,7 +25,7 @@ from resfuse.kernels.ops.conv_problem import ConvProblem
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-# A value that somebody wrote over is off by about one; roundings of a dozen layers by 1e-6.
+# A value that was overwritten is off by about one; roundings of a dozen layers by 1e-6.
 CLOSE = 1e-4
 
 

@@ -85,7 +85,7 @@ def test_damaged_times_change_no_answer(
 def test_a_tactic_is_not_right_because_a_file_has_its_time(
     honest: bytes, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was right when it was timed, or somebody says so; in this process it is wrong."""
+    """A candidate is right according to the cache, and wrong in this process."""
     fast = forged(honest, lambda row: row | {"ms": 1e-6 if "onednn" in row["choice"] else 1.0})
     put(tmp_path, fast)
     believed = build_engine(model, images(*SHAPE), timings=tmp_path)

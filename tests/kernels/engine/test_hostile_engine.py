@@ -406,7 +406,7 @@ def two_threads() -> Any:
 @pytest.mark.parametrize("threads", [None, 1])
 @pytest.mark.parametrize("held", [False, True])
 def test_a_forked_process_answers(threads: int | None, held: bool, timings: Path) -> None:
-    """Its parent's threads are not there, nor is whoever held the lock when it was forked."""
+    """It has none of its parent's threads, the one that held the lock at the fork included."""
     model, x = (
         made(lambda: nn.Sequential(conv(3, 64), nn.ReLU(), conv(64, 64))),
         images(2, 3, 64, 64),

@@ -1,4 +1,4 @@
-"""fuse, unfuse, fused: what they promise to somebody else's model, whatever happens to it later."""
+"""fuse, unfuse, fused: what they promise for a user's model, whatever happens to it later."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""In a sequence of blocks, each may add its residual to its own input, where nobody looks."""
+"""In a sequence of blocks, each may add in place to its own input, which has no other reader."""
 
 import copy
 

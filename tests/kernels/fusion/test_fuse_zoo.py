@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 Factory = Callable[[], nn.Module]
 
 # Odd in both directions, batch 1 and 3. None where a map of width 2 meets a 3x3 with stride 2:
-# there torch 2.14.1's own convolution in bf16 and fp16 reads memory nobody wrote (oneDNN 3.12).
+# there torch 2.14.1's own convolution in bf16 and fp16 reads uninitialised memory (oneDNN 3.12).
 SIZES = [(1, 3, 97, 131), (3, 3, 75, 70)]
 FULL_SIZES = [(1, 3, 224, 224), (3, 3, 225, 225), (1, 3, 197, 301)]
 

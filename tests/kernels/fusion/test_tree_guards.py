@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class Foreign(nn.Module):
-    """A layer of somebody's own, which adds to the scale of blocks when it is called."""
+    """A user's own layer, which adds to the scale of blocks when it is called."""
 
     def __init__(self) -> None:
         super().__init__()

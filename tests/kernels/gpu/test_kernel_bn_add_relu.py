@@ -218,7 +218,7 @@ def test_running_statistics_of_half_precision() -> None:
 
 
 def test_running_statistics_are_seen_to_change() -> None:
-    """Whoever caches what was folded from them looks at their versions."""
+    """Their versions go up, by which caches of folded weights notice the change."""
     running = [torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)]
     versions = [tensor._version for tensor in running]
     batch_statistics(image(2, 4, 3, 3), *running)

@@ -1,5 +1,5 @@
 // What is shown: one comparison, and which of its rows. It stands in the address, so that a view
-// can be sent to somebody or kept.
+// can be sent to others or bookmarked.
 const NARROWING = [ // what rows of one comparison may be narrowed to; nothing chosen shows all
   { key: "model", title: "Model", of: (row) => row.model },
   { key: "batch", title: "Batch, images", of: (row) => String(row.batch) },

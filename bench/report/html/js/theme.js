@@ -2,7 +2,7 @@
 (() => {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const root = document.documentElement;
-  let chosen = null; // "light" or "dark" once somebody pressed the button
+  let chosen = null; // "light" or "dark" once the button was pressed
   try {
     chosen = localStorage.getItem("resfuse-theme");
   } catch {

@@ -53,23 +53,22 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
         yield Candidate("native", at, at + 1)
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
-    op = graph.nodes[choice.start].op
+def scratch(graph: Graph, candidate: Candidate) -> int:
+    op = graph.nodes[candidate.start].op
     if not isinstance(op, Conv):
         return 0
-    return (
-        4 * threads() * conv_candidates.scratch_floats(op.problem, NativeConfig(**choice.settings))
-    )
+    config = NativeConfig(**candidate.settings)
+    return 4 * threads() * conv_candidates.scratch_floats(op.problem, config)
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native:
-    node = graph.nodes[choice.start]
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Native:
+    node = graph.nodes[candidate.start]
     op = node.op
     if isinstance(op, Conv):
-        config = NativeConfig(**choice.settings)
+        config = NativeConfig(**candidate.settings)
         step = conv_step(node, config, state, arena)
         if step.scratch_pitch > 0:
-            step.scratch = arena.scratch(choice.start)
+            step.scratch = arena.scratch(candidate.start)
         return Native([step])
     if isinstance(op, Affine) and op.gate:
         slopes_of_gate = _slopes(op, channels_of(graph, node.name), state)
@@ -97,7 +96,7 @@ def conv_step(
     """Returns the step of a convolution, without the address of its scratch memory.
 
     Args:
-        local: values that are not in the arena, with the floats from one pixel to the next.
+        local: for each value outside the arena, the floats from one pixel to the next.
     """
     op = node.op
     assert isinstance(op, Conv)
@@ -142,8 +141,8 @@ def _affine(graph: Graph, node: Node, op: Affine, state: State, arena: Arena) ->
 def max_pool_step(
     graph: Graph, node: Node, arena: Arena | None, local: Mapping[str, int] = _NOWHERE
 ) -> Step:
-    """Returns the step of a max-pool, with `local` as for `conv_step`; without an arena it has no
-    addresses.
+    """Returns the step of a max-pool, without addresses if there is no arena; `local` is as for
+    `conv_step`.
     """
     op = node.op
     assert isinstance(op, MaxPool)
@@ -160,7 +159,7 @@ def max_pool_step(
 
 
 def _concat(graph: Graph, node: Node, arena: Arena) -> Native:
-    """Copies the parts that were not written to their place in the whole."""
+    """Returns the steps that copy each part that does not lie in its place in the whole."""
     steps = []
     to, pitch = arena.address(node.name), arena.pitch(node.name)
     for part in node.inputs:

@@ -1,6 +1,7 @@
-"""A chain of convolutions fused on the CPU, block by block of pixels: 3x3 -> 1x1 + residual, the
-projection that is the residual, and the next block's first 1x1. What one writes the next reads from
-the caches, and what only the chain reads never reaches memory. See kernels/cpu/src/fused_chain.h.
+"""Fuses a chain of convolutions on the CPU and computes it block by block of pixels: 3x3 -> 1x1 +
+residual, the projection that is the residual, and the next block's first 1x1. Each reads from the
+caches what the one before has written, and values that only the chain reads never reach memory. See
+kernels/cpu/src/fused_chain.h.
 """
 
 from collections.abc import Iterable
@@ -54,13 +55,13 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
                 yield Candidate("native_chain", at, stop, settings)
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
-    return 4 * threads() * _Layout(graph, choice).floats
+def scratch(graph: Graph, candidate: Candidate) -> int:
+    return 4 * threads() * _Layout(graph, candidate).floats
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native:
-    layout = _Layout(graph, choice)
-    memory = arena.scratch(choice.start) if layout.floats else 0
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Native:
+    layout = _Layout(graph, candidate)
+    memory = arena.scratch(candidate.start) if layout.floats else 0
     steps = []
     for link in layout.links:
         step = native.conv_step(link.node, link.config, state, arena, layout.pitches)
@@ -108,11 +109,12 @@ def _first_configs(problem: ConvProblem, channels: int) -> Iterable[NativeConfig
 
 
 class _Layout:
-    """The convolutions of a chain, and where in a thread's scratch memory what they share lies."""
+    """The convolutions of a chain, and the offsets in a thread's scratch memory, in floats, of the
+    values that only the chain reads."""
 
-    def __init__(self, graph: Graph, choice: Candidate) -> None:
-        first, *others = graph.nodes[choice.start : choice.stop]
-        config = NativeConfig(by_channel=False, **choice.settings)
+    def __init__(self, graph: Graph, candidate: Candidate) -> None:
+        first, *others = graph.nodes[candidate.start : candidate.stop]
+        config = NativeConfig(by_channel=False, **candidate.settings)
         head = conv_candidates.conv_step(_problem(first), config)
         pixels = local_pixels(fused_run("chain", [head]))
         following = NativeConfig("direct", False, pixels)
@@ -120,18 +122,18 @@ class _Layout:
             _Link(first, _problem(first), config),
             *(_Link(node, _problem(node), following) for node in others),
         ]
-        # what each convolution has to itself while it runs comes first: the most of any
+        # First comes the scratch memory of one convolution at a time: as much as any of them needs.
         own = whole_lines(
             max(conv_candidates.scratch_floats(link.problem, link.config) for link in self.links)
         )
-        names = sorted(graph.inner(choice.start, choice.stop))
+        names = sorted(graph.inner(candidate.start, candidate.stop))
         self.pitches = {name: whole_vectors(channels_of(graph, name)) for name in names}
         ends = [*accumulate((pixels * self.pitches[name] for name in names), initial=own)]
         self._offsets = dict(zip(names, ends, strict=False))
         self.floats = ends[-1]
 
     def offset(self, name: str | None) -> int:
-        """Returns the offset of a value that only the chain reads, and ABSENT for others."""
+        """Returns the offset of a value that only the chain reads, ABSENT for any other."""
         return ABSENT if name is None else self._offsets.get(name, ABSENT)
 
 

@@ -1,8 +1,8 @@
-"""Native steps on the CPU, a few images at a time: all steps of one chunk of the batch, then all of
-the next. The values between them take a chunk's worth of scratch memory; those that come in and go
-out lie in the arena.
+"""Runs native steps on the CPU a few images at a time: all steps of one chunk of the batch, then
+all of the next. Values between the steps take scratch memory for one chunk; inputs and outputs lie
+in the arena.
 
-The planner of chunks (chunking.py) offers these candidates, not a node.
+`segments` is empty: the chunking pass (planning/chunking.py) makes these candidates.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -26,27 +26,27 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     return ()
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
-    return _layout(chunk_of(graph, choice), choice).size
+def scratch(graph: Graph, candidate: Candidate) -> int:
+    return _layout(chunk_of(graph, candidate), candidate).size
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native:
-    part = chunk_of(graph, choice)
-    layout = _layout(part, choice)
-    memory = arena.scratch(choice.start) if layout.size else 0
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Native:
+    part = chunk_of(graph, candidate)
+    layout = _layout(part, candidate)
+    memory = arena.scratch(candidate.start) if layout.size else 0
     steps: list[Step] = []
-    for chunk in range(choice.settings["count"]):
+    for chunk in range(candidate.settings["count"]):
         inside = _ChunkArena(arena, part, layout, memory, chunk)
-        for inner in inner_candidates(choice):
-            work = TACTICS[inner.tactic].load().lower(part, inner, state, inside)
-            assert isinstance(work, Native)
-            steps += work.steps
+        for inner in inner_candidates(candidate):
+            lowered = TACTICS[inner.tactic].load().lower(part, inner, state, inside)
+            assert isinstance(lowered, Native)
+            steps += lowered.steps
     return Native(steps)
 
 
-def _layout(part: Graph, choice: Candidate) -> Layout:
-    """Returns the layout of the values that only the chunk reads."""
-    inner = inner_candidates(choice)
+def _layout(part: Graph, candidate: Candidate) -> Layout:
+    """Returns the layout of the values that are only read inside a chunk."""
+    inner = inner_candidates(candidate)
     scratch = {c.start: TACTICS[c.tactic].load().scratch(part, c) for c in inner}
     within = {name for c in inner for name in part.inner(c.start, c.stop)}
     values = {node.name for node in part.nodes} - set(part.outputs) - within
@@ -60,13 +60,14 @@ def _layout(part: Graph, choice: Candidate) -> Layout:
 
 
 class _ChunkArena(Arena):
-    """The places of a chunk's values: its own in scratch memory, images of others in the arena."""
+    """The arena as one chunk sees it: the chunk's own values lie in scratch memory, and of other
+    values it sees its images only."""
 
     def __init__(self, outer: Arena, part: Graph, layout: Layout, memory: int, chunk: int) -> None:
         """
         Args:
             memory: the address of the scratch memory.
-            chunk: which of them.
+            chunk: the index of the chunk.
         """
         self._outer, self._part, self._layout = outer, part, layout
         self._memory, self._chunk = memory, chunk

@@ -1,4 +1,4 @@
-"""Native steps that are not convolutions: average pools, picked pixels, gates."""
+"""Lowers average pools, picks of pixels and gates to native steps on the CPU."""
 
 from torch import Tensor, tensor
 
@@ -33,8 +33,8 @@ def windows(graph: Graph, node: Node, op: AveragePool | Pick, arena: Arena) -> N
 
 
 def _counts(op: AveragePool, dim: int, windows: int, size: int) -> tuple[int, ...]:
-    """How many values of each window count, along one dimension, as torch has it: the padding
-    or only the map, and what hangs over the padding never."""
+    """Returns the divisor of each window along one dimension, as torch counts it: the values in the
+    map, and those in the padding if `count_padding`, but none beyond the padding."""
     if op.divisor is not None:
         return (op.divisor if dim == 0 else 1,) * windows
     kernel, stride, padding = op.kernel[dim], op.stride[dim], op.padding[dim]
@@ -45,7 +45,8 @@ def _counts(op: AveragePool, dim: int, windows: int, size: int) -> tuple[int, ..
 
 
 def gate(graph: Graph, node: Node, op: Affine, arena: Arena, slopes: list[Tensor]) -> Native:
-    """An image after the other: the gate is the scale of a batch norm without a shift."""
+    """Lowers y = act(x * gate + residual) to one affine step an image, with the gate [N, C, 1, 1]
+    as the scale and zero as the shift."""
     x, factor = node.inputs[:2]
     channels = channels_of(graph, node.name)
     n, _, h, w = graph.values[node.name].shape

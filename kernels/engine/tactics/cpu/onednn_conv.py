@@ -1,4 +1,4 @@
-"""oneDNN's fused convolutions on the CPU, with weights laid out once for them."""
+"""Lowers convolutions to oneDNN's fused ones on the CPU, with weights packed once."""
 
 from collections.abc import Iterable
 
@@ -25,12 +25,12 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
         yield Candidate("onednn", at, at + 1)
 
 
-def scratch(graph: Graph, choice: Candidate) -> int:
+def scratch(graph: Graph, candidate: Candidate) -> int:
     return 0
 
 
-def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
-    node = graph.nodes[choice.start]
+def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
+    node = graph.nodes[candidate.start]
     op = node.op
     assert isinstance(op, Conv)
     problem = op.problem
@@ -40,11 +40,11 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
     geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
     conv = PackedConv(weight, bias, geometry, problem.activation, slope_of(op, state), input_shape)
     arena.track(conv.tensors)
-    # a residual that is read here last and belongs to no one else is added in place
+    # A residual is overwritten with the sum where no other node and no view needs it afterwards.
     residual = node.residual
     owned = residual is not None and residual not in arena and _is_no_view(graph, residual)
-    read_once = owned and graph.last_read[str(residual)] == choice.start
-    overwrite = read_once and node.inputs.count(str(residual)) == 1  # not what it convolves, too
+    is_last_read = owned and graph.last_read[str(residual)] == candidate.start
+    overwrite = is_last_read and node.inputs.count(str(residual)) == 1  # it is not also x
 
     def run(values: Values) -> None:
         x = values[node.inputs[0]].reshape(input_shape)
@@ -60,7 +60,8 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Call:
 
 
 def _is_no_view(graph: Graph, name: str) -> bool:
-    """Whether a value's memory is its own: torch's operations may return, or keep, a view."""
+    """Returns whether a value shares its memory with no other: torch's operations may return, or
+    hold on to, views."""
     related = [n for n in graph.nodes if n.name == name or name in n.inputs]
     return any(n.name == name for n in related) and not any(
         isinstance(n.op, Torch) for n in related

@@ -1,12 +1,12 @@
-"""cuDNN's convolutions with bias, sum and ReLU in their epilogue, as torch offers them; and its
-plain convolution, with the bias in a pass of its own, where no ReLU follows.
+"""Lowers convolutions to cuDNN's with bias, sum and ReLU in the epilogue, as torch offers them; and
+to its plain convolution, with the bias in a pass of its own, where no ReLU follows.
 
-There is one candidate a convolution: the form of cuDNN's ReLU that cudnn_probe.py found right and
-fastest, by plans from heuristics or from torch's search, as it found as well. A second candidate
-that searches would run the first one's plan, for torch keeps plans under a key without that switch.
-Where plans are searched for, they are again in every process that runs the engine, on its first
-call or before its CUDA graph is recorded: at most 0.25 s for every other convolution, or it is not
-done.
+There is one candidate for a convolution: the form of cuDNN's ReLU that cudnn_probe.py found correct
+and fastest, with plans from heuristics or from torch's search, whichever it found faster. A second
+candidate with the search would run the plan of the first, since torch caches plans under a key
+without that switch. A search is repeated in every process that runs the engine, at its first call
+or before its CUDA graph is recorded; it is only used where it takes at most 0.25 s for each
+distinct convolution.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
-"""Segments on a GPU a few images at a time, for the second-level cache to hold what lies between
-them: an executor of a chunk's batch, run for one chunk after the other.
+"""Runs segments on a GPU a few images at a time, so that the values between them stay in the
+second-level cache: an executor for a chunk's batch runs one chunk after the other.
 
-Offered by the planner of chunks (chunking.py), not node by node.
+`segments` is empty: the chunking pass (planning/chunking.py) makes these candidates.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from resfuse.kernels.engine.memory.buffers import Arena
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None  # what a chunk runs has been asked
+    return None  # the tactics inside a chunk have been asked
 
 
 def segments(graph: Graph, at: int) -> Iterable[Candidate]:
@@ -38,10 +38,10 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
         whole: list[Tensor] = []
         for chunk in range(candidate.settings["count"]):
             own = slice(chunk * images, (chunk + 1) * images)
-            made = inside(*(values[name][own] for name in part.reads))
-            if not whole:  # of the dtype, device and memory format that the first chunk has
-                whole = [_like(y, shape) for y, shape in zip(made, shapes, strict=True)]
-            for y, all_images in zip(made, whole, strict=True):
+            results = inside(*(values[name][own] for name in part.reads))
+            if not whole:  # of the dtype, device and memory format of the first chunk's
+                whole = [_like(y, shape) for y, shape in zip(results, shapes, strict=True)]
+            for y, all_images in zip(results, whole, strict=True):
                 all_images[own] = y
         values.update(zip(part.outputs, whole, strict=True))
 

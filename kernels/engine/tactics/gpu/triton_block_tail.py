@@ -1,9 +1,9 @@
-"""The end of a bottleneck, 3x3 and 1x1 + residual + ReLU, and the next block's first 1x1: one
-Triton kernel for two nodes or three.
+"""Computes the end of a bottleneck, 3x3 and 1x1 + residual + ReLU, and the next block's first 1x1,
+two or three nodes, by one Triton kernel.
 
-Where the block has a projection, it stands between the two, and is part of the segment: a kernel of
-its own that runs before. So it is the planner that weighs folding it into the 1x1
-(triton_projection.py) against leaving out the 3x3's round trip through memory.
+A block's projection is a node between the two and part of the segment, computed before by a kernel
+of its own. So the planner compares folding it into the 1x1 (triton_projection.py) with saving the
+3x3's round trip through memory.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,7 +28,7 @@ from resfuse.kernels.tuning_cache.denylist import Key, key_of
 
 @dataclass(frozen=True)
 class _Tail:
-    """The nodes of a segment, and their convolutions' problem as one."""
+    """The nodes of a segment and the problem of the fused kernel."""
 
     conv3x3: Node
     projection: Node | None
@@ -42,7 +42,8 @@ class _Tail:
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """On Hopper the kernel's second dot reads registers, which older ptxas may corrupt."""
+    """Returns why the kernel cannot run on a device in a dtype, None where it can. On Hopper its
+    second dot reads registers, which older versions of ptxas may corrupt."""
     refused = triton_kernels.refusal(device, dtype)
     if refused or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return refused
@@ -52,7 +53,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def refusal_of_ptxas(version: str) -> str | None:
-    """Why a ptxas may not compile the kernel for Hopper; None where it may."""
+    """Returns why a version of ptxas may not compile the kernel for Hopper, None where it may."""
     if is_sound(version):
         return None
     least = ".".join(map(str, SOUND))
@@ -71,10 +72,10 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
 
 
 def _most(problem: TailProblem) -> int | None:
-    """How many tiles are offered, of the first ones; None for all.
+    """Returns the number of tiles to offer, None for all.
 
     Tails of 128 and 256 channels took 1.2 to 2.5 times as long as cuDNN's convolutions on an H200,
-    in every tile tried (results/nvidia-h200/NOTES.md). One is offered, for other GPUs.
+    in every tile tried (results/nvidia-h200/NOTES.md). One is offered for the sake of other GPUs.
     """
     return 1 if problem.c > 64 else None
 
@@ -89,7 +90,8 @@ def scratch(graph: Graph, candidate: Candidate) -> int:
 
 
 def kernels(graph: Graph, candidate: Candidate) -> list[Graph]:
-    """The parts that are a kernel each: the projection, if there is one, and the rest."""
+    """Returns the parts that each kernel computes: the projection, if there is one, and the
+    rest."""
     tail = _tail(graph, candidate.start, candidate.stop)
     assert tail is not None
     if tail.projection is None:
@@ -151,7 +153,7 @@ def _projecting(node: Node, state: State, arena: Arena) -> Callable[[Values], Te
 
 
 def _tail(graph: Graph, at: int, stop: int) -> _Tail | None:
-    """What nodes [at, stop) are, if they are the end of a bottleneck."""
+    """Returns nodes [at, stop) as the end of a bottleneck, None if they are not one."""
     conv3x3, *rest = graph.nodes[at:stop]
     projection = rest.pop(0) if len(rest) > 1 and is_projection(graph, *rest[:2]) else None
     conv1x1, following = rest[0], rest[1] if len(rest) > 1 else None
@@ -189,7 +191,7 @@ def _is_conv3x3(problem: ConvProblem) -> bool:
 
 
 def _follows(node: Node, following: Node) -> bool:
-    """Whether it is a 1x1 convolution + ReLU of what `node` makes."""
+    """Returns whether `following` is a 1x1 convolution + ReLU of the result of `node`."""
     op = following.op
     return (
         isinstance(op, Conv)

@@ -1,8 +1,7 @@
-"""Any convolution with its epilogue as an implicit GEMM, or depthwise: one Triton kernel.
+"""Computes a convolution with its epilogue as an implicit GEMM, or depthwise, by one Triton kernel.
 
-1x1 convolutions that are a GEMM as they stand are triton_conv1x1's. Of the tiles that a problem
-allows, those with the least estimated time are offered: each takes a compilation, a check and a
-measurement.
+triton_conv1x1.py has the 1x1 convolutions that are a GEMM already. Each tile takes a compilation, a
+check and a measurement, so only those with the least estimated time are offered.
 """
 
 from collections.abc import Iterable
@@ -24,8 +23,9 @@ if TYPE_CHECKING:
 # On an H200 the estimate picked the fastest of 16 tiles for six of ResNet-50's 3x3 convolutions at
 # batch 256, and for the seventh one that was 5 % slower; the fastest is among these for all seven.
 MOST = 6
-# Of input, in a step of the sum: a dot takes 16 at least. Of three channels, as stems have, steps
-# of 32 and 64 are nearly empty: no such tile is pipelined, and some spill 624 bytes a thread.
+# The fewest input channels in a step of the sum, since a dot takes at least 16. With the three
+# channels of a stem, steps of 32 and 64 are nearly empty: no such tile is pipelined, and some spill
+# 624 bytes a thread.
 LEAST_CHANNELS = 16
 
 refusal = triton_kernels.refusal
@@ -46,7 +46,7 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
 
 
 def _tiles(problem: ConvProblem, sms: int) -> list[Config]:
-    """Tiles that fill a step of their sum, the quickest by estimate first."""
+    """Returns the tiles that fill a step of their sum, the fastest by estimate first."""
     filled = [
         config
         for config in candidates(problem)
@@ -87,6 +87,6 @@ def _config(candidate: Candidate) -> "Config | depthwise.Config":
     return depthwise.Config(**settings) if form == "depthwise" else Config(**settings)
 
 
-def _candidate(at: int, form: str, config: object) -> Candidate:
-    settings = asdict(config)  # type: ignore[call-overload]
+def _candidate(at: int, form: str, config: "Config | depthwise.Config") -> Candidate:
+    settings = asdict(config)
     return Candidate("triton_conv", at, at + 1, (("form", form), *settings.items()))

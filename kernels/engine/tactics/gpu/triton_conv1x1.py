@@ -1,5 +1,5 @@
-"""A 1x1 convolution with its epilogue as one GEMM: a Triton kernel, by tensor descriptors (TMA)
-where the GPU has them.
+"""Computes a 1x1 convolution with its epilogue as one GEMM by a Triton kernel, with tensor
+descriptors (TMA) where the GPU has them.
 """
 
 from collections.abc import Iterable
@@ -18,12 +18,13 @@ refusal = triton_kernels.refusal
 
 
 def is_gemm(problem: ConvProblem) -> bool:
-    """Whether it is a matrix product, of some rows of x where it has a stride."""
+    """Returns whether a convolution is a matrix product, of every n-th row of x if it has a
+    stride."""
     return (problem.r, problem.s, problem.groups) == (1, 1, 1) and problem.padding == (0, 0)
 
 
 def configs(problem: Conv1x1Problem, graph: Graph) -> list[Config]:
-    """Those that the graph's GPU can run: TMA came with Hopper."""
+    """Returns the configurations that the graph's GPU can run; TMA exists since Hopper."""
     by_descriptors = triton_kernels.capability(graph) >= (9, 0)
     return [c for c in candidates(problem) if by_descriptors or not c.descriptors]
 

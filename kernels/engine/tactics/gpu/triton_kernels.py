@@ -1,5 +1,5 @@
-"""What the tactics on our Triton kernels share: where they run, how they find weights and inputs
-laid out, and how they launch. Kernels are imported when they are lowered: Triton may be missing.
+"""The common part of the tactics on Triton kernels: where they run, layouts of weights and inputs,
+and launches. Kernels are imported when they are lowered, since Triton may not be installed.
 """
 
 import contextlib
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from resfuse.kernels.gpu.common.launch import Launch
     from resfuse.kernels.gpu.conv.conv_arguments import Tensors
 
-_DESCRIPTOR_BYTES = 16  # tensors that come by descriptors start at multiples of it
+_DESCRIPTOR_BYTES = 16  # the alignment of tensors that are read by descriptors
 _written: "ContextVar[list[Launch] | None]" = ContextVar("written", default=None)
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Of every tactic on a Triton kernel. The CPU has Triton's interpreter, for tests."""
+    """Returns why no Triton kernel can run on a device in a dtype, None where they can. On the CPU
+    they run in Triton's interpreter, for tests."""
     if dtype not in {stored for stored, _ in MATH_MODES.values()}:
         return f"Triton kernels compute in float32, float16 and bfloat16, not in {dtype}"
     if importlib.util.find_spec("triton") is None:
@@ -47,21 +48,22 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def capability(graph: Graph) -> tuple[int, int]:
-    """Of the GPU that is planned for: the graph's, whichever is the current one."""
+    """Returns the compute capability of the graph's GPU, which need not be the current one."""
     from resfuse.kernels.gpu.common import launch
 
     return launch.capability(graph.device or torch.device("meta"))
 
 
 def multiprocessors(graph: Graph) -> int:
-    """Likewise."""
+    """Returns the number of multiprocessors of the graph's GPU."""
     from resfuse.kernels.gpu.common import launch
 
     return launch.multiprocessors(graph.device or torch.device("meta"))
 
 
 def weights(op: Conv, state: State, arena: Arena) -> tuple[Tensor, Tensor]:
-    """Weight in channels_last, and bias; laid out once for all that read them so."""
+    """Returns the folded weight in channels_last and the bias, shared by all tactics that read them
+    so."""
 
     def lay_out() -> list[Tensor]:
         weight, bias = conv_weights(op, state)
@@ -72,7 +74,8 @@ def weights(op: Conv, state: State, arena: Arena) -> tuple[Tensor, Tensor]:
 
 
 def slope_in(op: Conv, state: State, arena: Arena) -> Slope:
-    """The slope of an activation that has one, laid out once."""
+    """Returns the slope of an operation's activation, shared if it is a tensor; None without
+    one."""
     slope = slope_of(op, state)
     if not isinstance(slope, Tensor):
         return slope
@@ -81,13 +84,14 @@ def slope_in(op: Conv, state: State, arena: Arena) -> Slope:
 
 
 def key_of(op: Conv) -> tuple[Hashable, ...]:
-    """What folded weights depend on: one may be shared, under other norms and on other shapes."""
+    """Returns what an operation's folded weights depend on: the same weight may be read under other
+    norms and on other shapes."""
     problem = op.problem
     return op.weight, op.bias, op.norm, problem.c, problem.r, problem.s, problem.groups
 
 
 def math_mode(graph: Graph, candidate: Candidate) -> str:
-    """Of the convolutions of a segment."""
+    """Returns the math mode of a segment's convolutions."""
     op = graph.nodes[candidate.start].op
     assert isinstance(op, Conv)
     return op.problem.math_mode
@@ -102,7 +106,7 @@ def output_shape(problem: ConvProblem) -> tuple[int, ...]:
 
 
 def as_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`x` as kernels read it, a copy only where it lies otherwise."""
+    """Returns `x` as an aligned map in channels_last, copied only if it is not one."""
     image = channels_last(x.reshape(shape))
     if image.data_ptr() % _DESCRIPTOR_BYTES:
         return image.clone(memory_format=torch.channels_last)
@@ -110,14 +114,14 @@ def as_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def blank(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[N*C*H*W] as an image [N, C, H, W] in channels_last."""
+    """Returns memory [N * C * H * W] viewed as [N, C, H, W] in channels_last."""
     n, c, h, w = shape
     return memory.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 @contextlib.contextmanager
 def written_down() -> "Iterator[list[Launch]]":
-    """Within it this thread's launches are put into a list and not run."""
+    """Collects this thread's launches in a list instead of running them."""
     found: list[Launch] = []
     token = _written.set(found)
     try:
@@ -127,7 +131,11 @@ def written_down() -> "Iterator[list[Launch]]":
 
 
 def run(launch: "Launch") -> None:
-    """Raises RuntimeError where Triton cannot compile the launch, or the GPU has no room for it."""
+    """Runs a launch, or records it inside `written_down`.
+
+    Raises:
+        RuntimeError: Triton cannot compile it, or it exceeds the GPU's resources.
+    """
     from triton.errors import TritonError
 
     if (written := _written.get()) is not None:
@@ -146,7 +154,11 @@ def convolution(
     arena: Arena,
     launch_of: "Callable[[Tensors], Launch]",
 ) -> Call:
-    """One convolution with its epilogue, by the launch that fills y for its tensors."""
+    """Lowers a convolution with its epilogue.
+
+    Args:
+        launch_of: returns the launch that computes y from given tensors.
+    """
     from resfuse.kernels.gpu.conv.conv_arguments import Tensors
 
     node = graph.nodes[candidate.start]

@@ -1,5 +1,5 @@
-"""The end of a block that changes resolution, its projection shortcut folded in as more of the
-reduction, y = act([h, x strided] @ [W3; Wd] + bias): one Triton kernel for two nodes.
+"""Computes the end of a block that changes resolution with its projection shortcut folded into the
+reduction, y = act([h, x strided] @ [W3; Wd] + bias): two nodes by one Triton kernel.
 """
 
 from collections.abc import Iterable
@@ -84,7 +84,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 
 
 def is_projection(graph: Graph, side: Node, node: Node) -> bool:
-    """Tells whether `node` is the only reader of the 1x1 convolution `side`, and adds it."""
+    """Returns whether `node` is the only reader of the 1x1 convolution `side` and adds it."""
     op = side.op
     return (
         isinstance(op, Conv)
@@ -97,7 +97,8 @@ def is_projection(graph: Graph, side: Node, node: Node) -> bool:
 
 
 def _pair(graph: Graph, at: int) -> tuple[Conv, Conv] | None:
-    """The projection at `at` and the 1x1 convolution behind it that adds it."""
+    """Returns the projection at position `at` and the 1x1 convolution after it that adds it, None
+    if they are not there."""
     if at + 1 >= len(graph.nodes):
         return None
     side, node = graph.nodes[at : at + 2]

@@ -1,7 +1,8 @@
-"""A convolution of few output tiles, its reduction split over multiprocessors: one Triton kernel.
+"""Computes a convolution of few output tiles with its reduction split over multiprocessors, by one
+Triton kernel.
 
-Of the dozens of splits a problem allows, those with the least estimated time are offered: each
-takes a compilation and a measurement.
+A problem allows dozens of splits, and each takes a compilation and a measurement, so only those
+with the least estimated time are offered.
 """
 
 from collections.abc import Iterable
@@ -55,7 +56,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
     arena.track([counters])
 
     def launch_of(t: "Tensors") -> "Launch":
-        # The parts of the sum are needed while the launch runs: then others have their memory.
+        # The partial sums are only needed during the launch; afterwards their memory is reused.
         parts = torch.empty(partials, dtype=torch.float32, device=counters.device)
         return launch(problem, t, config, Workspace(parts, counters), last)
 
@@ -74,7 +75,8 @@ def _config(candidate: Candidate) -> Config:
 
 
 def _configs(problem: ConvProblem, sms: int) -> list[Config]:
-    """Splits of tiles too few to give every multiprocessor one, the quickest by estimate first."""
+    """Returns configurations with fewer tiles than multiprocessors, the fastest by estimate
+    first."""
     if problem.c < triton_conv.LEAST_CHANNELS:
         return []
     few = [

@@ -1,4 +1,4 @@
-"""A network's stem, 7x7/2 convolution, ReLU and 3x3/2 max-pool: one Triton kernel for two nodes."""
+"""Computes a network's stem, 7x7/2 convolution, ReLU and 3x3/2 max-pool, by one Triton kernel."""
 
 from collections.abc import Iterable
 from dataclasses import asdict

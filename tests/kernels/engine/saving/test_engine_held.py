@@ -170,7 +170,7 @@ def test_refresh_reaches_the_model_for_other_batches(batch: int, timings: Path) 
     before = wanted(model, x)
     engine.refresh(other.state_dict())
     assert error(engine(x), wanted(other, x)) < AS_EAGER
-    assert torch.equal(wanted(model, x), before)  # which is somebody else's
+    assert torch.equal(wanted(model, x), before)  # the model is the caller's
     engine.refresh(model.state_dict())
     assert error(engine(x), before) < AS_EAGER
 

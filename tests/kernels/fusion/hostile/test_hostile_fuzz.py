@@ -163,7 +163,7 @@ def answer_alike(
             same(state_of(fused), state_of(plain), coarse)
         except Exception as error:
             raise AssertionError(f"{name}, {how}: {error}") from error
-        if isinstance(want, str):  # what was written before an error is nobody's promise
+        if isinstance(want, str):  # what is written before an error is not promised
             return
         spoilt = not all(dense(t).isfinite().all() for t in tensors(want))
         if spoilt and (".sum()" in source or ".max()" in source):  # they may branch on NaN

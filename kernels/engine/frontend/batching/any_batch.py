@@ -1,23 +1,24 @@
-"""Whether a model computes the same, image by image, whatever the size of its batch: torch.export
-with a batch of any size says so, or which line of the forward asks for the size."""
+"""Checks that a model computes the same for each image at any batch size: torch.export with a batch
+of symbolic size succeeds, or names the line of the forward that depends on the size.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from resfuse.kernels.engine.frontend.batching import Images, images_at_all_sizes
+from resfuse.kernels.engine.frontend.batching.image_dimension import Images
+from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.frontend.side_effects import SideEffects
-from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, State, Torch
+from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Operation, State, Torch
 
 aten = torch.ops.aten
 _NOT_POSSIBLE = "argument other_batches: 'pad' is not possible: "
-# What may be told the size of the batch: it says how large the result is, not what is in it.
+# Operations that may be given the size of the batch, which determines the size of the result only.
 _SHAPED = {
     "reshape", "expand", "repeat", "unflatten", "zeros", "ones", "full", "new_zeros", "new_ones",
     "new_full", "slice",
@@ -26,18 +27,18 @@ _SIZED = _SHAPED | {"view", "_unsafe_view", "sym_size"}
 
 
 def batch_of(example: Tensor, size: int) -> Tensor:
-    """As many images, those of the example again and again."""
+    """Returns a batch of `size` images, the example's in turn."""
     batch = torch.cat([example] * -(-size // example.shape[0]))[:size]
     if size == example.shape[0] and batch.stride() != example.stride():
-        return example.detach()  # a model may ask how it lies in memory
+        return example.detach()  # a model may ask for its strides
     return batch
 
 
 def require_paddable(
     model: nn.Module, example: Tensor, graphs: Mapping[int, Graph], state: State
 ) -> None:
-    """Raises ValueError where the zeros in a batch that is filled up may change answers, or the
-    forward is another for other sizes."""
+    """Raises ValueError if filling up a batch with zeros may change the answers for its images, or
+    if the forward differs between batch sizes."""
     images = images_at_all_sizes(graphs, state)
     if images is not None:
         require_any_batch(model, example, max(graphs))
@@ -51,7 +52,7 @@ def require_any_batch(model: nn.Module, example: Tensor, most: int) -> None:
     several = batch_of(example, most)
     batch = torch.export.Dim("batch", max=most)
     try:
-        undone = SideEffects(model).watched()
+        undone = SideEffects(model).observed()
         with torch.no_grad(), warnings.catch_warnings(), undone:
             warnings.simplefilter("ignore")
             program = torch.export.export(
@@ -75,7 +76,7 @@ def require_any_batch(model: nn.Module, example: Tensor, most: int) -> None:
 
 
 def _require_sizes_only(node: fx.Node, of_images: bool) -> None:
-    """A batch's size may make a result larger, and nothing else."""
+    """Raises ValueError if a node uses the batch size for anything but the size of a result."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return  # arithmetic on sizes
     name = node.target._schema.name.split("::")[1]
@@ -102,13 +103,13 @@ def _is_tensor(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), _SYMBOLIC)
 
 
-def _has_symbols(value: Any) -> bool:
+def _has_symbols(value: object) -> bool:
     return isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)
 
 
 def require_same_for_one(one: Graph, several: Graph, images: Sequence[Images]) -> None:
-    """Raises ValueError unless the graph of one image is that of several, its sizes apart: torch
-    takes a size of one for a special case (squeeze, broadcasting)."""
+    """Raises ValueError unless the graph for one image equals that for several except in sizes:
+    torch treats a size of one specially (squeeze, broadcasting)."""
     same = len(one.nodes) == len(several.nodes) and one.spec == several.spec
     same = same and all(map(_alike, one.nodes, several.nodes))
     for a, b, where in zip(one.outputs, several.outputs, images, strict=True):
@@ -123,8 +124,8 @@ def _alike(a: Node, b: Node) -> bool:
     return a.name == b.name and a.inputs == b.inputs and _unsized(a.op) == _unsized(b.op)
 
 
-def _unsized(op: Any) -> Any:
-    """An operation without the sizes that differ with the batch."""
+def _unsized(op: Operation) -> Operation | str:
+    """Returns an operation without the sizes that depend on the batch."""
     if isinstance(op, Conv):
         return replace(op, problem=replace(op.problem, n=1))
     if isinstance(op, Torch) and op.target.split(".")[1] in _SHAPED:

@@ -1,0 +1,235 @@
+"""Infers the shape and dtype of every value of a graph read from a file, and compares them with
+what the file says, so that no number in it reaches memory that is not there.
+"""
+
+import contextlib
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    AveragePool,
+    Concat,
+    Conv,
+    Graph,
+    MaxPool,
+    Mean,
+    Node,
+    Norm,
+    Pick,
+    Torch,
+    Value,
+    state_read_by,
+)
+from resfuse.kernels.engine.ir.torch_operations import is_pure
+from resfuse.kernels.engine.saving.graph_structure import Unsound
+from resfuse.kernels.engine.tactics import eager
+from resfuse.kernels.ops.activation import ACTIVATIONS
+from resfuse.kernels.ops.conv_problem import MATH_MODES
+
+
+class ShapeInference:
+    """Infers the shapes and dtypes of a graph's values from its input and the state."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        state: Mapping[str, Tensor],
+        device: torch.device,
+        allow: Collection[str],
+    ) -> None:
+        self._graph, self._state, self._device, self._allow = graph, state, device, allow
+        self._fake = FakeTensorMode()
+
+    def require(self) -> None:
+        """Raises Unsound unless every value has the shape and dtype that the graph says."""
+        for node in self._graph.nodes:
+            value = self._graph.values[node.name]
+            inputs = [self._graph.values[name] for name in node.inputs]
+            if isinstance(node.op, Torch):
+                accepted = [self._of_torch(node, node.op, inputs)]
+            else:
+                shapes = self._of_ours(node, inputs)
+                accepted = [Value(shape, self._dtype) for shape in shapes]
+                if any(v.dtype != self._dtype for v in inputs):
+                    raise Unsound(f"{node.name} reads values of several dtypes")
+            if value not in accepted:
+                raise Unsound(f"{node.name} is said to be {value}, and is {accepted}")
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._graph.values[self._graph.input].dtype
+
+    def _of_ours(self, node: Node, inputs: list[Value]) -> list[tuple[int, ...]]:
+        """Returns the shapes that the result of an operation other than torch's may have."""
+        op = node.op
+        joins = isinstance(op, Concat)
+        more = getattr(op, "gate", False) + (node.residual is not None)
+        if not inputs or (not joins and len(inputs) != 1 + more):
+            raise Unsound(f"{node.name} has {len(inputs)} inputs")
+        x = inputs[0].shape
+        if len(x) not in (2, 4) or min(x) < 1:
+            raise Unsound(f"{node.name} reads maps of shape {x}")
+        if isinstance(op, Conv):
+            return self._conv(node, op, [v.shape for v in inputs])
+        if isinstance(op, Affine):
+            return self._affine(node, op, [v.shape for v in inputs])
+        if isinstance(op, Concat):
+            same = all((s[0], *s[2:]) == (x[0], *x[2:]) for s in (v.shape for v in inputs))
+            return [(x[0], sum(v.shape[1] for v in inputs), *x[2:])] if same else []
+        if len(x) != 4:
+            raise Unsound(f"{node.name} reads maps of shape {x}")
+        n, c, h, w = x
+        if isinstance(op, Mean):
+            return [(n, c), (n, c, 1, 1)]
+        if isinstance(op, Pick):
+            inside = all(
+                0 <= i < size for ids, size in ((op.rows, h), (op.columns, w)) for i in ids
+            )
+            if not inside or not op.rows or not op.columns or op.zeros < 0:
+                raise Unsound(f"{node.name} picks pixels that are not there")
+            return [(n, c + op.zeros, len(op.rows), len(op.columns))]
+        assert isinstance(op, MaxPool | AveragePool)
+        return [self._pooled(node, op, x)]
+
+    def _conv(self, node: Node, op: Conv, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        p, x = op.problem, shapes[0]
+        whole = min(p.n, p.c, p.h, p.w, p.k, p.r, p.s, p.groups, *p.stride, *p.dilation) > 0
+        if not whole or min(p.padding) < 0 or p.c % p.groups or p.k % p.groups:
+            raise Unsound(f"{node.name} is no convolution")
+        if min(p.p, p.q) < 1 or x != ((p.n, p.c, p.h, p.w) if len(x) == 4 else (p.n, p.c)):
+            raise Unsound(f"{node.name} convolves {x}")
+        if len(x) == 2 and (p.h, p.w) != (1, 1):
+            raise Unsound(f"{node.name} convolves {x}")
+        stored, _ = MATH_MODES.get(p.math_mode, (None, 0))
+        if stored != self._dtype or (p.math_mode == "tf32" and self._device.type != "cuda"):
+            raise Unsound(f"{node.name} computes in {p.math_mode}")
+        of_each = p.c // p.groups
+        self._require_state(
+            node, op.weight, [(p.k, of_each, p.r, p.s), (p.k, of_each * p.r * p.s)], self._dtype
+        )
+        if op.bias is not None:
+            self._require_state(node, op.bias, [(p.k,)], self._dtype)
+        self._require_epilogue(node, op, p.k, p.residual)
+        shape: tuple[int, ...] = (p.n, p.k, p.p, p.q)
+        accepted = [shape, shape[:2]] if (p.p, p.q) == (1, 1) else [shape]
+        own = self._graph.values[node.name].shape
+        if p.residual and shapes[-1] != own:
+            raise Unsound(f"{node.name} adds {shapes[-1]}")
+        return accepted
+
+    def _affine(
+        self, node: Node, op: Affine, shapes: list[tuple[int, ...]]
+    ) -> list[tuple[int, ...]]:
+        x = shapes[0]
+        if op.gate and (op.norm is not None or shapes[1] != (*x[:2], 1, 1)):
+            raise Unsound(f"{node.name} is gated by {shapes[1]}")
+        if op.residual and shapes[-1] != x:
+            raise Unsound(f"{node.name} adds {shapes[-1]}")
+        self._require_epilogue(node, op, x[1], op.residual)
+        return [x]
+
+    def _require_epilogue(
+        self, node: Node, op: Conv | Affine, channels: int, residual: bool
+    ) -> None:
+        """Raises Unsound unless norm, activation and slope fit `channels`, and `residual_last` is
+        set only with a residual."""
+        if isinstance(op.norm, Norm):
+            for name in (op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias):
+                if name is not None:
+                    self._require_state(node, name, [(channels,)])
+        if op.activation not in ACTIVATIONS or (op.residual_last and not residual):
+            raise Unsound(f"{node.name} ends with {op.activation}")
+        wanted = {"leaky_relu": (int, float), "prelu": (str,)}.get(op.activation, (type(None),))
+        if not isinstance(op.slope, wanted):
+            raise Unsound(f"{node.name} has slope {op.slope!r}")
+        if isinstance(op.slope, str):
+            one, each = self._state_of(node, op.slope).numel() == 1, (channels,)
+            self._require_state(
+                node, op.slope, [tuple(self._state_of(node, op.slope).shape)] if one else [each]
+            )
+
+    def _state_of(self, node: Node, name: str) -> Tensor:
+        if name not in self._state:
+            raise Unsound(f"{node.name} reads {name}, which the file does not hold")
+        return self._state[name]
+
+    def _require_state(
+        self,
+        node: Node,
+        name: str,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        tensor = self._state_of(node, name)
+        fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+        if tuple(tensor.shape) not in shapes or not fits:
+            raise Unsound(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; accepted: {shapes[0]}")
+
+    def _pooled(self, node: Node, op: MaxPool | AveragePool, x: tuple[int, ...]) -> tuple[int, ...]:
+        dilation = op.dilation if isinstance(op, MaxPool) else (1, 1)
+        sound = min(*op.kernel, *op.stride, *dilation) > 0 and all(
+            0 <= pad <= kernel // 2 for pad, kernel in zip(op.padding, op.kernel, strict=True)
+        )
+        if not sound or (isinstance(op, AveragePool) and op.divisor == 0):
+            raise Unsound(f"{node.name} is no pool")
+        with self._fake:
+            pooled = eager.function_of(node, self._graph.values, {})(torch.empty(x))
+        return tuple(pooled.shape)
+
+    def _of_torch(self, node: Node, op: Torch, inputs: list[Value]) -> Value:
+        """Returns the shape and dtype of a torch operation's result, found with fake tensors."""
+        if not (is_pure(op.target) or op.target in self._allow):
+            raise Unsound(
+                f"{op.target} is not known to only compute; load_engine(path, "
+                f"allow=[{op.target!r}]) runs it all the same"
+            )
+        for arg in [*op.args, *dict(op.kwargs).values()]:
+            self._require_argument(node, arg)
+        with self._fake, _not_logged():
+            state = {
+                name: self._fake.from_tensor(self._state_of(node, name))
+                for name in state_read_by(op)
+            }
+            given = [torch.empty(v.shape, dtype=v.dtype, device=self._device) for v in inputs]
+            result = eager.function_of(node, self._graph.values, state)(*given)
+        if not isinstance(result, Tensor) or result.layout != torch.strided:
+            raise Unsound(f"{node.name} is no tensor")
+        if result.device.type != self._device.type:
+            raise Unsound(f"{node.name} is on {result.device}")
+        return Value(tuple(result.shape), result.dtype)
+
+    def _require_argument(self, node: Node, arg: Any) -> None:
+        if isinstance(arg, list | tuple):
+            for item in arg:
+                self._require_argument(node, item)
+        elif isinstance(arg, dict):
+            ((kind, what),) = arg.items()
+            known = {
+                "value": lambda: type(what) is int and 0 <= what < len(node.inputs),
+                "state": lambda: what in self._state,
+                "device": lambda: torch.device(what).type == self._device.type,
+                "dtype": lambda: isinstance(getattr(torch, what), torch.dtype),
+                "memory_format": lambda: isinstance(getattr(torch, what), torch.memory_format),
+                "layout": lambda: getattr(torch, what) is torch.strided,
+            }
+            if kind not in known or not isinstance(what, int | str) or not known[kind]():
+                raise Unsound(f"{node.name} is given {arg}")
+        elif not (arg is None or isinstance(arg, bool | int | float | str)):
+            raise Unsound(f"{node.name} is given {arg!r}")
+
+
+@contextlib.contextmanager
+def _not_logged() -> Iterator[None]:
+    """Silences torch's log of fake tensors, which repeats each exception as a traceback."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
