@@ -115,9 +115,7 @@ def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
     return conv_step(problem, config).scratch_pitch
 
 
-def conv_step(
-    problem: ConvProblem, config: NativeConfig, *, residual_last: bool = False, **where: int
-) -> Step:
+def conv_step(problem: ConvProblem, config: NativeConfig, **where: int) -> Step:
     """Returns the step, with as much scratch memory for each thread as it needs by itself.
 
     Args:
@@ -131,7 +129,8 @@ def conv_step(
         pad_h=problem.padding[0], pad_w=problem.padding[1],
         dilation_h=problem.dilation[0], dilation_w=problem.dilation[1],
         groups=problem.groups,
-        activation=program.activation(problem.activation), residual_last=residual_last,
+        activation=program.activation(problem.activation),
+        residual_last=problem.epilogue.residual_last,
         by_channel=config.by_channel, block=config.block,
         **where,
     )  # fmt: skip

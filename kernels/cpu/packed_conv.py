@@ -13,7 +13,6 @@ from torch import Tensor
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.cpus import asking, threads
 from resfuse.kernels.cpu.library import why_unavailable
-from resfuse.kernels.cpu.onednn import Geometry
 from resfuse.kernels.cpu.program import ACTIVATIONS, Step, lanes, require_done, runner
 from resfuse.kernels.cpu.weight_layout import (
     direct_from,
@@ -25,7 +24,7 @@ from resfuse.kernels.cpu.weight_layout import (
 )
 from resfuse.kernels.cpu.weight_origin import is_plain
 from resfuse.kernels.ops.activation import Slope
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
 
 def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
@@ -163,15 +162,12 @@ class NativeConv:
     def _make(self, x: Tensor, residual: bool) -> tuple[Step, tuple[int, ...]]:
         n, c, h, w = x.shape
         k, _, r, s = self._shape
-        g = self._geometry
-        problem = ConvProblem(
-            n, c, h, w, k, r, s, g.stride, g.padding, g.dilation, g.groups,
-            math_mode="ieee", activation=self._activation, residual=residual,
-        )  # fmt: skip
+        epilogue = Epilogue.of(self._activation, residual)
+        problem = ConvProblem(n, c, h, w, k, r, s, self._geometry, epilogue, dtypes_of("ieee"))
         with asking(self._asked):
             config = conv_candidates.choose(problem)
         step = conv_candidates.conv_step(
-            problem, config, residual_last=False,
+            problem, config,
             w=self._weight.data_ptr(), bias=self._bias.data_ptr(),
             slope=0 if self._slope is None else self._slope.data_ptr(),
             x_pitch=c, residual_pitch=k, y_pitch=k,

@@ -41,8 +41,16 @@ from resfuse.kernels.gpu.common.arguments import (
     require_like,
 )
 from resfuse.kernels.gpu.common.epilogue import dot, relu
+from resfuse.kernels.gpu.common.gradient import convolution_backward
 from resfuse.kernels.gpu.common.launch import Launch, interpreting, multiprocessors
-from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem, math_mode_of
+from resfuse.kernels.ops.conv_problem import (
+    MATH_MODES,
+    ConvProblem,
+    Epilogue,
+    Geometry,
+    dtypes_of,
+    math_mode_of,
+)
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,8 @@ def launch(
 def problem_of(x: Tensor, filters: Tensor, math_mode: str) -> ConvProblem:
     n, c, h, w = (int(size) for size in x.shape)
     k = int(filters.shape[0])
-    return ConvProblem(n, c, h, w, k, 1, 1, math_mode=math_mode, activation="identity")
+    epilogue, dtypes = Epilogue(), dtypes_of(math_mode)
+    return ConvProblem(n, c, h, w, k, 1, 1, epilogue=epilogue, dtypes=dtypes)
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
@@ -279,10 +288,8 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad)
     of_norm = wanted[0] or wanted[3] or wanted[4]
     h = _normalised(x, mean, rstd, weight, bias, ctx.relu)
-    grad_h, grad_filters, _ = torch.ops.aten.convolution_backward(
-        grad, h, filters, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
-        [of_norm, wanted[5], False],
-    )  # fmt: skip
+    of_conv = of_norm, wanted[5], False
+    grad_h, grad_filters = convolution_backward(grad, h, filters, Geometry(), of_conv)[:2]
     made: list[Tensor | None] = [None] * len(wanted)
     made[5] = grad_filters if wanted[5] else None
     if of_norm:

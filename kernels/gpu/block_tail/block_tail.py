@@ -31,7 +31,7 @@ from resfuse.kernels.gpu.common.arguments import (
 )
 from resfuse.kernels.gpu.common.gradient import conv_bn_act_backward
 from resfuse.kernels.gpu.common.launch import multiprocessors, runs_triton
-from resfuse.kernels.ops.conv_problem import math_mode_of
+from resfuse.kernels.ops.conv_problem import Epilogue, Geometry, math_mode_of
 from resfuse.kernels.tuning_cache.timing_cache import known
 
 __all__ = ["TailProblem", "block_tail", "block_tail_ref", "problem_of", "supports"]
@@ -156,15 +156,22 @@ def _backward(ctx: Any, grad_y: Tensor, grad_next: Any = None) -> tuple[Tensor |
 
 
 def _conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: int,
     wanted: tuple[bool, ...],
-) -> tuple[Any, ...]:  # fmt: skip
+) -> tuple[Any, ...]:
     """Gradients of x, weight, bias and residual for relu(conv(x) + bias + residual)."""
-    padding = [weight.shape[2] // 2] * 2
+    padding = weight.shape[2] // 2
+    geometry = Geometry((stride, stride), (padding, padding))
+    epilogue = Epilogue.of("relu", residual is not None)
+    given = grad, x, weight, bias.to(x.dtype), residual, None
     grad_x, grad_weight, grad_bias, grad_residual, _ = conv_bn_act_backward(
-        grad, x, weight, bias.to(x.dtype), residual, [stride] * 2, padding, [1, 1], 1,
-        "relu", None, False, (wanted[0], wanted[1], wanted[2]),
-    )  # fmt: skip
+        *given, geometry, epilogue, wanted
+    )
     if grad_bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
     return grad_x, grad_weight, grad_bias, grad_residual
