@@ -65,9 +65,9 @@ class Epilogue(NamedTuple):
     """What is done to the sums before they are stored: act(sums + bias + residual), or
     act(sums + bias) + residual.
 
-    Numbers are no part of it: bias, residual and the activation's slope are tensors beside x. So
-    would int8's scales be, a factor a channel that the sums are multiplied by: a field here would
-    say that there are some, for a kernel compiles to other code with them.
+    It holds no numbers: bias, residual and the activation's slope are tensors beside x. int8's
+    scales would be one more, a factor for each channel's sums, with a field here that says whether
+    there is one, since a kernel is compiled with or without it.
     """
 
     activation: str = "identity"  # a name in ACTIVATIONS
@@ -86,10 +86,10 @@ class Epilogue(NamedTuple):
 
 
 class Dtypes(NamedTuple):
-    """The dtypes of a convolution's tensors and of its sums, in which the epilogue computes.
+    """The dtypes of a convolution's tensors and of its sums.
 
-    They may differ: layers that keep fp32 at a network's ends and bf16 inside have another `output`
-    than `input`; int8 is (uint8, int8, uint8, int32), and a row in MATH_MODES.
+    They may differ: where fp32 becomes bf16 inside a network, `output` is not `input`; int8 would
+    be (uint8, int8, uint8, int32), and a row in MATH_MODES.
     """
 
     input: torch.dtype
@@ -180,8 +180,15 @@ class ConvProblem:
         return cls(**given, geometry=geometry, epilogue=epilogue, dtypes=dtypes)
 
     def to_plain(self) -> dict[str, Any]:
-        """Returns it as saved engines and subprocesses read it: flat, its math mode by name, and
-        whether there is a residual, without its place (`epilogue.residual_last`)."""
+        """Returns it as saved engines and subprocesses read it: flat, its dtypes by the name of
+        their math mode, and whether there is a residual, without its place
+        (`epilogue.residual_last`).
+
+        Raises:
+            ValueError: no math mode has these dtypes.
+        """
+        if self.dtypes != dtypes_of(self.math_mode):
+            raise ValueError(f"{self.dtypes}; saved are those of a math mode alone")
         sizes = {name: getattr(self, name) for name in ("n", "c", "h", "w", "k", "r", "s")}
         return {
             **sizes,

@@ -222,10 +222,14 @@ def test_any_convolution_is_right_or_refused(problem: ConvProblem, data: st.Data
         require_conv(problem, config)
 
 
+MIXED = dtypes_of("ieee")._replace(output=torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     "problem, reason",
     [
         (replace(PROBLEMS["a 1x1"], dtypes=dtypes_of("bf16")), "bf16"),
+        (replace(PROBLEMS["a 1x1"], dtypes=MIXED), "mixed dtypes"),
         (replace(PROBLEMS["a 1x1"], epilogue=Epilogue("silu")), "silu"),
         (problem_of(1, 6, 5, 5, 6, 3, 3, groups=2), "groups"),
         (problem_of(1, 1 << 14, 1, 2, 16, 1, 2), "rows"),

@@ -91,3 +91,9 @@ def test_each_tensor_counts_with_its_own_dtype() -> None:
     outputs = 2 * 16 * PROBLEM.p * PROBLEM.q
     assert mixed.least_bytes - PROBLEM.least_bytes == 2 * outputs * 2  # y, and the residual
     assert mixed.read_bytes - PROBLEM.read_bytes == outputs * 2
+
+
+def test_dtypes_that_differ_are_not_saved_as_if_they_did_not() -> None:
+    mixed = dtypes_of("ieee")._replace(output=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"output=torch\.bfloat16"):
+        replace(PROBLEM, dtypes=mixed).to_plain()
