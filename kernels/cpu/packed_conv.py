@@ -167,11 +167,15 @@ class NativeConv:
         with asking(self._asked):
             config = conv_candidates.choose(problem)
         step = conv_candidates.conv_step(
-            problem, config,
-            w=self._weight.data_ptr(), bias=self._bias.data_ptr(),
+            problem,
+            config,
+            w=self._weight.data_ptr(),
+            bias=self._bias.data_ptr(),
             slope=0 if self._slope is None else self._slope.data_ptr(),
-            x_pitch=c, residual_pitch=k, y_pitch=k,
-        )  # fmt: skip
+            x_pitch=c,
+            residual_pitch=k,
+            y_pitch=k,
+        )
         return step, (n, k, problem.p, problem.q)
 
     def dense_weight(self) -> Tensor:

@@ -148,7 +148,7 @@ def _bn_act(place: Place) -> Iterator[Trial]:
     exact = cache(lambda: (bn_act.bn_act_ref(*(t.double() for t in (x, scale, shift, residual))),))
     for config in place.some(bn_act.CONFIGS):
         y = place.blank(*shape)
-        made = bn_act.launch(y, x, scale, shift, residual, activation="relu", config=config)
+        made = bn_act.launch(y, x, scale, shift, residual, config=config)
         label = f"{'x'.join(map(str, shape))} block {config.block}"
         yield Trial(label, place.math_mode, config, 1, made, (y,), exact)
 

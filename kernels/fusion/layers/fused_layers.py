@@ -291,6 +291,7 @@ class NormStep:
         self.chain = chain.summary()
         self.name, self.norm, self.act = chain.name, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
+        self.epilogue = Epilogue(chain.activation, chain.residual)
         self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
         self.adds_to = chain.adds_to
         self._sources = sources_of(self.norm)
@@ -302,7 +303,7 @@ class NormStep:
         if not is_on_gpu(x) or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
             return self.by_layers(x, residual)
         from resfuse.kernels.fusion.layers.prepared_launch import launched
-        from resfuse.kernels.gpu.bn_act.bn_act import bn_act, launch_of
+        from resfuse.kernels.gpu.bn_act.bn_act import checked, launch_of
 
         tensors = tensors_of(self._sources)
         made = self._made
@@ -313,18 +314,17 @@ class NormStep:
             self._made = made
         _, scale, shift, launches = made
         slope = slope_of(self.act, x.shape[1])
-        settings: dict[str, Any] = {
-            "activation": self.activation, "slope": slope,
-            "residual_last": self.residual == "after",
-        }  # fmt: skip
         # A slope that is a tensor is the activation's own, and no part of what was made.
         if isinstance(slope, Tensor) or x.numel() == 0 or not is_unseen(x, residual):
-            return bn_act(x, scale, shift, residual, **settings)
+            return checked(x, scale, shift, residual, slope, self.epilogue)
         x, residual = channels_last(x), None if residual is None else channels_last(residual)
         return launched(
-            launches, (slope, *signature_of(x, residual)), x, residual,
-            lambda: launch_of(x, scale, shift, residual, **settings),
-        )  # fmt: skip
+            launches,
+            (slope, *signature_of(x, residual)),
+            x,
+            residual,
+            lambda: launch_of(x, scale, shift, residual, slope, self.epilogue),
+        )
 
     def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns the result with the strides that eager's layers would have given it."""

@@ -90,8 +90,9 @@ def candidates(problem: ConvProblem) -> list[Config]:
 def choose(problem: ConvProblem, multiprocessors: int) -> Config:
     """The largest tile that gives every multiprocessor one; else the smallest. Not measured."""
     fit = candidates(problem)
-    return next((c for c in fit if c.tiles(problem)[0] * c.tiles(problem)[1] >= multiprocessors),
-                fit[-1])  # fmt: skip
+    return next(
+        (c for c in fit if c.tiles(problem)[0] * c.tiles(problem)[1] >= multiprocessors), fit[-1]
+    )
 
 
 def bn_conv1x1_ref(
@@ -99,9 +100,15 @@ def bn_conv1x1_ref(
 ) -> tuple[Tensor, Partials]:
     """The specification in torch's own layers, in any dtype: y, and its statistics as one part."""
     h = F.batch_norm(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training,
-        norm.momentum, norm.eps,
-    )  # fmt: skip
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.training,
+        norm.momentum,
+        norm.eps,
+    )
     y = F.conv2d(F.relu(h) if activation == "relu" else h, filters)
     return y, whole(y.detach())
 
@@ -247,9 +254,7 @@ def bn_conv1x1_op(
 def _normalised(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool
 ) -> Tensor:
-    return bn_add_relu_op(
-        x, mean, rstd, weight, bias, *(None,) * 6, True, False, relu
-    )  # fmt: skip
+    return bn_add_relu_op(x, mean, rstd, weight, bias, *(None,) * 6, True, False, relu)
 
 
 def _empty_outputs(x: Tensor, filters: Tensor) -> tuple[Tensor, Partials]:
@@ -271,9 +276,16 @@ def _fake(
 
 @register_flop_formula(torch.ops.resfuse.bn_conv1x1)
 def _flops(
-    x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, filters: Any, *_: Any,
-    out_shape: Any = None, **__: Any,
-) -> int:  # fmt: skip
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    bias: Any,
+    filters: Any,
+    *_: Any,
+    out_shape: Any = None,
+    **__: Any,
+) -> int:
     return 2 * x[0] * x[1] * x[2] * x[3] * filters[0]
 
 
@@ -340,7 +352,14 @@ def bn_conv1x1(
     x = channels_last(x)
     mean, rstd = norm.statistics(x, partials)
     y, values, counts = bn_conv1x1_op(
-        x, mean, rstd, norm.weight, norm.bias, filters, norm.training, activation == "relu",
+        x,
+        mean,
+        rstd,
+        norm.weight,
+        norm.bias,
+        filters,
+        norm.training,
+        activation == "relu",
         norm.group if norm.training else None,
-    )  # fmt: skip
+    )
     return y, Partials(values, counts)

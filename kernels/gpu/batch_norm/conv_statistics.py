@@ -150,9 +150,10 @@ def launch(problem: ConvProblem, tensors: Tensors, partials: Partials, config: C
     config.check(problem)
     pixels, channels = config.tiles(problem)
     args = gemm_arguments(problem, tensors, config) | {
-        "values_ptr": partials.values, "counts_ptr": partials.counts,
+        "values_ptr": partials.values,
+        "counts_ptr": partials.counts,
         "plane": partials.values[0].numel(),
-    }  # fmt: skip
+    }
     constants = gemm_constants(problem, config) | {"PACK": config.pack(problem)}
     names = conv_statistics_kernel.arg_names
     return Launch(

@@ -49,9 +49,16 @@ from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry
 from resfuse.kernels.tuning_cache.timing_cache import known
 
 __all__ = [
-    "CONFIGS", "Config", "candidates", "choose", "conv_bn_act", "conv_bn_act_ref", "launch",
-    "resnet_problems", "shipped",
-]  # fmt: skip
+    "CONFIGS",
+    "Config",
+    "candidates",
+    "choose",
+    "conv_bn_act",
+    "conv_bn_act_ref",
+    "launch",
+    "resnet_problems",
+    "shipped",
+]
 
 
 def conv_bn_act_ref(

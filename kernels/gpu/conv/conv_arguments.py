@@ -132,27 +132,40 @@ def arguments(problem: ConvProblem, tensors: Tensors) -> dict[str, Argument]:
             raise ValueError(f"argument {name}: strides {vector.stride()}; accepted: contiguous")
     by_channel = isinstance(slope, Tensor)
     return {
-        "x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "residual_ptr": residual,
-        "slope_ptr": slope if by_channel else None, "y_ptr": y,
+        "x_ptr": x,
+        "w_ptr": weight,
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "slope_ptr": slope if by_channel else None,
+        "y_ptr": y,
         "M": problem.n * problem.p * problem.q,
-        "H": problem.h, "W": problem.w, "P": problem.p, "Q": problem.q,
+        "H": problem.h,
+        "W": problem.w,
+        "P": problem.p,
+        "Q": problem.q,
         "negative_slope": 0.0 if by_channel or slope is None else float(slope),
-    }  # fmt: skip
+    }
 
 
 def constants(problem: ConvProblem) -> dict[str, Any]:
     """The compile-time constants every convolution kernel has."""
     return {
         "GROUPS": problem.groups,
-        "C_GROUP": problem.c // problem.groups, "K_GROUP": problem.k // problem.groups,
-        "R": problem.r, "S": problem.s,
-        "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
-        "PADDING_H": problem.padding[0], "PADDING_W": problem.padding[1],
-        "DILATION_H": problem.dilation[0], "DILATION_W": problem.dilation[1],
-        "ACTIVATION": problem.activation, "RESIDUAL_LAST": problem.epilogue.residual_last,
+        "C_GROUP": problem.c // problem.groups,
+        "K_GROUP": problem.k // problem.groups,
+        "R": problem.r,
+        "S": problem.s,
+        "STRIDE_H": problem.stride[0],
+        "STRIDE_W": problem.stride[1],
+        "PADDING_H": problem.padding[0],
+        "PADDING_W": problem.padding[1],
+        "DILATION_H": problem.dilation[0],
+        "DILATION_W": problem.dilation[1],
+        "ACTIVATION": problem.activation,
+        "RESIDUAL_LAST": problem.epilogue.residual_last,
         "MATH_MODE": problem.math_mode,
         "UPCAST": problem.math_mode == "bf16" and interpreting(),
-    }  # fmt: skip
+    }
 
 
 def gemm_arguments(problem: ConvProblem, tensors: Tensors, tile: Config) -> dict[str, Argument]:
@@ -160,16 +173,20 @@ def gemm_arguments(problem: ConvProblem, tensors: Tensors, tile: Config) -> dict
     tiles_m, tiles_n = tile.tiles(problem)
     return {
         **arguments(problem, tensors),
-        "tiles_m": tiles_m, "tiles_n": tiles_n,
+        "tiles_m": tiles_m,
+        "tiles_n": tiles_n,
         "taps": problem.r * problem.s,
         "channels": tile.pack(problem) * problem.c // problem.groups,
-    }  # fmt: skip
+    }
 
 
 def gemm_constants(problem: ConvProblem, tile: Config) -> dict[str, Any]:
     """The constants every convolution kernel has, and those of an implicit GEMM's tile."""
     return {
         **constants(problem),
-        "LOOP": tile.loop, "GROUP_M": tile.group_m,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-    }  # fmt: skip
+        "LOOP": tile.loop,
+        "GROUP_M": tile.group_m,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }

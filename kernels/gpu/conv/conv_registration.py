@@ -56,10 +56,18 @@ def declare(
     ) -> Tensor:
         if not runs_triton(x):
             return twin(
-                x, weight, bias, residual, stride=stride, padding=padding, dilation=dilation,
-                groups=groups, activation=activation,
-                slope=negative_slope if slope is None else slope, residual_last=residual_last,
-            )  # fmt: skip
+                x,
+                weight,
+                bias,
+                residual,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+                activation=activation,
+                slope=negative_slope if slope is None else slope,
+                residual_last=residual_last,
+            )
         geometry = Geometry.of(stride, padding, dilation, groups)
         epilogue = Epilogue.of(activation, residual is not None, residual_last)
         problem = problem_of(x, weight, geometry, epilogue)
@@ -123,10 +131,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, slope = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    either = ctx.negative_slope if slope is None else slope
+    given = grad, x, weight, None if bias is None else bias.to(x.dtype), residual, either
     grad_x, grad_weight, grad_bias, grad_residual, grad_slope = conv_bn_act_backward(
-        grad, x, weight, None if bias is None else bias.to(x.dtype), residual,
-        ctx.negative_slope if slope is None else slope, ctx.geometry, ctx.epilogue, needs[:3],
-    )  # fmt: skip
+        *given, ctx.geometry, ctx.epilogue, needs[:3]
+    )
     return (
         grad_x,
         grad_weight,

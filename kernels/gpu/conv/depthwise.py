@@ -127,11 +127,12 @@ def launch(problem: ConvProblem, tensors: Tensors, config: Config) -> Launch:
         {
             **constants(problem),
             "UNROLL": min(problem.r * problem.s, UNROLLED_TAPS),
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
         },
         config.num_warps,
         1,
-    )  # fmt: skip
+    )
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:

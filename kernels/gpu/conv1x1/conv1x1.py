@@ -88,10 +88,16 @@ def conv1x1_op(
     at = (stride[0], stride[1])
     if not runs_triton(x):
         y = conv1x1_ref(
-            x, weight, bias, residual,
-            stride=at, activation=activation, slope=either, residual_last=residual_last,
+            x,
+            weight,
+            bias,
+            residual,
+            stride=at,
+            activation=activation,
+            slope=either,
+            residual_last=residual_last,
             shortcut=shortcut,
-        )  # fmt: skip
+        )
         return channels_last(y)
     y = empty_channels_last(_output_shape(x.shape, weight.shape, stride), x)
     if y.numel():
@@ -115,10 +121,8 @@ def _fake(
 
 
 @register_flop_formula(torch.ops.resfuse.conv1x1)
-def _flops(
-    x: Any, weight: Any, bias: Any, residual: Any, slope: Any, stride: Any, x2: Any, *_: Any,
-    out_shape: Any = None, **__: Any,
-) -> int:  # fmt: skip
+def _flops(x: Any, weight: Any, *flat: Any, out_shape: Any = None, **__: Any) -> int:
+    _, _, _, stride, x2, *_ = flat
     n, k, p, q = _output_shape(x, weight, stride)
     return 2 * n * p * q * k * (x[1] + (x2[1] if x2 is not None else 0))
 
@@ -138,11 +142,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if x2 is not None:
         projected = F.conv2d(x2, weight2, stride=ctx.stride2)
         seen = projected if seen is None else seen + projected
+    geometry, epilogue = Geometry(ctx.stride), Epilogue.of(ctx.activation, seen is not None)
+    either = ctx.negative_slope if slope is None else slope
+    given = grad, x, weight, None if bias is None else bias.to(x.dtype), seen, either
     grad_x, grad_weight, grad_bias, grad_z, grad_slope = conv_bn_act_backward(
-        grad, x, weight, bias.to(x.dtype) if bias is not None else None, seen,
-        slope if slope is not None else ctx.negative_slope,
-        Geometry(ctx.stride), Epilogue.of(ctx.activation, seen is not None), needs[:3],
-    )  # fmt: skip
+        *given, geometry, epilogue, needs[:3]
+    )
     grad_x2, grad_weight2 = None, None
     if x2 is not None and (needs[6] or needs[7]):
         wanted = needs[6], needs[7], False
@@ -155,8 +160,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
         (grad if ctx.residual_last else grad_z) if needs[3] else None,
         grad_slope.sum((0, 2, 3)).to(slope.dtype) if needs[4] else None,
-        None, grad_x2, grad_weight2, None, None, None, None,
-    )  # fmt: skip
+        None,
+        grad_x2,
+        grad_weight2,
+        *(None,) * 4,
+    )
 
 
 conv1x1_op.register_autograd(_backward, setup_context=_setup_context)
@@ -197,7 +205,12 @@ def require_arguments(
 
 
 def launch_with_shortcut(
-    x: Tensor, weight: Tensor, bias: Tensor, activation: str, slope: Slope, shortcut: Shortcut
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slope: Slope,
+    epilogue: Epilogue,
+    shortcut: Shortcut,
 ) -> Launch:
     """The launch of `conv1x1` with a projection, of the very tensors given; into a new y.
 
@@ -207,7 +220,6 @@ def launch_with_shortcut(
     Raises:
         ValueError: as `conv1x1`.
     """
-    epilogue = Epilogue(activation)
     shape = require_arguments(x, weight, bias, None, slope, (1, 1), epilogue, shortcut)
     slope = slope.contiguous() if isinstance(slope, Tensor) else slope
     y = empty_channels_last(shape, x)

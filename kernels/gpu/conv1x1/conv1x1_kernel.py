@@ -268,12 +268,14 @@ def shipped() -> Iterator[tuple[str, Launch]]:
         side = stand_ins(problem(256, 56, 56, 512, geometry=Geometry((2, 2))))
         cases = {
             "56x56x64 k256 + residual": (
-                problem(64, 56, 56, 256, epilogue=Epilogue("relu", "before")), None,
+                problem(64, 56, 56, 256, epilogue=Epilogue("relu", "before")),
+                None,
             ),
             "28x28x128 k512 + 56x56x256 /2": (
-                problem(128, 28, 28, 512), Shortcut(side.x, side.weight, (2, 2)),
+                problem(128, 28, 28, 512),
+                Shortcut(side.x, side.weight, (2, 2)),
             ),
-        }  # fmt: skip
+        }
         offered = candidates(gemm_of(problem(256, 56, 56, 256)))
         for case, (convolution, shortcut) in cases.items():
             for config in offered:

@@ -157,8 +157,10 @@ def launch(problem: ConvProblem, tensors: Tensors, config: Config, scratch: Work
         (tiles, config.splits),
         {
             **gemm_arguments(problem, tensors, tile),
-            "partials_ptr": scratch.partials, "counters_ptr": scratch.counters,
-            "splits": config.splits, "split_channels": config.split_channels,
+            "partials_ptr": scratch.partials,
+            "counters_ptr": scratch.counters,
+            "splits": config.splits,
+            "split_channels": config.split_channels,
             "taps_each": config.taps_each(problem),
             "channels_each": config.channel_blocks_each(problem) * tile.block_k,
         },
@@ -167,7 +169,7 @@ def launch(problem: ConvProblem, tensors: Tensors, config: Config, scratch: Work
         tile.num_stages,
         scratch=("partials_ptr",),
         counters=("counters_ptr",),
-    )  # fmt: skip
+    )
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:

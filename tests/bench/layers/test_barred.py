@@ -205,7 +205,7 @@ def test_the_runtime_leaves_out_what_is_barred() -> None:
     first = bn_act_config.choose(problem, 132)
 
     def block() -> int:
-        made = bn_act.launch(torch.empty_like(x), x, scale, shift, None, activation="relu")
+        made = bn_act.launch(torch.empty_like(x), x, scale, shift)
         return int(made.constants["BLOCK"])
 
     assert block() == first.block
