@@ -16,7 +16,7 @@ from resfuse.bench.common.errors import Unavailable
 from resfuse.kernels.gpu.cudnn.cudnn_probe import decided
 from resfuse.kernels.gpu.cudnn.cudnn_relu import conv_relu, searching, zeros_for
 from resfuse.kernels.ops.bn_folding import fold_conv_bn
-from resfuse.kernels.ops.conv_problem import math_mode_of, output_shape
+from resfuse.kernels.ops.conv_problem import Geometry, math_mode_of
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -49,20 +49,19 @@ class _Conv(nn.Module):
             bias = weight.new_zeros(conv.out_channels)
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", bias.detach())
-        self.stride, self.padding = list(conv.stride), _pixels(conv)
-        self.dilation, self.groups = list(conv.dilation), conv.groups
+        self.geometry = Geometry.of(conv.stride, _pixels(conv), conv.dilation, conv.groups)
         self.form, self.zeros = form, zeros
         self.relu = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        geometry = self.geometry
         if residual is not None:
             return torch.cudnn_convolution_add_relu(
                 x, self.weight, residual, 1.0, self.bias, *geometry
             )
         if not self.relu:
             return F.conv2d(x, self.weight, self.bias, *geometry)
-        y_shape = output_shape(x.shape, self.weight.shape, *geometry[:3])
+        y_shape = geometry.output_shape(x.shape, self.weight.shape)
         z = zeros_for(self.form, y_shape, lambda count: self.zeros.of(count, x))
         return conv_relu(self.form, x, self.weight, self.bias, z, geometry)
 

@@ -102,7 +102,7 @@ def run_convolution(
         KeyboardInterrupt: after the subprocess was killed.
     """
     payload = {
-        "convolution": asdict(convolution),
+        "convolution": convolution.to_plain(),
         "providers": list(providers),
         "options": asdict(options),
         "ceilings": dict(ceilings),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from resfuse.bench.records.case import Case
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 from resfuse.resnet_ref import create
 
 
@@ -26,12 +26,12 @@ class Convolution:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Convolution":
-        """Returns the convolution that `dataclasses.asdict` and JSON have made plain data of."""
-        sizes: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in plain["problem"].items()
-        }
-        return cls(**{**plain, "problem": ConvProblem(**sizes)})
+        """Returns the convolution that `to_plain` and JSON have made plain data of."""
+        return cls(**{**plain, "problem": ConvProblem.from_plain(plain["problem"])})
+
+    def to_plain(self) -> dict[str, Any]:
+        """Returns it as JSON takes it."""
+        return {**vars(self), "problem": self.problem.to_plain()}
 
     @property
     def shape(self) -> str:
@@ -85,19 +85,6 @@ def every(cases: Iterable[Case]) -> list[Convolution]:
 def _problem(conv: nn.Conv2d, x: torch.Tensor, math_mode: str) -> ConvProblem:
     assert not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
     n, c, h, w = x.shape
-    return ConvProblem(
-        n, c, h, w,
-        k=conv.out_channels,
-        r=conv.kernel_size[0],
-        s=conv.kernel_size[1],
-        stride=_pair(conv.stride),
-        padding=_pair(conv.padding),
-        dilation=_pair(conv.dilation),
-        groups=conv.groups,
-        math_mode=math_mode,
-        activation="relu",
-    )  # fmt: skip
-
-
-def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-    return sizes[0], sizes[1]
+    k, (r, s) = conv.out_channels, conv.kernel_size
+    geometry = Geometry.of(conv.stride, conv.padding, conv.dilation, conv.groups)
+    return ConvProblem(n, c, h, w, k, r, s, geometry, Epilogue("relu"), dtypes_of(math_mode))

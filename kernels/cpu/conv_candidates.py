@@ -14,7 +14,7 @@ from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.library import constant
 from resfuse.kernels.cpu.program import ACTIVATIONS, Step, lanes, mr, nr, whole_vectors
 from resfuse.kernels.cpu.weight_layout import direct_weights, grouped_weights, winograd_weights
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, dtypes_of
 
 Form = Literal["direct", "winograd", "winograd_inline", "grouped"]
 
@@ -37,8 +37,9 @@ class NativeConfig:
 
 def refusal(problem: ConvProblem) -> str | None:
     """Returns why no form computes `problem`, or None."""
-    if problem.math_mode != "ieee":
-        return f"{problem.math_mode}; the native steps compute in float32"
+    if problem.dtypes != dtypes_of("ieee"):
+        found = "mixed dtypes" if problem.math_mode == "ieee" else problem.math_mode
+        return f"{found}; the native steps compute in float32"
     if problem.activation not in ACTIVATIONS:
         return f"no native {problem.activation}"
     row = problem.c // problem.groups * problem.s
@@ -116,9 +117,7 @@ def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
     return floats
 
 
-def conv_step(
-    problem: ConvProblem, config: NativeConfig, *, residual_last: bool = False, **where: int
-) -> Step:
+def conv_step(problem: ConvProblem, config: NativeConfig, **where: int) -> Step:
     """Returns the step, with as much scratch memory for each thread as it needs by itself.
 
     Args:
@@ -132,7 +131,8 @@ def conv_step(
         pad_h=problem.padding[0], pad_w=problem.padding[1],
         dilation_h=problem.dilation[0], dilation_w=problem.dilation[1],
         groups=problem.groups,
-        activation=program.activation(problem.activation), residual_last=residual_last,
+        activation=program.activation(problem.activation),
+        residual_last=problem.epilogue.residual_last,
         by_channel=config.by_channel, block=config.block,
         **where,
     )  # fmt: skip

@@ -7,13 +7,13 @@ take 18 % of ResNet-50's time at batch 8.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
+from resfuse.kernels.ops.conv_problem import Geometry
 
 # activation -> oneDNN's name for it and its scalars
 _ELTWISE: dict[str, tuple[str, list[float]]] = {
@@ -23,16 +23,6 @@ _ELTWISE: dict[str, tuple[str, list[float]]] = {
     "silu": ("swish", []),
     "hardswish": ("hardswish", []),
 }
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How the window of a convolution moves."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -68,10 +58,10 @@ class PackedConv:
         input_shape: torch.Size,
     ) -> None:
         window = [list(geometry.padding), list(geometry.stride), list(geometry.dilation)]
+        channels_last = weight.contiguous(memory_format=torch.channels_last)
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            weight.contiguous(memory_format=torch.channels_last),
-            *window, geometry.groups, list(input_shape),
-        )  # fmt: skip
+            channels_last, *window, geometry.groups, list(input_shape)
+        )
         self._bias = bias
         self._layer = (self.weight, bias, *window, geometry.groups)
         self._act, self._slope = ACTIVATIONS[activation], slope

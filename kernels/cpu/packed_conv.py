@@ -14,7 +14,6 @@ from torch import Tensor
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.cpus import asking, threads
 from resfuse.kernels.cpu.library import why_unavailable
-from resfuse.kernels.cpu.onednn import Geometry
 from resfuse.kernels.cpu.program import ACTIVATIONS, Step, lanes, require_done, runner
 from resfuse.kernels.cpu.weight_layout import (
     direct_from,
@@ -26,7 +25,7 @@ from resfuse.kernels.cpu.weight_layout import (
 )
 from resfuse.kernels.cpu.weight_origin import is_plain
 from resfuse.kernels.ops.activation import Slope
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
 
 def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
@@ -183,23 +182,24 @@ class NativeConv:
             with asking(self.asked):
                 config = conv_candidates.choose(problem)
         step = conv_candidates.conv_step(
-            problem, config, residual_last=False,
-            w=self._weight.data_ptr(), bias=self._bias.data_ptr(),
+            problem,
+            config,
+            w=self._weight.data_ptr(),
+            bias=self._bias.data_ptr(),
             slope=0 if self._slope is None else self._slope.data_ptr(),
-            x_pitch=problem.c, residual_pitch=problem.k, y_pitch=problem.k,
+            x_pitch=problem.c,
+            residual_pitch=problem.k,
+            y_pitch=problem.k,
             unstored=-problem.k % lanes(),
-        )  # fmt: skip
+        )
         return step, (problem.n, problem.k, problem.p, problem.q)
 
     def problem(self, shape: Sequence[int], residual: bool) -> ConvProblem:
         """Returns the problem for inputs of `shape`."""
         n, c, h, w = shape
         k, _, r, s = self._shape
-        g = self._geometry
-        return ConvProblem(
-            n, c, h, w, k, r, s, g.stride, g.padding, g.dilation, g.groups,
-            math_mode="ieee", activation=self._activation, residual=residual,
-        )  # fmt: skip
+        epilogue = Epilogue.of(self._activation, residual)
+        return ConvProblem(n, c, h, w, k, r, s, self._geometry, epilogue, dtypes_of("ieee"))
 
     def dense_weight(self) -> Tensor:
         """Returns the weight [K, C / groups, R, S] in its original layout."""

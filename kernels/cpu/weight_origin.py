@@ -156,10 +156,11 @@ class Copies:
         always = {id(tensor) for tensor in in_full}
         self._all = [_words(tensor) for tensor in tensors]
         self._read = [
-            words if len(words) <= self._SMALL or id(tensor) in always
+            words
+            if len(words) <= self._SMALL or id(tensor) in always
             else words[:: len(words) // self._SAMPLES | 1]
             for tensor, words in zip(tensors, self._all, strict=True)
-        ]  # fmt: skip
+        ]
         self._kept = [words.clone() for words in self._read]
         self._sums = self._summed()
 

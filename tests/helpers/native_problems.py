@@ -1,6 +1,7 @@
 """Convolutions and pools for the native steps to get right, and the judge of whether they do."""
 
 from dataclasses import asdict
+from typing import Any
 
 from torch import Tensor
 
@@ -10,13 +11,15 @@ from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph, MaxPool, State
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics.cpu import native
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
 
 def problem_of(
-    n: int, c: int, h: int, w: int, k: int, r: int, s: int, activation: str = "relu", **rest: object
-) -> ConvProblem:
-    return ConvProblem(n, c, h, w, k, r, s, math_mode="ieee", activation=activation, **rest)  # type: ignore[arg-type]
+    n: int, c: int, h: int, w: int, k: int, r: int, s: int,
+    activation: str = "relu", residual: bool = False, **window: Any,
+) -> ConvProblem:  # fmt: skip
+    geometry, epilogue = Geometry(**window), Epilogue.of(activation, residual)
+    return ConvProblem(n, c, h, w, k, r, s, geometry, epilogue, dtypes_of("ieee"))
 
 
 # Small maps; the numbers of channels are those that make the code take another branch. A vector has
@@ -81,19 +84,15 @@ POOLS = {
 }
 
 
-def executor_of(
-    problem: ConvProblem, config: NativeConfig, state: State, *, residual_last: bool = False
-) -> tuple[Graph, Executor]:
-    graph = conv_graph(problem, residual_last=residual_last)
+def executor_of(problem: ConvProblem, config: NativeConfig, state: State) -> tuple[Graph, Executor]:
+    graph = conv_graph(problem)
     choice = Candidate("native", 0, 1, tuple(asdict(config).items()))
     return graph, Executor(graph, [choice], state)
 
 
-def require_conv(
-    problem: ConvProblem, config: NativeConfig, *, residual_last: bool = False
-) -> None:
+def require_conv(problem: ConvProblem, config: NativeConfig) -> None:
     state = conv_state(problem)
-    graph, executor = executor_of(problem, config, state, residual_last=residual_last)
+    graph, executor = executor_of(problem, config, state)
     # sums are of unit size; ReLU may leave a few that are nearly nothing, and all rounding
     require_right(graph, executor, state, inputs_of(graph), scale=1.0)
 

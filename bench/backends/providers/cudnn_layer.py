@@ -8,7 +8,7 @@ from torch import Tensor
 from resfuse.bench.backends.providers.layer import ConvRelu
 from resfuse.bench.common.errors import Unavailable
 from resfuse.kernels.gpu.cudnn.cudnn_probe import decided
-from resfuse.kernels.gpu.cudnn.cudnn_relu import Geometry, conv_relu, searching, zeros_for
+from resfuse.kernels.gpu.cudnn.cudnn_relu import conv_relu, searching, zeros_for
 
 
 def build(layer: ConvRelu, example: Tensor) -> Callable[[Tensor], Tensor]:
@@ -23,12 +23,11 @@ def build(layer: ConvRelu, example: Tensor) -> Callable[[Tensor], Tensor]:
     assert conv.bias is not None
     way = decided(p.math_mode, example.device)
     weight, bias = conv.weight.contiguous(memory_format=torch.channels_last), conv.bias
-    z = zeros_for(way.form, (p.n, p.k, p.p, p.q), weight.new_zeros)
-    geometry: Geometry = p.stride, p.padding, p.dilation, p.groups
+    z = zeros_for(way.form, p.output_shape, weight.new_zeros)
 
     @torch.inference_mode()
     def run(x: Tensor) -> Tensor:
         with searching(way.search):
-            return conv_relu(way.form, x, weight, bias, z, geometry)
+            return conv_relu(way.form, x, weight, bias, z, p.geometry)
 
     return run

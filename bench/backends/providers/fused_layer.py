@@ -44,7 +44,7 @@ def build_conv1x1(layer: ConvRelu, example: Tensor) -> Run:
     p = layer.problem
     if (p.r, p.s) != (1, 1) or p.padding != (0, 0) or p.groups != 1:
         raise Unavailable("conv1x1 computes 1x1 convolutions without padding or groups only")
-    return _triton("conv1x1", layer)
+    return _triton("conv1x1", layer, stride=p.stride)
 
 
 def build_split_k(layer: ConvRelu, example: Tensor) -> Run:
@@ -54,8 +54,7 @@ def build_split_k(layer: ConvRelu, example: Tensor) -> Run:
 
 
 def _window(layer: ConvRelu) -> dict[str, Any]:
-    p = layer.problem
-    return {"padding": p.padding, "dilation": p.dilation, "groups": p.groups}
+    return layer.problem.geometry._asdict()
 
 
 def _triton(kernel: str, layer: ConvRelu, **window: Any) -> Run:
@@ -64,11 +63,11 @@ def _triton(kernel: str, layer: ConvRelu, **window: Any) -> Run:
     except ModuleNotFoundError as error:
         raise Unavailable(f"{kernel} needs {error.name}, which is not installed") from None
     weight = layer.conv.weight.contiguous(memory_format=torch.channels_last)
-    bias, stride = layer.conv.bias, layer.problem.stride
+    bias = layer.conv.bias
 
     @torch.inference_mode()
     def run(x: Tensor) -> Tensor:
-        y: Tensor = op(x, weight, bias, stride=stride, activation="relu", **window)
+        y: Tensor = op(x, weight, bias, activation="relu", **window)
         return y
 
     return run
@@ -77,9 +76,8 @@ def _triton(kernel: str, layer: ConvRelu, **window: Any) -> Run:
 def _packed(make: Callable[..., Packed], layer: ConvRelu, example: Tensor) -> Run:
     if not onednn.supports(example.dtype):
         raise Unavailable(f"oneDNN has no fused convolution in {example.dtype} on this CPU")
-    p, conv = layer.problem, layer.conv
+    conv, geometry = layer.conv, layer.problem.geometry
     assert conv.bias is not None
-    geometry = onednn.Geometry(p.stride, p.padding, p.dilation, p.groups)
     packed = make(conv.weight, conv.bias, geometry, "relu", None, example.shape)
 
     @torch.inference_mode()

@@ -13,9 +13,7 @@ class ConvRelu(nn.Module):
     def __init__(self, problem: ConvProblem) -> None:
         super().__init__()
         p = self.problem = problem
-        self.conv = nn.Conv2d(
-            p.c, p.k, (p.r, p.s), p.stride, p.padding, p.dilation, p.groups, bias=True
-        )
+        self.conv = nn.Conv2d(p.c, p.k, (p.r, p.s), *p.geometry, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu_(self.conv(x))

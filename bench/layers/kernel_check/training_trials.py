@@ -21,7 +21,7 @@ from resfuse.kernels.gpu.batch_norm.batch_statistics_kernel import (
 from resfuse.kernels.gpu.batch_norm.bn_add_relu_kernel import Normed
 from resfuse.kernels.gpu.conv.conv_arguments import Tensors
 from resfuse.kernels.gpu.conv.conv_config import BY_MATH_MODE, resnet_problems
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
 
 def _shape(place: Place) -> tuple[int, int, int, int]:
@@ -127,8 +127,9 @@ def conv_statistics(place: Place) -> Iterator[Trial]:
     """Yields trials of a convolution and the statistics of its output, tile by tile."""
     problems = [p for p in resnet_problems(place.math_mode) if p.n == 32]
     if place.small:
-        problems = [ConvProblem(1, 16, 5, 7, 24, 3, 3, (1, 1), (1, 1), math_mode=place.math_mode)]
-    problems = [replace(problem, activation="identity") for problem in problems]
+        problems = [ConvProblem(1, 16, 5, 7, 24, 3, 3, Geometry(padding=(1, 1)))]
+    dtypes = dtypes_of(place.math_mode)
+    problems = [replace(problem, epilogue=Epilogue(), dtypes=dtypes) for problem in problems]
     usable = {problem: conv.candidates(problem) for problem in problems}
     configs = (c for c in BY_MATH_MODE[place.math_mode] if any(c in u for u in usable.values()))
     for config in place.some(configs):
@@ -147,9 +148,7 @@ def conv_statistics(place: Place) -> Iterator[Trial]:
             rows: int = config.block_m,
         ) -> tuple[Tensor, ...]:  # fmt: skip
             x, weight = (t.double() for t in operands)
-            y = F.conv2d(
-                x, weight, None, problem.stride, problem.padding, problem.dilation, problem.groups
-            )
+            y = F.conv2d(x, weight, None, *problem.geometry)
             return y, *_parts(y, rows)
 
         label = f"{problem.label()} {config.label()}"

@@ -4,6 +4,7 @@ Problems are those `shipped` compiles, at a smaller batch; `small` ones, for Tri
 are tiny, and one configuration stands for all of its math mode.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -30,23 +31,27 @@ from resfuse.kernels.gpu.conv1x1 import conv1x1_config, conv1x1_kernel
 from resfuse.kernels.gpu.conv1x1.conv1x1 import Shortcut, conv1x1_ref
 from resfuse.kernels.gpu.split_k import split_k, split_k_config
 from resfuse.kernels.gpu.stem import stem, stem_config, stem_kernel
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
 __all__ = ["TRIALS", "Place", "Trial"]
 
 
+_SAME = Geometry(padding=(1, 1))  # of a 3x3 whose output is as large as its input
+
+
 def _conv(place: Place) -> Iterator[Trial]:
+    dtypes = dtypes_of(place.math_mode)
     problems = [p for p in resnet_problems(place.math_mode) if p.n == 32]
     if place.small:
-        problems = [ConvProblem(1, 16, 5, 7, 24, 3, 3, (1, 1), (1, 1), math_mode=place.math_mode)]
+        problems = [ConvProblem(1, 16, 5, 7, 24, 3, 3, _SAME, dtypes=dtypes)]
     usable = {problem: candidates(problem) for problem in problems}
     for config in place.some(c for c in BY_MATH_MODE[place.math_mode] if _any(c, usable)):
         problem = next(problem for problem in problems if config in usable[problem])
         launch = partial(conv.launch, config=config)
         yield _convolution(place, problem, config.label(), config, launch)
     size = 5 if place.small else 28
-    deep = ConvProblem(1 if place.small else 32, 128, size, size, 128, 3, 3, (1, 1), (1, 1),
-                       groups=128, math_mode=place.math_mode)  # fmt: skip
+    n, geometry = 1 if place.small else 32, _SAME._replace(groups=128)
+    deep = ConvProblem(n, 128, size, size, 128, 3, 3, geometry, dtypes=dtypes)
     for own in place.some(depthwise.candidates(deep)):
         label = f"depthwise {own.block_m}x{own.block_n}"
         yield _convolution(place, deep, label, own, partial(depthwise.launch, config=own))
@@ -55,7 +60,8 @@ def _conv(place: Place) -> Iterator[Trial]:
 def _split_k(place: Place) -> Iterator[Trial]:
     problems = [p for p in resnet_problems(place.math_mode) if p.n == 1 and p.groups == 1]
     if place.small:
-        problems = [ConvProblem(1, 128, 3, 5, 16, 3, 3, (1, 1), (1, 1), math_mode=place.math_mode)]
+        dtypes = dtypes_of(place.math_mode)
+        problems = [ConvProblem(1, 128, 3, 5, 16, 3, 3, _SAME, dtypes=dtypes)]
     seen = set()
     for problem in problems:
         found = split_k_config.candidates(problem)
@@ -70,7 +76,7 @@ def _convolution(
     place: Place, problem: ConvProblem, label: str, config: Any, launch: Callable[..., Launch]
 ) -> Trial:
     x, weight, bias = _operands(place, problem)
-    y = place.blank(problem.n, problem.k, problem.p, problem.q)
+    y = place.blank(*problem.output_shape)
     made = launch(problem, Tensors(x, weight, bias, None, None, y))
     named = f"{problem.label()} {label}"
     return Trial(named, place.math_mode, config, weight[0].numel(), made, (y,),
@@ -78,22 +84,19 @@ def _convolution(
 
 
 def _operands(place: Place, problem: ConvProblem) -> tuple[Tensor, Tensor, Tensor]:
-    c = problem.c // problem.groups
+    k, *window = problem.weight_shape
     return (
-        place.draw(problem.n, problem.c, problem.h, problem.w),
-        place.draw(problem.k, c, problem.r, problem.s, fan_in=c * problem.r * problem.s),
-        place.draw(problem.k),
+        place.draw(*problem.input_shape),
+        place.draw(k, *window, fan_in=math.prod(window)),
+        place.draw(k),
     )
 
 
 @cache
 def _exact_convolution(place: Place, problem: ConvProblem) -> tuple[Tensor, ...]:
     x, weight, bias = (t.double() for t in _operands(place, problem))
-    y = conv.conv_bn_act_ref(
-        x, weight, bias, stride=problem.stride, padding=problem.padding, dilation=problem.dilation,
-        groups=problem.groups, activation=problem.activation,
-    )  # fmt: skip
-    return (y,)
+    window = problem.geometry._asdict()
+    return (conv.conv_bn_act_ref(x, weight, bias, **window, activation=problem.activation),)
 
 
 def _conv1x1(place: Place) -> Iterator[Trial]:
@@ -101,7 +104,9 @@ def _conv1x1(place: Place) -> Iterator[Trial]:
     x, weight, bias = place.draw(n, c, hw, hw), place.draw(k, c, 1, 1, fan_in=c), place.draw(k)
     residual = place.draw(n, k, hw, hw)
     side = place.draw(n, 2 * c, 2 * hw, 2 * hw), place.draw(k, 2 * c, 1, 1, fan_in=2 * c)
-    problem = conv1x1_config.Conv1x1Problem(n, c, hw, hw, k, 1, 1, math_mode=place.math_mode)
+    problem = ConvProblem(n, c, hw, hw, k, 1, 1, epilogue=Epilogue("relu", "before"),
+                          dtypes=dtypes_of(place.math_mode))  # fmt: skip
+    configs = conv1x1_config.candidates(conv1x1_config.gemm_of(problem))
     for folded in (False, True):
         shortcut = Shortcut(*side, (2, 2)) if folded else None
         wide = Shortcut(side[0].double(), side[1].double(), (2, 2)) if folded else None
@@ -111,12 +116,10 @@ def _conv1x1(place: Place) -> Iterator[Trial]:
             operands = (t.double() for t in (x, weight, bias, residual))
             return (conv1x1_ref(*operands, activation="relu", shortcut=wide),)
 
-        for config in place.some(conv1x1_config.candidates(problem)):
+        for config in place.some(configs):
             y = place.blank(n, k, hw, hw)
-            made = conv1x1_kernel.launch(
-                y, x, weight, bias, residual, shortcut=shortcut, activation="relu",
-                math_mode=place.math_mode, config=config,
-            )  # fmt: skip
+            tensors = Tensors(x, weight, bias, residual, None, y)
+            made = conv1x1_kernel.launch(problem, tensors, config, shortcut)
             label = f"{problem.label()}{' + projection' if folded else ''} {config.label()}"
             yield Trial(label, place.math_mode, config, 3 * c if folded else c, made, (y,), exact)
 
@@ -145,7 +148,7 @@ def _bn_act(place: Place) -> Iterator[Trial]:
     exact = cache(lambda: (bn_act.bn_act_ref(*(t.double() for t in (x, scale, shift, residual))),))
     for config in place.some(bn_act.CONFIGS):
         y = place.blank(*shape)
-        made = bn_act.launch(y, x, scale, shift, residual, activation="relu", config=config)
+        made = bn_act.launch(y, x, scale, shift, residual, config=config)
         label = f"{'x'.join(map(str, shape))} block {config.block}"
         yield Trial(label, place.math_mode, config, 1, made, (y,), exact)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from resfuse.kernels.ops.conv_problem import output_shape
+from resfuse.kernels.ops.conv_problem import Geometry
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Counter(TorchFunctionMode):
         if func is F.conv2d:
             images, weight, _, stride, padding, dilation, _ = args
             out = images.new_empty(
-                output_shape(images.shape, weight.shape, stride, padding, dilation)
+                Geometry(stride, padding, dilation).output_shape(images.shape, weight.shape)
             )
             dense = set(stride) == set(dilation) == {1}
             self._count(out, weight, dense and weight.shape[2:] == (3, 3))

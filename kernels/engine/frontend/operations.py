@@ -19,7 +19,13 @@ from resfuse.kernels.engine.ir.graph import (
     Norm,
     Pick,
 )
-from resfuse.kernels.ops.conv_problem import ConvProblem, math_mode_of
+from resfuse.kernels.ops.conv_problem import (
+    ConvProblem,
+    Epilogue,
+    Geometry,
+    dtypes_of,
+    math_mode_of,
+)
 
 aten = torch.ops.aten
 
@@ -46,10 +52,9 @@ def _conv(read: Captured, node: fx.Node) -> bool:
         return False
     n, c, h, width = x.meta["val"].shape
     k, _, r, s = w.meta["val"].shape
-    problem = ConvProblem(
-        n, c, h, width, k, r, s, _pair(stride), _pair(padding), _pair(dilation), groups,
-        math_mode_of(x.meta["val"].dtype, x.meta["val"].device), "identity",
-    )  # fmt: skip
+    geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
+    dtypes = dtypes_of(math_mode_of(x.meta["val"].dtype, x.meta["val"].device))
+    problem = ConvProblem(n, c, h, width, k, r, s, geometry, Epilogue(), dtypes)
     read.add(node, Conv(problem, weight, bias), x)
     return True
 
@@ -67,8 +72,8 @@ def _linear(read: Captured, node: fx.Node) -> bool:
         return False
     n, c, h, width = (*map_of.meta["val"].shape, 1, 1)[:4]
     k = w.meta["val"].shape[0]
-    mode = math_mode_of(map_of.meta["val"].dtype, map_of.meta["val"].device)
-    problem = ConvProblem(n, c, h, width, k, h, width, math_mode=mode, activation="identity")
+    dtypes = dtypes_of(math_mode_of(map_of.meta["val"].dtype, map_of.meta["val"].device))
+    problem = ConvProblem(n, c, h, width, k, h, width, Geometry(), Epilogue(), dtypes)
     read.add(node, Conv(problem, weight, bias), map_of)
     return True
 

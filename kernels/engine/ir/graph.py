@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue
 
 State = Mapping[str, Tensor]  # parameters, buffers and constants by name
 
@@ -47,7 +47,10 @@ class Conv:
     bias: str | None = None
     norm: Norm | None = None
     slope: str | float | None = None  # of leaky_relu, or where prelu's is in the state
-    residual_last: bool = False
+
+    @property
+    def residual_last(self) -> bool:
+        return self.problem.epilogue.residual_last
 
     @property
     def activation(self) -> str:
@@ -55,12 +58,14 @@ class Conv:
 
     def with_activation(self, activation: str, slope: str | float | None) -> "Conv":
         """Returns a copy fused with the activation after it."""
-        return replace(self, problem=replace(self.problem, activation=activation), slope=slope)
+        epilogue = self.problem.epilogue._replace(activation=activation)
+        return replace(self, problem=replace(self.problem, epilogue=epilogue), slope=slope)
 
     def with_residual(self) -> "Conv":
         """Returns a copy fused with a residual, added after the activation if there is one."""
         last = self.activation != "identity"
-        return replace(self, problem=replace(self.problem, residual=True), residual_last=last)
+        epilogue = Epilogue.of(self.activation, residual=True, residual_last=last)
+        return replace(self, problem=replace(self.problem, epilogue=epilogue))
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,21 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
                 "name": node.name,
                 "inputs": list(node.inputs),
                 "operation": type(node.op).__name__,
-                **asdict(node.op),
+                **_operation_to_json(node.op),
             }
             for node in graph.nodes
         ],
         **({"layout": list(graph.layout)} if graph.layout is not None else {}),
     }
+
+
+def _operation_to_json(op: Operation) -> dict[str, Any]:
+    """An operation's fields; of a convolution's residual, that there is one stands in its problem,
+    and that it is added last beside it."""
+    plain = asdict(op)
+    if isinstance(op, Conv):
+        plain |= {"problem": op.problem.to_plain(), "residual_last": op.residual_last}
+    return plain
 
 
 def graph_from_json(data: dict[str, Any]) -> Graph:
@@ -127,8 +136,10 @@ def _plain(kind: str) -> Callable[[dict[str, Any]], Operation]:
 
 
 def _conv(data: dict[str, Any]) -> Conv:
-    problem = {k: _tuple(v) for k, v in data.pop("problem").items()}
-    return Conv(ConvProblem(**problem), **_with_norm(data))
+    problem = ConvProblem.from_plain(data.pop("problem"), last := data.pop("residual_last"))
+    if last and not problem.residual:
+        raise ValueError("a convolution adds last what it does not add")
+    return Conv(problem, **_with_norm(data))
 
 
 def _affine(data: dict[str, Any]) -> Affine:

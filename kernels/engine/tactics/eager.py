@@ -121,13 +121,10 @@ def _conv(
     # a weight may be shared, under other norms and on other shapes
     folded = op.weight, op.bias, op.norm, problem.c, problem.r, problem.s, problem.groups
     weight, bias = keep(("eager", problem.math_mode, *folded), lay_out)
-    input_shape = (problem.n, problem.c, problem.h, problem.w)
+    input_shape, geometry = problem.input_shape, problem.geometry
 
     def run(x: Tensor, *residual: Tensor) -> Tensor:
-        y = F.conv2d(
-            x.reshape(input_shape), weight, bias,
-            problem.stride, problem.padding, problem.dilation, problem.groups,
-        )  # fmt: skip
+        y = F.conv2d(x.reshape(input_shape), weight, bias, *geometry)
         return finish(y.reshape(shape), residual)
 
     finish = _finish(op, state, keep)

@@ -13,6 +13,7 @@ from resfuse.kernels.fusion.layers.fused_layers import ConvStep, NormStep, autoc
 from resfuse.kernels.fusion.layers.launch_signature import is_unseen, signature_of
 from resfuse.kernels.fusion.tracing.memory_formats import is_ambiguous, laid_out
 from resfuse.kernels.gpu.common.arguments import channels_last
+from resfuse.kernels.ops.conv_problem import Epilogue
 
 
 class StemStep:
@@ -53,10 +54,10 @@ class StemStep:
         if not is_unseen(x, None):
             return stem(x, folded.dense(), folded.bias)
         x = channels_last(x)
+        key = (self._id, *signature_of(x, None))
         return launched(
-            folded.launches, (self._id, *signature_of(x, None)), x, None,
-            lambda: launch_of(x, folded.dense(), folded.bias),
-        )  # fmt: skip
+            folded.launches, key, x, None, lambda: launch_of(x, folded.dense(), folded.bias)
+        )
 
 
 class ProjectionStep:
@@ -66,6 +67,7 @@ class ProjectionStep:
         self.conv, self.projection = conv, projection
         self.name, self.chain = conv.name, f"{conv.chain}, projection inside"
         self._id = object()
+        self._epilogue = Epilogue(conv.activation)  # the sum is the kernel's own
         conv.overwrite = True
 
     def unchecked(self, x: Tensor, shortcut: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class ProjectionStep:
         if not is_on_gpu(x) or not both:
             return self.conv(x, self.projection(shortcut))
         from resfuse.kernels.fusion.layers.prepared_launch import launched
-        from resfuse.kernels.gpu.conv1x1.conv1x1 import Shortcut, conv1x1, launch_with_shortcut
+        from resfuse.kernels.gpu.conv1x1.conv1x1 import Shortcut, checked, launch_with_shortcut
 
         x, shortcut = autocast(x), autocast(shortcut)
         folded = self.conv.folded(x.dtype), self.projection.folded(shortcut.dtype)
@@ -96,20 +98,25 @@ class ProjectionStep:
             return self.conv(x, self.projection(shortcut))
         main = self.conv.folded_for_gpu(x.dtype)
         side = self.projection.folded_for_gpu(shortcut.dtype)
-        stride, activation = self.projection.geometry.stride, self.conv.activation
+        stride, epilogue = self.projection.geometry.stride, self._epilogue
         if not is_unseen(x, shortcut):
-            return conv1x1(
-                x, main.dense(), main.bias + side.bias, activation=activation, slope=main.slope,
-                shortcut=Shortcut(shortcut, side.dense(), stride),
-            )  # fmt: skip
+            folds, bias = Shortcut(shortcut, side.dense(), stride), main.bias + side.bias
+            return checked(x, main.dense(), bias, None, main.slope, (1, 1), epilogue, folds)
         x, shortcut = channels_last(x), channels_last(shortcut)
         return launched(
-            self._launches(main, side), signature_of(x, shortcut), x, shortcut,
+            self._launches(main, side),
+            signature_of(x, shortcut),
+            x,
+            shortcut,
             lambda: launch_with_shortcut(
-                x, main.dense(), main.bias + side.bias, activation, main.slope,
+                x,
+                main.dense(),
+                main.bias + side.bias,
+                main.slope,
+                epilogue,
                 Shortcut(shortcut, side.dense(), stride),
             ),
-        )  # fmt: skip
+        )
 
     def _launches(self, main: Folded, side: Folded) -> dict[Any, Any]:
         """Returns the launches prepared with both folded weights, kept as long as either."""

@@ -21,6 +21,7 @@ from resfuse.kernels.cpu.weight_origin import (
 from resfuse.kernels.fusion.matching.layer_kinds import slope_of
 from resfuse.kernels.ops.activation import Slope
 from resfuse.kernels.ops.bn_folding import fold_conv_bn
+from resfuse.kernels.ops.conv_problem import Geometry
 
 Packed = onednn.PackedConv | NativeConv
 
@@ -48,7 +49,7 @@ class Folded:
             return self.packed.dense_weight()
 
     def pack(
-        self, geometry: onednn.Geometry, activation: str, x: Tensor, threads: int | None = None
+        self, geometry: Geometry, activation: str, x: Tensor, threads: int | None = None
     ) -> "Folded":
         """Returns a copy whose weight is packed for a native step, or for oneDNN and x's shape."""
         packed = pack(self.dense(), self.bias, geometry, activation, self.slope, x.shape, threads)
@@ -62,7 +63,7 @@ class Folded:
 def pack(
     weight: Tensor,
     bias: Tensor,
-    geometry: onednn.Geometry,
+    geometry: Geometry,
     activation: str,
     slope: Slope,
     shape: torch.Size,

@@ -46,7 +46,7 @@ from resfuse.kernels.fusion.tracing.memory_formats import (
 from resfuse.kernels.gpu.common.arguments import channels_last
 from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
 from resfuse.kernels.ops.bn_folding import bn_scale_shift
-from resfuse.kernels.ops.conv_problem import output_shape
+from resfuse.kernels.ops.conv_problem import Epilogue
 
 Shape = tuple[int, int, int, int]
 
@@ -62,6 +62,7 @@ class ConvStep:
         self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
         self.adds_to = chain.adds_to
         self.geometry = geometry_of(self.conv)
+        self.epilogue = Epilogue(chain.activation, chain.residual)
         layers = (self.conv, self.norm, self.act)
         self.sources = [s for layer in layers if layer is not None for s in sources_of(layer)]
         self.fold, self.fast_path = fold, fast_path
@@ -245,20 +246,17 @@ class ConvStep:
 
         if residual is not None and residual.shape != self._output_shape(x):
             return self._decomposed(x, folded, residual)
-        geometry = self.geometry
-        settings: dict[str, Any] = {
-            "stride": geometry.stride, "padding": geometry.padding,
-            "dilation": geometry.dilation, "groups": geometry.groups,
-            "activation": self.activation, "slope": folded.slope,
-            "residual_last": self.residual == "after",
-        }  # fmt: skip
+        description = folded.slope, self.geometry, self.epilogue
         if not is_unseen(x, residual):
-            return conv_bn_act(x, folded.dense(), folded.bias, residual, **settings)
+            return conv_bn_act(x, folded.dense(), folded.bias, residual, *description)
         x, residual = channels_last(x), None if residual is None else channels_last(residual)
         return launched(
-            folded.launches, (self._id, *signature_of(x, residual)), x, residual,
-            lambda: launch_of(x, folded.dense(), folded.bias, residual, **settings),
-        )  # fmt: skip
+            folded.launches,
+            (self._id, *signature_of(x, residual)),
+            x,
+            residual,
+            lambda: launch_of(x, folded.dense(), folded.bias, residual, *description),
+        )
 
     def _exported(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Plain ops on the folded weight, which becomes a constant of the exported graph."""
@@ -273,17 +271,15 @@ class ConvStep:
 
     def _decomposed(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
         """Convolution, add and activation in torch's own ops."""
-        g = self.geometry
-        y = F.conv2d(x, folded.dense(), folded.bias, g.stride, g.padding, g.dilation, g.groups)
+        y = F.conv2d(x, folded.dense(), folded.bias, *self.geometry)
         return _finish(y, residual, self.residual, self.activation, folded.slope)
 
     def _output_shape(self, x: Tensor) -> Shape:
         shapes = self._shapes
         if x.shape != shapes[0]:
-            g, conv = self.geometry, self.conv
+            conv = self.conv
             weight = (conv.out_channels, conv.in_channels, *conv.kernel_size)
-            shape = output_shape(x.shape, weight, g.stride, g.padding, g.dilation)
-            shapes = self._shapes = (x.shape, shape)
+            shapes = self._shapes = (x.shape, self.geometry.output_shape(x.shape, weight))
         return shapes[1]
 
 
@@ -295,6 +291,7 @@ class NormStep:
         self.chain = chain.summary()
         self.name, self.norm, self.act = chain.name, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
+        self.epilogue = Epilogue(chain.activation, chain.residual)
         self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
         self.adds_to = chain.adds_to
         self._sources = sources_of(self.norm)
@@ -306,7 +303,7 @@ class NormStep:
         if not is_on_gpu(x) or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
             return self.by_layers(x, residual)
         from resfuse.kernels.fusion.layers.prepared_launch import launched
-        from resfuse.kernels.gpu.bn_act.bn_act import bn_act, launch_of
+        from resfuse.kernels.gpu.bn_act.bn_act import checked, launch_of
 
         tensors = tensors_of(self._sources)
         made = self._made
@@ -317,18 +314,17 @@ class NormStep:
             self._made = made
         _, scale, shift, launches = made
         slope = slope_of(self.act, x.shape[1])
-        settings: dict[str, Any] = {
-            "activation": self.activation, "slope": slope,
-            "residual_last": self.residual == "after",
-        }  # fmt: skip
         # A slope that is a tensor is the activation's own, and no part of what was made.
         if isinstance(slope, Tensor) or x.numel() == 0 or not is_unseen(x, residual):
-            return bn_act(x, scale, shift, residual, **settings)
+            return checked(x, scale, shift, residual, slope, self.epilogue)
         x, residual = channels_last(x), None if residual is None else channels_last(residual)
         return launched(
-            launches, (slope, *signature_of(x, residual)), x, residual,
-            lambda: launch_of(x, scale, shift, residual, **settings),
-        )  # fmt: skip
+            launches,
+            (slope, *signature_of(x, residual)),
+            x,
+            residual,
+            lambda: launch_of(x, scale, shift, residual, slope, self.epilogue),
+        )
 
     def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns the result with the strides that eager's layers would have given it."""

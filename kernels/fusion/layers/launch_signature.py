@@ -44,9 +44,15 @@ def signature_of(x: Tensor, other: Tensor | None) -> tuple[Hashable, ...]:
     if other is None:
         return (mode, barred, autocasts, x.get_device(), *_layout(x))
     return (
-        mode, barred, autocasts, x.get_device(), *_layout(x),
-        other.dtype, other.get_device(), *_layout(other),
-    )  # fmt: skip
+        mode,
+        barred,
+        autocasts,
+        x.get_device(),
+        *_layout(x),
+        other.dtype,
+        other.get_device(),
+        *_layout(other),
+    )
 
 
 def _layout(x: Tensor) -> tuple[Hashable, ...]:

@@ -145,9 +145,15 @@ class Prepared:
             self._through_front_door(values)
         else:
             compiled.run(
-                *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *self._grid,
+                stream,
+                compiled.function,
+                compiled.packed_metadata,
+                None,
+                None,
+                None,
                 *values,
-            )  # fmt: skip
+            )
         return y
 
     def _through_front_door(self, values: list[Any]) -> None:

@@ -5,10 +5,10 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from resfuse.kernels.cpu.onednn import Geometry
 from resfuse.kernels.fusion.tracing.module_tracing import has_hooks, original_class
 from resfuse.kernels.ops.activation import Slope
 from resfuse.kernels.ops.bn_folding import bn_scale_shift
+from resfuse.kernels.ops.conv_problem import Geometry
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CONV_METHODS = ("forward", "_conv_forward", "__call__")

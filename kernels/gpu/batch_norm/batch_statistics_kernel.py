@@ -181,14 +181,18 @@ def launch_partials(x: Tensor, partials: Partials, config: Config) -> Launch:
         kernel=partials_kernel,
         grid=config.grid(problem),
         args={
-            "x_ptr": x, "values_ptr": partials.values, "counts_ptr": partials.counts,
-            "M": problem.rows, "C": problem.channels, "plane": partials.values[0].numel(),
+            "x_ptr": x,
+            "values_ptr": partials.values,
+            "counts_ptr": partials.counts,
+            "M": problem.rows,
+            "C": problem.channels,
+            "plane": partials.values[0].numel(),
             "steps": config.steps,
         },
         constants={"BLOCK_M": config.block_m, "BLOCK_C": config.block_c},
         num_warps=config.num_warps,
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def launch_merge(
@@ -205,10 +209,14 @@ def launch_merge(
         merge_kernel,
         partials,
         {
-            "running_mean_ptr": running_mean, "running_var_ptr": running_var,
-            "mean_ptr": mean, "rstd_ptr": rstd, "eps": eps, "momentum": momentum,
+            "running_mean_ptr": running_mean,
+            "running_var_ptr": running_var,
+            "mean_ptr": mean,
+            "rstd_ptr": rstd,
+            "eps": eps,
+            "momentum": momentum,
         },
-    )  # fmt: skip
+    )
 
 
 def launch_pack(partials: Partials, packed: Tensor) -> Launch:
@@ -223,14 +231,19 @@ def _merging(kernel: object, partials: Partials, args: dict) -> Launch:
         kernel=kernel,
         grid=(-(-channels // MERGED_CHANNELS),),
         args={
-            "values_ptr": values, "counts_ptr": counts, **args, "C": channels, "parts": parts,
-            "stride_plane": values.stride(0), "stride_part": values.stride(1),
+            "values_ptr": values,
+            "counts_ptr": counts,
+            **args,
+            "C": channels,
+            "parts": parts,
+            "stride_plane": values.stride(0),
+            "stride_part": values.stride(1),
             "stride_count": counts.stride(0),
         },
         constants={"BLOCK_T": BLOCK_T, "BLOCK_C": MERGED_CHANNELS},
         num_warps=4,
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:

@@ -83,9 +83,14 @@ class Norm:
         """mean and rstd [C] for x, which carry no gradient; moves the running statistics."""
         if self.training:
             return batch_statistics(
-                x, self.running_mean, self.running_var, momentum=self.momentum, eps=self.eps,
-                partials=partials, group=self.group,
-            )  # fmt: skip
+                x,
+                self.running_mean,
+                self.running_var,
+                momentum=self.momentum,
+                eps=self.eps,
+                partials=partials,
+                group=self.group,
+            )
         assert self.running_mean is not None and self.running_var is not None
         with torch.no_grad():
             return wide(self.running_mean), (wide(self.running_var) + self.eps).rsqrt()

@@ -227,13 +227,18 @@ def launch_forward(
         forward_kernel,
         main.x,
         {
-            "x_ptr": main.x, "mean_ptr": main.mean, "rstd_ptr": main.rstd,
-            "weight_ptr": main.weight, "bias_ptr": main.bias, "residual_ptr": side,
-            **_vectors(shortcut, "mean", "rstd", "weight", "bias"), "y_ptr": y,
+            "x_ptr": main.x,
+            "mean_ptr": main.mean,
+            "rstd_ptr": main.rstd,
+            "weight_ptr": main.weight,
+            "bias_ptr": main.bias,
+            "residual_ptr": side,
+            **_vectors(shortcut, "mean", "rstd", "weight", "bias"),
+            "y_ptr": y,
         },
         {"RELU": relu},
         config or config_of(main.x, added_kind(residual, shortcut)),
-    )  # fmt: skip
+    )
 
 
 def launch_reduce(
@@ -249,12 +254,17 @@ def launch_reduce(
         reduce_kernel,
         main.x,
         {
-            "grad_ptr": grad, "y_ptr": y, "x_ptr": main.x, "mean_ptr": main.mean,
-            **_vectors(shortcut, "x", "mean"), "sums_ptr": sums, "plane": sums[0].numel(),
+            "grad_ptr": grad,
+            "y_ptr": y,
+            "x_ptr": main.x,
+            "mean_ptr": main.mean,
+            **_vectors(shortcut, "x", "mean"),
+            "sums_ptr": sums,
+            "plane": sums[0].numel(),
         },
         {},
         config or config_of(main.x, added_kind(None, shortcut)),
-    )  # fmt: skip
+    )
 
 
 def launch_total(
@@ -266,13 +276,18 @@ def launch_total(
         kernel=total_kernel,
         grid=(-(-channels // MERGED_CHANNELS), rows),
         args={
-            "sums_ptr": sums, "rstd_ptr": main.rstd, **_vectors(shortcut, "rstd"),
-            "grads_ptr": grads, "C": channels, "parts": parts, "plane": parts * channels,
+            "sums_ptr": sums,
+            "rstd_ptr": main.rstd,
+            **_vectors(shortcut, "rstd"),
+            "grads_ptr": grads,
+            "C": channels,
+            "parts": parts,
+            "plane": parts * channels,
         },
         constants={"BLOCK_T": BLOCK_T, "BLOCK_C": MERGED_CHANNELS},
         num_warps=4,
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def launch_backward(
@@ -290,14 +305,20 @@ def launch_backward(
         backward_kernel,
         main.x,
         {
-            "grad_ptr": grad, "y_ptr": y, "x_ptr": main.x, "mean_ptr": main.mean,
-            "rstd_ptr": main.rstd, "weight_ptr": main.weight,
+            "grad_ptr": grad,
+            "y_ptr": y,
+            "x_ptr": main.x,
+            "mean_ptr": main.mean,
+            "rstd_ptr": main.rstd,
+            "weight_ptr": main.weight,
             **_vectors(shortcut, "x", "mean", "rstd", "weight"),
-            "grads_ptr": grads, "grad_x_ptr": grad_x, "grad_added_ptr": grad_added,
+            "grads_ptr": grads,
+            "grad_x_ptr": grad_x,
+            "grad_added_ptr": grad_added,
         },
         {"BATCH": main.batch, "BATCH2": shortcut is not None and shortcut.batch},
         config or config_of(main.x, added_kind(grad_added, shortcut)),
-    )  # fmt: skip
+    )
 
 
 def added_kind(residual: Tensor | None, shortcut: Normed | None) -> str:
@@ -321,7 +342,7 @@ def _launch(kernel: object, x: Tensor, args: dict, constants: dict, config: Conf
         constants={**constants, "BLOCK_M": config.block_m, "BLOCK_C": config.block_c},
         num_warps=config.num_warps,
         num_stages=1,  # nothing of the loops goes through shared memory
-    )  # fmt: skip
+    )
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:

@@ -41,8 +41,16 @@ from resfuse.kernels.gpu.common.arguments import (
     require_like,
 )
 from resfuse.kernels.gpu.common.epilogue import dot, relu
+from resfuse.kernels.gpu.common.gradient import convolution_backward
 from resfuse.kernels.gpu.common.launch import Launch, interpreting, multiprocessors
-from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem, math_mode_of
+from resfuse.kernels.ops.conv_problem import (
+    MATH_MODES,
+    ConvProblem,
+    Epilogue,
+    Geometry,
+    dtypes_of,
+    math_mode_of,
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,9 @@ def candidates(problem: ConvProblem) -> list[Config]:
 def choose(problem: ConvProblem, multiprocessors: int) -> Config:
     """The largest tile that gives every multiprocessor one; else the smallest. Not measured."""
     fit = candidates(problem)
-    return next((c for c in fit if c.tiles(problem)[0] * c.tiles(problem)[1] >= multiprocessors),
-                fit[-1])  # fmt: skip
+    return next(
+        (c for c in fit if c.tiles(problem)[0] * c.tiles(problem)[1] >= multiprocessors), fit[-1]
+    )
 
 
 def bn_conv1x1_ref(
@@ -91,9 +100,15 @@ def bn_conv1x1_ref(
 ) -> tuple[Tensor, Partials]:
     """The specification in torch's own layers, in any dtype: y, and its statistics as one part."""
     h = F.batch_norm(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training,
-        norm.momentum, norm.eps,
-    )  # fmt: skip
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.training,
+        norm.momentum,
+        norm.eps,
+    )
     y = F.conv2d(F.relu(h) if activation == "relu" else h, filters)
     return y, whole(y.detach())
 
@@ -190,7 +205,8 @@ def launch(
 def problem_of(x: Tensor, filters: Tensor, math_mode: str) -> ConvProblem:
     n, c, h, w = (int(size) for size in x.shape)
     k = int(filters.shape[0])
-    return ConvProblem(n, c, h, w, k, 1, 1, math_mode=math_mode, activation="identity")
+    epilogue, dtypes = Epilogue(), dtypes_of(math_mode)
+    return ConvProblem(n, c, h, w, k, 1, 1, epilogue=epilogue, dtypes=dtypes)
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
@@ -238,9 +254,7 @@ def bn_conv1x1_op(
 def _normalised(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool
 ) -> Tensor:
-    return bn_add_relu_op(
-        x, mean, rstd, weight, bias, *(None,) * 6, True, False, relu
-    )  # fmt: skip
+    return bn_add_relu_op(x, mean, rstd, weight, bias, *(None,) * 6, True, False, relu)
 
 
 def _empty_outputs(x: Tensor, filters: Tensor) -> tuple[Tensor, Partials]:
@@ -262,9 +276,16 @@ def _fake(
 
 @register_flop_formula(torch.ops.resfuse.bn_conv1x1)
 def _flops(
-    x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, filters: Any, *_: Any,
-    out_shape: Any = None, **__: Any,
-) -> int:  # fmt: skip
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    bias: Any,
+    filters: Any,
+    *_: Any,
+    out_shape: Any = None,
+    **__: Any,
+) -> int:
     return 2 * x[0] * x[1] * x[2] * x[3] * filters[0]
 
 
@@ -279,10 +300,8 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad)
     of_norm = wanted[0] or wanted[3] or wanted[4]
     h = _normalised(x, mean, rstd, weight, bias, ctx.relu)
-    grad_h, grad_filters, _ = torch.ops.aten.convolution_backward(
-        grad, h, filters, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
-        [of_norm, wanted[5], False],
-    )  # fmt: skip
+    of_conv = of_norm, wanted[5], False
+    grad_h, grad_filters = convolution_backward(grad, h, filters, Geometry(), of_conv)[:2]
     made: list[Tensor | None] = [None] * len(wanted)
     made[5] = grad_filters if wanted[5] else None
     if of_norm:
@@ -333,7 +352,14 @@ def bn_conv1x1(
     x = channels_last(x)
     mean, rstd = norm.statistics(x, partials)
     y, values, counts = bn_conv1x1_op(
-        x, mean, rstd, norm.weight, norm.bias, filters, norm.training, activation == "relu",
+        x,
+        mean,
+        rstd,
+        norm.weight,
+        norm.bias,
+        filters,
+        norm.training,
+        activation == "relu",
         norm.group if norm.training else None,
-    )  # fmt: skip
+    )
     return y, Partials(values, counts)

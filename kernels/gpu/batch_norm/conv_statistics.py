@@ -30,6 +30,7 @@ from resfuse.kernels.gpu.batch_norm.batch_statistics_kernel import (
 )
 from resfuse.kernels.gpu.batch_norm.reference import computes
 from resfuse.kernels.gpu.common.arguments import channels_last, empty_channels_last
+from resfuse.kernels.gpu.common.gradient import convolution_backward
 from resfuse.kernels.gpu.common.launch import Launch, multiprocessors
 from resfuse.kernels.gpu.conv.conv_arguments import (
     Tensors,
@@ -50,9 +51,8 @@ from resfuse.kernels.gpu.conv.conv_config import (
 from resfuse.kernels.gpu.conv.conv_config import candidates as convolution_candidates
 from resfuse.kernels.gpu.conv.conv_config import choose as choose_for_convolution
 from resfuse.kernels.gpu.conv.implicit_gemm import output_channels, sum_of_tile, swizzle
-from resfuse.kernels.ops.conv_problem import ConvProblem, output_shape
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, Pair
 
-Pair = tuple[int, int]
 # With a tile's deviations beside its sums, larger tiles spill 200 to 500 bytes a thread on sm_100,
 # and two small ones, for which ptxas aims at one more CTA, 8 bytes.
 ACCUMULATORS = 64
@@ -96,10 +96,8 @@ def conv_statistics_ref(
     groups: int = 1,
 ) -> tuple[Tensor, Partials]:
     """The specification in plain torch: y, and its statistics as one part."""
-    y = F.conv2d(
-        x, weight, None if bias is None else bias.to(x.dtype), list(stride), list(padding),
-        list(dilation), groups,
-    )  # fmt: skip
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
     return channels_last(y), whole(y.detach())
 
 
@@ -152,10 +150,11 @@ def launch(problem: ConvProblem, tensors: Tensors, partials: Partials, config: C
     config.check(problem)
     pixels, channels = config.tiles(problem)
     args = gemm_arguments(problem, tensors, config) | {
-        "values_ptr": partials.values, "counts_ptr": partials.counts,
+        "values_ptr": partials.values,
+        "counts_ptr": partials.counts,
         "plane": partials.values[0].numel(),
-    }  # fmt: skip
-    constants = gemm_constants(problem, config, False) | {"PACK": config.pack(problem)}
+    }
+    constants = gemm_constants(problem, config) | {"PACK": config.pack(problem)}
     names = conv_statistics_kernel.arg_names
     return Launch(
         conv_statistics_kernel,
@@ -171,7 +170,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
     """Every configuration in every math mode it is for, on the convolution for which it comes
     closest to being chosen."""
     for math_mode, configs in BY_MATH_MODE.items():
-        problems = [replace(p, activation="identity") for p in resnet_problems(math_mode)]
+        problems = [replace(p, epilogue=Epilogue()) for p in resnet_problems(math_mode)]
         usable = filter(_is_usable, configs)
         for config, problem in closest_to_chosen(usable, problems, candidates):
             tensors = stand_ins(problem)
@@ -191,31 +190,26 @@ def conv_statistics_op(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the values and counts of its `Partials`."""
-    window = stride, padding, dilation, groups
     if not computes(x):
         y, partials = conv_statistics_ref(
             x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
         return y, *partials
-    y, partials = _empty_outputs(x, weight, *window)
+    geometry = Geometry.of(stride, padding, dilation, groups)
+    y, partials = _empty_outputs(x, weight, geometry)
     if y.numel():
-        problem = problem_of(x, weight, None, *window, "identity")
-        tensors = Tensors(
-            channels_last(x), channels_last(weight), None if bias is None else bias.contiguous(),
-            None, None, y,
-        )  # fmt: skip
+        problem = problem_of(x, weight, geometry, Epilogue())
+        bias = None if bias is None else bias.contiguous()
+        tensors = Tensors(channels_last(x), channels_last(weight), bias, None, None, y)
         launch(problem, tensors, partials, choose(problem, multiprocessors(x.device))).run()
     return y, *partials
 
 
-def _empty_outputs(x: Tensor, weight: Tensor, *window: Any) -> tuple[Tensor, Partials]:
-    y = empty_channels_last(output_shape(x.shape, weight.shape, *window[:3]), x)
+def _empty_outputs(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Partials]:
+    y = empty_channels_last(geometry.output_shape(x.shape, weight.shape), x)
     parts = 1
     if computes(x):  # whose tiles depend on the size: a graph of symbolic sizes is bound to it here
-        stride, padding, dilation, groups = window
-        problem = problem_of(
-            _sized(x), _sized(weight), None, stride, padding, dilation, groups, "identity"
-        )
+        problem = problem_of(_sized(x), _sized(weight), geometry, Epilogue())
         parts = choose(problem, multiprocessors(x.device)).tiles(problem)[0]
     return y, empty_partials(y, parts)
 
@@ -225,10 +219,8 @@ def _sized(x: Tensor) -> Tensor:
 
 
 @conv_statistics_op.register_fake
-def _fake(
-    x: Tensor, weight: Tensor, bias: Any, *window: Any
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, partials = _empty_outputs(x, weight, *window)
+def _fake(x: Tensor, weight: Tensor, bias: Any, *window: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, partials = _empty_outputs(x, weight, Geometry.of(*window))
     return y, *partials
 
 
@@ -238,7 +230,8 @@ def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> in
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, *ctx.window = inputs
+    x, weight, bias, *window = inputs
+    ctx.geometry = Geometry.of(*window)
     ctx.save_for_backward(x, weight)
     ctx.bias = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(*output[1:])
@@ -246,11 +239,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.window
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups,
-        list(ctx.needs_input_grad[:3]),
-    )  # fmt: skip
+    grad_x, grad_weight, grad_bias = convolution_backward(
+        grad, x, weight, ctx.geometry, ctx.needs_input_grad[:3]
+    )
     if grad_bias is not None and ctx.bias is not None:
         grad_bias = grad_bias.to(ctx.bias)
     return grad_x, grad_weight, grad_bias, None, None, None, None
@@ -283,8 +274,7 @@ def conv_statistics(
         ValueError: an argument's shape, dtype, device or value is none of these.
     """
     if x.dtype != torch.float64:  # whose errors are torch's own
-        require_arguments(
-            x, weight, bias, None, stride, padding, dilation, groups, "identity", None
-        )
+        geometry = Geometry(stride, padding, dilation, groups)
+        require_arguments(x, weight, bias, None, None, geometry, Epilogue())
     y, values, counts = conv_statistics_op(x, weight, bias, stride, padding, dilation, groups)
     return y, Partials(values, counts)

@@ -31,17 +31,24 @@ from resfuse.kernels.gpu.common.arguments import (
 )
 from resfuse.kernels.gpu.common.gradient import conv_bn_act_backward
 from resfuse.kernels.gpu.common.launch import multiprocessors, runs_triton
-from resfuse.kernels.ops.conv_problem import math_mode_of
+from resfuse.kernels.ops.conv_problem import Epilogue, Geometry, math_mode_of
 from resfuse.kernels.tuning_cache.timing_cache import known
 
 __all__ = ["TailProblem", "block_tail", "block_tail_ref", "problem_of", "supports"]
 
 
 def block_tail_ref(
-    x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor, residual: Tensor,
-    next_weight: Tensor | None = None, next_bias: Tensor | None = None,
-    *, stride: tuple[int, int] = (1, 1),
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
+    next_weight: Tensor | None = None,
+    next_bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+) -> Tensor | tuple[Tensor, Tensor]:
     """The specification, in plain torch: y, or (y, y_next) with `next_weight`."""
     h = F.relu(F.conv2d(x, weight2, bias2.to(x.dtype), stride, padding=1))
     y = F.relu(F.conv2d(h, weight3, bias3.to(x.dtype)) + residual)
@@ -57,9 +64,15 @@ def problem_of(x: Tensor, weight3: Tensor, next_weight: Tensor | None, stride: i
 
 
 def _compute(
-    x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor, residual: Tensor,
-    stride: int, *chain: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
+    stride: int,
+    *chain: Tensor,
+) -> tuple[Tensor, ...]:
     """y, and y_next if `chain` (next_weight, next_bias) is given; by the twin where no kernel
     runs."""
     if not runs_triton(x):
@@ -87,17 +100,29 @@ def _outputs(x: Tensor, weight3: Tensor, stride: int, *chain: Tensor) -> tuple[T
 
 @torch.library.custom_op("resfuse::block_tail", mutates_args=())
 def _op(
-    x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor, residual: Tensor,
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
     stride: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return _compute(x, weight2, bias2, weight3, bias3, residual, stride)[0]
 
 
 @torch.library.custom_op("resfuse::block_tail_next", mutates_args=())
 def _op_next(
-    x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor, residual: Tensor,
-    stride: int, next_weight: Tensor, next_bias: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
+    stride: int,
+    next_weight: Tensor,
+    next_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
     y, y_next = _compute(
         x, weight2, bias2, weight3, bias3, residual, stride, next_weight, next_bias
     )
@@ -113,9 +138,16 @@ def _(
 
 @_op_next.register_fake
 def _(
-    x: Tensor, weight2: Any, bias2: Any, weight3: Tensor, bias3: Any, residual: Any, stride: int,
-    next_weight: Tensor, next_bias: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight2: Any,
+    bias2: Any,
+    weight3: Tensor,
+    bias3: Any,
+    residual: Any,
+    stride: int,
+    next_weight: Tensor,
+    next_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
     y, y_next = _outputs(x, weight3, stride, next_weight, next_bias)
     return y, y_next
 
@@ -156,15 +188,22 @@ def _backward(ctx: Any, grad_y: Tensor, grad_next: Any = None) -> tuple[Tensor |
 
 
 def _conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: int,
     wanted: tuple[bool, ...],
-) -> tuple[Any, ...]:  # fmt: skip
+) -> tuple[Any, ...]:
     """Gradients of x, weight, bias and residual for relu(conv(x) + bias + residual)."""
-    padding = [weight.shape[2] // 2] * 2
+    padding = weight.shape[2] // 2
+    geometry = Geometry((stride, stride), (padding, padding))
+    epilogue = Epilogue.of("relu", residual is not None)
+    given = grad, x, weight, bias.to(x.dtype), residual, None
     grad_x, grad_weight, grad_bias, grad_residual, _ = conv_bn_act_backward(
-        grad, x, weight, bias.to(x.dtype), residual, [stride] * 2, padding, [1, 1], 1,
-        "relu", None, False, (wanted[0], wanted[1], wanted[2]),
-    )  # fmt: skip
+        *given, geometry, epilogue, wanted
+    )
     if grad_bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
     return grad_x, grad_weight, grad_bias, grad_residual
@@ -175,10 +214,17 @@ _op_next.register_autograd(_backward, setup_context=_setup_context)
 
 
 def block_tail(
-    x: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor, residual: Tensor,
-    next_weight: Tensor | None = None, next_bias: Tensor | None = None,
-    *, stride: tuple[int, int] = (1, 1),
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    residual: Tensor,
+    next_weight: Tensor | None = None,
+    next_bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+) -> Tensor | tuple[Tensor, Tensor]:
     """The 3x3 and the 1x1 that end a bottleneck, and with `next_weight` the next block's first 1x1.
 
     Batch norms are folded into the weights and biases already.

@@ -103,17 +103,28 @@ def launch(
     for tensor in (x, weight2, weight3, residual, y, next_weight, y_next):
         assert tensor is None or tensor.is_contiguous(memory_format=torch.channels_last)
     pointers = {
-        "x_ptr": x, "w2_ptr": weight2, "b2_ptr": bias2, "w3_ptr": weight3, "b3_ptr": bias3,
-        "res_ptr": residual, "y_ptr": y, "wn_ptr": next_weight, "bn_ptr": next_bias,
+        "x_ptr": x,
+        "w2_ptr": weight2,
+        "b2_ptr": bias2,
+        "w3_ptr": weight3,
+        "b3_ptr": bias3,
+        "res_ptr": residual,
+        "y_ptr": y,
+        "wn_ptr": next_weight,
+        "bn_ptr": next_bias,
         "yn_ptr": y_next,
-    }  # fmt: skip
+    }
     sizes = {"M": problem.pixels, "H": problem.h, "W": problem.w, "P": problem.p, "Q": problem.q}
     constants = {
-        "C": problem.c, "K": problem.k, "D": problem.d, "STRIDE": problem.stride,
+        "C": problem.c,
+        "K": problem.k,
+        "D": problem.d,
+        "STRIDE": problem.stride,
         "MATH_MODE": problem.math_mode,
         "UPCAST": interpreting() and problem.math_mode == "bf16",
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-    }  # fmt: skip
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
     grid = (config.ctas(problem, multiprocessors(x.device)),)
     if config.kept:
         kernel = resident_kernel

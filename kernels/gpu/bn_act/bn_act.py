@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from resfuse.kernels.gpu.bn_act.bn_act_config import CONFIGS, BnActProblem, Config, choose
-from resfuse.kernels.gpu.common import epilogue
 from resfuse.kernels.gpu.common.arguments import (
     channels_last,
     empty_channels_last,
     require_4d,
     require_like,
 )
+from resfuse.kernels.gpu.common.epilogue import activate
 from resfuse.kernels.gpu.common.launch import Launch, multiprocessors, runs_triton
 from resfuse.kernels.ops.activation import ACTIVATIONS, Slope, require_activation
-from resfuse.kernels.ops.conv_problem import MATH_MODES, math_mode_of
+from resfuse.kernels.ops.conv_problem import MATH_MODES, Epilogue, math_mode_of
 from resfuse.kernels.tuning_cache.timing_cache import known
 
 
@@ -81,7 +81,7 @@ def bn_act_kernel(
     slope = negative_slope
     if slope_ptr is not None:
         slope = tl.load(slope_ptr + offs_c).to(tl.float32)
-    z = epilogue.activate(z, slope, ACTIVATION)
+    z = activate(z, slope, ACTIVATION)
     if residual_ptr is not None and RESIDUAL_LAST:
         z += residual
     tl.store(y_ptr + start + offs, z.to(y_ptr.dtype.element_ty), mask=mask)
@@ -95,15 +95,19 @@ def launch(
     residual: Tensor | None = None,
     slope: Slope = None,
     *,
-    activation: str = "relu",
-    residual_last: bool = False,
+    epilogue: Epilogue | None = None,
     config: Config | None = None,
 ) -> Launch:
     """The launch that fills y; x, residual and y in channels_last memory, of one dtype.
 
+    Args:
+        epilogue: ReLU, behind the residual if there is one, if not given.
+        config: `choose`'s if not given.
+
     Raises:
         ValueError: `config` cannot do this problem, or no kernel computes in x's dtype.
     """
+    epilogue = epilogue or Epilogue.of("relu", residual is not None)
     n, c, h, w = x.shape
     problem = BnActProblem(n, c, h, w, math_mode_of(x.dtype), residual is not None)
     config = config or choose(problem, multiprocessors(x.device), known(x.device))
@@ -112,18 +116,24 @@ def launch(
         kernel=bn_act_kernel,
         grid=(config.ctas(problem),),
         args={
-            "x_ptr": x, "scale_ptr": scale, "shift_ptr": shift, "residual_ptr": residual,
-            "slope_ptr": slope if isinstance(slope, Tensor) else None, "y_ptr": y,
+            "x_ptr": x,
+            "scale_ptr": scale,
+            "shift_ptr": shift,
+            "residual_ptr": residual,
+            "slope_ptr": slope if isinstance(slope, Tensor) else None,
+            "y_ptr": y,
             "elements": problem.elements,
             "negative_slope": 0.0 if slope is None or isinstance(slope, Tensor) else float(slope),
         },
         constants={
-            "C": c, "ACTIVATION": activation, "RESIDUAL_LAST": residual_last,
+            "C": c,
+            "ACTIVATION": epilogue.activation,
+            "RESIDUAL_LAST": epilogue.residual_last,
             "BLOCK": config.block,
         },
         num_warps=config.num_warps,
         num_stages=1,  # no loop to pipeline
-    )  # fmt: skip
+    )
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
@@ -134,7 +144,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
         like = torch.empty(0, dtype=MATH_MODES[mode][0], device="meta")
         x = empty_channels_last((32, 256, 56, 56), like)
         for config in CONFIGS:
-            made = launch(x, x, vector, vector, x, activation="relu", config=config)
+            made = launch(x, x, vector, vector, x, config=config)
             yield f"{mode} block {config.block} 32x256x56x56 + residual", made
 
 
@@ -152,18 +162,17 @@ def bn_act_op(
     """`bn_act` with a number's slope in `negative_slope`, a tensor's in `slope`."""
     either: Slope = slope.contiguous() if slope is not None else negative_slope
     if not runs_triton(x):
+        last = residual_last
         y = bn_act_ref(
-            x, scale, shift, residual,
-            activation=activation, slope=either, residual_last=residual_last,
-        )  # fmt: skip
+            x, scale, shift, residual, activation=activation, slope=either, residual_last=last
+        )
         return channels_last(y)
     y = empty_channels_last(x.shape, x)
     if y.numel():
-        launch(
-            y, channels_last(x), scale.contiguous(), shift.contiguous(),
-            channels_last(residual) if residual is not None else None, either,
-            activation=activation, residual_last=residual_last,
-        ).run()  # fmt: skip
+        epilogue = Epilogue.of(activation, residual is not None, residual_last)
+        residual = channels_last(residual) if residual is not None else None
+        tensors = channels_last(x), scale.contiguous(), shift.contiguous(), residual
+        launch(y, *tensors, either, epilogue=epilogue).run()
     return y
 
 
@@ -201,17 +210,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_z * scale[:, None, None]).to(x.dtype),
         (grad_z * wide).sum((0, 2, 3)).to(scale.dtype),
         grad_z.sum((0, 2, 3)).to(shift.dtype),
-        grad_residual, grad_slope, None, None, None,
-    )  # fmt: skip
+        grad_residual,
+        grad_slope,
+        *(None,) * 3,
+    )
 
 
 bn_act_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def launch_of(
-    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None,
-    *, activation: str, slope: Slope, residual_last: bool,
-) -> Launch:  # fmt: skip
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    slope: Slope,
+    epilogue: Epilogue,
+) -> Launch:
     """The launch that `bn_act` comes to, of the very tensors given; into a new y.
 
     Args:
@@ -220,22 +235,27 @@ def launch_of(
     Raises:
         ValueError: as `bn_act`.
     """
-    _require_arguments(x, scale, shift, residual, activation, slope)
-    return launch(
-        empty_channels_last(x.shape, x), x, scale.contiguous(), shift.contiguous(), residual, slope,
-        activation=activation, residual_last=residual_last,
-    )  # fmt: skip
+    _require_arguments(x, scale, shift, residual, slope, epilogue)
+    y = empty_channels_last(x.shape, x)
+    tensors = x, scale.contiguous(), shift.contiguous(), residual
+    return launch(y, *tensors, slope, epilogue=epilogue)
 
 
 def _require_arguments(
-    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: str, slope: Slope
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    slope: Slope,
+    epilogue: Epilogue,
 ) -> None:
+    assert (residual is not None) == (epilogue.residual != "none")
     require_4d("x", x)
     channels = x.shape[1]
     require_like("scale", scale, (channels,), x, or_fp32=True)
     require_like("shift", shift, (channels,), x, or_fp32=True)
     require_like("residual", residual, x.shape, x)
-    require_activation(activation, slope, channels)
+    require_activation(epilogue.activation, slope, channels)
 
 
 def bn_act(
@@ -264,11 +284,21 @@ def bn_act(
     Raises:
         ValueError: an argument's shape, dtype, device or value is not one of these.
     """
-    _require_arguments(x, scale, shift, residual, activation, slope)
-    return bn_act_op(
-        x, scale, shift, residual,
-        slope if isinstance(slope, Tensor) and activation == "prelu" else None,
-        activation,
-        float(slope) if isinstance(slope, float | int) else 0.0,
-        residual_last,
-    )  # fmt: skip
+    epilogue = Epilogue.of(activation, residual is not None, residual_last)
+    return checked(x, scale, shift, residual, slope, epilogue)
+
+
+def checked(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    slope: Slope,
+    epilogue: Epilogue,
+) -> Tensor:
+    """`bn_act`, whose arguments it checks and lays out flat, as the op's schema has them."""
+    _require_arguments(x, scale, shift, residual, slope, epilogue)
+    activation, last = epilogue.activation, epilogue.residual_last
+    slopes = slope if isinstance(slope, Tensor) and activation == "prelu" else None
+    number = float(slope) if isinstance(slope, float | int) else 0.0
+    return bn_act_op(x, scale, shift, residual, slopes, activation, number, last)

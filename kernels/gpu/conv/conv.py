@@ -26,8 +26,6 @@ from resfuse.kernels.gpu.conv.conv_arguments import (
     Tensors,
     gemm_arguments,
     gemm_constants,
-    require_arguments,
-    split_slope,
     stand_ins,
 )
 from resfuse.kernels.gpu.conv.conv_config import (
@@ -39,7 +37,7 @@ from resfuse.kernels.gpu.conv.conv_config import (
     closest_to_chosen,
     resnet_problems,
 )
-from resfuse.kernels.gpu.conv.conv_registration import declare
+from resfuse.kernels.gpu.conv.conv_registration import checked, declare
 from resfuse.kernels.gpu.conv.implicit_gemm import (
     output_channels,
     store_output,
@@ -47,13 +45,20 @@ from resfuse.kernels.gpu.conv.implicit_gemm import (
     swizzle,
 )
 from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry
 from resfuse.kernels.tuning_cache.timing_cache import known
 
 __all__ = [
-    "CONFIGS", "Config", "candidates", "choose", "conv_bn_act", "conv_bn_act_ref", "launch",
-    "resnet_problems", "shipped",
-]  # fmt: skip
+    "CONFIGS",
+    "Config",
+    "candidates",
+    "choose",
+    "conv_bn_act",
+    "conv_bn_act_ref",
+    "launch",
+    "resnet_problems",
+    "shipped",
+]
 
 
 def conv_bn_act_ref(
@@ -115,10 +120,8 @@ def conv_kernel(
     )  # fmt: skip
 
 
-def launch(
-    problem: ConvProblem, tensors: Tensors, config: Config, residual_last: bool = False
-) -> Launch:
-    """The launch that fills y; the problem's `residual` is not read.
+def launch(problem: ConvProblem, tensors: Tensors, config: Config) -> Launch:
+    """The launch that fills y.
 
     Raises:
         ValueError: the configuration is not valid for the problem, or a tensor not laid out so.
@@ -129,7 +132,7 @@ def launch(
         conv_kernel,
         (pixels * channels,),
         gemm_arguments(problem, tensors, config),
-        {**gemm_constants(problem, config, residual_last), "PACK": config.pack(problem)},
+        {**gemm_constants(problem, config), "PACK": config.pack(problem)},
         config.num_warps,
         config.num_stages,
     )
@@ -146,14 +149,13 @@ def shipped() -> Iterator[tuple[str, Launch]]:
     yield from depthwise.shipped()
 
 
-def launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
+def launch_chosen(problem: ConvProblem, tensors: Tensors) -> Launch:
     """The launch of the kernel and configuration that suit the problem."""
     device = tensors.x.device
     sms, barred = multiprocessors(device), known(device)
     if problem.c == problem.groups:
-        config = depthwise.choose(problem, sms, barred)
-        return depthwise.launch(problem, tensors, config, residual_last)
-    return launch(problem, tensors, choose(problem, sms, barred), residual_last)
+        return depthwise.launch(problem, tensors, depthwise.choose(problem, sms, barred))
+    return launch(problem, tensors, choose(problem, sms, barred))
 
 
 conv_bn_act_op = declare("conv_bn_act", conv_bn_act_ref, launch_chosen)
@@ -191,10 +193,6 @@ def conv_bn_act(
     Raises:
         ValueError: an argument's shape, dtype, device or value is none of these.
     """
-    require_arguments(
-        x, weight, bias, residual, stride, padding, dilation, groups, activation, slope
-    )
-    return conv_bn_act_op(
-        x, weight, bias, residual, *split_slope(slope), stride, padding, dilation, groups,
-        activation, residual_last,
-    )  # fmt: skip
+    geometry = Geometry(stride, padding, dilation, groups)
+    epilogue = Epilogue.of(activation, residual is not None, residual_last)
+    return checked(conv_bn_act_op, x, weight, bias, residual, slope, geometry, epilogue)

@@ -2,7 +2,7 @@
 arguments and constants their kernels share.
 """
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,13 @@ from resfuse.kernels.gpu.common.arguments import empty_channels_last, require_4d
 from resfuse.kernels.gpu.common.launch import Argument, interpreting
 from resfuse.kernels.gpu.conv.conv_config import Config
 from resfuse.kernels.ops.activation import Slope, require_activation
-from resfuse.kernels.ops.conv_problem import ConvProblem, math_mode_of, output_shape
+from resfuse.kernels.ops.conv_problem import (
+    ConvProblem,
+    Epilogue,
+    Geometry,
+    dtypes_of,
+    math_mode_of,
+)
 
 
 class Tensors(NamedTuple):
@@ -35,29 +41,26 @@ def require_arguments(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
     slope: Slope,
+    geometry: Geometry,
+    epilogue: Epilogue,
 ) -> None:
     """Raises ValueError naming the argument that no fused convolution can take."""
+    assert (residual is not None) == (epilogue.residual != "none")
     math_mode_of(x.dtype)
     require_4d("x", x)
     require_4d("weight", weight)
-    for name, pair, least in (
-        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1),
-    ):  # fmt: skip
+    for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        pair = getattr(geometry, name)
         if not _is_pair(pair, least):
             raise ValueError(f"argument {name}: {pair!r}; accepted: two integers from {least}")
-    channels, k = x.shape[1], weight.shape[0]
+    channels, k, groups = x.shape[1], weight.shape[0], geometry.groups
     if groups < 1 or channels % groups or k % groups:
         raise ValueError(
             f"argument groups: {groups}; accepted: a divisor of {channels} channels in, {k} out"
         )
     require_like("weight", weight, (k, channels // groups, *weight.shape[2:]), x)
-    shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
+    shape = geometry.output_shape(x.shape, weight.shape)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(
             f"argument weight: a filter of {weight.shape[2]} x {weight.shape[3]}; accepted: one "
@@ -65,8 +68,8 @@ def require_arguments(
         )
     require_like("bias", bias, (k,), x, or_fp32=True)
     require_like("residual", residual, shape, x)
-    require_activation(activation, slope, k)
-    if activation == "prelu" and isinstance(slope, Tensor):
+    require_activation(epilogue.activation, slope, k)
+    if epilogue.activation == "prelu" and isinstance(slope, Tensor):
         require_like("slope", slope, (k,), x, or_fp32=True)
 
 
@@ -78,24 +81,23 @@ def _is_pair(value: Any, least: int) -> bool:
     )
 
 
-def problem_of(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-) -> ConvProblem:
+def problem_of(x: Tensor, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> ConvProblem:
     """The ConvProblem of checked arguments."""
-    n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    return ConvProblem(
-        n, c, h, w, k, r, s,
-        (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups,
-        math_mode_of(x.dtype), activation, residual is not None,
-    )  # fmt: skip
+    return _problem(x.shape, weight.shape, geometry, epilogue, math_mode_of(x.dtype))
+
+
+@lru_cache(maxsize=4096)
+def _problem(
+    x_shape: torch.Size,
+    weight_shape: torch.Size,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    math_mode: str,
+) -> ConvProblem:
+    """It is made once for each shape: an op asks for it at every call."""
+    n, c, h, w = x_shape
+    k, _, r, s = weight_shape
+    return ConvProblem(n, c, h, w, k, r, s, geometry, epilogue, dtypes_of(math_mode))
 
 
 def split_slope(slope: Slope) -> tuple[Tensor | None, float]:
@@ -108,10 +110,10 @@ def split_slope(slope: Slope) -> tuple[Tensor | None, float]:
 def stand_ins(problem: ConvProblem) -> Tensors:
     """Tensors on the meta device, for a launch to be compiled."""
     bias = torch.empty(problem.k, dtype=problem.dtype, device="meta")
-    x = empty_channels_last((problem.n, problem.c, problem.h, problem.w), bias)
-    filters = (problem.k, problem.c // problem.groups, problem.r, problem.s)
-    y = empty_channels_last((problem.n, problem.k, problem.p, problem.q), bias)
-    weight = empty_channels_last(filters, bias)
+    x, weight, y = (
+        empty_channels_last(shape, bias)
+        for shape in (problem.input_shape, problem.weight_shape, problem.output_shape)
+    )
     return Tensors(x, weight, bias, y if problem.residual else None, None, y)
 
 
@@ -130,27 +132,40 @@ def arguments(problem: ConvProblem, tensors: Tensors) -> dict[str, Argument]:
             raise ValueError(f"argument {name}: strides {vector.stride()}; accepted: contiguous")
     by_channel = isinstance(slope, Tensor)
     return {
-        "x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "residual_ptr": residual,
-        "slope_ptr": slope if by_channel else None, "y_ptr": y,
+        "x_ptr": x,
+        "w_ptr": weight,
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "slope_ptr": slope if by_channel else None,
+        "y_ptr": y,
         "M": problem.n * problem.p * problem.q,
-        "H": problem.h, "W": problem.w, "P": problem.p, "Q": problem.q,
+        "H": problem.h,
+        "W": problem.w,
+        "P": problem.p,
+        "Q": problem.q,
         "negative_slope": 0.0 if by_channel or slope is None else float(slope),
-    }  # fmt: skip
+    }
 
 
-def constants(problem: ConvProblem, residual_last: bool) -> dict[str, Any]:
+def constants(problem: ConvProblem) -> dict[str, Any]:
     """The compile-time constants every convolution kernel has."""
     return {
         "GROUPS": problem.groups,
-        "C_GROUP": problem.c // problem.groups, "K_GROUP": problem.k // problem.groups,
-        "R": problem.r, "S": problem.s,
-        "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
-        "PADDING_H": problem.padding[0], "PADDING_W": problem.padding[1],
-        "DILATION_H": problem.dilation[0], "DILATION_W": problem.dilation[1],
-        "ACTIVATION": problem.activation, "RESIDUAL_LAST": residual_last,
+        "C_GROUP": problem.c // problem.groups,
+        "K_GROUP": problem.k // problem.groups,
+        "R": problem.r,
+        "S": problem.s,
+        "STRIDE_H": problem.stride[0],
+        "STRIDE_W": problem.stride[1],
+        "PADDING_H": problem.padding[0],
+        "PADDING_W": problem.padding[1],
+        "DILATION_H": problem.dilation[0],
+        "DILATION_W": problem.dilation[1],
+        "ACTIVATION": problem.activation,
+        "RESIDUAL_LAST": problem.epilogue.residual_last,
         "MATH_MODE": problem.math_mode,
         "UPCAST": problem.math_mode == "bf16" and interpreting(),
-    }  # fmt: skip
+    }
 
 
 def gemm_arguments(problem: ConvProblem, tensors: Tensors, tile: Config) -> dict[str, Argument]:
@@ -158,16 +173,20 @@ def gemm_arguments(problem: ConvProblem, tensors: Tensors, tile: Config) -> dict
     tiles_m, tiles_n = tile.tiles(problem)
     return {
         **arguments(problem, tensors),
-        "tiles_m": tiles_m, "tiles_n": tiles_n,
+        "tiles_m": tiles_m,
+        "tiles_n": tiles_n,
         "taps": problem.r * problem.s,
         "channels": tile.pack(problem) * problem.c // problem.groups,
-    }  # fmt: skip
+    }
 
 
-def gemm_constants(problem: ConvProblem, tile: Config, residual_last: bool) -> dict[str, Any]:
+def gemm_constants(problem: ConvProblem, tile: Config) -> dict[str, Any]:
     """The constants every convolution kernel has, and those of an implicit GEMM's tile."""
     return {
-        **constants(problem, residual_last),
-        "LOOP": tile.loop, "GROUP_M": tile.group_m,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-    }  # fmt: skip
+        **constants(problem),
+        "LOOP": tile.loop,
+        "GROUP_M": tile.group_m,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }

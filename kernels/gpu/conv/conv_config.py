@@ -5,9 +5,9 @@ Pure Python; no GPU is asked.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
-from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem
+from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem, Geometry, dtypes_of
 from resfuse.kernels.tuning_cache.denylist import NONE, Barred, allowed
 
 # The least of the GPUs we compile for: sm_80's 163 KB, with room for what the epilogue needs.
@@ -229,15 +229,16 @@ def tile_cycles(problem: ConvProblem, config: Config, channel_blocks: int, taps:
 def resnet_problems(math_mode: str) -> Iterator[ConvProblem]:
     """The 3x3 convolutions of ResNet-50 and ResNeXt-50 32x4d, and ResNet-50's projections."""
     stages = ((56, 64), (28, 128), (14, 256), (7, 512))
+    problem = partial(ConvProblem, dtypes=dtypes_of(math_mode))
+    same, halving = Geometry(padding=(1, 1)), Geometry((2, 2), (1, 1))
     for n in (1, 32, 256):
         for hw, c in stages:
-            yield ConvProblem(n, c, hw, hw, c, 3, 3, padding=(1, 1), math_mode=math_mode)
+            yield problem(n, c, hw, hw, c, 3, 3, same)
         for hw, c in stages[1:]:
-            yield ConvProblem(n, c, 2 * hw, 2 * hw, c, 3, 3, (2, 2), (1, 1), math_mode=math_mode)
-            yield ConvProblem(n, 2 * c, 2 * hw, 2 * hw, 4 * c, 1, 1, (2, 2), math_mode=math_mode)
+            yield problem(n, c, 2 * hw, 2 * hw, c, 3, 3, halving)
+            yield problem(n, 2 * c, 2 * hw, 2 * hw, 4 * c, 1, 1, Geometry((2, 2)))
         for hw, c in stages:
-            c *= 2
-            yield ConvProblem(n, c, hw, hw, c, 3, 3, padding=(1, 1), groups=32, math_mode=math_mode)
+            yield problem(n, 2 * c, hw, hw, 2 * c, 3, 3, same._replace(groups=32))
 
 
 def closest_to_chosen(

@@ -14,20 +14,26 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from resfuse.kernels.gpu.common.arguments import channels_last, empty_channels_last
 from resfuse.kernels.gpu.common.gradient import conv_bn_act_backward
 from resfuse.kernels.gpu.common.launch import Launch, runs_triton
-from resfuse.kernels.gpu.conv.conv_arguments import Tensors, problem_of
-from resfuse.kernels.ops.conv_problem import ConvProblem, output_shape
+from resfuse.kernels.gpu.conv.conv_arguments import (
+    Tensors,
+    problem_of,
+    require_arguments,
+    split_slope,
+)
+from resfuse.kernels.ops.activation import Slope
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry
 
 
 def declare(
     name: str,
     twin: Callable[..., Tensor],
-    launch_chosen: Callable[[ConvProblem, Tensors, bool], Launch],
+    launch_chosen: Callable[[ConvProblem, Tensors], Launch],
 ) -> Callable[..., Tensor]:
     """Registers resfuse::`name` with torch.
 
     Args:
         twin: conv_bn_act_ref or one of its signature, which answers where no kernel runs.
-        launch_chosen: the launch that suits a problem, of its tensors, and residual_last.
+        launch_chosen: the launch that suits a problem, of its tensors.
 
     Returns:
         The op, which takes its arguments by position and does not check them.
@@ -50,12 +56,22 @@ def declare(
     ) -> Tensor:
         if not runs_triton(x):
             return twin(
-                x, weight, bias, residual, stride=stride, padding=padding, dilation=dilation,
-                groups=groups, activation=activation,
-                slope=negative_slope if slope is None else slope, residual_last=residual_last,
-            )  # fmt: skip
-        problem = problem_of(x, weight, residual, stride, padding, dilation, groups, activation)
-        y = empty_channels_last((problem.n, problem.k, problem.p, problem.q), x)
+                x,
+                weight,
+                bias,
+                residual,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+                activation=activation,
+                slope=negative_slope if slope is None else slope,
+                residual_last=residual_last,
+            )
+        geometry = Geometry.of(stride, padding, dilation, groups)
+        epilogue = Epilogue.of(activation, residual is not None, residual_last)
+        problem = problem_of(x, weight, geometry, epilogue)
+        y = empty_channels_last(problem.output_shape, x)
         if y.numel():
             tensors = Tensors(
                 channels_last(x),
@@ -65,7 +81,7 @@ def declare(
                 negative_slope if slope is None else slope.contiguous(),
                 y,
             )
-            launch_chosen(problem, tensors, residual_last).run()
+            launch_chosen(problem, tensors).run()
         return y
 
     op.register_fake(_fake)
@@ -74,11 +90,31 @@ def declare(
     return op
 
 
-def _fake(
-    x: Tensor, weight: Tensor, bias: Any, residual: Any, slope: Any, negative_slope: float,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], *_: Any,
-) -> Tensor:  # fmt: skip
-    return empty_channels_last(output_shape(x.shape, weight.shape, stride, padding, dilation), x)
+def checked(
+    op: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Slope,
+    geometry: Geometry,
+    epilogue: Epilogue,
+) -> Tensor:
+    """What such an op computes, its arguments checked and laid out flat, as its schema has them.
+
+    Raises:
+        ValueError: as `require_arguments`.
+    """
+    require_arguments(x, weight, bias, residual, slope, geometry, epilogue)
+    last = epilogue.residual_last
+    tensors = x, weight, bias, residual, *split_slope(slope)
+    return op(*tensors, *geometry, epilogue.activation, last)
+
+
+def _fake(x: Tensor, weight: Tensor, *flat: Any) -> Tensor:
+    *_, stride, padding, dilation, groups, _, _ = flat
+    geometry = Geometry.of(stride, padding, dilation, groups)
+    return empty_channels_last(geometry.output_shape(x.shape, weight.shape), x)
 
 
 def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -86,20 +122,20 @@ def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> in
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.negative_slope, ctx.stride, ctx.padding, ctx.dilation = inputs[:9]
-    ctx.groups, ctx.activation, ctx.residual_last = inputs[9:]
+    *tensors, ctx.negative_slope, stride, padding, dilation, groups, activation, last = inputs
+    ctx.geometry = Geometry.of(stride, padding, dilation, groups)
+    ctx.epilogue = Epilogue.of(activation, tensors[3] is not None, last)
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, slope = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    either = ctx.negative_slope if slope is None else slope
+    given = grad, x, weight, None if bias is None else bias.to(x.dtype), residual, either
     grad_x, grad_weight, grad_bias, grad_residual, grad_slope = conv_bn_act_backward(
-        grad, x, weight, None if bias is None else bias.to(x.dtype), residual,
-        ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.activation,
-        ctx.negative_slope if slope is None else slope, ctx.residual_last,
-        (needs[0], needs[1], needs[2]),
-    )  # fmt: skip
+        *given, ctx.geometry, ctx.epilogue, needs[:3]
+    )
     return (
         grad_x,
         grad_weight,

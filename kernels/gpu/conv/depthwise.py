@@ -19,7 +19,7 @@ from resfuse.kernels.gpu.common.launch import Launch
 from resfuse.kernels.gpu.conv.conv_arguments import Tensors, arguments, constants, stand_ins
 from resfuse.kernels.gpu.conv.conv_config import require_countable
 from resfuse.kernels.gpu.conv.implicit_gemm import store_output, windows
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry
 from resfuse.kernels.tuning_cache.denylist import NONE, Barred, allowed
 
 UNROLLED_TAPS = 9  # loads in flight; a longer filter goes round its loop this many at a time
@@ -112,9 +112,7 @@ def depthwise_kernel(
     )  # fmt: skip
 
 
-def launch(
-    problem: ConvProblem, tensors: Tensors, config: Config, residual_last: bool = False
-) -> Launch:
+def launch(problem: ConvProblem, tensors: Tensors, config: Config) -> Launch:
     """The launch that fills y.
 
     Raises:
@@ -127,18 +125,20 @@ def launch(
         (pixels * -(-problem.k // config.block_n),),
         arguments(problem, tensors),
         {
-            **constants(problem, residual_last),
+            **constants(problem),
             "UNROLL": min(problem.r * problem.s, UNROLLED_TAPS),
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
         },
         config.num_warps,
         1,
-    )  # fmt: skip
+    )
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
     """Every configuration, on a ResNet-50 3x3 made depthwise."""
-    problem = ConvProblem(32, 128, 28, 28, 128, 3, 3, padding=(1, 1), groups=128)
+    geometry = Geometry(padding=(1, 1), groups=128)
+    problem = ConvProblem(32, 128, 28, 28, 128, 3, 3, geometry)
     for config in CONFIGS:
         yield (
             f"depthwise {problem.label()} {problem.math_mode} {config.block_m}x{config.block_n}",

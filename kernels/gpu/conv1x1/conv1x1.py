@@ -24,11 +24,12 @@ from resfuse.kernels.gpu.common.arguments import (
     require_4d,
     require_like,
 )
-from resfuse.kernels.gpu.common.gradient import conv_bn_act_backward
+from resfuse.kernels.gpu.common.gradient import conv_bn_act_backward, convolution_backward
 from resfuse.kernels.gpu.common.launch import Launch, runs_triton
-from resfuse.kernels.gpu.conv1x1.conv1x1_config import Pair
+from resfuse.kernels.gpu.conv.conv_arguments import Tensors, problem_of
 from resfuse.kernels.gpu.conv1x1.conv1x1_kernel import Shortcut, launch
 from resfuse.kernels.ops.activation import ACTIVATIONS, Slope, require_activation
+from resfuse.kernels.ops.conv_problem import Epilogue, Geometry, Pair
 
 __all__ = ["Shortcut", "conv1x1", "conv1x1_ref"]
 
@@ -87,17 +88,23 @@ def conv1x1_op(
     at = (stride[0], stride[1])
     if not runs_triton(x):
         y = conv1x1_ref(
-            x, weight, bias, residual,
-            stride=at, activation=activation, slope=either, residual_last=residual_last,
+            x,
+            weight,
+            bias,
+            residual,
+            stride=at,
+            activation=activation,
+            slope=either,
+            residual_last=residual_last,
             shortcut=shortcut,
-        )  # fmt: skip
+        )
         return channels_last(y)
     y = empty_channels_last(_output_shape(x.shape, weight.shape, stride), x)
     if y.numel():
-        launch(
-            y, x, weight, bias, residual, either,
-            stride=at, shortcut=shortcut, activation=activation, residual_last=residual_last,
-        ).run()  # fmt: skip
+        epilogue = Epilogue.of(activation, residual is not None, residual_last)
+        problem = problem_of(x, weight, Geometry(at), epilogue)
+        tensors = Tensors(x, weight, bias, residual, either, y)
+        launch(problem, tensors, shortcut=shortcut).run()
     return y
 
 
@@ -114,10 +121,8 @@ def _fake(
 
 
 @register_flop_formula(torch.ops.resfuse.conv1x1)
-def _flops(
-    x: Any, weight: Any, bias: Any, residual: Any, slope: Any, stride: Any, x2: Any, *_: Any,
-    out_shape: Any = None, **__: Any,
-) -> int:  # fmt: skip
+def _flops(x: Any, weight: Any, *flat: Any, out_shape: Any = None, **__: Any) -> int:
+    _, _, _, stride, x2, *_ = flat
     n, k, p, q = _output_shape(x, weight, stride)
     return 2 * n * p * q * k * (x[1] + (x2[1] if x2 is not None else 0))
 
@@ -137,26 +142,29 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if x2 is not None:
         projected = F.conv2d(x2, weight2, stride=ctx.stride2)
         seen = projected if seen is None else seen + projected
+    geometry, epilogue = Geometry(ctx.stride), Epilogue.of(ctx.activation, seen is not None)
+    either = ctx.negative_slope if slope is None else slope
+    given = grad, x, weight, None if bias is None else bias.to(x.dtype), seen, either
     grad_x, grad_weight, grad_bias, grad_z, grad_slope = conv_bn_act_backward(
-        grad, x, weight, bias.to(x.dtype) if bias is not None else None, seen,
-        ctx.stride, [0, 0], [1, 1], 1, ctx.activation,
-        slope if slope is not None else ctx.negative_slope,
-        False, (needs[0], needs[1], needs[2]),
-    )  # fmt: skip
+        *given, geometry, epilogue, needs[:3]
+    )
     grad_x2, grad_weight2 = None, None
     if x2 is not None and (needs[6] or needs[7]):
-        grad_x2, grad_weight2, _ = torch.ops.aten.convolution_backward(
-            grad_z, x2, weight2, None, ctx.stride2, [0, 0], [1, 1], False, [0, 0], 1,
-            [needs[6], needs[7], False],
-        )  # fmt: skip
+        wanted = needs[6], needs[7], False
+        grad_x2, grad_weight2, _ = convolution_backward(
+            grad_z, x2, weight2, Geometry(ctx.stride2), wanted
+        )
     return (
         grad_x,
         grad_weight,
         grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
         (grad if ctx.residual_last else grad_z) if needs[3] else None,
         grad_slope.sum((0, 2, 3)).to(slope.dtype) if needs[4] else None,
-        None, grad_x2, grad_weight2, None, None, None, None,
-    )  # fmt: skip
+        None,
+        grad_x2,
+        grad_weight2,
+        *(None,) * 4,
+    )
 
 
 conv1x1_op.register_autograd(_backward, setup_context=_setup_context)
@@ -177,14 +185,15 @@ def require_arguments(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    stride: Pair,
-    activation: str,
     slope: Slope,
+    stride: Pair,
+    epilogue: Epilogue,
     shortcut: Shortcut | None,
 ) -> list[int]:
     """The shape of y; raises ValueError naming the argument that `conv1x1` cannot take."""
+    assert (residual is not None) == (epilogue.residual != "none")
     shape = _require_convolution("", x, weight, stride)
-    require_activation(activation, slope, shape[1])
+    require_activation(epilogue.activation, slope, shape[1])
     require_like("bias", bias, shape[1:2], x, or_fp32=True)
     require_like("residual", residual, shape, x)
     if shortcut is not None:
@@ -196,7 +205,12 @@ def require_arguments(
 
 
 def launch_with_shortcut(
-    x: Tensor, weight: Tensor, bias: Tensor, activation: str, slope: Slope, shortcut: Shortcut
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slope: Slope,
+    epilogue: Epilogue,
+    shortcut: Shortcut,
 ) -> Launch:
     """The launch of `conv1x1` with a projection, of the very tensors given; into a new y.
 
@@ -206,12 +220,11 @@ def launch_with_shortcut(
     Raises:
         ValueError: as `conv1x1`.
     """
-    shape = require_arguments(x, weight, bias, None, (1, 1), activation, slope, shortcut)
+    shape = require_arguments(x, weight, bias, None, slope, (1, 1), epilogue, shortcut)
     slope = slope.contiguous() if isinstance(slope, Tensor) else slope
-    return launch(
-        empty_channels_last(shape, x), x, weight, bias.contiguous(), None, slope,
-        shortcut=shortcut, activation=activation,
-    )  # fmt: skip
+    y = empty_channels_last(shape, x)
+    tensors = Tensors(x, weight, bias.contiguous(), None, slope, y)
+    return launch(problem_of(x, weight, Geometry(), epilogue), tensors, shortcut=shortcut)
 
 
 def conv1x1(
@@ -245,15 +258,27 @@ def conv1x1(
     Raises:
         ValueError: an argument's shape, dtype, device or value is not one of these.
     """
-    require_arguments(x, weight, bias, residual, stride, activation, slope, shortcut)
-    return conv1x1_op(
-        x, weight, bias, residual,
-        slope if isinstance(slope, Tensor) and activation == "prelu" else None,
-        list(stride),
-        shortcut.x if shortcut is not None else None,
-        shortcut.weight if shortcut is not None else None,
-        list(shortcut.stride) if shortcut is not None else [1, 1],
-        activation,
-        float(slope) if isinstance(slope, float | int) else 0.0,
-        residual_last,
-    )  # fmt: skip
+    epilogue = Epilogue.of(activation, residual is not None, residual_last)
+    return checked(x, weight, bias, residual, slope, stride, epilogue, shortcut)
+
+
+def checked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Slope,
+    stride: Pair,
+    epilogue: Epilogue,
+    shortcut: Shortcut | None = None,
+) -> Tensor:
+    """`conv1x1`, whose arguments it checks and lays out flat, as the op's schema has them."""
+    require_arguments(x, weight, bias, residual, slope, stride, epilogue, shortcut)
+    activation, last = epilogue.activation, epilogue.residual_last
+    slopes = slope if isinstance(slope, Tensor) and activation == "prelu" else None
+    number = float(slope) if isinstance(slope, float | int) else 0.0
+    side: tuple[Tensor | None, Tensor | None, list[int]] = None, None, [1, 1]
+    if shortcut is not None:
+        side = shortcut.x, shortcut.weight, list(shortcut.stride)
+    tensors = x, weight, bias, residual, slopes
+    return conv1x1_op(*tensors, list(stride), *side, activation, number, last)

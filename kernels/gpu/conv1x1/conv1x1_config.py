@@ -3,13 +3,11 @@
 Pure Python; no GPU is asked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Pair
 from resfuse.kernels.tuning_cache.denylist import NONE, Barred, allowed
-
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,20 @@ class Conv1x1Problem(ConvProblem):
     @property
     def macs(self) -> int:
         return self.n * self.p * self.q * self.k * (self.c + self.shortcut_c)
+
+
+@lru_cache(maxsize=4096)
+def gemm_of(
+    problem: ConvProblem,
+    shortcut_c: int = 0,
+    shortcut_stride: Pair = (1, 1),
+    aligned: bool = True,
+) -> Conv1x1Problem:
+    """The convolution `problem` with a shortcut folded in; made once, as launches ask for it."""
+    own = {field.name: getattr(problem, field.name) for field in fields(ConvProblem)}
+    return Conv1x1Problem(
+        **own, shortcut_c=shortcut_c, shortcut_stride=shortcut_stride, aligned=aligned
+    )
 
 
 SHARED_BYTES = 163 << 10  # of an sm_80 CTA; sm_90 and sm_100 have 227 KB
@@ -61,7 +73,7 @@ class Config:
 
     def shared_bytes(self, problem: ConvProblem) -> int:
         """What the pipeline's buffers take; the epilogue re-uses them."""
-        size = MATH_MODES[problem.math_mode][1]
+        size = problem.dtypes.input.itemsize
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * size
 
     def tiles(self, problem: ConvProblem) -> int:
@@ -91,7 +103,7 @@ class Config:
 
 def is_row_aligned(channels: int, problem: ConvProblem) -> bool:
     """True where rows of so many channels start at multiples of 16 bytes."""
-    return channels * MATH_MODES[problem.math_mode][1] % 16 == 0
+    return channels * problem.dtypes.input.itemsize % 16 == 0
 
 
 # Larger tiles first, of equal ones the faster. Compiled for sm_80, sm_90 and sm_100 in every math
@@ -122,7 +134,7 @@ CONFIGS: tuple[Config, ...] = tuple(
 
 def candidates(problem: Conv1x1Problem) -> list[Config]:
     """The shipped configurations worth trying on `problem`, largest tile first."""
-    wide = MATH_MODES[problem.math_mode][1] == 4
+    wide = problem.dtypes.input.itemsize == 4
     found = []
     for config in CONFIGS:
         try:

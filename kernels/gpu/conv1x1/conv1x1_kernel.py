@@ -12,9 +12,7 @@ projection is our own.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,16 +26,23 @@ from resfuse.kernels.gpu.common.launch import (
     interpreting,
     multiprocessors,
 )
+from resfuse.kernels.gpu.conv.conv_arguments import Tensors, stand_ins
 from resfuse.kernels.gpu.conv1x1.conv1x1_config import (
     Config,
     Conv1x1Problem,
-    Pair,
     candidates,
     choose,
+    gemm_of,
     is_row_aligned,
 )
-from resfuse.kernels.ops.activation import Slope
-from resfuse.kernels.ops.conv_problem import MATH_MODES, math_mode_of
+from resfuse.kernels.ops.conv_problem import (
+    MATH_MODES,
+    ConvProblem,
+    Epilogue,
+    Geometry,
+    Pair,
+    dtypes_of,
+)
 from resfuse.kernels.tuning_cache.timing_cache import known
 
 
@@ -156,32 +161,23 @@ def conv1x1_kernel(
 
 
 def launch(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    slope: Slope = None,
-    *,
-    stride: Pair = (1, 1),
-    shortcut: Shortcut | None = None,
-    activation: str = "identity",
-    residual_last: bool = False,
-    math_mode: str | None = None,
+    problem: ConvProblem,
+    tensors: Tensors,
     config: Config | None = None,
+    shortcut: Shortcut | None = None,
 ) -> Launch:
     """The launch that fills y [N, K, P, Q].
 
     Args:
-        y, x, weight, residual, shortcut: in channels_last memory; arguments as for `conv1x1`.
-        math_mode: by x's dtype if not given.
+        problem: without the shortcut.
+        tensors, shortcut: in channels_last memory.
         config: `choose`'s if not given.
 
     Raises:
         ValueError: `config` cannot do this problem.
     """
-    mode = math_mode or math_mode_of(x.dtype)
-    problem = _problem(y, x, weight, residual, stride, shortcut, activation, mode)
+    x, weight, bias, residual, slope, y = tensors
+    problem = _with_shortcut(problem, tensors, shortcut)
     if config is None:
         config = choose(problem, multiprocessors(x.device), capability(x.device), known(x.device))
     config.check(problem)
@@ -202,19 +198,21 @@ def launch(
             "x2_ptr": x2_ptr if shortcut is not None else None,
             "weight2_ptr": weight2_ptr if shortcut is not None else None,
             "bias_ptr": bias, "residual_ptr": residual,
-            "slope_ptr": slope if activation == "prelu" else None, "y_ptr": y_ptr,
+            "slope_ptr": slope if problem.activation == "prelu" else None, "y_ptr": y_ptr,
             "M": m, "K": problem.k, "H": problem.h, "W": problem.w,
             "H2": side.x.shape[2], "W2": side.x.shape[3], "P": problem.p, "Q": problem.q,
-            "stride_h": stride[0], "stride_w": stride[1],
+            "stride_h": problem.stride[0], "stride_w": problem.stride[1],
             "stride2_h": side.stride[0], "stride2_w": side.stride[1],
             "negative_slope": float(slope) if isinstance(slope, float | int) else 0.0,
         },
         constants={
             "C": problem.c, "C2": side.x.shape[1],
-            "ACTIVATION": activation, "RESIDUAL_LAST": residual_last,
-            "MATH_MODE": mode, "UPCAST": interpreting() and mode == "bf16",
-            "RESIDUAL_EARLY": _is_residual_early(config, mode),
-            "STRIDED": stride != (1, 1), "STRIDED2": strided2,
+            "ACTIVATION": problem.activation,
+            "RESIDUAL_LAST": problem.epilogue.residual_last,
+            "MATH_MODE": problem.math_mode,
+            "UPCAST": interpreting() and problem.math_mode == "bf16",
+            "RESIDUAL_EARLY": _is_residual_early(config, problem),
+            "STRIDED": problem.stride != (1, 1), "STRIDED2": strided2,
             "DESCRIPTORS": config.descriptors, "DESCRIPTORS2": descriptors2,
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         },
@@ -243,53 +241,43 @@ def _matrix(
     return TensorDescriptor(tensor, [rows, columns], [columns, 1], [block_rows, block_columns])
 
 
-def _is_residual_early(config: Config, math_mode: str) -> bool:
+def _is_residual_early(config: Config, problem: ConvProblem) -> bool:
     """Whether registers allow the residual's tile to be loaded before the loop. fp32's, twice as
     large, spills on sm_80; the smallest tile of one step is held to 64 of them on sm_100."""
-    return MATH_MODES[math_mode][1] == 2 and config.block_m * config.block_n > 64 * 64
+    return problem.dtypes.output.itemsize == 2 and config.block_m * config.block_n > 64 * 64
 
 
-def _problem(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    stride: Pair,
-    shortcut: Shortcut | None,
-    activation: str,
-    math_mode: str,
+def _with_shortcut(
+    problem: ConvProblem, tensors: Tensors, shortcut: Shortcut | None
 ) -> Conv1x1Problem:
-    tensors = [y, x, weight, *([shortcut.x, shortcut.weight] if shortcut is not None else [])]
-    n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    return Conv1x1Problem(
-        n, c, h, w, k, r, s, stride,
-        math_mode=math_mode, activation=activation, residual=residual is not None,
-        shortcut_c=shortcut.x.shape[1] if shortcut is not None else 0,
-        shortcut_stride=shortcut.stride if shortcut is not None else (1, 1),
-        aligned=all(t.data_ptr() % 16 == 0 for t in tensors),
-    )  # fmt: skip
+    read = [tensors.y, tensors.x, tensors.weight]
+    if shortcut is None:
+        channels, stride = 0, (1, 1)
+    else:
+        read += [shortcut.x, shortcut.weight]
+        channels, stride = shortcut.x.shape[1], shortcut.stride
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in read)
+    return gemm_of(problem, channels, stride, aligned)
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
     """Every configuration in each math mode it is for, on two 1x1 convolutions of ResNet-50 at
     batch 256: one with a residual, and one that folds a projection of stride 2 in."""
-    for mode, (dtype, _) in MATH_MODES.items():
-        tensor = partial(torch.empty, dtype=dtype, device="meta", memory_format=torch.channels_last)
-        bias = torch.empty(512, dtype=dtype, device="meta")
-        y, shortcut_x = tensor((256, 256, 56, 56)), tensor((256, 256, 56, 56))
-        projected = Shortcut(shortcut_x, tensor((512, 256, 1, 1)), (2, 2))
-        cases: dict[str, dict[str, Any]] = {
-            "56x56x64 k256 + residual": {
-                "y": y, "x": tensor((256, 64, 56, 56)), "weight": tensor((256, 64, 1, 1)),
-                "bias": bias[:256], "residual": y,
-            },
-            "28x28x128 k512 + 56x56x256 /2": {
-                "y": tensor((256, 512, 28, 28)), "x": tensor((256, 128, 28, 28)),
-                "weight": tensor((512, 128, 1, 1)), "bias": bias, "shortcut": projected,
-            },
-        }  # fmt: skip
-        for case, tensors in cases.items():
-            for config in candidates(Conv1x1Problem(256, 256, 56, 56, 256, 1, 1, math_mode=mode)):
-                made = launch(**tensors, activation="relu", math_mode=mode, config=config)
+    for mode in MATH_MODES:
+        problem = partial(ConvProblem, 256, r=1, s=1, dtypes=dtypes_of(mode))
+        side = stand_ins(problem(256, 56, 56, 512, geometry=Geometry((2, 2))))
+        cases = {
+            "56x56x64 k256 + residual": (
+                problem(64, 56, 56, 256, epilogue=Epilogue("relu", "before")),
+                None,
+            ),
+            "28x28x128 k512 + 56x56x256 /2": (
+                problem(128, 28, 28, 512),
+                Shortcut(side.x, side.weight, (2, 2)),
+            ),
+        }
+        offered = candidates(gemm_of(problem(256, 56, 56, 256)))
+        for case, (convolution, shortcut) in cases.items():
+            for config in offered:
+                made = launch(convolution, stand_ins(convolution), config, shortcut)
                 yield f"{mode} {config.label()} {case}", made

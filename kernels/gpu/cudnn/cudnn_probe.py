@@ -24,13 +24,12 @@ from torch import Tensor
 from resfuse.kernels.gpu.common.graph_capture import Replay, record, warm_up
 from resfuse.kernels.gpu.cudnn.cudnn_relu import (
     FORMS,
-    Geometry,
     Way,
     conv_relu,
     searching,
     zeros_for,
 )
-from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry, dtypes_of
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
@@ -41,8 +40,8 @@ Result = TypeVar("Result")
 # and whose fp64 twin fits small GPUs: 1 GB.
 PROBED = (
     ConvProblem(64, 256, 56, 56, 64, 1, 1),
-    ConvProblem(64, 128, 28, 28, 128, 3, 3, padding=(1, 1)),
-    ConvProblem(64, 128, 56, 56, 128, 3, 3, stride=(2, 2), padding=(1, 1)),
+    ConvProblem(64, 128, 28, 28, 128, 3, 3, Geometry(padding=(1, 1))),
+    ConvProblem(64, 128, 56, 56, 128, 3, 3, Geometry((2, 2), (1, 1))),
 )
 _IN_A_ROW, _ROUNDS = 10, 5
 # A search builds all of cuDNN's plans for a convolution, whatever benchmark_limit says (that bounds
@@ -255,7 +254,7 @@ class _Layer:
     @torch.inference_mode()
     def __init__(self, problem: ConvProblem, math_mode: str, device: torch.device) -> None:
         self.problem, self.math_mode, self.device = problem, math_mode, device
-        dtype, p = MATH_MODES[math_mode][0], problem
+        dtype, p = dtypes_of(math_mode).input, problem
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -266,8 +265,7 @@ class _Layer:
         self.x = normal(p.n, p.c, p.h, p.w).relu_()
         self.weight = normal(p.k, p.c, p.r, p.s, scale=math.sqrt(2 / (p.c * p.r * p.s)))
         self.bias = normal(p.k, scale=0.1)
-        self.geometry: Geometry = (p.stride, p.padding, p.dilation, p.groups)
-        self.y_shape = (p.n, p.k, p.p, p.q)
+        self.geometry, self.y_shape = p.geometry, p.output_shape
         x, weight, bias = (t.double() for t in (self.x, self.weight, self.bias))
         self.exact = F.conv2d(x, weight, bias, *self.geometry).relu_()
         own = self.error(_in_new_thread(self.run("plain"), device))

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, pad, dilation, groups
+from resfuse.kernels.ops.conv_problem import Geometry
+
 Blank = Callable[[int], Tensor]  # zeros [count] of x's dtype, on its device; nobody writes to them
 
 FORMS = {
@@ -74,7 +75,6 @@ def conv_relu(
         weight: of the convolution.
         bias: [K].
         z: `zeros_for` the form.
-        geometry: stride, padding, dilation, groups.
     """
     if form == "relu_op":
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)

@@ -166,9 +166,12 @@ def inspect_launch(kernel: str, label: str, launch: Launch, target: str) -> Insp
     measured["tensor_memory_columns"] = getattr(compiled.metadata, "tmem_size", None) or 0
     num_warps = compiled.metadata.num_warps  # warp specialisation adds some
     ctas = resident_ctas(
-        TARGETS[target], num_warps, measured["registers"], measured["shared_bytes"],
+        TARGETS[target],
+        num_warps,
+        measured["registers"],
+        measured["shared_bytes"],
         measured["tensor_memory_columns"],
-    )  # fmt: skip
+    )
     return Inspection(*named, **measured, ctas=ctas, warps=ctas * num_warps)
 
 

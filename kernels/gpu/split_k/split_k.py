@@ -28,12 +28,10 @@ from resfuse.kernels.gpu.conv.conv_arguments import (
     Tensors,
     gemm_arguments,
     gemm_constants,
-    require_arguments,
-    split_slope,
     stand_ins,
 )
 from resfuse.kernels.gpu.conv.conv_config import resnet_problems
-from resfuse.kernels.gpu.conv.conv_registration import declare
+from resfuse.kernels.gpu.conv.conv_registration import checked, declare
 from resfuse.kernels.gpu.conv.implicit_gemm import multiply, output_channels, store_output, swizzle
 from resfuse.kernels.gpu.split_k.split_k_config import (
     CONFIGS,
@@ -45,7 +43,7 @@ from resfuse.kernels.gpu.split_k.split_k_config import (
     pays,
 )
 from resfuse.kernels.ops.activation import Slope
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry
 from resfuse.kernels.tuning_cache.timing_cache import known
 
 __all__ = [
@@ -128,19 +126,13 @@ def workspace(problem: ConvProblem, config: Config, device: torch.device | str) 
     tiles_m, tiles_n = config.tile.tiles(problem)
     tiles, size = tiles_m * tiles_n, config.tile.block_m * config.tile.block_n
     return Workspace(
-        torch.empty(tiles * config.splits * size, dtype=torch.float32, device=device),
+        torch.empty(tiles * config.splits * size, dtype=problem.dtypes.accumulator, device=device),
         torch.zeros(tiles, dtype=torch.int32, device=device),
     )
 
 
-def launch(
-    problem: ConvProblem,
-    tensors: Tensors,
-    config: Config,
-    scratch: Workspace,
-    residual_last: bool = False,
-) -> Launch:
-    """The launch that fills y; the problem's `residual` is not read.
+def launch(problem: ConvProblem, tensors: Tensors, config: Config, scratch: Workspace) -> Launch:
+    """The launch that fills y.
 
     Raises:
         ValueError: the configuration is not valid for the problem, a tensor not laid out so, or
@@ -150,11 +142,11 @@ def launch(
     tile = config.tile
     tiles_m, tiles_n = tile.tiles(problem)
     tiles = tiles_m * tiles_n
+    partials = tiles * config.splits * tile.block_m * tile.block_n
     for name, tensor, dtype, least in (
-        ("partials", scratch.partials, torch.float32,
-         tiles * config.splits * tile.block_m * tile.block_n),
+        ("partials", scratch.partials, problem.dtypes.accumulator, partials),
         ("counters", scratch.counters, torch.int32, tiles),
-    ):  # fmt: skip
+    ):
         if tensor.dtype != dtype or tensor.numel() < least or not tensor.is_contiguous():
             raise ValueError(
                 f"argument scratch: {name} of {tensor.numel()} {tensor.dtype}; accepted: "
@@ -165,17 +157,19 @@ def launch(
         (tiles, config.splits),
         {
             **gemm_arguments(problem, tensors, tile),
-            "partials_ptr": scratch.partials, "counters_ptr": scratch.counters,
-            "splits": config.splits, "split_channels": config.split_channels,
+            "partials_ptr": scratch.partials,
+            "counters_ptr": scratch.counters,
+            "splits": config.splits,
+            "split_channels": config.split_channels,
             "taps_each": config.taps_each(problem),
             "channels_each": config.channel_blocks_each(problem) * tile.block_k,
         },
-        gemm_constants(problem, tile, residual_last),
+        gemm_constants(problem, tile),
         tile.num_warps,
         tile.num_stages,
         scratch=("partials_ptr",),
         counters=("counters_ptr",),
-    )  # fmt: skip
+    )
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
@@ -201,7 +195,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
             yield label, launch(problem, stand_ins(problem), config, scratch)
 
 
-def launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -> Launch:
+def launch_chosen(problem: ConvProblem, tensors: Tensors) -> Launch:
     """The launch of the configuration that suits the problem, in a workspace of its own; where all
     of them are barred, of the kernel that does not split."""
     device = tensors.x.device
@@ -211,10 +205,8 @@ def launch_chosen(problem: ConvProblem, tensors: Tensors, residual_last: bool) -
     except ValueError:
         if not barred:
             raise
-        whole = conv_config.choose(problem, sms, barred)
-        return conv.launch(problem, tensors, whole, residual_last)
-    scratch = workspace(problem, config, device)
-    return launch(problem, tensors, config, scratch, residual_last)
+        return conv.launch(problem, tensors, conv_config.choose(problem, sms, barred))
+    return launch(problem, tensors, config, workspace(problem, config, device))
 
 
 conv_bn_act_split_k_op = declare("conv_bn_act_split_k", conv_bn_act_split_k_ref, launch_chosen)
@@ -241,10 +233,6 @@ def conv_bn_act_split_k(
     """
     if groups != 1:
         raise ValueError(f"argument groups: {groups}; accepted by split-K: 1")
-    require_arguments(
-        x, weight, bias, residual, stride, padding, dilation, groups, activation, slope
-    )
-    return conv_bn_act_split_k_op(
-        x, weight, bias, residual, *split_slope(slope), stride, padding, dilation, groups,
-        activation, residual_last,
-    )  # fmt: skip
+    geometry = Geometry(stride, padding, dilation, groups)
+    epilogue = Epilogue.of(activation, residual is not None, residual_last)
+    return checked(conv_bn_act_split_k_op, x, weight, bias, residual, slope, geometry, epilogue)

@@ -22,8 +22,10 @@ from resfuse.kernels.gpu.common.arguments import (
     require_4d,
     require_like,
 )
+from resfuse.kernels.gpu.common.gradient import convolution_backward
 from resfuse.kernels.gpu.common.launch import Launch, runs_triton
 from resfuse.kernels.gpu.stem.stem_kernel import launch, pack_weight
+from resfuse.kernels.ops.conv_problem import Geometry
 
 
 def stem_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,12 +76,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pool = [[3, 3], [2, 2], [1, 1], [1, 1], False]
     indices = torch.ops.aten.max_pool2d_with_indices(F.relu(z), *pool)[1]
     grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, z, *pool, indices)
-    grads = torch.ops.aten.convolution_backward(
-        grad * (z > 0), x, weight, [weight.shape[0]], [2, 2], [3, 3], [1, 1], False, [0, 0], 1,
-        [needs[0], needs[1], needs[2]],
-    )  # fmt: skip
-    grad_bias = grads[2].to(bias.dtype) if needs[2] and bias is not None else None
-    return grads[0], grads[1], grad_bias
+    grad_x, grad_weight, grad_bias = convolution_backward(
+        grad * (z > 0), x, weight, Geometry((2, 2), (3, 3)), needs
+    )
+    if grad_bias is not None and bias is not None:
+        grad_bias = grad_bias.to(bias.dtype)
+    return grad_x, grad_weight, grad_bias
 
 
 stem_op.register_autograd(_backward, setup_context=_setup_context)

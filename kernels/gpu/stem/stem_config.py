@@ -6,7 +6,7 @@ Pure Python; no GPU is asked.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem
+from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem, Geometry, dtypes_of
 from resfuse.kernels.tuning_cache.denylist import NONE, Barred, allowed
 
 
@@ -23,10 +23,8 @@ class StemProblem:
 
     @property
     def conv(self) -> ConvProblem:
-        return ConvProblem(
-            self.n, self.c, self.h, self.w, self.k, 7, 7, (2, 2), (3, 3),
-            math_mode=self.math_mode,
-        )  # fmt: skip
+        geometry, dtypes = Geometry((2, 2), (3, 3)), dtypes_of(self.math_mode)
+        return ConvProblem(self.n, self.c, self.h, self.w, self.k, 7, 7, geometry, dtypes=dtypes)
 
     @property
     def p2(self) -> int:

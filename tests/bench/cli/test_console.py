@@ -14,7 +14,7 @@ from resfuse.bench.records import results
 from resfuse.bench.records.case import Options
 from resfuse.bench.records.convolutions import Convolution
 from resfuse.bench.records.outcome import Outcome
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry, dtypes_of
 
 FOREIGN = "expected [bold] int[4]; got [/N, C] in [red]"
 _OF_RICH = re.compile(r"(?<!\w)Console\(")
@@ -35,7 +35,9 @@ def test_a_providers_error_is_printed_whole(
 ) -> None:
     outcomes = {"eager": Outcome("fail_to_run", FOREIGN)}
     monkeypatch.setattr(layer_sweep, "run_convolution", lambda *_: outcomes)
-    problem = ConvProblem(1, 3, 8, 8, k=4, r=3, s=3, padding=(1, 1), math_mode="ieee")
+    problem = ConvProblem(
+        1, 3, 8, 8, k=4, r=3, s=3, geometry=Geometry(padding=(1, 1)), dtypes=dtypes_of("ieee")
+    )
     convolution = Convolution("tiny", 8, "cpu", "float32", "0", 1, problem)
     facts = {"device_name": "some CPU"}
     found = {"facts": facts, "env_id": "0123456789", "commit": "1e5"}

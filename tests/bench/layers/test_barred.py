@@ -25,7 +25,7 @@ from resfuse.kernels.gpu.conv1x1 import conv1x1_config
 from resfuse.kernels.gpu.registry import KERNELS
 from resfuse.kernels.gpu.split_k import split_k, split_k_config
 from resfuse.kernels.gpu.stem import stem_config
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry, dtypes_of
 from resfuse.kernels.tuning_cache.denylist import NONE, Barred, key_of
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache, known
 
@@ -52,18 +52,18 @@ def proven(configs: list[Any]) -> list[Any]:
     return [config for config in configs if config.is_proven]
 
 
-CONV = ConvProblem(32, 64, 56, 56, 64, 3, 3, padding=(1, 1))
+CONV = ConvProblem(32, 64, 56, 56, 64, 3, 3, Geometry(padding=(1, 1)))
 CHOOSERS: dict[str, tuple[str, Any, Callable[[Barred], Any], Callable[[], list[Any]]]] = {
     "conv": (
         "conv_bn_act", CONV,
         lambda b: conv_config.choose(CONV, 132, b), lambda: proven(conv_config.candidates(CONV)),
     ),
     "depthwise": (
-        "conv_bn_act", deep := replace(CONV, groups=64),
+        "conv_bn_act", deep := replace(CONV, geometry=CONV.geometry._replace(groups=64)),
         lambda b: depthwise.choose(deep, 132, b), lambda: depthwise.candidates(deep),
     ),
     "split_k": (
-        "conv_bn_act_split_k", late := ConvProblem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1)),
+        "conv_bn_act_split_k", late := replace(CONV, n=1, c=512, h=7, w=7, k=512),
         lambda b: split_k_config.choose(late, 132, b), lambda: split_k_config.candidates(late),
     ),
     "conv1x1": (
@@ -107,7 +107,7 @@ def test_a_kernel_chooses_none_that_is_barred(name: str) -> None:
 
 
 def test_where_no_split_may_run_the_whole_does() -> None:
-    problem = ConvProblem(1, 128, 3, 5, 16, 3, 3, (1, 1), (1, 1))
+    problem = ConvProblem(1, 128, 3, 5, 16, 3, 3, Geometry((1, 1), (1, 1)))
     cache = TimingCache(CPU)
     for config in split_k_config.candidates(problem):
         cache.put(key_of("conv_bn_act_split_k", "fp16", config), None)
@@ -205,7 +205,7 @@ def test_the_runtime_leaves_out_what_is_barred() -> None:
     first = bn_act_config.choose(problem, 132)
 
     def block() -> int:
-        made = bn_act.launch(torch.empty_like(x), x, scale, shift, None, activation="relu")
+        made = bn_act.launch(torch.empty_like(x), x, scale, shift)
         return int(made.constants["BLOCK"])
 
     assert block() == first.block
@@ -214,11 +214,14 @@ def test_the_runtime_leaves_out_what_is_barred() -> None:
     assert block() != first.block
 
 
-GEMM = ConvProblem(1, 32, 4, 4, 32, 1, 1, math_mode="fp16")
+GEMM = ConvProblem(1, 32, 4, 4, 32, 1, 1, dtypes=dtypes_of("fp16"))
 OFFERED = {
     "triton_conv": ("conv_bn_act", replace(CONV, n=1, h=5, w=5)),
     "triton_conv1x1": ("conv1x1", GEMM),
-    "split_k": ("conv_bn_act_split_k", ConvProblem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1))),
+    "split_k": (
+        "conv_bn_act_split_k",
+        ConvProblem(1, 512, 7, 7, 512, 3, 3, Geometry(padding=(1, 1))),
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -25,11 +25,13 @@ from resfuse.bench.records.convolutions import Convolution, convolutions
 from resfuse.bench.records.layer_row import SHEET, asked
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sheet import Stamp
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry, dtypes_of
 
 pytestmark = pytest.mark.slow
 
-PROBLEM = ConvProblem(2, 16, 20, 20, k=24, r=3, s=3, padding=(1, 1), math_mode="ieee")
+PROBLEM = ConvProblem(
+    2, 16, 20, 20, k=24, r=3, s=3, geometry=Geometry(padding=(1, 1)), dtypes=dtypes_of("ieee")
+)
 CONVOLUTION = Convolution("tiny", 20, "cpu", "float32", "0", 1, PROBLEM)
 OPTIONS = Options(seconds=0, min_rounds=4, max_rounds=4)
 HERE = ("eager", "eager_channels_last", "fused", "onednn")
@@ -56,12 +58,14 @@ def test_every_convolution_is_found_and_counted(model: str, distinct: int, total
 
 
 def test_a_convolution_survives_the_pipe_to_the_subprocess() -> None:
-    assert Convolution.from_plain(json.loads(json.dumps(asdict(CONVOLUTION)))) == CONVOLUTION
+    assert Convolution.from_plain(json.loads(json.dumps(CONVOLUTION.to_plain()))) == CONVOLUTION
 
 
 def test_a_shape_tells_unusual_padding() -> None:
     assert CONVOLUTION.shape == "2x16x20x20 k24 3x3"
-    unpadded = replace(CONVOLUTION, problem=replace(PROBLEM, padding=(0, 0)))
+    unpadded = replace(
+        CONVOLUTION, problem=replace(PROBLEM, geometry=PROBLEM.geometry._replace(padding=(0, 0)))
+    )
     assert unpadded.shape == "2x16x20x20 k24 3x3 pad 0"
 
 
@@ -69,10 +73,22 @@ def test_a_shape_tells_unusual_padding() -> None:
     "problem",
     [
         PROBLEM,
-        replace(PROBLEM, n=1, c=3, k=8, r=7, s=7, stride=(2, 2), padding=(3, 3)),  # a stem
-        replace(PROBLEM, r=1, s=1, stride=(2, 2), padding=(0, 0)),  # a projection
-        replace(PROBLEM, groups=4, dilation=(2, 2), padding=(2, 2)),  # ResNeXt, dilated
-        replace(PROBLEM, math_mode="bf16"),
+        replace(
+            PROBLEM,
+            n=1,
+            c=3,
+            k=8,
+            r=7,
+            s=7,
+            geometry=PROBLEM.geometry._replace(stride=(2, 2), padding=(3, 3)),
+        ),  # a stem
+        replace(
+            PROBLEM, r=1, s=1, geometry=PROBLEM.geometry._replace(stride=(2, 2), padding=(0, 0))
+        ),  # a projection
+        replace(
+            PROBLEM, geometry=PROBLEM.geometry._replace(padding=(2, 2), dilation=(2, 2), groups=4)
+        ),  # ResNeXt, dilated
+        replace(PROBLEM, dtypes=dtypes_of("bf16")),
     ],
     ids=ConvProblem.label,
 )
@@ -211,12 +227,16 @@ def test_faster_than_reading_from_memory_fails_where_no_cache_helps(
 
 
 def test_pixels_that_a_stride_leaves_out_need_not_be_read() -> None:
-    projection = ConvProblem(8, 256, 56, 56, 512, 1, 1, (2, 2))
+    projection = ConvProblem(8, 256, 56, 56, 512, 1, 1, Geometry((2, 2)))
     assert projection.pixels_read == 1 / 4
-    odd = ConvProblem(1, 1, 7, 5, 1, 1, 1, (2, 3))
+    odd = ConvProblem(1, 1, 7, 5, 1, 1, 1, Geometry((2, 3)))
     assert odd.pixels_read * 35 == 4 * 2
-    assert PROBLEM.pixels_read == replace(PROBLEM, stride=(2, 2)).pixels_read == 1
-    dilated = ConvProblem(1, 1, 5, 1, 1, 3, 1, dilation=(2, 1))
+    assert (
+        PROBLEM.pixels_read
+        == replace(PROBLEM, geometry=PROBLEM.geometry._replace(stride=(2, 2))).pixels_read
+        == 1
+    )
+    dilated = ConvProblem(1, 1, 5, 1, 1, 3, 1, Geometry(dilation=(2, 1)))
     assert dilated.pixels_read * 5 == 3
     moved = 8 * 28 * 28 * (256 + 512) + 256 * 512 + 512
     assert projection.least_bytes == 2 * moved

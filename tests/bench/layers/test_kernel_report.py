@@ -12,10 +12,12 @@ from resfuse.bench.records.convolutions import Convolution
 from resfuse.bench.records.layer_row import SHEET, asked
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.report import write_merged_report
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry, dtypes_of
 
-SMALL = ConvProblem(8, 64, 56, 56, k=64, r=3, s=3, padding=(1, 1), math_mode="ieee")
-POINT = ConvProblem(8, 64, 56, 56, k=256, r=1, s=1, math_mode="ieee")
+SMALL = ConvProblem(
+    8, 64, 56, 56, k=64, r=3, s=3, geometry=Geometry(padding=(1, 1)), dtypes=dtypes_of("ieee")
+)
+POINT = ConvProblem(8, 64, 56, 56, k=256, r=1, s=1, dtypes=dtypes_of("ieee"))
 COUNTS = {SMALL: 3, POINT: 2}
 
 

@@ -24,10 +24,10 @@ from resfuse.kernels.ops.conv_problem import ConvProblem
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 
 
-def conv_graph(problem: ConvProblem, *, residual_last: bool = False) -> Graph:
+def conv_graph(problem: ConvProblem) -> Graph:
     """One convolution, its batch norm, and the residual that `problem` has."""
     slope = {"prelu": "slope", "leaky_relu": 0.1}.get(problem.activation)
-    op = Conv(problem, "w", "b", norm_named("norm"), slope, residual_last)
+    op = Conv(problem, "w", "b", norm_named("norm"), slope)
     shapes = {
         "x": (problem.n, problem.c, problem.h, problem.w),
         "y": (problem.n, problem.k, problem.p, problem.q),

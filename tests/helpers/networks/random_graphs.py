@@ -19,7 +19,7 @@ from resfuse.kernels.engine.ir.graph import (
     Torch,
     Value,
 )
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -96,10 +96,8 @@ class Builder:
         r = 1 if flat else self._draw(st.sampled_from([1, 3]))
         k = self._draw(st.sampled_from([10, 16, 32]))
         stride = 1 if flat or h < 3 else self._draw(st.sampled_from([1, 1, 2]))
-        problem = ConvProblem(
-            n, c, h, w, k, r, r, (stride, stride), (r // 2, r // 2),
-            math_mode="ieee", activation="identity",
-        )  # fmt: skip
+        geometry = Geometry((stride, stride), (r // 2, r // 2))
+        problem = ConvProblem(n, c, h, w, k, r, r, geometry, Epilogue(), dtypes_of("ieee"))
         shape = (n, k) if flat else (n, k, problem.p, problem.q)
         weight = f"w{len(self.nodes)}"
         self.state[weight] = torch.randn(k, c, r, r, generator=self._generator) / (c * r * r) ** 0.5

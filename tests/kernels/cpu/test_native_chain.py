@@ -3,6 +3,7 @@ answer as one after another; and what may not be joined is not.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphs import error, norm_named, norm_state, require_right
+from native_problems import problem_of
 from random_graphs import State
 from random_graphs import graphs as random_graphs
 from resfuse.kernels.cpu.program import lanes
@@ -18,7 +20,7 @@ from resfuse.kernels.engine.ir.graph import Concat, Conv, Graph, Node, Value
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.engine.tactics.cpu import native, native_chain
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -51,8 +53,8 @@ def bottleneck(
         state.update(norm_state(f"{name}.norm", problem.k, generator))
         return Conv(problem, name, None, norm_named(f"{name}.norm"))
 
-    def problem(c: int, h: int, w: int, k: int, r: int, **rest: object) -> ConvProblem:
-        return ConvProblem(n, c, h, w, k, r, r, math_mode="ieee", **rest)  # type: ignore[arg-type]
+    def problem(c: int, h: int, w: int, k: int, r: int, **rest: Any) -> ConvProblem:
+        return problem_of(n, c, h, w, k, r, r, **rest)
 
     window = problem(
         width, h, w, width, 3, stride=(stride, stride), padding=(1, 1), groups=groups,
@@ -67,7 +69,7 @@ def bottleneck(
     if projection:
         shortcut = problem(width, h, w, deep, 1, stride=(stride, stride), activation="identity")
         nodes.append(Node("shortcut", conv("projection", shortcut), ("x",)))
-    last = replace(problem(width, p, q, deep, 1, activation="relu"), residual=True)
+    last = problem(width, p, q, deep, 1, activation="relu", residual=True)
     nodes.append(Node("y", conv("conv3", last), ("a", "shortcut")))
     outputs = ("y",)
     if following:
@@ -170,9 +172,13 @@ def same_size(nodes: tuple[Node, ...], channels: dict[str, int], outputs: tuple[
 
 def test_what_the_window_reads_is_not_written_over_before_all_blocks_are_done() -> None:
     """y = conv1x1(conv3x3(x)) + x, where x is nobody's any more, by itself or as a part."""
-    window = ConvProblem(1, 32, 12, 12, 32, 3, 3, (1, 1), (1, 1), math_mode="ieee")
-    last = ConvProblem(1, 32, 12, 12, 32, 1, 1, math_mode="ieee", residual=True)
-    first = ConvProblem(1, 32, 12, 12, 32, 1, 1, math_mode="ieee")
+    window = ConvProblem(
+        1, 32, 12, 12, 32, 3, 3, Geometry((1, 1), (1, 1)), dtypes=dtypes_of("ieee")
+    )
+    last = ConvProblem(
+        1, 32, 12, 12, 32, 1, 1, epilogue=Epilogue("relu", "before"), dtypes=dtypes_of("ieee")
+    )
+    first = ConvProblem(1, 32, 12, 12, 32, 1, 1, dtypes=dtypes_of("ieee"))
     generator = torch.Generator().manual_seed(0)
     state = {
         "w0": torch.randn(32, 32, 1, 1, generator=generator) / 6,
@@ -218,7 +224,9 @@ def test_what_cannot_be_joined_is_not_offered(why: str) -> None:
     window, last = graph.nodes
     assert isinstance(last.op, Conv)
     if why == "another size":
-        problem = replace(last.op.problem, stride=(2, 2))
+        problem = replace(
+            last.op.problem, geometry=last.op.problem.geometry._replace(stride=(2, 2))
+        )
         last = Node("y", replace(last.op, problem=problem), last.inputs)
     elif why == "a window behind a window":
         last = replace(window, name="y", inputs=("a",))

@@ -34,7 +34,6 @@ from resfuse.kernels.cpu import library as native_library
 from resfuse.kernels.cpu.conv_candidates import Form, NativeConfig, choose, forms, refusal
 from resfuse.kernels.cpu.cpus import asking
 from resfuse.kernels.cpu.library import constant, library, processor
-from resfuse.kernels.cpu.onednn import Geometry
 from resfuse.kernels.cpu.packed_conv import NativeConv, supports
 from resfuse.kernels.cpu.program import ACTIVATIONS, lanes
 from resfuse.kernels.engine.ir.candidate import Candidate
@@ -42,7 +41,13 @@ from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Mean, Node, Val
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.engine.tactics.cpu import native
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import (
+    ConvProblem,
+    Epilogue,
+    Geometry,
+    Residual,
+    dtypes_of,
+)
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
@@ -84,18 +89,18 @@ def test_every_way_to_compute_a_convolution_is_right(name: str, batch: int) -> N
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("residual", ["none", "before", "after"])
 def test_every_activation_with_and_without_a_residual(
-    activation: str, name: str, residual: str
+    activation: str, name: str, residual: Residual
 ) -> None:
     form, problem = FORMS[name]
-    problem = replace(problem, n=2, activation=activation, residual=residual != "none")
-    require_conv(problem, config_of(form, problem), residual_last=residual == "after")
+    problem = replace(problem, n=2, epilogue=Epilogue(activation, residual))
+    require_conv(problem, config_of(form, problem))
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_residual_is_overwritten_in_place(name: str) -> None:
     """z = conv(x) + y where y = affine(v): y is not read again, and z is where y was."""
     form, problem = FORMS[name]
-    problem = replace(problem, residual=True)
+    problem = replace(problem, epilogue=problem.epilogue._replace(residual="before"))
     shapes = {"x": (problem.n, problem.c, problem.h, problem.w)}
     shapes |= dict.fromkeys("vyz", (problem.n, problem.k, problem.p, problem.q))
     nodes = (
@@ -148,7 +153,9 @@ def test_blocks_smaller_than_the_map(form: str, by_channel: bool, block: int) ->
 @pytest.mark.parametrize("size", [1, 2, 9])
 @pytest.mark.parametrize("name", ["a block's 3x3", "two uneven slices", "groups of 4", "a 1x1"])
 def test_any_number_of_threads(name: str, size: int, several_threads: int) -> None:
-    problem = replace(PROBLEMS[name], h=size, w=size, residual=True)
+    problem = replace(
+        PROBLEMS[name], h=size, w=size, epilogue=PROBLEMS[name].epilogue._replace(residual="before")
+    )
     for config in every_config(problem):
         require_conv(problem, config)
 
@@ -189,8 +196,10 @@ def problems(draw: st.DrawFn) -> ConvProblem:
         draw(st.integers(1, 3)), c, draw(SIZES), draw(SIZES), k,
         draw(st.integers(1, 4)), draw(st.integers(1, 4)),
         draw(st.sampled_from(list(ACTIVATIONS))),
-        groups=groups, residual=draw(st.booleans()), **pairs,
+        groups=groups, **pairs,
     )  # fmt: skip
+    place = draw(st.sampled_from(["none", "before", "after"]))
+    problem = replace(problem, epilogue=problem.epilogue._replace(residual=place))
     assume(problem.p > 0 and problem.q > 0)
     # torch 2.14.1's own convolution, the yardstick, crashes on 4x1 windows, 1x1 maps, padding 2
     assume(min(problem.h, problem.w) > max(problem.padding))
@@ -203,23 +212,25 @@ def problems(draw: st.DrawFn) -> ConvProblem:
     suppress_health_check=[HealthCheck.filter_too_much],
     derandomize=True,  # a crash of torch's would take the whole run with it
 )
-@given(problem=problems(), last=st.booleans(), data=st.data())
-def test_any_convolution_is_right_or_refused(
-    problem: ConvProblem, last: bool, data: st.DataObject
-) -> None:
+@given(problem=problems(), data=st.data())
+def test_any_convolution_is_right_or_refused(problem: ConvProblem, data: st.DataObject) -> None:
     offered = list(native.segments(conv_graph(problem), 0))
     assert bool(offered) == (refusal(problem) is None)
     if offered:
         assert choose(problem) in every_config(problem)
         config = data.draw(st.sampled_from(every_config(problem)))
-        require_conv(problem, config, residual_last=last and problem.residual)
+        require_conv(problem, config)
+
+
+MIXED = dtypes_of("ieee")._replace(output=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     "problem, reason",
     [
-        (replace(PROBLEMS["a 1x1"], math_mode="bf16"), "bf16"),
-        (replace(PROBLEMS["a 1x1"], activation="silu"), "silu"),
+        (replace(PROBLEMS["a 1x1"], dtypes=dtypes_of("bf16")), "bf16"),
+        (replace(PROBLEMS["a 1x1"], dtypes=MIXED), "mixed dtypes"),
+        (replace(PROBLEMS["a 1x1"], epilogue=Epilogue("silu")), "silu"),
         (problem_of(1, 6, 5, 5, 6, 3, 3, groups=2), "groups"),
         (problem_of(1, 1 << 14, 1, 2, 16, 1, 2), "rows"),
     ],
@@ -237,7 +248,9 @@ def test_narrower_vectors_are_as_right(narrower: int) -> None:
     for problem in PROBLEMS.values():
         if refusal(problem) is None:
             for config in every_config(problem):
-                require_conv(replace(problem, residual=True), config)
+                require_conv(
+                    replace(problem, epilogue=problem.epilogue._replace(residual="before")), config
+                )
     for op, shape in POOLS.values():
         require_native(pool_graph(op, shape), {})
     require_native(pool_graph(Mean(), (2, 70, 3, 3)), {})

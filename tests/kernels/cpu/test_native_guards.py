@@ -20,6 +20,7 @@ from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph, Mean, State
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics.cpu import native, native_chain, native_rows
+from resfuse.kernels.ops.conv_problem import Epilogue
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -39,7 +40,8 @@ def single(config: NativeConfig) -> Candidate:
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_convolutions(name: str, residual: bool) -> None:
-    problem = replace(PROBLEMS[name], n=2, residual=residual)
+    epilogue = Epilogue.of(PROBLEMS[name].activation, residual)
+    problem = replace(PROBLEMS[name], n=2, epilogue=epilogue)
     for config in every_config(problem):
         require_guarded(conv_graph(problem), conv_state(problem), single(config))
 

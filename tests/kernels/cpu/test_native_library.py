@@ -123,7 +123,10 @@ def test_every_compiler_makes_a_right_library(compiler: str, name: str) -> None:
     """In all lanes: clang has no shuffle by lanes in a variable, and is given another."""
     form, problem = FORMS.get(name) or ("grouped", PROBLEMS[name])
     for activation in ACTIVATIONS:
-        require_conv(replace(problem, n=2, activation=activation), config_of(form, problem))
+        require_conv(
+            replace(problem, n=2, epilogue=problem.epilogue._replace(activation=activation)),
+            config_of(form, problem),
+        )
 
 
 def test_every_compiler_keeps_nan_in_pools(compiler: str) -> None:

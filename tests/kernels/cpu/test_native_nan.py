@@ -36,7 +36,9 @@ def require_same_awkward(got: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("name", ["CIFAR's stem", "no whole vectors", "depthwise"])
 def test_nan_and_infinity_come_out_as_torch_has_them(name: str, activation: str) -> None:
     """hardswish(-inf) is NaN in torch as well, and leaky_relu with a slope of both signs."""
-    problem = replace(PROBLEMS[name], h=13, w=13, activation=activation)
+    problem = replace(
+        PROBLEMS[name], h=13, w=13, epilogue=PROBLEMS[name].epilogue._replace(activation=activation)
+    )
     form = "grouped" if problem.groups > 1 else "direct"
     state = conv_state(problem)
     graph, executor = executor_of(problem, config_of(form, problem), state)
@@ -50,7 +52,12 @@ def test_winograd_spreads_nan_no_further_than_a_patch() -> None:
     """It adds neighbours before it multiplies, so NaN reaches all of a 2x2 patch, and infinity is
     NaN there; every answer that torch has NaN or infinite is no finite number, though.
     """
-    problem = replace(PROBLEMS["a block's 3x3"], h=13, w=13, activation="identity")
+    problem = replace(
+        PROBLEMS["a block's 3x3"],
+        h=13,
+        w=13,
+        epilogue=PROBLEMS["a block's 3x3"].epilogue._replace(activation="identity"),
+    )
     state = conv_state(problem)
     graph, executor = executor_of(problem, config_of("winograd", problem), state)
     inputs = [awkward(inputs_of(graph)[0])]

@@ -260,7 +260,12 @@ def test_what_cannot_be_joined_is_not_offered(why: str) -> None:
     if why == "read by others":
         graph = replace(graph, outputs=("a", "y"))
     elif why == "with a residual":
-        op = replace(conv.op, problem=replace(conv.op.problem, residual=True))
+        op = replace(
+            conv.op,
+            problem=replace(
+                conv.op.problem, epilogue=conv.op.problem.epilogue._replace(residual="before")
+            ),
+        )
         graph = replace(graph, nodes=(Node("a", op, ("x", "x")), pool))
     else:
         graph = replace(graph, nodes=(conv, Node("y", pool.op, ("x",))))

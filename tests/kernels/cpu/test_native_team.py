@@ -218,7 +218,7 @@ CALLS_UNTIL_KILLED = """
 import sys, torch
 from resfuse.kernels.cpu import program as step
 from resfuse.kernels.cpu.packed_conv import NativeConv
-from resfuse.kernels.cpu.onednn import Geometry
+from resfuse.kernels.ops.conv_problem import Geometry
 torch.set_num_threads(2)
 geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
 conv = NativeConv(torch.randn(64, 64, 3, 3), torch.randn(64), geometry, "relu", None)

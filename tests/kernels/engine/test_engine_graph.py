@@ -14,9 +14,9 @@ from resfuse.kernels.engine.ir.candidate import key_of
 from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Node, Norm, Value
 from resfuse.kernels.engine.saving.plan_json import graph_from_json, graph_to_json
 from resfuse.kernels.engine.tactics import eager
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
-PROBLEM = ConvProblem(1, 16, 4, 4, 16, 1, 1, math_mode="ieee", activation="identity")
+PROBLEM = ConvProblem(1, 16, 4, 4, 16, 1, 1, epilogue=Epilogue(), dtypes=dtypes_of("ieee"))
 NORM = Norm("mean", "var", None, None, 1e-5)
 
 
@@ -51,7 +51,7 @@ def test_a_convolution_takes_in_norm_sum_and_activation() -> None:
             Node("relu", Affine(None, "relu"), ("sum",)),
         )
     ).nodes
-    problem = replace(PROBLEM, activation="relu", residual=True)
+    problem = replace(PROBLEM, epilogue=Epilogue("relu", "before"))
     assert only == Node("relu", Conv(problem, "w", norm=NORM), ("x", "x"))
 
 
@@ -128,16 +128,16 @@ ONE_WAY = [
 
 def test_different_convolutions_have_different_keys() -> None:
     """A time of one must not be taken for the other's."""
-    base = ConvProblem(
-        1, 16, 8, 8, 16, 3, 3, padding=(1, 1), math_mode="ieee", activation="identity"
-    )
+    geometry = Geometry(padding=(1, 1))
+    base = ConvProblem(1, 16, 8, 8, 16, 3, 3, geometry, Epilogue(), dtypes_of("ieee"))
     changes = [dict([change]) for change in (*CHANGES.items(), *ONE_WAY)]
-    problems = {base, *(replace(base, **change) for change in changes)}  # type: ignore[arg-type]
+    problems = {base, *(ConvProblem.from_plain(base.to_plain() | change) for change in changes)}
+    problems.add(replace(base, epilogue=Epilogue("identity", "after")))
     assert len({key_of(conv_graph(problem)) for problem in problems}) == len(problems)
 
 
 def test_keys_do_not_depend_on_names() -> None:
-    graph = conv_graph(replace(PROBLEM, residual=True))
+    graph = conv_graph(replace(PROBLEM, epilogue=PROBLEM.epilogue._replace(residual="before")))
     (node,) = graph.nodes
     names = {"x": "a", "r": "b", "y": "c"}
     assert isinstance(node.op, Conv)

@@ -21,7 +21,7 @@ from resfuse.kernels.engine.planning.liveness import Liveness
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.engine.tactics.cpu import native, onednn_conv
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -122,9 +122,11 @@ def test_any_mix_of_tactics_answers_as_eager(
     require_as_eager(graph, state, any_choices(graph, data))
 
 
-PROBLEM = ConvProblem(1, 16, 4, 4, 16, 3, 3, (1, 1), (1, 1), math_mode="ieee", activation="relu")
+PROBLEM = ConvProblem(
+    1, 16, 4, 4, 16, 3, 3, Geometry((1, 1), (1, 1)), Epilogue("relu"), dtypes_of("ieee")
+)
 SUM = ConvProblem(
-    1, 16, 4, 4, 16, 3, 3, (1, 1), (1, 1), math_mode="ieee", activation="relu", residual=True
+    1, 16, 4, 4, 16, 3, 3, Geometry((1, 1), (1, 1)), Epilogue("relu", "before"), dtypes_of("ieee")
 )
 
 
@@ -277,8 +279,10 @@ def test_what_a_plan_is_told_is_alive_is_what_the_arena_needs(
 
 
 def test_what_a_segment_alone_reads_is_not_alive() -> None:
-    problem = ConvProblem(1, 32, 12, 12, 32, 3, 3, (1, 1), (1, 1), math_mode="ieee")
-    last = ConvProblem(1, 32, 12, 12, 32, 1, 1, math_mode="ieee")
+    problem = ConvProblem(
+        1, 32, 12, 12, 32, 3, 3, Geometry((1, 1), (1, 1)), dtypes=dtypes_of("ieee")
+    )
+    last = ConvProblem(1, 32, 12, 12, 32, 1, 1, dtypes=dtypes_of("ieee"))
     nodes = Node("a", Conv(problem, "w3"), ("x",)), Node("y", Conv(last, "w1"), ("a",))
     value = Value((1, 32, 12, 12), torch.float32)
     graph = Graph("x", ("y",), nodes, dict.fromkeys(("x", "a", "y"), value))

@@ -28,7 +28,7 @@ from resfuse.kernels.engine.planning.planner import (
 from resfuse.kernels.engine.tactics import TACTICS, Tactic, TacticModule, eager
 from resfuse.kernels.engine.tuning.clock import Clock, Run
 from resfuse.kernels.engine.tuning.tuner import Tuner
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry, dtypes_of
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -231,7 +231,7 @@ class Untouched(Wrong):
         return y
 
 
-PROBLEM = ConvProblem(2, 16, 6, 5, 16, 3, 3, (1, 1), (1, 1), math_mode="ieee")
+PROBLEM = ConvProblem(2, 16, 6, 5, 16, 3, 3, Geometry((1, 1), (1, 1)), dtypes=dtypes_of("ieee"))
 
 
 @pytest.fixture

@@ -314,12 +314,12 @@ def require_one_kernel_for_all_batches(driver: StandInDriver) -> None:
     from resfuse.kernels.gpu.conv.conv_arguments import Tensors
     from resfuse.kernels.gpu.conv.conv_config import Config
     from resfuse.kernels.gpu.split_k import split_k, split_k_config
-    from resfuse.kernels.ops.conv_problem import ConvProblem
+    from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry
 
     tile = Config(64, 64, 64, num_stages=2)
     before = len(driver.folders)
     for n in (1, 3, 16):
-        problem = ConvProblem(n, 64, 8, 8, 64, 3, 3, padding=(1, 1))
+        problem = ConvProblem(n, 64, 8, 8, 64, 3, 3, Geometry(padding=(1, 1)))
         x, y = tensors(((n, 64, 8, 8),) * 2, torch.float16)
         weight = torch.randn(64, 64, 3, 3).half().contiguous(memory_format=torch.channels_last)
         given = Tensors(x, weight, None, None, None, y)

@@ -23,15 +23,15 @@ from resfuse.bench.backends.providers.layer import inputs, layer
 from resfuse.kernels.gpu.cudnn import cudnn_probe
 from resfuse.kernels.gpu.cudnn.cudnn_probe import ASSUMED, UNDECIDED, choose, key_of, probe
 from resfuse.kernels.gpu.cudnn.cudnn_relu import FORMS, Way, conv_relu, searching, zeros_for
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry, dtypes_of
 from resfuse.kernels.tuning_cache.environment import environment
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
 CPU = torch.device("cpu")
 SMALL = (
     ConvProblem(2, 8, 6, 6, 4, 1, 1),
-    ConvProblem(2, 4, 6, 5, 4, 3, 3, padding=(1, 1)),
-    ConvProblem(2, 4, 6, 5, 8, 3, 3, stride=(2, 2), padding=(1, 1)),
+    ConvProblem(2, 4, 6, 5, 4, 3, 3, Geometry(padding=(1, 1))),
+    ConvProblem(2, 4, 6, 5, 8, 3, 3, Geometry((2, 2), (1, 1))),
 )
 # ms of a convolution: what reading a z of the output's size adds is the point
 COST = {"relu_op": 1.0, "zeros": 1.2, "channel_zeros": 1.01, "plain": 1.8}
@@ -160,7 +160,7 @@ def test_no_form_runs_by_the_plan_for_another_z(order: tuple[str, ...], gpu: Gpu
     gpu.fresh = 0.0
     p = SMALL[1]
     x, w, b = torch.randn(p.n, p.c, p.h, p.w), torch.randn(p.k, p.c, p.r, p.s), torch.randn(p.k)
-    geometry = p.stride, p.padding, p.dilation, p.groups
+    geometry = p.geometry
     want = F.conv2d(x, w, b, *geometry)
     residual = torch.randn_like(want)
     for form in (*order, *order):
@@ -330,7 +330,7 @@ def test_plans_of_the_thread_that_asks_do_not_matter(gpu: Gpu, tmp_path: Path) -
             torch.randn(problem.n, problem.c, problem.h, problem.w),
             torch.randn(problem.k, problem.c, problem.r, problem.s),
         )
-        geometry = problem.stride, problem.padding, problem.dilation, problem.groups
+        geometry = problem.geometry
         with searching(True):
             torch.cudnn_convolution_relu(x, w, torch.zeros(problem.k), *geometry)
     gpu.reads_z = False
@@ -359,7 +359,7 @@ def test_the_provider_asks_as_decided(
 ) -> None:
     gpu.fresh = 0.0
     monkeypatch.setattr(provider, "decided", lambda math_mode, device: Way(form, search))
-    problem = replace(SMALL[2], math_mode="ieee")
+    problem = replace(SMALL[2], dtypes=dtypes_of("ieee"))
     made = layer(problem, "cpu", 0)
     (x,) = inputs(problem, "cpu", 1)
     on_gpu = types.SimpleNamespace(is_cuda=True, device=CPU)

@@ -31,7 +31,14 @@ from resfuse.kernels.gpu.conv.conv_config import (
     cycles,
 )
 from resfuse.kernels.ops.activation import ACTIVATIONS
-from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem, math_mode_of
+from resfuse.kernels.ops.conv_problem import (
+    MATH_MODES,
+    ConvProblem,
+    Epilogue,
+    Geometry,
+    dtypes_of,
+    math_mode_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -145,9 +152,8 @@ def launched(
 ) -> Tensor:
     """y as one configuration fills it. It starts as NaN and has NaN before and behind it, which
     must stay."""
-    pair = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1} | options
-    problem = problem_of(x, weight, None, **pair, activation="relu")
-    problem = replace(problem, math_mode=math_mode)
+    problem = problem_of(x, weight, Geometry(**options), Epilogue("relu"))
+    problem = replace(problem, dtypes=dtypes_of(math_mode))
     size, guard = problem.n * problem.p * problem.q * problem.k, 64
     memory = torch.full((size + 2 * guard,), float("nan"), dtype=x.dtype, device=x.device)
     y = memory[guard:-guard].view(problem.n, problem.p, problem.q, problem.k).permute(0, 3, 1, 2)
@@ -336,15 +342,23 @@ def test_a_config_refuses_values_it_cannot_have(changed: dict[str, Any], message
         replace(SMALL, **changed)
 
 
-RESNET = ConvProblem(32, 64, 56, 56, 64, 3, 3, padding=(1, 1))
+RESNET = ConvProblem(32, 64, 56, 56, 64, 3, 3, Geometry(padding=(1, 1)))
 
 
 @pytest.mark.parametrize(
     ("config", "problem", "message"),
     [
         (Config(256, 256, 16, num_warps=8), RESNET, "256 accumulators"),
-        (Config(128, 64, 16), replace(RESNET, math_mode="ieee", groups=2), "64 accumulators"),
-        (Config(128, 64, 64), replace(RESNET, groups=16), "64 accumulators"),
+        (
+            Config(128, 64, 16),
+            replace(RESNET, geometry=RESNET.geometry._replace(groups=2), dtypes=dtypes_of("ieee")),
+            "64 accumulators",
+        ),
+        (
+            Config(128, 64, 64),
+            replace(RESNET, geometry=RESNET.geometry._replace(groups=16)),
+            "64 accumulators",
+        ),
         (Config(128, 128, 64, num_warps=8, num_stages=6), RESNET, "196608 bytes"),
         (SMALL, replace(RESNET, n=1 << 20), "pixels of output"),
         (SMALL, replace(RESNET, n=1, h=1 << 13, w=1 << 13), "elements in the images"),
@@ -360,7 +374,7 @@ def test_a_launch_out_of_range_is_refused(
 
 def test_a_launch_refuses_memory_it_would_misread() -> None:
     x, weight, bias = convolution((1, 16, 4, 5), 16, (1, 1))
-    problem = problem_of(x, weight, None, (1, 1), (0, 0), (1, 1), 1, "relu")
+    problem = problem_of(x, weight, Geometry(), Epilogue("relu"))
     y = torch.empty_like(x)
     with pytest.raises(ValueError, match="argument x: strides"):
         conv.launch(problem, Tensors(x.contiguous(), weight, bias, None, None, y), SMALL)
@@ -384,10 +398,10 @@ def test_the_choice_follows_the_problem_and_the_gpu() -> None:
         config = choose(problem, sms)
         return config.block_m * config.block_n
 
-    late = ConvProblem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1))
+    late = ConvProblem(1, 512, 7, 7, 512, 3, 3, Geometry(padding=(1, 1)))
     assert tile(late) < tile(replace(late, n=256))  # few tiles: small ones, for all to have work
     assert tile(replace(late, n=8), 16) > tile(replace(late, n=8), 132)
-    grouped = ConvProblem(32, 128, 56, 56, 128, 3, 3, padding=(1, 1), groups=32)
+    grouped = ConvProblem(32, 128, 56, 56, 128, 3, 3, Geometry(padding=(1, 1), groups=32))
     assert choose(grouped, 132).block_n == 32  # the least arithmetic on zeros
     assert choose(ConvProblem(32, 64, 56, 56, 256, 1, 1), 132).loop == CHANNELS_INNER
 
@@ -396,7 +410,9 @@ def test_a_model_of_time_grows_with_the_work() -> None:
     config = CONFIGS[0]
     assert cycles(replace(RESNET, n=256), config, 132) > cycles(RESNET, config, 132)
     assert cycles(RESNET, config, 66) > cycles(RESNET, config, 132)
-    assert cycles(replace(RESNET, math_mode="tf32"), config, 132) > cycles(RESNET, config, 132)
+    assert cycles(replace(RESNET, dtypes=dtypes_of("tf32")), config, 132) > cycles(
+        RESNET, config, 132
+    )
 
 
 def test_no_candidate_says_why() -> None:
@@ -414,9 +430,14 @@ def test_depthwise_refuses_groups_of_several_channels() -> None:
 
 
 def test_depthwise_tiles_are_no_wider_than_they_need_be() -> None:
-    narrow = ConvProblem(1, 8, 9, 9, 8, 3, 3, groups=8)
+    narrow = ConvProblem(1, 8, 9, 9, 8, 3, 3, Geometry(groups=8))
     assert depthwise.choose(narrow, 132).block_n == 16
-    assert depthwise.choose(replace(narrow, c=64, k=64, groups=64), 132).block_n == 64
+    assert (
+        depthwise.choose(
+            replace(narrow, c=64, k=64, geometry=narrow.geometry._replace(groups=64)), 132
+        ).block_n
+        == 64
+    )
 
 
 def test_every_configuration_is_shipped_on_the_meta_device() -> None:

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agreement import exact, require_close, require_close_gradients
 from kernel_inputs import DEVICE, DTYPES, NEEDS_GPU, image, poisoned
+from resfuse.kernels.gpu.common.launch import Launch
+from resfuse.kernels.gpu.conv.conv_arguments import Tensors, problem_of
 from resfuse.kernels.gpu.conv1x1.conv1x1 import Shortcut, conv1x1, conv1x1_op, conv1x1_ref
 from resfuse.kernels.gpu.conv1x1.conv1x1_config import (
     CONFIGS,
@@ -23,7 +25,7 @@ from resfuse.kernels.gpu.conv1x1.conv1x1_config import (
 )
 from resfuse.kernels.gpu.conv1x1.conv1x1_kernel import launch, shipped
 from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
-from resfuse.kernels.ops.conv_problem import MATH_MODES, math_mode_of
+from resfuse.kernels.ops.conv_problem import MATH_MODES, Epilogue, Geometry, dtypes_of, math_mode_of
 
 # n, c, h, w, k, stride: a ResNet shape cut small, primes, one pixel, stride 2 at an odd batch
 CASES = {
@@ -46,6 +48,23 @@ def reference(*args: Tensor | None, shortcut: Shortcut | None = None, **options:
     if shortcut is not None:
         shortcut = Shortcut(shortcut.x.double(), shortcut.weight.double(), shortcut.stride)
     return exact(conv1x1_ref, *args, shortcut=shortcut, **options)
+
+
+def launched(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    *,
+    config: Config,
+    shortcut: Shortcut | None = None,
+    math_mode: str | None = None,
+) -> Launch:
+    """The launch of one configuration, of stride 1, in the math mode of x's dtype or another."""
+    problem = problem_of(x, weight, Geometry(), Epilogue.of(activation, residual is not None))
+    problem = replace(problem, dtypes=dtypes_of(math_mode or problem.math_mode))
+    return launch(problem, Tensors(x, weight, None, residual, None, y), config, shortcut)
 
 
 def output_of(x: Tensor, k: int, stride: tuple[int, int] = (1, 1)) -> tuple[int, int, int, int]:
@@ -99,7 +118,7 @@ def test_reads_rows_that_are_not_aligned() -> None:
     assert x.data_ptr() % 16 != 0
     require_close(conv1x1(x, weight), reference(x, weight), math_mode_of(x.dtype), 16)
     with pytest.raises(ValueError, match="aligned: False"):
-        launch(image(2, 8, 3, 4), x, weight, config=DESCRIPTORS)
+        launched(image(2, 8, 3, 4), x, weight, config=DESCRIPTORS)
 
 
 @pytest.mark.parametrize("config", [DESCRIPTORS, POINTERS], ids=Config.label)
@@ -115,8 +134,8 @@ def test_fills_a_poisoned_output(mode: str, config: Config) -> None:
         replace(shortcut, x=image(1, 8, 5, 7, dtype=dtype), stride=(1, 1)),
     ):
         y = poisoned(1, 40, 5, 7, dtype=dtype)
-        launch(y, x, weight, residual=y.nan_to_num(2.0), shortcut=side, math_mode=mode,
-               config=config).run()  # fmt: skip
+        added = y.nan_to_num(2.0)
+        launched(y, x, weight, added, shortcut=side, math_mode=mode, config=config).run()
         want = reference(x, weight, residual=torch.full_like(y, 2.0), shortcut=side)
         require_close(y, want, mode, 32)
 
@@ -145,7 +164,7 @@ def test_passes_on_what_is_not_finite(value: float, config: Config) -> None:
     x[0, 3, 1, 2] = value
     added[0, 2, 0, 0] = value
     y = poisoned(1, 8, 3, 5, dtype=x.dtype)
-    launch(y, x, weight, residual=added, activation="relu", config=config).run()
+    launched(y, x, weight, added, "relu", config=config).run()
     want = reference(x, weight, residual=added, activation="relu")
     require_close(y, want, math_mode_of(x.dtype), 24)
     assert bool((want.isnan() | want.isinf()).any())
@@ -266,13 +285,16 @@ RESNET = Conv1x1Problem(256, 64, 56, 56, 256, 1, 1)
 @pytest.mark.parametrize(
     ("problem", "message"),
     [
-        (replace(RESNET, stride=(2, 2)), "descriptors at stride"),
+        (
+            replace(RESNET, geometry=RESNET.geometry._replace(stride=(2, 2))),
+            "descriptors at stride",
+        ),
         (replace(RESNET, c=63), "descriptors for rows of"),
         (replace(RESNET, k=100), "descriptors for rows of"),
         (replace(RESNET, aligned=False), "aligned: False"),
         (replace(RESNET, r=3, s=3), "accepted: 1x1"),
-        (replace(RESNET, groups=2), "one group"),
-        (replace(RESNET, padding=(1, 1)), "no padding"),
+        (replace(RESNET, geometry=RESNET.geometry._replace(groups=2)), "one group"),
+        (replace(RESNET, geometry=RESNET.geometry._replace(padding=(1, 1))), "no padding"),
     ],
 )
 def test_configurations_refuse_problems(problem: Conv1x1Problem, message: str) -> None:
@@ -282,13 +304,17 @@ def test_configurations_refuse_problems(problem: Conv1x1Problem, message: str) -
 
 @pytest.mark.parametrize("mode", MATH_MODES)
 def test_candidates_are_valid_and_fit(mode: str) -> None:
-    for problem in (RESNET, replace(RESNET, c=63), replace(RESNET, stride=(2, 2), k=3)):
-        found = candidates(replace(problem, math_mode=mode))
+    for problem in (
+        RESNET,
+        replace(RESNET, c=63),
+        replace(RESNET, k=3, geometry=RESNET.geometry._replace(stride=(2, 2))),
+    ):
+        found = candidates(replace(problem, dtypes=dtypes_of(mode)))
         assert found
         for config in found:
             assert config in CONFIGS
-            config.check(replace(problem, math_mode=mode))
-            assert config.shared_bytes(replace(problem, math_mode=mode)) <= 163 << 10
+            config.check(replace(problem, dtypes=dtypes_of(mode)))
+            assert config.shared_bytes(replace(problem, dtypes=dtypes_of(mode))) <= 163 << 10
             if problem != RESNET:
                 assert not config.descriptors
 
@@ -301,16 +327,21 @@ def test_choice_follows_the_problem() -> None:
         choose(RESNET, 132).label() == "128x128x64 w4 s2 descriptors"
     )  # one step: no third buffer
     assert choose(replace(deep, k=64), 132).label() == "128x64x64 w4 s3 descriptors"
-    assert choose(replace(deep, stride=(2, 2)), 132).label() == "128x128x64 w8 s3 pointers"
+    assert (
+        choose(replace(deep, geometry=deep.geometry._replace(stride=(2, 2))), 132).label()
+        == "128x128x64 w8 s3 pointers"
+    )
     assert choose(replace(deep, n=1, h=7, w=7), 132).label() == "64x64x64 w4 s4 descriptors"
-    assert choose(replace(RESNET, math_mode="ieee"), 132).label() == "64x64x32 w4 s4 pointers"
+    assert (
+        choose(replace(RESNET, dtypes=dtypes_of("ieee")), 132).label() == "64x64x32 w4 s4 pointers"
+    )
 
 
 def test_ships_every_configuration() -> None:
     labels = [label for label, _ in shipped()]
     assert len(set(labels)) == len(labels)
     for mode in MATH_MODES:
-        for config in candidates(replace(RESNET, c=256, math_mode=mode)):
+        for config in candidates(replace(RESNET, c=256, dtypes=dtypes_of(mode))):
             assert sum(label.startswith(f"{mode} {config.label()}") for label in labels) == 2
 
 
@@ -324,13 +355,12 @@ def test_every_configuration_is_right_at_full_size(mode: str) -> None:
     shortcut = Shortcut(image(8, 256, 56, 56, dtype=dtype), filters(512, 256, dtype), (2, 2))
     added = image(8, 512, 28, 28, dtype=dtype)
     want = reference(x, weight, residual=added, activation="relu", shortcut=shortcut)
-    problem = Conv1x1Problem(8, 128, 28, 28, 512, 1, 1, math_mode=mode, shortcut_c=256)
+    problem = Conv1x1Problem(8, 128, 28, 28, 512, 1, 1, shortcut_c=256, dtypes=dtypes_of(mode))
     for config in candidates(problem):
         y = poisoned(8, 512, 28, 28, dtype=dtype)
-        made = launch(
-            y, x, weight, residual=added, activation="relu", shortcut=shortcut, math_mode=mode,
-            config=config,
-        )  # fmt: skip
+        made = launched(
+            y, x, weight, added, "relu", shortcut=shortcut, math_mode=mode, config=config
+        )
         if made.least_capability <= arch:
             made.run()
             require_close(y, want, mode, 384)

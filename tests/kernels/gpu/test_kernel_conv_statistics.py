@@ -21,7 +21,7 @@ from resfuse.kernels.gpu.batch_norm.conv_statistics import (
 )
 from resfuse.kernels.gpu.conv.conv_arguments import Tensors, problem_of
 from resfuse.kernels.gpu.conv.conv_config import Config
-from resfuse.kernels.ops.conv_problem import math_mode_of
+from resfuse.kernels.ops.conv_problem import Epilogue, Geometry, math_mode_of
 
 # x, k, filter, stride, padding, groups: 3x3s of a ResNet cut small, a strided projection, primes,
 # packed groups, groups wider than a tile, one pixel of output an image
@@ -100,7 +100,7 @@ def test_gradient_formula_against_finite_differences() -> None:
 )  # fmt: skip
 def test_fills_poisoned_outputs(config: Config) -> None:
     x, weight, bias = convolution((2, 16, 7, 6), 33, (3, 3))
-    problem = problem_of(x, weight, None, (1, 1), (1, 1), (1, 1), 1, "identity")
+    problem = problem_of(x, weight, Geometry(padding=(1, 1)), Epilogue())
     y = image(2, 33, 7, 6).fill_(float("nan"))
     partials = empty_partials(y, config.tiles(problem)[0])
     for tensor in partials:

@@ -31,13 +31,22 @@ from resfuse.kernels.gpu.split_k.split_k import (
     pays,
     workspace,
 )
-from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem, math_mode_of
+from resfuse.kernels.ops.conv_problem import (
+    MATH_MODES,
+    ConvProblem,
+    Epilogue,
+    Geometry,
+    dtypes_of,
+    math_mode_of,
+)
 
 pytestmark = pytest.mark.slow
 
 TILE = conv_config.Config(16, 16, 16)
 reference = partial(exact, conv_bn_act_ref)
-LATE = ConvProblem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1))  # ResNet-50's last 3x3 at batch 1
+LATE = ConvProblem(
+    1, 512, 7, 7, 512, 3, 3, Geometry(padding=(1, 1))
+)  # ResNet-50's last 3x3 at batch 1
 
 
 def require_right(got: Tensor, x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> None:
@@ -50,8 +59,8 @@ def require_right(got: Tensor, x: Tensor, weight: Tensor, *rest: Any, **options:
 def described(x: Tensor, weight: Tensor, math_mode: str | None = None) -> ConvProblem:
     """The 3x3 or 1x1 convolution of same size as x, with ReLU."""
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    problem = problem_of(x, weight, None, (1, 1), padding, (1, 1), 1, "relu")
-    return replace(problem, math_mode=math_mode or problem.math_mode)
+    problem = problem_of(x, weight, Geometry(padding=padding), Epilogue("relu"))
+    return replace(problem, dtypes=dtypes_of(math_mode or problem.math_mode))
 
 
 def output(problem: ConvProblem) -> Tensor:
@@ -104,7 +113,7 @@ def test_partials_are_added_in_the_order_of_the_splits() -> None:
     brings the large ones together. This holds on every run, whichever CTA is last."""
     x = channels_last(torch.tensor([1e8, 1.0, -1e8], device=DEVICE).view(1, 1, 1, 3))
     weight = torch.ones(1, 1, 1, 3, device=DEVICE)
-    problem = problem_of(x, weight, None, (1, 1), (0, 0), (1, 1), 1, "identity")
+    problem = problem_of(x, weight, Geometry(), Epilogue())
     config = Config(TILE, 3, 1)
     scratch = workspace(problem, config, DEVICE)
     for _ in range(3 if DEVICE == "cpu" else 100):
@@ -228,7 +237,11 @@ def test_other_arguments_are_checked_as_conv_bn_act_does() -> None:
 @pytest.mark.parametrize(
     ("config", "problem", "message"),
     [
-        (Config(TILE, 1, 1), replace(LATE, groups=2), "argument groups: 2"),
+        (
+            Config(TILE, 1, 1),
+            replace(LATE, geometry=LATE.geometry._replace(groups=2)),
+            "argument groups: 2",
+        ),
         (Config(TILE, 4, 1), LATE, "split_taps: 4"),  # 3 + 3 + 3 + 0 taps
         (Config(TILE, 10, 1), LATE, "split_taps: 10"),
         (Config(TILE, 1, 33), LATE, "split_channels: 33"),  # of 32 blocks
@@ -277,15 +290,17 @@ def test_the_choice_splits_the_more_the_fewer_tiles_there_are() -> None:
     assert choose(LATE, 132).splits > choose(replace(LATE, n=4), 132).splits > 1
     assert choose(LATE, 132).splits > choose(LATE, 16).splits
     with pytest.raises(ValueError, match="argument groups: 32"):
-        choose(replace(LATE, groups=32), 132)
+        choose(replace(LATE, geometry=LATE.geometry._replace(groups=32)), 132)
 
 
 def test_it_pays_where_tiles_are_few_and_sums_are_long() -> None:
     assert pays(LATE, 132)
     assert not pays(replace(LATE, n=256), 132)  # tiles enough
     assert not pays(LATE, 4)
-    assert not pays(replace(LATE, c=64, r=1, s=1, padding=(0, 0)), 132)  # one step to a sum
-    assert not pays(replace(LATE, groups=32), 132)
+    assert not pays(
+        replace(LATE, c=64, r=1, s=1, geometry=LATE.geometry._replace(padding=(0, 0))), 132
+    )  # one step to a sum
+    assert not pays(replace(LATE, geometry=LATE.geometry._replace(groups=32)), 132)
 
 
 def test_a_split_costs_more_than_it_saves_in_the_end() -> None:

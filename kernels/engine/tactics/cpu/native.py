@@ -112,7 +112,6 @@ def conv_step(
     return conv_candidates.conv_step(
         op.problem,
         config,
-        residual_last=op.residual_last,
         w=weight.data_ptr(),
         bias=bias.data_ptr(),
         slope=slope[0].data_ptr() if slope else 0,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from resfuse.kernels.cpu import onednn
-from resfuse.kernels.cpu.onednn import Geometry, PackedConv
+from resfuse.kernels.cpu.onednn import PackedConv
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.folded_weights import conv_weights, slope_of
 from resfuse.kernels.engine.ir.graph import Conv, Graph, State, Torch
@@ -34,11 +34,11 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
     op = node.op
     assert isinstance(op, Conv)
     problem = op.problem
-    input_shape = torch.Size((problem.n, problem.c, problem.h, problem.w))
-    output_shape = graph.values[node.name].shape
+    input_shape = torch.Size(problem.input_shape)
+    output_shape, whole = graph.values[node.name].shape, problem.output_shape
     weight, bias = conv_weights(op, state)
-    geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
-    conv = PackedConv(weight, bias, geometry, problem.activation, slope_of(op, state), input_shape)
+    slope = slope_of(op, state)
+    conv = PackedConv(weight, bias, problem.geometry, problem.activation, slope, input_shape)
     arena.track(conv.tensors)
     # A residual is overwritten with the sum where no other node and no view needs it afterwards.
     residual = node.residual
@@ -48,12 +48,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 
     def run(values: Values) -> None:
         x = values[node.inputs[0]].reshape(input_shape)
-        if residual is None:
-            y = conv(x)
-        else:
-            y = conv.add(
-                x, values[residual].reshape(problem.n, problem.k, problem.p, problem.q), overwrite
-            )
+        y = conv(x) if residual is None else conv.add(x, values[residual].reshape(whole), overwrite)
         values[node.name] = y.reshape(output_shape)
 
     return Call(run)

@@ -20,7 +20,7 @@ from resfuse.kernels.engine.ir.lowered import Call, Values
 from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.engine.tactics.gpu import triton_kernels as layout
 from resfuse.kernels.gpu.cudnn.cudnn_probe import decided
-from resfuse.kernels.gpu.cudnn.cudnn_relu import Geometry, conv_relu, searching, zeros_for
+from resfuse.kernels.gpu.cudnn.cudnn_relu import conv_relu, searching, zeros_for
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -54,8 +54,8 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
     assert isinstance(op, Conv)
     problem = op.problem
     weight, bias = layout.weights(op, state, arena)
-    geometry: Geometry = problem.stride, problem.padding, problem.dilation, problem.groups
-    inputs, outputs = layout.input_shape(problem), layout.output_shape(problem)
+    geometry = problem.geometry
+    inputs, outputs = problem.input_shape, problem.output_shape
     shape = graph.values[node.name].shape
     form, search = candidate.settings.get("form"), bool(candidate.settings["search"])
     z = None

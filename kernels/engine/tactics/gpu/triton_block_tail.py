@@ -110,8 +110,8 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
     config, problem = Config(**candidate.settings), tail.problem
     weight_store = [triton_kernels.weights(_conv(node), state, arena) for node in tail.fused]
     (weight2, bias2), (weight3, bias3), *chain = weight_store
-    inputs = triton_kernels.input_shape(_conv(tail.conv3x3).problem)
-    outputs = triton_kernels.output_shape(_conv(tail.conv1x1).problem)
+    inputs = _conv(tail.conv3x3).problem.input_shape
+    outputs = _conv(tail.conv1x1).problem.output_shape
     residual_name = str(tail.conv1x1.residual)
     project = _projecting(tail.projection, state, arena) if tail.projection else None
 
@@ -136,17 +136,16 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 
 def _projecting(node: Node, state: State, arena: Arena) -> Callable[[Values], Tensor]:
     """The projection by conv1x1's kernel, in the configuration that it would choose."""
+    from resfuse.kernels.gpu.conv.conv_arguments import Tensors
     from resfuse.kernels.gpu.conv1x1.conv1x1_kernel import launch
 
     problem = _conv(node).problem
     weight, bias = triton_kernels.weights(_conv(node), state, arena)
-    inputs, outputs = triton_kernels.input_shape(problem), triton_kernels.output_shape(problem)
 
     def project(values: Values) -> Tensor:
-        x = triton_kernels.as_map(values[node.inputs[0]], inputs)
-        y = empty_channels_last(outputs, x)
-        made = launch(y, x, weight, bias, stride=problem.stride, math_mode=problem.math_mode)
-        triton_kernels.run(made)
+        x = triton_kernels.as_map(values[node.inputs[0]], problem.input_shape)
+        y = empty_channels_last(problem.output_shape, x)
+        triton_kernels.run(launch(problem, Tensors(x, weight, bias, None, None, y)))
         return y
 
     return project

@@ -64,14 +64,13 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 
     op = graph.nodes[candidate.start].op
     assert isinstance(op, Conv)
-    problem, last = op.problem, op.residual_last
-    config = _config(candidate)
+    problem, config = op.problem, _config(candidate)
     if isinstance(config, Config):
         return triton_kernels.convolution(
-            graph, candidate, state, arena, lambda t: conv.launch(problem, t, config, last)
+            graph, candidate, state, arena, lambda t: conv.launch(problem, t, config)
         )
     return triton_kernels.convolution(
-        graph, candidate, state, arena, lambda t: depthwise.launch(problem, t, config, last)
+        graph, candidate, state, arena, lambda t: depthwise.launch(problem, t, config)
     )
 
 

@@ -10,7 +10,7 @@ from resfuse.kernels.engine.ir.graph import Conv, Graph, State
 from resfuse.kernels.engine.ir.lowered import Call
 from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.engine.tactics.gpu import triton_kernels
-from resfuse.kernels.gpu.conv1x1.conv1x1_config import Config, Conv1x1Problem, candidates
+from resfuse.kernels.gpu.conv1x1.conv1x1_config import Config, Conv1x1Problem, candidates, gemm_of
 from resfuse.kernels.ops.conv_problem import ConvProblem
 from resfuse.kernels.tuning_cache.denylist import Key, key_of
 
@@ -32,7 +32,7 @@ def configs(problem: Conv1x1Problem, graph: Graph) -> list[Config]:
 def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     op = graph.nodes[at].op
     if isinstance(op, Conv) and is_gemm(op.problem):
-        for config in configs(Conv1x1Problem(**asdict(op.problem)), graph):
+        for config in configs(gemm_of(op.problem), graph):
             yield Candidate("triton_conv1x1", at, at + 1, tuple(asdict(config).items()))
 
 
@@ -50,13 +50,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 
     op = graph.nodes[candidate.start].op
     assert isinstance(op, Conv)
-    problem, last = op.problem, op.residual_last
-    config = Config(**candidate.settings)
+    problem, config = op.problem, Config(**candidate.settings)
     return triton_kernels.convolution(
-        graph, candidate, state, arena,
-        lambda t: launch(
-            t.y, t.x, t.weight, t.bias, t.residual, t.slope,
-            stride=problem.stride, activation=problem.activation, residual_last=last,
-            math_mode=problem.math_mode, config=config,
-        ),
-    )  # fmt: skip
+        graph, candidate, state, arena, lambda t: launch(problem, t, config)
+    )

@@ -18,7 +18,7 @@ from resfuse.kernels.engine.ir.lowered import Call, Values
 from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.gpu.common.arguments import channels_last, empty_channels_last
 from resfuse.kernels.ops.activation import Slope
-from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem
+from resfuse.kernels.ops.conv_problem import MATH_MODES
 
 if TYPE_CHECKING:
     from resfuse.kernels.gpu.common.launch import Launch
@@ -97,14 +97,6 @@ def math_mode(graph: Graph, candidate: Candidate) -> str:
     return op.problem.math_mode
 
 
-def input_shape(problem: ConvProblem) -> tuple[int, ...]:
-    return problem.n, problem.c, problem.h, problem.w
-
-
-def output_shape(problem: ConvProblem) -> tuple[int, ...]:
-    return problem.n, problem.k, problem.p, problem.q
-
-
 def as_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Returns `x` as an aligned map in channels_last, copied only if it is not one."""
     image = channels_last(x.reshape(shape))
@@ -164,7 +156,7 @@ def convolution(
     node = graph.nodes[candidate.start]
     op = node.op
     assert isinstance(op, Conv)
-    inputs, outputs = input_shape(op.problem), output_shape(op.problem)
+    inputs, outputs = op.problem.input_shape, op.problem.output_shape
     shape = graph.values[node.name].shape
     weight, bias = weights(op, state, arena)
     slope = slope_in(op, state, arena)

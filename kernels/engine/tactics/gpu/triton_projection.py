@@ -3,7 +3,7 @@ reduction, y = act([h, x strided] @ [W3; Wd] + bias): two nodes by one Triton ke
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from resfuse.kernels.engine.ir.lowered import Call, Values
 from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.engine.tactics.gpu import triton_conv1x1, triton_kernels
 from resfuse.kernels.gpu.common.arguments import channels_last, empty_channels_last
-from resfuse.kernels.gpu.conv1x1.conv1x1_config import Config, Conv1x1Problem
+from resfuse.kernels.gpu.conv1x1.conv1x1_config import Config, gemm_of
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue
 
 refusal = triton_kernels.refusal
 
@@ -25,11 +26,7 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     if found is None:
         return
     shortcut, main = found
-    problem = Conv1x1Problem(
-        **asdict(main.problem) | {"residual": False},
-        shortcut_c=shortcut.problem.c,
-        shortcut_stride=shortcut.problem.stride,
-    )
+    problem = gemm_of(_alone(main), shortcut.problem.c, shortcut.problem.stride)
     for config in triton_conv1x1.configs(problem, graph):
         yield Candidate("projection", at, at + 2, tuple(asdict(config).items()))
 
@@ -42,6 +39,7 @@ def scratch(graph: Graph, candidate: Candidate) -> int:
 
 
 def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Call:
+    from resfuse.kernels.gpu.conv.conv_arguments import Tensors
     from resfuse.kernels.gpu.conv1x1.conv1x1_kernel import Shortcut, launch
 
     side, node = graph.nodes[candidate.start : candidate.stop]
@@ -59,28 +57,26 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
     key = ("projection", *map(triton_kernels.key_of, (main, shortcut)))
     weight, side_weight, bias = arena.tensors(key, lay_out)
     slope = triton_kernels.slope_in(main, state, arena)
-    config = Config(**candidate.settings)
-    inputs, side_inputs, outputs = (
-        triton_kernels.input_shape(main.problem),
-        triton_kernels.input_shape(shortcut.problem),
-        triton_kernels.output_shape(main.problem),
-    )
+    problem, config = _alone(main), Config(**candidate.settings)
+    inputs, outputs = problem.input_shape, problem.output_shape
+    side_inputs = shortcut.problem.input_shape
     shape = graph.values[node.name].shape
 
     def run(values: Values) -> None:
         x = triton_kernels.as_map(values[node.inputs[0]], inputs)
         side_x = triton_kernels.as_map(values[side.inputs[0]], side_inputs)
         y = empty_channels_last(outputs, x)
-        made = launch(
-            y, x, weight, bias, None, slope,
-            stride=main.problem.stride,
-            shortcut=Shortcut(side_x, side_weight, shortcut.problem.stride),
-            activation=main.activation, math_mode=main.problem.math_mode, config=config,
-        )  # fmt: skip
-        triton_kernels.run(made)
+        tensors = Tensors(x, weight, bias, None, slope, y)
+        folded = Shortcut(side_x, side_weight, shortcut.problem.stride)
+        triton_kernels.run(launch(problem, tensors, config, folded))
         values[node.name] = y.reshape(shape)
 
     return Call(run)
+
+
+def _alone(main: Conv) -> ConvProblem:
+    """The 1x1 convolution without what it adds, which the kernel computes itself."""
+    return replace(main.problem, epilogue=Epilogue(main.activation))
 
 
 def is_projection(graph: Graph, side: Node, node: Node) -> bool:

@@ -49,8 +49,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 
     op = graph.nodes[candidate.start].op
     assert isinstance(op, Conv)
-    problem, last = op.problem, op.residual_last
-    config = _config(candidate)
+    problem, config = op.problem, _config(candidate)
     made = workspace(problem, config, state[op.weight].device)
     counters, partials = made.counters, made.partials.numel()  # counters end each run as zeros
     arena.track([counters])
@@ -58,7 +57,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
     def launch_of(t: "Tensors") -> "Launch":
         # The partial sums are only needed during the launch; afterwards their memory is reused.
         parts = torch.empty(partials, dtype=torch.float32, device=counters.device)
-        return launch(problem, t, config, Workspace(parts, counters), last)
+        return launch(problem, t, config, Workspace(parts, counters))
 
     return triton_kernels.convolution(graph, candidate, state, arena, launch_of)
 

@@ -13,7 +13,7 @@ from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.engine.tactics.gpu import triton_kernels
 from resfuse.kernels.gpu.common.arguments import empty_channels_last
 from resfuse.kernels.gpu.stem.stem_config import Config, StemProblem, candidates
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry
 from resfuse.kernels.tuning_cache.denylist import Key, key_of
 
 _POOL = MaxPool((3, 3), (2, 2), (1, 1), (1, 1))
@@ -58,7 +58,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 
     packed, bias = arena.tensors(("stem", *triton_kernels.key_of(op)), lay_out)
     config = Config(**candidate.settings)
-    inputs, shape = triton_kernels.input_shape(problem), graph.values[pool.name].shape
+    inputs, shape = problem.input_shape, graph.values[pool.name].shape
 
     def run(values: Values) -> None:
         x = triton_kernels.as_map(values[node.inputs[0]], inputs)
@@ -72,8 +72,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
 def _is_stem(problem: ConvProblem) -> bool:
     return (
         (problem.r, problem.s) == (7, 7)
-        and (problem.stride, problem.padding, problem.dilation) == ((2, 2), (3, 3), (1, 1))
-        and problem.groups == 1
+        and problem.geometry == Geometry((2, 2), (3, 3))
         and problem.c <= 4
         and problem.activation == "relu"
         and not problem.residual

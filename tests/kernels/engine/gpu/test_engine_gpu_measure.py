@@ -21,7 +21,7 @@ from resfuse.kernels.engine.tuning.clock import Clock, Run
 from resfuse.kernels.engine.tuning.tuner import BrokenDevice, Tuner
 from resfuse.kernels.engine.tuning.warm_timing import COLD, IN_A_ROW, Warmth, copies, warmth_of
 from resfuse.kernels.gpu.common import graph_capture
-from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry, dtypes_of
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 from resfuse.resnet_ref import create
 from test_engine_planner import Fails, Untouched, Wrong, plant
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-PROBLEM = ConvProblem(2, 16, 6, 5, 16, 3, 3, (1, 1), (1, 1), math_mode="ieee")
+PROBLEM = ConvProblem(2, 16, 6, 5, 16, 3, 3, Geometry((1, 1), (1, 1)), dtypes=dtypes_of("ieee"))
 VALUES_BYTES = 2 * 2 * 16 * 6 * 5 * 4  # x and y
 WEIGHTS_BYTES = 16 * 16 * 9 * 4
 

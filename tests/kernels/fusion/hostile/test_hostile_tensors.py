@@ -16,8 +16,8 @@ from torch.func import vmap
 
 from resfuse.kernels import fuse
 from resfuse.kernels.cpu.library import why_unavailable
-from resfuse.kernels.cpu.onednn import Geometry
 from resfuse.kernels.cpu.packed_conv import NativeConv
+from resfuse.kernels.ops.conv_problem import Geometry
 
 pytestmark = pytest.mark.slow
 
