@@ -11,8 +11,8 @@ from torch import Tensor
 from resfuse.kernels.cpu.conv_calls import ConvCall
 from resfuse.kernels.cpu.conv_program import ConvProgram
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.onednn import Geometry
 from resfuse.kernels.cpu.packed_conv import NativeConv
+from resfuse.kernels.ops.conv_problem import Geometry
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
