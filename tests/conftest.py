@@ -55,6 +55,14 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         torch.manual_seed(0)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: Python's collector need not walk through it again each
+    time that a network is traced (13 % of test_fuse_zoo's CPU seconds).
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """And what fixtures draw, whichever test is the first to need them."""
