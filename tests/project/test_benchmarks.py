@@ -88,9 +88,7 @@ def test_inference(
 
 
 @cache
-def _reference(
-    model: str, batch: int, side: int
-) -> tuple[nn.Module, list[torch.Tensor], Answers]:
+def _reference(model: str, batch: int, side: int) -> tuple[nn.Module, list[torch.Tensor], Answers]:
     """The network, images, and what fp64 answers, which takes longer than most that is checked."""
     case = Case(model, "eager", "inference", DEVICE, PRECISION, "contiguous", batch, side)
     weights, batches = network.master(case, seed=0), network.batches(case)
