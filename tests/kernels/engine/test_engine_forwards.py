@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.usefixtures("own_cache", "small_ceilings"), pytest.mar
 
 @pytest.fixture(scope="module")
 def small_ceilings() -> Iterator[None]:
-    """What `explain` measures of the machine takes 0.9 s for each engine where it is to be right."""
+    """What `explain` measures of the machine takes 0.9 s an engine where it is to be right."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ceilings._SIDE, "cpu", 64)
         patch.setitem(ceilings._BYTES, "cpu", 1 << 20)
