@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,21 @@ from safetensors.torch import save_file
 
 from resfuse.bench.cli import COMMANDS, main
 from resfuse.bench.common.subcommand import Subcommand
+from resfuse.bench.running import survey
 from resfuse.bench.running.profiles import PROFILES
 from resfuse.bench.studies import STUDIES
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def surveyed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The survey is taken in this process: one of its own takes seconds."""
+
+    def run_task(task: str, payload: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        return survey.take_survey(payload, None)
+
+    monkeypatch.setattr(survey, "run_task", run_task)
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -70,6 +82,7 @@ def test_an_unwritable_results_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "cannot be written" in error_of(["bench", "--results", folder], capsys)
 
 
+@pytest.mark.usefixtures("surveyed_here")
 def test_devices_that_are_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = ["bench", "-m", "resnet18", "--results", str(tmp_path), "--device"]
     assert "--device: 'gpu' cannot be used" in error_of([*bench, "gpu"], capsys)
@@ -87,9 +100,17 @@ def test_devices_that_are_not_here(tmp_path: Path, capsys: pytest.CaptureFixture
     ],
 )
 def test_bad_weights(
-    weights: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: str,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Missing, corrupt, and with the keys of another network."""
+    """Missing, corrupt, and with the keys of another network; one of them is found as a user's
+    are, by the survey's own process.
+    """
+    if weights != "missing.safetensors":
+        request.getfixturevalue("surveyed_here")
     (tmp_path / "corrupt.safetensors").write_bytes(b"\x00" * 40)
     (tmp_path / "corrupt.pth").write_bytes(b"not a checkpoint")
     save_file({"stem": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -99,6 +120,7 @@ def test_bad_weights(
     assert said in error
 
 
+@pytest.mark.usefixtures("surveyed_here")
 def test_bad_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = ["bench", "-m", "resnet18", "--device", "cpu", "--results", str(tmp_path / "r")]
     missing, empty = tmp_path / "missing", tmp_path / "empty"
@@ -109,6 +131,7 @@ def test_bad_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cat.jpg cannot be read" in error_of([*bench, "--images", str(empty)], capsys)
 
 
+@pytest.mark.usefixtures("surveyed_here")
 def test_pretrained_without_a_network_or_without_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +140,7 @@ def test_pretrained_without_a_network_or_without_weights(
     assert "--pretrained: plain34: " in error
 
 
+@pytest.mark.usefixtures("surveyed_here")
 def test_dry_run_shows_every_case_and_makes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

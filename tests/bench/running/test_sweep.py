@@ -105,7 +105,7 @@ def sweep(
     out = tmp_path_factory.mktemp("results")
     done = resfuse_in(contributed)(
         "bench", "-m", "tiny", "-b", "2", "--backend", ",".join(BACKENDS), "--device", "cpu",
-        "--memory-format", "contiguous", "--seconds", "0.1", "--timeout", "30", "--results", out,
+        "--memory-format", "contiguous", "--seconds", "0.1", "--timeout", "20", "--results", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return next(out.iterdir()), done
@@ -120,7 +120,7 @@ def rows(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> pd.DataFrame:
     ("backend", "status", "said"),
     [
         ("crash", "fail_to_run", "killed by SIGABRT: famous last words"),
-        ("hang", "timeout", "not done after 30 s"),
+        ("hang", "timeout", "not done after 20 s"),
         ("eat", "oom", "killed by the system (SIGKILL)"),
         ("allocate", "oom", "allocate memory"),
         ("leave", "fail_to_run", "ValueError: first line"),

@@ -38,7 +38,7 @@ def test_a_network_that_dies_or_hangs_costs_its_own_row(
 ) -> None:
     monkeypatch.setattr(models_study, "compare", deadly)
     asked = ["lives", "dies", "lives", "raises", "hangs", "spins", "lives"]
-    found = list(models_study.rows(asked, 32, 5.0, jobs=jobs))
+    found = list(models_study.rows(asked, 32, 3.0, jobs=jobs))
     statuses = sorted((str(row["network"]), str(row["fuse_status"])) for row in found)
     lives = [("lives", "pass")] * 3
     ends = [("dies", "crash"), ("hangs", "timeout"), ("spins", "timeout")]

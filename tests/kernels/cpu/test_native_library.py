@@ -19,6 +19,7 @@ from resfuse.kernels import build_engine
 from resfuse.kernels.cpu import program as step
 from resfuse.kernels.cpu.library import (
     NativeUnavailable,
+    cache_folder,
     fingerprint,
     library,
     require_layout,
@@ -172,8 +173,16 @@ def test_a_library_that_is_none_is_said_to_be(
 
 
 def test_processes_that_compile_at_once_do_no_harm(tmp_path: Path) -> None:
+    """The compiler is one that hands out the library at hand, half of it a second earlier."""
+    lanes, at_hand = step.lanes(), cache_folder() / "native" / f"{fingerprint()}.so"
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\nfor made; do :; done\n'
+        f'head -c 100000 "{at_hand}" > "$made" && sleep 1 && cp "{at_hand}" "$made"\n'
+    )
+    compiler.chmod(0o755)
     program = "from resfuse.kernels.cpu.program import lanes; print(lanes())"
-    environment = {**os.environ, "RESFUSE_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "RESFUSE_CACHE_DIR": str(tmp_path), "CXX": str(compiler)}
     running = [
         subprocess.Popen(
             [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
@@ -182,7 +191,7 @@ def test_processes_that_compile_at_once_do_no_harm(tmp_path: Path) -> None:
     ]
     said = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
-    assert said == [f"{step.lanes()}\n"] * 2
+    assert said == [f"{lanes}\n"] * 2
     (only,) = (tmp_path / "native").iterdir()
     assert only.suffix == ".so"
 
