@@ -49,20 +49,28 @@ class Case:
     round.
     """
 
-    model: str
+    model: str  # a name that bench/models builds it from
     backend: str
     mode: str
     device: str
     precision: str
     memory_format: str
     batch_size: int  # images
-    img_size: int  # pixels, square
+    img_size: int  # pixels: the height, and the width where `img_width` is 0
     baseline: str = "eager"
     baseline_memory_format: str = "contiguous"
-    weights: str = "seeded"  # "seeded", "pretrained", or a file
+    weights: str = "seeded"  # "seeded", "own", "pretrained", or a file
     images: str = "bundled"  # "bundled", or a folder
     parallel: str = ""  # "ddp", "fsdp": training on `world_size` processes, `batch_size` in each
     world_size: int = 1
+    channels: int = 3  # of an image
+    img_width: int = 0
+    origin: str = ""  # of the model: a package and its version, or a file and its hash
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.channels, self.img_size, self.img_width or self.img_size
 
     @property
     def math_mode(self) -> str:
@@ -90,6 +98,8 @@ class Case:
             "baseline": f"{self.baseline} {self.baseline_memory_format}",
             "parallel": self.parallel,
             "world_size": self.world_size,
+            "input_shape": shape_text(*self.input_shape),
+            "origin": self.origin,
         }
 
     def label(self) -> str:
@@ -140,3 +150,10 @@ class Request:
     images: str
     parallel: str = ""
     world_size: int = 1
+    model_kwargs: tuple[str, ...] = ()  # "key=value", for every model
+    input_shape: tuple[int, int, int] | None = None  # channels, height, width
+
+
+def shape_text(channels: int, height: int, width: int) -> str:
+    """An image's shape as it stands in a row: `3x224x224`."""
+    return f"{channels}x{height}x{width}"

@@ -10,6 +10,7 @@ from resfuse.bench.records.sheet import ENDED, Sheet
 ASKED = (
     "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
     "requested_batch_size", "weights", "images", "baseline", "parallel", "world_size",
+    "input_shape", "origin",
 )  # fmt: skip
 
 
@@ -27,9 +28,9 @@ CASES = Sheet(
         (
             "model", "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
             "weights", "images", "baseline", "parallel", "ended_by", "throttle", "status", "error",
-            "env_id", "commit", "timestamp",
+            "env_id", "commit", "timestamp", "input_shape", "origin", "weights_sha256",
         )
     ),
     "resfuse bench",
-    frozenset((*METRICS, "parallel", "world_size")),
+    frozenset((*METRICS, "parallel", "world_size", "input_shape", "origin")),
 )  # fmt: skip
