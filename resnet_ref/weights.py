@@ -129,7 +129,7 @@ def _find_state(content: object, source: str) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Gives a model all of a state dict or, on any error, nothing; keys may be as in `load_weights`.
+    """Gives a model all of a state dict or, on any error, nothing; keys as `load_weights` has them.
 
     Raises:
         ValueError: as `load_weights` does; `source` is what the sentence calls the state dict.
@@ -158,7 +158,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     for key, value in state.items():
         if (broken := _broken(value, own[key])) is not None:
             raise ValueError(f"{source} cannot be used: {key} {broken}")
-    model.load_state_dict(own | state)
+    model.load_state_dict(own | dict(state))
 
 
 def _broken(value: Tensor, own: Tensor) -> str | None:

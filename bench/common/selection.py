@@ -25,9 +25,7 @@ def pick(
     return [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def unknown(
-    argument: str, pattern: str, known: Sequence[str], shown_by: str = ""
-) -> UsageError:
+def unknown(argument: str, pattern: str, known: Sequence[str], shown_by: str = "") -> UsageError:
     """What to raise where a pattern matches nothing; near names are offered."""
     near = _near(pattern, known)
     hint = f"did you mean {' or '.join(near)}? " if near else ""

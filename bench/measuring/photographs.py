@@ -74,9 +74,7 @@ def batch(
     return torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
 
 
-def _crop(
-    photograph: Image.Image, height: int, width: int, rng: np.random.Generator
-) -> np.ndarray:
+def _crop(photograph: Image.Image, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """A random square of 35-100 % of the shorter side, half of them flipped, resized."""
     side = int(min(photograph.size) * rng.uniform(0.35, 1.0))
     left, top = (int(rng.integers(0, extent - side + 1)) for extent in photograph.size)

@@ -1,14 +1,18 @@
 """A model from its description: its name, a seed, and where its weights are from."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from resfuse.bench.common.errors import UsageError
-from resfuse.bench.models.source import Shape, Source, first_line
+from resfuse.bench.models.source import Shape, Source, file_origin, first_line
 from resfuse.bench.models.sources import parsed
 from resfuse.bench.models.weights_file import load_state, read_state
 
-SEEDED, OWN, PRETRAINED = "seeded", "own", "pretrained"  # or a file
+SEEDED, OWN, PRETRAINED = "seeded", "own", "pretrained"
+NO_FILE = (SEEDED, OWN, PRETRAINED)  # anything else is the path of a weights file
 
 
 def build(model: str, seed: int = 0, weights: str = SEEDED) -> nn.Module:
@@ -30,7 +34,7 @@ def build(model: str, seed: int = 0, weights: str = SEEDED) -> nn.Module:
     flag = "--pretrained" if weights == PRETRAINED else "--weights"
     try:
         if weights == PRETRAINED:
-            source.load_pretrained(made, name, given.values())
+            source.load_pretrained(made, name, given.arguments())
         else:
             load_state(made, read_state(weights), weights)
     except UsageError as error:
@@ -51,7 +55,7 @@ def input_shape(model: str, asked: Shape | None = None, img_size: int | None = N
         return asked
     source, name, given = parsed(model)
     try:
-        known = source.input_shape(name, given.values())
+        known = source.input_shape(name, given.arguments())
     except UsageError as error:
         raise UsageError(f"argument --model: {error}") from error
     except (TypeError, ValueError) as error:  # of odd arguments
@@ -64,9 +68,43 @@ def input_shape(model: str, asked: Shape | None = None, img_size: int | None = N
     return (known[0], img_size, img_size) if img_size else known
 
 
-def default_weights(model: str) -> str:
-    """What a model has where no weights are asked for: "seeded", or "own"."""
-    return parsed(model)[0].weights
+@dataclass(frozen=True)
+class Description:
+    """A model as the cases of a command have it."""
+
+    name: str
+    channels: int
+    height: int  # of an image, in pixels
+    width: int
+    weights: str  # "seeded", "own", "pretrained", or a file
+    origin: str
+    batch_size: int | None  # the only one it takes
+
+    @property
+    def img_width(self) -> int:
+        """As a case has it: 0 for square images."""
+        return 0 if self.width == self.height else self.width
+
+
+def describe(
+    model: str,
+    weights: str = SEEDED,
+    asked: Shape | None = None,
+    img_size: int | None = None,
+) -> Description:
+    """All that a case needs to know of a model.
+
+    Args:
+        weights: "seeded" stands for those the model comes with, where it has some.
+
+    Raises:
+        UsageError: see `input_shape` and `origin`.
+    """
+    shape = input_shape(model, asked, img_size)
+    if weights == SEEDED:
+        weights = parsed(model)[0].weights
+    file = "" if weights in NO_FILE else weights
+    return Description(model, *shape, weights, origin(model, file), batch_size(model))
 
 
 def batch_size(model: str) -> int | None:
@@ -75,17 +113,21 @@ def batch_size(model: str) -> int | None:
     return source.batch_size(name)
 
 
-def origin(model: str) -> str:
-    """Where a model comes from: a package and its version, or a file and the hash of it."""
-    source, name, given = parsed(model)
+def origin(model: str, weights_file: str = "") -> str:
+    """Where a model comes from: a package and its version, or a file and the hash of it; with a
+    weights file, that and its hash, too."""
+    source, name, _ = parsed(model)
     try:
-        return source.origin(name)
+        told = source.origin(name)
+        if weights_file and Path(weights_file).is_file():  # whoever reads it says what is wrong
+            told += f" + {file_origin(Path(weights_file))}"
     except (UsageError, OSError) as error:
         raise UsageError(f"argument --model: {error}") from error
+    return told
 
 
 def _build(source: Source, name: str, model: str) -> nn.Module:
-    given = parsed(model)[2].values()
+    given = parsed(model)[2].arguments()
     try:
         return source.build(name, given)
     except UsageError as error:
@@ -93,5 +135,3 @@ def _build(source: Source, name: str, model: str) -> nn.Module:
     except Exception as error:  # a constructor may raise anything
         flag = "--model-kwargs" if given else "--model"
         raise UsageError(f"argument {flag}: {model}: {first_line(error)}") from error
-
-

@@ -5,7 +5,7 @@ unpickled but tensors.
 """
 
 import contextlib
-import hashlib
+import json
 import logging
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from resfuse.bench.common.errors import UsageError
-from resfuse.bench.models.source import Arguments, Shape, Source, first_line
+from resfuse.bench.models.source import Arguments, Shape, Source, file_origin, first_line
 
 
 def names(where: str) -> Sequence[str]:
@@ -59,8 +60,7 @@ def build(name: str, arguments: Arguments) -> nn.Module:
 
 
 def origin(name: str) -> str:
-    digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-    return f"{Path(name).name} sha256:{digest[:16]}"
+    return file_origin(Path(name))
 
 
 def _example(name: str) -> Tensor:
@@ -77,7 +77,7 @@ def _example(name: str) -> Tensor:
     image: Tensor = values[0]
     if not all(isinstance(size, int) for size in image.shape[1:]):
         example = program.example_inputs
-        given = [t for t in torch.utils._pytree.tree_leaves(example) if isinstance(t, Tensor)]
+        given = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
         if not given:
             raise UsageError(f"{name} leaves its image size open; say it by --input-shape C,H,W")
         return given[0]
@@ -112,8 +112,6 @@ def _program(name: str) -> ExportedProgram:
 
 def _version(file: Path) -> str:
     """The torch that wrote an archive, as far as it says so."""
-    import json
-
     try:
         with zipfile.ZipFile(file) as archive:
             entry = next(n for n in archive.namelist() if n.endswith("models/model.json"))

@@ -7,6 +7,7 @@ torch in this file.
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from resfuse.bench.common.errors import UsageError
 
@@ -22,7 +23,7 @@ class ModelName:
         given = "&".join(f"{key}={value}" for key, value in self.kwargs)
         return f"{self.text}?{given}" if given else self.text
 
-    def values(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         """The arguments as Python values: literals where they are such, text otherwise, as timm
         reads its `--model-kwargs`."""
         return {key: _literal(value) for key, value in self.kwargs}
@@ -52,7 +53,7 @@ def _pair(text: str, argument: str) -> tuple[str, str]:
     return key, value
 
 
-def _literal(text: str) -> object:
+def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

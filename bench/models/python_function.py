@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from resfuse.bench.common.errors import UsageError
-from resfuse.bench.models.source import Arguments, Shape, Source, first_line
+from resfuse.bench.models.source import Arguments, Shape, Source, file_origin, first_line
 
 
 def names(where: str) -> Sequence[str]:
@@ -73,8 +73,7 @@ def build(name: str, arguments: Arguments) -> nn.Module:
 
 
 def origin(name: str) -> str:
-    file = _file(name.rpartition(":")[0])
-    return f"{file.name} sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+    return file_origin(_file(name.rpartition(":")[0]))
 
 
 def _function(name: str) -> Callable[..., Any]:

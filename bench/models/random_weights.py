@@ -51,10 +51,9 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
 
 def is_fresh(model: nn.Module) -> bool:
     """Whether there are batch norms and none has seen an image: statistics 0 and 1."""
-    norms = [
-        m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
-    ]
-    return bool(norms) and all(
-        bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())
-        for norm in norms
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    zeros_and_ones = [(n.running_mean, n.running_var) for n in norms]
+    return bool(norms) and not any(
+        mean is None or var is None or bool(mean.any()) or bool((var - 1).any())
+        for mean, var in zeros_and_ones
     )

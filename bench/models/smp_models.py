@@ -52,7 +52,7 @@ def load_pretrained(model: nn.Module, name: str, arguments: Arguments) -> None:
             f"{repository} is not on this disk, and nothing is downloaded; get it with smp, or "
             "give --weights FILE"
         )
-    load_state(model.encoder, read_state(file), file)
+    load_state(model.get_submodule("encoder"), read_state(file), file)
 
 
 SOURCE = Source(

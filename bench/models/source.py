@@ -1,7 +1,9 @@
 """What a source of models is, and how it refuses. No torch in this file."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resfuse.bench.common.errors import UsageError
@@ -42,6 +44,17 @@ class Source:
     load_pretrained: Callable[["nn.Module", str, Arguments], None] = none_published
     weights: str = "seeded"
     batch_size: Callable[[str], int | None] = any_batch
+
+
+def shape_text(channels: int, height: int, width: int) -> str:
+    """An image's shape as it stands in a row: `3x224x224`."""
+    return f"{channels}x{height}x{width}"
+
+
+def file_origin(file: Path) -> str:
+    """A file by its name and the beginning of its hash."""
+    with file.open("rb") as stream:
+        return f"{file.name} sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
 
 
 def first_line(error: BaseException) -> str:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from resfuse.bench.common.errors import UsageError
-from resfuse.bench.common.selection import unknown
+from resfuse.bench.common.selection import pick, unknown
 from resfuse.bench.models.model_name import ModelName, parse
-from resfuse.bench.models.source import Source
+from resfuse.bench.models.source import Source, shape_text
 
 OURS = "resfuse"  # its names need no prefix
 # What stands before the colon -> where the source is, and the package that it needs.
@@ -25,13 +25,14 @@ SOURCES: dict[str, tuple[str, str]] = {
     "timm": ("resfuse.bench.models.timm_models:SOURCE", "timm"),
     "smp": ("resfuse.bench.models.smp_models:SOURCE", "segmentation_models_pytorch"),
 }
-# Suffix of a file that models come from -> its source; `None` where there is none yet.
+# Suffix of a file that models come from -> its source; `None` where there is none yet. A module has
+# functions, too.
+FUNCTIONS = "resfuse.bench.models.python_function:SOURCE"
 FILES: dict[str, str | None] = {
-    ".py": "resfuse.bench.models.python_function:SOURCE",
+    ".py": FUNCTIONS,
     ".pt2": "resfuse.bench.models.exported_program:SOURCE",
     ".onnx": None,
 }
-MODULE = FILES[".py"]
 FORMS = (
     "a name of `resfuse list models`, torchvision:NAME, timm:NAME, smp:NAME, PATH.py:FUNCTION, "
     "package.module:FUNCTION, PATH.pt2"
@@ -61,8 +62,8 @@ def source_of(text: str, argument: str = "--model") -> tuple[Source, str, str]:
         raise UsageError(f"argument {argument}: {text} names no function; accepted: {text}:NAME")
     if target is not None:
         return _import(target), "", text
-    if _is_module(where) and MODULE is not None:
-        return _import(MODULE), "", text
+    if _is_module(where):
+        return _import(FUNCTIONS), "", text
     near = get_close_matches(where, SOURCES, n=2)
     hint = f"did you mean {' or '.join(f'{one}:' for one in near)}? " if near else ""
     raise UsageError(f"argument {argument}: unknown source '{where}'; {hint}accepted: {FORMS}")
@@ -94,21 +95,26 @@ def choose_one(argument: str, pattern: str, kwargs: Sequence[str] = ()) -> str:
     """The one model that a name stands for; raises UsageError for none, or several."""
     found = choose(argument, [pattern], kwargs)
     if len(found) > 1:
-        raise UsageError(f"argument {argument}: '{pattern}' stands for {len(found)} names; give one")
+        raise UsageError(
+            f"argument {argument}: '{pattern}' stands for {len(found)} names; give one"
+        )
     return found[0]
 
 
-def names_of(source: str, argument: str = "--source") -> list[str]:
-    """Every model of a source, as `--model` takes it.
+def matching(source: str, patterns: Sequence[str], argument: str = "--source") -> list[str]:
+    """The models of a source that match any of the patterns, as `--model` takes them.
 
     Args:
         source: a name in SOURCES, or a file or module with models in it.
+
+    Raises:
+        UsageError: an unknown source, or a pattern that matches nothing.
     """
     if source in SOURCES:
-        prefix = "" if source == OURS else f"{source}:"
-        return [prefix + name for name in _load(source, argument).names("")]
-    suffix = _suffix(source)
-    target = FILES.get(suffix) if suffix else MODULE if _is_module(source) else None
+        _load(source, argument)
+        found = [name for p in patterns for name in _matching("NAME", f"{source}:{p}")]
+        return list(dict.fromkeys(found))
+    target = FILES.get(_suffix(source)) or (FUNCTIONS if _is_module(source) else None)
     if target is None:
         near = get_close_matches(source, SOURCES, n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -118,9 +124,19 @@ def names_of(source: str, argument: str = "--source") -> list[str]:
             f"accepted: {', '.join(SOURCES)}, {files}, package.module"
         )
     try:
-        return list(_import(target).names(source))
+        known = {name.removeprefix(f"{source}:"): name for name in _import(target).names(source)}
     except UsageError as error:
         raise UsageError(f"argument {argument}: {error}") from None
+    return [known[name] for name in pick("NAME", patterns, list(known))]
+
+
+def shown_shape(model: str) -> str:
+    """The image a model takes, as a list shows it; a function is not run for that."""
+    source, name, given = parsed(model)
+    if source is _import(FUNCTIONS):
+        return "see --input-shape"
+    shape = source.input_shape(name, given.arguments())
+    return shape_text(*shape) if shape else "see --input-shape"
 
 
 def parsed(model: str) -> tuple[Source, str, ModelName]:
@@ -157,7 +173,7 @@ def _is_module(where: str) -> bool:
     parts = where.split(".")
     if not all(part.isidentifier() for part in parts):
         return False
-    if PurePath(parts[0]).is_dir() or PurePath(f"{parts[0]}.py").is_file():
+    if Path(parts[0]).is_dir() or Path(f"{parts[0]}.py").is_file():
         return True
     return importlib.util.find_spec(parts[0]) is not None
 

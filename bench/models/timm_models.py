@@ -75,8 +75,8 @@ def _cached(config: Any) -> Path | None:
             if isinstance(found, str):
                 return Path(found)
     if config.url:
-        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
-        return file if file.exists() else None
+        by_url = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
+        return by_url if by_url.exists() else None
     return None
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.models import torchvision_models
+from resfuse.bench.models.model_name import parse
 from resfuse.bench.models.source import Arguments, Shape, Source
 from resfuse.resnet_ref import MODELS, create, input_size
 
@@ -19,10 +21,14 @@ def _input_shape(name: str, arguments: Arguments) -> Shape:
 
 
 def _build(name: str, arguments: Arguments) -> nn.Module:
-    # `create` draws from a generator of its own; sources.build seeds torch's for every source.
-    import torch
-
+    # `create` draws from a generator of its own, which is to be seeded as torch's is.
     return create(name, seed=torch.initial_seed(), **arguments)
+
+
+def on_meta(model: str) -> nn.Module:
+    """One of our networks without numbers, in eval mode: for what asks about shapes alone."""
+    given = parse(model)
+    return create(given.text, device="meta", **given.arguments()).eval()
 
 
 def _load_pretrained(model: nn.Module, name: str, arguments: Arguments) -> None:

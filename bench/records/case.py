@@ -7,6 +7,8 @@ file: `resfuse --help` stays quick.
 
 from dataclasses import dataclass
 
+from resfuse.bench.models.source import shape_text
+
 MODES = ("inference", "train")
 MEMORY_FORMATS = ("contiguous", "channels_last")  # the faster one of a convolution last
 
@@ -71,6 +73,11 @@ class Case:
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         return self.channels, self.img_size, self.img_width or self.img_size
+
+    def size_text(self) -> str:
+        """`224 pixels`, or the whole shape where it is not that of a square photograph."""
+        square = self.channels == 3 and not self.img_width
+        return f"{self.img_size} pixels" if square else shape_text(*self.input_shape)
 
     @property
     def math_mode(self) -> str:
@@ -152,8 +159,3 @@ class Request:
     world_size: int = 1
     model_kwargs: tuple[str, ...] = ()  # "key=value", for every model
     input_shape: tuple[int, int, int] | None = None  # channels, height, width
-
-
-def shape_text(channels: int, height: int, width: int) -> str:
-    """An image's shape as it stands in a row: `3x224x224`."""
-    return f"{channels}x{height}x{width}"

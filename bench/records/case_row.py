@@ -4,6 +4,8 @@ Column order: the model, timm's columns, what was asked, our columns, how it end
 A new metric only appends to what readers may find.
 """
 
+from collections.abc import Mapping
+
 from resfuse.bench.records.metrics import METRICS
 from resfuse.bench.records.sheet import ENDED, Sheet
 
@@ -12,6 +14,17 @@ ASKED = (
     "requested_batch_size", "weights", "images", "baseline", "parallel", "world_size",
     "input_shape", "origin",
 )  # fmt: skip
+
+IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
+
+
+def shape_of(row: Mapping[str, object]) -> str:
+    """A row's image shape, or "" for what all rows were of until they said it: 3 channels, square."""
+    shape = str(row.get("input_shape") or "")
+    size = row.get(IMG_SIZE.get(str(row.get("mode")), ""))
+    if isinstance(size, int | float) and shape == f"3x{size:.0f}x{size:.0f}":
+        return ""
+    return "" if shape == "nan" else shape
 
 
 def columns() -> tuple[str, ...]:
