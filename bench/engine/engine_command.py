@@ -16,7 +16,7 @@ from resfuse.bench.engine.engine_facts import FORMAT, EngineFacts, Speed, build,
 from resfuse.bench.measuring import network
 from resfuse.bench.measuring.clock import timing
 from resfuse.bench.measuring.device import resolve_device
-from resfuse.bench.models.build import describe as describe_model
+from resfuse.bench.models.model_builder import describe as describe_model
 from resfuse.bench.models.sources import choose_one
 from resfuse.bench.records.case import PRECISIONS, Case, Options
 from resfuse.bench.running.sweep import require_positive

@@ -17,7 +17,7 @@ from resfuse.bench.common.errors import UsageError
 from resfuse.bench.common.output_file import require_place
 from resfuse.bench.common.selection import pick
 from resfuse.bench.engine.roofline_table import Subject, layer_lines, lines, table, write_csv
-from resfuse.bench.models.build import Description, build, describe
+from resfuse.bench.models.model_builder import Description, build, describe
 from resfuse.bench.models.source import shape_text
 from resfuse.bench.models.sources import choose, is_ours
 from resfuse.bench.models.zoo import on_meta

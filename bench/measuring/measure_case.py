@@ -25,7 +25,7 @@ from resfuse.bench.measuring.inference import Inference, answers
 from resfuse.bench.measuring.probes import energy, nvml, peak_memory, roofline
 from resfuse.bench.measuring.probes.idle import OtherWork, limit_s, wait_for_quiet
 from resfuse.bench.measuring.training_step import Training
-from resfuse.bench.models.build import batch_size, build
+from resfuse.bench.models.model_builder import batch_size, build
 from resfuse.bench.models.sources import is_ours
 from resfuse.bench.models.weights_file import state_hash
 from resfuse.bench.models.zoo import on_meta

@@ -5,7 +5,7 @@ from torch import nn
 
 from resfuse.bench.measuring import photographs as inputs
 from resfuse.bench.models import random_weights
-from resfuse.bench.models.build import OWN, SEEDED, build
+from resfuse.bench.models.model_builder import OWN, SEEDED, build
 from resfuse.bench.models.sources import is_ours
 from resfuse.bench.records.case import PRECISIONS, Case
 from resfuse.resnet_ref import calibrate, shrink_branches

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from resfuse.bench.models.build import batch_size, build
+from resfuse.bench.models.model_builder import batch_size, build
 from resfuse.bench.models.sources import is_ours
 from resfuse.bench.models.zoo import on_meta
 from resfuse.bench.records.case import Case

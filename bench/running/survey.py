@@ -132,7 +132,7 @@ def _try_models(cases: Sequence[Case]) -> dict[str, float]:
     import torch
 
     from resfuse.bench.measuring.probes.roofline import cost_of_run
-    from resfuse.bench.models.build import OWN, SEEDED, batch_size, build
+    from resfuse.bench.models.model_builder import OWN, SEEDED, batch_size, build
     from resfuse.bench.models.source import first_line
     from resfuse.bench.models.sources import parsed
 

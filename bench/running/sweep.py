@@ -19,7 +19,7 @@ from resfuse.bench.running.profiles import LEAST_S, PROFILES, Profile
 from resfuse.bench.running.subprocess_runner import run_case
 
 if TYPE_CHECKING:
-    from resfuse.bench.models.build import Description
+    from resfuse.bench.models.model_builder import Description
 
 Measure = Callable[[Case, Options, dict[str, float]], Outcome]
 
@@ -77,7 +77,7 @@ def models_of(request: Request, default: Profile) -> list["Description"]:
     Raises:
         UsageError: an unknown name, or nothing says what images a model takes.
     """
-    from resfuse.bench.models.build import describe
+    from resfuse.bench.models.model_builder import describe
     from resfuse.bench.models.sources import choose
 
     if request.img_size is not None:

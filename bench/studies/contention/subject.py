@@ -12,7 +12,7 @@ from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.measuring import network
 from resfuse.bench.measuring.clock.timing import repeat, seconds
 from resfuse.bench.measuring.inference import Inference, answers
-from resfuse.bench.models.build import describe
+from resfuse.bench.models.model_builder import describe
 from resfuse.bench.records.case import Case
 from resfuse.bench.studies.models import networks
 

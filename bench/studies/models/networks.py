@@ -7,7 +7,7 @@ from torch import nn
 
 from resfuse.bench.common.selection import pick
 from resfuse.bench.models import sources
-from resfuse.bench.models.build import build
+from resfuse.bench.models.model_builder import build
 from resfuse.bench.models.sources import FILES
 
 # family -> names in timm, names in torchvision
