@@ -33,11 +33,11 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
         Unavailable: another device or precision, or openvino is not installed.
     """
     require(example.device)
-    tree = output_tree(model, example)
     if example.dtype not in HINTS:
         raise Unavailable(f"openvino is driven through numpy here, which has no {example.dtype}")
     import openvino
 
+    tree = output_tree(model, example)
     core = openvino.Core()
     settings = {
         "INFERENCE_PRECISION_HINT": HINTS[example.dtype],

@@ -142,8 +142,9 @@ def _graph(of: Description, precision: str) -> Graph:
     try:
         return capture(network.eval().to(dtype), images.to(dtype))[0]
     except ValueError as error:
-        shape = shape_text(of.channels, of.height, of.width)
-        raise UsageError(f"argument MODEL: {of.name} at {shape}: {error}") from None
+        square = of.channels == 3 and not of.img_width
+        size = f"{of.height} pixels" if square else shape_text(of.channels, of.height, of.width)
+        raise UsageError(f"argument --img-size: {of.name} at {size}: {error}") from None
 
 
 def _of_data_sheet(gpu: Gpu) -> Rates:

@@ -1,6 +1,7 @@
 """What a source of models is, and how it refuses. No torch in this file."""
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from resfuse.bench.common.errors import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
+_TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 Shape = tuple[int, int, int]  # channels, height, width
 Arguments = Mapping[str, Any]  # what a model is built with
 
@@ -59,5 +61,6 @@ def file_origin(file: Path) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an exception says, with its class, short enough for a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = _TERMINAL_COLOURS.sub("", str(error))
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *(line[:250] for line in lines[:1])])

@@ -19,7 +19,7 @@ IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
 
 
 def shape_of(row: Mapping[str, object]) -> str:
-    """A row's image shape; "" for a square photograph, which all rows were of until they said it."""
+    """A row's image shape; "" for a square photograph, as all rows were once."""
     shape = str(row.get("input_shape") or "")
     size = row.get(IMG_SIZE.get(str(row.get("mode")), ""))
     if isinstance(size, int | float) and shape == f"3x{size:.0f}x{size:.0f}":
