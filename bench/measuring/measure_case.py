@@ -275,7 +275,7 @@ def cost_of(case: Case, model: nn.Module | None = None) -> roofline.Cost:
             device instead, without computing anything.
     """
     if is_ours(case.model):
-        return roofline.cost(on_meta(case.model), case.img_size)
+        return roofline.cost(on_meta(case.model), case.input_shape)
     made = model if model is not None else build(case.model, weights=case.weights)
     parameter = next(made.parameters(), torch.empty(0))
     batch = batch_size(case.model) or 1

@@ -51,15 +51,22 @@ def input_shape(model: str, asked: Shape | None = None, img_size: int | None = N
     Raises:
         UsageError: nothing says it.
     """
-    if asked is not None:
-        return asked
     source, name, given = parsed(model)
+    if asked is not None and source.weights == OWN:  # a function need not run to say it
+        return asked
     try:
         known = source.input_shape(name, given.arguments())
     except UsageError as error:
         raise UsageError(f"argument --model: {error}") from error
     except (TypeError, ValueError) as error:  # of odd arguments
         raise UsageError(f"argument --model-kwargs: {model}: {first_line(error)}") from error
+    if asked is not None:
+        if known is not None and known[0] != asked[0]:
+            raise UsageError(
+                f"argument --input-shape: {model} takes {known[0]} channels, not {asked[0]}; "
+                "--model-kwargs may say how many"
+            )
+        return asked
     if known is None:
         raise UsageError(
             f"argument --input-shape: nothing says what images {model} takes; accepted: "

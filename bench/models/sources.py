@@ -175,7 +175,10 @@ def _is_module(where: str) -> bool:
         return False
     if Path(parts[0]).is_dir() or Path(f"{parts[0]}.py").is_file():
         return True
-    return importlib.util.find_spec(parts[0]) is not None
+    try:
+        return importlib.util.find_spec(parts[0]) is not None
+    except (ImportError, ValueError):  # the latter of __main__
+        return False
 
 
 def _load(name: str, argument: str) -> Source:

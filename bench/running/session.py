@@ -251,12 +251,12 @@ def guess_of(options: Options, found: Mapping[str, Any]) -> Callable[[Case], flo
 
     unable = found.get("unavailable", {})
     is_busy = found.get("other_load", 0.0) > BUSY_CORES
-    seen: dict[tuple[str, int], float] = {}
+    seen: dict[tuple[str, tuple[int, int, int]], float] = {}
 
     def gmacs(case: Case) -> float:
         if not is_ours(case.model):  # the survey has run some; building all would take too long
             return float(found.get("gmacs", {}).get(case.model, USUAL_GMACS))
-        key = case.model, case.img_size
+        key = case.model, case.input_shape
         if key not in seen:
             seen[key] = cost_of(case).macs / 1e9
         return seen[key]

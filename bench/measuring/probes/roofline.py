@@ -74,21 +74,25 @@ class _Counter(TorchFunctionMode):
         self.activations += out.numel()
 
 
-def cost(model: nn.Module, img_size: int) -> Cost:
+def cost(model: nn.Module, image: int | tuple[int, int, int]) -> Cost:
     """Counts one image through a network of MODELS on the meta device; nothing is computed.
 
     Convolutions and linear layers count, as for everybody (1 MAC = 2 FLOP).
+
+    Args:
+        image: pixels a side, or channels, height and width.
     """
-    image = torch.empty(1, 3, img_size, img_size, device="meta")
+    shape = (3, image, image) if isinstance(image, int) else image
+    images = torch.empty(1, *shape, device="meta")
     counter = _Counter()
     with torch.no_grad(), counter:
-        out = model(image)
+        out = model(images)
     return Cost(
         param_count=sum(p.numel() for p in model.parameters()),
         macs=counter.macs,
         winograd_macs=counter.winograd_macs,
         activations=counter.activations,
-        inputs=image.numel(),
+        inputs=images.numel(),
         outputs=sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)),
     )
 

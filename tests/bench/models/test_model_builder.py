@@ -62,7 +62,9 @@ def test_the_hash_is_of_names_dtypes_shapes_and_bytes() -> None:
 def test_each_source_says_what_images_it_takes(model: str, shape: tuple[int, ...]) -> None:
     assert input_shape(model) == shape
     assert input_shape(model, img_size=96) == (shape[0], 96, 96)
-    assert input_shape(model, (2, 8, 9)) == (2, 8, 9)
+    assert input_shape(model, (shape[0], 8, 9)) == (shape[0], 8, 9)
+    with pytest.raises(UsageError, match=f"takes {shape[0]} channels, not 2; --model-kwargs may"):
+        input_shape(model, (2, 8, 9))
 
 
 def test_a_description_names_the_version_or_the_file(tmp_path: Path) -> None:
