@@ -67,7 +67,7 @@ class Case:
     world_size: int = 1
     channels: int = 3  # of an image
     img_width: int = 0
-    origin: str = ""  # of the model: a package and its version, or a file and its hash
+    origin: str = "resfuse"  # of the model: a package and its version, or a file and its hash
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
