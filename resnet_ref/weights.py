@@ -36,6 +36,11 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> None:
             not the model's, or weights that are not dense and finite; the sentence names the file
             and the first of them.
     """
+    fill(model, read_weights(path), f"weights file {path}")
+
+
+def read_weights(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """The state dict of a file; raises as `load_weights` does where there is none."""
     path = Path(path)
     source = f"weights file {path}"
     if not path.exists():
@@ -48,7 +53,7 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> None:
                 f"{source} is a Git LFS pointer, not the file; `git lfs pull` fetches it"
             )
     read = _read_safetensors if path.suffix == ".safetensors" else _read_checkpoint
-    _load_state(model, _find_state(read(path, source), source), source)
+    return _find_state(read(path, source), source)
 
 
 def load_pretrained(name: str, model: nn.Module) -> None:
@@ -77,7 +82,7 @@ def load_pretrained(name: str, model: nn.Module) -> None:
             f"pretrained weights of {name} could not be fetched from {weights.url} ({error});"
             " --weights FILE needs no network"
         ) from error
-    _load_state(model, state, f"torchvision's {weights}")
+    fill(model, state, f"torchvision's {weights}")
 
 
 def _read_safetensors(path: Path, source: str) -> object:
@@ -123,9 +128,17 @@ def _find_state(content: object, source: str) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Gives a model all of a state dict or, on any error, nothing; keys as `load_weights` has them.
+
+    Raises:
+        ValueError: as `load_weights` does; `source` is what the sentence calls the state dict.
+    """
     own = model.state_dict()
-    state = _torchvision_layout(state)
+    if not state.keys() <= own.keys():
+        state = _without_prefixes(state)
+    if not state.keys() <= own.keys():
+        state = _torchvision_layout(state)
     if getattr(model, "features_only", False):
         state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
     # Checkpoints from before torch 0.4.1 lack the counters, which evaluation does not read.
@@ -145,7 +158,7 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     for key, value in state.items():
         if (broken := _broken(value, own[key])) is not None:
             raise ValueError(f"{source} cannot be used: {key} {broken}")
-    model.load_state_dict(own | state)
+    model.load_state_dict(own | dict(state))
 
 
 def _broken(value: Tensor, own: Tensor) -> str | None:
@@ -163,11 +176,16 @@ def _broken(value: Tensor, own: Tensor) -> str | None:
     return None
 
 
-def _torchvision_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefixes(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     while prefix := next(
         (p for p in _PREFIXES if state and all(k.startswith(p) for k in state)), ""
     ):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _torchvision_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's VGG by torchvision's names."""
     converted = {}
     for key, value in state.items():
         for theirs, ours in TIMM_VGG.items():

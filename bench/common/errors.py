@@ -9,5 +9,9 @@ class Unavailable(RuntimeError):
     """A backend cannot run this case on this machine; the message says why in one sentence."""
 
 
+class CannotTake(Unavailable):
+    """A backend cannot run this network, whatever it can do with others."""
+
+
 class LeftOutWarning(UserWarning):
     """Something damaged is not used; `resfuse` prints it as one sentence and goes on."""

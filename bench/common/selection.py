@@ -21,13 +21,18 @@ def pick(
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
-            near = _near(pattern, known)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            names = f"known: {', '.join(known)}"
-            if shown_by:
-                names = f"`{shown_by}` shows the {len(known)} that are known"
-            raise UsageError(f"argument {argument}: unknown name '{pattern}'; {hint}{names}")
+            raise unknown(argument, pattern, known, shown_by)
     return [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def unknown(argument: str, pattern: str, known: Sequence[str], shown_by: str = "") -> UsageError:
+    """What to raise where a pattern matches nothing; near names are offered."""
+    near = _near(pattern, known)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    names = f"known: {', '.join(known)}"
+    if shown_by:
+        names = f"`{shown_by}` shows the {len(known)} that are known"
+    return UsageError(f"argument {argument}: unknown name '{pattern}'; {hint}{names}")
 
 
 def _near(pattern: str, known: Sequence[str]) -> list[str]:
