@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from resfuse.bench.common.errors import Unavailable
+from resfuse.bench.backends.output_tree import require_one_tensor
+from resfuse.bench.common.errors import CannotTake, Unavailable
 from resfuse.kernels.gpu.cudnn.cudnn_probe import decided
 from resfuse.kernels.gpu.cudnn.cudnn_relu import conv_relu, searching, zeros_for
 from resfuse.kernels.ops.bn_folding import fold_conv_bn
@@ -80,6 +81,7 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
         Unavailable: no CUDA device.
     """
     require(example.device)
+    require_one_tensor(model, example, "cudnn_fused")
     way = decided(math_mode_of(example.dtype, example.device), example.device)
     with searching(way.search):
         return _graphed(rewrite(model, way.form), example)
@@ -93,7 +95,10 @@ def rewrite(model: nn.Module, form: str) -> fx.GraphModule:
         form: of a convolution with ReLU and no residual, a name in cudnn_relu.FORMS.
     """
     zeros = _Zeros()
-    traced = fx.symbolic_trace(model)
+    try:
+        traced = fx.symbolic_trace(model)
+    except Exception as error:
+        raise CannotTake(f"cudnn_fused: torch.fx cannot trace the network: {error}") from error
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         conv = _module(node, modules, nn.Conv2d)

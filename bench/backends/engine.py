@@ -4,9 +4,17 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from resfuse.bench.common.errors import CannotTake
 from resfuse.kernels import build_engine
 
 
 def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """The engine; it has the weights laid out its own way, and the model's are let go of."""
-    return build_engine(model, example, keep_weights=False)
+    """The engine; it has the weights laid out its own way, and the model's are let go of.
+
+    Raises:
+        CannotTake: the network is one that engines are not built of.
+    """
+    try:
+        return build_engine(model, example, keep_weights=False)
+    except ValueError as refusal:
+        raise CannotTake(f"the engine: {refusal}") from None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from resfuse.bench.common.errors import CannotTake
 from resfuse.kernels import fuse
 
 
@@ -16,8 +17,15 @@ def require(device: torch.device) -> None:
 
 
 def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """Fuses the model in place; its own weights are not needed any more."""
-    fused = fuse(model, inplace=True, discard_weights=True)
+    """Fuses the model in place; its own weights are not needed any more.
+
+    Raises:
+        CannotTake: the network is one that is not fused.
+    """
+    try:
+        fused = fuse(model, inplace=True, discard_weights=True)
+    except ValueError as refusal:
+        raise CannotTake(f"fuse: {refusal}") from None
 
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:

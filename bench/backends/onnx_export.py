@@ -12,7 +12,9 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-INPUT, OUTPUT = "images", "logits"
+from resfuse.bench.common.errors import CannotTake
+
+INPUT = "images"
 
 
 def require_exporter() -> None:
@@ -27,32 +29,48 @@ def exported(model: nn.Module, example: Tensor) -> Iterator[Path]:
 
     Args:
         model: in eval mode.
-        example: [N, 3, H, W], of the device and dtype the model runs in.
+        example: [N, C, H, W], of the device and dtype the model runs in. A model that does not
+            leave its batch free is exported for this one.
 
     Yields:
         an .onnx file in a temporary folder, weights beside it. A runtime that has mapped them into
         memory keeps them when the folder goes.
+
+    Raises:
+        CannotTake: torch cannot export the model.
     """
     # A batch of one would be taken for a constant (torch.export specialises 0 and 1): two images
     # keep it free.
     images = torch.cat([example[:1], example[:1]]).contiguous()
     with _silence():
-        program = torch.onnx.export(
-            model,
-            (images,),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},),
-            verbose=False,
-        )
-    assert program is not None
+        try:
+            program = _export(model, images, {0: torch.export.Dim("batch", min=1, max=65536)})
+        except Exception as first:
+            try:
+                program = _export(model, example.contiguous(), None)
+            except Exception:
+                raise CannotTake(f"torch.onnx.export cannot export the network: {first}") from None
     with TemporaryDirectory(prefix="resfuse-onnx-") as folder:
         path = Path(folder) / "model.onnx"
         with _silence():
             program.save(path)
         del program  # and with it a copy of the weights
         yield path
+
+
+def _export(
+    model: nn.Module, images: Tensor, free: dict[int, torch.export.Dim] | None
+) -> torch.onnx.ONNXProgram:
+    program = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        input_names=[INPUT],
+        dynamic_shapes=None if free is None else (free,),
+        verbose=False,
+    )
+    assert program is not None
+    return program
 
 
 @contextlib.contextmanager

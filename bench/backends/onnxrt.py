@@ -6,14 +6,16 @@ exhaustive search for convolution algorithms, and a CUDA graph over static buffe
 would be a straw man.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.backends.onnx_export import INPUT, OUTPUT, exported, require_exporter
-from resfuse.bench.common.errors import Unavailable
+from resfuse.bench.backends.onnx_export import INPUT, exported, require_exporter
+from resfuse.bench.backends.output_tree import OutputTree, output_tree
+from resfuse.bench.common.errors import CannotTake, Unavailable
 from resfuse.bench.common.precision import tf32_allowed
 
 if TYPE_CHECKING:
@@ -23,11 +25,13 @@ ELEMENT_TYPES = {
     torch.float32: 1,
     torch.float16: 10,
     torch.bfloat16: 16,
+    torch.int32: 6,
+    torch.int64: 7,
 }  # onnx.TensorProto.DataType
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 
-def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
     """The provider of the example's device.
 
     Raises:
@@ -49,7 +53,7 @@ def require_tensorrt(device: torch.device) -> None:
     _require(TENSORRT)
 
 
-def build_tensorrt(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+def build_tensorrt(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
     """The TensorRT provider.
 
     Raises:
@@ -89,7 +93,7 @@ def _require(provider: str) -> None:
         raise Unavailable(f"onnxruntime has no {provider}")
 
 
-def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor], Tensor]:
+def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor], Any]:
     _require(provider)
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -100,6 +104,7 @@ def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor
     device_index = example.device.index or 0
     stream = torch.cuda.current_stream().cuda_stream if example.is_cuda else 0
     options = provider_options(provider, device_index, stream, example.dtype)
+    tree = output_tree(model, example)
     try:
         with exported(model, example) as file:
             session = onnxruntime.InferenceSession(file, settings, providers=[(provider, options)])
@@ -109,37 +114,74 @@ def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor
         raise Unavailable(
             f"onnxruntime could not load its {provider} and fell back to {session.get_providers()}"
         )
-    return _graphed(session, example) if example.is_cuda else _bound(session, example)
+    outputs = _outputs(session, tree)
+    if example.is_cuda:
+        return _graphed(session, example, tree, outputs)
+    return _bound(session, example, tree, outputs)
 
 
-def _bound(session: "InferenceSession", example: Tensor) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True)
+class _Output:
+    name: str
+    like: Tensor  # of the example
+    per_image: bool  # the first dimension is the batch
+
+    def empty(self, images: Tensor) -> Tensor:
+        shape = [len(images), *self.like.shape[1:]] if self.per_image else self.like.shape
+        return torch.empty(shape, dtype=self.like.dtype, device=images.device)
+
+    def bind(self, binding: Any, kind: str, index: int, memory: Tensor) -> None:
+        element = ELEMENT_TYPES[memory.dtype]
+        binding.bind_output(self.name, kind, index, element, tuple(memory.shape), memory.data_ptr())
+
+
+def _outputs(session: "InferenceSession", tree: OutputTree) -> list[_Output]:
+    """The session's outputs in the network's order.
+
+    Raises:
+        CannotTake: one is of a type that is not bound here.
+    """
+    found = []
+    for one, like in zip(session.get_outputs(), tree.tensors, strict=True):
+        if like.dtype not in ELEMENT_TYPES:
+            raise CannotTake(f"onnxruntime is driven here with no output of {like.dtype}")
+        found.append(_Output(one.name, like, bool(one.shape) and isinstance(one.shape[0], str)))
+    return found
+
+
+def _bound(
+    session: "InferenceSession", example: Tensor, tree: OutputTree, outputs: Sequence[_Output]
+) -> Callable[[Tensor], Any]:
     """Binds each input where it lies and gives each output memory of its own."""
-    classes = session.get_outputs()[0].shape[1:]
     element = ELEMENT_TYPES[example.dtype]
 
-    def run(images: Tensor) -> Tensor:
-        logits = images.new_empty((images.shape[0], *classes))
+    def run(images: Tensor) -> Any:
+        given = [output.empty(images) for output in outputs]
         binding = session.io_binding()
         binding.bind_input(INPUT, "cpu", 0, element, tuple(images.shape), images.data_ptr())
-        binding.bind_output(OUTPUT, "cpu", 0, element, tuple(logits.shape), logits.data_ptr())
+        for output, memory in zip(outputs, given, strict=True):
+            output.bind(binding, "cpu", 0, memory)
         session.run_with_iobinding(binding)
-        return logits
+        return tree.rebuild(given)
 
     return run
 
 
-def _graphed(session: "InferenceSession", example: Tensor) -> Callable[[Tensor], Tensor]:
+def _graphed(
+    session: "InferenceSession", example: Tensor, tree: OutputTree, outputs: Sequence[_Output]
+) -> Callable[[Tensor], Any]:
     """A CUDA graph replays fixed addresses: inputs are copied in and outputs out, timed."""
     static = example.clone()
-    logits = static.new_empty((static.shape[0], *session.get_outputs()[0].shape[1:]))
+    given = [output.empty(static) for output in outputs]
     element, index = ELEMENT_TYPES[example.dtype], static.device.index or 0
     binding = session.io_binding()
     binding.bind_input(INPUT, "cuda", index, element, tuple(static.shape), static.data_ptr())
-    binding.bind_output(OUTPUT, "cuda", index, element, tuple(logits.shape), logits.data_ptr())
+    for output, memory in zip(outputs, given, strict=True):
+        output.bind(binding, "cuda", index, memory)
 
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> Any:
         static.copy_(images)
         session.run_with_iobinding(binding)
-        return logits.clone()
+        return tree.rebuild([memory.clone() for memory in given])
 
     return run

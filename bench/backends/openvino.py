@@ -6,11 +6,13 @@ hint forbids it.
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends.onnx_export import INPUT, exported, require_exporter
+from resfuse.bench.backends.output_tree import output_tree
 from resfuse.bench.common.errors import Unavailable
 
 HINTS = {torch.float32: "f32", torch.float16: "f16"}
@@ -24,7 +26,7 @@ def require(device: torch.device) -> None:
     importlib.import_module("openvino")
 
 
-def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
     """The CPU plugin, tuned for latency, on as many threads as torch uses.
 
     Raises:
@@ -35,6 +37,7 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
         raise Unavailable(f"openvino is driven through numpy here, which has no {example.dtype}")
     import openvino
 
+    tree = output_tree(model, example)
     core = openvino.Core()
     settings = {
         "INFERENCE_PRECISION_HINT": HINTS[example.dtype],
@@ -46,13 +49,16 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
         network.reshape({INPUT: tuple(example.shape)})  # a fixed shape, as torch.compile has it
         compiled = core.compile_model(network, "CPU", settings)
     request = compiled.create_infer_request()
-    classes = tuple(compiled.output(0).shape)[1:]
+    outputs = [
+        (tuple(one.shape), y.dtype) for one, y in zip(compiled.outputs, tree.tensors, strict=True)
+    ]
 
-    def run(images: Tensor) -> Tensor:
-        logits = images.new_empty((images.shape[0], *classes))
+    def run(images: Tensor) -> Any:
+        given = [torch.empty(shape, dtype=dtype) for shape, dtype in outputs]
         request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))
-        request.set_output_tensor(openvino.Tensor(logits.numpy(), shared_memory=True))
+        for i, y in enumerate(given):
+            request.set_output_tensor(i, openvino.Tensor(y.numpy(), shared_memory=True))
         request.infer()
-        return logits
+        return tree.rebuild(given)
 
     return run
