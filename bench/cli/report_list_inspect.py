@@ -10,7 +10,7 @@ from resfuse.bench.common.selection import pick
 from resfuse.bench.records import results
 from resfuse.bench.records.case_row import CASES
 from resfuse.bench.records.layer_row import SHEET as KERNEL_SHEET
-from resfuse.bench.running.listing import LISTS
+from resfuse.bench.running.listing import LISTS, models_of
 from resfuse.bench.trainings.degradation_sheet import SHEET as DEGRADATION_SHEET
 from resfuse.bench.trainings.training_sheet import SHEET as TRAINING_SHEET
 
@@ -37,6 +37,12 @@ def report(args: argparse.Namespace) -> int:
 def list_registry(args: argparse.Namespace) -> int:
     """`resfuse list [what]`: the registries as tables."""
     console = stdout()
+    if args.what == "models":
+        source, *more = args.source or ["resfuse"]
+        console.print(models_of(source, [*args.patterns, *more]))
+        return 0
+    if args.patterns or args.source:
+        raise UsageError("NAME and --source are of `resfuse list models`")
     for what in [args.what] if args.what else LISTS:
         console.print(LISTS[what]())
     return 0

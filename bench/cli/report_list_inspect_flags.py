@@ -22,6 +22,18 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 def add_list(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", choices=LISTED)
+    parser.add_argument(
+        "patterns", nargs="*", metavar="NAME", help="of models alone: wildcards allowed (resnet*)"
+    )
+    # Names after the option are its own: argparse has no more of the others to give by then.
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        default=[],
+        metavar=("SOURCE", "NAME"),
+        help="whose models: resfuse, torchvision, timm, smp, PATH.py, package.module, PATH.pt2 "
+        "(default: resfuse)",
+    )
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:

@@ -14,10 +14,9 @@ import pandas as pd
 
 from resfuse.bench.records import results
 from resfuse.bench.records.case import MODES
-from resfuse.bench.records.case_row import CASES
+from resfuse.bench.records.case_row import CASES, IMG_SIZE, shape_of
 from resfuse.bench.records.outcome import STATUSES
 
-IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
 NORMAL_95 = 1.96  # half a 95 % interval, in standard errors
 
 
@@ -32,7 +31,7 @@ class Key:
     weights: str
     images: str
     baseline: str  # "<backend> <memory format>"
-    img_size: str
+    img_size: str  # pixels, or the whole shape where that is no square photograph's
     requested_batch_size: str
     precision: str
     math_mode: str
@@ -146,7 +145,7 @@ def _lines(rows: pd.DataFrame) -> Iterable[tuple[str, ...]]:
 
 
 def _key(row: Mapping[str, object]) -> Key:
-    named = {**row, "img_size": row[IMG_SIZE[str(row["mode"])]]}
+    named = {**row, "img_size": shape_of(row) or row[IMG_SIZE[str(row["mode"])]]}
     return Key(**{name: _plain(named[name]) for name in Key.__dataclass_fields__})
 
 

@@ -28,6 +28,8 @@ from resfuse.bench.measuring.failure import blame, blamed, outcome_of
 from resfuse.bench.measuring.probes import nvml, peak_memory, roofline
 from resfuse.bench.measuring.probes.idle import limit_s, wait_for_quiet
 from resfuse.bench.measuring.training_step import Training
+from resfuse.bench.models.model_builder import build
+from resfuse.bench.models.weights_file import state_hash
 from resfuse.bench.records.case import Case, Options
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sample import Measured
@@ -93,7 +95,12 @@ def _measure(
 ) -> tuple[Outcome, float]:
     device = measure_case.begin(case, options)
     measure_case.rehearse(case, device)
-    model, batches = network.master(case, options.seed), network.batches(case, world.rank)
+    model = build(case.model, options.seed, case.weights)
+    weights_sha256 = state_hash(model)
+    model, batches = (
+        network.prepared(model, case, options.seed),
+        network.batches(case, world.rank),
+    )
 
     def subject(kind: type[Training], backend: str, memory_format: str) -> Training:
         made = measure_case.subject(case, backend, memory_format, model, batches, kind)
@@ -137,7 +144,7 @@ def _measure(
         throttle = " + ".join(filter(None, (throttle, "other processes")))
     checks.append(candidate.check(network.TIMED_BATCHES, "after timing, on a new batch"))
 
-    cost = measure_case.cost_of(case)
+    cost = measure_case.cost_of(case, model)
     floor = roofline.floor(
         cost, case.batch_size, case.mode, batches[0].element_size(), ceilings, case.math_mode
     )
@@ -163,6 +170,7 @@ def _measure(
         step=candidate.step_once,
         alone_ms=alone_ms,
         apart_ms=apart_ms,
+        weights_sha256=weights_sha256,
     )
     return measure_case.conclude(measured, floor), span_s
 

@@ -16,7 +16,9 @@ NEEDED = {
 # ... and measures less without those: (how to get it, what is missing without it).
 OPTIONAL = {
     "triton": ("resfuse", "our GPU kernels"),
-    "torchvision": ("resfuse[bench]", "--pretrained"),
+    "torchvision": ("resfuse[bench]", "torchvision:NAME, --pretrained"),
+    "timm": ("timm", "timm:NAME"),
+    "segmentation_models_pytorch": ("segmentation-models-pytorch", "smp:NAME"),
     "onnx": ("resfuse[bench]", "every ONNX backend"),
     "onnxscript": ("resfuse[bench]", "every ONNX backend"),
     "onnxruntime": ("resfuse[bench]", "onnxrt"),

@@ -16,10 +16,11 @@ from resfuse.bench.engine.engine_facts import FORMAT, EngineFacts, Speed, build,
 from resfuse.bench.measuring import network
 from resfuse.bench.measuring.clock import timing
 from resfuse.bench.measuring.device import resolve_device
+from resfuse.bench.models.model_builder import describe as describe_model
+from resfuse.bench.models.sources import choose_one
 from resfuse.bench.records.case import PRECISIONS, Case, Options
 from resfuse.bench.running.sweep import require_positive
 from resfuse.kernels import Engine, load_engine
-from resfuse.resnet_ref import MODELS, input_size
 
 
 def engine(args: argparse.Namespace) -> int:
@@ -49,18 +50,23 @@ def engine(args: argparse.Namespace) -> int:
 
 
 def case_of(args: argparse.Namespace) -> Case:
-    """The case of the parsed flags, at batch 1.
+    """The case of the parsed flags, at batch 1, or the only one that the model takes.
 
     Raises:
         UsageError: an unknown name, a size below 1, or a device that cannot be used.
     """
-    model = pick_one("MODEL", args.model, list(MODELS), "resfuse list models")
+    model = choose_one("MODEL", args.model, args.model_kwargs)
     precision = pick_one("--precision", args.precision, list(PRECISIONS))
     require_positive("--batch-size", args.batch_size)
-    size = input_size(model) if args.img_size is None else args.img_size
-    require_positive("--img-size", [size])
+    if args.img_size is not None:
+        require_positive("--img-size", [args.img_size])
+    of = describe_model(model, args.weights, args.input_shape, args.img_size)
     device = resolve_device(args.device)
-    return Case(model, "engine", "inference", device, precision, FORMAT, 1, size, "eager", FORMAT)
+    batch_size = of.batch_size or 1
+    return Case(
+        model, "engine", "inference", device, precision, FORMAT, batch_size, of.height, "eager",
+        FORMAT, of.weights, channels=of.channels, img_width=of.img_width, origin=of.origin,
+    )  # fmt: skip
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -90,7 +96,7 @@ def describe(
     set_math_mode(case.math_mode, case.device.split(":")[0])
     model = network.master(case, options.seed)
     if file is None:
-        made, how = _build(model, case, batch_sizes or [1], timings)
+        made, how = _build(model, case, batch_sizes or [case.batch_size], timings)
     else:
         made, how = _load(file, batch_sizes)
     sizes = sorted(set(batch_sizes)) or made.batch_sizes
@@ -120,7 +126,7 @@ def _load(file: Path, batch_sizes: Sequence[int]) -> tuple[Engine, list[str]]:
 
 def text(case: Case, how: Sequence[str], found: Sequence[EngineFacts]) -> str:
     """All there is to read about an engine, a section for each batch size."""
-    title = f"{case.model}, {case.precision}, {case.img_size} pixels, {case.device}"
+    title = f"{case.model}, {case.precision}, {case.size_text()}, {case.device}"
     parts = [f"{title}. {' '.join(how)}"]
     parts += [f"Batch {one.batch_size}\n\n{one.explain}\n\n{summary(one)}" for one in found]
     return "\n\n".join(parts)

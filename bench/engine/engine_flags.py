@@ -5,16 +5,19 @@ from pathlib import Path
 
 from resfuse.bench.records.case import PRECISIONS
 from resfuse.bench.running.shared_flags import (
+    MODEL_HELP,
     add_device,
     add_img_size,
+    add_model_kwargs,
     add_seed,
+    add_weights,
     numbers,
     positive,
 )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a network; see `resfuse list models`")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "-b",
         "--batch-size",
@@ -28,6 +31,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "float32)"
     )  # fmt: skip
     add_img_size(parser)
+    add_model_kwargs(parser)
+    add_weights(parser)
     add_device(parser)
     parser.add_argument("--save", metavar="FILE", type=Path, help="write the engine to this file")
     parser.add_argument(

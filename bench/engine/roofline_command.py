@@ -17,6 +17,10 @@ from resfuse.bench.common.errors import UsageError
 from resfuse.bench.common.output_file import require_place
 from resfuse.bench.common.selection import pick
 from resfuse.bench.engine.roofline_table import Subject, layer_lines, lines, table, write_csv
+from resfuse.bench.models.model_builder import Description, build, describe
+from resfuse.bench.models.source import shape_text
+from resfuse.bench.models.sources import choose, is_ours
+from resfuse.bench.models.zoo import on_meta
 from resfuse.bench.records import results
 from resfuse.bench.records.case import PRECISIONS, Request
 from resfuse.bench.running import survey
@@ -25,7 +29,6 @@ from resfuse.kernels.engine.cost.cuts import CUTS, with_batch
 from resfuse.kernels.engine.cost.gpus import GPUS, Gpu
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Graph
-from resfuse.resnet_ref import MODELS, create, input_size
 
 LEAST_COLUMNS = 120  # in fewer, rich leaves numbers out; a terminal wraps the lines instead
 CEILING = "ceiling_{}_tflops"
@@ -53,7 +56,7 @@ class Rates:
 def roofline(args: argparse.Namespace) -> int:
     """Prints a table for each device and precision."""
     asked = [name for part in args.models for name in part]
-    models = pick("MODEL", asked, list(MODELS), "resfuse list models")
+    models = choose("MODEL", asked, args.model_kwargs)
     batch_sizes = args.batch_size or [1, 32, 256]
     require_positive("--batch-size", batch_sizes)
     if args.img_size is not None:
@@ -72,7 +75,7 @@ def roofline(args: argparse.Namespace) -> int:
             measured, precisions = _measured(args, precisions, models)
         devices = [measured]
     with status("Tracing"):
-        subjects = list(_subjects(models, batch_sizes, precisions, args.img_size))
+        subjects = list(_subjects(models, batch_sizes, precisions, args))
     console = stdout()
     console.width = max(console.width, LEAST_COLUMNS)
     for rates in devices:
@@ -117,25 +120,31 @@ def _print(console: Console, rates: Rates, subjects: Sequence[Subject], layers: 
 
 
 def _subjects(
-    models: Sequence[str], batch_sizes: Sequence[int], precisions: Sequence[str], size: int | None
+    models: Sequence[str],
+    batch_sizes: Sequence[int],
+    precisions: Sequence[str],
+    args: argparse.Namespace,
 ) -> Iterator[Subject]:
     for precision in precisions:
         for model in models:
-            pixels = size or input_size(model)
-            graph = _graph(model, pixels, precision)
+            of = describe(model, asked=args.input_shape, img_size=args.img_size)
+            graph = _graph(of, precision)
             for n in batch_sizes:
-                yield Subject(model, pixels, n, precision, with_batch(graph, n))
+                yield Subject(model, of.height, n, precision, with_batch(graph, n))
 
 
-def _graph(model: str, pixels: int, precision: str) -> Graph:
-    """The network on the meta device: nothing is computed."""
+def _graph(of: Description, precision: str) -> Graph:
+    """The network, ours on the meta device: nothing is computed."""
     dtype = getattr(torch, PRECISIONS[precision].dtype)
-    with torch.device("meta"):
-        network, images = create(model).eval().to(dtype), torch.empty(1, 3, pixels, pixels)
+    network = on_meta(of.name) if is_ours(of.name) else build(of.name)
+    device = "meta" if is_ours(of.name) else "cpu"
+    images = torch.zeros(of.batch_size or 1, of.channels, of.height, of.width, device=device)
     try:
-        return capture(network, images.to(dtype))[0]
+        return capture(network.eval().to(dtype), images.to(dtype))[0]
     except ValueError as error:
-        raise UsageError(f"argument --img-size: {model} at {pixels} pixels: {error}") from None
+        square = of.channels == 3 and not of.img_width
+        size = f"{of.height} pixels" if square else shape_text(of.channels, of.height, of.width)
+        raise UsageError(f"argument --img-size: {of.name} at {size}: {error}") from None
 
 
 def _of_data_sheet(gpu: Gpu) -> Rates:

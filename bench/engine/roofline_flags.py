@@ -4,13 +4,20 @@ import argparse
 from pathlib import Path
 
 from resfuse.bench.records.case import PRECISIONS
-from resfuse.bench.running.shared_flags import add_device, add_img_size, add_threads, names, numbers
+from resfuse.bench.running.shared_flags import (
+    MODELS_HELP,
+    add_device,
+    add_img_size,
+    add_model_kwargs,
+    add_threads,
+    model_names,
+    names,
+    numbers,
+)
 
 
 def add_roofline(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "models", metavar="MODEL", nargs="+", type=names, help="networks; wildcards allowed"
-    )
+    parser.add_argument("models", metavar="MODEL", nargs="+", type=model_names, help=MODELS_HELP)
     parser.add_argument(
         "--gpu",
         type=names,
@@ -30,6 +37,7 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PRECISIONS)} (default: float16, on a CPU float32)",
     )
     add_img_size(parser)
+    add_model_kwargs(parser)
     add_device(parser)
     add_threads(parser)
     parser.add_argument("--layers", action="store_true", help="show every distinct layer, too")

@@ -146,4 +146,6 @@ def _request(args: argparse.Namespace) -> Request:
         baseline_memory_format="contiguous",
         weights="seeded",
         images="bundled",
+        model_kwargs=tuple(args.model_kwargs),
+        input_shape=args.input_shape,
     )

@@ -14,6 +14,7 @@ from resfuse.bench.common.console import stderr, stdout
 from resfuse.bench.common.selection import pick, pick_one
 from resfuse.bench.layers.kernels_command import ROUNDS, run_convolutions
 from resfuse.bench.layers.layers_table import notes, table
+from resfuse.bench.models.sources import choose_one
 from resfuse.bench.records import results
 from resfuse.bench.records.case import PRECISIONS, Case, Options, Request
 from resfuse.bench.records.convolutions import every
@@ -25,7 +26,6 @@ from resfuse.bench.report.tables.reconcile import Reconciled, reconcile
 from resfuse.bench.running import sweep
 from resfuse.bench.running.session import run_cases
 from resfuse.bench.running.survey import survey
-from resfuse.resnet_ref import MODELS
 
 LEAST_COLUMNS = 200  # in fewer, rich leaves numbers out; a terminal wraps the lines instead
 # What a network is measured at where nothing else is said: (batch size, precision).
@@ -62,7 +62,7 @@ def layers(args: argparse.Namespace) -> int:
     reconciled = _reconciled(workload, folder, found["env_id"], case)
     out = stdout()
     out.width = max(out.width, LEAST_COLUMNS)
-    title = f"{case.model}, {case.img_size} pixels, batch {case.batch_size}, {case.precision}"
+    title = f"{case.model}, {case.size_text()}, batch {case.batch_size}, {case.precision}"
     out.print(f"{found['facts']['device_name']}: {title}\n", highlight=False, soft_wrap=True)
     if workload.providers:
         out.print(table(workload, reconciled))
@@ -75,7 +75,7 @@ def _request(args: argparse.Namespace) -> Request:
     return Request(
         profile="quick",
         device=args.device,
-        models=[pick_one("MODEL", args.model, list(MODELS), "resfuse list models")],
+        models=[choose_one("MODEL", args.model, args.model_kwargs)],
         backends=["eager"],
         batch_sizes=[] if args.batch_size is None else [args.batch_size],
         precisions=[pick_one("--precision", args.precision, list(PRECISIONS))]
@@ -88,6 +88,7 @@ def _request(args: argparse.Namespace) -> Request:
         baseline_memory_format="contiguous",
         weights="seeded",
         images="bundled",
+        input_shape=args.input_shape,
     )
 
 

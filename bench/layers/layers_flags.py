@@ -4,11 +4,14 @@ import argparse
 
 from resfuse.bench.records.case import PRECISIONS, Options
 from resfuse.bench.running.shared_flags import (
+    MODEL_HELP,
     add_device,
     add_img_size,
+    add_model_kwargs,
     add_precisions,
     add_results,
     add_threads,
+    model_names,
     names,
     numbers,
     positive,
@@ -22,7 +25,7 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "-m",
         "--model",
-        type=names,
+        type=model_names,
         default=["resnet50"],
         metavar="NAMES",
         help="networks whose convolutions are measured; wildcards allowed (default: resnet50)",
@@ -44,6 +47,7 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
     )
     add_precisions(what)
     add_img_size(what)
+    add_model_kwargs(what)
     add_device(what)
     how = parser.add_argument_group("how")
     _add_rounds(how)
@@ -63,7 +67,7 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a network; see `resfuse list models`")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "-b",
         "--batch-size",
@@ -80,6 +84,7 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
         help="ways to compute a convolution; see `resfuse list providers` (default: all)",
     )
     add_img_size(parser)
+    add_model_kwargs(parser)
     add_device(parser)
     _add_rounds(parser)
     parser.add_argument(

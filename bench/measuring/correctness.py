@@ -4,14 +4,17 @@ after the clock ran.
 Everything is compared with an fp64 run of the same weights and inputs. Eager's own error in the
 case's precision is the yardstick: a backend may be twice as far off, plus a floor. Errors are taken
 image by image and the worst one counts, so that one wrong image of a large batch is not averaged
-away.
+away. A network may return several tensors, in lists, tuples or dictionaries: each is compared by
+itself, with eager's error in that tensor as its yardstick.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from resfuse.bench.records.sample import Accuracy
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
@@ -25,32 +28,75 @@ class WrongAnswer(RuntimeError):
         self.accuracy = accuracy
 
 
+# What a network returns: a tensor, or lists, tuples and dictionaries of tensors.
+Output = Any
+
+
 @dataclass(frozen=True)
 class Limit:
-    """The largest error an answer may have (relative L2 error of the worst image)."""
+    """The largest error an answer may have (relative L2 error of the worst image), and that of each
+    further output where there are several."""
 
     rel_l2: float
+    further: tuple[float, ...] = ()
 
     @classmethod
-    def from_eager(cls, eager_error: float, math_mode: str) -> "Limit":
-        return cls(EAGER_FACTOR * eager_error + TOLERANCES[math_mode].rtol)
+    def from_eager(cls, eager_error: float, math_mode: str, *further: float) -> "Limit":
+        """Of eager's error in each output."""
+        first, *others = (
+            EAGER_FACTOR * error + TOLERANCES[math_mode].rtol for error in (eager_error, *further)
+        )
+        return cls(first, tuple(others))
+
+    @property
+    def each(self) -> tuple[float, ...]:
+        return self.rel_l2, *self.further
+
+
+def outputs(output: Output) -> list[torch.Tensor]:
+    """The tensors in what a network returns, in order."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Relative L2 error of the worst row (image) of `output` [N, ...]; NaN if there is one."""
-    got, want = output.double().flatten(1), reference.double().flatten(1)
-    return float(((got - want).norm(dim=1) / want.norm(dim=1)).max())
+    """Relative L2 error of the worst row (image) of `output` [N, ...]; NaN if there is one. Where a
+    row of the reference is zero, anything else is infinitely far off."""
+    got, want = (each.double().reshape(each.shape[0] if each.dim() else 1, -1) for each in
+                 (output, reference))  # fmt: skip
+    distance, norm = (got - want).norm(dim=1), want.norm(dim=1)
+    return float(torch.where((distance == 0) & (norm == 0), 0.0, distance / norm).max())
 
 
-def accuracy(output: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor) -> Accuracy:
-    """All accuracy metrics of one batch of logits [N, classes]."""
-    got = output.double()
+def relative_errors(output: Output, reference: Output) -> list[float]:
+    """The relative error of each output."""
+    return [
+        relative_error(got, want)
+        for got, want in zip(outputs(output), outputs(reference), strict=True)
+    ]
+
+
+def accuracy(output: Output, reference: Output, eager: Output) -> Accuracy:
+    """All accuracy metrics of one batch, of the worst output; the top class is that of the first,
+    where it is [N, classes]."""
+    got, want = outputs(output), outputs(reference)
+    top1 = None
+    if got[0].dim() == 2 and got[0].shape[1] > 1:
+        top1 = float((got[0].argmax(1) == want[0].argmax(1)).double().mean())
     return Accuracy(
-        rel_l2=relative_error(got, reference),
-        max_abs=float((got - reference).abs().max()),
-        err_vs_eager=relative_error(got, eager),
-        top1_agree=float((got.argmax(1) == reference.argmax(1)).double().mean()),
+        rel_l2=_most(relative_errors(got, want)),
+        max_abs=_most(
+            [float((y.double() - ref).abs().max()) for y, ref in zip(got, want, strict=True)]
+        ),
+        err_vs_eager=_most(relative_errors(got, eager)),
+        top1_agree=top1,
     )
+
+
+def _most(errors: Sequence[float]) -> float:
+    """The largest, NaN if there is one."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 def worst(accuracies: list[Accuracy]) -> Accuracy:
@@ -64,16 +110,42 @@ def worst(accuracies: list[Accuracy]) -> Accuracy:
     )
 
 
-def require_tensor(output: object, like: torch.Tensor) -> torch.Tensor:
-    """Refuses what only looks like an answer: a lazy tensor, another dtype, shape or device.
+def require_output(output: Output, like: Output) -> list[torch.Tensor]:
+    """Refuses what only looks like an answer: a lazy tensor, another dtype, shape or device, or
+    other keys.
 
     Args:
         output: what a backend returned.
         like: eager's output for the same input.
 
+    Returns:
+        its tensors.
+
     Raises:
-        WrongAnswer: it is not a plain tensor like eager's.
+        WrongAnswer: it is not made of plain tensors like eager's.
     """
+    if isinstance(like, torch.Tensor):
+        return [require_tensor(output, like)]
+    if structure(output) != structure(like):
+        raise WrongAnswer(f"the output is {structure(output)}, eager's is {structure(like)}")
+    return [
+        require_tensor(got, want) for got, want in zip(outputs(output), outputs(like), strict=True)
+    ]
+
+
+def structure(output: Output) -> str:
+    """Keys and order of an output's tensors; a list is as good as a tuple."""
+    if isinstance(output, torch.Tensor):
+        return "tensor"
+    if isinstance(output, Mapping):
+        return "{" + ", ".join(f"{key}: {structure(one)}" for key, one in output.items()) + "}"
+    if isinstance(output, list | tuple):
+        return "[" + ", ".join(map(structure, output)) + "]"
+    return type(output).__name__
+
+
+def require_tensor(output: object, like: torch.Tensor) -> torch.Tensor:
+    """Refuses what is not a plain tensor like `like`; raises WrongAnswer."""
     if type(output) is not torch.Tensor:
         raise WrongAnswer(f"the output is a {type(output).__name__}, not a plain tensor")
     for name in ("shape", "dtype", "device"):
@@ -84,18 +156,24 @@ def require_tensor(output: object, like: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def require_right(error: float, limit: Limit, when: str, accuracy: Accuracy | None = None) -> None:
-    """Raises WrongAnswer unless `error` is a number within the limit."""
-    if not error <= limit.rel_l2:  # also catches NaN
-        raise WrongAnswer(
-            f"relative error {error:.3g} against fp64 {when}, where {limit.rel_l2:.3g} is allowed",
-            accuracy,
-        )
+def require_right(
+    error: float | Sequence[float], limit: Limit, when: str, accuracy: Accuracy | None = None
+) -> None:
+    """Raises WrongAnswer unless `error` (that of each output) is a number within the limit."""
+    errors = error if isinstance(error, Sequence) else (error,)
+    for number, (one, allowed) in enumerate(zip(errors, limit.each, strict=True), 1):
+        if not one <= allowed:  # also catches NaN
+            which = f" of output {number}" if len(errors) > 1 else ""
+            raise WrongAnswer(
+                f"relative error {one:.3g}{which} against fp64 {when}, where {allowed:.3g} is "
+                "allowed",
+                accuracy,
+            )
 
 
-def require_telling(references: list[torch.Tensor], limit: Limit) -> None:
+def require_telling(references: Sequence[Output], limit: Limit) -> None:
     """Makes sure that the check can fail: different inputs must have answers further apart than the
-    tolerance.
+    tolerance, in one output at least.
 
     Raises:
         WrongAnswer: two batches have the same reference within ten times the limit (a network that
@@ -103,16 +181,27 @@ def require_telling(references: list[torch.Tensor], limit: Limit) -> None:
             would pass.
     """
     for one, other in pairwise(references):
-        apart = relative_error(one, other)
-        if not apart > 10 * limit.rel_l2:
+        apart = relative_errors(one, other)
+        if not any(d > 10 * least for d, least in zip(apart, limit.each, strict=True)):
             raise WrongAnswer(
-                f"the check cannot tell inputs apart: their outputs differ by {apart:.3g}, and "
-                f"the error may be {limit.rel_l2:.3g}; calibrate the network or give other weights"
+                f"the check cannot tell inputs apart: their outputs differ by {_most(apart):.3g}, "
+                f"and the error may be {max(limit.each):.3g}; calibrate the network or give other "
+                "weights"
             )
 
 
 def in_chunks(
-    model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, most: int = 32
-) -> torch.Tensor:
-    """The model's output for `images` [N, ...], at most `most` of them at a time."""
-    return torch.cat([model(piece) for piece in images.split(most)])
+    model: Callable[[torch.Tensor], Output], images: torch.Tensor, most: int = 32
+) -> list[torch.Tensor]:
+    """The model's outputs for `images` [N, ...], at most `most` of them at a time; one without a
+    row for each image is taken from the first."""
+    pieces = images.split(most)
+    found = [outputs(model(piece)) for piece in pieces]
+    whole = []
+    for parts in zip(*found, strict=True):
+        of_images = all(
+            part.dim() and len(part) == len(piece)
+            for part, piece in zip(parts, pieces, strict=True)
+        )
+        whole.append(torch.cat(parts) if of_images else parts[0])
+    return whole

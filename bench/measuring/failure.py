@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from resfuse.bench.common.errors import Unavailable
+from resfuse.bench.common.errors import CannotTake, Unavailable
 from resfuse.bench.measuring.clock.timing import Step
 from resfuse.bench.measuring.correctness import WrongAnswer
 from resfuse.bench.records.outcome import Outcome
@@ -20,7 +21,8 @@ TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 def outcome_of(error: Exception) -> Outcome:
     """The outcome of a case in which that was raised; it has no speed."""
     if isinstance(error, Unavailable):
-        return Outcome("unavailable", _sentence(error))
+        of_model = isinstance(error, CannotTake)
+        return Outcome("unavailable", _sentence(error), of_model=of_model)
     if isinstance(error, WrongAnswer):
         return Outcome("fail_accuracy", _sentence(error), _errors(error.accuracy))
     if isinstance(error, MemoryError):
@@ -42,7 +44,7 @@ def blame(baseline: str) -> Iterator[None]:
 def blamed(step: Step, baseline: str) -> Step:
     """The baseline's step, its wrong answers under its own name."""
 
-    def verify(output: torch.Tensor) -> None:
+    def verify(output: Any) -> None:
         with blame(baseline):
             step.verify(output)
 

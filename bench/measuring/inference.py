@@ -11,31 +11,44 @@ from torch import Tensor, nn
 from resfuse.bench.backends import load_build
 from resfuse.bench.measuring import correctness as check
 from resfuse.bench.measuring.clock.timing import Step
+from resfuse.bench.measuring.correctness import Output
 from resfuse.bench.measuring.network import MEMORY_FORMATS, TIMED_BATCHES, in_format
 from resfuse.bench.records.sample import Accuracy
+
+Run = Callable[[Tensor], Output]
 
 
 @dataclass(frozen=True)
 class Answers:
     """The right outputs and the largest error an output may have, one entry a batch."""
 
-    reference: list[Tensor]  # fp64, [N, classes]
-    eager: list[Tensor]  # the case's precision
+    reference: Sequence[Output]  # fp64
+    eager: Sequence[Output]  # the case's precision
     limit: check.Limit
+
+    def constant(self) -> list[bool]:
+        """For each output, whether it is the same for all inputs, as anchors are."""
+        first, *others = (check.outputs(reference) for reference in self.reference)
+        return [all(torch.equal(y, one[i]) for one in others) for i, y in enumerate(first)]
 
 
 def answers(model: nn.Module, batches: Sequence[Tensor], math_mode: str) -> Answers:
     """Runs eager and the fp64 reference of the same weights on all batches.
 
     Raises:
-        WrongAnswer: the network answers all batches alike, so that nothing could be checked.
+        WrongAnswer: the network answers all batches alike, or with nothing that could be checked.
     """
     with torch.inference_mode():
         eager = [model(images) for images in batches]
+        if not check.outputs(eager[0]):
+            raise check.WrongAnswer(
+                f"the network returns {check.structure(eager[0])}, in which there is no tensor"
+            )
         twin = deepcopy(model).double()
         reference = [check.in_chunks(twin, images.double()) for images in batches]
-    errors = [check.relative_error(y, ref) for y, ref in zip(eager, reference, strict=True)]
-    limit = check.Limit.from_eager(max(errors), math_mode)
+    errors = [check.relative_errors(y, ref) for y, ref in zip(eager, reference, strict=True)]
+    first, *further = map(max, zip(*errors, strict=True))
+    limit = check.Limit.from_eager(first, math_mode, *further)
     check.require_telling(reference, limit)
     return Answers(reference, eager, limit)
 
@@ -52,7 +65,7 @@ class Checked:
 
     def __init__(
         self,
-        build: Callable[[Tensor], Callable[[Tensor], Tensor]],
+        build: Callable[[Tensor], Run],
         memory_format: str,
         batches: Sequence[Tensor],
     ) -> None:
@@ -66,10 +79,11 @@ class Checked:
         self._build = build
         self._batches = batches
         self._images = batches[0].clone(memory_format=MEMORY_FORMATS[memory_format])
-        self._output: Tensor | None = None
+        self._output: Output | None = None
         self._turn = 0
         self._rolled = 0
         self._answers: Answers | None = None
+        self._poisoned: list[bool] = []  # for each output
 
     def set_up(self) -> None:
         """Everything that happens once; the first run compiles and tunes, so it belongs here."""
@@ -84,6 +98,8 @@ class Checked:
 
     def expect(self, answers: Answers) -> None:
         self._answers = answers
+        # What is the same for all inputs may be a buffer of the network itself.
+        self._poisoned = [not same for same in answers.constant()]
 
     def step_once(self) -> None:
         self._output = self._run(self._images)
@@ -96,10 +112,12 @@ class Checked:
         """
         assert self._answers is not None
         self._set_out(batch)
-        output = check.require_tensor(self._run(self._images), self._answers.eager[batch])
-        self._output = output
-        found = check.accuracy(output, self._answers.reference[batch], self._answers.eager[batch])
-        check.require_right(found.rel_l2, self._answers.limit, when, found)
+        self._output = self._run(self._images)
+        output = check.require_output(self._output, self._answers.eager[batch])
+        reference = self._answers.reference[batch]
+        found = check.accuracy(output, reference, self._answers.eager[batch])
+        errors = check.relative_errors(output, reference)
+        check.require_right(errors, self._answers.limit, when, found)
         return found
 
     def timed(self) -> Step:
@@ -112,7 +130,11 @@ class Checked:
     def _set_out(self, batch: int, rolled: int = 0) -> None:
         if self._output is not None:
             with torch.inference_mode():
-                self._output.fill_(float("nan"))
+                for poisoned, output in zip(
+                    self._poisoned, check.outputs(self._output), strict=False
+                ):
+                    if poisoned:
+                        _poison(output)
         images = self._batches[batch]
         self._images.copy_(images.roll(rolled, -1) if rolled else images)
 
@@ -120,26 +142,36 @@ class Checked:
         self._rolled += 1
         self._set_out(len(self._batches) - 1, self._rolled)
 
-    def _verify_unseen(self, snapshot: Tensor) -> None:
+    def _verify_unseen(self, snapshot: Output) -> None:
         """Their answers are not known; the last batch's own, not rolled, is checked afterwards."""
         assert self._answers is not None
-        check.require_tensor(snapshot, self._answers.eager[0])
-        if not torch.isfinite(snapshot).all():
+        given = check.require_output(snapshot, self._answers.eager[0])
+        if not all(bool(torch.isfinite(output).all()) for output in given):
             raise check.WrongAnswer("the output for a new input is not finite")
 
     def _prepare(self) -> None:
         self._turn = (self._turn + int(torch.randint(TIMED_BATCHES + 1, ()))) % TIMED_BATCHES
         self._set_out(self._turn)
 
-    def _timed_run(self, lap: Callable[[], None]) -> Tensor:
+    def _timed_run(self, lap: Callable[[], None]) -> Output:
         self._output = self._run(self._images)
         return self._output
 
-    def _verify(self, snapshot: Tensor) -> None:
+    def _verify(self, snapshot: Output) -> None:
         assert self._answers is not None
-        check.require_tensor(snapshot, self._answers.eager[self._turn])
-        error = check.relative_error(snapshot, self._answers.reference[self._turn])
-        check.require_right(error, self._answers.limit, "in a timed round")
+        output = check.require_output(snapshot, self._answers.eager[self._turn])
+        errors = check.relative_errors(output, self._answers.reference[self._turn])
+        check.require_right(errors, self._answers.limit, "in a timed round")
+
+
+def _poison(output: Tensor) -> None:
+    """Fills it with what no right answer holds: NaN, or the largest number of an integer type."""
+    if output.is_floating_point() or output.is_complex():
+        output.fill_(float("nan"))
+    elif output.dtype == torch.bool:
+        output.logical_not_()
+    else:
+        output.fill_(torch.iinfo(output.dtype).max)
 
 
 class Inference(Checked):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from resfuse.bench.backends import BACKENDS, Backend
-from resfuse.bench.common.errors import Unavailable
+from resfuse.bench.common.errors import CannotTake, Unavailable
 from resfuse.bench.common.precision import set_math_mode
 from resfuse.bench.measuring import correctness, network
 from resfuse.bench.measuring.clock import timing
@@ -25,11 +25,14 @@ from resfuse.bench.measuring.inference import Inference, answers
 from resfuse.bench.measuring.probes import energy, nvml, peak_memory, roofline
 from resfuse.bench.measuring.probes.idle import OtherWork, limit_s, wait_for_quiet
 from resfuse.bench.measuring.training_step import Training
+from resfuse.bench.models.model_builder import batch_size, build
+from resfuse.bench.models.sources import is_ours
+from resfuse.bench.models.weights_file import state_hash
+from resfuse.bench.models.zoo import on_meta
 from resfuse.bench.records.case import PRECISIONS, Case, Options
 from resfuse.bench.records.metrics import METRICS
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sample import Measured, Memory, Value
-from resfuse.resnet_ref import create
 
 Subject = Inference | Training
 Tell = Callable[
@@ -64,8 +67,8 @@ def measure(
 
 def measure_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     """`measure` for a worker; what it returns goes through JSON."""
-    for name, build in job["backends"].items():
-        BACKENDS[name] = Backend(build, "a study's own")
+    for name, target in job["backends"].items():
+        BACKENDS[name] = Backend(target, "a study's own")
     case, options = Case(**job["case"]), Options(**job["options"])
     outcome, span_s = measure(case, options, job["ceilings"], tell)
     return {"outcome": asdict(outcome), "span_s": span_s}
@@ -76,7 +79,9 @@ def _measure(
 ) -> tuple[Outcome, float]:
     device = begin(case, options)
     rehearse(case, device)
-    model, batches = network.master(case, options.seed), network.batches(case)
+    model = build(case.model, options.seed, case.weights)
+    weights_sha256 = state_hash(model)
+    model, batches = network.prepared(model, case, options.seed), network.batches(case)
     before = peak_memory.held(device)
     candidate = subject(case, case.backend, case.memory_format, model, batches)
     watch = timing.Watch()
@@ -121,7 +126,7 @@ def _measure(
         require_no_memory(candidate, device)
     checks.append(candidate.check(network.TIMED_BATCHES, "after timing, on a new batch"))
 
-    cost = cost_of(case)
+    cost = cost_of(case, model)
     floor = roofline.floor(
         cost, case.batch_size, case.mode, batches[0].element_size(), ceilings, case.math_mode
     )
@@ -144,6 +149,7 @@ def _measure(
         throttle=throttle,
         other_load=other_load,
         step=candidate.step_once,
+        weights_sha256=weights_sha256,
     )
     told = candidate.explain() if isinstance(candidate, Inference) else ""
     return replace(conclude(measured, floor), explanation=told), span_s
@@ -245,13 +251,36 @@ def subject(
     """A copy of the model as a backend runs it in the case's mode."""
     copy = deepcopy(model)
     if case.mode == "train":
+        require_logits(copy, batches[0][:2])
         return training(backend, memory_format, copy, batches, case)
     return Inference(backend, memory_format, copy, batches)
 
 
-def cost_of(case: Case) -> roofline.Cost:
-    """Parameters, MACs and activations of a case's network, counted on the meta device."""
-    return roofline.cost(create(case.model, device="meta").eval(), case.img_size)
+def require_logits(model: nn.Module, images: torch.Tensor) -> None:
+    """Raises CannotTake unless a network in eval mode answers with [N, classes]."""
+    with torch.no_grad():
+        output = model(images)
+    if not isinstance(output, torch.Tensor) or output.dim() != 2 or output.shape[1] < 2:
+        shown = list(output.shape) if isinstance(output, torch.Tensor) else "several tensors"
+        raise CannotTake(
+            f"training here is by cross entropy of [N, classes]; the network returns {shown}"
+        )
+
+
+def cost_of(case: Case, model: nn.Module | None = None) -> roofline.Cost:
+    """Parameters, MACs and activations of a case's network, for one image.
+
+    Args:
+        model: the network, which is built where it is not given. Ours are counted on the meta
+            device instead, without computing anything.
+    """
+    if is_ours(case.model):
+        return roofline.cost(on_meta(case.model), case.input_shape)
+    made = model if model is not None else build(case.model, weights=case.weights)
+    parameter = next(made.parameters(), torch.empty(0))
+    batch = batch_size(case.model) or 1
+    images = torch.zeros(batch, *case.input_shape, dtype=parameter.dtype, device=parameter.device)
+    return roofline.cost_of_run(made, images)
 
 
 def require_device(device: str) -> None:

@@ -1,37 +1,49 @@
 """Makes the network of a case: the same weights and statistics in every process."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from resfuse.bench.measuring import photographs as inputs
+from resfuse.bench.models import random_weights
+from resfuse.bench.models.model_builder import OWN, SEEDED, build
+from resfuse.bench.models.sources import is_ours
 from resfuse.bench.records.case import PRECISIONS, Case
-from resfuse.resnet_ref import calibrate, create, load_pretrained, load_weights, shrink_branches
+from resfuse.resnet_ref import calibrate, shrink_branches
 
 CALIBRATION_IMAGES = 16
 CALIBRATION_SEED = 1000  # none of the measured batches
+# Of each measured batch, for other people's networks: see random_weights.calibrate.
+SEEN_IMAGES = 8
 RANK_SEEDS = 10_000  # from one process's batches to the next one's
 TIMED_BATCHES = 2  # the clock sees these; one more batch is kept back until it has stopped
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def master(case: Case, seed: int) -> nn.Module:
-    """The network in eval mode, in the case's precision, on its device, contiguous.
+    """The network in eval mode, in the case's precision, on its device, contiguous."""
+    return prepared(build(case.model, seed, case.weights), case, seed)
 
-    Seeded weights are made to behave like trained ones: residual branches that add little
-    (`shrink_branches`) and batch-norm statistics from photographs (`calibrate`). As they are drawn,
-    a deep network's rounding errors grow until any tolerance would let another image's answer pass.
+
+def prepared(model: nn.Module, case: Case, seed: int) -> nn.Module:
+    """A network that `build` has made, behaving like a trained one, as `master` returns it.
+
+    Seeded weights of our own networks get residual branches that add little (`shrink_branches`) and
+    batch-norm statistics from photographs (`calibrate`), those of others as random_weights says. As
+    they are drawn, a deep network's rounding errors grow until any tolerance would let another
+    image's answer pass. A function's own weights are taken for random where no batch norm has seen
+    an image yet.
     """
-    model = create(case.model, seed=seed)
-    if case.weights == "seeded":
-        photographs = inputs.batch(case.images, CALIBRATION_IMAGES, case.img_size, CALIBRATION_SEED)
+    seeded = case.weights == SEEDED or (case.weights == OWN and random_weights.is_fresh(model))
+    if seeded and is_ours(case.model):
         shrink_branches(model)
-        calibrate(model, photographs)
-    elif case.weights == "pretrained":
-        load_pretrained(case.model, model)
-    else:
-        load_weights(model, Path(case.weights))
+        calibrate(model, _photographs(case, CALIBRATION_IMAGES, CALIBRATION_SEED))
+    elif seeded:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            random_weights.spread(model)
+        seen = [_photographs(case, SEEN_IMAGES, n) for n in range(TIMED_BATCHES + 1)]
+        others = _photographs(case, SEEN_IMAGES, CALIBRATION_SEED)
+        random_weights.calibrate(model, torch.cat([*seen, others]))
     return model.eval().to(case.device, dtype(case))
 
 
@@ -42,13 +54,13 @@ def dtype(case: Case) -> torch.dtype:
 
 
 def batches(case: Case, rank: int = 0) -> list[torch.Tensor]:
-    """A case's batches [N, 3, H, W], on its device: the timed ones, and one for afterwards.
+    """A case's batches [N, C, H, W], on its device: the timed ones, and one for afterwards.
 
     Args:
         rank: of the process; each has images of its own.
     """
     made = (
-        inputs.batch(case.images, case.batch_size, case.img_size, RANK_SEEDS * rank + seed)
+        _photographs(case, case.batch_size, RANK_SEEDS * rank + seed)
         for seed in range(TIMED_BATCHES + 1)
     )
     return [images.to(case.device, dtype(case)) for images in made]
@@ -56,3 +68,9 @@ def batches(case: Case, rank: int = 0) -> list[torch.Tensor]:
 
 def in_format(model: nn.Module, memory_format: str) -> nn.Module:
     return model.to(memory_format=MEMORY_FORMATS[memory_format])
+
+
+def _photographs(case: Case, count: int, seed: int) -> torch.Tensor:
+    channels, height, width = case.input_shape
+    size = height if height == width else (height, width)
+    return inputs.batch(case.images, count, size, seed, channels)

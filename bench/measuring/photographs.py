@@ -34,41 +34,52 @@ _BUNDLED_FILES = {
 }
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
 MOST_FILES = 256  # of the user's folder, in name order; more would only cost memory
+BAND_SEEDS = 100_000_000  # from one photograph of an image with many bands to its next
 # ImageNet's channel statistics, as torchvision and timm normalise with.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def batch(source: str, count: int, size: int, seed: int) -> torch.Tensor:
+def batch(
+    source: str, count: int, size: int | tuple[int, int], seed: int, channels: int = 3
+) -> torch.Tensor:
     """A batch of normalised photographs.
 
     Args:
         source: "bundled", or a folder of image files.
         count: images.
-        size: pixels a side.
+        size: pixels a side, or height and width.
         seed: which crops; another seed gives other images.
+        channels: 1 is the mean of the colours; more than three are those of several photographs.
 
     Returns:
-        float32 tensor of [count, 3, size, size] on the CPU.
+        float32 tensor of [count, channels, height, width] on the CPU.
 
     Raises:
         UsageError: the folder is missing or has no images, or a file in it is not one.
     """
+    if channels == 1:
+        return batch(source, count, size, seed).mean(1, keepdim=True)
+    if channels != 3:
+        several = range(-(-channels // 3))
+        bands = [batch(source, count, size, seed + BAND_SEEDS * band) for band in several]
+        return torch.cat(bands, 1)[:, :channels].contiguous()
     photographs = _bundled() if source == BUNDLED else _folder(Path(source))
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(photographs))
-    crops = [_crop(photographs[order[i % len(order)]], size, rng) for i in range(count)]
+    height, width = (size, size) if isinstance(size, int) else size
+    crops = [_crop(photographs[order[i % len(order)]], height, width, rng) for i in range(count)]
     pixels = np.stack(crops).astype(np.float32) / 255
     normalised = (pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     return torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
 
 
-def _crop(photograph: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+def _crop(photograph: Image.Image, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """A random square of 35-100 % of the shorter side, half of them flipped, resized."""
     side = int(min(photograph.size) * rng.uniform(0.35, 1.0))
     left, top = (int(rng.integers(0, extent - side + 1)) for extent in photograph.size)
     resized = photograph.resize(
-        (size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
+        (width, height), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
     )
     pixels = np.asarray(resized)
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels

@@ -7,6 +7,8 @@ file: `resfuse --help` stays quick.
 
 from dataclasses import dataclass
 
+from resfuse.bench.models.source import shape_text
+
 MODES = ("inference", "train")
 MEMORY_FORMATS = ("contiguous", "channels_last")  # the faster one of a convolution last
 
@@ -49,20 +51,33 @@ class Case:
     round.
     """
 
-    model: str
+    model: str  # a name that bench/models builds it from
     backend: str
     mode: str
     device: str
     precision: str
     memory_format: str
     batch_size: int  # images
-    img_size: int  # pixels, square
+    img_size: int  # pixels: the height, and the width where `img_width` is 0
     baseline: str = "eager"
     baseline_memory_format: str = "contiguous"
-    weights: str = "seeded"  # "seeded", "pretrained", or a file
+    weights: str = "seeded"  # "seeded", "own", "pretrained", or a file
     images: str = "bundled"  # "bundled", or a folder
     parallel: str = ""  # "ddp", "fsdp": training on `world_size` processes, `batch_size` in each
     world_size: int = 1
+    channels: int = 3  # of an image
+    img_width: int = 0
+    origin: str = "resfuse"  # of the model: a package and its version, or a file and its hash
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.channels, self.img_size, self.img_width or self.img_size
+
+    def size_text(self) -> str:
+        """`224 pixels`, or the whole shape where it is not that of a square photograph."""
+        square = self.channels == 3 and not self.img_width
+        return f"{self.img_size} pixels" if square else shape_text(*self.input_shape)
 
     @property
     def math_mode(self) -> str:
@@ -90,6 +105,8 @@ class Case:
             "baseline": f"{self.baseline} {self.baseline_memory_format}",
             "parallel": self.parallel,
             "world_size": self.world_size,
+            "input_shape": shape_text(*self.input_shape),
+            "origin": self.origin,
         }
 
     def label(self) -> str:
@@ -140,3 +157,5 @@ class Request:
     images: str
     parallel: str = ""
     world_size: int = 1
+    model_kwargs: tuple[str, ...] = ()  # "key=value", for every model
+    input_shape: tuple[int, int, int] | None = None  # channels, height, width

@@ -4,13 +4,27 @@ Column order: the model, timm's columns, what was asked, our columns, how it end
 A new metric only appends to what readers may find.
 """
 
+from collections.abc import Mapping
+
 from resfuse.bench.records.metrics import METRICS
 from resfuse.bench.records.sheet import ENDED, Sheet
 
 ASKED = (
     "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
     "requested_batch_size", "weights", "images", "baseline", "parallel", "world_size",
+    "input_shape", "origin",
 )  # fmt: skip
+
+IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
+
+
+def shape_of(row: Mapping[str, object]) -> str:
+    """A row's image shape; "" for a square photograph, as all rows were once."""
+    shape = str(row.get("input_shape") or "")
+    size = row.get(IMG_SIZE.get(str(row.get("mode")), ""))
+    if isinstance(size, int | float) and shape == f"3x{size:.0f}x{size:.0f}":
+        return ""
+    return "" if shape == "nan" else shape
 
 
 def columns() -> tuple[str, ...]:
@@ -27,9 +41,9 @@ CASES = Sheet(
         (
             "model", "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
             "weights", "images", "baseline", "parallel", "ended_by", "throttle", "status", "error",
-            "env_id", "commit", "timestamp",
+            "env_id", "commit", "timestamp", "input_shape", "origin", "weights_sha256",
         )
     ),
     "resfuse bench",
-    frozenset((*METRICS, "parallel", "world_size")),
+    frozenset((*METRICS, "parallel", "world_size", "input_shape", "origin")),
 )  # fmt: skip

@@ -1,15 +1,19 @@
 """The distinct convolutions of a network, each with how often it occurs."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from resfuse.bench.models.model_builder import batch_size, build
+from resfuse.bench.models.sources import is_ours
+from resfuse.bench.models.zoo import on_meta
 from resfuse.bench.records.case import Case
 from resfuse.kernels.ops.conv_problem import ConvProblem
-from resfuse.resnet_ref import create
 
 
 @dataclass(frozen=True)
@@ -49,32 +53,90 @@ class Convolution:
 def convolutions(case: Case) -> list[Convolution]:
     """Every distinct convolution of a case's network, in the order they first run.
 
-    The network runs once on the meta device: shapes are found, nothing is computed.
+    Our networks run once on the meta device, where shapes are found and nothing is computed; others
+    run on one image, or on the only batch they take.
     """
-    with torch.device("meta"):
-        model = create(case.model).eval()
-        images = torch.empty(case.batch_size, 3, case.img_size, case.img_size)
-    found: dict[ConvProblem, Convolution] = {}
-
-    def saw(name: str, conv: nn.Conv2d, x: torch.Tensor) -> None:
-        problem = _problem(conv, x, case.math_mode)
-        known = found.get(problem)
-        found[problem] = (
-            replace(known, count=known.count + 1)
-            if known
-            else Convolution(
-                case.model, case.img_size, case.device, case.precision, name, 1, problem
-            )
-        )
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_pre_hook(
-                lambda conv, inputs, name=name: saw(name, conv, inputs[0])
-            )
-    with torch.no_grad():
+    ours = is_ours(case.model)
+    model = on_meta(case.model) if ours else build(case.model)
+    batch = case.batch_size if ours else batch_size(case.model) or 1
+    images = torch.zeros(batch, *case.input_shape, device="meta" if ours else "cpu")
+    seen = _Seen(model, case.batch_size / batch, case.math_mode)
+    with torch.no_grad(), seen:
         model(images)
-    return list(found.values())
+    seen.remove()
+    return [
+        Convolution(case.model, case.img_size, case.device, case.precision, name, count, problem)
+        for problem, (name, count) in seen.found.items()
+    ]
+
+
+class _Seen(TorchFunctionMode):
+    """Collects the 2-D convolutions of a forward pass, each with the module that computes it."""
+
+    def __init__(self, model: nn.Module, scale: float, math_mode: str) -> None:
+        super().__init__()
+        self.found: dict[ConvProblem, tuple[str, int]] = {}
+        self._scale, self._math_mode = scale, math_mode
+        self._names: list[str] = [""]
+        self._hooks = [
+            handle
+            for name, module in model.named_modules()
+            for handle in (
+                module.register_forward_pre_hook(lambda *_, name=name: self._names.append(name)),
+                module.register_forward_hook(lambda *_: self._left()),
+            )
+        ]
+
+    def _left(self) -> None:
+        self._names.pop()
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.conv2d or func is torch.ops.aten.conv2d.default:
+            problem = self._problem(*args, **(kwargs or {}))
+            name, count = self.found.get(problem, (self._names[-1], 0))
+            self.found[problem] = name, count + 1
+        return func(*args, **(kwargs or {}))
+
+    def _problem(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> ConvProblem:
+        n, c, h, w = input.shape
+        k, _, r, s = weight.shape
+        dilated = _pair(dilation)
+        if padding == "same":  # torch pads one pixel more behind where that is odd
+            padding = [dilated[0] * (r - 1) // 2, dilated[1] * (s - 1) // 2]
+        elif padding == "valid":
+            padding = 0
+        assert not isinstance(padding, str)
+        return ConvProblem(
+            round(n * self._scale), c, h, w,
+            k=k,
+            r=r,
+            s=s,
+            stride=_pair(stride),
+            padding=_pair(padding),
+            dilation=dilated,
+            groups=groups,
+            math_mode=self._math_mode,
+            activation="relu",
+        )  # fmt: skip
 
 
 def every(cases: Iterable[Case]) -> list[Convolution]:
@@ -82,22 +144,7 @@ def every(cases: Iterable[Case]) -> list[Convolution]:
     return [convolution for case in cases for convolution in convolutions(case)]
 
 
-def _problem(conv: nn.Conv2d, x: torch.Tensor, math_mode: str) -> ConvProblem:
-    assert not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
-    n, c, h, w = x.shape
-    return ConvProblem(
-        n, c, h, w,
-        k=conv.out_channels,
-        r=conv.kernel_size[0],
-        s=conv.kernel_size[1],
-        stride=_pair(conv.stride),
-        padding=_pair(conv.padding),
-        dilation=_pair(conv.dilation),
-        groups=conv.groups,
-        math_mode=math_mode,
-        activation="relu",
-    )  # fmt: skip
-
-
-def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-    return sizes[0], sizes[1]
+def _pair(sizes: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(sizes, int):
+        return sizes, sizes
+    return sizes[0], sizes[-1]

@@ -182,4 +182,10 @@ METRICS: dict[str, Metric] = {
         "cores",
         "processors that other processes kept busy during the timed rounds",
     ),
+    "weights_sha256": Metric(
+        lambda m: m.weights_sha256 or None,
+        "",
+        "the weights as they were drawn or loaded: sha256 over names, dtypes, shapes and bytes of "
+        "the state dict",
+    ),
 }

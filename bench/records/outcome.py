@@ -14,7 +14,7 @@ class Outcome:
 
     `again`: a new process may well succeed, since this one was lost to something that the next one
     knows of, or that has nothing to do with the case. `explanation`: what the backend says of its
-    own plan; no part of the row.
+    own plan; no part of the row. `of_model`: it is unavailable for this network alone.
     """
 
     status: str
@@ -22,6 +22,7 @@ class Outcome:
     metrics: Mapping[str, Value] = field(default_factory=dict)
     again: bool = False
     explanation: str = ""
+    of_model: bool = False
 
 
 def outcome_from(told: object) -> Outcome:
@@ -39,7 +40,7 @@ def outcome_from(told: object) -> Outcome:
         told.get("status") not in STATUSES
         or not all(isinstance(text, str) for text in texts)
         or not all(value is None or isinstance(value, int | float | str) for value in values)
-        or type(told.get("again", False)) is not bool
+        or any(type(told.get(name, False)) is not bool for name in ("again", "of_model"))
     ):
         raise ValueError("no outcome of a case")
     return Outcome(**told)

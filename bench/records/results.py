@@ -214,7 +214,8 @@ def check_writable(folder: Path, sheet: Sheet = CASES) -> None:
 def _identity_columns(mode: str) -> list[str]:
     size = "infer_img_size" if mode == "inference" else "train_img_size"
     fixed = ("model", "backend", "mode", "precision", "memory_format", "requested_batch_size")
-    return [*fixed, size, "weights", "images", "baseline", "parallel", "world_size"]
+    more = ("weights", "images", "baseline", "parallel", "world_size", "input_shape", "origin")
+    return [*fixed, size, *more]
 
 
 def _plain(value: object) -> str:

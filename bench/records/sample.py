@@ -27,7 +27,7 @@ class Accuracy:
     rel_l2: float
     max_abs: float
     err_vs_eager: float
-    top1_agree: float | None  # None in training, where there are no classes to agree on
+    top1_agree: float | None  # None where the first output is not [N, classes], and in training
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,4 @@ class Measured:
     alone_ms: tuple[float, ...] = ()
     # and by every process for itself, in the same rounds as `times_ms`.
     apart_ms: tuple[float, ...] = ()
+    weights_sha256: str = ""  # of the state dict as it was drawn or loaded

@@ -5,13 +5,17 @@ import argparse
 from resfuse.bench.records.case import MEMORY_FORMATS, MODES, Options
 from resfuse.bench.running.profiles import NAMES
 from resfuse.bench.running.shared_flags import (
+    MODELS_HELP,
     add_device,
     add_img_size,
+    add_model_kwargs,
     add_precisions,
     add_results,
     add_resumable,
     add_seed,
     add_threads,
+    add_weights,
+    model_names,
     names,
     numbers,
     pair,
@@ -32,10 +36,10 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "-m",
         "--model",
-        type=names,
+        type=model_names,
         default=[],
         metavar="NAMES",
-        help="networks; wildcards allowed (resnet*)",
+        help=MODELS_HELP,
     )
     backends = what.add_mutually_exclusive_group()
     backends.add_argument(
@@ -80,20 +84,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     add_img_size(what)
     add_device(what)
     _add_parallel(what)
-    weights = what.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--weights",
-        default="seeded",
-        metavar="FILE",
-        help="safetensors or torch checkpoint (default: seeded, calibrated on photographs)",
-    )
-    weights.add_argument(
-        "--pretrained",
-        dest="weights",
-        action="store_const",
-        const="pretrained",
-        help="torchvision's weights; needs a network",
-    )
+    add_model_kwargs(what)
+    add_weights(what)
     what.add_argument(
         "--images",
         default="bundled",

@@ -1,7 +1,10 @@
 """The registries and the cases of a sweep, as tables for the terminal."""
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
+from resfuse.bench.models.source import shape_text
 from resfuse.bench.records.case import Case
 from resfuse.bench.running.profiles import PROFILES
 
@@ -13,14 +16,16 @@ def cases_table(cases: list[Case], skipped: int) -> Table:
     for heading in ("memory format", "precision", "mode"):
         table.add_column(heading)
     for case in cases:
-        numbers = (str(case.batch_size), str(case.img_size))
+        channels, height, width = case.input_shape
+        square = channels == 3 and height == width
+        numbers = (str(case.batch_size), str(height) if square else shape_text(*case.input_shape))
         table.add_row(
             case.model, case.backend, *numbers, case.memory_format, case.precision, case.mode
         )
     return table
 
 
-def _models() -> Table:
+def _models(names: Sequence[str] = ()) -> Table:
     from resfuse.bench.measuring.probes.roofline import cost
     from resfuse.resnet_ref import MODELS, create, input_size
 
@@ -28,10 +33,27 @@ def _models() -> Table:
     table.add_column("name", no_wrap=True)
     for heading in ("pixels", "M parameters", "GMACs", "M activations"):
         table.add_column(heading, justify="right")
-    for name in MODELS:
+    for name in names or MODELS:
         counted = cost(create(name, device="meta").eval(), input_size(name))
         numbers = (counted.param_count / 1e6, counted.macs / 1e9, counted.activations / 1e6)
         table.add_row(name, str(input_size(name)), *(f"{number:.2f}" for number in numbers))
+    return table
+
+
+def models_of(source: str, patterns: Sequence[str]) -> Table:
+    """The models of a source whose names match, with the image each takes; ours with their costs.
+
+    Raises:
+        UsageError: an unknown source, or a pattern that matches nothing.
+    """
+    from resfuse.bench.models.sources import OURS, matching, shown_shape
+
+    chosen = matching(source, patterns or ["*"])
+    if source == OURS:
+        return _models(chosen)
+    table = _table(f"models of {source}", "name", "image")
+    for name in chosen:
+        table.add_row(name, shown_shape(name))
     return table
 
 

@@ -4,7 +4,6 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ AB_CI = 0.02
 # With --ci the interval ends a case, and these only where it does not. 2000 rounds: the bootstrap
 # of more takes longer than it is worth.
 CI_SECONDS, CI_ROUNDS = 60.0, 2000
+USUAL_GMACS = 4.0  # a ResNet-50's
 
 
 def bench_request(args: argparse.Namespace, measure: sweep.Measure = run_case) -> int:
@@ -144,6 +144,8 @@ def request_of(args: argparse.Namespace) -> Request:
         images=args.images,
         parallel=args.parallel or "",
         world_size=args.world_size or 1,
+        model_kwargs=tuple(args.model_kwargs),
+        input_shape=args.input_shape,
     )
     return _against(request, *args.ab) if args.ab else request
 
@@ -244,19 +246,24 @@ def run_cases(
 
 def guess_of(options: Options, found: Mapping[str, Any]) -> Callable[[Case], float]:
     """A guess at the seconds a case takes on the machine that a survey found."""
-    from resfuse.bench.measuring.probes.roofline import cost
-    from resfuse.resnet_ref import create
+    from resfuse.bench.measuring.measure_case import cost_of
+    from resfuse.bench.models.sources import is_ours
 
     unable = found.get("unavailable", {})
     is_busy = found.get("other_load", 0.0) > BUSY_CORES
+    seen: dict[tuple[str, tuple[int, int, int]], float] = {}
 
-    @cache
-    def gmacs(model: str, img_size: int) -> float:
-        return cost(create(model, device="meta").eval(), img_size).macs / 1e9
+    def gmacs(case: Case) -> float:
+        if not is_ours(case.model):  # the survey has run some; building all would take too long
+            return float(found.get("gmacs", {}).get(case.model, USUAL_GMACS))
+        key = case.model, case.input_shape
+        if key not in seen:
+            seen[key] = cost_of(case).macs / 1e9
+        return seen[key]
 
     def guess(case: Case) -> float:
         if case.backend in unable:
             return 0.0
-        return expected_s(case, options.seconds, gmacs(case.model, case.img_size), is_busy)
+        return expected_s(case, options.seconds, gmacs(case), is_busy)
 
     return guess

@@ -11,9 +11,37 @@ from pathlib import Path
 
 from resfuse.bench.records.case import PRECISIONS
 
+_MODELS = (
+    "resnet50, timm:resnet50d, torchvision:mobilenet_v2, smp:Unet, PATH.py:FUNCTION, "
+    "package.module:FUNCTION, PATH.pt2; see `resfuse list models --source NAME`"
+)
+MODELS_HELP = f"networks, wildcards allowed: {_MODELS}"
+MODEL_HELP = f"a network: {_MODELS}"
+
 
 def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def model_names(text: str) -> list[str]:
+    """Comma-separated; a comma inside brackets belongs to an argument of a model."""
+    parts, depth, start = [], 0, 0
+    for at, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth <= 0:
+            parts.append(text[start:at])
+            start = at + 1
+    return [part.strip() for part in (*parts, text[start:]) if part.strip()]
+
+
+def image_shape(text: str) -> tuple[int, int, int]:
+    try:
+        channels, height, width = map(int, text.replace("x", ",").split(","))
+    except ValueError:
+        channels = height = width = 0
+    if min(channels, height, width) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}'; accepted: C,H,W, such as 3,224,224")
+    return channels, height, width
 
 
 def numbers(text: str) -> list[int]:
@@ -76,8 +104,42 @@ def add_precisions(parser: argparse._ActionsContainer) -> None:
 
 
 def add_img_size(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
         "--img-size", type=int, metavar="PIXELS", help="square images (default: the network's own)"
+    )
+    sizes.add_argument(
+        "--input-shape",
+        type=image_shape,
+        metavar="C,H,W",
+        help="of an image: 12,256,256; needed where nothing says what a model takes",
+    )
+
+
+def add_model_kwargs(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what models are built with: num_classes=10",
+    )
+
+
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights",
+        default="seeded",
+        metavar="FILE",
+        help="safetensors or torch checkpoint (default: seeded, calibrated on photographs)",
+    )
+    weights.add_argument(
+        "--pretrained",
+        dest="weights",
+        action="store_const",
+        const="pretrained",
+        help="published weights that are on this disk already; nothing is downloaded",
     )
 
 

@@ -4,12 +4,12 @@ the first case starts."""
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.measuring.device import resolve_device
-from resfuse.bench.records.case import Request
+from resfuse.bench.models.source import shape_text
+from resfuse.bench.records.case import Case, Request
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.subprocess_runner import run_task
 
@@ -76,7 +76,7 @@ def take_survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
         require_devices(request.device, world.local_size)
     photographs.batch(request.images, 1, 32, 0)
     idle.limit_s("cpu")
-    _try_weights(request.weights, {case.model for case in cases})
+    gmacs = _try_models(cases)
     facts = machine.facts(request.device, job["threads"])
     env_id = machine.env_id(facts)
     precisions = sorted({case.precision for case in cases})
@@ -103,6 +103,7 @@ def take_survey(job: dict[str, Any], tell: Any) -> dict[str, Any]:
         "commit": machine.commit(),
         "ceilings": ceilings,
         **conditions,
+        "gmacs": gmacs,
         "unavailable": {name: reason for name, reason in reasons.items() if reason is not None},
     }
 
@@ -118,18 +119,39 @@ def _reason(backend: str, device: "torch.device") -> str | None:
         return None
 
 
-def _try_weights(weights: str, models: set[str]) -> None:
-    from resfuse.resnet_ref import create, load_pretrained, load_weights
+def _try_models(cases: Sequence[Case]) -> dict[str, float]:
+    """Builds what may be the user's mistake: functions, programs, arguments and weights.
 
-    if weights == "seeded":
-        return
-    for name in sorted(models):
-        model = create(name)
+    Returns:
+        the GMACs of those that had to run, by name.
+
+    Raises:
+        UsageError: one cannot be built, cannot be filled with the weights, or does not take images
+            of the shape it is to be measured at.
+    """
+    import torch
+
+    from resfuse.bench.measuring.probes.roofline import cost_of_run
+    from resfuse.bench.models.model_builder import OWN, SEEDED, batch_size, build
+    from resfuse.bench.models.source import first_line
+    from resfuse.bench.models.sources import parsed
+
+    gmacs = {}
+    for case in {(case.model, case.weights): case for case in cases}.values():
+        source, _, given = parsed(case.model)
+        if case.weights == SEEDED and not given.kwargs:
+            continue
+        model = build(case.model, weights=case.weights)
+        if source.weights != OWN:
+            continue
+        parameter = next(model.parameters(), torch.empty(0))
+        images = torch.zeros(batch_size(case.model) or 1, *case.input_shape, dtype=parameter.dtype)
         try:
-            if weights == "pretrained":
-                load_pretrained(name, model)
-            else:
-                load_weights(model, Path(weights))
-        except (ValueError, RuntimeError, OSError) as error:
-            flag = "--pretrained" if weights == "pretrained" else "--weights"
-            raise UsageError(f"argument {flag}: {name}: {error}") from None
+            gmacs[case.model] = cost_of_run(model, images).macs / 1e9
+        except Exception as error:
+            shape = shape_text(*case.input_shape)
+            raise UsageError(
+                f"argument --input-shape: {case.model} does not run on an image of {shape}: "
+                f"{first_line(error)}"
+            ) from error
+    return gmacs

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resfuse.bench.backends import BACKENDS
 from resfuse.bench.common.errors import UsageError
@@ -17,6 +17,9 @@ from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sheet import stamp_of
 from resfuse.bench.running.profiles import LEAST_S, PROFILES, Profile
 from resfuse.bench.running.subprocess_runner import run_case
+
+if TYPE_CHECKING:
+    from resfuse.bench.models.model_builder import Description
 
 Measure = Callable[[Case, Options, dict[str, float]], Outcome]
 
@@ -36,10 +39,8 @@ def expand(request: Request) -> list[Case]:
     Raises:
         UsageError: an unknown name, a batch or image size below 1.
     """
-    from resfuse.resnet_ref import MODELS, input_size
-
     default = profile(request)
-    models = pick("--model", request.models or default.models, list(MODELS), "resfuse list models")
+    models = models_of(request, default)
     backends = pick("--backend", request.backends or default.backends, list(BACKENDS))
     precisions = pick("--precision", request.precisions or default.precisions, list(PRECISIONS))
     formats = pick("--memory-format", request.memory_formats or MEMORY_FORMATS, MEMORY_FORMATS)
@@ -52,18 +53,38 @@ def expand(request: Request) -> list[Case]:
     fastest_only = is_open and default.is_fastest_format_only
     batch_sizes = request.batch_sizes or default.batch_sizes
     require_positive("--batch-size", batch_sizes)
-    if request.img_size is not None:
-        require_positive("--img-size", [request.img_size])
+    for model, size in product(models, batch_sizes):
+        if model.batch_size not in (None, size):
+            raise UsageError(
+                f"argument --batch-size: {size}; {model.name} was exported for {model.batch_size}"
+            )
     return [
         Case(
-            model, backend, mode, request.device, precision, memory_format, batch_size,
-            request.img_size or input_size(model), baseline, baseline_format, request.weights,
+            model.name, backend, mode, request.device, precision, memory_format, batch_size,
+            model.height, baseline, baseline_format, model.weights,
             request.images, request.parallel, request.world_size,
+            model.channels, model.img_width, model.origin,
         )
         for mode, precision, model, batch_size in product(modes, precisions, models, batch_sizes)
         for backend in backends
         for memory_format in _formats_of(backend, formats, fastest_only)
     ]  # fmt: skip
+
+
+def models_of(request: Request, default: Profile) -> list["Description"]:
+    """The models of a request, or of the profile where it names none.
+
+    Raises:
+        UsageError: an unknown name, or nothing says what images a model takes.
+    """
+    from resfuse.bench.models.model_builder import describe
+    from resfuse.bench.models.sources import choose
+
+    if request.img_size is not None:
+        require_positive("--img-size", [request.img_size])
+    names = choose("--model", request.models or default.models, request.model_kwargs)
+    asked = request.weights, request.input_shape, request.img_size
+    return [describe(name, *asked) for name in names]
 
 
 def run(
@@ -151,12 +172,13 @@ def _outcomes(
     started: Callable[[Case], None],
     expected: Callable[[Case], float],
 ) -> Iterator[tuple[Case, Outcome]]:
-    # A backend that the survey did not ask about is found unavailable by the first case's process,
-    # whatever the network, for all others.
+    # A backend that the survey did not ask about is found unavailable by the first case's process
+    # for all others, unless that network is the reason.
     refused: dict[tuple[str, ...], Outcome] = {}
     for case in cases:
         key = (case.backend, case.mode, case.device, case.precision, case.memory_format)
-        outcome = _unsupported(case, unavailable) or refused.get(key)
+        of_model = (*key, case.model)
+        outcome = _unsupported(case, unavailable) or refused.get(key) or refused.get(of_model)
         left, needed = attempt.time_left(), expected(case)
         if outcome is None and left < needed:
             attempt.say(
@@ -169,7 +191,7 @@ def _outcomes(
         if outcome is None:
             continue
         if outcome.status == "unavailable":
-            refused[key] = outcome
+            refused[of_model if outcome.of_model else key] = outcome
         yield case, outcome
 
 

@@ -37,6 +37,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kernels/fusion": (("tracing",), ("matching",), ("layers",), ("planning",), ("training",)),
     "bench": (
         ("common",),
+        ("models",),
         ("records",),
         ("backends",),
         ("measuring", "trainings"),

@@ -107,8 +107,8 @@ def test_the_commands_of_the_readme_are_understood() -> None:
         parser().parse_args(command[1:])
 
 
-def test_there_are_five_pages_at_most() -> None:
-    assert 1 <= len(PAGES) <= 5
+def test_there_are_six_pages_at_most() -> None:
+    assert 1 <= len(PAGES) <= 6
 
 
 @pytest.mark.parametrize("page", MAPS, ids=lambda page: page.name)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_map
 
 _clock_ns = time.perf_counter_ns
 _second_clock_ns = time.monotonic_ns
@@ -92,8 +93,8 @@ class Step:
     """
 
     prepare: Callable[[], None]
-    run: Callable[[Callable[[], None]], torch.Tensor]
-    verify: Callable[[torch.Tensor], None]
+    run: Callable[[Callable[[], None]], Any]  # a tensor, or containers of tensors
+    verify: Callable[[Any], None]
     ahead: Callable[[], None] | None = None
 
 
@@ -225,14 +226,17 @@ def _once(step: Step, stopwatch: Callable[[], Stopwatch]) -> tuple[list[float], 
     output = step.run(watch.mark)
     watch.mark()
     host = (_second_clock_ns() - began) / 1e6  # without the copy: a layer's output may be large
-    snapshot = (
-        output.detach().clone()
-    )  # before anything waits: late work must not slip into the answer
+    # Before anything waits: late work must not slip into the answer.
+    snapshot = _copy(output) if isinstance(output, torch.Tensor) else tree_map(_copy, output)
     laps = watch.laps()
     if watch.runs_behind:
         host = (_second_clock_ns() - began) / 1e6
     step.verify(snapshot)
     return laps, host
+
+
+def _copy(output: Any) -> Any:
+    return output.detach().clone() if isinstance(output, torch.Tensor) else output
 
 
 def _compare_clocks(lap_ms: float, host_ms: float) -> None:

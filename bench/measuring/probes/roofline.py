@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from resfuse.kernels.ops.conv_problem import output_shape
 
@@ -71,22 +74,89 @@ class _Counter(TorchFunctionMode):
         self.activations += out.numel()
 
 
-def cost(model: nn.Module, img_size: int) -> Cost:
+def cost(model: nn.Module, image: int | tuple[int, int, int]) -> Cost:
     """Counts one image through a network of MODELS on the meta device; nothing is computed.
 
     Convolutions and linear layers count, as for everybody (1 MAC = 2 FLOP).
+
+    Args:
+        image: pixels a side, or channels, height and width.
     """
-    image = torch.empty(1, 3, img_size, img_size, device="meta")
+    shape = (3, image, image) if isinstance(image, int) else image
+    images = torch.empty(1, *shape, device="meta")
     counter = _Counter()
     with torch.no_grad(), counter:
-        out = model(image)
+        out = model(images)
     return Cost(
         param_count=sum(p.numel() for p in model.parameters()),
         macs=counter.macs,
         winograd_macs=counter.winograd_macs,
         activations=counter.activations,
-        inputs=image.numel(),
-        outputs=out.numel(),
+        inputs=images.numel(),
+        outputs=sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)),
+    )
+
+
+class _OpCounter(TorchDispatchMode):
+    """Counts what torch.utils.flop_counter counts, operator by operator as they run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+        self.winograd_macs = 0
+        self.activations = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in flop_registry:  # as FlopCounterMode: aten.conv2d is made of counted ones
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        out = func(*args, **kwargs)
+        if packet in flop_registry:
+            macs = flop_registry[packet](*args, **kwargs, out_val=out) // 2
+            self.macs += macs
+            self.winograd_macs += macs // 4 if _is_winograd(packet, args) else macs
+            self.activations += sum(y.numel() for y in tree_leaves(out) if isinstance(y, Tensor))
+        return out
+
+
+def _is_winograd(packet: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is a 3x3 convolution of stride 1."""
+    if packet is not torch.ops.aten.convolution:
+        return False
+    _, weight, _, stride, _, dilation, transposed, *_ = args
+    return weight.shape[2:] == (3, 3) and {*stride, *dilation} == {1} and not transposed
+
+
+def cost_of_run(model: nn.Module, images: Tensor) -> Cost:
+    """Counts one run of any network; numbers are an image's share.
+
+    Convolutions and matrix products count, as for torch's FlopCounterMode.
+
+    Args:
+        images: [N, C, H, W], on the model's device and in its dtype.
+    """
+    counter = _OpCounter()
+    with torch.no_grad(), counter:
+        out = model(images)
+    given = sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+    n = len(images)
+    return Cost(
+        param_count=sum(p.numel() for p in model.parameters()),
+        macs=counter.macs // n,
+        winograd_macs=counter.winograd_macs // n,
+        activations=counter.activations // n,
+        inputs=images.numel() // n,
+        outputs=given // n,
     )
 
 

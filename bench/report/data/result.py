@@ -29,6 +29,8 @@ class Result:
     timestamp: str
     numbers: Mapping[str, float]  # column of METRICS -> value, without the empty ones
     place: str = ""  # where the row stands: "row 17 of <folder>/rows.csv"
+    name: str = ""  # of the model, as the command line takes it: without a shape behind it
+    input_shape: str = ""  # of an image that is no square photograph: "12x256x256"
 
     @property
     def label(self) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from resfuse.bench.records.case import MODES, PRECISIONS
+from resfuse.bench.records.case_row import IMG_SIZE, shape_of
 from resfuse.bench.records.metrics import METRICS
 from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.records.results import ROWS, read_environments, read_rows
@@ -36,7 +37,6 @@ KEPT_WITHOUT_PASS = (
     "rel_l2_err", "max_abs_err", "top1_agree", "err_vs_eager",
 )  # fmt: skip
 PLACE = "place"  # beside a row's columns: where it stands
-IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
 
 Row = Mapping[str, object]
 
@@ -98,7 +98,7 @@ def _last_time(entry: _Gathered) -> str:
 
 
 def _environment(env_id: str, entry: _Gathered) -> Environment:
-    latest = {tuple(_text(row[name]) for name in IDENTITY): row for row in entry.rows}
+    latest = {(shape_of(row), *(_text(row[name]) for name in IDENTITY)): row for row in entry.rows}
     grouped: dict[Setting, list[Result]] = {}
     for row in latest.values():
         setting = Setting(**{name: _text(row[name]) for name in Setting.__dataclass_fields__})
@@ -125,7 +125,7 @@ def _result(row: Row) -> Result:
     if status != "pass":
         numbers = {name: value for name, value in numbers.items() if name in KEPT_WITHOUT_PASS}
     return Result(
-        model=_text(row["model"]),
+        model=_model(row),
         backend=_text(row["backend"]),
         memory_format=_text(row["memory_format"]),
         mode=mode,
@@ -139,7 +139,16 @@ def _result(row: Row) -> Result:
         timestamp=_text(row["timestamp"]),
         numbers=numbers,
         place=_text(row[PLACE]),
+        name=_text(row["model"]),
+        input_shape=shape_of(row),
     )
+
+
+def _model(row: Row) -> str:
+    """The model, with the image it takes where that is no square photograph: two shapes of one
+    model are two models on a page."""
+    name, shape = _text(row["model"]), shape_of(row)
+    return f"{name} {shape}" if shape else name
 
 
 def _text(value: object) -> str:

@@ -82,7 +82,8 @@ def least_byte_points(comparison: Comparison) -> list[Point]:
     for result in comparison.measured:
         achieved, parameters = gflop_per_s(result), result.numbers.get("param_count")
         if achieved and parameters:
-            pixels = result.batch_size * CHANNELS * result.img_size**2
+            shape = result.input_shape or f"{CHANNELS}x{result.img_size}x{result.img_size}"
+            pixels = result.batch_size * math.prod(map(int, shape.split("x")))
             moved = element * (1e6 * parameters + pixels)
             flop = 2e9 * result.numbers["infer_gmacs"] * result.batch_size
             points.append(Point(result, flop / moved, achieved))

@@ -65,7 +65,8 @@ def _whole_ms(
         for result in comparison.measured:
             if (
                 (result.backend, result.memory_format) == (backend, memory_format)
-                and (result.model, result.img_size) == (workload.model, workload.img_size)
+                and (result.name or result.model) == workload.model
+                and result.img_size == workload.img_size
                 and result.batch_size == workload.batch_size
             ):
                 return result.numbers["p50_ms"]

@@ -2,7 +2,14 @@
 
 import argparse
 
-from resfuse.bench.running.shared_flags import add_results, add_threads, names, numbers, positive
+from resfuse.bench.running.shared_flags import (
+    add_results,
+    add_threads,
+    model_names,
+    names,
+    numbers,
+    positive,
+)
 from resfuse.bench.studies.contention.scenarios import SCENARIOS
 
 
@@ -10,11 +17,11 @@ def add_contention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m",
         "--model",
-        type=names,
+        type=model_names,
         default=["resnet50", "torchvision mobilenet_v2"],
         metavar="NAMES",
-        help="networks of ours or of `resfuse study models --list`; wildcards allowed (default: "
-        "resnet50,torchvision mobilenet_v2)",
+        help="networks of ours, of `resfuse study models --list`, or others (timm:resnet50d); "
+        "wildcards allowed (default: resnet50,torchvision mobilenet_v2)",
     )
     parser.add_argument(
         "-b",

@@ -29,7 +29,7 @@ from resfuse.bench.studies.contention import contention_table, subject
 from resfuse.bench.studies.contention.neighbours import busy
 from resfuse.bench.studies.contention.scenarios import QUIET, SCENARIOS
 from resfuse.bench.studies.contention.subject import Turn
-from resfuse.bench.studies.models.networks import NETWORKS
+from resfuse.bench.studies.models.networks import choose
 from resfuse.resnet_ref import MODELS
 
 SHEET = Sheet(
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         UsageError: an unknown name, or a results folder that cannot be written.
     """
     shown_by = "resfuse list models; resfuse study models --list"
-    models = pick("--model", args.model, [*MODELS, *NETWORKS], shown_by)
+    models = choose(args.model, list(MODELS), shown_by)
     backends = pick("--backend", args.backend, list(BACKENDS), "resfuse list backends")
     baseline = pick_one("--baseline", args.baseline, list(BACKENDS))
     if baseline not in backends:

@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from threading import Barrier, BrokenBarrierError
 
 import torch
-from torch import Tensor, nn
 
 from resfuse.bench.backends import BACKENDS, why_unavailable
 from resfuse.bench.common.errors import Unavailable
-from resfuse.bench.measuring import network, photographs
+from resfuse.bench.measuring import network
 from resfuse.bench.measuring.clock.timing import repeat, seconds
 from resfuse.bench.measuring.inference import Inference, answers
+from resfuse.bench.models.model_builder import describe
 from resfuse.bench.records.case import Case
-from resfuse.bench.studies.models import compare_answers, networks
-from resfuse.resnet_ref import MODELS, input_size
-
-SIZE = 224  # pixels a side of other people's networks
+from resfuse.bench.studies.models import networks
 
 _inferences: list[Inference] = []  # one for each caller
 _threads: list[ThreadPoolExecutor] = []  # theirs: a thread keeps its team of workers
@@ -35,7 +32,7 @@ def set_up(backend: str, model: str, batch_size: int, threads: int, callers: int
     """Builds a network for each caller, all of the same weights, and checks what each answers.
 
     Args:
-        model: a name of our own zoo, or one of `resfuse study models --list`.
+        model: one of `resfuse study models --list`, or a name that bench/models builds it from.
         threads: what torch and the backends are given, for each network.
 
     Raises:
@@ -47,9 +44,12 @@ def set_up(backend: str, model: str, batch_size: int, threads: int, callers: int
     if reason is not None:
         raise Unavailable(reason)
     memory_format = BACKENDS[backend].memory_formats[-1]
-    size = input_size(model) if model in MODELS else SIZE
-    case = Case(model, backend, "inference", "cpu", "float32", memory_format, batch_size, size)
-    net, batches = _network(case)
+    of = describe(networks.model_of(model))
+    case = Case(
+        of.name, backend, "inference", "cpu", "float32", memory_format, batch_size, of.height,
+        weights=of.weights, channels=of.channels, img_width=of.img_width, origin=of.origin,
+    )  # fmt: skip
+    net, batches = network.master(case, 0), network.batches(case)
     right = answers(net, batches, case.math_mode)
     for _ in range(callers):
         inference = Inference(backend, memory_format, deepcopy(net), batches)
@@ -90,15 +90,3 @@ def take_turn(callers: int, least_s: float, batch_size: int) -> Turn:
             raise failure
     seen = [one.result() for one in asked]
     return Turn([ms for laps, _ in seen for ms in laps], sum(rate for _, rate in seen))
-
-
-def _network(case: Case) -> tuple[nn.Module, list[Tensor]]:
-    batches = network.batches(case)
-    if case.model in MODELS:
-        return network.master(case, 0), batches
-    torch.manual_seed(0)
-    model = networks.create(case.model)
-    compare_answers.spread(model)
-    others = photographs.batch(case.images, network.CALIBRATION_IMAGES, case.img_size, seed=7)
-    compare_answers.calibrate(model, torch.cat([*batches, others]))
-    return model, batches

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from resfuse.bench.measuring import photographs
+from resfuse.bench.models.random_weights import calibrate, spread
 from resfuse.bench.records.sample import Value
 from resfuse.bench.studies.models import networks
 from resfuse.kernels import build_engine, explain, fuse
@@ -16,9 +17,6 @@ from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 Run = Callable[[Tensor], object]
 IMAGES, CALIBRATION_IMAGES = 2, 8
 WORST_EAGER = 1e-3  # twice more would hide a fold that is wrong
-# A channel that is zero in nearly all calibration images would be multiplied by up to
-# 1 / sqrt(eps) = 316 where it is not: RepVGG-B0 amplified rounding 276 times, RepVGG-D2se to 0.7.
-LEAST_VARIANCE = 0.1  # of the norm's mean
 
 
 def compare(
@@ -95,42 +93,6 @@ def judged(what: str, answer: Callable[[], float], allowed: float) -> dict[str, 
         return {f"{what}_status": "error", f"{what}_error": said}
     status = "pass" if found <= allowed else "wrong"  # NaN is wrong, too
     return {f"{what}_status": status, f"{what}_rel_l2": found, f"{what}_error": ""}
-
-
-def spread(model: nn.Module) -> None:
-    """Draws anew what starts constant: a last norm's scale of 0 or a layer scale of 1e-6 would
-    hide whatever its branch computes, and a scale of 1 whatever is folded wrongly.
-    """
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
-                tiny = abs(float(parameter.flatten()[0])) < 0.1
-                if tiny:
-                    parameter.normal_(std=0.2 if parameter.dim() < 2 else 0.02)
-                else:
-                    parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
-
-
-def calibrate(model: nn.Module, images: Tensor) -> None:
-    """Statistics of these images for every batch norm, so that roundings do not grow from layer to
-    layer as they do in a network whose activations explode; the model is in eval mode afterwards.
-
-    The images that are compared must be among them. Statistics of a few images, at two pixels a
-    side, fit no others: without, activations of torchvision's EfficientNetV2-S grew 400 times, and
-    eager's own error was 2e-3 instead of 9e-6.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over what it sees
-    with torch.no_grad():
-        model(images)
-        for norm in norms:
-            if norm.running_var is not None:
-                norm.running_var.clamp_(min=LEAST_VARIANCE * float(norm.running_var.mean()))
-    model.eval()
 
 
 def leaves(run: Run, x: Tensor) -> list[Tensor]:

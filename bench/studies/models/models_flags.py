@@ -2,17 +2,25 @@
 
 import argparse
 
-from resfuse.bench.running.shared_flags import add_results, add_resume, names, positive, rounds
+from resfuse.bench.running.shared_flags import (
+    add_results,
+    add_resume,
+    model_names,
+    names,
+    positive,
+    rounds,
+)
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m",
         "--model",
-        type=names,
+        type=model_names,
         default=[],
         metavar="NAMES",
-        help="some of the study's networks; wildcards allowed ('timm rep*')",
+        help="some of the study's networks, wildcards allowed ('timm rep*'), or others "
+        "(timm:resnet50d)",
     )
     parser.add_argument("--list", action="store_true", help="show the networks and stop")
     parser.add_argument(

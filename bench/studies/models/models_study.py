@@ -27,7 +27,7 @@ from resfuse.bench.records.sample import Value
 from resfuse.bench.records.sheet import Sheet
 from resfuse.bench.studies.models import models_table
 from resfuse.bench.studies.models.compare_answers import compare
-from resfuse.bench.studies.models.networks import NETWORKS
+from resfuse.bench.studies.models.networks import choose
 
 KINDS = ("fuse", "engine")
 # What a second attempt may change: on a busy machine a network runs out of time.
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: an unknown network, or a results folder that cannot be written.
     """
-    wanted = pick("--model", args.model or ["*"], NETWORKS, "resfuse study models --list")
+    wanted = choose(args.model or ["*"], [], "resfuse study models --list")
     if args.list:
         print("\n".join(wanted))
         return 0

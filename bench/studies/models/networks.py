@@ -1,6 +1,14 @@
 """FAMILIES and NETWORKS: small convolutional networks of timm and torchvision."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from torch import nn
+
+from resfuse.bench.common.selection import pick
+from resfuse.bench.models import sources
+from resfuse.bench.models.model_builder import build
+from resfuse.bench.models.sources import FILES
 
 # family -> names in timm, names in torchvision
 FAMILIES = {
@@ -162,26 +170,34 @@ FAMILY = {
     for name in its.split()
 }  # of "timm resnet18" and the like
 NETWORKS = list(FAMILY)
-# What some of torchvision's take besides `weights`: they would draw their numbers for a minute.
-_OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
+
+
+def choose(patterns: Sequence[str], ours: Sequence[str], shown_by: str) -> list[str]:
+    """The networks that are asked for: of the study, or any other with a colon or a path in its
+    name (`timm:resnet50d`).
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    known = [*ours, *NETWORKS]
+    elsewhere = [p for p in patterns if (":" in p or Path(p).suffix in FILES) and p not in known]
+    own = [pattern for pattern in patterns if pattern not in elsewhere]
+    found = pick("--model", own, known, shown_by)
+    return [*found, *sources.choose("--model", elsewhere)]
+
+
+def model_of(network: str) -> str:
+    """A network of the study, or any other model, as bench/models names it."""
+    return network.replace(" ", ":", 1) if network in FAMILY else network
 
 
 def create(network: str) -> nn.Module:
-    """A network of NETWORKS with random weights.
+    """A network with random weights.
 
     Raises:
-        ModuleNotFoundError: its package is not installed.
+        UsageError: its package is not installed, or it cannot be built.
     """
-    package, name = network.split()
-    if package == "timm":
-        import timm
-
-        made: nn.Module = timm.create_model(name, pretrained=False)
-    else:
-        import torchvision
-
-        made = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
-    return made
+    return build(model_of(network))
 
 
 def image_size(network: str, model: nn.Module, wanted: int) -> int:

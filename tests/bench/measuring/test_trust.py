@@ -116,13 +116,13 @@ def test_a_network_that_tells_nothing_apart_is_not_measured(
     """With its last layer at zero a network answers every image alike, and any cache would pass."""
     from resfuse.bench.measuring import network
 
-    def blind(case: Case, seed: int) -> torch.nn.Module:
-        model = original(case, seed)
+    def blind(made: torch.nn.Module, case: Case, seed: int) -> torch.nn.Module:
+        model = original(made, case, seed)
         torch.nn.init.zeros_(model.fc.weight)
         return model
 
-    original = network.master
-    monkeypatch.setattr(network, "master", blind)
+    original = network.prepared
+    monkeypatch.setattr(network, "prepared", blind)
     outcome, _ = measure_case.measure(CASE, OPTIONS, {}, lambda event: None)
     assert outcome.status == "fail_accuracy"
     assert "cannot tell inputs apart" in outcome.error
