@@ -7,7 +7,6 @@ A candidate runs as it will in the engine, in an executor for its part of the gr
 import contextlib
 import math
 import statistics
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -20,6 +19,7 @@ from resfuse.kernels.engine.ir.torch_operations import accepts_random_inputs
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import TACTICS
+from resfuse.kernels.engine.tuning.candidate_failures import described, failures, warn_of
 from resfuse.kernels.engine.tuning.clock import PRUNE_RATIO, ROUNDS, Clock, Run
 from resfuse.kernels.engine.tuning.exact_answers import ExactAnswer, exact_answer
 from resfuse.kernels.engine.tuning.warm_timing import copies, warmth_of
@@ -250,19 +250,19 @@ class Tuner:
             yield
         except torch.OutOfMemoryError as failure:  # another build may have enough memory
             self._cache.put_here(key, None)
-            _warn(candidate, key[0], f"finds no room: {failure}")
-        except _failures() as failure:
-            why = _described(failure)
+            warn_of(candidate, key[0], f"finds no room: {failure}")
+        except failures() as failure:
+            why = described(failure)
             self._cache.put(key, None, why)
             self._require_device(key, candidate, failure)
-            _warn(candidate, key[0], f"fails, {why}")
+            warn_of(candidate, key[0], f"fails, {why}")
         except Exception as failure:
             if self._device.type != "cuda":
                 raise
             # A mistake of resfuse or a library that shows on a GPU only: build without it.
             self._cache.put_here(key, None)
             self._require_device(key, candidate, failure)
-            _warn(candidate, key[0], f"is left out of this build, {_described(failure)}")
+            warn_of(candidate, key[0], f"is left out of this build, {described(failure)}")
 
     def _checked(
         self,
@@ -298,7 +298,7 @@ class Tuner:
                 return executor, exact.inputs
             why = f"its error is {error:.1e}, more than {exact.allowed:.1e}"  # NaN is wrong, too
             self._cache.put(key, None, why)
-            _warn(candidate, key[0], f"is barred, {why}")
+            warn_of(candidate, key[0], f"is barred, {why}")
         return None
 
     def _require_device(self, key: Key, candidate: Candidate, failure: Exception) -> None:
@@ -309,7 +309,7 @@ class Tuner:
         try:
             torch.cuda.synchronize(self._device)
         except RuntimeError as broken:
-            self._cache.put(key, None, _described(failure))
+            self._cache.put(key, None, described(failure))
             raise BrokenDevice(
                 f"{candidate.label()} broke the GPU for this process ({failure}). It is barred "
                 "now: build the engine again in a new process"
@@ -380,24 +380,6 @@ def _usable(
     candidates: Sequence[Candidate], times: Sequence[float | None]
 ) -> dict[Candidate, float]:
     return {c: ms for c, ms in zip(candidates, times, strict=True) if ms is not None}
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """Returns the exceptions that count as a tactic's own failure: it is unsupported or cannot be
-    compiled or run. All others are mistakes of resfuse, or the user's wish to stop.
-
-    Triton's errors are looked up among what is loaded: without it they are not raised.
-    """
-    triton = sys.modules.get("triton.errors")
-    return (RuntimeError, ValueError, *([triton.TritonError] if triton else []))
-
-
-def _described(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {failure}"
-
-
-def _warn(candidate: Candidate, key: str, what: str) -> None:
-    warnings.warn(f"{candidate.label()} {what} on {key}", stacklevel=6)
 
 
 def _copying(run: Callable[[], list[Tensor]]) -> Run:
