@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resfuse.bench.common.errors import UsageError
+from resfuse.bench.report import study_pages
 from resfuse.bench.report.data.experiments import Experiment
 from resfuse.bench.report.data.lacking import DRAWING, PAGE, lacking
 from resfuse.bench.report.data.ladder import EAGER, baseline_rows, networks
@@ -115,7 +116,8 @@ def _write_short(newest: Sequence[Environment], path: Path) -> Path:
     blocks = ["# resfuse: no results", NOTHING]
     with _naming_file(path):
         for environment in newest:
-            blocks = short_report(environment, _draw_short(environment, path.parent))
+            images = _draw_short(environment, path.parent)
+            blocks = short_report(environment, images, study_pages.blocks(path.parent))
         path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8", newline="\n")
     return path
 

@@ -58,12 +58,15 @@ FACTS = (
 )
 
 
-def short_report(environment: Environment, images: Mapping[str, str]) -> list[str]:
+def short_report(
+    environment: Environment, images: Mapping[str, str], studies: Sequence[str] = ()
+) -> list[str]:
     """Returns the blocks of the page.
 
     Args:
         environment: the only one on the page.
         images: "headline" and "growth" -> markdown of the image, where they could be drawn.
+        studies: what it says of pages beside it (study_pages.py).
     """
     found = networks(environment)
     before = [
@@ -75,6 +78,7 @@ def short_report(environment: Environment, images: Mapping[str, str]) -> list[st
     ]
     after = [
         images.get("growth", ""),
+        *studies,
         *_conditions(environment),
         *_not_passed(environment.results),
         "## Machine and versions",

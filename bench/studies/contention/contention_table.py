@@ -12,10 +12,10 @@ from matplotlib.lines import Line2D
 
 from resfuse.bench.report.data.palette import looks
 from resfuse.bench.report.plots.figure import STYLE, legend, panels, save
+from resfuse.bench.report.study_pages import CONTENTION, CONTENTION_PICTURE
 from resfuse.bench.report.tables.markdown import count, escape, table
 from resfuse.bench.studies.contention.scenarios import QUIET, SCENARIOS
 
-FILE, PICTURE = "CONTENTION.md", "contention.png"
 _HOW = """\
 One network, while others use the same cores. *Beside 2 (nice 10, pinned to one CPU)*: two processes
 that never rest, of the priority of background jobs, both on the first CPU; *normal* ones have the
@@ -30,15 +30,15 @@ def write(home: Path, rows: pd.DataFrame) -> Path:
     """Writes the page and its picture of these rows beside them; returns the page's path."""
     known = _standing(rows)
     with matplotlib.style.context(STYLE):
-        save(picture(known), home / PICTURE)
-    path = home / FILE
+        save(picture(known), home / CONTENTION_PICTURE)
+    path = home / CONTENTION
     path.write_text(page(known), encoding="utf-8", newline="\n")
     return path
 
 
 def page(rows: pd.DataFrame) -> str:
     """Returns the page in Markdown, from the newest rows."""
-    blocks = ["# Beside busy neighbours", _HOW, f"![images/s beside others]({PICTURE})"]
+    blocks = ["# Beside busy neighbours", _HOW, f"![images/s beside others]({CONTENTION_PICTURE})"]
     for (model, batch, threads), group in _settings(rows):
         passed = group[group.status == "pass"]
         baselines = [name for name in passed.baseline.unique() if name]

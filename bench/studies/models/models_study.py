@@ -25,6 +25,7 @@ from resfuse.bench.measuring.probes import machine
 from resfuse.bench.records import results
 from resfuse.bench.records.sample import Value
 from resfuse.bench.records.sheet import Sheet
+from resfuse.bench.report.study_pages import MODELS as MODELS_PAGE
 from resfuse.bench.studies.models import models_table
 from resfuse.bench.studies.models.compare_answers import compare
 from resfuse.bench.studies.models.networks import choose
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{kind}: {', '.join(f'{n} {how}' for how, n in counts[kind].most_common())}")
     if results.has_rows(home, SHEET):
         models_table.write(home, results.read_rows(home, SHEET, only_whole=True), KINDS)
-        print(f"appended to {home / SHEET.file}, and written out in {models_table.FILE}")
+        print(f"appended to {home / SHEET.file}, and written out in {MODELS_PAGE}")
     return int(any(counts[kind][how] for kind in kinds for how in FAILURES))
 
 

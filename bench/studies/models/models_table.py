@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from resfuse.bench.report.study_pages import MODELS
 from resfuse.bench.report.tables.markdown import count, escape, table
 from resfuse.bench.studies.models.networks import FAMILY
 
-FILE = "MODELS.md"
 OTHER = "others"  # networks that the study has had, and has no more
 _FAMILY_TITLES = ("family", "networks", "MACs fused", "fuse", "engine", "largest error")
 _TITLES = ("network", "pixels", "conv", "MACs fused", "eager", "fuse", "engine")
@@ -36,7 +36,7 @@ Row = Mapping[Hashable, object]
 
 def write(home: Path, rows: pd.DataFrame, kinds: Sequence[str]) -> Path:
     """Writes the table of these rows beside them; returns its path."""
-    path = home / FILE
+    path = home / MODELS
     path.write_text(page(rows, kinds), encoding="utf-8", newline="\n")
     return path
 

@@ -187,3 +187,16 @@ def test_on_a_gpu_eager_is_the_format_that_rows_took_turns_with(tmp_path: Path) 
     assert {line["backend"]: line["faster than eager"] for line in lines} == {
         "fused channels_last": "1.70 ±0.10", "eager channels_last": "1",
     }  # fmt: skip
+
+
+def test_pages_of_studies_are_shown_where_they_lie_beside_it(tmp_path: Path) -> None:
+    add(tmp_path, CASE)
+    without = write_report(tmp_path).read_text()
+    assert "CONTENTION" not in without and "MODELS" not in without
+    (tmp_path / "CONTENTION.md").write_text("# Beside busy neighbours\n")
+    (tmp_path / "MODELS.md").write_text("# Networks\n")
+    shown = write_report(tmp_path).read_text()
+    assert "[CONTENTION.md](CONTENTION.md)" in shown and "[MODELS.md](MODELS.md)" in shown
+    assert "(contention.png)" not in shown, "there is no picture"
+    (tmp_path / "contention.png").write_bytes(b"\x89PNG")
+    assert "(contention.png)" in write_report(tmp_path).read_text()

@@ -13,6 +13,7 @@ import torch
 from resfuse.bench.cli import main
 from resfuse.bench.measuring import correctness
 from resfuse.bench.records import results
+from resfuse.bench.report.study_pages import CONTENTION, CONTENTION_PICTURE
 from resfuse.bench.studies.contention import contention_study, contention_table, subject
 from resfuse.bench.studies.contention.neighbours import busy
 from resfuse.bench.studies.contention.scenarios import SCENARIOS, Scenario
@@ -60,11 +61,11 @@ def test_the_page_has_every_scenario_and_says_what_could_not_run(
     measured: tuple[int, Path],
 ) -> None:
     _, home = measured
-    text = (home / contention_table.FILE).read_text()
+    text = (home / CONTENTION).read_text()
     for name in ("quiet", "nice2-pinned", "callers2"):
         assert f"| {SCENARIOS[name].title} | eager |" in one_spaced(text)
     assert "- tensorrt: unavailable: " in text
-    assert (home / contention_table.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert (home / CONTENTION_PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
 def one_spaced(text: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from resfuse.bench.cli import main
 from resfuse.bench.records import results
 from resfuse.bench.records.sample import Value
+from resfuse.bench.report.study_pages import MODELS
 from resfuse.bench.studies.models import compare_answers, models_study, models_table, networks
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
@@ -171,7 +172,7 @@ def test_kinds_asked_one_at_a_time_add_up(
     assert main([*asked, "--resume"]) == 0
     [file] = tmp_path.glob("*/models.csv")
     assert len(pd.read_csv(file)) == 2
-    assert "- fuse: 1 pass\n- engine: 1 pass\n" in (file.parent / models_table.FILE).read_text()
+    assert "- fuse: 1 pass\n- engine: 1 pass\n" in (file.parent / MODELS).read_text()
 
 
 def sheet(*given: dict[str, Value]) -> pd.DataFrame:
