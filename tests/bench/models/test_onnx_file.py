@@ -198,10 +198,10 @@ def test_a_file_is_measured_by_every_backend(file: str, tmp_path: Path) -> None:
     results = tmp_path / "results"
     backends = ["eager", "onnxrt", "openvino", "fused", "engine"]
     options = ["--seconds", "0.05", "--threads", "1", "--results", str(results)]
-    assert main(["bench", "-m", file, "--backend", ",".join(backends), "-b", "1,2", *options]) == 0
+    assert main(["bench", "-m", file, "--backend", ",".join(backends), "-b", "2", *options]) == 0
     rows = pd.read_csv(next(results.rglob("rows.csv")))
     assert set(rows["status"]) == {"pass"}, list(rows["error"])
-    assert len(rows) == 14  # eager and engine in two memory formats
+    assert len(rows) == 7  # eager and engine in two memory formats
     assert set(rows["backend"]) == set(backends)
     assert rows["weights_sha256"].nunique() == 1
     assert set(rows["input_shape"]) == {"3x16x16"}
