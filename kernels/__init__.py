@@ -7,6 +7,7 @@ from resfuse.kernels.engine.predict import plan_for
 from resfuse.kernels.fusion.explain import explain
 from resfuse.kernels.fusion.fuse import fuse, fused, unfuse
 from resfuse.kernels.fusion.modules import FusedBasicBlock, FusedBottleneck, FusedConvBNAct
+from resfuse.kernels.onnx_reader.load_onnx import load_onnx
 from resfuse.kernels.ops.bn_folding import fold_conv_bn
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "fuse",
     "fused",
     "load_engine",
+    "load_onnx",
     "plan_for",
     "unfuse",
 ]

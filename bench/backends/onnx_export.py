@@ -1,4 +1,5 @@
-"""The one ONNX file that every ONNX backend runs: exported by torch, the batch left dynamic."""
+"""The one ONNX file that every ONNX backend runs: exported by torch, the batch left dynamic; or the
+file that the model was read from."""
 
 import contextlib
 import importlib
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.bench.common.errors import CannotTake
+from resfuse.bench.models.onnx_file import file_of
 
 INPUT = "images"
 
@@ -25,7 +27,8 @@ def require_exporter() -> None:
 
 @contextlib.contextmanager
 def exported(model: nn.Module, example: Tensor) -> Iterator[Path]:
-    """Exports a model whose batch size is then free, for as long as the context lasts.
+    """Exports a model whose batch size is then free, for as long as the context lasts; a model of
+    an ONNX file is that file.
 
     Args:
         model: in eval mode.
@@ -37,8 +40,12 @@ def exported(model: nn.Module, example: Tensor) -> Iterator[Path]:
         memory keeps them when the folder goes.
 
     Raises:
-        CannotTake: torch cannot export the model.
+        CannotTake: torch cannot export the model, or its file is of another precision.
     """
+    own = file_of(model, example.dtype)
+    if own is not None:
+        yield own
+        return
     # A batch of one would be taken for a constant (torch.export specialises 0 and 1): two images
     # keep it free.
     images = torch.cat([example[:1], example[:1]]).contiguous()

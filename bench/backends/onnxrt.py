@@ -1,5 +1,5 @@
-"""ONNX Runtime on the exported file, inputs and outputs bound in place: no copy between host and
-device is timed.
+"""ONNX Runtime on the exported file, or on the one that a model came from, inputs and outputs bound
+in place: no copy between host and device is timed.
 
 Its CUDA provider is given what its documentation recommends for convolutional networks: NHWC, an
 exhaustive search for convolution algorithms, and a CUDA graph over static buffers. The default NCHW
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.backends.onnx_export import INPUT, exported, require_exporter
+from resfuse.bench.backends.onnx_export import exported, require_exporter
 from resfuse.bench.backends.output_tree import OutputTree, output_tree
 from resfuse.bench.common.errors import CannotTake, Unavailable
 from resfuse.bench.common.precision import tf32_allowed
@@ -114,7 +114,7 @@ def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor
         raise Unavailable(
             f"onnxruntime could not load its {provider} and fell back to {session.get_providers()}"
         )
-    outputs = _outputs(session, tree)
+    outputs = _outputs(session, tree, len(example))
     if example.is_cuda:
         return _graphed(session, example, tree, outputs)
     return _bound(session, example, tree, outputs)
@@ -135,8 +135,8 @@ class _Output:
         binding.bind_output(self.name, kind, index, element, tuple(memory.shape), memory.data_ptr())
 
 
-def _outputs(session: "InferenceSession", tree: OutputTree) -> list[_Output]:
-    """The session's outputs in the network's order.
+def _outputs(session: "InferenceSession", tree: OutputTree, batch: int) -> list[_Output]:
+    """The session's outputs in the network's order, for an example of `batch` images.
 
     Raises:
         CannotTake: one is of a type that is not bound here.
@@ -145,7 +145,9 @@ def _outputs(session: "InferenceSession", tree: OutputTree) -> list[_Output]:
     for one, like in zip(session.get_outputs(), tree.tensors, strict=True):
         if like.dtype not in ELEMENT_TYPES:
             raise CannotTake(f"onnxruntime is driven here with no output of {like.dtype}")
-        found.append(_Output(one.name, like, bool(one.shape) and isinstance(one.shape[0], str)))
+        is_free = bool(one.shape) and not isinstance(one.shape[0], int)
+        per_image = is_free and like.shape[:1] == (batch,)
+        found.append(_Output(one.name, like, per_image))
     return found
 
 
@@ -154,11 +156,12 @@ def _bound(
 ) -> Callable[[Tensor], Any]:
     """Binds each input where it lies and gives each output memory of its own."""
     element = ELEMENT_TYPES[example.dtype]
+    (given_as,) = (one.name for one in session.get_inputs())
 
     def run(images: Tensor) -> Any:
         given = [output.empty(images) for output in outputs]
         binding = session.io_binding()
-        binding.bind_input(INPUT, "cpu", 0, element, tuple(images.shape), images.data_ptr())
+        binding.bind_input(given_as, "cpu", 0, element, tuple(images.shape), images.data_ptr())
         for output, memory in zip(outputs, given, strict=True):
             output.bind(binding, "cpu", 0, memory)
         session.run_with_iobinding(binding)
@@ -174,8 +177,9 @@ def _graphed(
     static = example.clone()
     given = [output.empty(static) for output in outputs]
     element, index = ELEMENT_TYPES[example.dtype], static.device.index or 0
+    (given_as,) = (one.name for one in session.get_inputs())
     binding = session.io_binding()
-    binding.bind_input(INPUT, "cuda", index, element, tuple(static.shape), static.data_ptr())
+    binding.bind_input(given_as, "cuda", index, element, tuple(static.shape), static.data_ptr())
     for output, memory in zip(outputs, given, strict=True):
         output.bind(binding, "cuda", index, memory)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.backends.onnx_export import INPUT, exported, require_exporter
+from resfuse.bench.backends.onnx_export import exported, require_exporter
 from resfuse.bench.backends.output_tree import output_tree
 from resfuse.bench.common.errors import Unavailable
 
@@ -46,7 +46,7 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
     }
     with exported(model, example) as file:
         network = core.read_model(file)
-        network.reshape({INPUT: tuple(example.shape)})  # a fixed shape, as torch.compile has it
+        network.reshape(list(example.shape))  # a fixed shape, as torch.compile has it
         compiled = core.compile_model(network, "CPU", settings)
     request = compiled.create_infer_request()
     outputs = [

@@ -64,7 +64,7 @@ def case_of(args: argparse.Namespace) -> Case:
     device = resolve_device(args.device)
     batch_size = of.batch_size or 1
     return Case(
-        model, "engine", "inference", device, precision, FORMAT, batch_size, of.height, "eager",
+        of.name, "engine", "inference", device, precision, FORMAT, batch_size, of.height, "eager",
         FORMAT, of.weights, channels=of.channels, img_width=of.img_width, origin=of.origin,
     )  # fmt: skip
 

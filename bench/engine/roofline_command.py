@@ -131,7 +131,7 @@ def _subjects(
             of = describe(model, asked=args.input_shape, img_size=args.img_size)
             graph = _graph(of, precision)
             for n in batch_sizes:
-                yield Subject(model, of.height, n, precision, with_batch(graph, n))
+                yield Subject(of.name, of.height, n, precision, with_batch(graph, n))
 
 
 def _graph(of: Description, precision: str) -> Graph:

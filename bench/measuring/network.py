@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from resfuse.bench.measuring import photographs as inputs
-from resfuse.bench.models import random_weights
+from resfuse.bench.models import onnx_file, random_weights
 from resfuse.bench.models.model_builder import OWN, SEEDED, build
 from resfuse.bench.models.sources import is_ours
 from resfuse.bench.records.case import PRECISIONS, Case
@@ -31,9 +31,10 @@ def prepared(model: nn.Module, case: Case, seed: int) -> nn.Module:
     batch-norm statistics from photographs (`calibrate`), those of others as random_weights says. As
     they are drawn, a deep network's rounding errors grow until any tolerance would let another
     image's answer pass. A function's own weights are taken for random where no batch norm has seen
-    an image yet.
+    an image yet; those of an ONNX file stay, as other runtimes read them from there.
     """
-    seeded = case.weights == SEEDED or (case.weights == OWN and random_weights.is_fresh(model))
+    fresh = case.weights == OWN and random_weights.is_fresh(model)
+    seeded = case.weights == SEEDED or (fresh and not onnx_file.is_from_file(model))
     if seeded and is_ours(case.model):
         shrink_branches(model)
         calibrate(model, _photographs(case, CALIBRATION_IMAGES, CALIBRATION_SEED))

@@ -31,7 +31,7 @@ def input_shape(name: str, arguments: Arguments) -> Shape:
     return channels, height, width
 
 
-def batch_size(name: str) -> int | None:
+def batch_size(name: str, arguments: Arguments) -> int | None:
     """The batch it was exported for; None where that was left free."""
     dynamic = _batch(_program(name))
     return dynamic if isinstance(dynamic, int) else None

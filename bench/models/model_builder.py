@@ -1,6 +1,6 @@
 """A model from its description: its name, a seed, and where its weights are from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ def build(model: str, seed: int = 0, weights: str = SEEDED) -> nn.Module:
     if weights in (SEEDED, OWN):
         return made.eval()
     flag = "--pretrained" if weights == PRETRAINED else "--weights"
+    if not source.takes_weights:
+        raise UsageError(f"argument {flag}: {model} is measured with its own weights")
     try:
         if weights == PRETRAINED:
             source.load_pretrained(made, name, given.arguments())
@@ -108,6 +110,7 @@ def describe(
         UsageError: see `input_shape` and `origin`.
     """
     shape = input_shape(model, asked, img_size)
+    model = _with_shape(model, shape)
     if weights == SEEDED:
         weights = parsed(model)[0].weights
     file = "" if weights in NO_FILE else weights
@@ -116,8 +119,11 @@ def describe(
 
 def batch_size(model: str) -> int | None:
     """The only batch size a model takes; None for any."""
-    source, name, _ = parsed(model)
-    return source.batch_size(name)
+    source, name, given = parsed(model)
+    try:
+        return source.batch_size(name, given.arguments())
+    except UsageError as error:
+        raise UsageError(f"argument --model: {error}") from error
 
 
 def origin(model: str, weights_file: str = "") -> str:
@@ -131,6 +137,17 @@ def origin(model: str, weights_file: str = "") -> str:
     except (UsageError, OSError) as error:
         raise UsageError(f"argument --model: {error}") from error
     return told
+
+
+def _with_shape(model: str, shape: Shape) -> str:
+    """The model's name with what its source builds it with for images of that shape."""
+    source, name, given = parsed(model)
+    try:
+        more = source.arguments_of(name, shape)
+    except UsageError as error:
+        raise UsageError(f"argument --input-shape: {error}") from error
+    kwargs = dict(given.kwargs) | {key: str(value) for key, value in more.items()}
+    return str(replace(given, kwargs=tuple(kwargs.items())))
 
 
 def _build(source: Source, name: str, model: str) -> nn.Module:

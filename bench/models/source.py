@@ -17,8 +17,12 @@ Shape = tuple[int, int, int]  # channels, height, width
 Arguments = Mapping[str, Any]  # what a model is built with
 
 
-def any_batch(name: str) -> int | None:
+def any_batch(name: str, arguments: Arguments) -> int | None:
     return None
+
+
+def none(name: str, shape: Shape) -> Arguments:
+    return {}
 
 
 def none_published(model: "nn.Module", name: str, arguments: Arguments) -> None:
@@ -36,6 +40,8 @@ class Source:
     `origin`: where the model comes from, with a version or a hash.
     `weights`: what a model has unless others are asked for: "seeded", or "own".
     `batch_size`: the only one a model takes; None for any.
+    `arguments_of`: those that a model is built with because of the shape of its images.
+    `takes_weights`: whether others than its own can be used.
     """
 
     does: str
@@ -45,7 +51,9 @@ class Source:
     origin: Callable[[str], str]
     load_pretrained: Callable[["nn.Module", str, Arguments], None] = none_published
     weights: str = "seeded"
-    batch_size: Callable[[str], int | None] = any_batch
+    batch_size: Callable[[str, Arguments], int | None] = any_batch
+    arguments_of: Callable[[str, Shape], Arguments] = none
+    takes_weights: bool = True
 
 
 def shape_text(channels: int, height: int, width: int) -> str:

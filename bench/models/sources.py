@@ -25,17 +25,16 @@ SOURCES: dict[str, tuple[str, str]] = {
     "timm": ("resfuse.bench.models.timm_models:SOURCE", "timm"),
     "smp": ("resfuse.bench.models.smp_models:SOURCE", "segmentation_models_pytorch"),
 }
-# Suffix of a file that models come from -> its source; `None` where there is none yet. A module has
-# functions, too.
+# Suffix of a file that models come from -> its source. A module has functions, too.
 FUNCTIONS = "resfuse.bench.models.python_function:SOURCE"
-FILES: dict[str, str | None] = {
+FILES: dict[str, str] = {
     ".py": FUNCTIONS,
     ".pt2": "resfuse.bench.models.exported_program:SOURCE",
-    ".onnx": None,
+    ".onnx": "resfuse.bench.models.onnx_file:SOURCE",
 }
 FORMS = (
     "a name of `resfuse list models`, torchvision:NAME, timm:NAME, smp:NAME, PATH.py:FUNCTION, "
-    "package.module:FUNCTION, PATH.pt2"
+    "package.module:FUNCTION, PATH.pt2, PATH.onnx"
 )
 
 
@@ -54,10 +53,6 @@ def source_of(text: str, argument: str = "--model") -> tuple[Source, str, str]:
     where = text.rpartition(":")[0] if colon else text
     suffix = _suffix(where)
     target = FILES.get(suffix)
-    if suffix and target is None:
-        raise UsageError(
-            f"argument {argument}: {text}: {suffix} files cannot be read yet; accepted: {FORMS}"
-        )
     if suffix == ".py" and not colon:
         raise UsageError(f"argument {argument}: {text} names no function; accepted: {text}:NAME")
     if target is not None:
@@ -118,7 +113,7 @@ def matching(source: str, patterns: Sequence[str], argument: str = "--source") -
     if target is None:
         near = get_close_matches(source, SOURCES, n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        files = ", ".join(f"PATH{known}" for known, found in FILES.items() if found)
+        files = ", ".join(f"PATH{known}" for known in FILES)
         raise UsageError(
             f"argument {argument}: unknown source '{source}'; {hint}"
             f"accepted: {', '.join(SOURCES)}, {files}, package.module"

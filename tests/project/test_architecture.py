@@ -20,7 +20,7 @@ MOST_ENTRIES = 20
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("kernels", "resnet_ref"), ("bench",), ("tools",)),
     "kernels": (
-        ("ops", "observation"),
+        ("ops", "observation", "onnx_reader"),
         ("cpu",),
         ("tuning_cache",),
         ("gpu",),

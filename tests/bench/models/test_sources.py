@@ -44,7 +44,6 @@ def test_wildcards_are_of_one_source() -> None:
         ("torchvision:fasterrcnn_resnet50_fpn", "unknown name 'fasterrcnn_resnet50_fpn'"),
         ("smp:Unett", r"unknown name 'Unett'; did you mean Unet"),
         ("resnet81", "unknown name 'resnet81'; did you mean resnet18"),
-        ("net.onnx", r"net.onnx: \.onnx files cannot be read yet; accepted: "),
         ("net.py", r"net.py names no function; accepted: net.py:NAME"),
         ("no_such_package.models:net", "unknown source 'no_such_package.models'"),
         ("resnet18?num_classes=", "'num_classes=' is not NAME=VALUE"),
