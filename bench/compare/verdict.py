@@ -42,7 +42,7 @@ class Noise:
     @property
     def percent(self) -> float:
         """Returns the standard deviation of a row in percent of its speed-up."""
-        return 100 * (exp(sqrt(self.variance)) - 1)
+        return 100 * (_exp(sqrt(self.variance)) - 1)
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        return exp(self.log_ratio)
+        return _exp(self.log_ratio)
 
     @property
     def interval(self) -> tuple[float, float]:
         """Returns the 95 % interval of `ratio`."""
         half = float(t.isf(ALPHA / 2, self.degrees)) * self.error
-        return exp(self.log_ratio - half), exp(self.log_ratio + half)
+        return _exp(self.log_ratio - half), _exp(self.log_ratio + half)
 
     def p_slower(self) -> float:
         """Returns the probability of at least such a slowdown if there is none."""
@@ -72,7 +72,7 @@ class Change:
 
     def visible(self, tests: int) -> float:
         """Returns the least ratio that would be significant as the first of `tests` tests."""
-        return exp(float(t.isf(ALPHA / tests, self.degrees)) * self.error)
+        return _exp(float(t.isf(ALPHA / tests, self.degrees)) * self.error)
 
     def _tail(self, log_ratio: float) -> float:
         if self.error == 0:  # rows without noise: written by hand
@@ -210,4 +210,13 @@ def _baseline_change(pairs: Iterable[tuple[Runs, Runs]]) -> float:
         ]
         if all(times):
             ratios.append(fmean(times[1]) - fmean(times[0]))
-    return exp(fmean(ratios)) if ratios else 1.0
+    return _exp(fmean(ratios)) if ratios else 1.0
+
+
+def _exp(exponent: float) -> float:
+    """Returns e to a power, infinity where no float is so large: rows that were damaged, or taken
+    by a stopped clock, may differ by any factor."""
+    try:
+        return exp(exponent)
+    except OverflowError:
+        return inf

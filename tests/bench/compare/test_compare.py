@@ -355,3 +355,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def test_holm_against_its_own_example() -> None:
     """Four tests by hand: 4 x 0.005, 3 x 0.011, then never below what came before."""
     assert verdict._holm([0.011, 0.04, 0.005, 0.03]) == pytest.approx([0.033, 0.06, 0.02, 0.06])
+
+
+def test_times_that_differ_by_any_factor_have_an_interval() -> None:
+    change = verdict.Change(log_ratio=0.0, error=1e6, degrees=3)
+    assert change.interval == (0.0, math.inf) and change.visible(4) == math.inf
+    assert verdict.Change(1e6, 1.0, 3).ratio == math.inf

@@ -135,7 +135,8 @@ def inverted_residual(
     problem: ConvProblem, reader: ConvProblem, k: int, residual: bool, seed: int = 0
 ) -> tuple[Graph, State]:
     """A convolution, one that reads it and a 1x1 to `k` channels, which may add a residual."""
-    graph, state = bottleneck(problem, replace(reader, residual=False), seed)
+    alone = replace(reader, epilogue=reader.epilogue._replace(residual="none"))
+    graph, state = bottleneck(problem, alone, seed)
     generator = torch.Generator().manual_seed(seed + 2)
     project = problem_of(reader.n, reader.k, reader.p, reader.q, k, 1, 1, residual=residual)
     state["u"] = torch.randn(k, reader.k, 1, 1, generator=generator) / reader.k**0.5
@@ -193,7 +194,8 @@ def test_where_a_run_ends_before_the_1x1(why: str) -> None:
         graph = replace(graph, nodes=(*before, replace(last, inputs=("s",))), values=values)
     else:
         changed = {"stride": (2, 2)} if why == "strided" else {"groups": 2}
-        op = replace(last.op, problem=replace(last.op.problem, **changed))
+        geometry = last.op.problem.geometry._replace(**changed)
+        op = replace(last.op, problem=replace(last.op.problem, geometry=geometry))
         graph = replace(graph, nodes=(*before, replace(last, op=op)))
     assert {choice.stop for choice in native_rows.segments(graph, 0)} == {2}
 
