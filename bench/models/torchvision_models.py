@@ -49,7 +49,8 @@ def build(name: str, arguments: Arguments) -> nn.Module:
     options = dict(_OPTIONS.get(name, {}))
     if name in torchvision.models.list_models(module=torchvision.models.segmentation):
         options["weights_backbone"] = None  # or it would be downloaded
-    made: nn.Module = torchvision.models.get_model(name, weights=None, **options, **arguments)
+    options |= arguments
+    made: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     return made
 
 

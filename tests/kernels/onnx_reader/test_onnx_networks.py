@@ -38,7 +38,7 @@ NETWORKS = {
     "torchvision:densenet121": "120 of 120",
     "torchvision:regnet_y_400mf": "85 of 85",
     "torchvision:shufflenet_v2_x0_5": "56 of 56",
-    "torchvision:googlenet?aux_logits=False&init_weights=False": "57 of 57",
+    "torchvision:googlenet?aux_logits=False": "57 of 57",
     "timm:resnet18d": "22 of 22",
     "timm:ghostnet_100": "95 of 95",
     "timm:resnest14d": "27 of 27",
