@@ -3,7 +3,7 @@
 A file for each environment, a line of JSON for each time, appended: a process that dies leaves a
 torn last line, two that write at once interleave whole lines, and whatever cannot be read, or was
 measured elsewhere, is left out with a warning. A file may have been changed, or be a stranger's: it
-can make an engine slower, but is no proof that a choice is right (see Measurer.confirm).
+can make an engine slower, but is no proof that a choice is right (see Tuner.confirm).
 """
 
 import contextlib
