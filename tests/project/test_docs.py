@@ -38,14 +38,16 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def in_bash(script: str, home: Path, sources: Path) -> subprocess.CompletedProcess[str]:
-    """With a `resfuse` on the path that runs the command of `sources`."""
-    command = home / "bin" / "resfuse"
-    command.parent.mkdir(exist_ok=True)
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m resfuse.bench "$@"\n')
-    command.chmod(0o755)
+    """With `python` and `resfuse` on the path, as in an activated environment; the command is that
+    of `sources`."""
+    folder = home / "bin"
+    folder.mkdir(exist_ok=True)
+    for name, options in (("python", ""), ("resfuse", "-m resfuse.bench")):
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {options} "$@"\n')
+        (folder / name).chmod(0o755)
     environment = {
         **os.environ,
-        "PATH": f"{command.parent}:{os.environ['PATH']}",
+        "PATH": f"{folder}:{os.environ['PATH']}",
         "PYTHONPATH": str(sources),
     }
     return subprocess.run(

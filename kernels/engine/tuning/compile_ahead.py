@@ -50,7 +50,8 @@ def compile_launches(found: "Iterable[Launch]", arch: int) -> None:
             kernels.setdefault(kernel.key, (kernel, launch))
     missing = {key: both for key, both in kernels.items() if both[0].cached_metadata() is None}
     compile_in_processes([launch for _, launch in missing.values()], arch, cores())
-    _side_by_side(lambda key: _compile(missing[key][0]), missing)
+    for workers in (cores(), 1):  # what failed beside others is tried once more, alone
+        _side_by_side(lambda key: _compile(missing[key][0]), missing, workers)
     _build_launchers(kernel for kernel, _ in kernels.values())
 
 
@@ -117,16 +118,16 @@ def _build_launchers(kernels: "Iterable[Specialized]") -> None:
             if source is None:
                 return  # this Triton has one launcher for all kernels
             sources.add(source)
-    _side_by_side(c_launchers.build_ahead, sources)
+    _side_by_side(c_launchers.build_ahead, sources, cores())
 
 
-def _side_by_side(work: Callable[[str], object], keys: Iterable[str]) -> None:
+def _side_by_side(work: Callable[[str], object], keys: Iterable[str], workers: int) -> None:
     """Runs `work` on all keys by threads: Triton's passes, ptxas and gcc release Python's lock."""
 
     def attempt(key: str) -> None:
         with contextlib.suppress(Exception):  # a compiler may raise anything
             work(key)
 
-    with ThreadPoolExecutor(cores()) as threads:
+    with ThreadPoolExecutor(workers) as threads:
         for key in keys:
             threads.submit(attempt, key)

@@ -17,11 +17,13 @@ from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph, State
 from resfuse.kernels.engine.tactics import TACTICS, tactics_for
 from resfuse.kernels.engine.tactics.gpu import triton_kernels
+from resfuse.kernels.engine.tuning import compile_ahead as compile_ahead_module
 from resfuse.kernels.engine.tuning import compile_processes
 from resfuse.kernels.engine.tuning.compile_ahead import compile_ahead, compile_launches, launches
 from resfuse.kernels.gpu.common import c_launchers
 from resfuse.kernels.gpu.common.launch import Launch
 from resfuse.kernels.gpu.common.stand_in_driver import stand_in
+from resfuse.kernels.gpu.inspect.inspect import Specialized
 from resfuse.kernels.gpu.registry import KERNELS
 from without_interpreter import output_of, printed_by
 
@@ -93,6 +95,26 @@ def test_a_build_compiles_nothing_after_it_was_compiled_ahead(tmp_path: Path) ->
     Triton's own launches."""
     told = printed_by("test_compile_ahead", "run_what_was_compiled", tmp_path)
     assert json.loads(told) == [2, 2, 2, [], []]
+
+
+def compile_with_one_failure() -> None:
+    """For the subprocess: the first compilation raises; prints how many kernels were made."""
+    graph, state, offered = two_equal_convolutions()
+    failures = [RuntimeError("a race")]
+    compile_kernel = compile_ahead_module._compile
+
+    def fail_once(kernel: Specialized) -> None:
+        if failures:
+            raise failures.pop()
+        compile_kernel(kernel)
+
+    compile_ahead_module._compile = fail_once
+    compile_ahead(graph, state, [c for c in offered if c.tactic == "triton_conv"][:2], 90)
+    print(made_in_cache())
+
+
+def test_what_fails_beside_others_is_tried_again_alone(tmp_path: Path) -> None:
+    assert printed_by("test_compile_ahead", "compile_with_one_failure", tmp_path) == "2\n"
 
 
 def made_in_cache() -> int:
