@@ -21,7 +21,7 @@ class ConvCall:
 
 class Placement:
     """Where the results of a program lie: those that leave it in tensors of their own, the others
-    in buffers, each of which may hold results of one size whose lifetimes do not overlap.
+    in buffers, each of which may hold results whose lifetimes do not overlap: best fit, in order.
 
     Args:
         inputs: the number of values that the program is called with.
@@ -66,14 +66,9 @@ class Placement:
                 self.output_shapes.append(shapes[value])
                 continue
             floats = math.prod(shapes[value])
-            buffer = next(
-                (
-                    b
-                    for b, size in enumerate(self.buffers)
-                    if size == floats and busy_until[b] < unit[0]
-                ),
-                len(self.buffers),
-            )
+            free = [b for b, until in enumerate(busy_until) if until < unit[0]]
+            fits = [b for b in free if self.buffers[b] >= floats]
+            buffer = min(fits, key=self.buffers.__getitem__, default=len(self.buffers))
             if buffer == len(self.buffers):
                 self.buffers.append(floats)
                 busy_until.append(-1)

@@ -153,7 +153,7 @@ def _attach_plans(model: nn.Module, training: bool) -> None:
     for _, module, planned in plans_of(model):
         if planned.plan is not None and plan_of(module) is None:
             attach(module, planned.plan, in_training.get(module))
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # a sequence may be a block of another one
         plan = sequence_plan(module) if plan_of(module) is None else None
         if plan is not None:
             attach(module, plan)

@@ -34,6 +34,21 @@ class ConvRegion:
         # Of the packed weights that it was made for; replaced at once, since other threads read it.
         self._made: tuple[list[NativeConv], ConvProgram] | None = None
 
+    @classmethod
+    def joined(cls, regions: "Sequence[ConvRegion]") -> "ConvRegion":
+        """Returns a region that runs others of one input and one output, each on what the one
+        before it returns.
+        """
+        whole = cls(1)
+        value = 0
+        for region in regions:
+            numbers = [value, *range(1 + len(whole), 1 + len(whole) + len(region))]
+            for step, x, residual in region._calls:
+                whole._add(step, numbers[x], None if residual is None else numbers[residual])
+            value = numbers[region._outputs[0]]
+        whole.returns([value])
+        return whole
+
     @staticmethod
     def takes(step: FusedStep) -> bool:
         """Whether a step consists of convolutions alone."""
@@ -57,6 +72,10 @@ class ConvRegion:
 
     def __len__(self) -> int:
         return len(self._calls)
+
+    def is_native(self) -> bool:
+        """Whether one native call runs it, as its steps are bound now."""
+        return all(isinstance(call.step.bound, NativeConv) for call in self._calls)
 
     def __call__(self, *inputs: Tensor) -> Tensor | list[Tensor]:
         """Returns the outputs, or the only one."""

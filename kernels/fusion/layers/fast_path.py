@@ -16,6 +16,11 @@ Forward = Callable[..., Any]
 Signature = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
 
 
+def signature_of(x: Tensor) -> Signature:
+    """Returns what the checks of a forward depend on: shape, strides, dtype and autocast."""
+    return x.shape, x.stride(), x.dtype, torch._C._is_any_autocast_enabled()
+
+
 class Miss(Enum):
     """Why a fused layer has done something that a run without checks would not do."""
 
@@ -60,7 +65,7 @@ class FastPath:
             module: whose forward it is.
             x: its only argument.
         """
-        signature = (x.shape, x.stride(), x.dtype, torch._C._is_any_autocast_enabled())
+        signature = signature_of(x)
         if self._guards.get(unchecked) == signature:
             return unchecked(module, x)
         self._guards.clear()  # the layers are about to be bound to weights in this input's dtype
@@ -69,6 +74,10 @@ class FastPath:
         if self.last_miss is before and not signature[-1]:
             self._guards[unchecked] = signature
         return result
+
+    def holds(self, unchecked: Forward, signature: Signature) -> bool:
+        """Returns whether inputs of that signature run without checks."""
+        return self._guards.get(unchecked) == signature
 
     def report(self, layer: str, miss: Miss) -> None:
         """Notes that a layer has had a miss: the run that it is part of sets no guard.

@@ -9,7 +9,8 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from resfuse.kernels.fusion.layers.compound_layers import FusedStep, StemStep
-from resfuse.kernels.fusion.layers.fast_path import FastPath
+from resfuse.kernels.fusion.layers.conv_region import ConvRegion
+from resfuse.kernels.fusion.layers.fast_path import FastPath, signature_of
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep
 from resfuse.kernels.fusion.planning.forwards import Variant
 from resfuse.kernels.fusion.planning.plan import NOT_RUN, STEPS, Plan, plan_of
@@ -19,13 +20,13 @@ from resfuse.kernels.fusion.planning.rewrite import (
     drop_checks,
     join_convolutions,
     runs_unchecked,
+    whole_region,
 )
 from resfuse.kernels.fusion.tracing.memory_formats import (
     InputFormat,
     LayoutPass,
     feeds_convolutions_only,
     laid_out,
-    preserves_layout,
     strides_in,
     suggests_channels_last,
 )
@@ -112,7 +113,21 @@ class GraphForwards:
         if not tensors or any(x.dim() != 4 or x.numel() == 0 for x in tensors):
             return "any"
         only_suggests = self._only_convolves and not suggests_channels_last(tensors[0])
-        return "contiguous" if only_suggests or _are_contiguous(tensors) else "any"
+        return "contiguous" if only_suggests or are_contiguous(tensors) else "any"
+
+    def region_for(self, x: Tensor, input_format: InputFormat, flexible: bool) -> ConvRegion | None:
+        """Returns all that a guarded call with `x`, on a CPU, does, where that is convolutions
+        without their checks; else None.
+        """
+        found, fast_path = self._variants[input_format, flexible], self.fast_path
+        if fast_path is None or found.unchecked_on_cpu is None:
+            return None
+        return found.region if fast_path.holds(found.unchecked_on_cpu, signature_of(x)) else None
+
+    def reset(self) -> None:
+        """Has the next call make all checks."""
+        if self.fast_path is not None:
+            self.fast_path.reset()
 
     def _variant(self, input_format: InputFormat, flexible: bool, calls: dict[str, Any]) -> Variant:
         def takes_flexible(module: nn.Module) -> bool:
@@ -144,11 +159,12 @@ class GraphForwards:
             holder = self._module.get_submodule(parent)._modules
             children.append((holder, last, self._module.get_submodule(child_name)))
         forward = compile_forward(layout.graph, name)
-        on_cpu = on_gpu = None
+        on_cpu = on_gpu = region = None
         if self.fast_path is not None and input_format != "exported":
             # where checked runs found nothing to lay out, there is nothing
             plain = layout.graph if input_format == "contiguous" else layout_for("exported").graph
             if runs_unchecked(plain, self._steps):
+                region = whole_region(plain, self._steps)
                 if input_format == "any":
                     on_gpu = compile_forward(
                         layout_for("exported").graph, f"{name} unchecked on a GPU"
@@ -158,7 +174,7 @@ class GraphForwards:
                 drop_checks(plain, self._steps)
                 on_cpu = compile_forward(plain, f"{name} unchecked")
         takes = layout.returns_flexible and not layout.restores_input
-        return Variant(input_format, forward, on_cpu, on_gpu, takes, children)
+        return Variant(input_format, forward, on_cpu, on_gpu, takes, children, region)
 
     def _is_step(self, node: fx.Node) -> bool:
         return node.op == "call_module" and str(node.target).startswith(f"{STEPS}.")
@@ -206,94 +222,6 @@ def restore_layout(x: Tensor, input_format: InputFormat) -> Tensor:
     return x
 
 
-class SequenceForwards:
-    """Sequential.forward with fused blocks in it.
-
-    What one block hands to the next may stay flexible. Nothing else reads it, so the next block may
-    add its residual in place: oneDNN then writes over what it reads, instead of fetching the cache
-    lines of a new tensor first.
-    """
-
-    fast_path = None  # the blocks have theirs
-
-    def __init__(self, sequence: nn.Sequential) -> None:
-        self._sequence = sequence
-
-    def compile_variants(self) -> dict[str, Any]:
-        return {}
-
-    def called_modules(self) -> list[nn.Module]:
-        return [child for child in self._sequence._modules.values() if child is not None]
-
-    def variant(
-        self, input_format: InputFormat, flexible: bool, *, guarded: bool = False
-    ) -> Variant:
-        def forward(sequence: nn.Sequential, x: Any) -> Any:
-            return _run_sequence(sequence, x, input_format, flexible)
-
-        return Variant(
-            input_format,
-            forward,
-            None,
-            None,
-            input_format == "contiguous" and self._stays_flexible(),
-            [],
-        )
-
-    def input_format_of(self, args: tuple[Any, ...]) -> InputFormat:
-        x = args[0]
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
-            return "any"
-        return "contiguous" if _are_contiguous([x]) else "any"
-
-    def _stays_flexible(self) -> bool:
-        plans = [(child, plan_of(child)) for child in self._sequence]
-        return any(plan is not None for _, plan in plans) and all(
-            plan.takes_flexible() if plan is not None else preserves_layout(child)
-            for child, plan in plans
-        )
-
-
-def _run_sequence(
-    sequence: nn.Sequential, x: Any, input_format: InputFormat, flexible: bool
-) -> Any:
-    """Runs Sequential.forward; the plan has checked that the children have no hooks."""
-    if input_format == "any":
-        return _run_with_eager_strides(sequence, x)
-    is_flexible, donated, is_contiguous = flexible, False, True
-    for child in sequence._modules.values():
-        assert child is not None
-        plan = plan_of(child)
-        if plan is not None and is_contiguous and plan.takes_flexible():
-            x = run_flexible(child, plan, x, input_format, donated)
-            is_flexible, donated = True, plan.returns_fresh
-        elif (
-            is_flexible
-            and plan is None
-            and preserves_layout(child)
-            and not getattr(child, "inplace", False)
-        ):
-            x, donated = child(x), False
-        else:
-            x = child(restore_layout(x, input_format) if is_flexible else x)
-            is_flexible, donated = False, False
-            is_contiguous = is_contiguous and preserves_layout(child)
-    return x if flexible or not is_flexible else restore_layout(x, input_format)
-
-
-def _run_with_eager_strides(sequence: nn.Sequential, x: Any) -> Any:
-    donated = False
-    for child in sequence._modules.values():
-        assert child is not None
-        plan = plan_of(child)
-        result = NOT_RUN if plan is None or child.training else plan.run(child, (x,), {}, donated)
-        if plan is None or result is NOT_RUN:
-            x, donated = child(x), False
-        else:
-            x, donated = result, plan.returns_fresh
-    return x
-
-
 def _is_torchs(function: Any) -> bool:
     """Whether a function is one of torch's or of Python's operators."""
     return getattr(function, "__module__", None) in _TORCHS or function in _BUILTINS
@@ -312,6 +240,6 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _are_contiguous(tensors: list[Tensor]) -> bool:
+def are_contiguous(tensors: list[Tensor]) -> bool:
     """Whether all strides are those of torch.empty, also those of sizes of one."""
     return all(x.stride() == strides_in(x.shape, False) for x in tensors)

@@ -2,8 +2,9 @@
 
 from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from resfuse.kernels.fusion.layers.conv_region import ConvRegion
 from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
 from resfuse.kernels.fusion.tracing.memory_formats import InputFormat
 
@@ -17,6 +18,7 @@ class Variant(NamedTuple):
     unchecked_on_gpu: Forward | None  # the same, without the checks of the results' strides
     returns_flexible: bool  # its result is a step's, in NHWC whatever format eager gives it
     children: list[tuple[dict[str, nn.Module | None], str, nn.Module]]  # it was made for these
+    region: ConvRegion | None = None  # all that `unchecked_on_cpu` does, if that is convolutions
 
 
 class Forwards(Protocol):
@@ -30,6 +32,12 @@ class Forwards(Protocol):
     ) -> Variant: ...
 
     def input_format_of(self, args: tuple[Any, ...]) -> InputFormat: ...
+
+    def region_for(
+        self, x: Tensor, input_format: InputFormat, flexible: bool
+    ) -> ConvRegion | None: ...
+
+    def reset(self) -> None: ...
 
     def compile_variants(self) -> dict[str, Any]: ...
 

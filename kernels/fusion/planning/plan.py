@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from resfuse.kernels.cpu.weight_origin import Origin, is_plain, tensors_of
 from resfuse.kernels.fusion.layers.compound_layers import FusedStep, convolutions
+from resfuse.kernels.fusion.layers.conv_region import ConvRegion
 from resfuse.kernels.fusion.matching.layer_kinds import differs_in_training
 from resfuse.kernels.fusion.planning.forwards import Forwards
 from resfuse.kernels.fusion.planning.optimizer_steps import notify_of_steps
@@ -181,7 +182,7 @@ class Plan:
         if torch.compiler.is_exporting():
             return forwards.variant("exported", False).forward(module, *args)
         if input_format is None:
-            input_format = "any" if self._has_channels_last else forwards.input_format_of(args)
+            input_format = self._input_format(forwards, args)
         variant = forwards.variant(input_format, flexible, guarded=guarded)
         x, fast_path = args[0], forwards.fast_path
         on_cpu = isinstance(x, Tensor) and x.is_cpu
@@ -190,10 +191,26 @@ class Plan:
             return variant.forward(module, *args)
         return fast_path.run(unchecked, variant.forward, module, x)
 
+    def region_for(
+        self, x: Tensor, donated: bool, input_format: InputFormat | None, flexible: bool
+    ) -> ConvRegion | None:
+        """Returns all that a guarded call with such an argument does, where that is convolutions on
+        a CPU without their checks; else None. The arguments are those of `run`.
+        """
+        call = Call(1, False, donated)
+        forwards = self.forwards.get(call if call in self.forwards else Call(1))
+        if forwards is None or not x.is_cpu:
+            return None
+        if input_format is None:
+            input_format = self._input_format(forwards, (x,))
+        return forwards.region_for(x, input_format, flexible)
+
+    def _input_format(self, forwards: Forwards, args: tuple[Any, ...]) -> InputFormat:
+        return "any" if self._has_channels_last else forwards.input_format_of(args)
+
     def _reset_fast_paths(self) -> None:
         for forwards in self.forwards.values():
-            if forwards.fast_path is not None:
-                forwards.fast_path.reset()
+            forwards.reset()
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], donated: bool) -> Call | None:
         if kwargs or not args:

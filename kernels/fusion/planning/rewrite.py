@@ -172,23 +172,14 @@ def join_convolutions(
     regions: dict[str, ConvRegion] = {}
     runs: list[list[fx.Node]] = [[]]
     for node in graph.nodes:
-        step = steps.get(attribute_of(node))
-        if step is not None and ConvRegion.takes(step):
+        if _convolves(node, steps):
             runs[-1].append(node)
         elif runs[-1]:
             runs.append([])
     for run in runs:
-        read = [arg for node in run for arg in node.args if isinstance(arg, fx.Node)]
-        inputs = list(dict.fromkeys(arg for arg in read if arg not in run))
-        region = ConvRegion(len(inputs))
-        values = {node: number for number, node in enumerate(inputs)}
-        for node in run:
-            numbers = [values[arg] for arg in node.args if isinstance(arg, fx.Node)]
-            values[node] = region.add(steps[attribute_of(node)], numbers)
+        inputs, outputs, region = _region(run, steps)
         if len(region) < 2:
             continue
-        outputs = [node for node in run if any(user not in run for user in node.users)]
-        region.returns([values[node] for node in outputs])
         attribute = f"{prefix}_region_{len(regions)}"
         regions[attribute] = region
         with graph.inserting_before(run[0]):
@@ -201,6 +192,38 @@ def join_convolutions(
         for node in reversed(run):
             graph.erase_node(node)
     return regions
+
+
+def whole_region(graph: fx.Graph, steps: dict[str, FusedStep]) -> ConvRegion | None:
+    """Returns all of a graph as a region, from its only input to its only result; None where it is
+    more than convolutions.
+    """
+    first, *run, last = graph.nodes
+    if not run or not all(_convolves(node, steps) for node in run) or last.args[0] not in run:
+        return None
+    inputs, outputs, region = _region(run, steps)
+    return region if (inputs, outputs) == ([first], [last.args[0]]) else None
+
+
+def _region(
+    run: list[fx.Node], steps: dict[str, FusedStep]
+) -> tuple[list[fx.Node], list[fx.Node], ConvRegion]:
+    """Returns what a run of convolutions reads, what others read of it, and its region."""
+    read = [arg for node in run for arg in node.args if isinstance(arg, fx.Node)]
+    inputs = list(dict.fromkeys(arg for arg in read if arg not in run))
+    region = ConvRegion(len(inputs))
+    values = {node: number for number, node in enumerate(inputs)}
+    for node in run:
+        numbers = [values[arg] for arg in node.args if isinstance(arg, fx.Node)]
+        values[node] = region.add(steps[attribute_of(node)], numbers)
+    outputs = [node for node in run if any(user not in run for user in node.users)]
+    region.returns([values[node] for node in outputs])
+    return inputs, outputs, region
+
+
+def _convolves(node: fx.Node, steps: dict[str, FusedStep]) -> bool:
+    step = steps.get(attribute_of(node))
+    return step is not None and ConvRegion.takes(step)
 
 
 def _called(graph: fx.Graph, steps: dict[str, FusedStep]) -> list[fx.Node]:

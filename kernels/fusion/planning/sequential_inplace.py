@@ -4,9 +4,9 @@ from itertools import pairwise
 
 from torch import nn
 
-from resfuse.kernels.fusion.planning.forward_variants import SequenceForwards
 from resfuse.kernels.fusion.planning.forwards import Forwards
 from resfuse.kernels.fusion.planning.plan import Plan, plan_of
+from resfuse.kernels.fusion.planning.sequence_forwards import SequenceForwards
 from resfuse.kernels.fusion.tracing.module_tracing import Call, is_plain_sequence, original_class
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -82,15 +83,27 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] = 
     "two results": (Branches, (2, 16, 8, 8), [2]),
     # those of two whose shortcut is padded read what no step has made
     "basic blocks": (lambda: create("cifar_resnet20", seed=0), (2, 3, 32, 32), [2] * 7),
-    "bottlenecks": (
-        lambda: create("resnet50", seed=0), (1, 3, 64, 64), [3] * 12 + [4] * 4,
+    # of each stage
+    "bottlenecks": (lambda: create("resnet50", seed=0), (1, 3, 64, 64), [10, 10, 13, 19]),
+    "sequences in a sequence": (
+        lambda: nn.Sequential(*(nn.Sequential(Inverted(), Inverted()) for _ in range(2))),
+        (2, 24, 9, 10), [12],
+    ),
+    "a layer in between": (
+        lambda: nn.Sequential(*(Inverted() for _ in range(2)), nn.AvgPool2d(2), Inverted()),
+        (2, 24, 9, 10), [3, 6],
+    ),
+    # eight channels are too few for the native kernels
+    "a block that is not native": (
+        lambda: nn.Sequential(*map(Inverted, [24, 24, 24, 8, 24, 24], [24, 24, 8, 24, 24, 24])),
+        (2, 24, 9, 10), [6, 9],
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_block_is_one_native_call(name: str, channels_last: bool, programs: list[int]) -> None:
+def test_blocks_are_one_native_call(name: str, channels_last: bool, programs: list[int]) -> None:
     make, shape, calls = MODELS[name]
     torch.manual_seed(0)
     model = make().eval()
@@ -147,3 +160,80 @@ def test_an_input_that_the_caller_keeps_is_not_written_to() -> None:
     for _ in range(3):
         block(x)
     assert torch.equal(x, before)
+
+
+def two_blocks() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Inverted(), Inverted(), Inverted()).eval()
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model[1].depthwise.weight.data.mul_(-1.5),
+    lambda model: model[1].bn3.running_mean.add_(1),
+    lambda model: model.__setitem__(1, nn.MaxPool2d(3, 1, 1)),
+    lambda model: model[1].register_forward_hook(lambda *given: given[-1] + 1),
+    lambda model: model[1].depthwise.register_forward_pre_hook(lambda _, given: (given[0] + 1,)),
+    lambda model: setattr(model[2], "forward", lambda x: x + 1),
+    lambda model: setattr(model[1], "adds", False),
+    lambda model: model.append(nn.ReLU()),
+    lambda model: model.double().float(),
+    lambda model: model.to(memory_format=torch.channels_last),
+    lambda model: model[1].train(),
+    lambda model: model.load_state_dict(two_blocks().apply(randomize).state_dict()),
+])  # fmt: skip
+@torch.inference_mode()
+def test_joined_blocks_follow_every_change(
+    change: Callable[[nn.Module], object], programs: list[int]
+) -> None:
+    model = two_blocks()
+    fused = fuse(copy.deepcopy(model))
+    x = images(2, 24, 7, 7)
+    for _ in range(3):
+        require_like_eager(model, fused, x)
+    assert programs[-1] == 9
+    for module in (model, fused):
+        change(module)
+    for _ in range(3):
+        require_like_eager(model, fused, x)
+        require_like_eager(model, fused, images(1, 24, 8, 8))
+
+
+def randomize(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for parameter in module.parameters(recurse=False):
+        parameter.normal_(0, 0.1, generator=generator)
+
+
+@torch.inference_mode()
+def test_joined_blocks_of_several_threads_and_shapes() -> None:
+    """With more shapes than there are joined blocks kept for."""
+    model = two_blocks()
+    fused = fuse(copy.deepcopy(model))
+    given = [images(n, 24, 6 + size, 7, seed=size) for size in range(6) for n in (1, 2, 3)]
+    wanted = [model(x) for x in given]
+
+    def run(first: int) -> bool:
+        with torch.inference_mode():
+            order = [(first + 5 * i) % len(given) for i in range(3 * len(given))]
+            return all(torch.allclose(fused(given[i]), wanted[i], 1e-4, 1e-4) for i in order)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+
+
+@torch.inference_mode()
+def test_joined_blocks_use_the_memory_of_a_few_results() -> None:
+    model = nn.Sequential(*(Inverted() for _ in range(6))).eval()
+    fused = fuse(model)
+    x = images(1, 24, 10, 10)
+    for _ in range(3):
+        fused(x)
+    (bound,) = {
+        id(each): each
+        for forwards in fused._resfuse_plan.forwards.values()
+        for joined in forwards._joined.values()
+        for blocks in joined.values()
+        for each in blocks.region._made[1]._here.bound.values()
+    }.values()
+    wide, narrow = 96 * 100, 24 * 100
+    assert sum(bound.buffers) <= 2 * wide + 2 * narrow
