@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resfuse.kernels.cpu.packed_conv import NativeConv
+from resfuse.kernels.cpu.stem_pool import StemPool
+
+Native = NativeConv | StemPool
 
 
 @dataclass(frozen=True)
 class ConvCall:
-    """One convolution of a program. Values have numbers: the program's inputs, then the results of
-    its calls.
+    """A convolution of a program, or a stem's max-pool. Values have numbers: the program's inputs,
+    then the results of its calls.
     """
 
-    conv: NativeConv
+    conv: Native
     x: int
     residual: int | None = None
     overwrite: bool = False  # whether the result may be written over the residual

@@ -2,7 +2,8 @@
 
 By themselves each of them costs a call from Python and a start of the team of threads; here a
 thread that finds no more of one to do goes on with the next. What a convolution hands to a
-depthwise one, and that to a 1x1, stays in strips of rows in a cache where it is large.
+max-pool or to a depthwise one, and that to a 1x1, stays in strips of rows in a cache where it is
+large.
 """
 
 import threading
@@ -20,6 +21,7 @@ from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.packed_conv import empty_output, nhwc, workspace
 from resfuse.kernels.cpu.program import Step, mr, require_done, runner, whole_vectors
 from resfuse.kernels.cpu.row_fusion import RowLayout, is_pointwise, rows_within
+from resfuse.kernels.cpu.stem_pool import StemPool
 from resfuse.kernels.ops.conv_problem import ConvProblem
 
 # Bytes of a strip, half of a second-level cache, and the least rows of a thread.
@@ -111,7 +113,7 @@ class ConvProgram:
             problem = call.conv.problem(shapes[call.x], call.residual is not None)
             problems.append(problem)
             shapes.append((problem.n, problem.k, problem.p, problem.q))
-        units = list(self._units(problems, count))
+        units = list(self._units(problems, shapes, count))
         ranges = [unit.calls for unit in units]
         placed = Placement(self._inputs, self._calls, self._outputs, shapes, ranges)
         steps: list[Step] = []
@@ -147,14 +149,16 @@ class ConvProgram:
             before.y_pitch = behind.x_pitch = pitch
         return unit.layout.fuse(steps, 0)
 
-    def _units(self, problems: Sequence[ConvProblem], count: int) -> Iterator["_Unit"]:
+    def _units(
+        self, problems: Sequence[ConvProblem], shapes: Sequence[tuple[int, ...]], count: int
+    ) -> Iterator["_Unit"]:
         i = 0
         while i < len(problems):
             end = self._end_of_strips(i, problems, count)
             if end == i + 1:
                 yield _Unit(range(i, end), [None])
             else:
-                yield _strips(range(i, end), problems[i:end])
+                yield self._strips(range(i, end), problems[i:end], shapes)
             i = end
 
     def _end_of_strips(self, i: int, problems: Sequence[ConvProblem], count: int) -> int:
@@ -165,9 +169,26 @@ class ConvProgram:
         reader = problems[i + 1]
         if reader.c != reader.groups or reader.r * reader.s == 1:
             return i + 1
-        if i + 2 < len(problems) and self._hands_on(i + 1) and is_pointwise(problems[i + 2]):
-            return i + 3
-        return i + 2
+        pools = isinstance(self._calls[i + 1].conv, StemPool)
+        if i + 2 == len(problems) or pools or not self._hands_on(i + 1):
+            return i + 2
+        return i + 3 if is_pointwise(problems[i + 2]) else i + 2
+
+    def _strips(
+        self, calls: range, problems: Sequence[ConvProblem], shapes: Sequence[tuple[int, ...]]
+    ) -> "_Unit":
+        first, windows, *following = problems
+        rows_read = max(1, _STRIP_BYTES // (4 * first.q * whole_vectors(first.k)))
+        rows = rows_within(rows_read, first, windows.r, windows.stride[0], windows.dilation[0])
+        by_pixel = [c for c in conv_candidates.configs("direct", first) if not c.by_channel]
+        block = min(by_pixel[len(by_pixel) // 2].block, rows_read * first.q // mr() * mr() or mr())
+        configs = [NativeConfig("direct", False, block), NativeConfig("grouped", False, 0)]
+        conv, reader = (
+            self._calls[i].conv.step(shapes[self._calls[i].x], False, config)[0]
+            for i, config in zip(calls, configs, strict=False)
+        )
+        layout = RowLayout(conv, reader, following, rows)
+        return _Unit(calls, [*configs, *(layout.following for _ in following)], layout)
 
     def _hands_on(self, i: int) -> bool:
         """Whether the next call alone reads the result of call `i`, and no residual is added to
@@ -196,19 +217,3 @@ class _Unit:
     calls: range
     configs: Sequence[NativeConfig | None]
     layout: RowLayout | None = None
-
-
-def _strips(calls: range, problems: Sequence[ConvProblem]) -> _Unit:
-    first, windows, *following = problems
-    rows_read = max(1, _STRIP_BYTES // (4 * first.q * whole_vectors(first.k)))
-    rows = rows_within(rows_read, first, windows.r, windows.stride[0], windows.dilation[0])
-    by_pixel = [c for c in conv_candidates.configs("direct", first) if not c.by_channel]
-    block = min(by_pixel[len(by_pixel) // 2].block, rows_read * first.q // mr() * mr() or mr())
-    conv, reader = NativeConfig("direct", False, block), NativeConfig("grouped", False, 0)
-    layout = RowLayout(
-        conv_candidates.conv_step(first, conv),
-        conv_candidates.conv_step(windows, reader),
-        following,
-        rows,
-    )
-    return _Unit(calls, [conv, reader, *(layout.following for _ in following)], layout)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from resfuse.kernels.cpu.stem_pool import StemPool
 from resfuse.kernels.fusion.layers.fast_path import Miss
 from resfuse.kernels.fusion.layers.fold_cache import Folded
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep, NormStep, autocast, is_on_gpu
@@ -14,6 +15,16 @@ from resfuse.kernels.fusion.layers.launch_signature import is_unseen, signature_
 from resfuse.kernels.fusion.tracing.memory_formats import is_ambiguous, laid_out
 from resfuse.kernels.gpu.common.arguments import channels_last
 from resfuse.kernels.ops.conv_problem import Epilogue
+
+
+class PoolStep:
+    """A stem's max-pool as a step of its own, for a region (conv_region.py)."""
+
+    overwrite = False
+
+    def __init__(self, conv: ConvStep, pool: Callable[[Tensor], Tensor]) -> None:
+        self.unchecked = pool
+        self.bound = StemPool() if StemPool.supports(conv.conv.out_channels) else None
 
 
 class StemStep:

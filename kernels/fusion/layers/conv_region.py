@@ -5,17 +5,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from resfuse.kernels.cpu.conv_calls import ConvCall
+from resfuse.kernels.cpu.conv_calls import ConvCall, Native
 from resfuse.kernels.cpu.conv_program import ConvProgram
-from resfuse.kernels.cpu.packed_conv import NativeConv
-from resfuse.kernels.fusion.layers.compound_layers import FusedStep, ProjectionStep
+from resfuse.kernels.fusion.layers.compound_layers import (
+    FusedStep,
+    PoolStep,
+    ProjectionStep,
+    StemStep,
+)
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep
 
 
 class RegionCall(NamedTuple):
-    """A convolution of a region. Values have numbers: the region's inputs, then its results."""
+    """A convolution of a region, or a stem's max-pool. Values have numbers: the region's inputs,
+    then its results.
+    """
 
-    step: ConvStep
+    step: ConvStep | PoolStep
     x: int
     residual: int | None
 
@@ -32,7 +38,7 @@ class ConvRegion:
         self._calls: list[RegionCall] = []
         self._outputs: list[int] = []
         # Of the packed weights that it was made for; replaced at once, since other threads read it.
-        self._made: tuple[list[NativeConv], ConvProgram] | None = None
+        self._made: tuple[list[Native], ConvProgram] | None = None
 
     @classmethod
     def joined(cls, regions: "Sequence[ConvRegion]") -> "ConvRegion":
@@ -51,18 +57,21 @@ class ConvRegion:
 
     @staticmethod
     def takes(step: FusedStep) -> bool:
-        """Whether a step consists of convolutions alone."""
-        return isinstance(step, ConvStep | ProjectionStep)
+        """Whether a step consists of convolutions, and a stem's max-pool, alone."""
+        return isinstance(step, ConvStep | ProjectionStep | StemStep)
 
     def add(self, step: FusedStep, read: Sequence[int]) -> int:
         """Adds a step behind the others, and returns the number of its result."""
         if isinstance(step, ProjectionStep):
             x, shortcut = read
             return self._add(step.conv, x, self._add(step.projection, shortcut, None))
+        if isinstance(step, StemStep):
+            conv = self._add(step.conv, read[0], None)
+            return self._add(PoolStep(step.conv, step.pool), conv, None)
         assert isinstance(step, ConvStep)
         return self._add(step, read[0], read[1] if len(read) > 1 else None)
 
-    def _add(self, step: ConvStep, x: int, residual: int | None) -> int:
+    def _add(self, step: ConvStep | PoolStep, x: int, residual: int | None) -> int:
         self._calls.append(RegionCall(step, x, residual))
         return self._inputs + len(self._calls) - 1
 
@@ -75,7 +84,7 @@ class ConvRegion:
 
     def is_native(self) -> bool:
         """Whether one native call runs it, as its steps are bound now."""
-        return all(isinstance(call.step.bound, NativeConv) for call in self._calls)
+        return all(isinstance(call.step.bound, Native) for call in self._calls)
 
     def __call__(self, *inputs: Tensor) -> Tensor | list[Tensor]:
         """Returns the outputs, or the only one."""
@@ -87,9 +96,9 @@ class ConvRegion:
         results = self._one_by_one(inputs) if made is None else made[1](*inputs)
         return results[0] if len(results) == 1 else results
 
-    def _make(self) -> tuple[list[NativeConv], ConvProgram] | None:
+    def _make(self) -> tuple[list[Native], ConvProgram] | None:
         packed = [call.step.bound for call in self._calls]
-        convs = [each for each in packed if isinstance(each, NativeConv)]
+        convs = [each for each in packed if isinstance(each, Native)]
         if len(convs) < len(packed):
             return None
         calls = [

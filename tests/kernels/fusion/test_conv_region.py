@@ -83,8 +83,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] = 
     "two results": (Branches, (2, 16, 8, 8), [2]),
     # those of two whose shortcut is padded read what no step has made
     "basic blocks": (lambda: create("cifar_resnet20", seed=0), (2, 3, 32, 32), [2] * 7),
-    # of each stage
-    "bottlenecks": (lambda: create("resnet50", seed=0), (1, 3, 64, 64), [10, 10, 13, 19]),
+    # the stem with its max-pool, and each stage
+    "bottlenecks": (lambda: create("resnet50", seed=0), (1, 3, 64, 64), [2, 10, 10, 13, 19]),
+    "a stem in strips": (lambda: create("resnet18", seed=0), (1, 3, 200, 210), [2, 4, 5, 5, 5]),
     "sequences in a sequence": (
         lambda: nn.Sequential(*(nn.Sequential(Inverted(), Inverted()) for _ in range(2))),
         (2, 24, 9, 10), [12],
@@ -237,3 +238,16 @@ def test_joined_blocks_use_the_memory_of_a_few_results() -> None:
     }.values()
     wide, narrow = 96 * 100, 24 * 100
     assert sum(bound.buffers) <= 2 * wide + 2 * narrow
+
+
+@torch.inference_mode()
+def test_a_stem_keeps_nan_and_infinities(programs: list[int]) -> None:
+    model = create("resnet18", seed=0).eval()
+    stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool).eval()
+    stem.to(memory_format=torch.channels_last)
+    x = images(2, 3, 160, 170).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 3, 5], x[1, 1, 77, 100], x[1, 2, 150, 9] = float("nan"), float("inf"), -float("inf")
+    fused = fuse(copy.deepcopy(stem))
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), stem(x), rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert programs == [2]
