@@ -83,14 +83,12 @@ def configs(form: Form, problem: ConvProblem) -> Iterator[NativeConfig]:
 
 
 def choose(problem: ConvProblem) -> NativeConfig:
-    """Returns the configuration that is expected to be fastest, without measuring, among the forms
-    that share a layout of weights.
-
-    Winograd where its 16 products a tile and the transform are fewer than 9 a pixel.
+    """Returns the configuration that is expected to be fastest, without measuring: Winograd where
+    its 16 products a tile are fewer than 9 a pixel.
     """
-    saves = 16 * (tiles_of(problem) + _TRANSFORM) < 9 * pixels_of(problem)
+    saves = 16 * (tiles_of(problem)) < 9 * pixels_of(problem)
     first = next(forms(problem))
-    return _choose_blocks("winograd_inline" if saves and _is_winograd(problem) else first, problem)
+    return _choose_blocks("winograd" if saves and _is_winograd(problem) else first, problem)
 
 
 def _choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:

@@ -22,6 +22,7 @@ from resfuse.kernels.cpu.weight_layout import (
     grouped_weights,
     per_channel,
     slopes,
+    winograd_weights,
 )
 from resfuse.kernels.cpu.weight_origin import is_plain
 from resfuse.kernels.ops.activation import Slope
@@ -86,9 +87,9 @@ class NativeConv:
         self._shape = weight.shape
         self._geometry, self._activation = geometry, activation
         self._channels = weight.shape[1] * geometry.groups
-        # The inline Winograd form reads the layout of the direct form.
         lay_out = grouped_weights if geometry.groups > 1 else direct_weights
         self._weight = lay_out(weight)
+        self._winograd: Tensor | None = None  # laid out when it is first needed
         self._bias = per_channel(bias)
         self._slope = None if slope is None else slopes(slope, weight.shape[0])
         self._run = runner()
@@ -174,8 +175,7 @@ class NativeConv:
         the shape of its output.
 
         Args:
-            config: of a form that reads the weights as they are packed; by default the one that is
-                expected to be fastest.
+            config: by default the one that is expected to be fastest.
         """
         problem = self.problem(shape, residual)
         if config is None:
@@ -184,7 +184,7 @@ class NativeConv:
         step = conv_candidates.conv_step(
             problem,
             config,
-            w=self._weight.data_ptr(),
+            w=self._laid_out(config.form).data_ptr(),
             bias=self._bias.data_ptr(),
             slope=0 if self._slope is None else self._slope.data_ptr(),
             x_pitch=problem.c,
@@ -193,6 +193,14 @@ class NativeConv:
             unstored=-problem.k % lanes(),
         )
         return step, (problem.n, problem.k, problem.p, problem.q)
+
+    def _laid_out(self, form: conv_candidates.Form) -> Tensor:
+        """Returns the weight as the form reads it. Several threads may lay out the same."""
+        if form != "winograd":
+            return self._weight
+        if self._winograd is None:
+            self._winograd = winograd_weights(self.dense_weight())
+        return self._winograd
 
     def problem(self, shape: Sequence[int], residual: bool) -> ConvProblem:
         """Returns the problem for inputs of `shape`."""

@@ -48,12 +48,22 @@ class ConvRegion:
         whole = cls(1)
         value = 0
         for region in regions:
-            numbers = [value, *range(1 + len(whole), 1 + len(whole) + len(region))]
-            for step, x, residual in region._calls:
-                whole._add(step, numbers[x], None if residual is None else numbers[residual])
-            value = numbers[region._outputs[0]]
+            value = whole.embed(region, value)
         whole.returns([value])
         return whole
+
+    def embed(self, region: "ConvRegion", x: int) -> int:
+        """Adds the calls of a region of one input and one output behind the others, and returns the
+        number of its result.
+
+        Args:
+            x: the number of its input.
+        """
+        before = self._inputs + len(self)
+        numbers: list[int] = [x, *range(before, before + len(region))]
+        for step, read, residual in region._calls:
+            self._add(step, numbers[read], None if residual is None else numbers[residual])
+        return numbers[region._outputs[0]]
 
     @staticmethod
     def takes(step: FusedStep) -> bool:

@@ -13,6 +13,7 @@ from resfuse.kernels.fusion.layers.conv_region import ConvRegion
 from resfuse.kernels.fusion.layers.fast_path import FastPath, signature_of
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep
 from resfuse.kernels.fusion.planning.forwards import Variant
+from resfuse.kernels.fusion.planning.joined_forward import JoinedForward
 from resfuse.kernels.fusion.planning.plan import NOT_RUN, STEPS, Plan, plan_of
 from resfuse.kernels.fusion.planning.rewrite import (
     attribute_of,
@@ -120,6 +121,8 @@ class GraphForwards:
         without their checks; else None.
         """
         found, fast_path = self._variants[input_format, flexible], self.fast_path
+        if isinstance(found.forward, JoinedForward):
+            return found.forward.region_for(signature_of(x))
         if fast_path is None or found.unchecked_on_cpu is None:
             return None
         return found.region if fast_path.holds(found.unchecked_on_cpu, signature_of(x)) else None
@@ -128,6 +131,9 @@ class GraphForwards:
         """Has the next call make all checks."""
         if self.fast_path is not None:
             self.fast_path.reset()
+        for found in self._variants.values():
+            if isinstance(found.forward, JoinedForward):
+                found.forward.reset()
 
     def _variant(self, input_format: InputFormat, flexible: bool, calls: dict[str, Any]) -> Variant:
         def takes_flexible(module: nn.Module) -> bool:
@@ -163,12 +169,15 @@ class GraphForwards:
         if self.fast_path is not None and input_format != "exported":
             # where checked runs found nothing to lay out, there is nothing
             plain = layout.graph if input_format == "contiguous" else layout_for("exported").graph
-            if runs_unchecked(plain, self._steps):
+            unchecked = runs_unchecked(plain, self._steps)
+            if unchecked and input_format == "any":
+                on_gpu = compile_forward(layout_for("exported").graph, f"{name} unchecked on a GPU")
+            if JoinedForward.takes(layout.graph, self._module, self._steps):
+                forward = JoinedForward(
+                    layout.graph, forward, self._steps, calls, self.fast_path, input_format
+                )
+            elif unchecked:
                 region = whole_region(plain, self._steps)
-                if input_format == "any":
-                    on_gpu = compile_forward(
-                        layout_for("exported").graph, f"{name} unchecked on a GPU"
-                    )
                 prefix = f"{self._prefix}{input_format}{'_flexible' * flexible}"
                 calls |= join_convolutions(plain, self._steps, prefix)
                 drop_checks(plain, self._steps)
@@ -189,10 +198,10 @@ class FlexibleCall:
     """Calls a fused child with a flexible value, and returns one."""
 
     def __init__(self, child: nn.Module, plan: Plan, input_format: InputFormat) -> None:
-        self._child, self._plan, self._input_format = child, plan, input_format
+        self._child, self.plan, self._input_format = child, plan, input_format
 
     def __call__(self, x: Tensor) -> Tensor:
-        return run_flexible(self._child, self._plan, x, self._input_format, False)
+        return run_flexible(self._child, self.plan, x, self._input_format, False)
 
 
 def run_flexible(

@@ -52,6 +52,31 @@ class Branches(nn.Module):
         return torch.cat([a, b, x], 1)
 
 
+class Backbone(nn.Module):
+    """Layers of its own before and behind blocks."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU())
+        self.blocks = nn.ModuleList(Inverted() for _ in range(blocks))
+        self.head, self.norm = nn.Conv2d(24, 48, 1), nn.BatchNorm2d(48)
+
+    def __getitem__(self, i: int) -> nn.Module:
+        return self.blocks[i]
+
+    def __setitem__(self, i: int, block: nn.Module) -> None:
+        self.blocks[i] = block
+
+    def append(self, block: nn.Module) -> None:
+        self.blocks.append(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return torch.relu(self.norm(self.head(x)))
+
+
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many convolutions each native call has run."""
@@ -89,6 +114,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] = 
     "sequences in a sequence": (
         lambda: nn.Sequential(*(nn.Sequential(Inverted(), Inverted()) for _ in range(2))),
         (2, 24, 9, 10), [12],
+    ),
+    "layers around blocks": (Backbone, (2, 24, 9, 10), [11]),
+    "blocks within blocks": (
+        lambda: nn.Sequential(Backbone(), nn.Conv2d(48, 24, 1), Backbone(2)), (2, 24, 9, 10), [20],
     ),
     "a layer in between": (
         lambda: nn.Sequential(*(Inverted() for _ in range(2)), nn.AvgPool2d(2), Inverted()),
@@ -163,11 +192,17 @@ def test_an_input_that_the_caller_keeps_is_not_written_to() -> None:
     assert torch.equal(x, before)
 
 
-def two_blocks() -> nn.Sequential:
+def three_blocks() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(Inverted(), Inverted(), Inverted()).eval()
 
 
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return Backbone().eval()
+
+
+@pytest.mark.parametrize(("make", "count"), [(three_blocks, 9), (backbone, 11)])
 @pytest.mark.parametrize("change", [
     lambda model: model[1].depthwise.weight.data.mul_(-1.5),
     lambda model: model[1].bn3.running_mean.add_(1),
@@ -180,18 +215,21 @@ def two_blocks() -> nn.Sequential:
     lambda model: model.double().float(),
     lambda model: model.to(memory_format=torch.channels_last),
     lambda model: model[1].train(),
-    lambda model: model.load_state_dict(two_blocks().apply(randomize).state_dict()),
+    lambda model: model.load_state_dict(copy.deepcopy(model).apply(randomize).state_dict()),
 ])  # fmt: skip
 @torch.inference_mode()
 def test_joined_blocks_follow_every_change(
-    change: Callable[[nn.Module], object], programs: list[int]
+    make: Callable[[], nn.Module],
+    count: int,
+    change: Callable[[nn.Module], object],
+    programs: list[int],
 ) -> None:
-    model = two_blocks()
+    model = make()
     fused = fuse(copy.deepcopy(model))
     x = images(2, 24, 7, 7)
     for _ in range(3):
         require_like_eager(model, fused, x)
-    assert programs[-1] == 9
+    assert programs[-1] == count
     for module in (model, fused):
         change(module)
     for _ in range(3):
@@ -205,10 +243,11 @@ def randomize(module: nn.Module) -> None:
         parameter.normal_(0, 0.1, generator=generator)
 
 
+@pytest.mark.parametrize("make", [three_blocks, backbone])
 @torch.inference_mode()
-def test_joined_blocks_of_several_threads_and_shapes() -> None:
+def test_joined_blocks_of_several_threads_and_shapes(make: Callable[[], nn.Module]) -> None:
     """With more shapes than there are joined blocks kept for."""
-    model = two_blocks()
+    model = make()
     fused = fuse(copy.deepcopy(model))
     given = [images(n, 24, 6 + size, 7, seed=size) for size in range(6) for n in (1, 2, 3)]
     wanted = [model(x) for x in given]
