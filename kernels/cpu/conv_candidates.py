@@ -10,20 +10,17 @@ from typing import Literal
 from torch import Tensor
 
 from resfuse.kernels.cpu import program
-from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.library import constant
 from resfuse.kernels.cpu.program import ACTIVATIONS, Step, lanes, mr, nr, whole_vectors
 from resfuse.kernels.cpu.weight_layout import direct_weights, grouped_weights, winograd_weights
 from resfuse.kernels.ops.conv_problem import ConvProblem, dtypes_of
 
-Form = Literal["direct", "winograd", "winograd_inline", "grouped"]
+Form = Literal["direct", "winograd", "grouped"]
 
 # Bytes of input, or of transformed input, that a thread takes through all output channels at a
 # time: from half of a large first-level cache to twice a second-level cache.
 _DIRECT_BLOCKS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
 _WINOGRAD_BLOCKS = (1 << 18, 1 << 20, 4 << 20)
-_TRANSFORM = 12  # tiles whose products take as long as the inline transform of their weights
-_INLINE_BLOCK = 11 * _TRANSFORM  # tiles; with more, scratch memory grows and no time is saved
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,7 @@ def refusal(problem: ConvProblem) -> str | None:
 def candidates(problem: ConvProblem) -> Iterator[NativeConfig]:
     """Yields every configuration of `problem` that may be the fastest."""
     for form in forms(problem):
-        if form != "winograd_inline":  # it saves memory, not time
-            yield from configs(form, problem)
+        yield from configs(form, problem)
 
 
 def forms(problem: ConvProblem) -> Iterator[Form]:
@@ -65,7 +61,6 @@ def forms(problem: ConvProblem) -> Iterator[Form]:
         yield "direct"
     if _is_winograd(problem):
         yield "winograd"
-        yield "winograd_inline"
 
 
 def configs(form: Form, problem: ConvProblem) -> Iterator[NativeConfig]:
@@ -74,19 +69,15 @@ def configs(form: Form, problem: ConvProblem) -> Iterator[NativeConfig]:
         yield NativeConfig("grouped", False, 0)
     elif form == "direct":
         yield from _in_blocks(form, problem, pixels_of(problem), _direct_bytes(problem))
-    elif form == "winograd":  # the transformed input of a tile: 16 values a channel
+    else:  # the transformed input of a tile: 16 values a channel
         yield from _in_blocks(form, problem, tiles_of(problem), 16 * 4 * problem.c)
-    else:
-        for by_channel in _divisions(problem):
-            tiles = tiles_of(problem) if by_channel else -(-tiles_of(problem) // threads())
-            yield NativeConfig(form, by_channel, min(_whole_tiles(tiles), _INLINE_BLOCK))
 
 
 def choose(problem: ConvProblem) -> NativeConfig:
     """Returns the configuration that is expected to be fastest, without measuring: Winograd where
     its 16 products a tile are fewer than 9 a pixel.
     """
-    saves = 16 * (tiles_of(problem)) < 9 * pixels_of(problem)
+    saves = 16 * tiles_of(problem) < 9 * pixels_of(problem)
     first = next(forms(problem))
     return _choose_blocks("winograd" if saves and _is_winograd(problem) else first, problem)
 

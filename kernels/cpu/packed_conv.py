@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.cpu import conv_candidates
-from resfuse.kernels.cpu.cpus import asking, threads
+from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.library import why_unavailable
 from resfuse.kernels.cpu.program import ACTIVATIONS, Step, lanes, require_done, runner
 from resfuse.kernels.cpu.weight_layout import (
@@ -179,8 +179,7 @@ class NativeConv:
         """
         problem = self.problem(shape, residual)
         if config is None:
-            with asking(self.asked):
-                config = conv_candidates.choose(problem)
+            config = conv_candidates.choose(problem)
         step = conv_candidates.conv_step(
             problem,
             config,

@@ -66,7 +66,6 @@ FORMS = {  # one problem that each loop of the library computes
     "direct, all weights at once": ("direct", PROBLEMS["CIFAR's stem"]),
     "direct, slices of weights": ("direct", PROBLEMS["no whole vectors"]),
     "winograd": ("winograd", PROBLEMS["a 3x3 without padding"]),
-    "winograd, weights transformed inline": ("winograd_inline", PROBLEMS["a 3x3 without padding"]),
     "grouped": ("grouped", PROBLEMS["groups of 4"]),
 }
 

@@ -5,11 +5,8 @@
 // A 4x4 tile d of the input is transformed to B^T d B, 16 matrix products over channels follow (one
 // for each of its elements), and A^T m A is a 2x2 tile of the output.
 //
-// Packed weights: WINOGRAD reads, for each panel of up to NR output channels, [16, C, panel] of
-// G w G^T. They are 16/9 as large as w, so WINOGRAD_INLINE reads the weights of conv_direct.h and
-// computes G w G^T itself, a slice of channels at a time and again for every block.
-// Scratch of a thread: the transformed input [16, block, C], products [16, block, NR] and, for
-// WINOGRAD_INLINE, a slice of transformed weights [16, WINOGRAD_KC, NR].
+// Packed weights: for each panel of up to NR output channels, [16, C, panel] of G w G^T.
+// Scratch of a thread: the transformed input [16, block, C] and products [16, block, NR].
 #pragma once
 
 #include "dcheck.h"
@@ -31,15 +28,6 @@ static inline void transform_input(const Floats d[4][4], Floats v[4][4]) {
     v[i][2] = u[i][2] - u[i][1];
     v[i][3] = u[i][1] - u[i][3];
   }
-}
-
-// A column of G w
-static inline void transform_filter(Floats w0, Floats w1, Floats w2, Floats u[4]) {
-  const Floats outer = (w0 + w2) * 0.5f, inner = w1 * 0.5f;
-  u[0] = w0;
-  u[1] = outer + inner;
-  u[2] = outer - inner;
-  u[3] = w2;
 }
 
 static inline void transform_output(const Floats m[4][4], Floats y[2][2]) {
@@ -100,10 +88,6 @@ static void scatter(const Step& s, const TilePosition& at, const float* from, lo
   }
 }
 
-// Channels of a slice whose weights are transformed together: with the inputs of all products they
-// fit into a second-level cache.
-constexpr long WINOGRAD_KC = 64;
-
 // Padding without which the planes of the 16 elements would be a power of two apart and share one
 // set of the caches.
 constexpr long PLANE_PADDING = 3 * CACHE_LINE;
@@ -120,56 +104,32 @@ struct Slice {
 
   long floats() const { return depth * panel; }
 
-  // The slice's weights in plane `i` of `planes`, which are taps or transformed elements.
-  const float* weights(const Step& s, long planes, long i) const {
-    return s.w + (k * planes + i * panel) * s.C + c * panel;
+  // The slice's weights of the transformed element `e`.
+  const float* weights(const Step& s, long e) const {
+    return s.w + (k * 16 + e * panel) * s.C + c * panel;
   }
 };
 
-// A thread's scratch memory: 16 planes each of transformed input, products and transformed weights.
+// A thread's scratch memory: 16 planes each of transformed input and of products.
 struct Workspace {
-  float *input, *product, *weights;
+  float *input, *product;
   long input_plane, product_plane;
-  static constexpr long weights_plane = WINOGRAD_KC * NR + PLANE_PADDING;
 
   Workspace(const Step& s, float* scratch)
       : input_plane(s.block * s.C + PLANE_PADDING), product_plane(s.block * NR + PLANE_PADDING) {
     input = scratch;
     product = input + 16 * input_plane;
-    weights = product + 16 * product_plane;
   }
 
   static long floats(const Step& s) {
     const Workspace ws(s, nullptr);
-    const long weights = s.kind == WINOGRAD_INLINE ? weights_plane : 0;
-    return 16 * (ws.input_plane + ws.product_plane + weights) - PLANE_PADDING;  // none at the end
+    return 16 * (ws.input_plane + ws.product_plane) - PLANE_PADDING;  // none at the end
   }
 };
-
-// Computes the slice's G w G^T, [16, depth, panel].
-static void transform_weights(const Step& s, const Slice& slice, const Workspace& ws) {
-  const float* const from = slice.weights(s, 9, 0);
-  const long tap = s.C * slice.panel;
-  for (long i = 0; i < slice.floats(); i += LANES) {
-    Floats t[4][3], u[4];
-    UNROLLED for (long j = 0; j < 3; j++) {
-      const float* const w = from + j * tap + i;
-      transform_filter(load(w), load(w + 3 * tap), load(w + 6 * tap), u);
-      UNROLLED for (long r = 0; r < 4; r++) t[r][j] = u[r];
-    }
-    UNROLLED for (long r = 0; r < 4; r++) {
-      transform_filter(t[r][0], t[r][1], t[r][2], u);
-      UNROLLED for (long j = 0; j < 4; j++) {
-        store(ws.weights + (4 * r + j) * ws.weights_plane + i, u[j]);
-      }
-    }
-  }
-}
 
 // For element e and `count` rows: product[row][0..panel) (+)= input[row][0..depth) @ w.
 static void multiply(const Step& s, const Slice& slice, long e, const float* w,
                      const Workspace& ws, long count, WeightPrefetch next_w) {
-  DCHECK(s.kind == WINOGRAD || slice.depth <= WINOGRAD_KC);
   const float* const input = ws.input + e * ws.input_plane + slice.c;
   for_each_tile_of_width(slice.panel, 0, count, [&]<long M, long N>(long row) {
     float* const product = ws.product + e * ws.product_plane + row * NR;
@@ -189,23 +149,8 @@ static void products(const Step& s, long p, const Workspace& ws, long count) {
   for (long e = 0; e < 16; e++) {
     for (long part = 0; part < parts; part++) {
       const Slice slice(s, p, part, parts);
-      const float* const w = slice.weights(s, 16, e);
+      const float* const w = slice.weights(s, e);
       multiply(s, slice, e, w, ws, count, WeightPrefetch(w + slice.floats(), slice.floats()));
-    }
-  }
-}
-
-// Computes the products of panel p from the weights of conv_direct.h, and prefetches the taps of
-// the next slice or of panel `next`.
-static void products_inline(const Step& s, long p, long next, const Workspace& ws, long count) {
-  const long parts = (s.C + WINOGRAD_KC - 1) / WINOGRAD_KC;
-  for (long part = 0; part < parts; part++) {
-    const Slice slice(s, p, part, parts);
-    const Slice after = part + 1 < parts ? Slice(s, p, part + 1, parts) : Slice(s, next, 0, parts);
-    transform_weights(s, slice, ws);
-    for (long e = 0; e < 16; e++) {
-      const WeightPrefetch next_w(after.weights(s, 9, e % 9), after.floats());
-      multiply(s, slice, e, ws.weights + e * ws.weights_plane, ws, count, next_w);
     }
   }
 }
@@ -244,11 +189,7 @@ static void conv3x3_winograd(const Step& s, const Range& tiles, const Range& pan
       if (cached) *cached = {from, count};
     }
     for (long p = panels.from; p < panels.to; p++) {
-      if (s.kind == WINOGRAD) {
-        products(s, p, ws, count);
-      } else {
-        products_inline(s, p, p + 1 < panels.to ? p + 1 : panels.from, ws, count);
-      }
+      products(s, p, ws, count);
       const long k = p * NR, panel = min(NR, s.K - k);
       for (long i = 0; i < count; i++) {
         scatter(s, TilePosition(s, from + i), ws.product + i * NR, ws.product_plane, k, panel);

@@ -24,7 +24,7 @@ static const Constant constants[] = {
     CONSTANT(MAX_ROW) CONSTANT(MAX_TAPS) {"MAX_THREADS", team::MAX_THREADS},
     // kinds of steps, by the names that Python has for them
     {"kind.direct", DIRECT}, {"kind.winograd", WINOGRAD}, {"kind.grouped", GROUPED},
-    {"kind.winograd_inline", WINOGRAD_INLINE}, {"kind.max_pool", MAX_POOL}, {"kind.mean", MEAN},
+    {"kind.max_pool", MAX_POOL}, {"kind.mean", MEAN},
     {"kind.affine", AFFINE}, {"kind.average_pool", AVERAGE_POOL}, {"kind.pick", PICK},
     {"kind.chain", CHAIN}, {"kind.row_fused", ROW_FUSED},
     {"activation.identity", IDENTITY}, {"activation.relu", RELU}, {"activation.relu6", RELU6},

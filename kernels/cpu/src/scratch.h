@@ -11,8 +11,7 @@
 static inline long scratch_floats(const Step& s) {
   switch (s.kind) {
     case DIRECT: return direct_scratch_floats(s);
-    case WINOGRAD:
-    case WINOGRAD_INLINE: return Workspace::floats(s);
+    case WINOGRAD: return Workspace::floats(s);
     default: return 0;
   }
 }

@@ -24,9 +24,8 @@ enum Kind : long {
   AFFINE = 5,
   AVERAGE_POOL = 6,
   PICK = 7,
-  WINOGRAD_INLINE = 8,
-  CHAIN = 9,       // the `length` steps behind this one, fused block by block (fused_chain.h)
-  ROW_FUSED = 10,  // the `length` steps behind this one, fused by strips of rows (fused_rows.h)
+  CHAIN = 8,       // the `length` steps behind this one, fused block by block (fused_chain.h)
+  ROW_FUSED = 9,  // the `length` steps behind this one, fused by strips of rows (fused_rows.h)
 };
 
 enum Activation : long { IDENTITY = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SLOPE = 4 };
@@ -51,9 +50,7 @@ struct Step {
   long x_local, residual_local, y_local;
 };
 
-static inline bool is_convolution(const Step& s) {
-  return s.kind <= GROUPED || s.kind == WINOGRAD_INLINE;
-}
+static inline bool is_convolution(const Step& s) { return s.kind <= GROUPED; }
 
 // The names of all fields, for exports.h.
 #define STEP_FIELDS(FIELD)                                                                    \

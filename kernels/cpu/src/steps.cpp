@@ -44,8 +44,7 @@ class StepWork final : public team::Work {
       case CHAIN: return FusedChainRange(step_, range, ranges).partition.pieces;
       case ROW_FUSED: return FusedRowsRange(step_, range, ranges).partition.pieces;
       case DIRECT: return DirectRange(s, range, ranges).partition.pieces;
-      case WINOGRAD:
-      case WINOGRAD_INLINE: return WinogradRange(s, range, ranges).partition.pieces;
+      case WINOGRAD: return WinogradRange(s, range, ranges).partition.pieces;
       case GROUPED: return GroupedRange(s, range, ranges).partition.pieces;
       case MEAN: return mean_range(s, range, ranges).partition.pieces;
       case AFFINE: return affine_range(s, range, ranges).partition.pieces;
@@ -68,7 +67,6 @@ class StepWork final : public team::Work {
         return fused_rows_piece(step_, range, ranges, i, at.slot, scratch_contents.rows);
       case DIRECT: return direct_piece(s, range, ranges, i, scratch);
       case WINOGRAD:
-      case WINOGRAD_INLINE:
         return winograd_piece(s, range, ranges, i, scratch, scratch_contents.tiles);
       case GROUPED: return grouped_piece(s, range, ranges, i);
       case MAX_POOL: return max_pool(s, pool_range(s, range, ranges).piece(i));

@@ -143,7 +143,7 @@ def test_more_channels_than_there_are_zeros_for_padding_are_left_to_others() -> 
 # 5 x 7 pixels are 6 blocks of six, the last one of five; 3 x 4 tiles two blocks of them
 @pytest.mark.parametrize("block", [6, 12, 30])
 @pytest.mark.parametrize("by_channel", [False, True])
-@pytest.mark.parametrize("form", ["direct", "winograd", "winograd_inline"])
+@pytest.mark.parametrize("form", ["direct", "winograd"])
 def test_blocks_smaller_than_the_map(form: str, by_channel: bool, block: int) -> None:
     problem = problem_of(2, 144, 5, 7, 144, 3, 3, padding=(1, 1), residual=True)
     require_conv(problem, NativeConfig(form, by_channel, block))  # type: ignore[arg-type]
@@ -166,7 +166,6 @@ def test_any_number_of_threads(name: str, size: int, several_threads: int) -> No
         ("direct", problem_of(1, 12544, 6, 6, 64, 1, 1, "identity")),
         ("direct", problem_of(1, 512, 6, 6, 64, 3, 3, "identity", padding=(1, 1))),
         ("winograd", problem_of(1, 4096, 6, 6, 64, 3, 3, "identity", padding=(1, 1))),
-        ("winograd_inline", problem_of(1, 4096, 6, 6, 64, 3, 3, "identity", padding=(1, 1))),
     ],
     ids=lambda value: value if isinstance(value, str) else value.label(),
 )

@@ -98,7 +98,7 @@ def require_strips_guarded(graph: Graph, state: State) -> None:
 FULL = problem_of(1, 192, 6, 8, 128, 3, 3, padding=(1, 1))
 
 
-@pytest.mark.parametrize("form", ["direct", "winograd", "winograd_inline"])
+@pytest.mark.parametrize("form", ["direct", "winograd"])
 def test_scratch_memory_of_a_float_less_would_be_seen(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
