@@ -54,8 +54,9 @@ class SequenceForwards:
         self, input_format: InputFormat, flexible: bool, *, guarded: bool = False
     ) -> Variant:
         def forward(sequence: nn.Sequential, x: Any) -> Any:
-            run, plan = _Run(sequence, input_format, flexible), plan_of(sequence)
+            plan = plan_of(sequence)
             joins = plan is not None and plan.is_guarded() and x.is_cpu
+            run = _Run(sequence, input_format, flexible, joins)
             return self._run_guarded(run, x) if joins else run(x, {})
 
         takes = input_format == "contiguous" and self._stays_flexible()
@@ -105,10 +106,13 @@ class _Run:
     Args:
         input_format: "any" where every child returns eager's strides.
         flexible: the argument, and the result, may be in any memory format.
+        joins: note what the children do, for `joined`.
     """
 
-    def __init__(self, sequence: nn.Sequential, input_format: InputFormat, flexible: bool) -> None:
-        self.input_format, self.flexible = input_format, flexible
+    def __init__(
+        self, sequence: nn.Sequential, input_format: InputFormat, flexible: bool, joins: bool
+    ) -> None:
+        self.input_format, self.flexible, self._joins = input_format, flexible, joins
         self._children = list(sequence._modules.values())
         # Of the children that were run by themselves: what each did, and whether its result is the
         # next child's to overwrite.
@@ -130,9 +134,8 @@ class _Run:
                 x, donated = self._with_eager_strides(at, child, plan, x, donated)
             elif plan is not None and is_contiguous and plan.takes_flexible():
                 y = run_flexible(child, plan, x, self.input_format, donated)
-                region = plan.region_for(x, donated, self.input_format, True)
+                self._note(at, plan, x, donated, self.input_format, True)
                 x, is_flexible, donated = y, True, plan.returns_fresh
-                self._regions[at] = region, donated
             elif (
                 is_flexible
                 and plan is None
@@ -156,8 +159,22 @@ class _Run:
         y = plan.run(child, (x,), {}, donated)
         if y is NOT_RUN:
             return child(x), False
-        self._regions[at] = plan.region_for(x, donated, None, False), plan.returns_fresh
+        self._note(at, plan, x, donated, None, False)
         return y, plan.returns_fresh
+
+    def _note(
+        self,
+        at: int,
+        plan: Plan,
+        x: Tensor,
+        donated: bool,
+        input_format: InputFormat | None,
+        flexible: bool,
+    ) -> None:
+        """Notes what a child has done with `x`; the other arguments are those of Plan.run."""
+        if self._joins:
+            region = plan.region_for(x, donated, input_format, flexible)
+            self._regions[at] = region, plan.returns_fresh
 
     def joined(self) -> _Joined:
         """Returns the children in a row that can be run as one region, after a run of each."""
