@@ -55,9 +55,9 @@ class SequenceForwards:
     ) -> Variant:
         def forward(sequence: nn.Sequential, x: Any) -> Any:
             plan = plan_of(sequence)
-            joins = plan is not None and plan.is_guarded() and x.is_cpu
-            run = _Run(sequence, input_format, flexible, joins)
-            return self._run_guarded(run, x) if joins else run(x, {})
+            if plan is None or not plan.is_guarded() or not x.is_cpu:
+                return _Run(sequence, input_format, flexible)(x, {})
+            return self._run_guarded(_Run(sequence, input_format, flexible, plan), x)
 
         takes = input_format == "contiguous" and self._stays_flexible()
         return Variant(input_format, forward, None, None, takes, [])
@@ -106,13 +106,17 @@ class _Run:
     Args:
         input_format: "any" where every child returns eager's strides.
         flexible: the argument, and the result, may be in any memory format.
-        joins: note what the children do, for `joined`.
+        guarded: the sequence's plan, if it is guarded: then children may be joined.
     """
 
     def __init__(
-        self, sequence: nn.Sequential, input_format: InputFormat, flexible: bool, joins: bool
+        self,
+        sequence: nn.Sequential,
+        input_format: InputFormat,
+        flexible: bool,
+        guarded: Plan | None = None,
     ) -> None:
-        self.input_format, self.flexible, self._joins = input_format, flexible, joins
+        self.input_format, self.flexible, self._guarded = input_format, flexible, guarded
         self._children = list(sequence._modules.values())
         # Of the children that were run by themselves: what each did, and whether its result is the
         # next child's to overwrite.
@@ -123,7 +127,7 @@ class _Run:
         at = 0
         while at < len(self._children):
             blocks = joined.get(at)
-            if blocks is not None:
+            if blocks is not None and self._guarded is not None and self._guarded.is_guarded():
                 x = blocks.region(x)
                 at, donated, is_flexible = blocks.stop, blocks.donated, True
                 continue
@@ -172,7 +176,7 @@ class _Run:
         flexible: bool,
     ) -> None:
         """Notes what a child has done with `x`; the other arguments are those of Plan.run."""
-        if self._joins:
+        if self._guarded is not None and self._guarded.is_guarded():
             region = plan.region_for(x, donated, input_format, flexible)
             self._regions[at] = region, plan.returns_fresh
 
