@@ -139,7 +139,7 @@ def test_from_capture_to_call(
         tuned_plan(captured[1][0], state, GPU, cache, wanted)
         assert len(asked) == count  # only if asked on a GPU
 
-    whole = on_the_gpu(Engine(built, state))
+    whole = on_the_gpu(Engine(built.values(), state))
     for seed, n in enumerate((1, 3, 1, 3)):
         gpu.launched.clear()
         require_right(model, whole(images(n, seed)), images(n, seed))
@@ -218,7 +218,7 @@ def test_new_weights_wait_for_the_run_before(
     the new weights."""
     model, graph, state = convolution
     bound = bind(graph, [Segment(Candidate("eager", 0, 1), 1.0)], state, WeightStore())
-    made = on_the_gpu(Engine({2: bound}, state))
+    made = on_the_gpu(Engine([bound], state))
     del bound
     made(images(2).float())
     gpu.said.clear()
