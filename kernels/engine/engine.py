@@ -132,6 +132,11 @@ class Engine:
         batch sizes."""
         return tuple(self._built)
 
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """Returns what the plans compute, in the order of `shapes`."""
+        return tuple(plan.graph for plan in self._built.values())
+
     def __call__(self, x: Tensor) -> Any:
         """Returns the model's result in new tensors of the input's memory format.
 
