@@ -30,6 +30,7 @@ from resfuse.kernels.engine.torch_compile.dynamo_graph import (
     arguments_of,
     dim_of,
     module_of,
+    require_own_memory,
 )
 
 # build_engine's keywords that are no options here: shapes come with the calls, and weights that
@@ -103,6 +104,7 @@ def _compiled(
     """
     arguments = arguments_of(gm, example_inputs)
     _require_inference(arguments, example_inputs)
+    require_own_memory(gm)
     free = _free_dims(arguments, options)
     named = {name: example_inputs[at] for name, at in arguments.weights.items()}
     if (reason := why_not_followed([(named, name) for name in named])) is not None:
@@ -177,7 +179,7 @@ def _require_no_draws(engine: Engine) -> None:
 
 
 def _specialise(arguments: Arguments, free: set[int], engine: Engine) -> None:
-    """Has dynamo guard the sizes and numbers that the engine is for, and trace the graph anew for others."""
+    """Has dynamo guard the sizes and numbers that the engine is for: for others it traces anew."""
     for dim, size in enumerate(arguments.shape):
         if dim not in free:
             int(size)

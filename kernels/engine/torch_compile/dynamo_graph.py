@@ -122,6 +122,36 @@ def hint(size: Size) -> int:
     return found
 
 
+def require_own_memory(gm: fx.GraphModule) -> None:
+    """
+    Raises:
+        Unsuitable: results share memory with an argument or each other. An engine returns copies,
+            and a later write to one would not reach the other.
+    """
+    given = {_storage(node) for node in gm.graph.find_nodes(op="placeholder")} - {None}
+    seen: set[int | None] = set()
+    for node in _outputs(gm):
+        storage = _storage(node)
+        if storage in given:
+            raise Unsuitable("it returns a view of its input or of a weight")
+        if storage is not None and storage in seen:
+            raise Unsuitable("two of its results share their memory")
+        seen.add(storage)
+
+
+def _storage(node: Any) -> int | None:
+    """Returns what tells the memory of a node's tensor from others, None where there is none."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return None
+    return int(value.untyped_storage()._cdata)
+
+
+def _outputs(gm: fx.GraphModule) -> list[Any]:
+    (output,) = gm.graph.find_nodes(op="output")
+    return list(dict.fromkeys(output.args[0]))
+
+
 def output_orders(gm: fx.GraphModule) -> list[tuple[int, ...] | None]:
     """Returns the order of each output's dimensions in memory as dynamo has promised it to the code
     behind the graph: the one of the largest stride first. None for what is no tensor."""

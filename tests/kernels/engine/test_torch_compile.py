@@ -32,6 +32,8 @@ from resfuse.kernels.engine.tactics.cpu import native
 from resfuse.kernels.engine.torch_compile import compile_backend as backend_module
 from scope import Scope
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (2, 3, 8, 9)
 CLOSE = 1e-5
 NO_ENGINE = "inductor compiles a graph that no engine can run: "
@@ -406,6 +408,12 @@ def _plain() -> nn.Module:
     return nn.Sequential(conv(), nn.BatchNorm2d(16))
 
 
+def _casting(s: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = s.c(x)
+    return y.float()
+
+
 X = images(*SHAPE)
 UNSUITABLE: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str]] = {
     "two inputs": (Two, (X, images(2, 16, 8, 9)), "it takes 2 tensors; an engine takes one"),
@@ -422,6 +430,21 @@ UNSUITABLE: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str]] =
     "no input": (
         lambda: Scope(lambda s, x: s.c(torch.ones(SHAPE)), c=conv()), (X,),
         "it takes no tensors; an engine takes one",
+    ),
+    "a region of autocast": (
+        lambda: Scope(_casting, c=conv()), (X,), "it cannot be exported: .*dtype",
+    ),
+    "a view of the input": (
+        lambda: Scope(lambda s, x: (s.c(x), x.flatten(1)), c=conv()), (X,),
+        "it returns a view of its input or of a weight",
+    ),
+    "a view of a weight": (
+        lambda: Scope(lambda s, x: (s.c(x), s.c.bias[1:]), c=conv()), (X,),
+        "it returns a view of its input or of a weight",
+    ),
+    "a view of another result": (
+        lambda: Scope(lambda s, x: ((y := s.c(x)), y.flatten(1)), c=conv()), (X,),
+        "two of its results share their memory",
     ),
     "a weight that is NaN": (
         lambda: nn.Sequential(conv()).apply(
