@@ -173,6 +173,8 @@ def _examples(
         return [batch_of(example, size) for size in sizes]
     if batch_sizes is not None:
         raise ValueError("argument shapes: given beside batch_sizes; accepted: one of the two")
+    if not isinstance(shapes, Sequence):
+        raise ValueError(f"argument shapes: {type(shapes).__name__}; accepted: a list of shapes")
     asked = [tuple(shape) if isinstance(shape, Sequence) else (shape,) for shape in shapes]
     for shape in asked:
         if len(shape) != example.dim() or not all(type(n) is int and n > 0 for n in shape):

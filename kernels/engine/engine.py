@@ -81,7 +81,10 @@ class Engine:
         self._added: dict[Shape, None] = {}  # shapes built by calls, the one used last at the end
         self._constants = self._built.constants()
         weights = [*(t for n, t in state.items() if n not in self._constants), *state.values()]
-        self._device = weights[0].device if weights else torch.device("cpu")
+        first = next(iter(self._built.values())).graph
+        self._input = first.values[first.input]
+        devices = [*(tensor.device for tensor in weights), first.device, torch.device("cpu")]
+        self._device = next(device for device in devices if device is not None)
         self._state = dict(state) if keep_weights else None
         self.other_batches, self.other_shapes = other_batches, other_shapes
         self.max_shapes = max_shapes
@@ -100,8 +103,6 @@ class Engine:
         self._recorded = self._record(self._built)
         if isinstance(self._turns, Turns):
             self._turns.finish()  # weights are laid out before a call on any stream
-        first = next(iter(self._built.values())).graph
-        self._input = first.values[first.input]
 
     def __repr__(self) -> str:
         """Returns one line with the engine's input, batch sizes or shapes, segments and time."""
@@ -215,10 +216,8 @@ class Engine:
         """Adds a plan for the shape of `x`. Of those that calls have added, the one not used for
         longest makes room."""
         shape = tuple(x.shape)
-        if forks() != self._forks:
-            self._settle_after_fork()
         no_autocast = torch.autocast(x.device.type, enabled=False)
-        with self._building, asking(self.threads), torch.inference_mode(False), no_autocast:
+        with self._no_builds(), asking(self.threads), torch.inference_mode(False), no_autocast:
             if shape in self._built:  # by another thread
                 return
             images = None
@@ -261,6 +260,12 @@ class Engine:
             )
         self._new_locks()
         torch.set_num_threads(1)
+
+    def _no_builds(self) -> threading.Lock:
+        """Returns the lock under which plans are added and weights replaced."""
+        if forks() != self._forks:
+            self._settle_after_fork()
+        return self._building
 
     def _new_locks(self) -> None:
         self._lock, self._building, self._forks = threading.Lock(), threading.Lock(), forks()
@@ -308,7 +313,7 @@ class Engine:
                 another shape or cannot be used; or the engine was built with keep_weights=False.
                 The engine stays unchanged.
         """
-        with self._building:
+        with self._no_builds():
             fresh = refreshed(self._weights(), self._constants, state_dict)
             graphs = [plan.graph for plan in self._built.values()]
             require_usable(graphs, fresh, self._constants, "state_dict")
@@ -336,7 +341,7 @@ class Engine:
             OSError: the file cannot be written; an earlier one stays unchanged.
             ValueError: the engine was built with keep_weights=False.
         """
-        with self._building:
+        with self._no_builds():
             plans = {shape: (p.graph, p.segments) for shape, p in self._built.items()}
             save(
                 Path(path), self._device, plans, self._weights(), self.other_batches,

@@ -60,7 +60,7 @@ class WeightStore:
         """Returns the bytes of all weights, also of the plans that share them, but for storages of
         the tensors `excluding`."""
         stores = list(self._shared.stores)
-        laid = {id(each): each for store in stores for each in store._tensors.values()}.values()
+        laid = {id(e): e for store in stores for e in list(store._tensors.values())}.values()
         pooled = sum(pool_bytes(t) for each in laid if each.in_pool for t in each)
         kept = [*(each for each in laid if not each.in_pool), *(s._outside for s in stores)]
         outside, excluded = storages(chain.from_iterable(kept)), storages(excluding)

@@ -24,7 +24,7 @@ class Arguments:
 
     Attributes:
         x: the input.
-        weights: parameters, buffers and other tensors of modules, by names for them.
+        weights: tensors of modules, and any that the call is not given, by names for them.
         sizes: integers, as symbols where dynamo has left them free.
         numbers: floats that dynamo hands over as tensors, which the graph reads by item().
         shape: of the input, likewise.
@@ -55,7 +55,7 @@ def arguments_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Arguments
             raise Unsuitable(f"it takes a {type(example).__name__}; an engine takes one tensor")
         elif (number := _number(node)) is not None:
             numbers[at] = number
-        elif isinstance(example, nn.Parameter) or _is_static(example):
+        elif isinstance(example, nn.Parameter) or _is_static(node, example):
             weights[_name_of(node, weights)] = at
         else:
             inputs.append(at)
@@ -174,16 +174,23 @@ def _number(node: fx.Node) -> SymFloat | None:
     return memo if isinstance(memo, SymFloat) and only_read else None
 
 
-def _is_static(tensor: Tensor) -> bool:
-    """Returns whether dynamo has found a tensor in a module, and not among a call's arguments."""
-    return getattr(tensor, "_dynamo_static_input_type", None) is not None
+def _is_static(node: fx.Node, tensor: Tensor) -> bool:
+    """Returns whether dynamo has found a tensor in a module, a global or an enclosing function, and
+    not among a call's arguments."""
+    said = _source(node)
+    marked = getattr(tensor, "_dynamo_static_input_type", None) is not None
+    return marked or said.startswith("G[") or "__closure__" in said
+
+
+def _source(node: fx.Node) -> str:
+    """Returns where dynamo has found an argument, as Python: `L['x']`."""
+    source = getattr(node, "_dynamo_source", None)
+    return str(source.name) if source is not None else ""
 
 
 def _name_of(node: fx.Node, taken: Collection[str]) -> str:
     """Returns a name such as `layer1.0.conv1.weight`, where it is not taken."""
-    source = getattr(node, "_dynamo_source", None)
-    said = source.name if source is not None else ""
-    name = ".".join(re.findall(r"_(?:modules|parameters|buffers)\['(\w+)'\]", str(said)))
+    name = ".".join(re.findall(r"_(?:modules|parameters|buffers)\['(\w+)'\]", _source(node)))
     # One tensor may have the name of another function argument's module.
     clashes = any(
         f"{one}.".startswith(f"{other}.")

@@ -294,6 +294,13 @@ def test_an_input_of_inference_mode_is_built_for(model: nn.Module) -> None:
     require_answers(engine, model, x)
 
 
+def test_an_engine_of_inference_mode_builds_shapes(model: nn.Module) -> None:
+    with torch.inference_mode():
+        engine = of_small(model, other_shapes="build")
+        require_answers(engine, model, images(*WIDE))
+    require_answers(engine, model, images(*TALL))
+
+
 @pytest.mark.parametrize("max_shapes", [1, 8])
 def test_threads_that_add_and_drop_shapes(max_shapes: int, model: nn.Module) -> None:
     engine = of_small(model, other_shapes="build", max_shapes=max_shapes)
@@ -324,6 +331,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"shapes": [(1, 3, 8, 0)]}, r"argument shapes: \(1, 3, 8, 0\); accepted: 4 sizes"),
     "half a pixel": ({"shapes": [(1, 3, 8, 9.5)]}, "argument shapes: .*9.5"),
     "a flat list": ({"shapes": SMALL}, r"argument shapes: \(2,\); accepted: 4 sizes"),
+    "a number": ({"shapes": 3}, "argument shapes: int; accepted: a list of shapes"),
     "both": ({"shapes": [SMALL], "batch_sizes": (1,)}, "argument shapes: given beside batch_sizes"),
     "other_shapes": ({"other_shapes": "pad"}, "argument other_shapes: 'pad'; accepted: error, bui"),
     "max_shapes": ({"max_shapes": 0}, "argument max_shapes: 0; accepted: 1 and more"),

@@ -335,6 +335,21 @@ def test_new_weights_are_in_the_next_answer(change: str) -> None:
         require_right(fast, model, x)
 
 
+MEAN = torch.tensor([0.5])
+
+
+def test_tensors_of_globals_and_closures_are_weights(engines: list[Engine]) -> None:
+    deviation = torch.tensor([2.0])
+    model = made(lambda: Scope(lambda s, x: s.c((x - MEAN) / deviation), c=conv()))
+    fast, x = compiled(model), images(*SHAPE)
+    for _ in range(2):
+        require_right(fast, model, x)
+        MEAN.mul_(1.5)
+        require_right(fast, model, x)
+        deviation += 1
+    assert len(engines) == 1
+
+
 def test_new_weights_plan_nothing_anew(engines: list[Engine]) -> None:
     model, x = made(net), images(*SHAPE)
     fast = compiled(model)
