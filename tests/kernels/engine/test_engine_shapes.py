@@ -1,6 +1,8 @@
 """One engine for several shapes: what it answers, shares, builds when it is called, and drops."""
 
 import gc
+import multiprocessing
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -321,6 +323,29 @@ def test_threads_that_add_and_drop_shapes(max_shapes: int, model: nn.Module) -> 
         thread.join()
     assert not failures
     assert set(engine.shapes) >= {SMALL} and len(engine.shapes) <= 1 + max_shapes
+
+
+def _in_a_child(engine: Engine, path: Path, queue: Any) -> None:
+    y = engine(images(*WIDE))
+    engine.refresh(engine._weights())
+    engine.save(path)
+    queue.put(y.sum().item())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_builds_shapes(model: nn.Module, tmp_path: Path) -> None:
+    """The thread that was building one at the fork is not there to let go of the lock."""
+    engine = of_small(model, other_shapes="build")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_a_child, args=(engine, tmp_path / "forked.engine", queue))
+    with engine._building:
+        child.start()
+    child.join(60)
+    hangs = child.is_alive()
+    child.kill()
+    assert not hangs and child.exitcode == 0
+    assert queue.get(timeout=10) == pytest.approx(engine(images(*WIDE)).sum().item(), rel=1e-4)
 
 
 # Bad arguments
