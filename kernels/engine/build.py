@@ -167,6 +167,10 @@ def _examples(
 ) -> list[Tensor]:
     """Returns an example for each shape to build for."""
     if shapes is None:
+        if not isinstance(batch_sizes, Sequence | None):
+            raise ValueError(
+                f"argument batch_sizes: {type(batch_sizes).__name__}; accepted: a list of numbers"
+            )
         sizes = sorted(set(batch_sizes or [example.shape[0]]))
         if sizes[0] < 1:
             raise ValueError(f"argument batch_sizes: {sizes[0]}; accepted: 1 and more")

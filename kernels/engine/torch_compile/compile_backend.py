@@ -162,9 +162,9 @@ def _free_dims(arguments: Arguments, options: Mapping[str, Any]) -> set[int]:
 def _options_for(x: Tensor, free: set[int], options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keywords of build_engine for an input: those for other sizes only where it may
     come in others."""
-    found = dict(options)
-    if 0 not in free or x.shape[0] > max(found.get("batch_sizes") or [0]):
-        found.pop("batch_sizes", None)
+    found, sizes = dict(options), options.get("batch_sizes")
+    if isinstance(sizes, Sequence) and (0 not in free or x.shape[0] > max(sizes, default=0)):
+        del found["batch_sizes"]
     if not free and found.get("other_shapes") == "build":
         del found["other_shapes"]
     if 0 not in free and found.get("other_batches") in ("pad", "eager"):

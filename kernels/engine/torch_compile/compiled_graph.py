@@ -67,21 +67,20 @@ class CompiledGraph:
                 and self._origin.seems_unchanged()
             ):
                 return self._current
+            self._current = False  # until it has them
             named = dict(zip(self._names, weights, strict=True))
-            reason = why_not_followed([(named, name) for name in named])
-            if reason is not None:
-                self._current = False
+            if (reason := why_not_followed([(named, name) for name in named])) is not None:
                 self._warn(reason)
                 return False
             self._stepped = False
             self._origin = Origin(weights)  # before they are read: a write in between is seen
             try:
                 self.engine.refresh(named)
-                self._current = True
             except ValueError as error:
-                self._current = False
                 self._warn(str(error).removeprefix("argument state_dict: "))
-            return self._current
+                return False
+            self._current = True
+            return True
 
     def _as_it_is(self, args: Sequence[Any]) -> Sequence[Any]:
         found: Sequence[Any] = self._gm(*args)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import SymFloat, SymInt, Tensor, nn
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 Size = int | SymInt
 
@@ -27,7 +28,7 @@ class Arguments:
         weights: tensors of modules, and any that the call is not given, by names for them.
         sizes: integers, as symbols where dynamo has left them free.
         numbers: floats that dynamo hands over as tensors, which the graph reads by item().
-        shape: of the input, likewise.
+        shape: of the input, with symbols likewise.
     """
 
     x: int
@@ -168,10 +169,13 @@ def output_orders(gm: fx.GraphModule) -> list[tuple[int, ...] | None]:
 
 
 def _number(node: fx.Node) -> SymFloat | None:
-    """Returns the float that an argument stands for, where it is no tensor of the user's."""
+    """Returns the float that an argument stands for, where it is no tensor of the user's: the
+    symbols of those say that nothing backs them."""
     memo = getattr(node.meta.get("example_value"), "item_memo", None)
-    only_read = all(user.op == "call_method" and user.target == "item" for user in node.users)
-    return memo if isinstance(memo, SymFloat) and only_read else None
+    if not isinstance(memo, SymFloat) or not symbol_is_type(memo.node._expr, SymT.FLOAT):
+        return None
+    read = all(user.op == "call_method" and user.target == "item" for user in node.users)
+    return memo if read else None
 
 
 def _is_static(node: fx.Node, tensor: Tensor) -> bool:

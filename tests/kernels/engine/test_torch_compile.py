@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -374,6 +375,36 @@ def test_weights_that_an_engine_cannot_have_run_by_torch() -> None:
     require_right(fast, model, x)
 
 
+def test_a_refresh_that_breaks_off_leaves_no_old_numbers(
+    engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = made(net), images(*SHAPE)
+    fast = compiled(model)
+    require_right(fast, model, x)
+
+    def out_of_memory(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with torch.no_grad():
+        model.get_parameter("first.weight").mul_(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(engines[0], "refresh", out_of_memory)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                fast(x)
+    require_right(fast, model, x)
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_a_number_read_from_a_weight_is_not_kept() -> None:
+    model = made(lambda: Scope(lambda s, x: s.c(x) * s.factor.item(), c=conv()))
+    model.factor = torch.tensor(2.0)
+    fast, x = compiled(model), images(*SHAPE)
+    with pytest.warns(UserWarning, match=NO_ENGINE):
+        require_right(fast, model, x)
+    model.factor.mul_(3)
+    require_right(fast, model, x)
+
+
 def test_a_weight_that_needs_gradients_again() -> None:
     """Recorded gradients are never dropped."""
     model, x = made(net).requires_grad_(False), images(*SHAPE)
@@ -545,6 +576,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "what calls say": ({"shapes": [SHAPE]}, "argument options: 'shapes' is not known"),
     "needed": ({"keep_weights": False}, "argument options: 'keep_weights' is not known"),
     "value": ({"other_batches": "no"}, "argument other_batches: 'no'; accepted: error, pad, eager"),
+    "a number for a list": (
+        {"batch_sizes": 3},
+        "argument batch_sizes: int; accepted: a list of nu",
+    ),
     "threads": ({"threads": 0}, "argument threads: 0; accepted"),
 }
 
