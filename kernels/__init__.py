@@ -4,6 +4,7 @@ from resfuse.kernels.engine.build import build_engine
 from resfuse.kernels.engine.engine import Engine
 from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.predict import plan_for
+from resfuse.kernels.engine.torch_compile.compile_backend import compile_backend
 from resfuse.kernels.fusion.explain import explain
 from resfuse.kernels.fusion.fuse import fuse, fused, unfuse
 from resfuse.kernels.fusion.modules import FusedBasicBlock, FusedBottleneck, FusedConvBNAct
@@ -16,6 +17,7 @@ __all__ = [
     "FusedBottleneck",
     "FusedConvBNAct",
     "build_engine",
+    "compile_backend",
     "explain",
     "fold_conv_bn",
     "fuse",

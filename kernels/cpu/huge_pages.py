@@ -28,6 +28,11 @@ def allocate(size: int) -> Tensor:
     return memory[start : start + size]
 
 
+def pool_bytes(tensor: Tensor) -> int:
+    """Returns the bytes that a tensor takes in a pool."""
+    return -(-4 * tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+
+
 class HugePagePool:
     """Stores float32 tensors next to each other in large pages; pages are freed with their last
     tensor."""
@@ -35,15 +40,13 @@ class HugePagePool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self.size = 0  # bytes in use
 
     def put(self, tensor: Tensor) -> Tensor:
         """Returns a copy of a tensor as float32 in the pool's memory."""
-        size = -(-4 * tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+        size = pool_bytes(tensor)
         with self._lock:
             if size > self._free.numel():
                 self._free = allocate(max(size, _CHUNK))
             place, self._free = self._free[:size], self._free[size:]
-            self.size += size
         stored = place.view(torch.float32)[: tensor.numel()].view(tensor.shape)
         return stored.copy_(tensor)

@@ -6,7 +6,7 @@ or another process, nor any to an inference tensor. So three things are checked:
 - the identity, address, strides and version of the layers' tensors;
 - on a CPU, a digest of their bytes (weight_digest.py): of some at every call, of all after anything
   that may write to them;
-- steps of optimizers, which know their parameters (fusion/planning).
+- steps of optimizers, which know their parameters (observation/optimizer_steps.py).
 """
 
 from typing import Any

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import torch.utils._pytree as pytree
 
 from resfuse.kernels.engine.ir.graph import Graph, State
 from resfuse.kernels.engine.memory.buffers import WeightStore
@@ -11,11 +14,21 @@ from resfuse.kernels.engine.runtime.executor import Executor
 
 @dataclass(frozen=True)
 class BoundPlan:
-    """A network that is ready to run, for one batch size."""
+    """A network that is ready to run, for one shape."""
 
     graph: Graph
     segments: tuple[Segment, ...]
     executor: Executor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of its input."""
+        return self.graph.values[self.graph.input].shape
+
+    @cached_property
+    def spec(self) -> pytree.TreeSpec:
+        """Returns the containers of its outputs."""
+        return pytree.treespec_loads(self.graph.spec)
 
 
 def bind(
@@ -24,7 +37,8 @@ def bind(
     """Places a plan's values in an arena and binds its candidates to their addresses.
 
     Args:
-        weight_store: weights that tactics have laid out for other batch sizes, to share and add to.
+        weight_store: what tactics have laid out of the same weights for other shapes, to share.
     """
-    executor = Executor(graph, [s.candidate for s in segments], state, weight_store)
+    candidates = [segment.candidate for segment in segments]
+    executor = Executor(graph, candidates, state, WeightStore(weight_store))
     return BoundPlan(graph, tuple(segments), executor)

@@ -13,16 +13,18 @@ place       an offset in one arena for each value (runtime/placement.py)
 bind        native steps and torch calls on those addresses (runtime/executor.py)
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from resfuse.kernels.cpu.cpus import asking, require_threads
-from resfuse.kernels.engine.bound_plan import BoundPlan, bind
+from resfuse.kernels.engine.bound_plan import bind
 from resfuse.kernels.engine.cost.ceilings import Ceilings
-from resfuse.kernels.engine.engine import Engine, OtherBatches
+from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
@@ -30,10 +32,11 @@ from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.candidates import find_candidates
 from resfuse.kernels.engine.planning.chunking import chunk_stages, with_chunks
 from resfuse.kernels.engine.planning.liveness import with_memory
-from resfuse.kernels.engine.planning.planner import Plan, plan
+from resfuse.kernels.engine.planning.planner import Plan, Segment, plan
 from resfuse.kernels.engine.runtime.default_device import without_meta
 from resfuse.kernels.engine.runtime.fallback import with_weights
 from resfuse.kernels.engine.runtime.own_weights import copied_names, copies, require_usable
+from resfuse.kernels.engine.shape_plans import ShapePlans
 from resfuse.kernels.engine.tactics import tactics_on
 from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache, known
@@ -45,23 +48,32 @@ def build_engine(
     example: Tensor,
     *,
     batch_sizes: Sequence[int] | None = None,
+    shapes: Sequence[Sequence[int]] | None = None,
     other_batches: OtherBatches = "error",
+    other_shapes: OtherShapes = "error",
+    max_shapes: int = 8,
     timings: Path | None = None,
     keep_weights: bool = True,
     cuda_graph: bool = True,
     tiling: bool | None = None,
     threads: int | None = None,
 ) -> Engine:
-    """Compiles a model in eval mode for the shape, dtype and device of `example`.
+    """Compiles a model in eval mode for the shape, dtype and device of `example`, or for several
+    shapes that share their weights.
 
     Args:
         model: a module whose forward takes one tensor and whose control flow does not depend on
             its values.
         example: an input [N, C, H, W].
         batch_sizes: the batch sizes to build for, by default the example's.
-        other_batches: what to do with other batch sizes: raise ("error"); fill up to the next size
-            built, if it is proved that images do not depend on each other ("pad"); or run a copy of
-            the model ("eager").
+        shapes: the input shapes to build for, instead of batch sizes of the example's images.
+        other_batches: what to do with other batch sizes of images built for: raise ("error"); fill
+            up to the next size built, if it is proved that images do not depend on each other
+            ("pad"); or run a copy of the model ("eager").
+        other_shapes: what to do with shapes for which there is no plan after that: raise ("error"),
+            or build for the shape when it is first called ("build"), which takes as long as any
+            build.
+        max_shapes: the most shapes that calls may add; the one not used for longest makes room.
         timings: a folder for measured times, by default one in the user's cache.
         keep_weights: whether to store a copy of the weights, which `save` and `refresh` need.
             Otherwise the engine only has them in the tactics' layouts, and copies those that
@@ -78,7 +90,8 @@ def build_engine(
 
     Raises:
         ValueError: the model is in training mode, cannot be captured or recorded as a CUDA graph,
-            or has a weight that is not finite; or a batch size or `threads` is below one.
+            or has a weight that is not finite; or a batch size, a shape, `max_shapes` or `threads`
+            is below one.
     """
     require_threads(threads)
     usable = isinstance(example, Tensor) and example.layout == torch.strided
@@ -86,61 +99,107 @@ def build_engine(
         raise ValueError("argument example: accepted: one dense tensor [N, C, H, W], not empty")
     if any(module.training for module in model.modules()):
         raise ValueError("argument model: it is in training mode; call model.eval() first")
-    sizes = sorted(set(batch_sizes or [example.shape[0]]))
-    if sizes[0] < 1:
-        raise ValueError(f"argument batch_sizes: {sizes[0]}; accepted: 1 and more")
     if other_batches not in ("error", "pad", "eager"):
         raise ValueError(f"argument other_batches: {other_batches!r}; accepted: error, pad, eager")
+    if other_shapes not in ("error", "build"):
+        raise ValueError(f"argument other_shapes: {other_shapes!r}; accepted: error, build")
+    if type(max_shapes) is not int or max_shapes < 1:
+        raise ValueError(f"argument max_shapes: {max_shapes!r}; accepted: 1 and more")
+    planner = _Planner(TimingCache(example.device, timings), tiling, keep_weights)
     with asking(threads):
-        return _built(
-            model,
-            example,
-            sizes,
+        state, plans = _planned(planner, model, _examples(example, batch_sizes, shapes))
+        if other_batches == "pad":
+            for image in plans.images:
+                first = plans[plans.batch_sizes(image)[0], *image]
+                given = _resized(example, first.shape)
+                require_paddable(model, given, plans.graphs(image), state)
+        own_model = None
+        if other_batches == "eager" or other_shapes == "build":
+            own_model = with_weights(model, state if keep_weights else {})
+        return Engine(
+            plans.values(),
+            state,
             other_batches=other_batches,
-            timings=timings,
+            other_shapes=other_shapes,
+            max_shapes=max_shapes,
+            model=own_model,
+            planner=planner if other_shapes == "build" else None,
+            ceilings=Ceilings(example.device, example.dtype, planner.cache),
             keep_weights=keep_weights,
             cuda_graph=cuda_graph,
-            tiling=tiling,
             threads=threads,
         )
 
 
-def _built(
-    model: nn.Module,
-    example: Tensor,
-    sizes: Sequence[int],
-    *,
-    other_batches: OtherBatches,
-    timings: Path | None,
-    keep_weights: bool,
-    cuda_graph: bool,
-    tiling: bool | None,
-    threads: int | None,
-) -> Engine:
-    cache = TimingCache(example.device, timings)
-    built: dict[int, BoundPlan] = {}
-    state: dict[str, Tensor] = {}
-    weight_store = WeightStore()
-    for size in sizes:
-        graph, captured = capture(model, batch_of(example, size))
+@dataclass(frozen=True)
+class _Planner:
+    """Plans a model for the shape of an input; see engine.Planner."""
+
+    cache: TimingCache
+    tiling: bool | None
+    keep_weights: bool
+
+    def __call__(
+        self, model: nn.Module, example: Tensor, state: State
+    ) -> tuple[Graph, tuple[Segment, ...], dict[str, Tensor]]:
+        graph, captured = capture(model, example)
         new = {name: captured[name] for name in sorted(state_names(graph)) if name not in state}
-        state |= copies(new, copied_names(graph, keep_weights))
-        require_usable([graph], state, graph.constants, "model")
-        segments = tuned_plan(graph, state, example.device, cache, tiling).segments
-        built[size] = bind(graph, segments, state, weight_store)
-    if other_batches == "pad":
-        require_paddable(model, example, {size: b.graph for size, b in built.items()}, state)
-    eager = other_batches == "eager"
-    return Engine(
-        built,
-        state,
-        other_batches=other_batches,
-        model=with_weights(model, state if keep_weights else {}) if eager else None,
-        ceilings=Ceilings(example.device, example.dtype, cache),
-        keep_weights=keep_weights,
-        cuda_graph=cuda_graph,
-        threads=threads,
-    )
+        known = {**state, **copies(new, copied_names(graph, self.keep_weights))}
+        require_usable([graph], known, graph.constants, "model")
+        segments = tuned_plan(graph, known, example.device, self.cache, self.tiling).segments
+        return graph, tuple(segments), known
+
+
+def _planned(
+    planner: _Planner, model: nn.Module, examples: Iterable[Tensor]
+) -> tuple[dict[str, Tensor], ShapePlans]:
+    """Returns a plan for the shape of each example, and the weights of all."""
+    state: dict[str, Tensor] = {}
+    plans, weight_store = [], WeightStore()
+    for example in examples:
+        graph, segments, state = planner(model, example, state)
+        plans.append(bind(graph, segments, state, weight_store))
+    return state, ShapePlans(plans)
+
+
+def _examples(
+    example: Tensor, batch_sizes: Sequence[int] | None, shapes: Sequence[Sequence[int]] | None
+) -> list[Tensor]:
+    """Returns an example for each shape to build for."""
+    if shapes is None:
+        if not isinstance(batch_sizes, Sequence | None):
+            raise ValueError(
+                f"argument batch_sizes: {type(batch_sizes).__name__}; accepted: a list of numbers"
+            )
+        sizes = sorted(set(batch_sizes or [example.shape[0]]))
+        if sizes[0] < 1:
+            raise ValueError(f"argument batch_sizes: {sizes[0]}; accepted: 1 and more")
+        return [batch_of(example, size) for size in sizes]
+    if batch_sizes is not None:
+        raise ValueError("argument shapes: given beside batch_sizes; accepted: one of the two")
+    if not isinstance(shapes, Sequence):
+        raise ValueError(f"argument shapes: {type(shapes).__name__}; accepted: a list of shapes")
+    asked = [tuple(shape) if isinstance(shape, Sequence) else (shape,) for shape in shapes]
+    for shape in asked:
+        if len(shape) != example.dim() or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError(
+                f"argument shapes: {shape}; accepted: {example.dim()} sizes of 1 and more each, as "
+                "many as the example has"
+            )
+    if not asked:
+        raise ValueError("argument shapes: there is none; accepted: one or more")
+    return [_resized(example, shape) for shape in dict.fromkeys(asked)]
+
+
+def _resized(example: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Returns an input of a shape, of the example's numbers and memory format."""
+    if shape[1:] == example.shape[1:]:
+        return batch_of(example, shape[0])
+    count, flat = math.prod(shape), example.detach().reshape(-1)
+    resized = flat.repeat(-(-count // len(flat)))[:count].view(shape)
+    if example.is_contiguous() or example.dim() != 4:
+        return resized
+    return resized.contiguous(memory_format=torch.channels_last)
 
 
 def tuned_plan(

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes that an engine uses for one batch size.
+    """The bytes that an engine uses for one shape.
 
     Attributes:
         arena_bytes: values between layers, and scratch memory.
         least_arena_bytes: the most bytes live at one moment; no arena could be smaller.
-        weights_bytes: weights in the tactics' own layouts, for all batch sizes.
-        originals_bytes: copies of the original weights, for `save`, `refresh`, other batch sizes
-            and torch's own operations.
+        weights_bytes: weights in the tactics' own layouts, for all shapes.
+        originals_bytes: copies of the original weights, for `save`, `refresh`, other batches and
+            shapes, and torch's own operations.
         graph_pool_bytes: on a GPU with CUDA graphs, the allocator's reserve for values between
-            layers, outputs and scratch memory, for all batch sizes.
+            layers, outputs and scratch memory, for all shapes.
         graph_inputs_bytes: on a GPU with CUDA graphs, the buffers that inputs are copied into.
     """
 

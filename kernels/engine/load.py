@@ -35,11 +35,11 @@ def load_engine(path: str | Path, *, allow: Collection[str] = ()) -> Engine:
 def _engine(saved: Saved) -> Engine:
     weight_store = WeightStore()
     with asking(saved.threads):
-        built = {
-            size: bind(graph, segments, saved.state, weight_store)
-            for size, (graph, segments) in saved.plans.items()
-        }
+        plans = [
+            bind(graph, segments, saved.state, weight_store)
+            for graph, segments in saved.plans.values()
+        ]
     return Engine(
-        built, saved.state, other_batches=saved.other_batches, cuda_graph=saved.cuda_graph,
-        threads=saved.threads,
+        plans, saved.state, other_batches=saved.other_batches, other_shapes=saved.other_shapes,
+        cuda_graph=saved.cuda_graph, threads=saved.threads,
     )  # fmt: skip

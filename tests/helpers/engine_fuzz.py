@@ -228,7 +228,7 @@ def mutate(number: int, sources: list[Path], to: Path) -> tuple[str, bool]:
 
 def by_torch(engine: Engine, x: Tensor) -> list[Tensor]:
     """What torch computes of the engine's graph, node by node."""
-    built = engine._built[x.shape[0]]
+    built = engine._built[tuple(x.shape)]
     choices = [Candidate("eager", at, at + 1) for at in range(len(built.graph.nodes))]
     assert engine._state is not None
     return Executor(built.graph, choices, engine._state)(x)

@@ -33,6 +33,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("tactics",),
         ("planning", "runtime", "cost"),
         ("tuning", "saving"),
+        ("torch_compile",),
     ),
     "kernels/fusion": (("tracing",), ("matching",), ("layers",), ("planning",), ("training",)),
     "bench": (

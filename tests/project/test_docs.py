@@ -10,6 +10,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,18 @@ def plant(block: str, sources: Path) -> bool:
     return True
 
 
+@pytest.fixture
+def entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch finds the backends of pyproject.toml, as if this checkout were the one installed."""
+    from torch._dynamo.backends import registry
+
+    group = "torch_dynamo_backends"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name, value in project["entry-points"][group].items():
+        monkeypatch.setitem(registry._BACKENDS, name, EntryPoint(name, value, group))
+
+
+@pytest.mark.usefixtures("entry_points")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_of_a_page_runs(
     page: Path,

@@ -97,6 +97,16 @@ def is_pure(name: str) -> bool:
     return not operation._schema.is_mutable
 
 
+def draws(op: Torch) -> bool:
+    """Returns whether an operation draws from torch's random generator when it runs."""
+    operation = operation_named(op.target)
+    if torch.Tag.nondeterministic_seeded not in operation.tags:
+        return False
+    names = [argument.name for argument in operation._schema.arguments]
+    given = dict(zip(names, op.args, strict=False)) | dict(op.kwargs)
+    return "dropout_p" not in names or bool(given.get("dropout_p", 0))
+
+
 def accepts_random_inputs(part: Graph) -> bool:
     """Returns whether a graph may be run on random numbers and ones."""
     return all(_takes(part, node) for node in part.nodes)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from resfuse.kernels.cpu.huge_pages import HugePagePool, allocate
+from resfuse.kernels.cpu.huge_pages import HugePagePool, allocate, pool_bytes
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph, State
 from resfuse.kernels.engine.memory.aliasing import Placement, assign_buffers
@@ -15,43 +17,80 @@ from resfuse.kernels.engine.memory.storage_bytes import storages
 
 
 class WeightStore:
-    """Weights as tactics read them, shared by the executors of all batch sizes."""
+    """Weights as the tactics of one plan read them.
 
-    def __init__(self) -> None:
-        self._tensors: dict[Hashable, list[Tensor]] = {}
-        self._pool = HugePagePool()
-        self._outside: list[Tensor] = []  # tensors that are not in the pool
+    Plans of the same weights share what they lay out in the same way. It lives as long as one of
+    them does.
+    """
+
+    def __init__(self, other: "WeightStore | None" = None) -> None:
+        """
+        Args:
+            other: the store of another plan for the same weights, to share with.
+        """
+        self._tensors: dict[Hashable, _Laid] = {}
+        self._outside: list[Tensor] = []  # tensors that a tactic keeps by itself
+        self._shared: _Shared = other._shared if other is not None else _Shared()
+        self._shared.stores.add(self)
 
     def get(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Returns what `make` returns, called once for a key, copied to large pages as float32."""
-        if key not in self._tensors:
-            self._tensors[key] = [self._pool.put(tensor) for tensor in make()]
-        return self._tensors[key]
+        return self._get(key, lambda: _Laid(map(self._shared.pool.put, make())), in_pool=True)
 
     def get_unchanged(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Returns what `make` returns, called once for a key, unchanged: on any device, of any
         dtype and layout."""
-        if key not in self._tensors:
-            self._tensors[key] = make()
-            self.track(self._tensors[key])
-        return self._tensors[key]
+        return self._get(key, lambda: _Laid(make()))
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns a shared read-only tensor of `count` zeros, a part of the largest so far."""
         key = "zeros", dtype, device
-        if key not in self._tensors or self._tensors[key][0].numel() < count:
-            self._tensors[key] = [torch.zeros(count, dtype=dtype, device=device)]
-            self.track(self._tensors[key])
-        return self._tensors[key][0][:count]
+        held = self._tensors.get(key) or self._shared.laid.get(key)
+        if held is None or held[0].numel() < count:
+            self.track(self._tensors.get(key, ()))  # parts of it have been given out
+            held = _Laid([torch.zeros(count, dtype=dtype, device=device)])
+        self._tensors[key] = self._shared.laid[key] = held
+        return held[0][:count]
 
     def track(self, tensors: Iterable[Tensor]) -> None:
         """Adds tensors to `size` that a tactic keeps by itself."""
         self._outside += tensors
 
     def size(self, excluding: Iterable[Tensor] = ()) -> int:
-        """Returns the bytes of all weights, but for storages of the tensors `excluding`."""
-        outside, excluded = storages(self._outside), storages(excluding)
-        return self._pool.size + sum(n for key, n in outside.items() if key not in excluded)
+        """Returns the bytes of all weights, also of the plans that share them, but for storages of
+        the tensors `excluding`."""
+        stores = list(self._shared.stores)
+        laid = {id(e): e for store in stores for e in list(store._tensors.values())}.values()
+        pooled = sum(pool_bytes(t) for each in laid if each.in_pool for t in each)
+        kept = [*(each for each in laid if not each.in_pool), *(s._outside for s in stores)]
+        outside, excluded = storages(chain.from_iterable(kept)), storages(excluding)
+        return pooled + sum(n for key, n in outside.items() if key not in excluded)
+
+    def _get(
+        self, key: Hashable, lay_out: Callable[[], "_Laid"], in_pool: bool = False
+    ) -> list[Tensor]:
+        if key not in self._tensors:
+            laid = self._shared.laid.get(key)
+            if laid is None:
+                laid = self._shared.laid[key] = lay_out()
+                laid.in_pool = in_pool
+            self._tensors[key] = laid
+        return self._tensors[key]
+
+
+class _Laid(list[Tensor]):
+    """Tensors laid out for one key; unlike a list's own, references to it may be weak."""
+
+    in_pool = False
+
+
+class _Shared:
+    """What the stores of plans for the same weights have in common."""
+
+    def __init__(self) -> None:
+        self.laid: WeakValueDictionary[Hashable, _Laid] = WeakValueDictionary()
+        self.stores: WeakSet[WeightStore] = WeakSet()
+        self.pool = HugePagePool()
 
 
 @dataclass(frozen=True)

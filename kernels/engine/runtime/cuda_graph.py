@@ -1,13 +1,14 @@
-"""Records a network's kernels as a CUDA graph for each batch size, and launches them all at once.
+"""Records a network's kernels as a CUDA graph for each shape, and launches them all at once.
 
 A call copies the input into a buffer of the engine and the outputs out of it; both count in its
-time. All other values are in one memory pool that the batch sizes of an engine share, since only
-one of them runs at a time (Turns).
+time. All other values are in one memory pool that the shapes of an engine share, since only one of
+them runs at a time (Turns).
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,35 +56,36 @@ class Turns:
 
 
 class Recorded:
-    """The executors of an engine by batch size, each as a CUDA graph on static buffers."""
+    """The executors of an engine by shape, each as a CUDA graph on static buffers."""
 
-    def __init__(self, executors: Mapping[int, Executor], device: torch.device) -> None:
+    def __init__(self, executors: Mapping[Any, Executor], device: torch.device) -> None:
         """
         Raises:
             ValueError: a network cannot be recorded as a CUDA graph.
         """
         self._pool = torch.cuda.graph_pool_handle()
-        self._inputs: dict[int, Tensor] = {}
-        self._replays: dict[int, Replay[list[Tensor]]] = {}
+        self._inputs: dict[Hashable, Tensor] = {}
+        self._replays: dict[Hashable, Replay[list[Tensor]]] = {}
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
-            runs = {size: self._bound(size, e, device) for size, e in executors.items()}
+            runs = {key: self._bound(key, e, device) for key, e in executors.items()}
+            by_size = sorted(runs, key=lambda key: self._inputs[key].numel())
             try:
                 for run in runs.values():
                     warm_up(run, stream)
                 torch.cuda.empty_cache()  # frees what only the warm-up needed
-                for size in sorted(runs, reverse=True):  # smaller ones fit in the largest's memory
-                    self._replays[size] = record(runs[size], stream, self._pool)
+                for key in reversed(by_size):  # smaller ones fit in the largest's memory
+                    self._replays[key] = record(runs[key], stream, self._pool)
             except RuntimeError as error:
                 raise ValueError(
                     "argument cuda_graph: the network cannot be recorded as a CUDA graph "
                     f"({str(error).splitlines()[0]}); build the engine with cuda_graph=False"
                 ) from error
 
-    def __call__(self, size: int, x: Tensor) -> list[Tensor]:
+    def __call__(self, key: Hashable, x: Tensor) -> list[Tensor]:
         """Returns the outputs for the batch `x`; the next call overwrites them."""
-        self._inputs[size].copy_(x)
-        return self._replays[size]()
+        self._inputs[key].copy_(x)
+        return self._replays[key]()
 
     @property
     def pool_bytes(self) -> int:
@@ -99,11 +101,11 @@ class Recorded:
         return sum(x.numel() * x.element_size() for x in self._inputs.values())
 
     def _bound(
-        self, size: int, executor: Executor, device: torch.device
+        self, key: Hashable, executor: Executor, device: torch.device
     ) -> Callable[[], list[Tensor]]:
         """Returns a function that runs the executor on a static buffer for its input. The buffer is
         channels_last, as kernels read it, so copying an input in also converts its layout."""
-        static = self._inputs[size] = _buffer(executor.graph.values[executor.graph.input], device)
+        static = self._inputs[key] = _buffer(executor.graph.values[executor.graph.input], device)
         return lambda: executor(static)
 
 

@@ -31,9 +31,9 @@ from resfuse.kernels.engine.saving.plan_json import (
 )
 from resfuse.kernels.tuning_cache.environment import environment
 
-Plans = Mapping[int, tuple[Graph, tuple[Segment, ...]]]  # by batch size
+Plans = Mapping[tuple[int, ...], tuple[Graph, tuple[Segment, ...]]]  # by the input's shape
 
-SCHEMA = 2  # 1 had no digest
+SCHEMA = 3  # 1 had no digest, 2 plans by batch size
 _MOST_PLAN = 64 << 20  # bytes of JSON: ResNet-152's has 0.3 million
 
 
@@ -44,6 +44,7 @@ class Saved:
     plans: Plans
     state: Mapping[str, Tensor]
     other_batches: Any  # one of build_engine's values
+    other_shapes: Any  # likewise
     cuda_graph: bool
     threads: int | None
 
@@ -54,6 +55,7 @@ def save(
     plans: Plans,
     state: Mapping[str, Tensor],
     other_batches: str,
+    other_shapes: str,
     cuda_graph: bool,
     threads: int | None = None,
 ) -> None:
@@ -71,10 +73,11 @@ def save(
         "environment": _environment(device, threads),
         "threads": threads,
         "other_batches": other_batches,
+        "other_shapes": other_shapes,
         "cuda_graph": cuda_graph,
         "plans": {
-            str(size): {"graph": graph_to_json(graph), "segments": segments_to_json(segments)}
-            for size, (graph, segments) in plans.items()
+            _key(shape): {"graph": graph_to_json(graph), "segments": segments_to_json(segments)}
+            for shape, (graph, segments) in plans.items()
         },
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
@@ -136,8 +139,11 @@ def _saved(
 ) -> Saved:
     plans = checked_plans(
         {
-            int(size): (graph_from_json(p["graph"]), segments_from_json(p["segments"]))
-            for size, p in header["plans"].items()
+            tuple(map(int, key.split("x"))): (
+                graph_from_json(p["graph"]),
+                segments_from_json(p["segments"]),
+            )
+            for key, p in header["plans"].items()
         },
         state,
         device,
@@ -147,9 +153,18 @@ def _saved(
     require_usable([graph for graph, _ in plans.values()], state, constants, "path")
     if header["other_batches"] not in ("error", "pad", "eager"):
         raise ValueError(f"other batches: {header['other_batches']!r}")
+    if header["other_shapes"] not in ("error", "build"):
+        raise ValueError(f"other shapes: {header['other_shapes']!r}")
     if type(header["cuda_graph"]) is not bool:
         raise ValueError(f"CUDA graphs: {header['cuda_graph']!r}")
-    return Saved(plans, state, header["other_batches"], header["cuda_graph"], header.get("threads"))
+    return Saved(
+        plans, state, header["other_batches"], header["other_shapes"], header["cuda_graph"],
+        header.get("threads"),
+    )  # fmt: skip
+
+
+def _key(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _environment(device: torch.device, threads: int | None) -> dict[str, str]:

@@ -19,11 +19,11 @@ Plan = tuple[Graph, tuple[Segment, ...]]
 
 
 def checked_plans(
-    plans: Mapping[int, Plan],
+    plans: Mapping[tuple[int, ...], Plan],
     state: Mapping[str, Tensor],
     device: torch.device,
     allow: Collection[str],
-) -> dict[int, Plan]:
+) -> dict[tuple[int, ...], Plan]:
     """Returns the plans, with the equal candidates that this version's tactics offer.
 
     Args:
@@ -36,14 +36,14 @@ def checked_plans(
         raise Unsound("there is none")
     first = next(iter(plans.values()))[0]
     checked = {}
-    for size, (graph, segments) in plans.items():
+    for shape, (graph, segments) in plans.items():
         require_wired(graph)
-        shape, own = graph.values[graph.input].shape, first.values[first.input].shape
-        same = (size, *own[1:]) == shape and size > 0 and graph.spec == first.spec
-        if not same or len(graph.outputs) != len(first.outputs):
-            raise Unsound(f"the plan for a batch of {size} takes or returns something else")
+        value, other = graph.values[graph.input], first.values[first.input]
+        same = value.dtype == other.dtype and len(shape) == len(other.shape) and min(shape) > 0
+        if shape != value.shape or not same:
+            raise Unsound(f"the plan for {'x'.join(map(str, shape))} takes something else")
         require_spec(graph.spec, len(graph.outputs))
         ShapeInference(graph, state, device, allow).require()
         tactics = tactics_on(device, graph.values[graph.input].dtype)
-        checked[size] = graph, tuple(offered_segments(graph, segments, tactics))
+        checked[shape] = graph, tuple(offered_segments(graph, segments, tactics))
     return checked

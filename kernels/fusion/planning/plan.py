@@ -21,12 +21,12 @@ from resfuse.kernels.fusion.layers.compound_layers import FusedStep, convolution
 from resfuse.kernels.fusion.layers.conv_region import ConvRegion
 from resfuse.kernels.fusion.matching.layer_kinds import differs_in_training
 from resfuse.kernels.fusion.planning.forwards import Forwards
-from resfuse.kernels.fusion.planning.optimizer_steps import notify_of_steps
 from resfuse.kernels.fusion.planning.tree_guards import TreeCheck
 from resfuse.kernels.fusion.tracing.guards import Guards
 from resfuse.kernels.fusion.tracing.memory_formats import InputFormat, suggests_channels_last
 from resfuse.kernels.fusion.tracing.module_tracing import Call
 from resfuse.kernels.observation.observed import Observed
+from resfuse.kernels.observation.optimizer_steps import notify_of_steps
 
 STEPS = "_resfuse_steps"  # the attribute of a fused module that holds its steps
 PLAN = "_resfuse_plan"  # the attribute of a fused module that holds its plan

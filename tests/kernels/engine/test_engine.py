@@ -113,7 +113,9 @@ def test_memory_is_what_is_planned_and_held(engine: Engine) -> None:
     n, _, h, w = SHAPE
     stem = 4 * n * 16 * ((h + 1) // 2) * ((w + 1) // 2)  # the largest map
     assert stem <= memory.least_arena_bytes <= memory.arena_bytes
-    arena = engine._built[2].executor.arena  # its floats end with a line that may be read, not used
+    arena = engine._built[
+        SHAPE
+    ].executor.arena  # its floats end with a line that may be read, not used
     assert memory.arena_bytes <= 4 * arena._floats.numel() <= memory.arena_bytes + 64
     weights = 3 * 16 * 49 + 16 * 32 * 9 + 16 * 32 + 32 * 4 * 9 + 64 * 10
     assert memory.weights_bytes == 0 or memory.weights_bytes > 4 * weights / 2
@@ -137,7 +139,7 @@ def test_the_former_names_of_memory_still_answer_and_are_deprecated(engine: Engi
 
 
 def test_an_engine_prints_one_line(engine: Engine) -> None:
-    segments = engine._built[2].segments
+    segments = engine._built[SHAPE].segments
     assert str(engine) == (
         f"Engine(N x 3x33x29 float32 on cpu, batch sizes 2; {len(segments)} segments, "
         f"{sum(s.ms for s in segments):.3f} ms one by one at batch 2)"
@@ -146,7 +148,7 @@ def test_an_engine_prints_one_line(engine: Engine) -> None:
 
 def test_explain_has_a_line_for_every_segment(engine: Engine) -> None:
     lines = engine.explain().splitlines()
-    graph = engine._built[2].graph
+    graph = engine._built[SHAPE].graph
     lines_of_nodes = lines[2 : 2 + len(graph.nodes)]
     rows = [line for line in lines_of_nodes if not line.startswith("+ ")]
     assert lines[0].startswith("segment") and set(lines[1]) == {"-", " "}
@@ -154,7 +156,7 @@ def test_explain_has_a_line_for_every_segment(engine: Engine) -> None:
         lines_of_nodes, ["stem 2x3x33x29 k16 7x7 /2 relu", "max-pool"], strict=False
     ):
         assert row.removeprefix("+ ").startswith(what)
-    assert lines[2 + len(graph.nodes)] == "" and len(rows) == len(engine._built[2].segments)
+    assert lines[2 + len(graph.nodes)] == "" and len(rows) == len(engine._built[SHAPE].segments)
     assert "aten.sigmoid.default" in lines[-1] and "1 segment" in lines[-1]
     assert f"{len(rows)} segments" in engine.explain()
     with pytest.raises(ValueError, match="argument batch_size: 7"):
@@ -177,7 +179,7 @@ def test_a_second_build_measures_nothing(timings: Path, monkeypatch: pytest.Monk
     second = build_engine(model, x, timings=timings)
     assert [m.measured for m in measurers] == [0]
     assert file.read_bytes() == before
-    assert second._built[2].segments == first._built[2].segments
+    assert second._built[SHAPE].segments == first._built[SHAPE].segments
 
 
 # Threads

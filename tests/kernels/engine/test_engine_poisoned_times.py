@@ -89,7 +89,7 @@ def test_a_tactic_is_not_right_because_a_file_has_its_time(
     fast = forged(honest, lambda row: row | {"ms": 1e-6 if "onednn" in row["choice"] else 1.0})
     put(tmp_path, fast)
     believed = build_engine(model, images(*SHAPE), timings=tmp_path)
-    assert any(s.candidate.tactic == "onednn" for s in believed._built[SHAPE[0]].segments)
+    assert any(s.candidate.tactic == "onednn" for s in believed._built[SHAPE].segments)
     lower = onednn_conv.lower
 
     def wrong(graph: Any, candidate: Any, state: Any, arena: Any) -> Call:
@@ -105,5 +105,5 @@ def test_a_tactic_is_not_right_because_a_file_has_its_time(
     monkeypatch.setattr(onednn_conv, "lower", wrong)
     with pytest.warns(UserWarning, match="onednn.* is barred, its error is"):
         engine = build_engine(model, images(*SHAPE), timings=tmp_path)
-    assert all(s.candidate.tactic != "onednn" for s in engine._built[SHAPE[0]].segments)
+    assert all(s.candidate.tactic != "onednn" for s in engine._built[SHAPE].segments)
     require_answers(engine, model, images(*SHAPE, seed=3))

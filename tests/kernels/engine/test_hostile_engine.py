@@ -522,22 +522,27 @@ def rewritten(engine: Engine, path: Path, change: Callable[[Any], object]) -> Pa
     return path
 
 
+def graph_in(told: Any) -> Any:
+    (plan,) = told["plans"].values()
+    return plan["graph"]
+
+
 FORGED: dict[str, tuple[Callable[[Any], object], str]] = {
     "an operation that reads memory": (
-        lambda t: t["plans"]["2"]["graph"]["nodes"][-1].update(target="aten.as_strided.default"),
+        lambda t: graph_in(t)["nodes"][-1].update(target="aten.as_strided.default"),
         "as_strided.default is not known to only compute",
     ),
     "a result of a type to import": (
-        lambda t: t["plans"]["2"]["graph"].update(
+        lambda t: graph_in(t).update(
             spec='[1, {"type": "collections.defaultdict", "context": "{}", "children_spec": []}]'
         ),
         "made up of collections.defaultdict",
     ),
     "a spec without an end": (
-        lambda t: t["plans"]["2"]["graph"].update(spec="[" * 100_000), "made up of nothing",
+        lambda t: graph_in(t).update(spec="[" * 100_000), "made up of nothing",
     ),
     "a map of terabytes": (
-        lambda t: t["plans"]["2"]["graph"]["values"]["input"].update(shape=[2, 3, 10**6, 10**6]),
+        lambda t: graph_in(t)["values"]["input"].update(shape=[2, 3, 10**6, 10**6]),
         "larger than this machine's memory",
     ),
     "another device's facts left out": (

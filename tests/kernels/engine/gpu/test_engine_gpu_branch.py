@@ -139,7 +139,7 @@ def test_from_capture_to_call(
         tuned_plan(captured[1][0], state, GPU, cache, wanted)
         assert len(asked) == count  # only if asked on a GPU
 
-    whole = on_the_gpu(Engine(built, state))
+    whole = on_the_gpu(Engine(built.values(), state))
     for seed, n in enumerate((1, 3, 1, 3)):
         gpu.launched.clear()
         require_right(model, whole(images(n, seed)), images(n, seed))
@@ -210,6 +210,34 @@ def test_recorded_graphs_keep_their_executors(
     assert recorded(2, images(2).float())[0].abs().sum() > 0  # raises Freed where weights are gone
 
 
+@pytest.fixture(scope="module")
+def graphs(convolution: tuple[nn.Module, Graph, State]) -> dict[int, Graph]:
+    """By batch size, captured while there is no stand-in for a GPU."""
+    return {n: capture(convolution[0], images(n).float())[0] for n in (3, 4)}
+
+
+def test_a_shape_that_a_call_adds_is_a_graph_with_a_pool_of_its_own(
+    convolution: tuple[nn.Module, Graph, State], graphs: dict[int, Graph], gpu: Fake
+) -> None:
+    model, graph, state = convolution
+    segments = [Segment(Candidate("eager", 0, 1), 1.0)]
+    engine = on_the_gpu(
+        Engine(
+            [bind(graph, segments, state, WeightStore())], state, model=model,
+            planner=lambda model, x, state: (graphs[len(x)], segments, dict(state)),
+            other_shapes="build", max_shapes=1,
+        )
+    )  # fmt: skip
+    for n in (3, 2, 4, 3):
+        gpu.said.clear()
+        x = images(n).float()
+        with torch.no_grad():
+            torch.testing.assert_close(engine(x), model(x))
+        assert gpu.said[-2:] == ["replay", "a run ends"]
+        assert len({id(recorded) for recorded in engine._recorded.values()}) == len(engine.shapes)
+    assert engine.batch_sizes == (2, 3)
+
+
 def test_new_weights_wait_for_the_run_before(
     convolution: tuple[nn.Module, Graph, State], gpu: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +246,7 @@ def test_new_weights_wait_for_the_run_before(
     the new weights."""
     model, graph, state = convolution
     bound = bind(graph, [Segment(Candidate("eager", 0, 1), 1.0)], state, WeightStore())
-    made = on_the_gpu(Engine({2: bound}, state))
+    made = on_the_gpu(Engine([bound], state))
     del bound
     made(images(2).float())
     gpu.said.clear()

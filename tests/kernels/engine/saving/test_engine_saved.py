@@ -48,7 +48,7 @@ def test_a_loaded_engine_gives_the_same_bits(engine: Engine, saved: Path) -> Non
         x = images(*SHAPE, seed=seed)
         assert torch.equal(loaded(x), engine(x))
     assert loaded.batch_sizes == engine.batch_sizes
-    assert loaded._built[2].segments == engine._built[2].segments
+    assert loaded._built[SHAPE].segments == engine._built[SHAPE].segments
     with pytest.raises(ValueError, match="a batch of 3"):
         loaded(images(3, *SHAPE[1:]))
 
@@ -67,7 +67,7 @@ def test_a_loaded_engine_can_be_saved_and_refreshed(saved: Path, tmp_path: Path)
 def test_nothing_is_unpickled(saved: Path) -> None:
     with safe_open(saved, framework="pt") as file:
         told = json.loads(file.metadata()["resfuse"])
-    assert told["schema"] == 2 and list(told["plans"]) == ["2"]
+    assert told["schema"] == 3 and list(told["plans"]) == ["2x3x33x29"]
 
 
 def told_in(path: Path) -> str:
@@ -127,7 +127,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an unknown tactic": (
         lambda p: rewrite(
-            p, lambda t: t["plans"]["2"]["segments"][0]["choice"].update(tactic="magic")
+            p, lambda t: t["plans"]["2x3x33x29"]["segments"][0]["choice"].update(tactic="magic")
         ),
         "no plan that can be run",
     ),
