@@ -164,11 +164,27 @@ class Engine:
         self._lock, self._forks = threading.Lock(), forks()
         torch.set_num_threads(1)
 
+    def clone(self) -> "Engine":
+        """Returns an engine of the same plan that shares this one's laid-out weights and runs at
+        the same time: only the memory of values is its own, and what oneDNN packs. A later
+        `refresh` changes the engine it is called on alone.
+
+        Raises:
+            ValueError: the engine was built with keep_weights=False.
+        """
+        state = self._weights()
+        with self._lock, asking(self.threads):
+            built = {size: b.bound_again(state) for size, b in self._built.items()}
+        return Engine(
+            built, state, other_batches=self.other_batches, model=self._model,
+            ceilings=self._ceilings, cuda_graph=self.cuda_graph, threads=self.threads,
+        )  # fmt: skip
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuses pickle, copy and torch.save."""
         raise ValueError(
-            "an engine cannot be copied or pickled: write it with engine.save(path) and read it "
-            "with load_engine(path)"
+            "an engine cannot be copied or pickled: engine.clone() makes another one in this "
+            "process, and engine.save(path) a file for load_engine(path)"
         )
 
     def memory(self, batch_size: int | None = None) -> Memory:

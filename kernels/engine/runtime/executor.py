@@ -37,9 +37,9 @@ class Executor:
         """
         self.graph = graph
         self._native = native_values(graph, candidates)
-        self._weight_store = weight_store or WeightStore()
+        self.weight_store = weight_store or WeightStore()
         layout = place(graph, candidates)
-        self.arena = Arena(graph, layout, self._weight_store, Executor)
+        self.arena = Arena(graph, layout, self.weight_store, Executor)
         self._views = {name: self.arena.view(name) for name in layout.placements}
         self._items: list[Item] = []
         self._copies: list[Item] = []  # those of the items that bring values into the arena
@@ -62,7 +62,7 @@ class Executor:
     def weight_bytes(self, excluding: Iterable[Tensor] = ()) -> int:
         """Returns the bytes of the weights laid out by tactics, including those of executors that
         share them, without the storages of the tensors `excluding`."""
-        return self._weight_store.size(excluding)
+        return self.weight_store.size(excluding)
 
     def repeat(self, *inputs: Tensor) -> Callable[[], list[Tensor]]:
         """Returns a function that runs the graph on `inputs` without copying them into the arena,
