@@ -33,13 +33,13 @@ class Key:
     baseline: str  # "<backend> <memory format>"
     img_size: str  # pixels, or the whole shape where that is no square photograph's
     requested_batch_size: str
-    scenario: str
-    requested_qps: str
-    latency_bound_ms: str
     precision: str
     math_mode: str
     device_name: str
     env_id: str
+    scenario: str = LATENCY
+    requested_qps: str = ""
+    latency_bound_ms: str = ""
 
     @property
     def is_baseline(self) -> bool:

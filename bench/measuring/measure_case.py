@@ -25,7 +25,7 @@ from resfuse.bench.measuring.failure import blame, blamed, outcome_of
 from resfuse.bench.measuring.inference import Inference, answers
 from resfuse.bench.measuring.probes import energy, nvml, peak_memory, roofline
 from resfuse.bench.measuring.probes.idle import OtherWork, limit_s, wait_for_quiet
-from resfuse.bench.measuring.scenarios.served_network import (
+from resfuse.bench.measuring.served_network import (
     MIN_ROUNDS,
     ServedNetwork,
     torch_threads,

@@ -18,8 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from resfuse.bench.measuring.arrivals import LEAST_QUERIES
 from resfuse.bench.measuring.probes.idle import BUSY_CORES, LIMIT_S
-from resfuse.bench.measuring.scenarios.arrivals import LEAST_QUERIES
 from resfuse.bench.records.case import SERVER, Case
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.profiles import LEAST_S
@@ -40,6 +40,7 @@ SET_UP_S = {
 THROUGHPUT_S = 8.0  # of the fewest rounds of streams, untimed ones included
 SEARCH_S = 60.0  # of a search for the highest rate, which takes longer where that is low
 QUANTILES = ("p50", "p90", "p99")
+SERVED = ("qps", *(f"{name}_ms" for name in QUANTILES))
 TRUSTED_S = 15.0  # the guess counts as much as this many seconds of cases that are done
 
 
@@ -123,7 +124,7 @@ def line(case: Case, outcome: Outcome, ci: float | None) -> str:
     if outcome.status != "pass":
         return f"{case.label():<58} {outcome.status}: {outcome.error}"
     if case.scenario == SERVER:
-        return f"{case.label():<58} {served(outcome)}{_beside(outcome)}"
+        return f"{case.label():<58} {_served(case, outcome)}{_beside(outcome)}"
     speed = outcome.metrics["infer_samples_per_sec"] or outcome.metrics["train_samples_per_sec"]
     low, mid, high = (
         outcome.metrics[name] for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
@@ -133,12 +134,12 @@ def line(case: Case, outcome: Outcome, ci: float | None) -> str:
     return f"{line} {_ended(case, outcome, ci)}" if ci else line
 
 
-def served(outcome: Outcome) -> str:
-    """Returns what a passed case of scenario server found: `50 queries/s: p50 11, p90 14, p99 21
-    ms`."""
-    found = outcome.metrics
-    times = ", ".join(f"{name} {float(found[f'{name}_ms'] or 0):.3g}" for name in QUANTILES)
-    return f"{float(found['qps'] or 0):.4g} queries/s: {times} ms"
+def _served(case: Case, outcome: Outcome) -> str:
+    """Returns what a passed case of scenario server found: `83 queries/s, p50 11, p90 14, p99 21
+    ms`, without the rate where it was asked for."""
+    found = {name: float(value or 0) for name, value in outcome.metrics.items() if name in SERVED}
+    times = ", ".join(f"{name} {found[f'{name}_ms']:.3g}" for name in QUANTILES)
+    return f"{times} ms" if case.qps else f"{found['qps']:.4g} queries/s, {times} ms"
 
 
 def _beside(outcome: Outcome) -> str:

@@ -14,8 +14,8 @@ from rich.console import Console
 from resfuse.bench.backends import backend
 from resfuse.bench.common.console import stderr, stdout
 from resfuse.bench.common.errors import UsageError
+from resfuse.bench.measuring.arrivals import LEAST_QUERIES
 from resfuse.bench.measuring.probes.idle import BUSY_CORES
-from resfuse.bench.measuring.scenarios.arrivals import LEAST_QUERIES
 from resfuse.bench.records import results
 from resfuse.bench.records.case import MOST, SERVER, Case, Options, Request
 from resfuse.bench.records.outcome import Outcome

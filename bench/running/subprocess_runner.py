@@ -26,7 +26,7 @@ from resfuse.bench.records.case import SERVER, Case, Options
 from resfuse.bench.records.outcome import Outcome, outcome_from
 
 MEASURE = "resfuse.bench.measuring.measure_case:measure_task"
-SERVE = "resfuse.bench.measuring.scenarios.measure_server:measure_server_task"
+SERVE = "resfuse.bench.measuring.measure_server:measure_server_task"
 GRACE_S = 5.0
 # The parent shares two cores with the work it watches, and wakes late at times.
 WATCH_SLACK_S, WATCH_SLACK = 0.5, 0.1

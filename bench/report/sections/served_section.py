@@ -65,13 +65,16 @@ def served_sections(environment: Environment, most_lines: int | None = None) -> 
         most_lines: that they may take together; what does not fit is counted.
     """
     blocks: list[str] = []
+    explained: set[str] = set()
     left_out = 0
     for comparison in environment.served:
-        own = _section(comparison)
+        scenario = comparison.setting.scenario
+        own = _section(comparison, "" if scenario in explained else MEANING.get(scenario, ""))
         if most_lines is not None and _lines([*blocks, *own]) > most_lines:
             left_out += len(comparison.results)
-        else:
-            blocks += own
+            continue
+        blocks += own
+        explained.add(scenario)
     if left_out:
         rows = markdown.count(left_out, "more row")
         blocks.append(f"{rows} of the scenarios throughput and server: see DETAILS.md.")
@@ -86,27 +89,26 @@ def title(comparison: Comparison) -> str:
     return f"{words[:1].upper()}{words[1:]}, {arithmetic}"
 
 
-def _section(comparison: Comparison) -> list[str]:
+def _section(comparison: Comparison, meaning: str) -> list[str]:
     setting = comparison.setting
-    beside = f" Baseline: {escape(setting.baseline)}." if setting.baseline else ""
-    scenario = setting.scenario if setting.scenario in COLUMNS else THROUGHPUT
+    shared = [f"Baseline: {escape(setting.baseline)}."] if setting.baseline else []
+    shared += [f"Weights: {escape(setting.weights)}.", f"Images: {escape(setting.images)}."]
+    columns = COLUMNS.get(setting.scenario, COLUMNS[THROUGHPUT])
     ran = [result for result in comparison.results if result.status != "unavailable"]
-    blocks = [
-        f"## {title(comparison)}",
-        f"{MEANING[scenario]}{beside} Weights: {escape(setting.weights)}. "
-        f"Images: {escape(setting.images)}.",
-    ]
+    blocks = [f"## {title(comparison)}", " ".join([*[meaning] * bool(meaning), *shared])]
     if ran:
-        blocks.append(render(COLUMNS[scenario], sorted(ran, key=_best_first)))
+        blocks.append(render(columns, sorted(ran, key=_best_first)))
     if failed := failures(comparison.results):
         blocks.append(failed)
     return blocks
 
 
 def _best_first(result: Result) -> tuple[str, int, int, bool, float, float, str]:
-    rate = result.numbers.get("qps", result.images_per_s or 0.0)
+    """Sorts by what rows of one load may be compared by: rates that were reached, or else ratios;
+    then by the 99th percentile."""
+    better = result.numbers.get("qps", result.numbers.get("speedup", 0.0))
     return (
-        result.model, result.img_size, result.batch_size, not result.measured, -rate,
+        result.model, result.img_size, result.batch_size, not result.measured, -better,
         result.numbers.get("p99_ms", 0.0), result.label,
     )  # fmt: skip
 

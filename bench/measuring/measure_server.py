@@ -15,8 +15,8 @@ from resfuse.bench.measuring.inference import answers
 from resfuse.bench.measuring.measure_case import Tell
 from resfuse.bench.measuring.probes import peak_memory, roofline
 from resfuse.bench.measuring.probes.idle import OtherWork, limit_s, wait_for_quiet
-from resfuse.bench.measuring.scenarios.served_network import ServedNetwork, torch_threads
-from resfuse.bench.measuring.scenarios.server import serve_at, serve_most
+from resfuse.bench.measuring.served_network import ServedNetwork, torch_threads
+from resfuse.bench.measuring.server_load import serve_at, serve_most
 from resfuse.bench.models.model_builder import build
 from resfuse.bench.models.weights_file import state_hash
 from resfuse.bench.records.case import Case, Options

@@ -14,7 +14,7 @@ from resfuse.bench.measuring.clock.timing import Step, Watch, seconds
 from resfuse.bench.measuring.correctness import Output
 from resfuse.bench.measuring.inference import IN_A_ROUND, Answers
 from resfuse.bench.measuring.network import MEMORY_FORMATS, TIMED_BATCHES, in_format
-from resfuse.bench.measuring.scenarios.queries import Answered, Asked, Exchange, GiveUp, never
+from resfuse.bench.measuring.queries import Answered, Asked, Exchange, GiveUp, never
 from resfuse.bench.records.sample import Accuracy
 
 # A round: long enough that the end, where streams run out of work one by one, is a small part of

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from statistics import median
 
 from resfuse.bench.common.errors import CannotServe
-from resfuse.bench.measuring.scenarios.arrivals import (
+from resfuse.bench.measuring.arrivals import (
     LATE_SHARE,
     LEAST_QUERIES,
     most_late,
     poisson_arrivals,
     query_count,
 )
-from resfuse.bench.measuring.scenarios.queries import Answered
-from resfuse.bench.measuring.scenarios.served_network import ServedNetwork
+from resfuse.bench.measuring.queries import Answered
+from resfuse.bench.measuring.served_network import ServedNetwork
 
 # A query that waited longer for a stream ends the run: of a queue that only grows, percentiles say
 # how long it was watched, and nothing else.
@@ -52,8 +52,8 @@ def serve_at(network: ServedNetwork, qps: float, seconds: float, seed: int) -> S
     arrived_s = arrivals_ns[-1] / 1e9
     if ended or last_s - arrived_s > DRAIN_S + DRAIN_SHARE * arrived_s:
         raise CannotServe(
-            f"it cannot keep up with {qps:g} queries/s: it answers {rate:.3g} a second, so the "
-            "queue grows for as long as they come"
+            f"it cannot keep up with {qps:g} queries/s: it answers {_number(rate)} a second, so "
+            "the queue grows for as long as they come"
         )
     return Served(qps, tuple(one.latency_ms for one in answered), rate)
 
@@ -79,7 +79,7 @@ def serve_most(
     needed_s = sum(LEAST_QUERIES / rate / (1 - 0.5**step) for step in range(1, SEARCH_STEPS + 1))
     if needed_s > limit_s:
         raise CannotServe(
-            f"the search takes up to {needed_s:.0f} s at {rate:.3g} queries/s, more than "
+            f"the search takes up to {needed_s:.0f} s at {_number(rate)} queries/s, more than "
             f"--timeout {limit_s:g}"
         )
     low, high, best = 0.0, rate, None
@@ -92,7 +92,7 @@ def serve_most(
             low, best = middle, served
     if best is None:
         raise CannotServe(
-            f"no rate keeps p99 under {bound_ms:g} ms: at {high:.3g} queries/s more than "
+            f"no rate keeps p99 under {bound_ms:g} ms: at {_number(high)} queries/s more than "
             f"{LATE_SHARE:.0%} may take longer, and a query takes {alone:.3g} ms when it is alone"
         )
     return best
@@ -120,6 +120,10 @@ def _within(
         return None
     rate = len(answered) / _end_s(answered, arrivals_ns)
     return Served(qps, tuple(one.latency_ms for one in answered), rate)
+
+
+def _number(rate: float) -> str:
+    return f"{rate:.3g}" if rate < 100 else f"{rate:.0f}"
 
 
 def _end_s(answered: list[Answered], arrivals_ns: Sequence[int]) -> float:
