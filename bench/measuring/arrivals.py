@@ -15,11 +15,12 @@ import numpy as np
 
 LATE_SHARE, CONFIDENCE = 0.01, 0.99
 LEAST_QUERIES = 662  # one late query among them is allowed
+MOST_QUERIES = 100_000  # each is an answer that is kept until it is checked
 
 
 def query_count(qps: float, seconds: float) -> int:
     """Returns how many queries at this rate are enough."""
-    return max(LEAST_QUERIES, ceil(qps * seconds))
+    return ceil(min(max(LEAST_QUERIES, qps * seconds), MOST_QUERIES))
 
 
 def poisson_arrivals(qps: float, count: int, seed: int) -> Sequence[int]:

@@ -28,6 +28,7 @@ from resfuse.bench.measuring.probes.idle import OtherWork, limit_s, wait_for_qui
 from resfuse.bench.measuring.served_network import (
     MIN_ROUNDS,
     ServedNetwork,
+    round_seconds,
     torch_threads,
 )
 from resfuse.bench.measuring.training_step import Training
@@ -116,9 +117,9 @@ def _measure(
     least_rounds = options.min_rounds
     if isinstance(candidate, ServedNetwork) and isinstance(baseline, ServedNetwork):
         least_rounds = min(least_rounds, MIN_ROUNDS)
-        candidate.settle_round()
+        candidate.settle_round(round_seconds(options.seconds))
         with blame(case.baseline):
-            baseline.settle_round()
+            baseline.settle_round(round_seconds(options.seconds))
     narrow = Narrow(options.ci or 0.0)
     others = OtherWork()
     tell("timing")

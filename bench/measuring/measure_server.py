@@ -15,7 +15,7 @@ from resfuse.bench.measuring.inference import answers
 from resfuse.bench.measuring.measure_case import Tell
 from resfuse.bench.measuring.probes import peak_memory, roofline
 from resfuse.bench.measuring.probes.idle import OtherWork, limit_s, wait_for_quiet
-from resfuse.bench.measuring.served_network import ServedNetwork, torch_threads
+from resfuse.bench.measuring.served_network import ServedNetwork, round_seconds, torch_threads
 from resfuse.bench.measuring.server_load import serve_at, serve_most
 from resfuse.bench.models.model_builder import build
 from resfuse.bench.models.weights_file import state_hash
@@ -76,7 +76,7 @@ def _measure(
     tell("timed")
     span_s = timing.seconds(span)
     other_load = others.cores(span_s)
-    served.settle_round()
+    served.settle_round(round_seconds(seconds))
     measure_case.require_no_memory(served, device)
     checks.append(served.check(network.TIMED_BATCHES, "after timing, on a new batch"))
 

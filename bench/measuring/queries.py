@@ -105,7 +105,7 @@ class Exchange:
 
     def answer(self, query: Query, output: Output) -> None:
         latency_ms = (now_ns() - query.begun_ns) / 1e6
-        copy = tree_map(_copied, output)
+        copy = _copied(output) if isinstance(output, Tensor) else tree_map(_copied, output)
         poison(output, self._poisoned)
         self._free.put(query.images)
         with self._collecting:

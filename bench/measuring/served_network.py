@@ -17,10 +17,11 @@ from resfuse.bench.measuring.network import MEMORY_FORMATS, TIMED_BATCHES, in_fo
 from resfuse.bench.measuring.queries import Answered, Asked, Exchange, GiveUp, never
 from resfuse.bench.records.sample import Accuracy
 
-# A round: long enough that the end, where streams run out of work one by one, is a small part of
-# it, and at least two batches a stream.
-ROUND_S, LEAST_A_STREAM = 0.25, 2
-MIN_ROUNDS = 6  # of a case, each of at least ROUND_S
+# A round is so long that its end, where streams run out of work one by one, is a small part of it;
+# less only where the timed seconds of a case do not allow for MIN_ROUNDS such rounds.
+ROUND_S, SHORTEST_ROUND_S = 0.25, 0.05
+LEAST_A_STREAM = 2  # batches in a round
+MIN_ROUNDS = 6
 
 
 @contextmanager
@@ -33,6 +34,11 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def round_seconds(seconds: float) -> float:
+    """Returns how long a round is, for a case of so many timed seconds, its baseline's included."""
+    return min(ROUND_S, max(SHORTEST_ROUND_S, seconds / (2 * MIN_ROUNDS)))
 
 
 class ServedNetwork:
@@ -107,7 +113,7 @@ class ServedNetwork:
         return correctness.worst(found)
 
     def settle_round(self, least_s: float = ROUND_S) -> float:
-        """Decides how many batches a round has, by timing one of them, so that it takes `least_s`.
+        """Decides how many batches a round has, by timing some, so that it takes `least_s`.
 
         Returns:
             how many batches are answered in a second.

@@ -27,7 +27,7 @@ from resfuse.bench.measuring import (
 from resfuse.bench.measuring import server_load as server
 from resfuse.bench.measuring.clock import timing
 from resfuse.bench.measuring.inference import answers
-from resfuse.bench.measuring.served_network import ServedNetwork, torch_threads
+from resfuse.bench.measuring.served_network import ServedNetwork, round_seconds, torch_threads
 from resfuse.bench.records.case import Case, Options
 from resfuse.kernels.cpu.cpus import usable
 from resfuse.resnet_ref import models
@@ -119,6 +119,7 @@ def test_a_round_has_as_many_queries_as_it_has_time_for(monkeypatch: pytest.Monk
     least = candidate.batches_a_round
     candidate.settle_round(0.05)
     assert candidate.batches_a_round > least == 2 * candidate.count
+    assert [round_seconds(s) for s in (0.1, 1.2, 60.0)] == pytest.approx([0.05, 0.1, 0.25])
 
 
 def test_every_stream_is_a_thread_of_its_own_on_one_cpu_thread(
@@ -376,8 +377,7 @@ def test_a_rate_with_too_many_late_queries_is_given_up_early(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_of_throughput(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ServedNetwork.settle_round, "__defaults__", (0.04,))
+def test_a_row_of_throughput(threads: int) -> None:
     case = Case(**{**vars(CASE), "scenario": "throughput", "backend": "fused",
                    "memory_format": "channels_last"})  # fmt: skip
     options = Options(seconds=0.2, threads=threads)
