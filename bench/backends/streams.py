@@ -21,12 +21,10 @@ Run = Callable[[Tensor], Any]
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """A batch that is to be answered once."""
+    """A batch that is to be answered once. What it holds, nothing else says."""
 
     number: int
-    batch: int  # which of the case's batches it is
     images: Tensor  # [N, C, H, W]; the stream's own until it has answered
-    begun_ns: int  # when it arrived, or a stream took it
 
 
 # The taker's number -> its next query, once there is one; None: there will be none.

@@ -43,7 +43,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answered:
-    query: Query
+    number: int  # of the query
+    batch: int
+    begun_ns: int  # when it arrived, or a stream took it
     latency_ms: float
     output: Output  # a copy; None where it is checked already
 
@@ -80,6 +82,7 @@ class Exchange:
         self._taking, self._collecting = Lock(), Lock()
         self._next, self._bytes = 0, 0
         self._shares: Counter[int] = Counter()
+        self._begun_ns: dict[int, int] = {}
         self._waits_ms: dict[int, float] = {}
         self._wrong: WrongAnswer | None = None
         self.ended = False  # before the last query was taken
@@ -93,18 +96,20 @@ class Exchange:
                 return None
             self._next += 1
             self._shares[taker] += 1
-            arrived_ns = now_ns()
+            begun_ns = now_ns()
             if self._arrivals_ns is not None:
-                arrived_ns = self.began_ns + self._arrivals_ns[number]
-                wait_until(arrived_ns)
-        self._waits_ms[number] = (now_ns() - arrived_ns) / 1e6
+                begun_ns = self.began_ns + self._arrivals_ns[number]
+                wait_until(begun_ns)
+        self._begun_ns[number] = begun_ns
+        self._waits_ms[number] = (now_ns() - begun_ns) / 1e6
         asked = self._asked[number]
         images = self._free.get()
         images.copy_(asked.images)
-        return Query(number, asked.batch, images, arrived_ns)
+        return Query(number, images)
 
     def answer(self, query: Query, output: Output) -> None:
-        latency_ms = (now_ns() - query.begun_ns) / 1e6
+        begun_ns, batch = self._begun_ns[query.number], self._asked[query.number].batch
+        latency_ms = (now_ns() - begun_ns) / 1e6
         copy = _copied(output) if isinstance(output, Tensor) else tree_map(_copied, output)
         poison(output, self._poisoned)
         self._free.put(query.images)
@@ -113,10 +118,12 @@ class Exchange:
             is_kept = self._bytes <= KEPT_BYTES
             if self._give_up(self._waits_ms[query.number], latency_ms):
                 self.ended = True
-            self.answered.append(Answered(query, latency_ms, copy if is_kept else None))
+            self.answered.append(
+                Answered(query.number, batch, begun_ns, latency_ms, copy if is_kept else None)
+            )
         if not is_kept:
             try:
-                self._verify(query.batch, copy)
+                self._verify(batch, copy)
             except WrongAnswer as wrong:  # it is whose streams these are that says so
                 self._wrong, self.ended = wrong, True
 
@@ -124,11 +131,13 @@ class Exchange:
         """Checks what has been answered since.
 
         Raises:
-            WrongAnswer: a query was not answered, or twice, or wrongly.
+            WrongAnswer: a query was not taken, not answered, or twice, or wrongly.
         """
         if self._wrong is not None:
             raise self._wrong
-        times = Counter(one.query.number for one in self.answered)
+        if self._next < len(self._asked) and not self.ended:
+            raise WrongAnswer(f"the streams took {self._next} of {len(self._asked)} queries")
+        times = Counter(one.number for one in self.answered)
         if times != Counter(range(self._next)):
             lost = self._next - len(times)
             raise WrongAnswer(
@@ -137,7 +146,7 @@ class Exchange:
             )
         for one in self.answered:
             if one.output is not None:
-                self._verify(one.query.batch, one.output)
+                self._verify(one.batch, one.output)
 
 
 def _copied(leaf: object) -> object:

@@ -128,4 +128,4 @@ def _number(rate: float) -> str:
 
 def _end_s(answered: list[Answered], arrivals_ns: Sequence[int]) -> float:
     """Returns when the last answer came, in seconds from when arrivals are counted."""
-    return max(arrivals_ns[one.query.number] / 1e9 + one.latency_ms / 1e3 for one in answered)
+    return max(arrivals_ns[one.number] / 1e9 + one.latency_ms / 1e3 for one in answered)

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from report_rows import CASE, STAMP, add, add_failed, text_of
 from resfuse.bench.cli import main, parser
+from resfuse.bench.cluster import sweep_command
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Case, Options, Request
-from resfuse.bench.records.case_row import LOAD
+from resfuse.bench.records.case_row import CASES, LOAD
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.report import write_report
 from resfuse.bench.report.data.ladder import networks
@@ -313,3 +314,21 @@ def test_a_case_goes_to_the_process_of_its_scenario(monkeypatch: pytest.MonkeyPa
     for case in (CASE, THROUGHPUT, SERVER):
         subprocess_runner.run_case(case, Options(), {})
     assert asked == ["measure_task", "measure_task", "measure_server_task"]
+
+
+@pytest.mark.parametrize(
+    ("case", "metrics", "said"),
+    [
+        (CASE, {"speedup": 1.5}, "batch 8 40.0 images/s 1.50x"),
+        (THROUGHPUT, {"speedup": 1.5}, "batch 8 throughput 40.0 images/s 1.50x"),
+        (SERVER, {"p99_ms": 21.5}, "batch 8 server, 50 queries/s 40.0 images/s p99 21.5 ms"),
+    ],
+)
+def test_the_line_of_a_job_on_a_cluster(
+    case: Case, metrics: dict[str, float], said: str, tmp_path: Path
+) -> None:
+    found = Outcome("pass", "", {"infer_samples_per_sec": 40.0, **metrics})
+    results.append_row(tmp_path, CASES.record(case.identity(), found, STAMP))
+    (row,) = results.read_cells(tmp_path).to_dict("records")
+    line = sweep_command._line({str(name): cell for name, cell in row.items()})
+    assert " ".join(line.split()).endswith(said)
