@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from rich.console import Console
 
 from report_rows import CASE, STAMP, add, add_failed, text_of
@@ -23,6 +22,7 @@ from resfuse.bench.report.data.select import read_folders
 from resfuse.bench.running import conclusion, session, subprocess_runner, sweep
 from resfuse.bench.running.listing import cases_table
 from resfuse.bench.running.progress import expected_s, line
+from resfuse.kernels.cpu.cpus import usable
 
 THROUGHPUT = replace(CASE, scenario="throughput")
 SERVER = replace(CASE, scenario="server", qps=50.0)
@@ -278,25 +278,21 @@ def test_rows_through_a_process_of_their_own_resume_and_report(
               "--threads", "2", "--results", str(tmp_path), "--device", "cpu"]  # fmt: skip
     loads = (
         ["--scenario", "throughput"],
-        ["--scenario", "server", "--qps", "100", "--seed", "5"],
-        ["--scenario", "server", "--qps", "max", "--latency-bound", "0.0001"],
+        ["--scenario", "server", "--qps", "40", "--seed", "5"],
     )
     for flags in loads:
         assert main([*common, *flags]) == 0
     (home,) = tmp_path.iterdir()
-    throughput, server, most = results.read_rows(home).to_dict("records")
-    streams = min(2, torch.get_num_threads() if torch.get_num_threads() > 1 else 2)
+    throughput, server = results.read_rows(home).to_dict("records")
     assert throughput["status"] == "pass", throughput["error"]
-    assert throughput["streams"] <= streams
+    assert throughput["streams"] == min(2, usable())
     assert throughput["speedup_ci_low"] <= throughput["speedup"] <= throughput["speedup_ci_high"]
     assert throughput["p50_ms"] <= throughput["p90_ms"] <= throughput["p99_ms"]
-    assert (server["status"], server["qps"], server["arrival_seed"]) == ("pass", 100, 5), server
-    assert server["queries"] == 662 and server["requested_qps"] == "100"
+    assert (server["status"], server["qps"], server["arrival_seed"]) == ("pass", 40, 5), server
+    assert server["queries"] == 662 and server["requested_qps"] == "40"
     assert pd.isna(server["speedup"]) and server["baseline"] == ""
-    assert most["status"] == "fail_to_run"
-    assert "no rate keeps p99 under 0.0001 ms" in most["error"]
     capsys.readouterr()
-    for flags in loads[:2]:
+    for flags in loads:
         assert main([*common, *flags, "--resume", "--dry-run"]) == 0
         assert "0 cases, 1 already settled" in capsys.readouterr().out
     assert main([*common, "--resume", "--dry-run"]) == 0
