@@ -170,10 +170,8 @@ def _require_scenario(args: argparse.Namespace) -> None:
     if args.scenario != SERVER:
         for flag, given in (("--qps", args.qps), ("--latency-bound", args.latency_bound)):
             if given is not None:
-                raise UsageError(
-                    f"argument {flag}: {given or MOST:{'g' if given else ''}}; it goes with "
-                    f"--scenario {SERVER}"
-                )
+                shown = f"{given:g}" if given else MOST
+                raise UsageError(f"argument {flag}: {shown}; it goes with --scenario {SERVER}")
         return
     if args.qps is None:
         raise UsageError(

@@ -165,9 +165,9 @@ class Engine:
         torch.set_num_threads(1)
 
     def clone(self) -> "Engine":
-        """Returns an engine of the same plan that shares this one's laid-out weights and runs at
-        the same time: only the memory of values is its own, and what oneDNN packs. A later
-        `refresh` changes the engine it is called on alone.
+        """Returns an engine of the same plan that shares this one's weights and may run at the same
+        time: the memory of values is its own. A later `refresh` changes the engine it is called on
+        alone.
 
         Raises:
             ValueError: the engine was built with keep_weights=False.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.cpu.huge_pages import HugePagePool, allocate
+from resfuse.kernels.cpu.onednn import PackedConv
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph, State
 from resfuse.kernels.engine.memory.aliasing import Placement, assign_buffers
@@ -19,6 +20,7 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._tensors: dict[Hashable, list[Tensor]] = {}
+        self._packed: dict[Hashable, PackedConv] = {}
         self._pool = HugePagePool()
         self._outside: list[Tensor] = []  # tensors that are not in the pool
 
@@ -35,6 +37,13 @@ class WeightStore:
             self._tensors[key] = make()
             self.track(self._tensors[key])
         return self._tensors[key]
+
+    def packed(self, key: Hashable, make: Callable[[], PackedConv]) -> PackedConv:
+        """Returns what `make` returns, called once for a key."""
+        if key not in self._packed:
+            self._packed[key] = make()
+            self.track(self._packed[key].tensors)
+        return self._packed[key]
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns a shared read-only tensor of `count` zeros, a part of the largest so far."""
@@ -137,6 +146,10 @@ class Arena:
     def tensors(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Returns what `make` returns as it is, made once for all that share it."""
         return self.weight_store.get_unchanged(key, make)
+
+    def packed(self, key: Hashable, make: Callable[[], PackedConv]) -> PackedConv:
+        """Returns what `make` returns, made once for all that share it."""
+        return self.weight_store.packed(key, make)
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns a shared read-only tensor of `count` zeros."""

@@ -1,6 +1,8 @@
 """`Engine.clone`: the same plan on the same weights, in memory of its own."""
 
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,6 +10,11 @@ from torch import nn
 
 from resfuse.kernels import build_engine
 from resfuse.kernels.engine.engine import Engine
+from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.graph import Conv, Graph
+from resfuse.kernels.engine.tactics import TACTICS
+
+Segments = Callable[[Graph, int], Iterable[Candidate]]
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -17,6 +24,13 @@ def network(own_cache: object) -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).eval()
+
+
+def _not_convolutions(segments: Segments) -> Segments:
+    def others(graph: Graph, at: int) -> Iterable[Candidate]:
+        return () if isinstance(graph.nodes[at].op, Conv) else segments(graph, at)
+
+    return others
 
 
 @pytest.fixture
@@ -37,6 +51,22 @@ def test_a_clone_answers_alike_without_another_copy_of_the_weights(engine: Engin
     assert other.weight_store is own.weight_store
     assert other.arena.pointer != own.arena.pointer
     assert clone.explain() == engine.explain()
+
+
+def test_a_clone_shares_what_onednn_packs(network: nn.Module) -> None:
+    """Where there are no native kernels, that is every convolution."""
+    tactics = {name: TACTICS[name].load() for name in ("eager", "onednn")}
+    with (
+        patch("resfuse.kernels.engine.build.tactics_on", lambda device, dtype: tactics),
+        patch.object(tactics["eager"], "segments", _not_convolutions(tactics["eager"].segments)),
+    ):
+        engine = build_engine(network, torch.randn(1, 3, 16, 16))
+    assert "onednn" in engine.explain()
+    before = engine.memory().weights_bytes
+    clones = [engine.clone() for _ in range(3)]
+    assert [one.memory().weights_bytes for one in (engine, *clones)] == [before] * 4
+    x = torch.randn(1, 3, 16, 16)
+    assert all(torch.equal(one(x), engine(x)) for one in clones)
 
 
 def test_clones_that_run_at_the_same_time_do_not_disturb_each_other(
