@@ -119,7 +119,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         help="limit of a case, set-up included (default: %(default)g)",
     )
     add_threads(how)
-    add_seed(how)
+    add_seed(how, "of the seeded weights, and of when batches arrive")
     out = parser.add_argument_group("results")
     add_results(out)
     add_resumable(out, "cases")

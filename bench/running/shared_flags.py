@@ -169,8 +169,8 @@ def add_threads(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_seed(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of the seeded weights (default: 0)")
+def add_seed(parser: argparse._ActionsContainer, what: str = "of the seeded weights") -> None:
+    parser.add_argument("--seed", type=int, default=0, help=f"{what} (default: 0)")
 
 
 def add_results(parser: argparse._ActionsContainer) -> None:

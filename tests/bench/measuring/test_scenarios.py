@@ -451,3 +451,34 @@ def test_the_streams_of_every_backend_answer_rightly(
     monkeypatch.setattr(candidate, "_require", wrong)
     with pytest.raises(correctness.WrongAnswer, match="planted"):
         candidate.serve_arrivals([0] * 8)
+
+
+class Pair(nn.Module):
+    """Answers with a dictionary of two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = tiny(), tiny()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"one": self.first(x), "other": self.second(x)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("name", ["onnxrt", "openvino", "engine"])
+def test_streams_of_a_network_with_several_outputs(name: str) -> None:
+    pytest.importorskip(
+        {"onnxrt": "onnxruntime"}.get(name, name if name == "openvino" else "torch")
+    )
+    batches = [torch.randn(2, 3, 32, 32) for _ in range(network.TIMED_BATCHES + 1)]
+    model = Pair().eval()
+    candidate = ServedNetwork(name, "contiguous", deepcopy(model), batches, 2)
+    candidate.set_up()
+    candidate.expect(answers(model, batches, "ieee"))
+    for batch in range(network.TIMED_BATCHES + 1):
+        candidate.check(batch, "before timing")
+    swapped = answers(model, [one.roll(1, 0) for one in batches], "ieee")
+    candidate.expect(swapped)
+    with pytest.raises(correctness.WrongAnswer):
+        candidate.check(0, "before timing")
