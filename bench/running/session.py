@@ -191,6 +191,10 @@ def _require_scenario(args: argparse.Namespace) -> None:
                 f"argument {flag}: with --scenario {SERVER} each backend is measured by itself, "
                 "beside no baseline"
             )
+    if args.seed < 0:
+        raise UsageError(
+            f"argument --seed: {args.seed}; accepted with --scenario {SERVER}: whole numbers from 0"
+        )
     if args.qps and (needed_s := LEAST_QUERIES / args.qps) > args.timeout:
         raise UsageError(
             f"argument --qps: {args.qps:g}; the {LEAST_QUERIES} queries that a 99th percentile "

@@ -70,6 +70,10 @@ def request_of(*arguments: str) -> Request:
         ),
         ("--scenario server --qps 50 --ab eager,fused", "argument --ab: with --scenario server"),
         ("--scenario server --qps 50 --ci 2%", "argument --ci: with --scenario server each "),
+        (
+            "--scenario server --qps 50 --seed -1",
+            "argument --seed: -1; accepted with --scenario server: whole numbers from 0",
+        ),
         ("--scenario server --qps 50 --baseline fused", "argument --baseline: with --scenario"),
         (
             "--scenario throughput --bench train",
