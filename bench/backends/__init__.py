@@ -2,7 +2,8 @@
 
 A backend's `build(model, example) -> run` does everything that happens once (folding, export,
 compilation); `run(images)` is what gets timed. `trainable(model, example) -> module` is its
-counterpart for training, where it has one. On a CPU each is called for a small network first, so
+counterpart for training, where it has one, and `streams(model, example, cores) -> Streams` for many
+batches at a time on a CPU (streams.py). On a CPU each is called for a small network first, so
 that the code it loads is not counted as memory. What cannot run here raises `Unavailable` with the
 reason. The strings are imported when the backend is used, so that an optional package that is not
 installed costs nothing.
@@ -10,6 +11,7 @@ installed costs nothing.
 
 import importlib
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ from resfuse.bench.common.selection import pick
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from resfuse.bench.backends.streams import Streams
 
     Run = Callable[[Tensor], Tensor]
     Build = Callable[[nn.Module, Tensor], Run]
@@ -38,6 +42,8 @@ class Backend:
     package: str = "resfuse[bench]"  # what pip is to install for it
     # Its `trainable` takes a model that is spread over processes already, as torch.compile asks.
     takes_parallel: bool = False
+    # "module:function"; without, each stream is a thread with a network of its own.
+    streams: str | None = None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -46,6 +52,7 @@ BACKENDS: dict[str, Backend] = {
         "torch modules as they are",
         BOTH,
         "resfuse.bench.backends.eager:trainable",
+        streams="resfuse.bench.backends.eager:streams",
     ),
     "compiled": Backend(
         "resfuse.bench.backends.compiled:build",
@@ -54,6 +61,7 @@ BACKENDS: dict[str, Backend] = {
         "resfuse.bench.backends.compiled:trainable",
         require="resfuse.bench.backends.compiled:require",
         takes_parallel=True,
+        streams="resfuse.bench.backends.compiled:streams",
     ),
     "compiled_max_autotune": Backend(
         "resfuse.bench.backends.compiled:build_max_autotune",
@@ -62,6 +70,7 @@ BACKENDS: dict[str, Backend] = {
         "resfuse.bench.backends.compiled:trainable_max_autotune",
         require="resfuse.bench.backends.compiled:require",
         takes_parallel=True,
+        streams="resfuse.bench.backends.compiled:streams_max_autotune",
     ),
     "fused": Backend(
         "resfuse.bench.backends.fused:build",
@@ -69,12 +78,14 @@ BACKENDS: dict[str, Backend] = {
         ("channels_last",),  # it computes in that, whatever it is given
         "resfuse.bench.backends.fused:trainable",
         require="resfuse.bench.backends.fused:require",
+        streams="resfuse.bench.backends.fused:streams",
     ),
     "engine": Backend(
         "resfuse.bench.backends.engine:build",
         "resfuse.kernels.build_engine: the whole network planned, tactic by tactic",
         BOTH,
         require="resfuse.bench.backends.fused:require",
+        streams="resfuse.bench.backends.engine:streams",
     ),
     "cudnn_fused": Backend(
         "resfuse.bench.backends.cudnn_fused:build",
@@ -86,6 +97,7 @@ BACKENDS: dict[str, Backend] = {
         "ONNX Runtime, CPU or CUDA provider by device",
         NCHW,
         require="resfuse.bench.backends.onnxrt:require",
+        streams="resfuse.bench.backends.onnxrt:streams",
     ),
     "onnxrt_tensorrt": Backend(
         "resfuse.bench.backends.onnxrt:build_tensorrt",
@@ -100,6 +112,7 @@ BACKENDS: dict[str, Backend] = {
         NCHW,
         require="resfuse.bench.backends.openvino:require",
         package="resfuse[openvino]",
+        streams="resfuse.bench.backends.openvino:streams",
     ),
     "tensorrt": Backend(
         "resfuse.bench.backends.tensorrt:build",
@@ -147,6 +160,18 @@ def load_trainable(name: str) -> "Trainable":
         raise Unavailable(f"{name} runs inference only")
     trainable: Trainable = load(target)
     return trainable
+
+
+def load_streams(name: str, model: "nn.Module", example: "Tensor", cores: int) -> "Streams":
+    """Returns a backend's streams on so many cores, ready to serve."""
+    own = backend(name).streams
+    if own is not None:
+        streams: Streams = load(own)(model, example, cores)
+        return streams
+    from resfuse.bench.backends.streams import CallerStreams
+
+    build = load_build(name)
+    return CallerStreams([build(deepcopy(model), example) for _ in range(cores)])
 
 
 def load(target: str) -> Any:

@@ -7,6 +7,7 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
 
+from resfuse.bench.backends.streams import CallerStreams, Streams
 from resfuse.bench.common.errors import Unavailable
 
 
@@ -37,6 +38,15 @@ def build_max_autotune(model: nn.Module, example: Tensor) -> Callable[[Tensor], 
     """Compiles in mode max-autotune, frozen: kernels chosen by measurement, CUDA graphs on a
     GPU."""
     return _frozen(torch.compile(model, dynamic=False, mode="max-autotune"), example)
+
+
+def streams(model: nn.Module, example: Tensor, cores: int) -> Streams:
+    """All call one compiled model, compiled where torch has one thread: guards see the count."""
+    return CallerStreams([build(model, example)] * cores)
+
+
+def streams_max_autotune(model: nn.Module, example: Tensor, cores: int) -> Streams:
+    return CallerStreams([build_max_autotune(model, example)] * cores)
 
 
 def trainable(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from resfuse.bench.backends.streams import CallerStreams, Streams
 from resfuse.bench.common.errors import CannotTake
 from resfuse.kernels import fuse
 
@@ -33,6 +34,13 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
         return logits
 
     return run
+
+
+def streams(model: nn.Module, example: Tensor, cores: int) -> Streams:
+    """All call one fused model: its layers have scratch memory for each thread."""
+    run = build(model, example)
+    run(example)  # it folds the weights and lets go of them, which is for one thread to do
+    return CallerStreams([run] * cores)
 
 
 def trainable(model: nn.Module, example: Tensor) -> nn.Module:

@@ -8,6 +8,7 @@ would be a straw man.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from resfuse.bench.backends.onnx_export import exported, require_exporter
 from resfuse.bench.backends.output_tree import OutputTree, output_tree
+from resfuse.bench.backends.streams import CallerStreams, Streams
 from resfuse.bench.common.errors import CannotTake, Unavailable
 from resfuse.bench.common.precision import tf32_allowed
 
@@ -63,6 +65,22 @@ def build_tensorrt(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]
     return _build(model, example, TENSORRT)
 
 
+def streams(model: nn.Module, example: Tensor, cores: int) -> Streams:
+    """A session for each core, on one thread.
+
+    Sessions of the Python package cannot share weights that are packed, so each has its own.
+
+    Raises:
+        Unavailable: as `build`.
+    """
+    _require(CPU)
+    tree = output_tree(model, example)
+    with exported(model, example) as file:
+        sessions = [_session(file, example, CPU, {}, threads=1) for _ in range(cores)]
+    outputs = _outputs(sessions[0], tree, len(example))
+    return CallerStreams([_bound(session, example, tree, outputs) for session in sessions])
+
+
 def provider_options(
     provider: str, device_index: int, stream: int, precision: torch.dtype
 ) -> dict[str, str]:
@@ -95,29 +113,36 @@ def _require(provider: str) -> None:
 
 def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor], Any]:
     _require(provider)
-    import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
-    settings.log_severity_level = 3
     device_index = example.device.index or 0
     stream = torch.cuda.current_stream().cuda_stream if example.is_cuda else 0
     options = provider_options(provider, device_index, stream, example.dtype)
     tree = output_tree(model, example)
+    with exported(model, example) as file:
+        session = _session(file, example, provider, options, torch.get_num_threads())
+    outputs = _outputs(session, tree, len(example))
+    if example.is_cuda:
+        return _graphed(session, example, tree, outputs)
+    return _bound(session, example, tree, outputs)
+
+
+def _session(
+    file: Path, example: Tensor, provider: str, options: dict[str, str], threads: int
+) -> "InferenceSession":
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.log_severity_level = 3
     try:
-        with exported(model, example) as file:
-            session = onnxruntime.InferenceSession(file, settings, providers=[(provider, options)])
+        session = onnxruntime.InferenceSession(file, settings, providers=[(provider, options)])
     except (state.NotImplemented, state.InvalidGraph):
         raise Unavailable(f"onnxruntime's {provider} has no {example.dtype} convolution") from None
     if provider not in session.get_providers():
         raise Unavailable(
             f"onnxruntime could not load its {provider} and fell back to {session.get_providers()}"
         )
-    outputs = _outputs(session, tree, len(example))
-    if example.is_cuda:
-        return _graphed(session, example, tree, outputs)
-    return _bound(session, example, tree, outputs)
+    return session
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""OpenVINO on the same ONNX file as ONNX Runtime, in the case's precision.
+"""OpenVINO on the same ONNX file as ONNX Runtime, in the case's precision: tuned for latency, or
+for throughput with as many streams as it chooses.
 
 Left to itself OpenVINO would run fp32 networks in bfloat16 on processors with AMX: the precision
 hint forbids it.
@@ -6,14 +7,18 @@ hint forbids it.
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends.onnx_export import exported, require_exporter
-from resfuse.bench.backends.output_tree import output_tree
+from resfuse.bench.backends.output_tree import OutputTree, output_tree
+from resfuse.bench.backends.streams import Answer, Query, Streams, Take
 from resfuse.bench.common.errors import Unavailable
+
+if TYPE_CHECKING:
+    from openvino import CompiledModel
 
 HINTS = {torch.float32: "f32", torch.float16: "f16"}
 
@@ -32,22 +37,9 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
     Raises:
         Unavailable: another device or precision, or openvino is not installed.
     """
-    require(example.device)
-    if example.dtype not in HINTS:
-        raise Unavailable(f"openvino is driven through numpy here, which has no {example.dtype}")
+    compiled, tree = _compiled(model, example, "LATENCY", torch.get_num_threads())
     import openvino
 
-    tree = output_tree(model, example)
-    core = openvino.Core()
-    settings = {
-        "INFERENCE_PRECISION_HINT": HINTS[example.dtype],
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    with exported(model, example) as file:
-        network = core.read_model(file)
-        network.reshape(list(example.shape))  # a fixed shape, as torch.compile has it
-        compiled = core.compile_model(network, "CPU", settings)
     request = compiled.create_infer_request()
     outputs = [
         (tuple(one.shape), y.dtype) for one, y in zip(compiled.outputs, tree.tensors, strict=True)
@@ -62,3 +54,71 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
         return tree.rebuild(given)
 
     return run
+
+
+def streams(model: nn.Module, example: Tensor, cores: int) -> Streams:
+    """The CPU plugin with the throughput hint, in asynchronous requests: as many as it calls the
+    optimal number.
+
+    Raises:
+        Unavailable: as `build`.
+    """
+    return _AsyncStreams(*_compiled(model, example, "THROUGHPUT", cores))
+
+
+def _compiled(
+    model: nn.Module, example: Tensor, hint: str, threads: int
+) -> "tuple[CompiledModel, OutputTree]":
+    require(example.device)
+    if example.dtype not in HINTS:
+        raise Unavailable(f"openvino is driven through numpy here, which has no {example.dtype}")
+    import openvino
+
+    tree = output_tree(model, example)
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_PRECISION_HINT": HINTS[example.dtype],
+        "PERFORMANCE_HINT": hint,
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    with exported(model, example) as file:
+        network = core.read_model(file)
+        network.reshape(list(example.shape))  # a fixed shape, as torch.compile has it
+        return core.compile_model(network, "CPU", settings), tree
+
+
+class _AsyncStreams:
+    """OpenVINO's own queue of requests; the calling thread fills it."""
+
+    takers = 1
+
+    def __init__(self, compiled: "CompiledModel", tree: OutputTree) -> None:
+        import openvino
+
+        self._tensor, self._tree = openvino.Tensor, tree
+        self._queue = openvino.AsyncInferQueue(compiled)
+        self.count = len(self._queue)
+
+    def serve(self, take: Take, answer: Answer) -> None:
+        failures: list[BaseException] = []
+
+        def done(request: Any, query: Query) -> None:
+            try:
+                given = [torch.from_numpy(one.data) for one in request.output_tensors]
+                answer(query, self._tree.rebuild(given))
+            except BaseException as failure:  # OpenVINO would report a string in another thread
+                failures.append(failure)
+
+        self._queue.set_callback(done)
+        try:
+            while not failures:
+                self._queue.get_idle_request_id()  # waits for one
+                query = take(0)
+                if query is None:
+                    break
+                images = self._tensor(query.images.numpy(), shared_memory=True)
+                self._queue.start_async({0: images}, query, share_inputs=True)
+        finally:
+            self._queue.wait_all()
+        for failure in failures:
+            raise failure

@@ -18,6 +18,8 @@ from resfuse.bench.common.console import stderr, stdout
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.measuring.device import resolve_device
 from resfuse.bench.records import results
+from resfuse.bench.records.case import LATENCY, Load
+from resfuse.bench.records.case_row import LOAD
 from resfuse.bench.running import sweep
 from resfuse.bench.running.listing import cases_table
 from resfuse.bench.running.session import options_of, request_of
@@ -159,8 +161,13 @@ def _device(args: argparse.Namespace) -> str:
 
 def _line(row: Cells) -> str:
     names = ("model", "backend", "memory_format", "precision")
-    case = " ".join([*(row[name] for name in names), f"batch {row['requested_batch_size']}"])
+    load = Load(*(row[name] for name in LOAD)).text()
+    words = [*(row[name] for name in names), f"batch {row['requested_batch_size']}"]
+    case = " ".join([*words, *[load] * (load not in ("", LATENCY))])
     speed = row["infer_samples_per_sec"] or row["train_samples_per_sec"]
     if row["status"] != "pass":
         return f"{case:<58} {row['status']}: {row['error']}"
-    return f"{case:<58} {float(speed):8.1f} images/s  {float(row['speedup']):.2f}x"
+    line = f"{case:<58} {float(speed):8.1f} images/s"
+    if not row["speedup"]:
+        return f"{line}  p99 {float(row['p99_ms']):.3g} ms"
+    return f"{line}  {float(row['speedup']):.2f}x"

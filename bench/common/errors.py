@@ -13,5 +13,9 @@ class CannotTake(Unavailable):
     """A backend cannot run this network, whatever it can do with others."""
 
 
+class CannotServe(RuntimeError):
+    """Queries come faster than a backend answers them, or than its limit of time allows."""
+
+
 class LeftOutWarning(UserWarning):
     """Something damaged is not used; `resfuse` prints it as one sentence and goes on."""

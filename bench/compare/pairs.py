@@ -11,6 +11,8 @@ NAMES = {
     "memory_format": "memory format",
     "img_size": "image size",
     "requested_batch_size": "batch size",
+    "requested_qps": "queries/s",
+    "latency_bound_ms": "bound of p99, ms",
     "math_mode": "math mode",
     "device_name": "device",
 }

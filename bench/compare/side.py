@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from resfuse.bench.records import results
-from resfuse.bench.records.case import MODES
+from resfuse.bench.records.case import LATENCY, MODES
 from resfuse.bench.records.case_row import CASES, IMG_SIZE, shape_of
 from resfuse.bench.records.outcome import STATUSES
 
@@ -37,6 +37,9 @@ class Key:
     math_mode: str
     device_name: str
     env_id: str
+    scenario: str = LATENCY
+    requested_qps: str = ""
+    latency_bound_ms: str = ""
 
     @property
     def is_baseline(self) -> bool:
@@ -45,6 +48,8 @@ class Key:
     def label(self) -> str:
         parts = [self.model, self.backend, self.memory_format, self.precision]
         parts.append(f"batch {self.requested_batch_size}")
+        if self.scenario != LATENCY and self.mode == "inference":
+            parts.append(self.scenario)
         return " ".join([*parts, self.mode] if self.mode != "inference" else parts)
 
 

@@ -103,7 +103,7 @@ def _measure(
     )
 
     def subject(kind: type[Training], backend: str, memory_format: str) -> Training:
-        built = measure_case.subject(case, backend, memory_format, model, batches, kind)
+        built = measure_case.subject(case, backend, memory_format, model, batches, training=kind)
         assert isinstance(built, Training)
         return built
 

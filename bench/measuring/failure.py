@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from resfuse.bench.common.errors import CannotTake, Unavailable
+from resfuse.bench.common.errors import CannotServe, CannotTake, Unavailable
 from resfuse.bench.measuring.clock.timing import Step
 from resfuse.bench.measuring.correctness import WrongAnswer
 from resfuse.bench.records.outcome import Outcome
@@ -25,6 +25,8 @@ def outcome_of(error: Exception) -> Outcome:
         return Outcome("unavailable", _sentence(error), of_model=of_model)
     if isinstance(error, WrongAnswer):
         return Outcome("fail_accuracy", _sentence(error), _errors(error.accuracy))
+    if isinstance(error, CannotServe):
+        return Outcome("fail_to_run", _sentence(error))
     if isinstance(error, MemoryError):
         return Outcome("oom", _sentence(error) or "out of memory")
     status = "oom" if _is_out_of_memory(error) else "fail_to_run"

@@ -16,6 +16,7 @@ from resfuse.bench.measuring.network import MEMORY_FORMATS, TIMED_BATCHES, in_fo
 from resfuse.bench.records.sample import Accuracy
 
 Run = Callable[[Tensor], Output]
+IN_A_ROUND = "in a timed round"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,33 @@ class Answers:
         """For each output, whether it is the same for all inputs, as anchors are."""
         first, *others = (check.outputs(reference) for reference in self.reference)
         return [all(torch.equal(y, one[i]) for one in others) for i, y in enumerate(first)]
+
+    def accuracy(self, output: Output, batch: int, when: str) -> Accuracy:
+        """How accurate an output is for a batch.
+
+        Raises:
+            WrongAnswer: it is not within the limit of the reference.
+        """
+        given, reference = self._tensors(output, batch), self.reference[batch]
+        found = check.accuracy(given, reference, self.eager[batch])
+        errors = check.relative_errors(given, reference)
+        check.require_right(errors, self.limit, when, found)
+        return found
+
+    def require(self, output: Output, batch: int, when: str) -> None:
+        """Raises WrongAnswer unless an output for a batch is within the limit of the reference."""
+        given = self._tensors(output, batch)
+        errors = check.relative_errors(given, self.reference[batch])
+        check.require_right(errors, self.limit, when)
+
+    def require_finite(self, output: Output) -> None:
+        """Raises WrongAnswer unless an output for an input whose answer is not known looks like
+        one."""
+        if not all(bool(torch.isfinite(one).all()) for one in self._tensors(output, 0)):
+            raise check.WrongAnswer("the output for a new input is not finite")
+
+    def _tensors(self, output: Output, batch: int) -> list[Tensor]:
+        return check.require_output(output, self.eager[batch])
 
 
 def answers(model: nn.Module, batches: Sequence[Tensor], math_mode: str) -> Answers:
@@ -113,12 +141,7 @@ class Checked:
         assert self._answers is not None
         self._set_out(batch)
         self._output = self._run(self._images)
-        output = check.require_output(self._output, self._answers.eager[batch])
-        reference = self._answers.reference[batch]
-        found = check.accuracy(output, reference, self._answers.eager[batch])
-        errors = check.relative_errors(output, reference)
-        check.require_right(errors, self._answers.limit, when, found)
-        return found
+        return self._answers.accuracy(self._output, batch, when)
 
     def timed(self) -> Step:
         return Step(self._prepare, self._timed_run, self._verify)
@@ -130,12 +153,7 @@ class Checked:
 
     def _set_out(self, batch: int, rolled: int = 0) -> None:
         if self._output is not None:
-            with torch.inference_mode():
-                for poisoned, output in zip(
-                    self._poisoned, check.outputs(self._output), strict=False
-                ):
-                    if poisoned:
-                        _poison(output)
+            poison(self._output, self._poisoned)
         images = self._batches[batch]
         self._images.copy_(images.roll(rolled, -1) if rolled else images)
 
@@ -146,9 +164,7 @@ class Checked:
     def _verify_unseen(self, snapshot: Output) -> None:
         """Their answers are not known; the last batch's own, not rolled, is checked afterwards."""
         assert self._answers is not None
-        given = check.require_output(snapshot, self._answers.eager[0])
-        if not all(bool(torch.isfinite(output).all()) for output in given):
-            raise check.WrongAnswer("the output for a new input is not finite")
+        self._answers.require_finite(snapshot)
 
     def _prepare(self) -> None:
         self._turn = (self._turn + int(torch.randint(TIMED_BATCHES + 1, ()))) % TIMED_BATCHES
@@ -160,9 +176,16 @@ class Checked:
 
     def _verify(self, snapshot: Output) -> None:
         assert self._answers is not None
-        output = check.require_output(snapshot, self._answers.eager[self._turn])
-        errors = check.relative_errors(output, self._answers.reference[self._turn])
-        check.require_right(errors, self._answers.limit, "in a timed round")
+        self._answers.require(snapshot, self._turn, IN_A_ROUND)
+
+
+@torch.inference_mode()
+def poison(output: Output, which: Sequence[bool]) -> None:
+    """Makes these of an output's tensors wrong, so that memory which is not written to again is
+    found out."""
+    for poisoned, one in zip(which, check.outputs(output), strict=False):
+        if poisoned:
+            _poison(one)
 
 
 def _poison(output: Tensor) -> None:

@@ -5,11 +5,14 @@ that measures it, and compared with the rows that are already there (`--resume`)
 file: `resfuse --help` stays quick.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from resfuse.bench.models.source import shape_text
 
 MODES = ("inference", "train")
+# MLPerf's SingleStream, Offline and Server: one batch after the other; as many at the same time as
+# the backend has streams; and as they arrive.
+LATENCY, THROUGHPUT, SERVER = SCENARIOS = ("latency", "throughput", "server")
 MEMORY_FORMATS = ("contiguous", "channels_last")  # the faster one of a convolution last
 
 
@@ -42,6 +45,26 @@ PRECISIONS = {
 }
 
 
+MOST = "max"  # in place of queries/s
+
+
+@dataclass(frozen=True)
+class Load:
+    """The columns that say how batches come: rows of two loads are never compared."""
+
+    scenario: str  # "" in training
+    requested_qps: str = ""  # "50", or "max"
+    latency_bound_ms: str = ""
+
+    def text(self) -> str:
+        """`server, 50 queries/s` or `server, most queries/s with p99 under 15 ms`."""
+        if self.scenario != SERVER:
+            return self.scenario
+        if self.requested_qps != MOST:
+            return f"{SERVER}, {self.requested_qps} queries/s"
+        return f"{SERVER}, most queries/s with p99 under {self.latency_bound_ms} ms"
+
+
 @dataclass(frozen=True)
 class Case:
     """One measurement: a model, run in one way, beside the baseline it is compared with.
@@ -68,6 +91,9 @@ class Case:
     channels: int = 3  # of an image
     img_width: int = 0
     origin: str = "resfuse"  # of the model: a package and its version, or a file and its hash
+    scenario: str = LATENCY  # of inference
+    qps: float = 0.0  # server: batches that arrive in a second; 0 searches for the most
+    latency_bound_ms: float = 0.0  # server: what the 99th percentile must not pass in the search
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -84,8 +110,26 @@ class Case:
         return PRECISIONS[self.precision].math_mode
 
     @property
+    def is_served(self) -> bool:
+        """True where a backend's streams answer several batches at the same time."""
+        return self.scenario != LATENCY
+
+    @property
+    def load(self) -> Load:
+        """The scenario, as rows have it."""
+        if self.mode != "inference":
+            return Load("")
+        if self.scenario != SERVER:
+            return Load(self.scenario)
+        if self.qps:
+            return Load(SERVER, f"{self.qps:.10g}")
+        return Load(SERVER, MOST, f"{self.latency_bound_ms:.10g}")
+
+    @property
     def is_baseline(self) -> bool:
         """True where backend and baseline are one thing: the speed-up then shows the noise."""
+        if self.scenario == SERVER:  # each backend by itself
+            return False
         same_backend = self.backend == self.baseline
         return same_backend and self.memory_format == self.baseline_memory_format
 
@@ -103,11 +147,14 @@ class Case:
             f"{'infer' if self.mode == 'inference' else 'train'}_img_size": self.img_size,
             "weights": self.weights,
             "images": self.images,
-            "baseline": f"{self.baseline} {self.baseline_memory_format}",
+            "baseline": ""
+            if self.scenario == SERVER
+            else f"{self.baseline} {self.baseline_memory_format}",
             "parallel": self.parallel,
             "world_size": self.world_size,
             "input_shape": shape_text(*self.input_shape),
             "origin": self.origin,
+            **asdict(self.load),
         }
 
     def label(self) -> str:
@@ -121,6 +168,8 @@ class Case:
         ]
         if self.mode != "inference":
             parts.append(self.mode)
+        if self.is_served:
+            parts.append(self.load.text())
         if self.parallel:
             parts.append(f"{self.parallel} x{self.world_size}")
         return " ".join(parts)
@@ -160,3 +209,6 @@ class Request:
     world_size: int = 1
     model_kwargs: tuple[str, ...] = ()  # "key=value", for every model
     input_shape: tuple[int, int, int] | None = None  # channels, height, width
+    scenario: str = LATENCY
+    qps: float = 0.0  # as in Case
+    latency_bound_ms: float = 0.0

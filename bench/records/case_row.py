@@ -5,14 +5,18 @@ A new metric only appends to what readers may find.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 
+from resfuse.bench.records.case import Load
 from resfuse.bench.records.metrics import METRICS
 from resfuse.bench.records.sheet import ENDED, Sheet
+
+LOAD = tuple(field.name for field in fields(Load))
 
 ASKED = (
     "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
     "requested_batch_size", "weights", "images", "baseline", "parallel", "world_size",
-    "input_shape", "origin",
+    "input_shape", "origin", *LOAD,
 )  # fmt: skip
 
 IMG_SIZE = {"inference": "infer_img_size", "train": "train_img_size"}
@@ -41,9 +45,9 @@ CASES = Sheet(
         (
             "model", "backend", "mode", "precision", "math_mode", "memory_format", "device_name",
             "weights", "images", "baseline", "parallel", "ended_by", "throttle", "status", "error",
-            "env_id", "commit", "timestamp", "input_shape", "origin", "weights_sha256",
+            "env_id", "commit", "timestamp", "input_shape", "origin", "weights_sha256", *LOAD,
         )
     ),
     "resfuse bench",
-    frozenset((*METRICS, "parallel", "world_size", "input_shape", "origin")),
+    frozenset((*METRICS, "parallel", "world_size", "input_shape", "origin", *LOAD)),
 )  # fmt: skip

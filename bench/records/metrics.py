@@ -25,7 +25,13 @@ def _of_mode(mode: str, value: Callable[[Measured], Value]) -> Callable[[Measure
     return lambda m: value(m) if m.case.mode == mode else None
 
 
+def _latencies_ms(m: Measured) -> tuple[float, ...]:
+    return m.latencies_ms or m.times_ms
+
+
 def _samples_per_sec(m: Measured) -> float:
+    if m.answered_per_s is not None:
+        return m.case.batch_size * m.answered_per_s
     return m.case.world_size * m.case.batch_size / median(m.times_ms) * 1e3
 
 
@@ -56,6 +62,8 @@ def _communication_ms(m: Measured) -> float | None:
 def _break_even_images(m: Measured) -> float | None:
     """Returns how many images pay back the set-up beyond the baseline's; None where the interval of
     the speed-up does not say that an image saves anything."""
+    if not m.baseline_ms:
+        return None
     images = m.case.world_size * m.case.batch_size
     saved_s = (median(m.baseline_ms) - median(m.times_ms)) / 1e3 / images
     _, low, _ = paired_speedup(m.baseline_ms, m.times_ms)
@@ -65,7 +73,7 @@ def _break_even_images(m: Measured) -> float | None:
 
 
 def _speedup(index: int) -> Callable[[Measured], Value]:
-    return lambda m: paired_speedup(m.baseline_ms, m.times_ms)[index]
+    return lambda m: paired_speedup(m.baseline_ms, m.times_ms)[index] if m.baseline_ms else None
 
 
 def _joules_per_image(m: Measured) -> float | None:
@@ -73,7 +81,9 @@ def _joules_per_image(m: Measured) -> float | None:
 
 
 def _sol_pct(m: Measured) -> float | None:
-    return None if m.floor_ms is None else 100 * m.floor_ms / median(m.times_ms)
+    if m.floor_ms is None or not m.times_ms:
+        return None
+    return 100 * m.floor_ms / median(m.times_ms)
 
 
 METRICS: dict[str, Metric] = {
@@ -82,7 +92,7 @@ METRICS: dict[str, Metric] = {
         _of_mode("inference", _samples_per_sec), "images/s", "inference throughput"
     ),
     "infer_step_time": Metric(
-        _of_mode("inference", lambda m: median(m.times_ms)), "ms", "inference time of a batch"
+        _of_mode("inference", lambda m: median(_latencies_ms(m))), "ms", "inference time of a batch"
     ),
     "infer_batch_size": Metric(
         _of_mode("inference", lambda m: m.case.batch_size), "images", "batch actually run"
@@ -129,12 +139,18 @@ METRICS: dict[str, Metric] = {
     ),
     "param_count": Metric(lambda m: m.param_count / 1e6, "M", "parameters"),
     # ours
-    "p50_ms": Metric(lambda m: median(m.times_ms), "ms", "median time of a batch"),
-    "p90_ms": Metric(lambda m: percentile(m.times_ms, 90), "ms", "90th percentile"),
-    "p99_ms": Metric(lambda m: percentile(m.times_ms, 99), "ms", "99th percentile"),
-    "rounds": Metric(lambda m: len(m.times_ms), "", "timed rounds; none is dropped"),
+    "p50_ms": Metric(
+        lambda m: median(_latencies_ms(m)),
+        "ms",
+        "median time of a batch; scenario server: from its scheduled arrival",
+    ),
+    "p90_ms": Metric(lambda m: percentile(_latencies_ms(m), 90), "ms", "90th percentile"),
+    "p99_ms": Metric(lambda m: percentile(_latencies_ms(m), 99), "ms", "99th percentile"),
+    "rounds": Metric(lambda m: len(m.times_ms) or None, "", "timed rounds; none is dropped"),
     "ended_by": Metric(
-        lambda m: m.ended_by, "", "what ended the rounds: seconds, rounds, or the interval's width"
+        lambda m: m.ended_by or None,
+        "",
+        "what ended the rounds: seconds, rounds, or the interval's width",
     ),
     "peak_mem_mb": Metric(
         lambda m: _megabytes(m.memory.peak),
@@ -153,7 +169,9 @@ METRICS: dict[str, Metric] = {
         "ms",
         "time at the ceilings measured on this device with every convolution computed directly",
     ),
-    "sol_pct": Metric(_sol_pct, "%", "floor_ms / p50_ms; Winograd's algorithm may pass 100"),
+    "sol_pct": Metric(
+        _sol_pct, "%", "floor_ms / time of a batch by rate; Winograd's algorithm may pass 100"
+    ),
     "joules_per_image": Metric(_joules_per_image, "J", "energy, from the device's counter"),
     "rel_l2_err": Metric(
         lambda m: m.accuracy.rel_l2, "", "relative L2 error against fp64, worst image"
@@ -166,7 +184,9 @@ METRICS: dict[str, Metric] = {
         lambda m: m.accuracy.err_vs_eager, "", "relative L2 distance to eager in the same precision"
     ),
     "baseline_p50_ms": Metric(
-        lambda m: median(m.baseline_ms), "ms", "the baseline's median in the same rounds"
+        lambda m: median(m.baseline_ms) if m.baseline_ms else None,
+        "ms",
+        "the baseline's median in the same rounds; scenario throughput: a round over its batches",
     ),
     "speedup": Metric(_speedup(0), "x", "median over rounds of baseline time / time"),
     "speedup_ci_low": Metric(_speedup(1), "x", "95 % bootstrap interval, lower end"),
@@ -188,4 +208,18 @@ METRICS: dict[str, Metric] = {
         "the weights as they were drawn or loaded: sha256 over names, dtypes, shapes and bytes of "
         "the state dict",
     ),
+    "streams": Metric(
+        lambda m: m.streams, "", "batches worked on at the same time: throughput and server"
+    ),
+    "queries": Metric(
+        lambda m: len(m.latencies_ms) or None,
+        "",
+        "batches behind p50, p90 and p99: throughput and server; none is dropped",
+    ),
+    "qps": Metric(
+        lambda m: m.qps,
+        "queries/s",
+        "batches that arrived in a second: as asked, or the most that kept latency_bound_ms",
+    ),
+    "arrival_seed": Metric(lambda m: m.arrival_seed, "", "of the Poisson arrivals"),
 }

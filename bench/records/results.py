@@ -20,8 +20,8 @@ import pandas as pd
 from resfuse.bench.common import csv_file
 from resfuse.bench.common.csv_text import line, neutral, original
 from resfuse.bench.common.errors import UsageError
-from resfuse.bench.records.case import Case
-from resfuse.bench.records.case_row import CASES
+from resfuse.bench.records.case import LATENCY, Case
+from resfuse.bench.records.case_row import CASES, LOAD
 from resfuse.bench.records.sample import Value
 from resfuse.bench.records.sheet import Sheet
 from resfuse.kernels.tuning_cache.regular_file import read_regular
@@ -36,8 +36,8 @@ SETTLED = ("pass", "unavailable", "oom", "fail_accuracy")
 # Columns of whole numbers, in any sheet, and those that may be below zero.
 COUNTS = frozenset(
     ("requested_batch_size", "infer_img_size", "train_img_size", "img_size", "world_size",
-     "rounds", "count", "depth", "seed", "epochs", "batch_size", "threads", "train_images",
-     "test_images", "schema_version")
+     "rounds", "streams", "queries", "count", "depth", "seed", "epochs", "batch_size", "threads",
+     "train_images", "test_images", "schema_version")
 )  # fmt: skip
 ASKED = frozenset(  # without which a row does not say what was measured
     ("requested_batch_size", "count", "depth", "seed", "epochs", "batch_size", "learning_rate")
@@ -80,6 +80,8 @@ def read_rows(folder: Path, sheet: Sheet = CASES, only_whole: bool = False) -> p
     if "world_size" in table:  # older versions ran everything in one process
         numbers = table["world_size"].replace([math.inf, -math.inf], math.nan)
         table["world_size"] = numbers.fillna(1).astype(int)
+    if "scenario" in sheet.measured:  # older versions knew one
+        table.loc[(table["mode"] == "inference") & (table["scenario"] == ""), "scenario"] = LATENCY
     return table
 
 
@@ -214,7 +216,16 @@ def check_writable(folder: Path, sheet: Sheet = CASES) -> None:
 def _identity_columns(mode: str) -> list[str]:
     size = "infer_img_size" if mode == "inference" else "train_img_size"
     fixed = ("model", "backend", "mode", "precision", "memory_format", "requested_batch_size")
-    more = ("weights", "images", "baseline", "parallel", "world_size", "input_shape", "origin")
+    more = (
+        "weights",
+        "images",
+        "baseline",
+        "parallel",
+        "world_size",
+        "input_shape",
+        "origin",
+        *LOAD,
+    )
     return [*fixed, size, *more]
 
 

@@ -38,7 +38,9 @@ class Measured:
     param_count: int
     macs: int  # multiply-accumulates of one image's forward pass
     activations: int  # output elements of every convolution and matrix product, one image
-    times_ms: tuple[float, ...]  # one a round
+    # One a round; of all streams together, where there are several: the round over its batches.
+    # Scenario server: none.
+    times_ms: tuple[float, ...]
     baseline_ms: tuple[float, ...]  # the baseline's, same round
     ended_by: str  # what ended the rounds: "seconds", "rounds" or "interval"
     # Training only: forward, backward, optimizer; one a round.
@@ -58,3 +60,9 @@ class Measured:
     # and by every process for itself, in the same rounds as `times_ms`.
     apart_ms: tuple[float, ...] = ()
     weights_sha256: str = ""  # of the state dict as it was drawn or loaded
+    # Where a backend's streams answer several batches at the same time, only:
+    streams: int | None = None
+    latencies_ms: tuple[float, ...] = ()  # one an answer
+    qps: float | None = None  # scenario server: at which they were taken
+    answered_per_s: float | None = None  # likewise: batches
+    arrival_seed: int | None = None  # likewise: of the arrivals

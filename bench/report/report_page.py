@@ -25,6 +25,7 @@ from resfuse.bench.report.sections.agreement_section import agreement_sections
 from resfuse.bench.report.sections.comparison_section import GROWTH, PLOTS, section, title
 from resfuse.bench.report.sections.convolutions_section import convolution_sections
 from resfuse.bench.report.sections.degradation_section import degradation_sections
+from resfuse.bench.report.sections.served_section import served_sections
 from resfuse.bench.report.short_report import short_report
 from resfuse.bench.report.tables import markdown
 from resfuse.bench.report.tables.guide import guide
@@ -137,7 +138,7 @@ def _write_details(
             blocks += [f"#{block}" if several and block.startswith("#") else block for block in own]
         if not environments:
             blocks += ["# resfuse: no results", NOTHING]
-        modes = {c.setting.mode for e in environments for c in e.comparisons}
+        modes = {c.setting.mode for e in environments for c in (*e.comparisons, *e.served)}
         blocks += guide(modes, source)
         path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8", newline="\n")
     return path
@@ -207,6 +208,7 @@ def _environment(environment: Environment, gallery: _Gallery, prefix: str) -> li
     ]
     for comparison in environment.comparisons:
         blocks += section(comparison, _draw(comparison, gallery, prefix))
+    blocks += served_sections(environment)
     blocks += convolution_sections(environment)
     for study, sections, plots, experiments in (
         ("degradation", degradation_sections, "plot_degradation", environment.degradation),

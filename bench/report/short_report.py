@@ -14,12 +14,14 @@ from resfuse.bench.report.data import cells
 from resfuse.bench.report.data.ladder import Line, Network, baseline_rows, networks
 from resfuse.bench.report.data.result import Environment, Result
 from resfuse.bench.report.sections.comparison_section import title
+from resfuse.bench.report.sections.served_section import served_sections
 from resfuse.bench.report.tables import markdown
 from resfuse.bench.report.tables.headline import noise
 from resfuse.bench.report.tables.markdown import count, escape, listing
 from resfuse.bench.report.tables.provenance import facts, opening
 
 LONGEST = 150  # lines
+SERVED_LINES = 40  # of the scenarios throughput and server
 WIDTH = 110  # characters of a line of prose
 # as bench/measuring/probes/idle.py has it: more than the background load of an idle system
 BUSY_CORES = 0.25
@@ -69,15 +71,17 @@ def short_report(
         studies: what it says of pages beside it (study_pages.py).
     """
     found = networks(environment)
+    every = [*environment.results, *environment.served_results]
     before = [
         f"# resfuse on {_device(environment)}",
-        f"{opening(environment)} {_measured(environment.results)}".strip(),
+        f"{opening(environment)} {_measured(every)}".strip(),
         "## How to read this",
         "\n".join(_bullets(GUIDE)),
         images.get("headline", ""),
     ]
     after = [
         images.get("growth", ""),
+        *served_sections(environment, SERVED_LINES),
         *studies,
         *_conditions(environment),
         *_not_passed(environment.results),
@@ -188,7 +192,7 @@ def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
 def _conditions(environment: Environment) -> list[str]:
     """Returns the section on noise and on other load while rows were measured."""
     words = [text for comparison in baseline_rows(environment) if (text := noise(comparison))]
-    if text := beside_other_work(environment.results):
+    if text := beside_other_work([*environment.results, *environment.served_results]):
         words.append(text)
     return ["## Noise", "\n".join(_bullets(words))] if words else []
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from resfuse.bench.records.case import MEMORY_FORMATS, MODES, Options
+from resfuse.bench.records.case import LATENCY, MEMORY_FORMATS, MODES, SCENARIOS, Options
 from resfuse.bench.running.profiles import NAMES
 from resfuse.bench.running.shared_flags import (
     MODELS_HELP,
@@ -20,6 +20,7 @@ from resfuse.bench.running.shared_flags import (
     numbers,
     pair,
     positive,
+    rate,
     share,
 )
 from resfuse.bench.running.world import PARALLEL
@@ -81,6 +82,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="MODES",
         help=f"{', '.join(MODES)} (default: inference)",
     )
+    _add_scenario(what)
     add_img_size(what)
     add_device(what)
     _add_parallel(what)
@@ -117,7 +119,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         help="limit of a case, set-up included (default: %(default)g)",
     )
     add_threads(how)
-    add_seed(how)
+    add_seed(how, "of the seeded weights, and of when batches arrive")
     out = parser.add_argument_group("results")
     add_results(out)
     add_resumable(out, "cases")
@@ -129,6 +131,29 @@ def _add_ab(group: argparse._MutuallyExclusiveGroup) -> None:
         type=pair,
         metavar="A,B",
         help="two backends against each other: A is the baseline; stops by --ci (default: 2%%)",
+    )
+
+
+def _add_scenario(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--scenario",
+        choices=SCENARIOS,
+        default=LATENCY,
+        help="one batch after the other; a stream for each CPU core, all busy; or batches that "
+        "arrive at random (default: latency)",
+    )
+    group.add_argument(
+        "--qps",
+        type=rate,
+        metavar="N",
+        help="batches that arrive in a second, for --scenario server; max: the most that keep "
+        "--latency-bound",
+    )
+    group.add_argument(
+        "--latency-bound",
+        type=positive,
+        metavar="MS",
+        help="what the 99th percentile must not pass, for --qps max",
     )
 
 

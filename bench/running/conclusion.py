@@ -2,15 +2,16 @@
 a short table of how many times faster each backend is."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 from rich.table import Table
 
 from resfuse.bench.measuring.probes.idle import BUSY_CORES
-from resfuse.bench.records.case import Case
+from resfuse.bench.records.case import MOST, SERVER, THROUGHPUT, Case
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.report.data.result import label
-from resfuse.bench.running.progress import is_beside_other_work
+from resfuse.bench.running.progress import QUANTILES, is_beside_other_work
 
 MOST_COLUMNS = 4  # networks side by side in 80 characters
 
@@ -42,19 +43,40 @@ def conditions(found: Mapping[str, Any]) -> str:
     )
 
 
+def by_load(measured: Measured) -> list[Measured]:
+    """Returns the cases apart by how their batches came, so that no table mixes them."""
+    found: dict[tuple[str, float, float], list[tuple[Case, Outcome]]] = {}
+    for case, outcome in measured:
+        load = case.scenario, case.qps, case.latency_bound_ms
+        found.setdefault(load, []).append((case, outcome))
+    return list(found.values())
+
+
 def short_tables(measured: Measured) -> tuple[str, list[Table]]:
     """Returns a title, and tables of how many times faster than the baseline each backend was, a
-    column a network and batch, that fit 80 characters."""
-    baselines = dict.fromkeys(label(c.baseline, c.baseline_memory_format) for c, _ in measured)
-    title = f"Times faster than {' or '.join(baselines)} (±: half of the 95 % interval)"
+    column a network and batch, that fit 80 characters; of scenario server, of what it measures.
+
+    Args:
+        measured: cases that `by_load` has put together.
+    """
     columns = list(dict.fromkeys(_column(case) for case, _ in measured))
     several = {
         name: len({getattr(c, name) for c, _ in measured}) > 1 for name in ("precision", "mode")
     }
-    return title, [
+    return _title(measured), [
         _table(measured, columns[first : first + MOST_COLUMNS], several)
         for first in range(0, len(columns), MOST_COLUMNS)
     ]
+
+
+def _title(measured: Measured) -> str:
+    load = measured[0][0].load
+    if load.scenario == SERVER:
+        found = "" if load.requested_qps == MOST else ": ms from arrival to answer, p50 / p90 / p99"
+        return f"{load.text().capitalize()}{found}"
+    baselines = dict.fromkeys(label(c.baseline, c.baseline_memory_format) for c, _ in measured)
+    what = "Throughput, times that of" if load.scenario == THROUGHPUT else "Times faster than"
+    return f"{what} {' or '.join(baselines)} (±: half of the 95 % interval)"
 
 
 def beside_other_work(measured: Measured) -> str:
@@ -90,16 +112,28 @@ def _table(
         if outcome.status == "unavailable" or _column(case) not in columns:
             continue
         cells.setdefault(name, {})[_column(case)] = _cell(case, outcome)
-        speedup = 1.0 if case.is_baseline else float(outcome.metrics.get("speedup") or 0)
-        order[name] = max(order.get(name, 0.0), speedup)
+        order[name] = max(order.get(name, 0.0), _rank(case, outcome))
     for name in sorted(cells, key=lambda each: -order[each]):
         table.add_row(name, *(cells[name].get(column, "-") for column in columns))
     return table
 
 
+def _rank(case: Case, outcome: Outcome) -> float:
+    """Returns what is the greater the better a case did."""
+    found = outcome.metrics
+    if case.scenario == SERVER:
+        p99_ms = float(found.get("p99_ms") or inf)
+        return 1 / p99_ms if case.qps else float(found.get("qps") or 0)
+    return 1.0 if case.is_baseline else float(found.get("speedup") or 0)
+
+
 def _cell(case: Case, outcome: Outcome) -> str:
     if outcome.status != "pass":
         return outcome.status
+    if case.scenario == SERVER:
+        if not case.qps:
+            return f"{float(outcome.metrics['qps'] or 0):.4g}"
+        return " / ".join(f"{float(outcome.metrics[f'{n}_ms'] or 0):.3g}" for n in QUANTILES)
     low, ratio, high = (
         float(outcome.metrics[name] or 0)
         for name in ("speedup_ci_low", "speedup", "speedup_ci_high")

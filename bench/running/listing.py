@@ -13,15 +13,17 @@ def cases_table(cases: list[Case], skipped: int) -> Table:
     """Returns the table that `--dry-run` shows."""
     title = f"{len(cases)} cases" + (f", {skipped} already settled" if skipped else "")
     table = _table(title, "model", "backend", "batch", "pixels")
-    for heading in ("memory format", "precision", "mode"):
+    served = any(case.is_served for case in cases)
+    for heading in ("memory format", "precision", "mode", *["scenario"] * served):
         table.add_column(heading)
     for case in cases:
         channels, height, width = case.input_shape
         square = channels == 3 and height == width
         numbers = (str(case.batch_size), str(height) if square else shape_text(*case.input_shape))
         table.add_row(
-            case.model, case.backend, *numbers, case.memory_format, case.precision, case.mode
-        )
+            case.model, case.backend, *numbers, case.memory_format, case.precision, case.mode,
+            *[case.load.text()] * served,
+        )  # fmt: skip
     return table
 
 

@@ -18,8 +18,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from resfuse.bench.measuring.arrivals import LEAST_QUERIES
 from resfuse.bench.measuring.probes.idle import BUSY_CORES, LIMIT_S
-from resfuse.bench.records.case import Case
+from resfuse.bench.records.case import SERVER, Case
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running.profiles import LEAST_S
 
@@ -36,6 +37,10 @@ SET_UP_S = {
     "tensorrt": 60.0,
     "engine": 15.0,
 }
+THROUGHPUT_S = 5.0  # of the fewest rounds of streams, untimed ones included
+SEARCH_S = 60.0  # of a search for the highest rate, which takes longer where that is low
+QUANTILES = ("p50", "p90", "p99")
+SERVED = ("qps", *(f"{name}_ms" for name in QUANTILES))
 TRUSTED_S = 15.0  # the guess counts as much as this many seconds of cases that are done
 
 
@@ -49,6 +54,10 @@ def expected_s(case: Case, seconds: float, gmacs: float, is_busy: bool) -> float
         is_busy: each case then waits in vain for the machine to come to rest.
     """
     kind = case.device.split(":")[0]
+    if case.is_served:
+        seconds = max(seconds, THROUGHPUT_S)
+    if case.scenario == SERVER:
+        seconds = max(seconds, LEAST_QUERIES / case.qps) if case.qps else SEARCH_S
     passes = 3 if case.mode == "train" else 1
     return (
         LEAST_S
@@ -114,14 +123,29 @@ def line(case: Case, outcome: Outcome, ci: float | None) -> str:
     """Returns a case's result as one line for the terminal."""
     if outcome.status != "pass":
         return f"{case.label():<58} {outcome.status}: {outcome.error}"
+    if case.scenario == SERVER:
+        return f"{case.label():<58} {_served(case, outcome)}{_beside(outcome)}"
     speed = outcome.metrics["infer_samples_per_sec"] or outcome.metrics["train_samples_per_sec"]
     low, mid, high = (
         outcome.metrics[name] for name in ("speedup_ci_low", "speedup", "speedup_ci_high")
     )
     line = f"{case.label():<58} {speed:8.1f} images/s  {mid:.2f}x [{low:.2f}, {high:.2f}]"
-    if is_beside_other_work(outcome):
-        line += f"  beside other work: {outcome.metrics['other_load']:.1f} cores"
+    line += _beside(outcome)
     return f"{line} {_ended(case, outcome, ci)}" if ci else line
+
+
+def _served(case: Case, outcome: Outcome) -> str:
+    """Returns what a passed case of scenario server found: `83 queries/s, p50 11, p90 14, p99 21
+    ms`, without the rate where it was asked for."""
+    found = {name: float(value or 0) for name, value in outcome.metrics.items() if name in SERVED}
+    times = ", ".join(f"{name} {found[f'{name}_ms']:.3g}" for name in QUANTILES)
+    return f"{times} ms" if case.qps else f"{found['qps']:.4g} queries/s, {times} ms"
+
+
+def _beside(outcome: Outcome) -> str:
+    if not is_beside_other_work(outcome):
+        return ""
+    return f"  beside other work: {outcome.metrics['other_load']:.1f} cores"
 
 
 def is_beside_other_work(outcome: Outcome) -> bool:

@@ -14,12 +14,19 @@ from rich.console import Console
 from resfuse.bench.backends import backend
 from resfuse.bench.common.console import stderr, stdout
 from resfuse.bench.common.errors import UsageError
+from resfuse.bench.measuring.arrivals import LEAST_QUERIES
 from resfuse.bench.measuring.probes.idle import BUSY_CORES
 from resfuse.bench.records import results
-from resfuse.bench.records.case import Case, Options, Request
+from resfuse.bench.records.case import MOST, SERVER, Case, Options, Request
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.running import sweep
-from resfuse.bench.running.conclusion import beside_other_work, cannot_run, conditions, short_tables
+from resfuse.bench.running.conclusion import (
+    beside_other_work,
+    by_load,
+    cannot_run,
+    conditions,
+    short_tables,
+)
 from resfuse.bench.running.listing import cases_table
 from resfuse.bench.running.profiles import LEAST_S
 from resfuse.bench.running.progress import TimeLeft, bar, expected_s, line, minutes
@@ -108,9 +115,11 @@ def measure_all(
 
 
 def _conclude(measured: Sequence[tuple[Case, Outcome]]) -> None:
-    """Prints the short table, and how many of its rows to doubt."""
-    if any(outcome.status == "pass" for _, outcome in measured):
-        title, tables = short_tables(measured)
+    """Prints the short tables, and how many of their rows to doubt."""
+    for alike in by_load(measured):
+        if not any(outcome.status == "pass" for _, outcome in alike):
+            continue
+        title, tables = short_tables(alike)
         stdout().print(f"\n{title}", highlight=False, style="bold")
         for table in tables:
             stdout().print(table, highlight=False)
@@ -129,6 +138,7 @@ def request_of(args: argparse.Namespace) -> Request:
             f"argument --parallel: {args.parallel} needs processes started by torchrun: "
             "torchrun --nproc-per-node N -m resfuse.bench bench --bench train ..."
         )
+    _require_scenario(args)
     request = Request(
         profile=args.profile,
         device=args.device,
@@ -147,8 +157,49 @@ def request_of(args: argparse.Namespace) -> Request:
         world_size=args.world_size or 1,
         model_kwargs=tuple(args.model_kwargs),
         input_shape=args.input_shape,
+        scenario=args.scenario,
+        qps=args.qps or 0.0,
+        latency_bound_ms=args.latency_bound or 0.0,
     )
+    sweep.require_cpu(request)
     return _against(request, *args.ab) if args.ab else request
+
+
+def _require_scenario(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags that do not go with the scenario."""
+    if args.scenario != SERVER:
+        for flag, given in (("--qps", args.qps), ("--latency-bound", args.latency_bound)):
+            if given is not None:
+                shown = f"{given:g}" if given else MOST
+                raise UsageError(f"argument {flag}: {shown}; it goes with --scenario {SERVER}")
+        return
+    if args.qps is None:
+        raise UsageError(
+            f"argument --scenario: {SERVER} needs --qps N, or --qps {MOST} with --latency-bound MS"
+        )
+    if not args.qps and args.latency_bound is None:
+        raise UsageError(f"argument --qps: {MOST} needs --latency-bound MS")
+    if args.qps and args.latency_bound is not None:
+        raise UsageError(
+            f"argument --latency-bound: {args.latency_bound:g}; it goes with --qps {MOST}, and "
+            f"--qps {args.qps:g} is given"
+        )
+    paired = {"--ab": args.ab, "--ci": args.ci, "--baseline": args.baseline != "eager"}
+    for flag, given in paired.items():
+        if given:
+            raise UsageError(
+                f"argument {flag}: with --scenario {SERVER} each backend is measured by itself, "
+                "beside no baseline"
+            )
+    if args.seed < 0:
+        raise UsageError(
+            f"argument --seed: {args.seed}; accepted with --scenario {SERVER}: whole numbers from 0"
+        )
+    if args.qps and (needed_s := LEAST_QUERIES / args.qps) > args.timeout:
+        raise UsageError(
+            f"argument --qps: {args.qps:g}; the {LEAST_QUERIES} queries that a 99th percentile "
+            f"needs take {needed_s:.0f} s, more than --timeout {args.timeout:g}"
+        )
 
 
 def _against(request: Request, a: str, b: str) -> Request:

@@ -9,7 +9,7 @@ A type raises argparse.ArgumentTypeError; argparse puts the name of the flag in 
 import argparse
 from pathlib import Path
 
-from resfuse.bench.records.case import PRECISIONS
+from resfuse.bench.records.case import MOST, PRECISIONS
 
 _MODELS = (
     "resnet50, timm:resnet50d, torchvision:mobilenet_v2, smp:Unet, PATH.py:FUNCTION, "
@@ -77,6 +77,16 @@ def positive(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"'{text}'; accepted: numbers above 0")
     return number
+
+
+def rate(text: str) -> float:
+    """A number of queries a second; 0 stands for "max"."""
+    if text == MOST:
+        return 0.0
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"'{text}'; accepted: numbers above 0, max") from None
 
 
 def share(text: str) -> float:
@@ -159,8 +169,8 @@ def add_threads(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_seed(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of the seeded weights (default: 0)")
+def add_seed(parser: argparse._ActionsContainer, what: str = "of the seeded weights") -> None:
+    parser.add_argument("--seed", type=int, default=0, help=f"{what} (default: 0)")
 
 
 def add_results(parser: argparse._ActionsContainer) -> None:

@@ -22,10 +22,11 @@ from resfuse.bench.common import json_file
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.measuring.clock.timing import Watch, seconds
 from resfuse.bench.measuring.probes import allocator
-from resfuse.bench.records.case import Case, Options
+from resfuse.bench.records.case import SERVER, Case, Options
 from resfuse.bench.records.outcome import Outcome, outcome_from
 
 MEASURE = "resfuse.bench.measuring.measure_case:measure_task"
+SERVE = "resfuse.bench.measuring.measure_server:measure_server_task"
 GRACE_S = 5.0
 # The parent shares two cores with the work it watches, and wakes late at times.
 WATCH_SLACK_S, WATCH_SLACK = 0.5, 0.1
@@ -39,14 +40,15 @@ def run_case(
     options: Options,
     ceilings: dict[str, float],
     backends: Mapping[str, str] | None = None,
-    task: str = MEASURE,
+    task: str = "",
     **more: str,
 ) -> Outcome:
     """Measures a case in a subprocess of its own, within the time limit.
 
     Args:
         backends: name -> "module:function" that the case may name beside BACKENDS; for studies.
-        task: "module:function" that measures it in the subprocess, and takes `more` as well.
+        task: "module:function" that measures it in the subprocess, and takes `more` as well;
+            without, the one of its scenario.
 
     Raises:
         UsageError: the subprocess found the user's input at fault.
@@ -59,6 +61,7 @@ def run_case(
         "backends": dict(backends or {}),
         **more,
     }
+    task = task or (SERVE if case.scenario == SERVER else MEASURE)
     result = run_task(task, payload, options.timeout_s)
     if isinstance(result, Outcome):
         return result

@@ -11,7 +11,15 @@ from resfuse.bench.backends import BACKENDS
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.common.selection import pick
 from resfuse.bench.records import results
-from resfuse.bench.records.case import MEMORY_FORMATS, MODES, PRECISIONS, Case, Options, Request
+from resfuse.bench.records.case import (
+    LATENCY,
+    MEMORY_FORMATS,
+    MODES,
+    PRECISIONS,
+    Case,
+    Options,
+    Request,
+)
 from resfuse.bench.records.case_row import CASES
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sheet import stamp_of
@@ -45,6 +53,11 @@ def expand(request: Request) -> list[Case]:
     precisions = pick("--precision", request.precisions or default.precisions, list(PRECISIONS))
     formats = pick("--memory-format", request.memory_formats or MEMORY_FORMATS, MEMORY_FORMATS)
     modes = pick("--bench", request.modes, MODES)
+    if request.scenario != LATENCY and "train" in modes:
+        raise UsageError(
+            f"argument --bench: train; --scenario {request.scenario} is a way to run inference"
+        )
+    require_cpu(request)
     baseline = pick("--baseline", [request.baseline], list(BACKENDS))[0]
     baseline_format = pick(
         "--baseline-memory-format", [request.baseline_memory_format], MEMORY_FORMATS
@@ -64,11 +77,21 @@ def expand(request: Request) -> list[Case]:
             model.height, baseline, baseline_format, model.weights,
             request.images, request.parallel, request.world_size,
             model.channels, model.img_width, model.origin,
+            request.scenario, request.qps, request.latency_bound_ms,
         )
         for mode, precision, model, batch_size in product(modes, precisions, models, batch_sizes)
         for backend in backends
         for memory_format in _formats_of(backend, formats, fastest_only)
     ]  # fmt: skip
+
+
+def require_cpu(request: Request) -> None:
+    """Raises UsageError for a scenario with streams on another device."""
+    if request.scenario != LATENCY and not request.device.startswith(("cpu", "auto")):
+        raise UsageError(
+            f"argument --device: {request.device}; --scenario {request.scenario} measures streams "
+            "on a CPU: give --device cpu"
+        )
 
 
 def models_of(request: Request, default: Profile) -> list["Description"]:

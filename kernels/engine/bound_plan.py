@@ -30,6 +30,10 @@ class BoundPlan:
         """Returns the containers of its outputs."""
         return pytree.treespec_loads(self.graph.spec)
 
+    def bound_again(self, state: State) -> "BoundPlan":
+        """Returns the plan bound to another arena, with the weights that are laid out already."""
+        return bind(self.graph, self.segments, state, self.executor.weight_store)
+
 
 def bind(
     graph: Graph, segments: Sequence[Segment], state: State, weight_store: WeightStore

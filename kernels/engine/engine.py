@@ -270,11 +270,30 @@ class Engine:
     def _new_locks(self) -> None:
         self._lock, self._building, self._forks = threading.Lock(), threading.Lock(), forks()
 
+    def clone(self) -> "Engine":
+        """Returns an engine of the same plans that shares this one's weights and may run at the
+        same time: the memory of values is its own. A later `refresh` changes the engine it is
+        called on alone.
+
+        Raises:
+            ValueError: the engine was built with keep_weights=False.
+        """
+        with self._no_builds(), asking(self.threads):
+            state, model, added = self._weights(), self._model, dict(self._added)
+            plans = [plan.bound_again(state) for plan in self._built.values()]
+        made = Engine(
+            plans, state, other_batches=self.other_batches, other_shapes=self.other_shapes,
+            max_shapes=self.max_shapes, model=model, planner=self._planner,
+            ceilings=self._ceilings, cuda_graph=self.cuda_graph, threads=self.threads,
+        )  # fmt: skip
+        made._added = added
+        return made
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuses pickle, copy and torch.save."""
         raise ValueError(
-            "an engine cannot be copied or pickled: write it with engine.save(path) and read it "
-            "with load_engine(path)"
+            "an engine cannot be copied or pickled: engine.clone() makes another one in this "
+            "process, and engine.save(path) a file for load_engine(path)"
         )
 
     def memory(

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 _clock_ns = time.perf_counter_ns
 _second_clock_ns = time.monotonic_ns
+_sleep = time.sleep
 _event = torch.cuda.Event
 _synchronize = torch.cuda.synchronize
 
@@ -89,13 +90,15 @@ class Step:
     `prepare` sets out the inputs. `run` calls `lap()` between its phases, if it has any. `verify`
     sees the output the moment the clock has stopped and raises if it is not the answer. `ahead`
     queues device work just before the first mark, so that what follows is queued while that runs
-    and the host's slowness is in neither time (a kernel of some microseconds).
+    and the host's slowness is in neither time (a kernel of some microseconds). `counted` is called
+    after each round that counts: not after those that warm up.
     """
 
     prepare: Callable[[], None]
     run: Callable[[Callable[[], None]], Any]  # a tensor, or containers of tensors
     verify: Callable[[Any], None]
     ahead: Callable[[], None] | None = None
+    counted: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ def interleave(
             for _ in range(min(TIMED_A_TURN, max_rounds - rounds)):
                 lap, host = _once(steps[i], stopwatch)
                 laps[i].append(lap)
+                steps[i].counted()
                 host_ms[i].append(host)
                 spent_ms += sum(lap)
         turn += 1
@@ -213,6 +217,17 @@ def repeat(step: Step, device: str, least_s: float) -> tuple[list[float], Span]:
         lap, _ = _once(step, STOPWATCHES[device])
         laps.append(sum(lap))
     return laps, watch.elapsed()
+
+
+def now_ns() -> int:
+    """Returns a moment of the clock that CPU work is timed with."""
+    return _clock_ns()
+
+
+def wait_until(moment_ns: int) -> None:
+    """Sleeps until a moment of `now_ns`; returns at once if it has passed."""
+    while (left_ns := moment_ns - _clock_ns()) > 0:
+        _sleep(left_ns / 1e9)
 
 
 def _once(step: Step, stopwatch: Callable[[], Stopwatch]) -> tuple[list[float], float]:

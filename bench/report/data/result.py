@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from resfuse.bench.records.case import LATENCY, Load
 from resfuse.bench.report.data.experiments import Experiment
 from resfuse.bench.report.data.palette import backend_rank
 from resfuse.bench.report.data.workload import Workload
@@ -63,6 +64,18 @@ class Setting:
     baseline: str
     parallel: str = ""  # "ddp", "fsdp"
     world_size: str = "1"
+    scenario: str = ""  # "" in training
+    requested_qps: str = ""
+    latency_bound_ms: str = ""
+
+    @property
+    def is_served(self) -> bool:
+        """True for the scenarios throughput and server."""
+        return self.scenario not in ("", LATENCY)
+
+    @property
+    def load(self) -> Load:
+        return Load(self.scenario, self.requested_qps, self.latency_bound_ms)
 
 
 @dataclass(frozen=True)
@@ -96,10 +109,15 @@ class Environment:
     workloads: tuple[Workload, ...] = ()  # convolutions measured one by one
     degradation: tuple[Experiment, ...] = ()  # networks trained by the study of that name
     training: tuple[Experiment, ...] = ()  # likewise
+    served: tuple[Comparison, ...] = ()  # of the scenarios throughput and server
 
     @property
     def results(self) -> list[Result]:
         return [result for comparison in self.comparisons for result in comparison.results]
+
+    @property
+    def served_results(self) -> list[Result]:
+        return [result for comparison in self.served for result in comparison.results]
 
     @property
     def experiments(self) -> tuple[Experiment, ...]:
@@ -107,7 +125,7 @@ class Environment:
 
     @property
     def device_names(self) -> list[str]:
-        names = [comparison.setting.device_name for comparison in self.comparisons]
+        names = [one.setting.device_name for one in (*self.comparisons, *self.served)]
         names += [workload.device_name for workload in self.workloads]
         names += [experiment.device_name for experiment in self.experiments]
         return list(dict.fromkeys(names))

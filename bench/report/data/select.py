@@ -1,9 +1,10 @@
 """Which rows a page shows, and which of them may stand side by side.
 
 The latest row of a case stands, by its place in the file; older ones stay in the CSV. Standing
-rows fall into comparisons: everything in one was measured in the same environment, mode, precision
-and math mode, on the same device, weights and images, and against the same baseline. Nothing on a
-page ever puts two comparisons together.
+rows fall into comparisons: everything in one was measured in the same environment, mode, scenario,
+precision and math mode, on the same device, weights and images, and against the same baseline.
+Nothing on a page ever puts two comparisons together. Those of the scenarios throughput and server
+are kept apart from all others.
 """
 
 import math
@@ -11,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from resfuse.bench.records.case import MODES, PRECISIONS
-from resfuse.bench.records.case_row import IMG_SIZE, shape_of
+from resfuse.bench.records.case import MODES, PRECISIONS, SCENARIOS
+from resfuse.bench.records.case_row import IMG_SIZE, LOAD, shape_of
 from resfuse.bench.records.metrics import METRICS
 from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.records.results import ROWS, read_environments, read_rows
@@ -29,7 +30,7 @@ from resfuse.bench.trainings.training_sheet import SHEET as TRAINING
 IDENTITY = (
     "env_id", "device_name", "model", "backend", "mode", "precision", "math_mode", "memory_format",
     "requested_batch_size", "infer_img_size", "train_img_size", "weights", "images", "baseline",
-    "parallel", "world_size",
+    "parallel", "world_size", *LOAD,
 )  # fmt: skip
 # What a row that did not pass may still say; a speed without a right answer is none.
 KEPT_WITHOUT_PASS = (
@@ -109,10 +110,12 @@ def _environment(env_id: str, entry: _Gathered) -> Environment:
         for setting in sorted(grouped, key=_setting_order)
     )
     rows_read = len(entry.rows) + entry.incomplete
+    served = tuple(one for one in comparisons if one.setting.is_served)
     return Environment(
-        env_id, entry.facts, comparisons, rows_read, entry.incomplete,
+        env_id, entry.facts, tuple(one for one in comparisons if not one.setting.is_served),
+        rows_read, entry.incomplete,
         workloads(entry.kernel_rows), experiments(entry.degradation_rows),
-        experiments(entry.training_rows),
+        experiments(entry.training_rows), served,
     )  # fmt: skip
 
 
@@ -174,4 +177,6 @@ def _setting_order(setting: Setting) -> tuple[str | int, ...]:
         setting.precision, setting.math_mode, setting.weights, setting.images,
         setting.baseline != EAGER, setting.baseline,
         setting.parallel, int(setting.world_size),
+        [*SCENARIOS, setting.scenario].index(setting.scenario), setting.requested_qps,
+        setting.latency_bound_ms,
     )  # fmt: skip

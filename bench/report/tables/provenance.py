@@ -20,6 +20,14 @@ def opening(environment: Environment, escape: Callable[[str], str] = markdown.es
         escape: makes foreign text harmless where the sentence goes.
     """
     results = environment.results
+    if not results and environment.served:
+        every = environment.served_results
+        passed = sum(result.status == "pass" for result in every)
+        models = _named(_distinct(result.model for result in every), "model", escape)
+        return (
+            f"{models} under the scenarios throughput and server: {passed} of "
+            f"{count(len(every), 'case')} passed every check."
+        )
     if not results:
         partly = environment.workloads or environment.experiments
         what = "network was measured as a whole" if partly else "case was measured"
@@ -46,7 +54,8 @@ def opening(environment: Environment, escape: Callable[[str], str] = markdown.es
 def made_from(environment: Environment, escape: Callable[[str], str] = markdown.escape) -> str:
     """Returns text on the number of rows shown and left out, their time span and commits; `escape`
     is as for `opening`."""
-    results = environment.results
+    served = environment.served_results
+    results = [*environment.results, *served]
     older = environment.rows_read - environment.incomplete - len(results)
     rows = count(environment.rows_read, "row")
     stand = rows if environment.rows_read == len(results) else f"{len(results)} of {rows}"
@@ -55,6 +64,12 @@ def made_from(environment: Environment, escape: Callable[[str], str] = markdown.
         parts.append(
             f"{count(older, 'older row')} of the same cases {'is' if older == 1 else 'are'} kept "
             "there and not shown"
+        )
+    if served:
+        rows = count(len(served), "row")
+        parts.append(
+            f"{rows} of the scenarios throughput and server in tables of their own, "
+            "in REPORT.md and DETAILS.md alone"
         )
     if environment.incomplete:
         parts.append(f"{count(environment.incomplete, 'incomplete line')} left out")
@@ -85,7 +100,7 @@ def facts(environment: Environment) -> dict[str, str]:
     lines |= {
         key: value for key, value in environment.facts.items() if not key.startswith("ceiling_")
     }
-    commits = [result.commit for result in environment.results]
+    commits = [r.commit for r in (*environment.results, *environment.served_results)]
     commits += [r.commit for workload in environment.workloads for r in workload.results]
     commits += [t.commit for experiment in environment.experiments for t in experiment.trainings]
     lines["commit"] = listing(_distinct(commits))

@@ -1,13 +1,14 @@
 """The process of one backend: networks that are set up once and then timed whenever asked."""
 
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
-from threading import Barrier, BrokenBarrierError
+from threading import Barrier
 
 import torch
 
 from resfuse.bench.backends import BACKENDS, why_unavailable
+from resfuse.bench.common.callers import caller, together
 from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.measuring import network
 from resfuse.bench.measuring.clock.timing import repeat, seconds
@@ -17,7 +18,7 @@ from resfuse.bench.records.case import Case
 from resfuse.bench.studies.models import networks
 
 _inferences: list[Inference] = []  # one for each caller
-_threads: list[ThreadPoolExecutor] = []  # theirs: a thread keeps its team of workers
+_threads: list[ThreadPoolExecutor] = []  # theirs
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def set_up(backend: str, model: str, batch_size: int, threads: int, callers: int
         inference.expect(right)
         inference.check(network.TIMED_BATCHES, "before it was timed")
         _inferences.append(inference)
-        _threads.append(ThreadPoolExecutor(1))
+        _threads.append(caller())
 
 
 def take_turn(callers: int, least_s: float, batch_size: int) -> Turn:
@@ -67,26 +68,18 @@ def take_turn(callers: int, least_s: float, batch_size: int) -> Turn:
         WrongAnswer: one is not within the limit.
         ClockError: two clocks disagree about how long it took.
     """
-    together = Barrier(callers)
+    ready = Barrier(callers)
 
-    def call(inference: Inference) -> tuple[list[float], float]:
-        step = inference.timed()
+    def call(number: int) -> tuple[list[float], float]:
+        step = _inferences[number].timed()
         try:
             repeat(step, "cpu", 0)  # what another backend left in the caches is not its own time
         except BaseException:
-            together.abort()
+            ready.abort()
             raise
-        together.wait()
+        ready.wait()
         laps, span = repeat(step, "cpu", least_s)
         return laps, batch_size * len(laps) / seconds(span)
 
-    asked = [
-        thread.submit(call, inference)
-        for thread, inference in zip(_threads[:callers], _inferences[:callers], strict=True)
-    ]
-    wait(asked)
-    for failure in filter(None, (one.exception() for one in asked)):
-        if not isinstance(failure, BrokenBarrierError):  # which says that another one failed
-            raise failure
-    seen = [one.result() for one in asked]
+    seen = together(_threads[:callers], call)
     return Turn([ms for laps, _ in seen for ms in laps], sum(rate for _, rate in seen))

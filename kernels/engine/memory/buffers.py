@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.cpu.huge_pages import HugePagePool, allocate, pool_bytes
+from resfuse.kernels.cpu.onednn import PackedConv
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Graph, State
 from resfuse.kernels.engine.memory.aliasing import Placement, assign_buffers
@@ -29,6 +30,7 @@ class WeightStore:
             other: the store of another plan for the same weights, to share with.
         """
         self._tensors: dict[Hashable, _Laid] = {}
+        self._packed: dict[Hashable, PackedConv] = {}
         self._outside: list[Tensor] = []  # tensors that a tactic keeps by itself
         self._shared: _Shared = other._shared if other is not None else _Shared()
         self._shared.stores.add(self)
@@ -41,6 +43,16 @@ class WeightStore:
         """Returns what `make` returns, called once for a key, unchanged: on any device, of any
         dtype and layout."""
         return self._get(key, lambda: _Laid(make()))
+
+    def packed(self, key: Hashable, make: Callable[[], PackedConv]) -> PackedConv:
+        """Returns what `make` returns, called once for a key."""
+        if key not in self._packed:
+            packed = self._shared.packed.get(key)
+            if packed is None:
+                packed = self._shared.packed[key] = make()
+            self._packed[key] = packed
+            self.track(packed.tensors)
+        return self._packed[key]
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns a shared read-only tensor of `count` zeros, a part of the largest so far."""
@@ -89,6 +101,7 @@ class _Shared:
 
     def __init__(self) -> None:
         self.laid: WeakValueDictionary[Hashable, _Laid] = WeakValueDictionary()
+        self.packed: WeakValueDictionary[Hashable, PackedConv] = WeakValueDictionary()
         self.stores: WeakSet[WeightStore] = WeakSet()
         self.pool = HugePagePool()
 
@@ -176,6 +189,10 @@ class Arena:
     def tensors(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Returns what `make` returns as it is, made once for all that share it."""
         return self.weight_store.get_unchanged(key, make)
+
+    def packed(self, key: Hashable, make: Callable[[], PackedConv]) -> PackedConv:
+        """Returns what `make` returns, made once for all that share it."""
+        return self.weight_store.packed(key, make)
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns a shared read-only tensor of `count` zeros."""

@@ -36,10 +36,13 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Cal
     problem = op.problem
     input_shape = torch.Size(problem.input_shape)
     output_shape, whole = graph.values[node.name].shape, problem.output_shape
-    weight, bias = conv_weights(op, state)
-    slope = slope_of(op, state)
-    conv = PackedConv(weight, bias, problem.geometry, problem.activation, slope, input_shape)
-    arena.track(conv.tensors)
+
+    def pack() -> PackedConv:
+        weight, bias = conv_weights(op, state)
+        slope = slope_of(op, state)
+        return PackedConv(weight, bias, problem.geometry, problem.activation, slope, input_shape)
+
+    conv = arena.packed(("onednn", op), pack)
     # A residual is overwritten with the sum where no other node and no view needs it afterwards.
     residual = node.residual
     owned = residual is not None and residual not in arena and _is_no_view(graph, residual)
