@@ -186,10 +186,8 @@ def _result(asked: Future[dict[str, Value]], pid: int, limit_s: float) -> dict[s
 
 
 def _start(threads: int, parent: int) -> None:
-    """Sets a process up, to end with the one that asks it, however that ends."""
-    die_with_parent()
-    if os.getppid() != parent:  # it has ended while this one was starting
-        os._exit(1)
+    """Sets a process up; it ends with the one that asks it, however that ends."""
+    die_with_parent(parent)
     torch.set_num_threads(threads)
 
 

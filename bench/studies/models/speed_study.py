@@ -120,7 +120,7 @@ def settled(home: Path, here: Mapping[str, Any], backends: Sequence[str]) -> set
     ]
     of_each = [
         {
-            (int(str(batch)), str(network))
+            (int(batch), str(network))
             for batch, network in zip(own.batch_size, own.network, strict=True)
         }
         for own in (ours[ours.backend == backend] for backend in backends)

@@ -94,7 +94,7 @@ def newest(rows: pd.DataFrame) -> list[Network]:
     return [
         Network(
             str(name),
-            int(str(batch)),
+            int(float(str(batch))),
             {str(row["backend"]): row for row in group.to_dict("records")},
         )
         for (batch, name), group in own.groupby(["batch_size", "network"])
