@@ -31,7 +31,6 @@ from resfuse.bench.studies.models.compare_answers import require_yardstick
 from resfuse.kernels import explain, fuse
 
 BASELINE, OURS = "eager", "engine"  # what speed-ups are over; what is compared with every other
-USUAL_SIZE = 224  # pixels
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def measure(
     name: str,
     backends: Sequence[str],
     batch_size: int,
-    img_size: int | None,
+    img_size: int,
     options: Options,
     tell: Callable[..., None],
 ) -> tuple[dict[str, Outcome], float]:
@@ -73,8 +72,7 @@ def measure(
 
     Args:
         name: of `resfuse study models --list`, or one that bench/models builds a network from.
-        img_size: pixels a side, more where the network needs them; None for USUAL_SIZE, or what a
-            network that is not the study's says itself.
+        img_size: pixels a side; more where a network of the study needs them.
         tell: called with "timing" and "timed" around the timed rounds, and with "news" and the name
             of a backend before it is set up.
 
@@ -114,9 +112,7 @@ def measure(
     return outcomes, span_s
 
 
-def _case(
-    name: str, batch_size: int, img_size: int | None, options: Options
-) -> tuple[Case, nn.Module]:
+def _case(name: str, batch_size: int, img_size: int, options: Options) -> tuple[Case, nn.Module]:
     """The network as an eager case, and as that runs it."""
     model_name = networks.model_of(name)
     of = describe(model_name, img_size=img_size)
@@ -127,8 +123,7 @@ def _case(
     begin(case, options)
     model = build(case.model, options.seed, case.weights)
     if name in networks.FAMILY:
-        size = networks.image_size(name, model, img_size or USUAL_SIZE)
-        case = replace(case, img_size=size, img_width=0)
+        case = replace(case, img_size=networks.image_size(name, model, img_size), img_width=0)
     return case, network.prepared(model, case, options.seed)
 
 

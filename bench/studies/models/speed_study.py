@@ -32,7 +32,8 @@ from resfuse.bench.running.sweep import require_positive
 from resfuse.bench.studies.models.networks import in_turns
 
 TASK = "resfuse.bench.studies.models.measure_speed:measure_task"
-ASKED = ("network", "batch_size", "backend")
+USUAL_SIZE = 224  # pixels a side
+ASKED = ("network", "batch_size", "requested_img_size", "backend")
 SPEEDS = Sheet(
     "model_speeds.csv",
     (
@@ -73,8 +74,9 @@ def measure_all(
     results.record_environment(home, env_id, facts)
     here = {"facts": facts, "env_id": env_id, "commit": machine.commit()}
     cases: list[Case] = list(product(args.batch_size, in_turns(networks)))
+    img_size = args.img_size or USUAL_SIZE
     if args.resume:
-        known = settled(home, here, backends)
+        known = settled(home, here, img_size, backends)
         cases = [case for case in cases if case not in known]
     options = Options(seconds=args.seconds, timeout_s=args.timeout)
     watch, done = Watch(), 0
@@ -86,16 +88,15 @@ def measure_all(
     for batch_size, network in track(cases, "Measuring", console=stderr()):
         if done and time_left() < (args.budget - time_left()) / done:  # as long as the others took
             break
-        found = dict(outcomes(batch_size, network, args.img_size, backends, options, time_left))
+        found = dict(outcomes(batch_size, network, img_size, backends, options, time_left))
         if len(found) < len(backends):  # the budget cut it off
             break
         done += 1
         for backend, outcome in found.items():
             asked: dict[str, Value] = {
-                "network": network,
-                "batch_size": batch_size,
+                "network": network, "batch_size": batch_size, "requested_img_size": img_size,
                 "backend": backend,
-            }
+            }  # fmt: skip
             results.append_row(home, SPEEDS.record(asked, outcome, stamp_of(here)), SPEEDS)
             counts[backend][outcome.status] += 1
             if outcome.status != "pass":
@@ -107,15 +108,18 @@ def measure_all(
     return any(counts[backend].keys() - {"pass", "unavailable"} for backend in OURS & counts.keys())
 
 
-def settled(home: Path, here: Mapping[str, Any], backends: Sequence[str]) -> set[Case]:
-    """Returns the cases for which this environment and commit have a row of every backend that
-    another attempt would only repeat."""
+def settled(
+    home: Path, here: Mapping[str, Any], img_size: int, backends: Sequence[str]
+) -> set[Case]:
+    """Returns the cases for which this environment and commit have a row of every backend, of
+    images of this size, that another attempt would only repeat."""
     if not results.has_rows(home, SPEEDS):
         return set()
     rows = results.read_rows(home, SPEEDS, only_whole=True)
     ours = rows[
         (rows.env_id == here["env_id"])
         & (rows.commit == here["commit"])
+        & (rows.requested_img_size == img_size)
         & rows.status.isin(results.SETTLED)
     ]
     of_each = [
@@ -131,7 +135,7 @@ def settled(home: Path, here: Mapping[str, Any], backends: Sequence[str]) -> set
 def outcomes(
     batch_size: int,
     network: str,
-    img_size: int | None,
+    img_size: int,
     backends: Sequence[str],
     options: Options,
     time_left: Callable[[], float] = lambda: inf,

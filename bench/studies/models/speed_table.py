@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from resfuse.bench.measuring.probes.idle import BUSY_CORES
 from resfuse.bench.report.data.palette import looks
 from resfuse.bench.report.plots.figure import legend, panels
 from resfuse.bench.report.study_pages import MODELS_PICTURE
@@ -19,6 +20,7 @@ from resfuse.bench.report.tables.markdown import count, escape, image, listing, 
 from resfuse.bench.studies.models.networks import FAMILY, OTHER
 
 OURS = ("engine", "fused")
+_SETTING = ("batch_size", "requested_img_size")
 _HOW = """\
 All backends of a network take turns in one process, in fp32 and in the memory format that is the
 fastest each takes, eager in channels_last; every answer is checked against fp64. Ratios are of
@@ -38,11 +40,16 @@ Row = dict[Hashable, object]
 
 @dataclass(frozen=True)
 class Network:
-    """The rows of one network at one batch size, by backend."""
+    """The rows of one network in one setting, by backend."""
 
     name: str
     batch_size: int
+    img_size: int  # as asked for
     rows: dict[str, Row]
+
+    @property
+    def setting(self) -> str:
+        return f"batch {self.batch_size}, {self.img_size} pixels"
 
     @property
     def family(self) -> str:
@@ -90,30 +97,31 @@ def newest(rows: pd.DataFrame) -> list[Network]:
     """Returns the networks of the newest environment and commit, each backend's last row."""
     last = rows.iloc[-1]
     own = rows[(rows.env_id == last.env_id) & (rows.commit == last.commit)]
-    own = own.drop_duplicates(["network", "batch_size", "backend"], keep="last")
+    own = own.drop_duplicates([*_SETTING, "network", "backend"], keep="last")
     return [
         Network(
             str(name),
             int(float(str(batch))),
+            int(float(str(size))),
             {str(row["backend"]): row for row in group.to_dict("records")},
         )
-        for (batch, name), group in own.groupby(["batch_size", "network"])
+        for (batch, size, name), group in own.groupby([*_SETTING, "network"])
     ]
 
 
 def blocks(rows: pd.DataFrame) -> list[str]:
     """Returns the blocks of the page, from rows of model_speeds.csv, which are not none."""
     networks, last = newest(rows), rows.iloc[-1]
-    found = ["## Speed", "\n".join(f"- {_summary(own)}" for own in _by_batch(networks))]
+    found = ["## Speed", "\n".join(f"- {_summary(own)}" for own in _by_setting(networks))]
     if _measured(networks):
         found.append(image(MODELS_PICTURE, "engine / best peer, a dot for each network"))
     found.append(_HOW)
-    for own in _by_batch(networks):
-        batch = f"batch {own[0].batch_size}"
+    for own in _by_setting(networks):
+        setting = own[0].setting
         measured = _measured(own)
         peers = sorted({name for one in measured for name in one.rows} - set(OURS))
         if measured:
-            found += [f"### Families, {batch}", _families(measured), f"### Networks, {batch}"]
+            found += [f"### Families, {setting}", _families(measured), f"### Networks, {setting}"]
             found.append(
                 table(
                     ("network", "pixels", "best peer", *(f"engine / {peer}" for peer in peers),
@@ -132,9 +140,12 @@ def blocks(rows: pd.DataFrame) -> list[str]:
     return found
 
 
-def _by_batch(networks: Sequence[Network]) -> list[list[Network]]:
-    sizes = sorted({one.batch_size for one in networks})
-    return [[one for one in networks if one.batch_size == size] for size in sizes]
+def _by_setting(networks: Sequence[Network]) -> list[list[Network]]:
+    settings = sorted({(one.batch_size, one.img_size) for one in networks})
+    return [
+        [one for one in networks if (one.batch_size, one.img_size) == setting]
+        for setting in settings
+    ]
 
 
 def _measured(networks: Sequence[Network]) -> list[Network]:
@@ -146,7 +157,7 @@ def _measured(networks: Sequence[Network]) -> list[Network]:
 def _summary(networks: Sequence[Network]) -> str:
     measured = _measured(networks)
     ratios = [one.over_best for one in measured]
-    said = f"batch {networks[0].batch_size}: {count(len(measured), 'network')}"
+    said = f"{networks[0].setting}: {count(len(measured), 'network')}"
     if ratios:
         slower = sum(ratio < 1 for ratio in ratios)
         families = len({one.family for one in measured})
@@ -158,6 +169,9 @@ def _summary(networks: Sequence[Network]) -> str:
     fused = [ratio for one in networks if (ratio := one.fused_over_eager) is not None]
     if fused:
         said += f"; fused / eager {median(fused):.2f} in the median, {min(fused):.2f} at the lowest"
+    loads = [load for one in networks if (load := one.number("engine", "other_load")) is not None]
+    if loads and max(loads) > BUSY_CORES:
+        said += f"; other processes kept up to {max(loads):.1f} cores busy"
     return said
 
 
@@ -204,19 +218,19 @@ def _failures(networks: Sequence[Network]) -> list[str]:
             if row["status"] != "pass":
                 ends.setdefault(f"{row['status']}: {row['error']}", []).append(backend)
         lines += [
-            f"- {escape(one.name)}, batch {one.batch_size}, {escape(listing(who))}: {escape(said)}"
+            f"- {escape(one.name)}, {one.setting}, {escape(listing(who))}: {escape(said)}"
             for said, who in ends.items()
         ]
     return lines
 
 
 def picture(rows: pd.DataFrame) -> Figure | None:
-    """Draws a panel for each batch size: engine / best peer, a dot for each network, a line for
+    """Draws a panel for each setting: engine / best peer, a dot for each network, a line for
     each family, the lowest at the top; None where no network has both."""
     measured = _measured(newest(rows))
     if not measured:
         return None
-    batches = _by_batch(measured)
+    batches = _by_setting(measured)
     families = list(dict.fromkeys(one.family for one in measured))
     peers = sorted({peer for own in batches for one in own if (peer := one.best_peer)})
     appearance = looks(peers)
@@ -231,7 +245,7 @@ def picture(rows: pd.DataFrame) -> Figure | None:
                 alpha=0.8, markersize=4.5,
             )  # fmt: skip
         ax.axvline(1, color="black", linewidth=0.8)
-        ax.set_title(f"batch {own[0].batch_size}")
+        ax.set_title(own[0].setting)
         ax.set_yticks(range(len(families)), families if ax is grid[0][0] else [""] * len(families))
         ax.set_ylim(len(families) - 0.5, -0.5)
         ax.grid()

@@ -85,7 +85,7 @@ def networks(folder: Path) -> None:
 
 
 def speeds(folder: Path) -> None:
-    row = {"network": "timm a", "batch_size": 1, "img_size": 64, "engine_speedup": 1.2,
+    row = {"network": "timm a", "batch_size": 1, "requested_img_size": 64, "engine_speedup": 1.2,
            "engine_speedup_ci_low": 1.1, "engine_speedup_ci_high": 1.3, "peak_mem_mb": 20.0,
            "status": "pass", "error": "", **FOUND, "schema_version": 1}  # fmt: skip
     for name in ("eager", "openvino", "engine"):
@@ -137,7 +137,7 @@ def table_of_models(folder: Path) -> None:
 
 
 def table_of_speeds(folder: Path) -> None:
-    speed_study.settled(folder, FOUND, ("eager", "openvino", "engine"))
+    speed_study.settled(folder, FOUND, 64, ("eager", "openvino", "engine"))
     rows = results.read_rows(folder, SPEEDS, only_whole=True)
     if len(rows):
         models_table.page(None, models.KINDS, rows)

@@ -85,9 +85,11 @@ def test_the_environment_is_that_of_the_processes_that_measured(
 def test_the_page_and_its_picture(measured: tuple[list[str], Path]) -> None:
     home = measured[1]
     text = (home / MODELS).read_text()
-    assert re.search(r"- batch 2: 1 network of 1 family; engine / best peer \d+\.\d\d", text)
+    assert re.search(
+        r"- batch 2, 64 pixels: 1 network of 1 family; engine / best peer \d+\.\d\d", text
+    )
     assert f"![engine / best peer, a dot for each network]({MODELS_PICTURE})" in text
-    assert f"- {TINY}, batch 2, tensorrt: unavailable: " in text
+    assert f"- {TINY}, batch 2, 64 pixels, tensorrt: unavailable: " in text
     assert (home / MODELS_PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
@@ -99,8 +101,9 @@ def test_what_is_settled_is_skipped(
     monkeypatch.setattr(speed_study, "run_task", None)
     assert main([*arguments, "--resume"]) == 0
     assert (home / SPEEDS.file).read_text() == before
-    with pytest.raises(TypeError):  # it would have run
-        main([*arguments, "--resume", "-b", "3"])
+    for other in (["-b", "3"], ["--img-size", "96"]):
+        with pytest.raises(TypeError):  # it would have run
+            main([*arguments, "--resume", *other])
 
 
 @pytest.mark.parametrize(
@@ -255,7 +258,7 @@ def sheet(*given: dict[str, Any]) -> pd.DataFrame:
 
 def speeds(network: str, batch: int, fused: float, **engine_over: float) -> list[dict[str, Any]]:
     """The rows of a network, given how many times as fast as each backend the engine is."""
-    row = {"network": network, "batch_size": batch, "img_size": 64}
+    row = {"network": network, "batch_size": batch, "requested_img_size": 64, "img_size": 64}
 
     def ratio(column: str, value: float) -> dict[str, float]:
         return {column: value, f"{column}_ci_low": 0.9 * value, f"{column}_ci_high": 1.1 * value}
@@ -269,13 +272,14 @@ def speeds(network: str, batch: int, fused: float, **engine_over: float) -> list
 
 
 ROWS = sheet(
-    {"network": "timm old", "batch_size": 1, "backend": "engine", "commit": "before"},
+    {"network": "timm old", "batch_size": 1, "requested_img_size": 64,
+     "backend": "engine", "commit": "before"},
     *speeds("timm dla34", 1, 1.3, eager=2.0, openvino=1.25, onnxrt=1.5),
     *speeds("timm dla46_c", 1, 0.97, eager=1.8, openvino=1.5, onnxrt=0.8),
     *speeds("timm repvgg_a0", 1, 1.5, eager=2.0, openvino=0.95, onnxrt=1.5),
     *speeds("timm repvgg_a0", 8, 1.5, eager=1.1, openvino=1.2, onnxrt=1.5),
-    {"network": "timm vgg11", "batch_size": 8, "backend": "engine", "status": "fail_accuracy",
-     "error": "off | by 1"},
+    {"network": "timm vgg11", "batch_size": 8, "requested_img_size": 64, "backend": "engine",
+     "status": "fail_accuracy", "error": "off | by 1"},
 )  # fmt: skip
 
 
@@ -292,17 +296,17 @@ def test_losses_come_first() -> None:
     page = models_table.page(None, (), ROWS)
     assert "timm old" not in page
     assert (
-        "- batch 1: 3 networks of 2 families; engine / best peer 0.95 in the median, 0.80 at the "
-        "lowest (timm dla46_c), below 1 on 2; fused / eager 1.30 in the median, 0.97 at the "
-        "lowest\n"
-        "- batch 8: 1 network of 1 family; engine / best peer 1.10 in the median"
+        "- batch 1, 64 pixels: 3 networks of 2 families; engine / best peer 0.95 in the median, "
+        "0.80 at the lowest (timm dla46_c), below 1 on 2; fused / eager 1.30 in the median, "
+        "0.97 at the lowest\n"
+        "- batch 8, 64 pixels: 1 network of 1 family; engine / best peer 1.10 in the median"
     ) in page
     parts = dict(re.findall(r"### (.*)\n\n((?:[|-].*\n)+)", page))
-    assert cells(parts["Families, batch 1"])[2:] == [
+    assert cells(parts["Families, batch 1, 64 pixels"])[2:] == [
         ["DLA", "2", "0.80", "1.02", "0.97"],
         ["RepVGG", "1", "0.95", "0.95", "1.50"],
     ]
-    titles, _, *lines = cells(parts["Networks, batch 1"])
+    titles, _, *lines = cells(parts["Networks, batch 1, 64 pixels"])
     assert [line[0] for line in lines] == ["timm dla46_c", "timm repvgg_a0", "timm dla34"]
     assert dict(zip(titles, lines[0], strict=True)) == {
         "network": "timm dla46_c", "pixels": "64", "best peer": "onnxrt",
@@ -312,7 +316,7 @@ def test_losses_come_first() -> None:
         "of the best peer": "30",
     }  # fmt: skip
     assert parts["What was not measured"] == (
-        "- timm vgg11, batch 8, engine: fail_accuracy: off \\| by 1\n"
+        "- timm vgg11, batch 8, 64 pixels, engine: fail_accuracy: off \\| by 1\n"
     )
 
 
@@ -320,7 +324,7 @@ def test_there_may_be_nothing_to_draw() -> None:
     failed = ROWS.tail(1)
     assert page_of.picture(failed) is None
     text = models_table.page(None, (), failed)
-    assert MODELS_PICTURE not in text and "- batch 8: 0 networks\n" in text
+    assert MODELS_PICTURE not in text and "- batch 8, 64 pixels: 0 networks\n" in text
 
 
 def test_both_parts_stand_on_one_page() -> None:
@@ -344,13 +348,15 @@ def test_a_dot_for_each_network_in_the_line_of_its_family() -> None:
         for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
     }
     assert dots == {(1.25, 0), (0.8, 0), (0.95, 1)}
-    assert right.get_title() == "batch 8"
+    assert right.get_title() == "batch 8, 64 pixels"
 
 
 def test_a_late_row_of_a_backend_counts() -> None:
-    again = sheet({"network": "timm vgg11", "batch_size": 8, "backend": "engine", "rounds": 3})
-    (one,) = [one for one in page_of.newest(pd.concat([ROWS, again])) if one.name == "timm vgg11"]
-    assert one.number("engine", "rounds") == 3
+    row = {"network": "timm vgg11", "batch_size": 8, "requested_img_size": 64, "backend": "engine"}
+    again = sheet({**row, "rounds": 3}, {**row, "requested_img_size": 96, "rounds": 4})
+    found = [one for one in page_of.newest(pd.concat([ROWS, again])) if one.name == "timm vgg11"]
+    assert [one.number("engine", "rounds") for one in found] == [3, 4], "a size is a setting"
+    one = found[0]
     broken = replace(one, rows={"engine": {**one.rows["engine"], "rounds": float("inf")}})
     assert broken.number("engine", "rounds") is None
 
