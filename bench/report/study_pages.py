@@ -5,7 +5,7 @@ from pathlib import Path
 from resfuse.bench.report.tables import markdown
 
 CONTENTION, CONTENTION_PICTURE = "CONTENTION.md", "contention.png"
-MODELS = "MODELS.md"
+MODELS, MODELS_PICTURE = "MODELS.md", "models.png"
 
 
 def blocks(folder: Path) -> list[str]:
@@ -20,9 +20,14 @@ def blocks(folder: Path) -> list[str]:
             "beside other processes, and called by several threads."
         )
     if (folder / MODELS).is_file():
-        found += [
-            "## Networks of other libraries",
+        found.append("## Networks of other libraries")
+        if (folder / MODELS_PICTURE).is_file():
+            found.append(
+                markdown.image(MODELS_PICTURE, "engine / best peer, a dot for each network")
+            )
+        found.append(
             f"[{MODELS}]({MODELS}), by `resfuse study models`: which of them `fuse` and the engine "
-            "take, and whether they answer as eager does.",
-        ]
+            "take, whether they answer as eager does, and how fast they are beside other runtimes "
+            "where that was measured."
+        )
     return found

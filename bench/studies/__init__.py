@@ -46,7 +46,7 @@ STUDIES: dict[str, Subcommand] = {
     "models": Subcommand(
         "resfuse.bench.studies.models.models_study:run",
         add_models,
-        "do fuse and the engine answer as 200 networks of timm and torchvision do?",
+        "do fuse and the engine answer as 200 networks of timm and torchvision do, and how fast?",
     ),
     "contention": Subcommand(
         "resfuse.bench.studies.contention.contention_study:run",

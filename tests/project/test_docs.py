@@ -2,7 +2,8 @@
 README are understood.
 
 A page's blocks run in its order: `bash` ones as commands, `python` ones in one namespace. One that
-begins with `# bench/...` is a file, or a line of a registry, in a copy of the sources.
+begins with `# bench/...` is a file, or a line of a registry, in a copy of the sources. One that
+begins with `# needs PACKAGE` is run by itself, where that package is installed.
 """
 
 import os
@@ -11,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import EntryPoint
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ MAPS = (
 )
 _FILE = re.compile(r"(?<![\w.*])[a-z]\w*(?:/\w+)*\.(?:py|h|cpp|css)\b")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_NEEDS = re.compile(r"# needs ([\w-]+)\n")
 _PLACE = re.compile(r"# (bench/[\w/]+\.py)(?:, in (\w+))?\n")
 _LINK = re.compile(r"\]\(([^)#:]+)\)")
 
@@ -84,7 +86,7 @@ def entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     group = "torch_dynamo_backends"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name, value in project["entry-points"][group].items():
-        monkeypatch.setitem(registry._BACKENDS, name, EntryPoint(name, value, group))
+        monkeypatch.setitem(registry._BACKENDS, name, metadata.EntryPoint(name, value, group))
 
 
 @pytest.mark.usefixtures("entry_points")
@@ -100,6 +102,8 @@ def test_every_command_of_a_page_runs(
     names: dict[str, object] = {"__name__": page.stem}
     ran = 0
     for language, block in blocks(page):
+        if _NEEDS.match(block):
+            continue
         if language == "bash":
             done = in_bash(block, tmp_path, checkout)
             assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
@@ -107,6 +111,28 @@ def test_every_command_of_a_page_runs(
             exec(compile(block, str(page), "exec"), names)
         ran += bool(language)
     assert ran, f"{page.name} shows nothing to run"
+
+
+OF_PACKAGES = [
+    pytest.param(needs[1], block, id=f"{page.stem}-{needs[1]}")
+    for page in PAGES
+    for language, block in blocks(page)
+    if language == "bash" and (needs := _NEEDS.match(block))
+]
+
+
+@pytest.mark.parametrize(("package", "block"), OF_PACKAGES)
+def test_commands_that_need_a_package_run(
+    package: str, block: str, tmp_path: Path, checkout: Path, own_cache: Path
+) -> None:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{package} is not installed (make real-weights)")
+    done = in_bash(block, tmp_path, checkout)
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    said = done.stdout + done.stderr
+    assert "fail_accuracy" not in said, said  # a row that failed ends no sweep
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)

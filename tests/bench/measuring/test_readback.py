@@ -39,7 +39,8 @@ from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.report.data.select import read_folders
 from resfuse.bench.running import subprocess_runner
 from resfuse.bench.studies.models import models_study as models
-from resfuse.bench.studies.models import models_table
+from resfuse.bench.studies.models import models_table, speed_study, speed_table
+from resfuse.bench.studies.models.speed_study import SPEEDS
 from resfuse.bench.trainings import data
 from resfuse.bench.trainings.degradation_sheet import SHEET as DEGRADATION
 from resfuse.tools.gpu_plan import archive, carried, notes, plan_progress, questions
@@ -81,6 +82,14 @@ def networks(folder: Path) -> None:
            "engine_status": "refused", "engine_error": "so", **FOUND}  # fmt: skip
     for name in ("timm a", "timm b"):
         results.append_row(folder, row | {"network": name}, models.SHEET)
+
+
+def speeds(folder: Path) -> None:
+    row = {"network": "timm a", "batch_size": 1, "requested_img_size": 64, "engine_speedup": 1.2,
+           "engine_speedup_ci_low": 1.1, "engine_speedup_ci_high": 1.3, "peak_mem_mb": 20.0,
+           "status": "pass", "error": "", **FOUND, "schema_version": 1}  # fmt: skip
+    for name in ("eager", "openvino", "engine"):
+        results.append_row(folder, row | {"backend": name}, SPEEDS)
 
 
 def report(folder: Path) -> None:
@@ -127,6 +136,14 @@ def table_of_models(folder: Path) -> None:
         models_table.page(rows, models.KINDS)
 
 
+def table_of_speeds(folder: Path) -> None:
+    speed_study.settled(folder, FOUND, 64, ("eager", "openvino", "engine"))
+    rows = results.read_rows(folder, SPEEDS, only_whole=True)
+    if len(rows):
+        models_table.page(None, models.KINDS, rows)
+        speed_table.picture(rows)
+
+
 def resumed(folder: Path) -> None:
     known = plan_progress.load(folder, "e", "c")
     assert set(known.ended.values()) <= set(plan_progress.ENDINGS)
@@ -163,6 +180,7 @@ READERS: dict[str, tuple[Callable[[Path], None], str, Callable[[Path], None], in
         10,
     ),
     "study models": (networks, models.SHEET.file, table_of_models, 15),
+    "study models, speeds": (speeds, SPEEDS.file, table_of_speeds, 15),
     "gpu-plan.json": (
         as_json(plan_progress.FILE, {"steps": {"a": "done"}}),
         plan_progress.FILE,

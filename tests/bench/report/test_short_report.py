@@ -197,6 +197,7 @@ def test_pages_of_studies_are_shown_where_they_lie_beside_it(tmp_path: Path) -> 
     (tmp_path / "MODELS.md").write_text("# Networks\n")
     shown = write_report(tmp_path).read_text()
     assert "[CONTENTION.md](CONTENTION.md)" in shown and "[MODELS.md](MODELS.md)" in shown
-    assert "(contention.png)" not in shown, "there is no picture"
-    (tmp_path / "contention.png").write_bytes(b"\x89PNG")
-    assert "(contention.png)" in write_report(tmp_path).read_text()
+    for picture in ("contention.png", "models.png"):
+        assert f"({picture})" not in shown, "there is no picture"
+        (tmp_path / picture).write_bytes(b"\x89PNG")
+        assert f"({picture})" in write_report(tmp_path).read_text()
