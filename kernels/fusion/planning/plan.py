@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_function_stack
-from torch.nn.modules import module as torch_module
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from resfuse.kernels.cpu.weight_origin import Origin, is_plain, tensors_of
+from resfuse.kernels.cpu.weight_origin import Origin, tensors_of
 from resfuse.kernels.fusion.layers.compound_layers import FusedStep, convolutions
 from resfuse.kernels.fusion.layers.conv_region import ConvRegion
 from resfuse.kernels.fusion.matching.layer_kinds import differs_in_training
+from resfuse.kernels.fusion.planning.call_checks import (
+    are_plain,
+    are_traced,
+    is_on_cuda,
+    is_watched,
+)
 from resfuse.kernels.fusion.planning.forwards import Forwards
 from resfuse.kernels.fusion.planning.tree_guards import TreeCheck
 from resfuse.kernels.fusion.tracing.guards import Guards
@@ -63,6 +64,7 @@ class Plan:
         self._sources = [source for layer in self.layers for source in layer.sources]
         self._origin: Origin | None = None  # of those sources, when they were looked at last
         self._suspect = False  # something has happened since that may have written to weights
+        self._discards, self._lock = False, threading.RLock()
         self.frozen = False  # the user promised not to write to weights: calls need not look
         locations = [watch(module, name) for name in watched]
         self._layers = [layer for *_, layer in locations]
@@ -96,6 +98,22 @@ class Plan:
                 that; by default it is the format of the arguments given.
             flexible: the argument, and the result, may be in any memory format.
         """
+        root = self._root
+        if root._discards:
+            with root._lock:  # no other thread may see a layer that is just losing its weight
+                root._discards = root._is_to_discard()
+                return self._run_now(module, args, kwargs, donated, input_format, flexible)
+        return self._run_now(module, args, kwargs, donated, input_format, flexible)
+
+    def _run_now(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        donated: bool,
+        input_format: InputFormat | None,
+        flexible: bool,
+    ) -> Any:
         if self.is_guarded():
             if not kwargs and all(type(arg) is Tensor for arg in args) and self._module() is module:
                 known = Call(len(args), False, donated)
@@ -216,7 +234,7 @@ class Plan:
         if kwargs or not args:
             return None
         # First: a tool that watches would see the arguments being looked at.
-        if not _are_traced(args) and (is_watched() or not are_plain(args)):
+        if not are_traced(args) and (is_watched() or not are_plain(args)):
             return None
         call = Call(len(args), isinstance(args[0], list), donated)
         if donated and call not in self.forwards:
@@ -226,7 +244,7 @@ class Plan:
         if torch.compiler.is_exporting():  # dynamo cannot see whether folded weights are fresh
             return None if torch.compiler.is_dynamo_compiling() else call
         if torch.compiler.is_compiling():  # on a CPU inductor fuses and packs the layers itself
-            return call if _on_cuda(args) else None
+            return call if is_on_cuda(args) else None
         if not self.guards.hold():
             return None
         if torch.is_grad_enabled() and self._needs_gradients(args):
@@ -284,6 +302,11 @@ class Plan:
                 plan._origin = None
                 plan._reset_fast_paths()
 
+    def _is_to_discard(self) -> bool:
+        """Whether a layer, of the module or of one within it, is still to lose its weight."""
+        folds = [layer.fold for plan in self._tree for layer in plan.layers]
+        return any(fold.discard and not fold.discarded for fold in folds)
+
     def has_discarded(self) -> bool:
         """Whether a layer, of the module or of one within it, has lost its own weight."""
         return any(layer.fold.discarded for plan in self._tree for layer in plan.layers)
@@ -292,6 +315,7 @@ class Plan:
         """Has every layer free its weight at its next run, when it is folded and packed."""
         for layer in self.layers:
             layer.fold.discard = True
+        self._discards = self._root._discards = True
         self._reset_fast_paths()
 
     def fold_ahead(self) -> None:
@@ -345,47 +369,6 @@ def plan_of(module: nn.Module) -> Plan | None:
     return vars(module).get(PLAN)
 
 
-def is_watched() -> bool:
-    """True where a tool wants to see the layers: FlopCounterMode, vmap, torch.jit.trace, a mode
-    that overrides torch's functions, hooks on all modules, ...
-    """
-    return bool(
-        _len_torch_dispatch_stack() > 0
-        or any(_GLOBAL_HOOKS)
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
-        or (_len_torch_function_stack() > 0 and _functions_are_overridden())
-    )
-
-
-def _functions_are_overridden() -> bool:
-    """A default device is a mode, too, but leaves alone what is done to tensors."""
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
-
-
-def are_plain(args: tuple[Any, ...]) -> bool:
-    """Whether a graph of tensor operations takes the arguments: tensors that are memory and nothing
-    else, but the first may be a list of them.
-    """
-    first, *others = args
-    several = type(first) is list
-    return all(
-        isinstance(one, Tensor) and is_plain(one)
-        for one in [*(first if several else (first,)), *others]
-    )
-
-
-_GLOBAL_HOOKS = (
-    torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
-)  # fmt: skip
-
-
-def _are_traced(args: tuple[Any, ...]) -> bool:
-    """Whether they are the stand-ins of torch.compile and torch.export for tensors."""
-    return torch.compiler.is_compiling() and all(isinstance(a, Tensor) for a in args)
-
-
 def watch(module: nn.Module, name: str) -> Watched:
     """Returns where a layer of a module is found, and which layer it is now."""
     parent, _, last = name.rpartition(".")
@@ -393,8 +376,3 @@ def watch(module: nn.Module, name: str) -> Watched:
     layer = holder._modules[last]
     assert layer is not None
     return holder, last, layer
-
-
-def _on_cuda(args: tuple[Any, ...]) -> bool:
-    first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
-    return isinstance(first, Tensor) and first.is_cuda

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from resfuse.kernels.fusion.layers.fast_path import Forward
-from resfuse.kernels.fusion.planning.plan import NOT_RUN, are_plain, is_watched, watch
+from resfuse.kernels.fusion.planning.call_checks import are_plain, is_watched
+from resfuse.kernels.fusion.planning.plan import NOT_RUN, watch
 from resfuse.kernels.fusion.tracing.guards import Guards
 from resfuse.kernels.fusion.tracing.module_tracing import Call
 from resfuse.kernels.fusion.training.training_layers import AnyTrainingStep

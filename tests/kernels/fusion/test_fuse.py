@@ -2,7 +2,9 @@
 
 import copy
 import io
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -269,3 +271,22 @@ def test_autocast_computes_in_its_dtype() -> None:
         plain, got = model(images()), fused_model(images())
     assert got.dtype == plain.dtype == torch.bfloat16
     assert error(got, reference) <= EAGER_FACTOR * error(plain, reference) + 8e-3
+
+
+def test_weights_are_discarded_while_several_threads_make_their_first_call() -> None:
+    model, x = network(), images()
+    with torch.inference_mode():
+        wanted = model(x)
+    for _ in range(5):
+        fused_model = fuse(copy.deepcopy(model), discard_weights=True)
+        together = threading.Barrier(4)
+
+        def run(model: nn.Module = fused_model, together: threading.Barrier = together) -> None:
+            together.wait()
+            with torch.inference_mode():
+                for _ in range(2):
+                    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(run) for _ in range(4)]:
+                done.result()
