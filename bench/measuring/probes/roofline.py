@@ -50,6 +50,10 @@ class _Counter(TorchFunctionMode):
     ) -> Any:
         if func is F.batch_norm:
             return args[0]
+        if func is Tensor.add_ and _same_shape(*args[:2]):
+            return args[0]
+        if func is F.max_pool2d and (pooled := _pooled(*args, **(kwargs or {}))) is not None:
+            return pooled
         if func is F.adaptive_avg_pool2d:
             return args[0].new_empty((*args[0].shape[:2], args[1], args[1]))
         if func is F.conv2d:
@@ -72,6 +76,23 @@ class _Counter(TorchFunctionMode):
         self.macs += macs
         self.winograd_macs += macs // 4 if winograd else macs
         self.activations += out.numel()
+
+
+def _pooled(
+    x: Tensor, window: Any, stride: Any = None, padding: Any = 0, *more: Any, **rest: Any
+) -> Tensor | None:
+    """Returns what a max pooling of equal sides gives; None leaves the rarer ones to torch."""
+    sides = window, window if stride is None else stride, padding
+    plain = not any(more) and not rest.get("ceil_mode") and not rest.get("return_indices")
+    if not plain or rest.get("dilation", 1) != 1 or not all(isinstance(n, int) for n in sides):
+        return None
+    window, stride, padding = sides
+    moves = Geometry((stride, stride), (padding, padding))
+    return x.new_empty(moves.output_shape(x.shape, (x.shape[1], 1, window, window)))
+
+
+def _same_shape(total: Tensor, added: Any) -> bool:
+    return isinstance(added, Tensor) and added.shape == total.shape
 
 
 def cost(model: nn.Module, image: int | tuple[int, int, int]) -> Cost:
