@@ -1,5 +1,6 @@
 """Fixtures shared by the tests, and the machine's facts for pytest-benchmark."""
 
+import ctypes
 import gc
 import math
 import os
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 
@@ -76,11 +78,31 @@ def pytest_runtest_call() -> None:
     torch.manual_seed(0)
 
 
+GROWTH = 512 << 20  # bytes
+_resident = 0  # after memory was last given back
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """A process that has grown by GROWTH gives back what it does not use.
+
+    Networks in reference cycles (torch.fx makes some) are freed: Python counts objects, and not
+    their hundred megabytes, to decide when to look for them. And glibc keeps what is freed: after
+    four networks of test_fuse_zoo 1480 MB were resident, of which 650 were not in use.
+    """
+    global _resident
+    yield
+    now = psutil.Process().memory_info().rss
+    if now > _resident + GROWTH:
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+        _resident = psutil.Process().memory_info().rss
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_networks_left() -> Iterator[None]:
-    """Networks in reference cycles (torch.fx makes some) are freed: Python counts objects, and not
-    their hundred megabytes, to decide when to look for them.
-    """
+    """What a file's fixtures have made is freed before the next file."""
     yield
     gc.collect()
 
