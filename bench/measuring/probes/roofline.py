@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from resfuse.kernels.ops.conv_problem import Geometry
+from resfuse.bench.models.meta_shapes import result_on_meta
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,7 @@ class Cost:
 
 
 class _Counter(TorchFunctionMode):
-    """Counts the products of a forward pass on the meta device.
-
-    Most layers are given their shapes here: torch would work those out in Python, and import its
-    compiler to do so, which takes longer than all the rest of a small case.
-    """
+    """Counts the products of a forward pass on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,51 +44,22 @@ class _Counter(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.batch_norm:
-            return args[0]
-        if func is Tensor.add_ and _same_shape(*args[:2]):
-            return args[0]
-        if func is F.max_pool2d and (pooled := _pooled(*args, **(kwargs or {}))) is not None:
-            return pooled
-        if func is F.adaptive_avg_pool2d:
-            return args[0].new_empty((*args[0].shape[:2], args[1], args[1]))
+        out = result_on_meta(func, args, kwargs or {})
+        if out is None:
+            out = func(*args, **(kwargs or {}))
         if func is F.conv2d:
-            images, weight, _, stride, padding, dilation, _ = args
-            out = images.new_empty(
-                Geometry(stride, padding, dilation).output_shape(images.shape, weight.shape)
-            )
+            _, weight, _, stride, _, dilation, _ = args
             dense = set(stride) == set(dilation) == {1}
             self._count(out, weight, dense and weight.shape[2:] == (3, 3))
-            return out
-        if func is F.linear:
-            features, weight = args[:2]
-            out = features.new_empty((*features.shape[:-1], weight.shape[0]))
-            self._count(out, weight)
-            return out
-        return func(*args, **(kwargs or {}))
+        elif func is F.linear:
+            self._count(out, args[1])
+        return out
 
     def _count(self, out: Tensor, weight: Tensor, winograd: bool = False) -> None:
         macs = out.numel() * weight[0].numel()
         self.macs += macs
         self.winograd_macs += macs // 4 if winograd else macs
         self.activations += out.numel()
-
-
-def _pooled(
-    x: Tensor, window: Any, stride: Any = None, padding: Any = 0, *more: Any, **rest: Any
-) -> Tensor | None:
-    """Returns what a max pooling of equal sides gives; None leaves the rarer ones to torch."""
-    sides = window, window if stride is None else stride, padding
-    plain = not any(more) and not rest.get("ceil_mode") and not rest.get("return_indices")
-    if not plain or rest.get("dilation", 1) != 1 or not all(isinstance(n, int) for n in sides):
-        return None
-    window, stride, padding = sides
-    moves = Geometry((stride, stride), (padding, padding))
-    return x.new_empty(moves.output_shape(x.shape, (x.shape[1], 1, window, window)))
-
-
-def _same_shape(total: Tensor, added: Any) -> bool:
-    return isinstance(added, Tensor) and added.shape == total.shape
 
 
 def cost(model: nn.Module, image: int | tuple[int, int, int]) -> Cost:
