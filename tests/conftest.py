@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib
 import math
 import os
 import shutil
@@ -48,7 +49,13 @@ _index_of_scalars_in_the_interpreter()
 # Tests of the harness run beside others, so that the machine it would wait for never rests.
 os.environ.setdefault("RESFUSE_QUIET_S", "0")
 
+CLOCK = "resfuse.kernels.engine.tuning.clock"
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = (
+    "project/test_docs.py", "gpu/test_inspect.py", "cpu/test_native_sanitizers.py",
+    "models/test_onnx_file.py", "running/test_sweep.py", "running/test_cluster.py",
+    "tools/test_gpu_plan.py", "gpu/test_engine_gpu_compile.py",
+)  # fmt: skip
 Resfuse = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -56,6 +63,11 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
     """What a file draws from torch's own generator while it is imported is always the same."""
     if isinstance(collector, pytest.Module):
         torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a minute and more come first: one that a worker began last would be waited for."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
 
 
 def pytest_collection_finish() -> None:
@@ -125,6 +137,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def no_time_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests are neighbours of each other; a second build is to find what the first one timed."""
     monkeypatch.setattr("resfuse.kernels.tuning_cache.timing_cache.NOISY_SPREAD", math.inf)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sweeps_of_caches_are_small() -> Iterator[None]:
+    """Before each timed run the tuner writes 16 MB, so that the run finds cold caches: four tenths
+    of the CPU seconds of a small engine's build. No test looks at which candidate is quicker.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(importlib.import_module(CLOCK)._SWEPT_BYTES, "cpu", 1 << 16)
+        yield
 
 
 @pytest.fixture(scope="module")
