@@ -34,7 +34,7 @@ __all__ = [
     "unfuse",
 ]
 
-# Where each of them is.
+# Name -> the module in this package that has it.
 _MODULES = {
     "Engine": "engine.engine",
     "FusedBasicBlock": "fusion.modules",

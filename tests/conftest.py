@@ -91,7 +91,7 @@ def pytest_runtest_call() -> None:
 
 
 GROWTH = 512 << 20  # bytes
-_resident = 0  # after memory was last given back
+_resident = 0  # bytes, after memory was last given back
 
 
 @pytest.hookimpl(wrapper=True)
@@ -107,8 +107,8 @@ def pytest_runtest_teardown() -> Iterator[None]:
     now = psutil.Process().memory_info().rss
     if now > _resident + GROWTH:
         gc.collect()
-        if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
         _resident = psutil.Process().memory_info().rss
 
 

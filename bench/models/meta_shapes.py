@@ -41,7 +41,7 @@ def result_on_meta(
 def _pooled(
     x: Tensor, window: Any, stride: Any = None, padding: Any = 0, *more: Any, **rest: Any
 ) -> Tensor | None:
-    """Of windows with equal sides."""
+    """Returns what a max pooling gives whose window, stride and padding are a number each."""
     stride = window if stride is None else stride
     asked = rest.get("ceil_mode") or rest.get("return_indices") or rest.get("dilation", 1) != 1
     if more or asked or not all(isinstance(n, int) for n in (window, stride, padding)):

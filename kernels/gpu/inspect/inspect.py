@@ -153,7 +153,7 @@ def _inspect_shipped(todo: Sequence[Job]) -> list[Inspection]:
 
 @functools.cache
 def _shipped(kernel: str) -> list[tuple[str, Launch]]:
-    """To choose them takes 0.1 s for some kernels."""
+    """Returns a kernel's shipped launches, which take 0.1 s to choose for some."""
     return list(KERNELS[kernel].launches())
 
 
