@@ -3,17 +3,20 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
 from resfuse.bench.common.statistics import paired_speedup, percentile
 from resfuse.bench.records.sample import Accuracy, Value
-from resfuse.kernels.ops.conv_problem import ConvProblem
+
+if TYPE_CHECKING:
+    from resfuse.kernels.ops.conv_problem import ConvProblem
 
 
 @dataclass(frozen=True)
 class Timed:
     """One provider that passed its checks on one convolution."""
 
-    problem: ConvProblem
+    problem: "ConvProblem"
     times_ms: tuple[float, ...]  # one a round
     baseline_ms: tuple[float, ...]  # eager's, same round
     accuracy: Accuracy

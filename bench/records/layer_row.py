@@ -1,9 +1,13 @@
 """The columns of kernels.csv, a row of which is one provider on one convolution of one network."""
 
-from resfuse.bench.records.convolutions import Convolution
+from typing import TYPE_CHECKING
+
 from resfuse.bench.records.layer_metrics import KERNEL_METRICS
 from resfuse.bench.records.sample import Value
 from resfuse.bench.records.sheet import ENDED, Sheet
+
+if TYPE_CHECKING:
+    from resfuse.bench.records.convolutions import Convolution
 
 OP = "conv_relu"
 ASKED = (
@@ -20,7 +24,7 @@ SHEET = Sheet(
 )  # fmt: skip
 
 
-def asked(convolution: Convolution, provider: str) -> dict[str, Value]:
+def asked(convolution: "Convolution", provider: str) -> dict[str, Value]:
     """Returns what a row says of the convolution and of the provider that computes it.
 
     `gmacs` and `least_mb` (2**20 bytes, every tensor moved once) are of one call.

@@ -14,13 +14,14 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from resfuse.bench.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIGITS, CIFAR, DOWNLOAD = "digits", "cifar10", "download"
 DIGITS_FOR_TESTING = 360
@@ -38,8 +39,8 @@ ALLOWED = {
 
 @dataclass(frozen=True)
 class Split:
-    images: Tensor  # uint8 [N, 3, H, W]
-    labels: Tensor  # int64 [N]
+    images: "Tensor"  # uint8 [N, 3, H, W]
+    labels: "Tensor"  # int64 [N]
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def _digits() -> Data:
         stratify=labels,
         random_state=0,
     )
+    import torch
+
     train, test, train_labels, test_labels = map(torch.from_numpy, parts)
     return Data(DIGITS, Split(train, train_labels), Split(test, test_labels), 1, flip=False)
 
@@ -143,6 +146,8 @@ def _read(folder: Path, names: tuple[str, ...]) -> Split:
             raise UsageError(
                 f"argument --data: {path} cannot be read as a batch of CIFAR-10: {error}"
             ) from None
+    import torch
+
     return Split(torch.cat([s.images for s in splits]), torch.cat([s.labels for s in splits]))
 
 
@@ -168,6 +173,8 @@ def _split(pixels: np.ndarray, labels: np.ndarray) -> Split:
         raise ValueError(f"its images are {pixels.dtype} {list(pixels.shape)}, not uint8 [N, 3072]")
     if labels.shape != pixels.shape[:1] or not np.isin(labels, range(10)).all():
         raise ValueError("its labels are not one number from 0 to 9 for each image")
+    import torch
+
     images = pixels.reshape(-1, 3, 32, 32).copy()
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from setuptools import find_namespace_packages
 
+from resfuse import kernels
 from resfuse.kernels.gpu.registry import KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,9 +113,16 @@ def test_only_timing_touches_a_clock() -> None:
 
 def test_the_kernels_import_without_a_gpu_or_triton() -> None:
     """`import resfuse.kernels` works with torch alone: triton is hidden from the interpreter."""
-    code = "import sys; sys.modules['triton'] = None; import resfuse.kernels as k; k.fold_conv_bn"
+    code = (
+        "import sys; sys.modules['triton'] = None; import resfuse.kernels as k; "
+        "assert 'torch' not in sys.modules; print([getattr(k, n).__name__ for n in k.__all__])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(kernels.__all__)
+    assert set(kernels.__all__) <= set(dir(kernels))
+    with pytest.raises(AttributeError, match=r"'resfuse\.kernels' has no attribute 'fuze'"):
+        kernels.fuze  # noqa: B018
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from resfuse.kernels.ops.conv_problem import Geometry
+from resfuse.bench.models.meta_shapes import result_on_meta
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,7 @@ class Cost:
 
 
 class _Counter(TorchFunctionMode):
-    """Counts the products of a forward pass on the meta device.
-
-    Most layers are given their shapes here: torch would work those out in Python, and import its
-    compiler to do so, which takes longer than all the rest of a small case.
-    """
+    """Counts the products of a forward pass on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,24 +44,16 @@ class _Counter(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.batch_norm:
-            return args[0]
-        if func is F.adaptive_avg_pool2d:
-            return args[0].new_empty((*args[0].shape[:2], args[1], args[1]))
+        out = result_on_meta(func, args, kwargs or {})
+        if out is None:
+            out = func(*args, **(kwargs or {}))
         if func is F.conv2d:
-            images, weight, _, stride, padding, dilation, _ = args
-            out = images.new_empty(
-                Geometry(stride, padding, dilation).output_shape(images.shape, weight.shape)
-            )
+            _, weight, _, stride, _, dilation, _ = args
             dense = set(stride) == set(dilation) == {1}
             self._count(out, weight, dense and weight.shape[2:] == (3, 3))
-            return out
-        if func is F.linear:
-            features, weight = args[:2]
-            out = features.new_empty((*features.shape[:-1], weight.shape[0]))
-            self._count(out, weight)
-            return out
-        return func(*args, **(kwargs or {}))
+        elif func is F.linear:
+            self._count(out, args[1])
+        return out
 
     def _count(self, out: Tensor, weight: Tensor, winograd: bool = False) -> None:
         macs = out.numel() * weight[0].numel()

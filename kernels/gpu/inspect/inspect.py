@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +28,7 @@ from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.jit import create_function_from_signature
 
 from resfuse.kernels.gpu.common.launch import Launch, interpreting
+from resfuse.kernels.gpu.inspect.disassembly import disassemble, output_of
 from resfuse.kernels.gpu.inspect.ptxas import is_sound
 from resfuse.kernels.gpu.inspect.targets import (
     DEFAULT_TARGETS,
@@ -39,6 +39,7 @@ from resfuse.kernels.gpu.inspect.targets import (
 )
 from resfuse.kernels.gpu.registry import KERNELS
 
+BATCH = 32  # launches that a process compiles before it disassembles them together
 Job = tuple[str, int, str]  # kernel, number of its shipped launch, target
 
 
@@ -127,8 +128,10 @@ def inspect_jobs(todo: Sequence[Job], processes: int = 2) -> Iterator[Inspection
     """Compiles some of `jobs`, in that order."""
     require_compiler()
     # spawned, not forked: a fork after torch has started its threads can hang
+    batches = [todo[at : at + BATCH] for at in range(0, len(todo), BATCH)]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        yield from pool.map(_inspect_shipped, todo)
+        for results in pool.map(_inspect_shipped, batches):
+            yield from results
 
 
 def _is_meant_for(launch: Launch, gpu: GPUTarget) -> bool:
@@ -143,25 +146,72 @@ def require_compiler() -> None:
         )
 
 
-def _inspect_shipped(job: Job) -> Inspection:
-    kernel, index, target = job
-    label, launch = list(KERNELS[kernel].launches())[index]
-    return inspect_launch(kernel, label, launch, target)
+def _inspect_shipped(todo: Sequence[Job]) -> list[Inspection]:
+    named = [(kernel, *_shipped(kernel)[index], target) for kernel, index, target in todo]
+    return inspect_launches(named)
+
+
+@functools.cache
+def _shipped(kernel: str) -> list[tuple[str, Launch]]:
+    """Returns a kernel's shipped launches, which take 0.1 s to choose for some."""
+    return list(KERNELS[kernel].launches())
 
 
 def inspect_launch(kernel: str, label: str, launch: Launch, target: str) -> Inspection:
     """Compiles one launch for one of TARGETS and reads the result."""
+    (inspection,) = inspect_launches([(kernel, label, launch, target)])
+    return inspection
+
+
+def inspect_launches(named: Sequence[tuple[str, str, Launch, str]]) -> list[Inspection]:
+    """Compiles launches and reads the results.
+
+    Args:
+        named: kernel, label, launch and one of TARGETS for each.
+    """
     require_compiler()
-    named = (kernel, label, target, launch.num_warps, launch.num_stages)
+    compiled = [_compile(launch, target) for _, _, launch, target in named]
+    listings = _listings([target for *_, target in named], compiled)
+    return [
+        _read(one, each, listing)
+        for one, each, listing in zip(named, compiled, listings, strict=True)
+    ]
+
+
+def _compile(launch: Launch, target: str) -> Any:
+    """Returns the triton.CompiledKernel, or in a sentence why there is none."""
     try:
         # Triton prints the whole program where the assembler fails; the error says enough.
         with contextlib.redirect_stdout(io.StringIO()):
-            compiled = _compiled_with_stages(launch, TARGETS[target].gpu)
+            return _compiled_with_stages(launch, TARGETS[target].gpu)
     except Exception as error:  # anything the compiler raises is a finding
         lines = str(error).strip().splitlines() or [""]
-        return Inspection(*named, error=f"{type(error).__name__}: {lines[0]}")
+        return f"{type(error).__name__}: {lines[0]}"
+
+
+def _listings(targets: Sequence[str], compiled: Sequence[Any]) -> list[str]:
+    """Returns the disassembly of each compiled kernel, in one go for each GPU of NVIDIA's; AMD's
+    compiler writes one as it compiles."""
+    listings = ["" if isinstance(each, str) else each.asm.get("amdgcn", "") for each in compiled]
+    for target in {name for name in targets if TARGETS[name].gpu.backend == "cuda"}:
+        own = [
+            number
+            for number, each in enumerate(compiled)
+            if targets[number] == target and not isinstance(each, str)
+        ]
+        cubins = [compiled[number].asm["cubin"] for number in own]
+        for number, listing in zip(own, disassemble(cubins, TARGETS[target].gpu.arch), strict=True):
+            listings[number] = listing
+    return listings
+
+
+def _read(named: tuple[str, str, Launch, str], compiled: Any, listing: str) -> Inspection:
+    kernel, label, launch, target = named
+    what = (kernel, label, target, launch.num_warps, launch.num_stages)
+    if isinstance(compiled, str):
+        return Inspection(*what, error=compiled)
     read = _read_nvidia if TARGETS[target].gpu.backend == "cuda" else _read_amd
-    measured = {**read(compiled, TARGETS[target]), **_read_dots(compiled, TARGETS[target])}
+    measured = {**read(compiled, listing, TARGETS[target]), **_read_dots(compiled, TARGETS[target])}
     measured["shared_bytes"] = compiled.metadata.shared
     measured["tensor_memory_columns"] = getattr(compiled.metadata, "tmem_size", None) or 0
     num_warps = compiled.metadata.num_warps  # warp specialisation adds some
@@ -172,7 +222,7 @@ def inspect_launch(kernel: str, label: str, launch: Launch, target: str) -> Insp
         measured["shared_bytes"],
         measured["tensor_memory_columns"],
     )
-    return Inspection(*named, **measured, ctas=ctas, warps=ctas * num_warps)
+    return Inspection(*what, **measured, ctas=ctas, warps=ctas * num_warps)
 
 
 @dataclass(frozen=True)
@@ -236,32 +286,28 @@ def _compiled_with_stages(launch: Launch, gpu: GPUTarget) -> Any:
         return compile_launch(launch, gpu)
 
 
-def _read_nvidia(compiled: Any, target: Target) -> dict[str, Any]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _read_nvidia(compiled: Any, listing: str, target: Target) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", cubin.name)
-        # without data flow, which labels jumps and costs a fifth more
-        code = _output(tools / "nvdisasm", "-c", "-ndf", cubin.name)
+        usage = output_of("cuobjdump", "-res-usage", cubin.name)
     ptxas = get_ptxas(target.gpu.arch)
     return {
         "registers": _number(r"REG:(\d+)", usage),
         "spill_bytes": _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
-        "spill_stores": len(re.findall(r"\bSTL\b", code)),
-        "tensor_core_instructions": len(re.findall(target.instruction, code)),
+        "spill_stores": len(re.findall(r"\bSTL\b", listing)),
+        "tensor_core_instructions": len(re.findall(target.instruction, listing)),
         "assembler": ptxas.path,
         "assembler_version": ptxas.version,
     }
 
 
-def _read_amd(compiled: Any, target: Target) -> dict[str, Any]:
-    code = compiled.asm["amdgcn"]
+def _read_amd(compiled: Any, listing: str, target: Target) -> dict[str, Any]:
     return {
-        "registers": _number(r"\.vgpr_count:\s*(\d+)", code),
-        "spill_bytes": _number(r"\.private_segment_fixed_size:\s*(\d+)", code),
-        "spill_stores": _number(r"\.vgpr_spill_count:\s*(\d+)", code),
-        "tensor_core_instructions": len(re.findall(target.instruction, code)),
+        "registers": _number(r"\.vgpr_count:\s*(\d+)", listing),
+        "spill_bytes": _number(r"\.private_segment_fixed_size:\s*(\d+)", listing),
+        "spill_stores": _number(r"\.vgpr_spill_count:\s*(\d+)", listing),
+        "tensor_core_instructions": len(re.findall(target.instruction, listing)),
         "assembler": "LLVM",
         "assembler_version": f"of triton {triton.__version__}",
     }
@@ -285,10 +331,6 @@ def _is_fast_type(line: str) -> bool:
     if not re.search(r"= tt\.dot(_scaled)? ", line):
         return False
     return "inputPrecision = " in line or not re.search(r": tensor<[\dx]+xf32[,>]", line)
-
-
-def _output(tool: Path, *arguments: str) -> str:
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _number(pattern: str, text: str) -> int:

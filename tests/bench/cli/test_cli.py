@@ -193,3 +193,15 @@ def test_help_and_the_import_behind_it_load_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout))
     assert not loaded & {"torch", "pandas", "matplotlib", "rich", "onnxruntime", "sklearn"}
+
+
+def test_what_reads_rows_needs_no_torch() -> None:
+    """It takes 1.6 CPU seconds to import, and a report of many rows less than two."""
+    code = (
+        "import sys, resfuse.bench.report, resfuse.bench.compare.compare_command\n"
+        "from resfuse.bench.cli import main\n"
+        "assert main(['list', 'backends']) == 0 and 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "openvino" in done.stdout

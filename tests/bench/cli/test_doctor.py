@@ -23,11 +23,9 @@ RUN = (
 )
 
 
-def examined(
-    folder: Path, *hidden: str, results: str = "r", **environment: str
-) -> subprocess.CompletedProcess[str]:
+def examined(folder: Path, *hidden: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process that cannot import some packages."""
-    code = RUN.format(hidden=list(hidden), results=str(folder / results))
+    code = RUN.format(hidden=list(hidden), results=str(folder / "r"))
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
@@ -103,11 +101,13 @@ def test_needed_packages_that_are_missing_fail(package: str, tmp_path: Path) -> 
     assert "Traceback" not in done.stderr
 
 
-def test_results_that_cannot_be_written_fail(tmp_path: Path) -> None:
+def test_results_that_cannot_be_written_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
-    done = examined(tmp_path, results="file/results")
-    assert done.returncode == 1
-    assert "cannot be written: use another --results folder" in line(done.stdout, "results")
+    assert main(["doctor", "--device", "cpu", "--results", str(tmp_path / "file/results")]) == 1
+    said = capsys.readouterr().out
+    assert "cannot be written: use another --results folder" in line(said, "results")
 
 
 def test_a_device_that_is_not_here_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:

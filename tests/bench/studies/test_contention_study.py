@@ -1,7 +1,9 @@
 """`resfuse study contention`: what stands in its rows and on its page, and who runs beside it."""
 
+import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,15 +106,37 @@ def test_a_wrong_answer_in_a_turn_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_neighbours_are_busy_while_the_block_runs_and_gone_afterwards() -> None:
-    before = set(psutil.Process().children())
+    own = psutil.Process().nice()  # a suite that runs at nice 10 has neighbours at 19
     with busy(Scenario(2, 10, pinned=True)):
-        neighbours = set(psutil.Process().children()) - before
+        neighbours = _neighbours()
         assert len(neighbours) == 2
         for neighbour in neighbours:
-            assert neighbour.nice() == 10
+            assert neighbour.nice() == min(own + 10, 19)
             assert neighbour.cpu_affinity() == [min(os.sched_getaffinity(0))]
-            assert neighbour.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
-    assert not set(psutil.Process().children()) & neighbours
+            _wait_until_it_computes(neighbour)
+    assert not _neighbours()
+
+
+def _neighbours() -> list[psutil.Process]:
+    """Of this process's children those that were started to be busy: torch's compiler, in the same
+    test process, may start and end others at any time."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if busy.__module__ in child.cmdline():
+                found.append(child)
+    return found
+
+
+def _wait_until_it_computes(process: psutil.Process) -> None:
+    """However little of a processor it is given beside others. Its state at a single moment says
+    less: a busy process that waits for a page is not running either."""
+    before = process.cpu_times().user
+    for _ in range(600):
+        if process.cpu_times().user > before + 0.05:
+            return
+        time.sleep(0.1)
+    pytest.fail("a neighbour is idle")
 
 
 @pytest.mark.parametrize(

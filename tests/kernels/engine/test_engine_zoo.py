@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
+import zoo
 from engine_models import AS_FUSED, images, leaves, made
 from graphs import error
 from resfuse.kernels import fuse
@@ -37,7 +38,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     # of the shortcuts, two halve and pad
     "cifar_resnet20": (lambda: create("cifar_resnet20"), {"Conv": 20, "Mean": 1, "Pick": 2}),
     "vgg19_bn": (
-        lambda: tv.vgg19_bn(weights=None),
+        zoo.vgg19_bn,
         {"Conv": 19, "MaxPool": 5, "aten.adaptive_avg_pool2d.default": 1},  # windows of two sizes
     ),
     # its last norm and activation, and those in front of each 1x1, follow a concatenation

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,12 +25,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from resfuse.bench.cli import main
 from resfuse.kernels.gpu.common.launch import Launch
 from resfuse.kernels.gpu.inspect import inspect as module
+from resfuse.kernels.gpu.inspect.disassembly import disassemble
 from resfuse.kernels.gpu.inspect.inspect import (
     Inspection,
     compile_launch,
     has_risky_operands,
     inspect_jobs,
     inspect_launch,
+    inspect_launches,
     jobs,
     problems,
 )
@@ -125,12 +128,35 @@ def planted() -> dict[str, Launch]:
 
 
 def inspect_planted() -> list[dict[str, Any]]:
-    found = [
-        inspect_launch("planted", name, launch, target)
-        for name, launch in planted().items()
-        for target in TARGETS
-    ]
+    found = inspect_launches(
+        [
+            ("planted", name, launch, target)
+            for name, launch in planted().items()
+            for target in TARGETS
+        ]
+    )
     return [dataclasses.asdict(result) for result in found]
+
+
+def disassembled() -> list[list[bool]]:
+    """Whether kernels taken apart together are what each is by itself: two that differ, in
+    either order, and one of them twice."""
+    gpu = TARGETS["sm_90"].gpu
+    cubins = [compile_launch(planted()[name], gpu).asm["cubin"] for name in ("good", "no dot")]
+    alone = [without_addresses(*disassemble([cubin], 90)) for cubin in cubins]
+    assert alone[0] != alone[1] and "HGMMA" in alone[0]
+    return [
+        [
+            without_addresses(text) == alone[number]
+            for number, text in zip(order, disassemble([cubins[n] for n in order], 90), strict=True)
+        ]
+        for order in ((0, 1), (1, 0), (0, 0, 1))
+    ]
+
+
+def without_addresses(listing: str) -> str:
+    """Jumps lead to addresses, too."""
+    return re.sub(r"0x[0-9a-f]+|/\*[0-9a-f]+\*/", "", listing)
 
 
 def inspect_shipped() -> list[dict[str, Any]]:
@@ -245,6 +271,15 @@ def test_register_operands_of_an_old_assembler(
     assert not has_risky_operands(dataclasses.replace(chained, assembler_version="13.3"))
     assert not has_risky_operands(defects["good", "sm_90"])  # its operands lie in shared memory
     assert not has_risky_operands(defects["register operand", "sm_80"])
+
+
+def test_kernels_disassembled_together_are_what_each_is_alone() -> None:
+    assert compiled("disassembled") == [[True, True], [True, True], [True, True, True]]
+
+
+def test_what_is_no_cubin_is_not_disassembled() -> None:
+    with pytest.raises(ValueError, match="no cubin"):
+        disassemble([b"not an ELF file"], 90)
 
 
 def test_arguments_are_specialised_as_for_a_launch() -> None:

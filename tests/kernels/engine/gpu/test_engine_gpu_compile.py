@@ -22,7 +22,7 @@ from resfuse.kernels.gpu.common.launch import Launch
 from resfuse.kernels.gpu.inspect.inspect import (
     Inspection,
     has_risky_operands,
-    inspect_launch,
+    inspect_launches,
     problems,
 )
 from resfuse.kernels.gpu.inspect.ptxas import sound_path
@@ -38,13 +38,12 @@ PLANS = {
 
 def compile_plans() -> list[dict]:
     """An Inspection of each distinct launch, by a run of each plan on the meta device."""
-    made: dict[str, Inspection] = {}
+    launches: dict[str, tuple[str, str, Launch, str]] = {}
 
     def collect(label: str) -> Callable[[Launch], None]:
         def instead(launch: Launch) -> None:
             key = repr((launch.kernel.__name__, launch.constants, launch.num_warps))
-            if key not in made:
-                made[key] = inspect_launch(launch.kernel.__name__, label, launch, "sm_90")
+            launches.setdefault(key, (launch.kernel.__name__, label, launch, "sm_90"))
 
         return instead
 
@@ -59,7 +58,8 @@ def compile_plans() -> list[dict]:
             assert {candidate.tactic for candidate in candidates} == set(tactics)
             (y,) = Executor(plan.graph, candidates, state)(x)
             assert y.shape == (n, 1000)
-    return [dataclasses.asdict(inspection) for inspection in made.values()]
+    made = inspect_launches(list(launches.values()))
+    return [dataclasses.asdict(inspection) for inspection in made]
 
 
 def test_the_kernels_of_a_plan_compile_for_the_gpu_it_is_for() -> None:
