@@ -90,6 +90,7 @@ class NativeConv:
         lay_out = grouped_weights if geometry.groups > 1 else direct_weights
         self._weight = lay_out(weight)
         self._winograd: Tensor | None = None  # laid out when it is first needed
+        self._lays_out = threading.Lock()
         self._bias = per_channel(bias)
         self._slope = None if slope is None else slopes(slope, weight.shape[0])
         self._run = runner()
@@ -194,12 +195,15 @@ class NativeConv:
         return step, (problem.n, problem.k, problem.p, problem.q)
 
     def _laid_out(self, form: conv_candidates.Form) -> Tensor:
-        """Returns the weight as the form reads it. Several threads may lay out the same."""
+        """Returns the weight as the form reads it: the same tensor to every thread, since steps hold
+        its address.
+        """
         if form != "winograd":
             return self._weight
-        if self._winograd is None:
-            self._winograd = winograd_weights(self.dense_weight())
-        return self._winograd
+        with self._lays_out:
+            if self._winograd is None:
+                self._winograd = winograd_weights(self.dense_weight())
+            return self._winograd
 
     def problem(self, shape: Sequence[int], residual: bool) -> ConvProblem:
         """Returns the problem for inputs of `shape`."""

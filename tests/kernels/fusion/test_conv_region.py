@@ -1,6 +1,7 @@
 """Convolutions of a fused forward that one native call runs."""
 
 import copy
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from resfuse.kernels import fuse
 from resfuse.kernels.cpu.conv_program import ConvProgram
 from resfuse.kernels.cpu.library import why_unavailable
+from resfuse.kernels.cpu.packed_conv import NativeConv
+from resfuse.kernels.ops.conv_problem import Geometry
 from resfuse.resnet_ref import create
 
 pytestmark = [
@@ -290,3 +293,16 @@ def test_a_stem_keeps_nan_and_infinities(programs: list[int]) -> None:
     for _ in range(2):
         torch.testing.assert_close(fused(x), stem(x), rtol=1e-4, atol=1e-4, equal_nan=True)
     assert programs == [2]
+
+
+def test_threads_that_start_together_read_one_layout_of_a_weight() -> None:
+    """A step holds the weight's address: a second copy would free the first."""
+    conv = NativeConv(images(32, 32, 3, 3), images(32), Geometry(padding=(1, 1)), "identity", None)
+    together = threading.Barrier(8)
+
+    def address(_: int) -> int:
+        together.wait()
+        return conv.step((1, 32, 16, 16), False)[0].w
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(address, range(8)))) == 1
