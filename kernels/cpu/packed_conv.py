@@ -195,8 +195,8 @@ class NativeConv:
         return step, (problem.n, problem.k, problem.p, problem.q)
 
     def _laid_out(self, form: conv_candidates.Form) -> Tensor:
-        """Returns the weight as the form reads it: the same tensor to every thread, since steps hold
-        its address.
+        """Returns the weight as the form reads it: the same tensor to every thread, since steps
+        hold its address.
         """
         if form != "winograd":
             return self._weight
