@@ -45,14 +45,14 @@ class Plan:
         forwards: "dict[Call, Forwards]",
         steps: dict[str, FusedStep],
         watched: list[str],
-        left: dict[str, str],
+        unfused: dict[str, str],
         *,
         returns_fresh: bool = False,
         observed: Observed | None = None,
         children: Sequence[nn.Module] = (),
     ) -> None:
         self._module = weakref.ref(module)
-        self.forwards, self.steps, self.left = forwards, steps, left
+        self.forwards, self.steps, self.unfused = forwards, steps, unfused
         self.calls: dict[str, Any] = {}  # of fused children, by attribute: see forward_variants.py
         self._has_channels_last = False  # a weight of this module, or of one within it
         self.returns_fresh = returns_fresh  # the caller alone holds the output

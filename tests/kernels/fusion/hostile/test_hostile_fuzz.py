@@ -1,7 +1,7 @@
 """Random modules made of the habits people have, fused, called, changed, and called again: what a
 fused one answers, raises, or leaves behind is what a plain one does. 500 examples here, 450 of fuse
-and 50 of engines; `python tests/kernels/fusion/hostile/test_hostile_fuzz.py fuse 100 200` tries 100
-other seeds.
+and 50 of engines. With tests/helpers and tests/helpers/networks on PYTHONPATH,
+`python tests/kernels/fusion/hostile/test_hostile_fuzz.py fuse 100 200` tries 100 other seeds.
 """
 
 import copy
