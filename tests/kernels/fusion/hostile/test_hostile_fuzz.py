@@ -111,6 +111,8 @@ def run(case: Case) -> None:
             if change[0] in COPIES:
                 if is_copied(plain, COPIES[change[0]]):
                     fused = COPIES[change[0]](fused)
+                    if change[0] == "pickle":  # which makes leaves of what an operation returned
+                        plain = COPIES[change[0]](plain)
             else:
                 flags = dict(FLAGS)
                 raised = changed(change, plain)
