@@ -10,7 +10,7 @@ itself, with eager's error in that tensor as its yardstick.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -191,7 +191,7 @@ def require_telling(references: Sequence[Output], limit: Limit) -> None:
         WrongAnswer: two batches have nearly the same reference (a network that has collapsed to a
             constant, or a precision too coarse for it), so that a cached output would pass.
     """
-    for one, other in combinations(references, 2):
+    for one, other in permutations(references, 2):
         apart = relative_errors(one, other)
         least = [
             float(_row_errors(y, ref).min())

@@ -55,6 +55,7 @@ PRECISIONS = {
 }
 
 
+USUAL_PRECISION = "float32"
 MOST = "max"  # in place of queries/s
 
 
