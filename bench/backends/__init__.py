@@ -94,6 +94,7 @@ BACKENDS: dict[str, Backend] = {
         BOTH,
         require="resfuse.bench.backends.fused:require",
         streams="resfuse.bench.backends.engine:streams",
+        takes_compute_dtype=True,
     ),
     "cudnn_fused": Backend(
         "resfuse.bench.backends.cudnn_fused:build",

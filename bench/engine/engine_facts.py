@@ -13,6 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from resfuse.bench.backends.engine import PRECISIONS
 from resfuse.bench.common.statistics import paired_speedup
 from resfuse.bench.measuring import correctness, network
 from resfuse.bench.measuring.clock import timing
@@ -64,7 +65,10 @@ def build(
     """An engine for the case's images at each batch size, and the seconds it took."""
     example = network.batches(case)[0]
     watch = timing.Watch()
-    engine = build_engine(model, example, batch_sizes=batch_sizes, timings=timings)
+    engine = build_engine(
+        model, example, batch_sizes=batch_sizes, timings=timings,
+        precision=PRECISIONS[network.compute_dtype(case)],
+    )  # fmt: skip
     synchronize(example.device.type)
     return engine, timing.seconds(watch.elapsed())
 
