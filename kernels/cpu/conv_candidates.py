@@ -1,6 +1,7 @@
 """Lists the algorithms (forms) that compute a convolution as a native step, and their block sizes.
 
-Every form takes float32, NHWC, with channels padded to whole vectors (`pitch`); see step.h.
+Every form takes float32 or bfloat16, NHWC, with channels padded to whole vectors (`pitch`); see
+step.h.
 """
 
 from collections.abc import Iterator
@@ -10,9 +11,23 @@ from typing import Literal
 from torch import Tensor
 
 from resfuse.kernels.cpu import program
-from resfuse.kernels.cpu.library import constant
-from resfuse.kernels.cpu.program import ACTIVATIONS, Step, lanes, mr, nr, whole_vectors
-from resfuse.kernels.cpu.weight_layout import direct_weights, grouped_weights, winograd_weights
+from resfuse.kernels.cpu.library import Storage, constant, why_unavailable
+from resfuse.kernels.cpu.program import (
+    ACTIVATIONS,
+    VALUE_BYTES,
+    Step,
+    lanes,
+    mr,
+    nr,
+    storage_number,
+    whole_vectors,
+)
+from resfuse.kernels.cpu.weight_layout import (
+    direct_weights,
+    grouped_weights,
+    paired_weights,
+    winograd_weights,
+)
 from resfuse.kernels.ops.conv_problem import ConvProblem, dtypes_of
 
 Form = Literal["direct", "winograd", "grouped"]
@@ -34,9 +49,12 @@ class NativeConfig:
 
 def refusal(problem: ConvProblem) -> str | None:
     """Returns why no form computes `problem`, or None."""
-    if problem.dtypes != dtypes_of("ieee"):
-        found = "mixed dtypes" if problem.math_mode == "ieee" else problem.math_mode
-        return f"{found}; the native steps compute in float32"
+    if problem.dtypes not in (dtypes_of("ieee"), dtypes_of("bf16")):
+        mixed = problem.math_mode in ("ieee", "bf16")
+        found = "mixed dtypes" if mixed else problem.math_mode
+        return f"{found}; the native steps compute in float32 or bfloat16"
+    if (reason := why_unavailable(storage_of(problem))) is not None:
+        return reason
     if problem.activation not in ACTIVATIONS:
         return f"no native {problem.activation}"
     row = problem.c // problem.groups * problem.s
@@ -93,11 +111,22 @@ def _choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:
     return preferred[len(preferred) // 2]
 
 
-def layout_weight(form: Form, weight: Tensor, groups: int) -> Tensor:
-    """Returns a weight [K, C / groups, R, S] packed as the form reads it."""
+def storage_of(problem: ConvProblem) -> Storage:
+    """Returns the type that a problem's values are stored in."""
+    return "bf16" if problem.math_mode == "bf16" else "fp32"
+
+
+def layout_weight(form: Form, weight: Tensor, groups: int, storage: Storage = "fp32") -> Tensor:
+    """Returns a weight [K, C / groups, R, S], float32, packed as the form reads it.
+
+    For values in bfloat16, direct convolutions have weights in bfloat16. Those of the other forms,
+    which multiply in float32, stay as they are.
+    """
     if form == "winograd":
         return winograd_weights(weight)
-    return grouped_weights(weight) if form == "grouped" else direct_weights(weight, groups)
+    if form == "grouped":
+        return grouped_weights(weight)
+    return direct_weights(weight, groups) if storage == "fp32" else paired_weights(weight, groups)
 
 
 def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
@@ -110,11 +139,12 @@ def conv_step(problem: ConvProblem, config: NativeConfig, **where: int) -> Step:
     """Returns the step, with as much scratch memory for each thread as it needs by itself.
 
     Args:
-        where: pointers and pitches, by their names in step.h.
+        where: pointers and pitches, by their names in step.h; and C, where channels of zeros lie
+            behind those of x.
     """
     step = Step(
         kind=program.kind(config.form),
-        N=problem.n, H=problem.h, W=problem.w, C=problem.c,
+        N=problem.n, H=problem.h, W=problem.w, C=where.pop("C", problem.c),
         K=whole_vectors(problem.k), R=problem.r, S=problem.s, P=problem.p, Q=problem.q,
         stride_h=problem.stride[0], stride_w=problem.stride[1],
         pad_h=problem.padding[0], pad_w=problem.padding[1],
@@ -123,6 +153,7 @@ def conv_step(problem: ConvProblem, config: NativeConfig, **where: int) -> Step:
         activation=program.activation(problem.activation),
         residual_last=problem.epilogue.residual_last,
         by_channel=config.by_channel, block=config.block,
+        storage=storage_number(storage_of(problem)),
         **where,
     )  # fmt: skip
     step.scratch_pitch = program.scratch_floats(step)
@@ -169,7 +200,8 @@ def _fills_vectors(problem: ConvProblem) -> bool:
 
 def _direct_bytes(problem: ConvProblem) -> int:
     """Returns the bytes of input for each output pixel."""
-    return 4 * problem.c * problem.stride[0] * problem.stride[1]
+    value = VALUE_BYTES[storage_of(problem)]
+    return value * problem.c * problem.stride[0] * problem.stride[1]
 
 
 def _in_blocks(

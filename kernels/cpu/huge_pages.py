@@ -30,23 +30,28 @@ def allocate(size: int) -> Tensor:
 
 def pool_bytes(tensor: Tensor) -> int:
     """Returns the bytes that a tensor takes in a pool."""
-    return -(-4 * tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+    return -(-_stored(tensor).itemsize * tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+
+
+def _stored(tensor: Tensor) -> torch.dtype:
+    """Returns the dtype in which a pool stores a tensor."""
+    return torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
 
 
 class HugePagePool:
-    """Stores float32 tensors next to each other in large pages; pages are freed with their last
-    tensor."""
+    """Stores tensors next to each other in large pages, bfloat16 as it is and others as float32;
+    pages are freed with their last tensor."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def put(self, tensor: Tensor) -> Tensor:
-        """Returns a copy of a tensor as float32 in the pool's memory."""
+        """Returns a copy of a tensor in the pool's memory."""
         size = pool_bytes(tensor)
         with self._lock:
             if size > self._free.numel():
                 self._free = allocate(max(size, _CHUNK))
             place, self._free = self._free[:size], self._free[size:]
-        stored = place.view(torch.float32)[: tensor.numel()].view(tensor.shape)
+        stored = place.view(_stored(tensor))[: tensor.numel()].view(tensor.shape)
         return stored.copy_(tensor)

@@ -7,10 +7,12 @@ activations, and the scratch memory that a step needs.
 
 import ctypes
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import cast
 
 from resfuse.kernels.cpu import library as native
 from resfuse.kernels.cpu.cpus import asked_for, threads
+from resfuse.kernels.cpu.library import Storage
 
 ACTIVATIONS = ("identity", "relu", "relu6", "hardswish", "leaky_relu", "prelu")
 _POINTERS = ("x", "w", "bias", "slope", "residual", "y", "scratch")
@@ -19,14 +21,14 @@ _NUMBERS = (
     "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups",
     "x_pitch", "residual_pitch", "y_pitch", "unstored",
     "activation", "residual_last", "by_channel", "block", "scratch_pitch",
-    "length", "rows", "x_local", "residual_local", "y_local",
+    "length", "rows", "x_local", "residual_local", "y_local", "storage",
 )  # fmt: skip
 ABSENT = -1  # the offset into scratch memory of a value that is not there
 
 
 class Step(ctypes.Structure):
     """A native step. Pointers are addresses or 0, numbers count elements, and offsets into scratch
-    memory are ABSENT unless given.
+    memory are ABSENT unless given. `storage` says which library runs it, by default float32's.
     """
 
     _fields_ = [
@@ -43,6 +45,19 @@ class Step(ctypes.Structure):
 def kind(name: str) -> int:
     """Returns the number of a kind of step, such as "direct", "max_pool" or "chain"."""
     return native.constant(f"kind.{name}")
+
+
+def storage_number(storage: Storage) -> int:
+    """Returns the number of the type that values are stored in."""
+    return native.constant(f"storage.{storage}")
+
+
+def storage_of(step: Step) -> Storage:
+    """Returns the type that a step's values are stored in."""
+    return "bf16" if step.storage else "fp32"
+
+
+VALUE_BYTES: dict[Storage, int] = {"fp32": 4, "bf16": 2}
 
 
 def activation(name: str) -> int:
@@ -62,8 +77,9 @@ def fused_run(
         rows: the rows of a strip ("row_fused").
     """
     head = Step(
-        kind=kind(name), length=len(steps), scratch=scratch, scratch_pitch=scratch_pitch, rows=rows
-    )
+        kind=kind(name), length=len(steps), scratch=scratch, scratch_pitch=scratch_pitch,
+        rows=rows, storage=steps[0].storage,
+    )  # fmt: skip
     return [head, *steps]
 
 
@@ -82,25 +98,32 @@ def local_pixels(run: Sequence[Step]) -> int:
     return _ask("resfuse_local_pixels", (Step * len(run))(*run))
 
 
+def local_floats(step: Step, values: int) -> int:
+    """Returns the floats of scratch memory that so many values of a step take."""
+    return -(-VALUE_BYTES[storage_of(step)] * values // 4)
+
+
 def _ask(function: str, steps: Step | ctypes.Array[Step]) -> int:
-    ask = getattr(native.library(), function)
+    first = steps if isinstance(steps, Step) else steps[0]
+    ask = getattr(native.library_for(storage_of(first)), function)
     ask.restype, ask.argtypes = ctypes.c_long, [ctypes.POINTER(Step)]
     answer: int = ask(steps)
     return answer
 
 
-def runner() -> Runner:
+def runner(storage: Storage = "fp32") -> Runner:
     """Returns the library's function (steps, count, threads) that runs steps, whose result
     `require_done` checks.
     """
     native.require_layout(Step, "Step")
-    run = native.library().resfuse_run
+    run = native.library_for(storage).resfuse_run
     run.restype, run.argtypes = ctypes.c_long, [ctypes.POINTER(Step), ctypes.c_long, ctypes.c_long]
     return cast(Runner, run)
 
 
 class Program:
-    """A sequence of steps that one call runs in order.
+    """A sequence of steps that run in order, by one call for each of its parts that are stored in
+    the same type.
 
     The memory they point to belongs to the caller and must outlive the program. Unless the number
     of threads was asked for, a call uses no more than `cpus.threads` returns then.
@@ -110,13 +133,17 @@ class Program:
     """
 
     def __init__(self, steps: Sequence[Step], threads: int) -> None:
-        self._steps = (Step * len(steps))(*steps)
+        self._runs = [
+            (runner(storage), (Step * len(part))(*part))
+            for storage, steps_of in groupby(steps, storage_of)
+            for part in [list(steps_of)]
+        ]
         self._threads, self._asked = threads, asked_for() is not None
-        self._run = runner()
 
     def __call__(self) -> None:
         count = self._threads if self._asked else min(self._threads, threads())
-        require_done(self._run(self._steps, len(self._steps), count))
+        for run, steps in self._runs:
+            require_done(run(steps, len(steps), count))
 
 
 def require_done(failed: int) -> None:

@@ -11,6 +11,7 @@ from resfuse.kernels.cpu.program import (
     ABSENT,
     Step,
     fused_run,
+    local_floats,
     local_pixels,
     whole_lines,
     whole_vectors,
@@ -40,7 +41,7 @@ class RowLayout:
         *self.own, values = accumulate(map(whole_lines, needed), initial=0)
         channels = [conv.K, reader.K, *(each.k for each in following)][:-1]
         self.pitches = [whole_vectors(each) for each in channels]
-        sizes = (pixels * pitch for pitch in self.pitches)
+        sizes = (local_floats(conv, pixels * pitch) for pitch in self.pitches)
         *self._values, self.floats = accumulate(sizes, initial=values)
 
     def fuse(self, steps: Sequence[Step], scratch: int) -> list[Step]:

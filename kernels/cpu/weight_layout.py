@@ -24,6 +24,19 @@ def direct_weights(w: Tensor, groups: int = 1) -> Tensor:
     )
 
 
+def paired_weights(w: Tensor, groups: int = 1) -> Tensor:
+    """Packs [K, C / groups, R, S], rounded to bfloat16, as [R, S, pairs of C, panel, 2] for each
+    group and panel of channels in it. Beside the last of an odd number of channels are zeros."""
+    w = F.pad(w.bfloat16(), (0, 0, 0, 0, 0, w.shape[1] % 2)).unflatten(1, (-1, 2))
+    return torch.cat(
+        [
+            part.permute(3, 4, 1, 0, 2).reshape(-1)
+            for group in w.chunk(groups)
+            for part in _to_lanes(group).split(nr())
+        ]
+    )
+
+
 def direct_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
     """The weight [K, C, R, S] that direct_weights laid out."""
     k, c, r, s = shape

@@ -4,7 +4,8 @@ The idea and the terms are TensorRT's. A network goes through these steps, each 
 results before it; only tuning measures:
 
 capture     the model as a graph, a node for each operation (frontend/export.py)
-passes      batch norms, activations and sums merged into convolutions (frontend/merge.py)
+passes      batch norms, activations and sums merged into convolutions (frontend/merge.py); values
+            in bfloat16, where that is asked for (frontend/precision.py)
 candidates  every tactic, in every configuration, for every run of nodes (planning/candidates.py)
 tune        the time of each candidate that gives the right answer (tuning/tuner.py)
 plan        the cheapest cover of the nodes by candidates (planning/planner.py), with early stages
@@ -27,6 +28,7 @@ from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
+from resfuse.kernels.engine.frontend.precision import Precision
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.candidates import find_candidates
@@ -57,6 +59,8 @@ def build_engine(
     cuda_graph: bool = True,
     tiling: bool | None = None,
     threads: int | None = None,
+    precision: str | None = None,
+    keep: Sequence[str] = (),
 ) -> Engine:
     """Compiles a model in eval mode for the shape, dtype and device of `example`, or for several
     shapes that share their weights.
@@ -87,11 +91,19 @@ def build_engine(
         threads: the number of threads for native steps on a CPU; torch's own operations use
             torch's. By default as many as there are CPUs to use (affinity, cgroup quota), but no
             more than torch.get_num_threads() returns now and at each call.
+        precision: what is computed inside, "fp32" or "bf16", by default the model's own. With
+            "bf16" a float32 model still takes and returns float32; on a CPU its convolutions,
+            linear layers and what follows them compute on values and weights in bfloat16, add up
+            in float32, and round each result once. Batch norms are folded before weights are
+            rounded; biases, slopes and norms stay float32.
+        keep: with "bf16", patterns as fnmatch has them ("layer4.*") of names of modules or
+            parameters, whose convolutions and linear layers are computed in float32.
 
     Raises:
         ValueError: the model is in training mode, cannot be captured or recorded as a CUDA graph,
-            or has a weight that is not finite; or a batch size, a shape, `max_shapes` or `threads`
-            is below one.
+            or has a weight that is not finite; a batch size, a shape, `max_shapes` or `threads` is
+            below one; or the precision is unknown, or not for this model or device, or a pattern of
+            `keep` matches no layer.
     """
     require_threads(threads)
     usable = isinstance(example, Tensor) and example.layout == torch.strided
@@ -105,14 +117,18 @@ def build_engine(
         raise ValueError(f"argument other_shapes: {other_shapes!r}; accepted: error, build")
     if type(max_shapes) is not int or max_shapes < 1:
         raise ValueError(f"argument max_shapes: {max_shapes!r}; accepted: 1 and more")
-    planner = _Planner(TimingCache(example.device, timings), tiling, keep_weights)
+    if isinstance(keep, str) or not all(isinstance(pattern, str) for pattern in keep):
+        raise ValueError(f"argument keep: {keep!r}; accepted: a list of patterns")
+    wanted = Precision(precision, tuple(keep))
+    wanted.require_fit(model, example)
+    planner = _Planner(TimingCache(example.device, timings), tiling, keep_weights, wanted)
     with asking(threads):
         state, plans = _planned(planner, model, _examples(example, batch_sizes, shapes))
         if other_batches == "pad":
             for image in plans.images:
                 first = plans[plans.batch_sizes(image)[0], *image]
                 given = _resized(example, first.shape)
-                require_paddable(model, given, plans.graphs(image), state)
+                require_paddable(model, given, plans.graphs(image), state, planner.capture)
         own_model = None
         if other_batches == "eager" or other_shapes == "build":
             own_model = with_weights(model, state if keep_weights else {})
@@ -124,7 +140,7 @@ def build_engine(
             max_shapes=max_shapes,
             model=own_model,
             planner=planner if other_shapes == "build" else None,
-            ceilings=Ceilings(example.device, example.dtype, planner.cache),
+            ceilings=Ceilings(example.device, plans.find().graph.dtype, planner.cache),
             keep_weights=keep_weights,
             cuda_graph=cuda_graph,
             threads=threads,
@@ -138,11 +154,17 @@ class _Planner:
     cache: TimingCache
     tiling: bool | None
     keep_weights: bool
+    precision: Precision
+
+    def capture(self, model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]]:
+        """Returns the graph of a model in the precision asked for, and its state by name."""
+        graph, state = capture(model, example)
+        return self.precision.of(graph), state
 
     def __call__(
         self, model: nn.Module, example: Tensor, state: State
     ) -> tuple[Graph, tuple[Segment, ...], dict[str, Tensor]]:
-        graph, captured = capture(model, example)
+        graph, captured = self.capture(model, example)
         new = {name: captured[name] for name in sorted(state_names(graph)) if name not in state}
         known = {**state, **copies(new, copied_names(graph, self.keep_weights))}
         require_usable([graph], known, graph.constants, "model")

@@ -4,9 +4,9 @@ or `load_engine` (load.py).
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 import torch.utils._pytree as pytree
@@ -35,11 +35,20 @@ from resfuse.kernels.engine.shape_plans import Shape, ShapePlans, written
 
 OtherBatches = Literal["error", "pad", "eager"]
 OtherShapes = Literal["error", "build"]
-# (model, input, weights by name) -> a graph and its segments, and the weights with its constants
-Planner = Callable[
-    [nn.Module, Tensor, Mapping[str, Tensor]],
-    tuple[Graph, Sequence[Segment], dict[str, Tensor]],
-]
+
+
+class Planner(Protocol):
+    """Plans a model for the shape of an input."""
+
+    def __call__(
+        self, model: nn.Module, example: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[Graph, Sequence[Segment], dict[str, Tensor]]:
+        """Returns a graph and its segments, and the weights with its constants."""
+        ...
+
+    def capture(self, model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]]:
+        """Returns the graph alone, and its weights."""
+        ...
 
 
 class Engine:
@@ -107,6 +116,8 @@ class Engine:
     def __repr__(self) -> str:
         """Returns one line with the engine's input, batch sizes or shapes, segments and time."""
         dtype = str(self._input.dtype).removeprefix("torch.")
+        if self._input.dtype == torch.float32 and self.precision != "fp32":
+            dtype += f", computed in {self.precision},"
         largest = self._built.find()
         ms = sum(segment.ms for segment in largest.segments)
         took = f"{len(largest.segments)} segments, {ms:.3f} ms one by one at"
@@ -132,6 +143,12 @@ class Engine:
         """Returns the input shapes that there are plans for: images in ascending order, and their
         batch sizes."""
         return tuple(self._built)
+
+    @property
+    def precision(self) -> str:
+        """Returns what most is computed in: "fp32", "bf16" or "fp16"."""
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return names.get(self._built.find().graph.dtype, "fp32")
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -225,7 +242,8 @@ class Engine:
                 graph, segments, state = planner(model, x.detach().clone(), self._state or {})
                 if self.other_batches == "pad":
                     graphs = {**self._built.graphs(shape[1:]), shape[0]: graph}
-                    require_paddable(model, x.detach().clone(), graphs, state)
+                    example = x.detach().clone()
+                    require_paddable(model, example, graphs, state, planner.capture)
                     images = images_at_all_sizes(graphs, state)
                 plan = bind(graph, segments, state, self._built.find().executor.weight_store)
                 recorded = self._record({shape: plan})

@@ -4,6 +4,8 @@ is fused with its first, and the total.
 
 from collections.abc import Sequence
 
+import torch
+
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.cost.cost import cost_of
 from resfuse.kernels.engine.ir.candidate import Candidate
@@ -13,6 +15,7 @@ from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Concat,
     Conv,
+    Convert,
     Graph,
     MaxPool,
     Mean,
@@ -23,7 +26,9 @@ from resfuse.kernels.engine.ir.graph import (
 from resfuse.kernels.engine.memory.arena_planner import MB
 from resfuse.kernels.engine.planning.planner import Segment
 
-_HEADINGS = ("segment", "tactic", "ms", "%", "floor, ms", "% of floor", "MB", "next best")
+_HEADINGS = (
+    "segment", "tactic", "precision", "ms", "%", "floor, ms", "% of floor", "MB", "next best",
+)  # fmt: skip
 
 
 _NAMES = {
@@ -33,6 +38,7 @@ _NAMES = {
     Mean: "mean",
     Concat: "concat",
 }
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MEASURED = "Times were measured on this device, each segment by itself."
 
 
@@ -51,7 +57,7 @@ def table(
         return "No segments: the outputs are the input."
     total = sum(segment.ms for segment in segments)
     rows = [_row(graph, segment, total, ceilings) for segment in segments]
-    floor = sum(float(row[4]) for row in rows) if ceilings else None
+    floor = sum(float(row[5]) for row in rows) if ceilings else None
     joined = [_joined(graph, segment.candidate) for segment in segments]
     widths = [max(len(row[i]) for row in [_HEADINGS, *rows]) for i in range(len(_HEADINGS))]
     widths[0] = max([widths[0], *(len(name) for names in joined for name in names)])
@@ -98,6 +104,8 @@ def name_of(node: Node) -> str:
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Torch):
         return op.target
+    if isinstance(op, Convert):
+        return f"to {op.dtype}"
     return _NAMES[type(op)]
 
 
@@ -112,6 +120,7 @@ def _row(
     return (
         name_of(_nodes(graph, segment)[0]),
         segment.candidate.label(),
+        _precision(graph, segment),
         f"{segment.ms:.3f}" if segment.ms else "",
         f"{100 * segment.ms / total:.1f}" if segment.ms else "",
         f"{floor:.3f}" if floor is not None else "",
@@ -119,6 +128,15 @@ def _row(
         f"{cost.moved / MB:.2f}",
         runner_up,
     )
+
+
+def _precision(graph: Graph, segment: Segment) -> str:
+    """Returns the precision of a segment, that of its convolutions if it has any; several where its
+    operations differ."""
+    nodes = _nodes(graph, segment)
+    convolutions = [node for node in nodes if isinstance(node.op, Conv)]
+    dtypes = dict.fromkeys(graph.values[node.name].dtype for node in convolutions or nodes)
+    return " + ".join(_PRECISIONS.get(dtype, "") for dtype in dtypes)
 
 
 def _joined(graph: Graph, candidate: Candidate) -> list[str]:
@@ -138,7 +156,7 @@ def _nodes(graph: Graph, segment: Segment) -> tuple[Node, ...]:
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Returns a row of cells padded to the widths, numbers to the right, words to the left."""
     aligned = [
-        cell.rjust(width) if 2 <= i <= 6 else cell.ljust(width)
+        cell.rjust(width) if 3 <= i <= 7 else cell.ljust(width)
         for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return "  ".join(aligned).rstrip()

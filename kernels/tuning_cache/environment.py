@@ -9,7 +9,7 @@ import sys
 import torch
 
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.library import fingerprint, processor
+from resfuse.kernels.cpu.library import bf16_isa, fingerprint, processor
 
 
 def device_name(device: torch.device) -> str:
@@ -32,7 +32,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        **(_gpu() if on_gpu else {"native": fingerprint()}),
+        **(_gpu() if on_gpu else {"native": fingerprint(), "bf16 arithmetic": bf16_isa()}),
     }
 
 

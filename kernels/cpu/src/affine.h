@@ -12,7 +12,7 @@ static RowRange affine_range(const Step& s, long range, long ranges) {
 
 static void affine(const Step& s, const Range& pixels) {
   for (long pixel = pixels.from; pixel < pixels.to; pixel++) {
-    const float* const x = s.x + pixel * s.x_pitch;
+    const Value* const x = s.x + pixel * s.x_pitch;
     for (long k = 0; k < s.K; k += LANES) {
       Sums<1, 1> y = {{load(x + k) * load(s.w + k) + load(s.bias + k)}};
       epilogue<1, 1>(s, y, pixel, k);

@@ -7,6 +7,8 @@
 //
 // Packed weights: for each panel of up to NR output channels, [16, C, panel] of G w G^T.
 // Scratch of a thread: the transformed input [16, block, C] and products [16, block, NR].
+// All of these are float32, also where values are bfloat16: transformed, these would be rounded a
+// second time.
 #pragma once
 
 #include "dcheck.h"
@@ -129,7 +131,7 @@ struct Workspace {
 
 // For element e and `count` rows: product[row][0..panel) (+)= input[row][0..depth) @ w.
 static void multiply(const Step& s, const Slice& slice, long e, const float* w,
-                     const Workspace& ws, long count, WeightPrefetch next_w) {
+                     const Workspace& ws, long count, WeightPrefetch<float> next_w) {
   const float* const input = ws.input + e * ws.input_plane + slice.c;
   for_each_tile_of_width(slice.panel, 0, count, [&]<long M, long N>(long row) {
     float* const product = ws.product + e * ws.product_plane + row * NR;
@@ -150,7 +152,7 @@ static void products(const Step& s, long p, const Workspace& ws, long count) {
     for (long part = 0; part < parts; part++) {
       const Slice slice(s, p, part, parts);
       const float* const w = slice.weights(s, e);
-      multiply(s, slice, e, w, ws, count, WeightPrefetch(w + slice.floats(), slice.floats()));
+      multiply(s, slice, e, w, ws, count, WeightPrefetch<float>(w + slice.floats(), slice.floats()));
     }
   }
 }

@@ -3,7 +3,9 @@
 // lie, or to zeros where the window hangs over the edge (Dukhan, "The Indirect Convolution
 // Algorithm", 2019, but with the pointers computed as they are needed).
 //
-// Packed weights: for each group, panels of up to NR output channels, in each [R, S, C, panel].
+// Packed weights: for each group, panels of up to NR output channels, in each [R, S, units of C,
+// panel]. Of an odd number of channels the last unit is half empty: its other weight is zero, and no
+// value is read for it.
 // Scratch of a thread: partial sums [block, NR].
 #pragma once
 
@@ -12,15 +14,16 @@
 #include "dcheck.h"
 #include "epilogue.h"
 #include "step.h"
+#include "storage.h"
 #include "tile.h"
 
 // Zeros for pointers to padding. Python refuses convolutions with longer rows.
 constexpr long MAX_ROW = 1 << 14;
-static const float zeros[MAX_ROW] = {0};
+static const Value zeros[MAX_ROW] = {};
 
 template <long M>
 struct Windows {
-  const float* corner[M];  // the address of the window's first tap, inside or not
+  const Value* corner[M];  // the address of the window's first tap, inside or not
   long h[M], w[M];
   bool inside = true;  // whether no window hangs over the edge
 
@@ -37,7 +40,7 @@ struct Windows {
     }
   }
 
-  void tap(const Step& s, long r, long tap, const float** x) const {
+  void tap(const Step& s, long r, long tap, const Value** x) const {
     long dh = r * s.dilation_h, dw = tap * s.dilation_w;
     for (long m = 0; m < M; m++) {
       bool there = inside || (static_cast<size_t>(h[m] + dh) < static_cast<size_t>(s.H) &&
@@ -55,13 +58,13 @@ struct PanelTask {
 
 // Returns whether a panel of `panel` output channels is computed with all weights in one pass.
 static inline bool in_one_pass(const Step& s, long panel) {
-  const long C = s.C / s.groups, taps = s.R * s.S;
+  const long C = units_of(s.C / s.groups), taps = s.R * s.S;
   return C < CACHE_LINE || (taps > 1 && taps * C * panel <= 2 * KC * NR);
 }
 
 // Returns the slices of channels that each tap's weights are divided into otherwise.
 static inline long slices_per_tap(const Step& s) {
-  const long C = s.C / s.groups, deep = s.R * s.S == 1 && C > 2 * KC;
+  const long C = units_of(s.C / s.groups), deep = s.R * s.S == 1 && C > 2 * KC;
   const long most = deep ? 2 * KC : KC;
   return (C + most - 1) / most;
 }
@@ -72,24 +75,37 @@ static inline long direct_scratch_floats(const Step& s) {
   return saved ? s.block * NR : 0;
 }
 
+// Adds the products of `depth` units of each row and, if `half`, of half of one more. Returns the
+// end of their weights.
+template <class Tile, long M = Tile::rows>
+static ALWAYS_INLINE const Unit* accumulate_row(Tile& tile, const Value* const* x, const Unit* w,
+                                                long depth, bool half, const Unit* next_w,
+                                                const Prefetch& next) {
+  const Unit* row[M];
+  UNROLLED for (long m = 0; m < M; m++) row[m] = as_units(x[m]);
+  w = tile.accumulate(row, w, depth, next_w, next);
+  return UNIT > 1 && half ? tile.accumulate_half(row, depth, w) : w;
+}
+
 // Computes a panel with all weights in one pass, where there are few of them (a stem's three
 // channels, groups of 32). Where a window hangs over no edge, each of its rows is one long sum.
-static void direct_one_pass(const Step& s, const PanelTask& task, const float* weights) {
-  const long C = s.C / s.groups;
-  const bool rows = s.dilation_w == 1 && s.x_pitch == C;
+static void direct_one_pass(const Step& s, const PanelTask& task, const Unit* weights) {
+  const long channels = s.C / s.groups, C = channels / UNIT;
+  const bool half = channels % UNIT;  // one more unit, half empty
+  const bool rows = s.dilation_w == 1 && s.x_pitch == channels && !half;
   for_each_tile_of_width(task.panel, task.from, task.to, [&]<long M, long N>(long pixel) {
     const Windows<M> windows(s, pixel, task.channel);
     const bool whole = rows && windows.inside;
     const long taps = whole ? 1 : s.S, depth = whole ? s.S * C : C;
     Tile<M, N> tile;
     tile.init(s.bias + task.k);
-    DCHECK(windows.inside || depth <= MAX_ROW);
-    const float* x[M];
-    const float* w = weights;
+    DCHECK(windows.inside || UNIT * depth + half <= MAX_ROW);
+    const Value* x[M];
+    const Unit* w = weights;
     for (long r = 0; r < s.R; r++) {
       for (long tap = 0; tap < taps; tap++) {
         windows.tap(s, r, tap, x);
-        w = tile.accumulate(x, w, depth, nullptr, Prefetch{});
+        w = accumulate_row(tile, x, w, depth, half, nullptr, Prefetch{});
       }
     }
     epilogue<M, N>(s, tile.acc, pixel, task.k);
@@ -102,27 +118,29 @@ static void direct_one_pass(const Step& s, const PanelTask& task, const float* w
 // one pass per tile ResNet-50 at batch 1 took 27.9 ms, and with slices 24.6 (two cores). A 1x1 with
 // many channels has slices of 2 * KC: to save half as many partial sums makes it 1.01 to 1.05 times
 // faster from 512 channels on.
-static void direct_sliced(const Step& s, const PanelTask& task, const float* w,
+static void direct_sliced(const Step& s, const PanelTask& task, const Unit* w,
                           float* partial_sums) {
-  const long C = s.C / s.groups, parts = slices_per_tap(s);
+  const long channels = s.C / s.groups, C = units_of(channels), parts = slices_per_tap(s);
   const long slices = s.R * s.S * parts;
   const bool pointwise = s.R * s.S * s.stride_h * s.stride_w == 1 && !s.pad_h && !s.pad_w;
   for (long i = 0; i < slices; i++) {
     const long tap = i / parts, c = C * (i % parts) / parts;
     const long depth = C * (i % parts + 1) / parts - c;
     const bool first = i == 0, last = i + 1 == slices;
-    WeightPrefetch next_w(w + depth * task.panel, depth * task.panel);
+    const bool half = channels % UNIT && c + depth == C;  // the last unit is half empty
+    WeightPrefetch<Unit> next_w(w + depth * task.panel, depth * task.panel);
     for_each_tile_of_width(task.panel, task.from, task.to, [&]<long M, long N>(long pixel) {
       float* const partial = partial_sums + (pixel - task.from) * NR;
       Tile<M, N> tile;
       tile.init(first ? s.bias + task.k : nullptr);
-      const float* x[M];
+      const Value* x[M];
+      const long channel = task.channel + UNIT * c;
       if (pointwise) {
-        for (long m = 0; m < M; m++) x[m] = s.x + (pixel + m) * s.x_pitch + task.channel + c;
+        for (long m = 0; m < M; m++) x[m] = s.x + (pixel + m) * s.x_pitch + channel;
       } else {
-        Windows<M>(s, pixel, task.channel + c).tap(s, tap / s.S, tap % s.S, x);
+        Windows<M>(s, pixel, channel).tap(s, tap / s.S, tap % s.S, x);
       }
-      Prefetch next{M * s.stride_w * s.x_pitch};
+      Prefetch next{M * s.stride_w * s.x_pitch / UNIT};
       if (last) {
         next.y = s.y + (pixel + M) * s.y_pitch + task.k;
         next.y_pitch = s.y_pitch;
@@ -131,7 +149,7 @@ static void direct_sliced(const Step& s, const PanelTask& task, const float* w,
           next.residual_pitch = s.residual_pitch;
         }
       }
-      tile.accumulate(x, w, depth, next_w.take(depth), next);
+      accumulate_row(tile, x, w, depth - half, half, next_w.take(depth), next);
       if (!first) tile.accumulate_partial(partial);
       if (last) {
         epilogue<M, N>(s, tile.acc, pixel, task.k);
@@ -151,7 +169,8 @@ static inline long direct_panels(const Step& s) {
 static void conv_direct(const Step& s, const Range& pixels, const Range& all_panels,
                         float* partial_sums) {
   const long C = s.C / s.groups, K = s.K / s.groups;
-  const long panels = (K + NR - 1) / NR, taps = s.R * s.S * C;
+  const long panels = (K + NR - 1) / NR, taps = s.R * s.S * units_of(C);
+  const Unit* const weights = reinterpret_cast<const Unit*>(s.w);
   DCHECK(0 <= pixels.from && pixels.to <= s.N * s.P * s.Q);
   DCHECK(0 <= all_panels.from && all_panels.to <= direct_panels(s));
   for (long from = pixels.from; from < pixels.to; from += s.block) {
@@ -159,7 +178,7 @@ static void conv_direct(const Step& s, const Range& pixels, const Range& all_pan
     for (long p = all_panels.from; p < all_panels.to; p++) {
       const long group = p / panels, first = p % panels * NR;
       const PanelTask task{from, to, group * K + first, min(NR, K - first), group * C};
-      const float* const w = s.w + task.k * taps;
+      const Unit* const w = weights + task.k * taps;
       if (in_one_pass(s, task.panel)) {
         direct_one_pass(s, task, w);
       } else {

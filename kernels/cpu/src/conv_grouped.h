@@ -3,7 +3,7 @@
 // a group. Product i of lane l takes input channel l ^ i, so that the first product needs no
 // shuffle.
 //
-// Packed weights: for each vector of output channels [R, S, i, LANES].
+// Packed weights, float32: for each vector of output channels [R, S, i, LANES].
 #pragma once
 
 #include "conv_direct.h"
@@ -25,7 +25,7 @@ template <long GROUP>
 static void grouped_pixels(const Step& s, long from, long to) {
   const long taps = s.R * s.S;
   for_each_tile<1>(from, to, [&]<long M, long N>(long pixel) {
-    const float* x[MAX_TAPS][M];
+    const Value* x[MAX_TAPS][M];
     const Windows<M> windows(s, pixel, 0);
     for (long tap = 0; tap < taps; tap++) windows.tap(s, tap / s.S, tap % s.S, x[tap]);
     const float* w = s.w;
@@ -52,7 +52,7 @@ template <long GROUP, long M>
 static void grouped_row(const Step& s, long pixel) {
   const long q = pixel % s.Q - s.pad_w, row = pixel / s.Q;
   const long p = row % s.P * s.stride_h - s.pad_h, image = row / s.P;
-  const float* x[3][M + 2];
+  const Value* x[3][M + 2];
   for (long r = 0; r < 3; r++) {
     const long h = p + r * s.dilation_h;
     for (long j = 0; j < M + 2; j++) {

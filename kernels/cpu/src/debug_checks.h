@@ -67,11 +67,18 @@ static void map(const Step& s) {
   }
 }
 
+static void conversion(const Step& s) {
+  DCHECK(STORAGE == BF16 && s.N > 0 && s.P > 0 && s.Q > 0 && s.C > 0);
+  DCHECK(s.x_pitch >= s.C && s.K >= s.C && s.y_pitch >= s.K && s.unstored == 0);
+}
+
 // Checks a step, fused or not.
 static void kernel(const Step& s) {
-  DCHECK(s.length == 0);
+  DCHECK(s.length == 0 && s.storage == STORAGE);
   if (is_convolution(s)) {
     convolution(s);
+  } else if (s.kind == TO_BF16 || s.kind == TO_FP32) {
+    conversion(s);
   } else {
     DCHECK(s.kind >= DIRECT && s.kind <= PICK);
     map(s);
@@ -101,9 +108,9 @@ static void fused(const Step* run) {
     kernel(s);
     DCHECK(!s.by_channel);
     if (scratch_floats(s)) DCHECK(s.scratch_pitch == run->scratch_pitch);
-    local(*run, s, s.x_local, pixels * s.x_pitch);
-    local(*run, s, s.residual_local, pixels * s.residual_pitch);
-    local(*run, s, s.y_local, pixels * s.y_pitch);
+    local(*run, s, s.x_local, floats_of(pixels * s.x_pitch));
+    local(*run, s, s.residual_local, floats_of(pixels * s.residual_pitch));
+    local(*run, s, s.y_local, floats_of(pixels * s.y_pitch));
   }
 }
 

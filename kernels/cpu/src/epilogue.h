@@ -4,6 +4,7 @@
 
 #include "dcheck.h"
 #include "step.h"
+#include "storage.h"
 #include "vectors.h"
 
 // M pixels, one after another, by N vectors of output channels.
@@ -14,7 +15,7 @@ template <long M, long N>
 static ALWAYS_INLINE void add_residual(const Step& s, Sums<M, N>& sums, long pixel, long k,
                                        long last) {
   UNROLLED for (long m = 0; m < M; m++) {
-    const float* const from = s.residual + (pixel + m) * s.residual_pitch + k;
+    const Value* const from = s.residual + (pixel + m) * s.residual_pitch + k;
     UNROLLED for (long n = 0; n + 1 < N; n++) sums[m][n] += load(from + n * LANES);
     sums[m][N - 1] += load_first(from + (N - 1) * LANES, last);
   }
@@ -56,7 +57,7 @@ static ALWAYS_INLINE void finish(const Step& s, Sums<M, N>& sums, long pixel, lo
   activate<M, N>(s, sums, k);
   if (s.residual && s.residual_last) add_residual<M, N>(s, sums, pixel, k, last);
   UNROLLED for (long m = 0; m < M; m++) {
-    float* const to = s.y + (pixel + m) * s.y_pitch + k;
+    Value* const to = s.y + (pixel + m) * s.y_pitch + k;
     UNROLLED for (long n = 0; n + 1 < N; n++) store(to + n * LANES, sums[m][n]);
     store_first(to + (N - 1) * LANES, sums[m][N - 1], last);
   }

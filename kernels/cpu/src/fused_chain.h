@@ -32,9 +32,12 @@ static inline long chain_pixels(const Step& first) {
 // A step of a fused run whose local values are those of pixels from `pixel` on: steps count pixels
 // from the first of the batch, which would lie before a block's memory.
 static inline Step with_local_values(Step s, float* scratch, long pixel) {
-  if (s.x_local >= 0) s.x = scratch + s.x_local - pixel * s.x_pitch;
-  if (s.residual_local >= 0) s.residual = scratch + s.residual_local - pixel * s.residual_pitch;
-  if (s.y_local >= 0) s.y = scratch + s.y_local - pixel * s.y_pitch;
+  const auto at = [&](long offset, long pitch) {
+    return reinterpret_cast<Value*>(scratch + offset) - pixel * pitch;
+  };
+  if (s.x_local >= 0) s.x = at(s.x_local, s.x_pitch);
+  if (s.residual_local >= 0) s.residual = at(s.residual_local, s.residual_pitch);
+  if (s.y_local >= 0) s.y = at(s.y_local, s.y_pitch);
   return s;
 }
 

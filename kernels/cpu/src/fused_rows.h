@@ -80,7 +80,7 @@ static void fused_rows_piece(const Step* fused, long range, long ranges, long pi
   DCHECK(fused->kind == ROW_FUSED && fused->length >= 2);
   Step conv = fused[1], reader = fused[2];
   float* const scratch = fused->scratch + slot * fused->scratch_pitch;
-  float* const local = scratch + conv.y_local;
+  Value* const local = reinterpret_cast<Value*>(scratch + conv.y_local);
   float* const conv_scratch = conv.scratch + slot * conv.scratch_pitch;
   float* const reader_scratch = reader.scratch + slot * reader.scratch_pitch;
   const long line = conv.Q * conv.y_pitch;
@@ -96,14 +96,17 @@ static void fused_rows_piece(const Step* fused, long range, long ranges, long pi
     const long kept = cached.last > needed ? cached.last - needed : 0;
     DCHECK((end - needed) * conv.Q <= strip_pixels(fused));
     if (kept) {
-      std::memmove(local, local + (needed - cached.first) * line, kept * line * sizeof(float));
+      std::memmove(local, local + (needed - cached.first) * line, kept * line * sizeof(Value));
     }
     // rows are counted from the first of the batch, which would lie before a strip's memory
     conv.y = local - needed * line;
     reader.x = conv.y;
     run_first(conv, Range((needed + kept) * conv.Q, end * conv.Q), conv_scratch);
     const Range pixels(from * reader.Q, to * reader.Q);
-    if (reader.y_local >= 0) reader.y = scratch + reader.y_local - pixels.from * reader.y_pitch;
+    if (reader.y_local >= 0) {
+      Value* const made = reinterpret_cast<Value*>(scratch + reader.y_local);
+      reader.y = made - pixels.from * reader.y_pitch;
+    }
     run_reader(reader, Range(from, to), reader_scratch);
     for (long i = 3; i <= fused->length; i++) {
       const Step s = with_local_values(fused[i], scratch, pixels.from);

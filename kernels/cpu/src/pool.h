@@ -7,10 +7,10 @@
 static void max_pool(const Step& s, const Range& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long top = row % s.P * s.stride_h - s.pad_h;
-    const float* const image = s.x + row / s.P * s.H * s.W * s.x_pitch;
+    const Value* const image = s.x + row / s.P * s.H * s.W * s.x_pitch;
     for (long q = 0; q < s.Q; q++) {
       const long left = q * s.stride_w - s.pad_w;
-      float* const y = s.y + (row * s.Q + q) * s.y_pitch;
+      Value* const y = s.y + (row * s.Q + q) * s.y_pitch;
       for (long k = 0; k < s.K; k += LANES) {
         Floats most = broadcast(-__builtin_inff());
         for (long r = 0; r < s.R; r++) {
@@ -45,7 +45,7 @@ static void global_mean(const Step& s, const Range& part) {
   const long vectors = (s.K + LANES - 1) / LANES, pixels = s.H * s.W;
   for (long i = part.from; i < part.to; i++) {
     const long image = i / vectors, k = i % vectors * LANES;
-    const float* x = s.x + image * pixels * s.x_pitch + k;
+    const Value* x = s.x + image * pixels * s.x_pitch + k;
     Floats sum[4] = {};
     for (long pixel = 0; pixel < pixels; pixel++) sum[pixel % 4] += load(x + pixel * s.x_pitch);
     store(s.y + image * s.y_pitch + k, (sum[0] + sum[1] + (sum[2] + sum[3])) / broadcast(pixels));
@@ -58,12 +58,12 @@ static void average_pool(const Step& s, const Range& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long top = row % s.P * s.stride_h - s.pad_h;
     const long first = top < 0 ? 0 : top, last = min(top + s.R, s.H);
-    const float* const image = s.x + row / s.P * s.H * s.W * s.x_pitch;
+    const Value* const image = s.x + row / s.P * s.H * s.W * s.x_pitch;
     for (long q = 0; q < s.Q; q++) {
       const long left = q * s.stride_w - s.pad_w;
       const long from = left < 0 ? 0 : left, to = min(left + s.S, s.W);
       const Floats count = broadcast(s.w[row % s.P] * s.slope[q]);
-      float* const y = s.y + (row * s.Q + q) * s.y_pitch;
+      Value* const y = s.y + (row * s.Q + q) * s.y_pitch;
       for (long k = 0; k < s.K; k += LANES) {
         Floats sum = {};
         for (long h = first; h < last; h++) {
@@ -80,8 +80,8 @@ static void pick(const Step& s, const Range& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long h = row / s.P * s.H + static_cast<long>(s.w[row % s.P]);
     for (long q = 0; q < s.Q; q++) {
-      const float* const x = s.x + (h * s.W + static_cast<long>(s.slope[q])) * s.x_pitch;
-      float* const y = s.y + (row * s.Q + q) * s.y_pitch;
+      const Value* const x = s.x + (h * s.W + static_cast<long>(s.slope[q])) * s.x_pitch;
+      Value* const y = s.y + (row * s.Q + q) * s.y_pitch;
       for (long k = 0; k < s.K; k += LANES) store(y + k, load_first(x + k, s.C - k));
     }
   }

@@ -2,7 +2,9 @@
 // (kernels/cpu/program.py has the same fields and compares their offsets with those in exports.h).
 //
 // Contract of every step:
-// - Tensors are float32, NHWC. A pixel's channels are contiguous, pixels are `pitch` floats apart.
+// - Tensors are NHWC, of the library's `Value`. A pixel's channels are contiguous, pixels are `pitch`
+//   values apart. Bias, slope, scale and the tables of pools are float32, and so are the weights of
+//   Winograd and grouped convolutions; those of direct ones are units of channels (storage.h).
 // - K counts whole vectors of output channels in convolutions, and per-channel parameters (bias,
 //   slope, scale) are padded to whole vectors. Where the channels of other steps, and those of a
 //   convolution without `unstored`, are no whole vectors, pitches have room for the rest of the last
@@ -15,6 +17,8 @@
 // debug_checks.h asserts as much of this as a step shows.
 #pragma once
 
+#include "storage.h"
+
 enum Kind : long {
   DIRECT = 0,
   WINOGRAD = 1,
@@ -26,17 +30,22 @@ enum Kind : long {
   PICK = 7,
   CHAIN = 8,       // the `length` steps behind this one, fused block by block (fused_chain.h)
   ROW_FUSED = 9,  // the `length` steps behind this one, fused by strips of rows (fused_rows.h)
+  TO_BF16 = 10,   // x is float32 (convert.h; in the library for bfloat16 alone, as TO_FP32)
+  TO_FP32 = 11,   // y is float32
 };
 
 enum Activation : long { IDENTITY = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SLOPE = 4 };
 
 struct Step {
   Kind kind;
-  const float *x, *w, *bias, *slope, *residual;  // null: none
-  float *y, *scratch;
+  const Value* x;
+  const float *w, *bias, *slope;  // null: none
+  const Value* residual;
+  Value* y;
+  float* scratch;
   long N, H, W, C, K, R, S, P, Q;
   long stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
-  long x_pitch, residual_pitch, y_pitch;  // floats from one pixel to the next
+  long x_pitch, residual_pitch, y_pitch;  // values from one pixel to the next
   long unstored;  // channels of the last vector that neither y nor the residual of a convolution has
   Activation activation;
   long residual_last;   // whether the residual is added after the activation
@@ -48,6 +57,7 @@ struct Step {
   // In a fused run: the value's offset in the thread's scratch memory of the run, in floats, or -1
   // for a value at its address.
   long x_local, residual_local, y_local;
+  Storage storage;  // of the library that runs it
 };
 
 static inline bool is_convolution(const Step& s) { return s.kind <= GROUPED; }
@@ -61,4 +71,4 @@ static inline bool is_convolution(const Step& s) { return s.kind <= GROUPED; }
   FIELD(dilation_w) FIELD(groups) FIELD(x_pitch) FIELD(residual_pitch) FIELD(y_pitch)         \
   FIELD(unstored)                                                                             \
   FIELD(activation) FIELD(residual_last) FIELD(by_channel) FIELD(block) FIELD(scratch_pitch)  \
-  FIELD(length) FIELD(rows) FIELD(x_local) FIELD(residual_local) FIELD(y_local)
+  FIELD(length) FIELD(rows) FIELD(x_local) FIELD(residual_local) FIELD(y_local) FIELD(storage)

@@ -3,6 +3,7 @@
 #include "conv3x3_winograd.h"
 #include "conv_direct.h"
 #include "conv_grouped.h"
+#include "convert.h"
 #include "dcheck.h"
 #include "debug_checks.h"
 #include "digest.h"
@@ -51,6 +52,8 @@ class StepWork final : public team::Work {
       case MAX_POOL:
       case AVERAGE_POOL:
       case PICK: return pool_range(s, range, ranges).partition.pieces;
+      case TO_BF16:
+      case TO_FP32: return convert_range(s, range, ranges).partition.pieces;
     }
     return 0;
   }
@@ -74,6 +77,8 @@ class StepWork final : public team::Work {
       case AFFINE: return affine(s, affine_range(s, range, ranges).piece(i));
       case AVERAGE_POOL: return average_pool(s, pool_range(s, range, ranges).piece(i));
       case PICK: return pick(s, pool_range(s, range, ranges).piece(i));
+      case TO_BF16: return to_bf16(s, convert_range(s, range, ranges).piece(i));
+      case TO_FP32: return to_fp32(s, convert_range(s, range, ranges).piece(i));
     }
   }
 };

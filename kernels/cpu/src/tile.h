@@ -4,19 +4,20 @@
 
 #include "dcheck.h"
 #include "range.h"
+#include "storage.h"
 #include "vectors.h"
 
-constexpr long CACHE_LINE = 16;  // floats
-constexpr long KC = 128;         // channels of a slice: KC x NR weights fill a first-level cache
-constexpr long K_UNROLL = 4;     // channels per iteration, to amortise the loop's overhead
+constexpr long CACHE_LINE = 16;  // floats, or units
+constexpr long KC = 128;         // units of a slice: KC x NR weights fill a first-level cache
+constexpr long K_UNROLL = 4;     // units per iteration, to amortise the loop's overhead
 
 // What the next tile reads and writes, prefetched spread over this tile's products: a burst of
 // prefetches would fill the buffers that this tile's loads need. To prefetch y as well as a
 // residual that lies elsewhere makes wide 1x1 convolutions 1.02 to 1.14 times faster than the
 // residual alone (timed in turns, two cores).
 struct Prefetch {
-  long x = 0;                                    // floats from this tile's rows to the next's, or 0
-  const float *y = nullptr, *residual = nullptr;  // or null; no residual where it is y itself
+  long x = 0;                                    // units from this tile's rows to the next's, or 0
+  const Value *y = nullptr, *residual = nullptr;  // or null; no residual where it is y itself
   long y_pitch = 0, residual_pitch = 0;
 };
 
@@ -47,24 +48,26 @@ struct Tile {
   }
 
   // acc += x[m][0..depth) @ w[0..depth)[N * LANES]; returns the end of those weights. Of `next_w`
-  // (may be null) a cache line is prefetched for each channel of a whole iteration.
-  ALWAYS_INLINE const float* accumulate(const float* const* x, const float* w, long depth,
-                                 const float* next_w, const Prefetch& next) {
-    const float* row[M];
+  // (may be null) a cache line is prefetched for each unit of a whole iteration.
+  // `Element` is a float or, in direct convolutions, a Unit of channels.
+  template <class Element>
+  ALWAYS_INLINE const Element* accumulate(const Element* const* x, const Element* w, long depth,
+                                          const Element* next_w, const Prefetch& next) {
+    const Element* row[M];
     UNROLLED for (long m = 0; m < M; m++) row[m] = x[m];
     Accumulators<Tile> tile = *this;
     for (long from = 0; from < depth; from += CACHE_LINE) {
       if (next.x) {
         UNROLLED for (long m = 0; m < M; m++) __builtin_prefetch(row[m] + from + next.x, 0, 3);
       }
-      if (next.y && from < columns) {
+      if (next.y && UNIT * from < columns) {
         UNROLLED for (long m = 0; m < M; m++) {
-          __builtin_prefetch(next.y + m * next.y_pitch + from, 1, 3);
+          __builtin_prefetch(next.y + m * next.y_pitch + UNIT * from, 1, 3);
         }
       }
-      if (next.residual && from < columns) {
+      if (next.residual && UNIT * from < columns) {
         UNROLLED for (long m = 0; m < M; m++) {
-          __builtin_prefetch(next.residual + m * next.residual_pitch + from, 0, 3);
+          __builtin_prefetch(next.residual + m * next.residual_pitch + UNIT * from, 0, 3);
         }
       }
       const long to = from + CACHE_LINE < depth ? from + CACHE_LINE : depth;
@@ -77,36 +80,55 @@ struct Tile {
           next_w += K_UNROLL * CACHE_LINE;
         }
         UNROLLED for (long i = 0; i < K_UNROLL; i++) {
-          tile.accumulate_channel(row, c + i, w + i * columns);
+          tile.accumulate_unit(row, c + i, w + i * columns);
         }
       }
-      for (; c < to; c++, w += columns) tile.accumulate_channel(row, c, w);
+      for (; c < to; c++, w += columns) tile.accumulate_unit(row, c, w);
     }
     *this = tile;
     return w;
   }
 
   // acc += row[m][c] @ w[N * LANES]
-  ALWAYS_INLINE void accumulate_channel(const float* const* row, long c, const float* w) {
-    Floats weight[N];
+  template <class Element>
+  ALWAYS_INLINE void accumulate_unit(const Element* const* row, long c, const Element* w) {
+    decltype(load(w)) weight[N];
     UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
     UNROLLED for (long m = 0; m < M; m++) {
-      UNROLLED for (long n = 0; n < N; n++) acc[m][n] += row[m][c] * weight[n];
+      UNROLLED for (long n = 0; n < N; n++) {
+        acc[m][n] = multiply_add(acc[m][n], read(row[m] + c), weight[n]);
+      }
     }
+  }
+
+  // The same for the first half of a unit: what lies behind it in a row is not read. Returns the
+  // end of its weights.
+  template <class Element>
+  ALWAYS_INLINE const Element* accumulate_half(const Element* const* row, long c,
+                                               const Element* w) {
+    decltype(load(w)) weight[N];
+    UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
+    UNROLLED for (long m = 0; m < M; m++) {
+      UNROLLED for (long n = 0; n < N; n++) {
+        acc[m][n] = multiply_add(acc[m][n], read_half(row[m] + c), weight[n]);
+      }
+    }
+    return w + columns;
   }
 };
 
 // The weights of the next slice, which the tiles of this one prefetch into the second-level cache.
+template <class Element>
 class WeightPrefetch {
-  const float* next_;
-  const float* const end_;
+  const Element* next_;
+  const Element* const end_;
 
  public:
-  WeightPrefetch(const float* from, long floats) : next_(from), end_(from + floats) {}
+  WeightPrefetch(const Element* from, long count) : next_(from), end_(from + count) {}
 
   // Returns where a tile prefetches `depth` lines from; null once all have been.
-  const float* take(long depth) {
-    const float* const from = next_ < end_ ? next_ : nullptr;
+  const Element* take(long depth) {
+    const Element* const from = next_ < end_ ? next_ : nullptr;
     next_ += depth * CACHE_LINE;
     return from;
   }

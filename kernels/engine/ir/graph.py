@@ -140,6 +140,13 @@ class Concat:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """The same values in another dtype, rounded to the nearest."""
+
+    dtype: str  # float32 or bfloat16
+
+
+@dataclass(frozen=True)
 class Torch:
     """An operation that torch runs.
 
@@ -153,7 +160,7 @@ class Torch:
     result: int | None = None  # of an operation with several results, the one that is used
 
 
-Operation = Conv | Affine | MaxPool | AveragePool | Pick | Mean | Concat | Torch
+Operation = Conv | Affine | MaxPool | AveragePool | Pick | Mean | Concat | Convert | Torch
 
 
 @dataclass(frozen=True)
@@ -207,6 +214,12 @@ class Graph:
     @property
     def batch_size(self) -> int:
         return self.values[self.input].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the dtype that most is computed in: the narrowest of the values'."""
+        found = [v.dtype for v in self.values.values() if v.dtype.is_floating_point]
+        return min(found, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
     def part(self, start: int, stop: int) -> "Graph":
         """Returns nodes [start, stop) as a graph. Values from outside are its `reads`, and dead

@@ -6,17 +6,26 @@ parts of a concatenation are written directly to their places in the whole.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from resfuse.kernels.engine.ir.graph import Concat, Conv, Graph, Node
+import torch
+
+from resfuse.kernels.engine.ir.graph import Concat, Conv, Convert, Graph, Node
 from resfuse.kernels.engine.memory.arena_planner import Buffer
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a value is: channels [channel, channel + C) of pixels `pitch` elements apart."""
+    """Where a value is: channels [channel, channel + C) of pixels `pitch` elements apart.
+
+    Attributes:
+        element_bytes: of an element.
+        zeros: channels of zeros behind its own.
+    """
 
     buffer: int
     channel: int
     pitch: int
+    element_bytes: int = 4
+    zeros: int = 0
 
 
 @dataclass
@@ -25,6 +34,7 @@ class _OpenBuffer:
 
     pixels: int
     pitch: int
+    element_bytes: int
     first: int
     last: int
     values: list[str] = field(default_factory=list)
@@ -43,7 +53,6 @@ def assign_buffers(
     values: Collection[str],
     segments: Sequence[tuple[int, int]],
     lanes: int,
-    element_bytes: int,
 ) -> Placements:
     """Returns placements for `values`, those of a graph that are to be in the arena.
 
@@ -52,7 +61,12 @@ def assign_buffers(
             until all are done, and what one writes from when the first begins.
         lanes: elements of a vector; pixels are a whole number of them apart.
     """
-    return _BufferAssigner(graph, values, segments, lanes).placements(element_bytes)
+    return _BufferAssigner(graph, values, segments, lanes).placements()
+
+
+def element_bytes(graph: Graph, name: str) -> int:
+    """Returns the bytes of an element of a value in the arena: bfloat16, or float32."""
+    return 2 if graph.values[name].dtype == torch.bfloat16 else 4
 
 
 def channels_of(graph: Graph, name: str) -> int:
@@ -79,8 +93,9 @@ class _BufferAssigner:
         self._position_of = {node.name: at for at, node in enumerate(graph.nodes)}
         self._buffers: list[_OpenBuffer] = []
         self._of: dict[str, tuple[int, int]] = {}  # buffer, channel
+        self._zeros: dict[str, int] = {}  # channels of zeros behind a value's own
 
-    def placements(self, element_bytes: int) -> Placements:
+    def placements(self) -> Placements:
         for node in reversed(self._graph.nodes):  # the whole before its parts
             if isinstance(node.op, Concat) and node.name in self._values:
                 self._assign_parts(node)
@@ -88,11 +103,17 @@ class _BufferAssigner:
             if name in self._values and name not in self._of:
                 self._assign(name)
         of = {
-            name: Placement(buffer, channel, self._buffers[buffer].pitch)
+            name: Placement(
+                buffer,
+                channel,
+                self._buffers[buffer].pitch,
+                self._buffers[buffer].element_bytes,
+                self._zeros.get(name, 0),
+            )
             for name, (buffer, channel) in self._of.items()
         }
         buffers = [
-            Buffer(b.pixels * b.pitch * element_bytes, b.first, b.last) for b in self._buffers
+            Buffer(b.pixels * b.pitch * b.element_bytes, b.first, b.last) for b in self._buffers
         ]
         return Placements(of, buffers)
 
@@ -103,11 +124,20 @@ class _BufferAssigner:
             self._add(name, *self._of[over])
             return
         channels = channels_of(self._graph, name)
-        exact = at is None and channels < self._lanes and self._only_convolved(name)
-        pitch = channels if exact else self._padded(channels)
-        pixels = pixels_of(self._graph, name)
-        self._buffers.append(_OpenBuffer(pixels, pitch, len(self._position_of), -1))
+        converted = at is not None and isinstance(self._graph.nodes[at].op, Convert)
+        exact = channels < self._lanes and self._only_convolved(name)
+        if exact and converted and element_bytes(self._graph, name) == 2:
+            self._zeros[name] = channels % 2  # convolutions read pairs of channels
+            pitch = channels + channels % 2
+        else:
+            pitch = channels if exact and at is None else self._padded(channels)
+        self._open(name, pitch)
         self._add(name, len(self._buffers) - 1, 0)
+
+    def _open(self, name: str, pitch: int) -> None:
+        """Adds a buffer for a value."""
+        pixels, each = pixels_of(self._graph, name), element_bytes(self._graph, name)
+        self._buffers.append(_OpenBuffer(pixels, pitch, each, len(self._position_of), -1))
 
     def _add(self, name: str, index: int, channel: int) -> None:
         """Adds a value to a buffer, whose lifetime grows to include the value's."""
@@ -156,9 +186,7 @@ class _BufferAssigner:
         if len(unassigned) < len(parts):
             return
         if node.name not in self._of:
-            pitch = self._padded(channels_of(self._graph, node.name))
-            pixels = pixels_of(self._graph, node.name)
-            self._buffers.append(_OpenBuffer(pixels, pitch, len(self._position_of), -1))
+            self._open(node.name, self._padded(channels_of(self._graph, node.name)))
             self._add(node.name, len(self._buffers) - 1, 0)
         buffer, channel = self._of[node.name]
         for part in parts:

@@ -36,7 +36,8 @@ class WeightStore:
         self._shared.stores.add(self)
 
     def get(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Returns what `make` returns, called once for a key, copied to large pages as float32."""
+        """Returns what `make` returns, called once for a key, copied to large pages: bfloat16 as it
+        is, anything else as float32."""
         return self._get(key, lambda: _Laid(map(self._shared.pool.put, make())), in_pool=True)
 
     def get_unchanged(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -119,7 +120,7 @@ class Layout:
     def offset(self, name: str) -> int:
         """Returns the offset of a value's first channel of its first pixel."""
         placement = self.placements[name]
-        return self.offsets[placement.buffer] + 4 * placement.channel
+        return self.offsets[placement.buffer] + placement.element_bytes * placement.channel
 
 
 def lay_out(
@@ -129,7 +130,7 @@ def lay_out(
     segments: Sequence[tuple[int, int]],
     lanes: int,
 ) -> Layout:
-    """Places values, in float32, and scratch memory in one arena.
+    """Places values and scratch memory in one arena.
 
     Args:
         values: those that live in the arena.
@@ -138,7 +139,7 @@ def lay_out(
             is in one segment.
         lanes: floats of a vector.
     """
-    assigned = assign_buffers(graph, values, segments, lanes, 4)
+    assigned = assign_buffers(graph, values, segments, lanes)
     stops = dict(segments)
     scratch_buffers = [Buffer(size, at, stops[at] - 1) for at, size in scratch.items()]
     buffers = [*assigned.buffers, *scratch_buffers]
@@ -163,8 +164,8 @@ class Arena:
         """
         self._graph, self._layout, self.weight_store, self.bind = graph, layout, weight_store, bind
         # Vector loads may read beyond the last value.
-        self._floats = allocate(layout.size + ALIGNMENT).view(torch.float32)
-        self.pointer = self._floats.untyped_storage().data_ptr()
+        self._bytes = allocate(layout.size + ALIGNMENT)
+        self.pointer = self._bytes.untyped_storage().data_ptr()
         self.size, self.least_size = layout.size, layout.least_size
 
     def __contains__(self, name: str) -> bool:
@@ -172,18 +173,27 @@ class Arena:
 
     def address(self, name: str) -> int:
         """Returns the address of a value's first channel of its first pixel."""
-        return self._floats.data_ptr() + self._layout.offset(name)
+        return self._bytes.data_ptr() + self._layout.offset(name)
 
     def pitch(self, name: str) -> int:
-        """Returns the floats from one pixel of a value to the next."""
+        """Returns the elements from one pixel of a value to the next."""
         return self._layout.placements[name].pitch
+
+    def element_bytes(self, name: str) -> int:
+        """Returns the bytes of an element of a value."""
+        return self._layout.placements[name].element_bytes
+
+    def zeros_behind(self, name: str) -> int:
+        """Returns how many channels of zeros lie behind a value's own."""
+        return self._layout.placements[name].zeros
 
     def scratch(self, at: int) -> int:
         """Returns the address of the scratch memory of the segment from a position on."""
-        return self._floats.data_ptr() + self._layout.scratch[at]
+        return self._bytes.data_ptr() + self._layout.scratch[at]
 
     def weights(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Returns what `make` returns, float32, in large pages; made once for all that share it."""
+        """Returns what `make` returns, float32 or bfloat16, in large pages; made once for all that
+        share it."""
         return self.weight_store.get(key, make)
 
     def tensors(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -205,9 +215,11 @@ class Arena:
     def view(self, name: str) -> Tensor:
         """Returns the value as a tensor in the arena, of the shape it has in the graph."""
         pitch, shape = self.pitch(name), self._graph.values[name].shape
-        start = self._floats.storage_offset() + self._layout.offset(name) // 4
+        each = self.element_bytes(name)
+        memory = self._bytes.view(torch.bfloat16 if each == 2 else torch.float32)
+        start = memory.storage_offset() + self._layout.offset(name) // each
         if len(shape) == 2:
-            return self._floats.as_strided(shape, (pitch, 1), start)
+            return memory.as_strided(shape, (pitch, 1), start)
         n, c, h, w = shape
         strides = (h * w * pitch, 1, w * pitch, pitch)
-        return self._floats.as_strided((n, c, h, w), strides, start)
+        return memory.as_strided((n, c, h, w), strides, start)

@@ -30,7 +30,7 @@ def with_memory(
 
 
 class Liveness:
-    """The live ranges of a graph's values, as if all of them lay in the arena, in float32.
+    """The live ranges of a graph's values, as if all of them lay in the arena.
 
     A plan's buffers depend on its segments. These are the buffers of a plan with a segment for each
     node; the bytes of a longer candidate leave out the values that only it reads.
@@ -41,7 +41,7 @@ class Liveness:
         one_by_one = [(at, at + 1) for at in range(len(graph.nodes))]
         # Results of torch's own operations have any shape and are not in the arena.
         values = [name for name, v in graph.values.items() if len(v.shape) in (2, 4)]
-        placements = assign_buffers(graph, values, one_by_one, lanes, 4)
+        placements = assign_buffers(graph, values, one_by_one, lanes)
         position_of = {node.name: at for at, node in enumerate(graph.nodes)}
         self._ranges = [  # value, buffer, first and last position
             (name, placement.buffer, at := position_of.get(name, 0), graph.last_read.get(name, at))

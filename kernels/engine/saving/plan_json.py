@@ -12,6 +12,7 @@ from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Concat,
     Conv,
+    Convert,
     Graph,
     MaxPool,
     Mean,
@@ -26,7 +27,8 @@ from resfuse.kernels.engine.planning.planner import Segment
 from resfuse.kernels.ops.conv_problem import ConvProblem
 
 _OPERATIONS = {
-    kind.__name__: kind for kind in (Conv, Affine, MaxPool, AveragePool, Pick, Mean, Concat, Torch)
+    kind.__name__: kind
+    for kind in (Conv, Affine, MaxPool, AveragePool, Pick, Mean, Concat, Convert, Torch)
 }
 
 

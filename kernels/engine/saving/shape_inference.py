@@ -16,6 +16,7 @@ from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Concat,
     Conv,
+    Convert,
     Graph,
     MaxPool,
     Mean,
@@ -53,17 +54,23 @@ class ShapeInference:
             inputs = [self._graph.values[name] for name in node.inputs]
             if isinstance(node.op, Torch):
                 accepted = [self._of_torch(node, node.op, inputs)]
+            elif isinstance(node.op, Convert):
+                accepted = [self._converted(node, node.op, inputs)]
             else:
                 shapes = self._of_ours(node, inputs)
-                accepted = [Value(shape, self._dtype) for shape in shapes]
-                if any(v.dtype != self._dtype for v in inputs):
+                accepted = [Value(shape, inputs[0].dtype) for shape in shapes]
+                if any(v.dtype != inputs[0].dtype for v in inputs):
                     raise Unsound(f"{node.name} reads values of several dtypes")
             if value not in accepted:
                 raise Unsound(f"{node.name} is said to be {value}, and is {accepted}")
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self._graph.values[self._graph.input].dtype
+    @staticmethod
+    def _converted(node: Node, op: Convert, inputs: list[Value]) -> Value:
+        """Returns the value that a conversion makes of float32 or bfloat16: the other one."""
+        between = {"bfloat16": torch.float32, "float32": torch.bfloat16}
+        if len(inputs) != 1 or between.get(op.dtype) != inputs[0].dtype:
+            raise Unsound(f"{node.name} converts {[v.dtype for v in inputs]} to {op.dtype}")
+        return Value(inputs[0].shape, getattr(torch, op.dtype))
 
     def _of_ours(self, node: Node, inputs: list[Value]) -> list[tuple[int, ...]]:
         """Returns the shapes that the result of an operation other than torch's may have."""
@@ -76,7 +83,7 @@ class ShapeInference:
         if len(x) not in (2, 4) or min(x) < 1:
             raise Unsound(f"{node.name} reads maps of shape {x}")
         if isinstance(op, Conv):
-            return self._conv(node, op, [v.shape for v in inputs])
+            return self._conv(node, op, [v.shape for v in inputs], inputs[0].dtype)
         if isinstance(op, Affine):
             return self._affine(node, op, [v.shape for v in inputs])
         if isinstance(op, Concat):
@@ -97,7 +104,9 @@ class ShapeInference:
         assert isinstance(op, MaxPool | AveragePool)
         return [self._pooled(node, op, x)]
 
-    def _conv(self, node: Node, op: Conv, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    def _conv(
+        self, node: Node, op: Conv, shapes: list[tuple[int, ...]], dtype: torch.dtype
+    ) -> list[tuple[int, ...]]:
         p, x = op.problem, shapes[0]
         whole = min(p.n, p.c, p.h, p.w, p.k, p.r, p.s, p.groups, *p.stride, *p.dilation) > 0
         if not whole or min(p.padding) < 0 or p.c % p.groups or p.k % p.groups:
@@ -107,14 +116,15 @@ class ShapeInference:
         if len(x) == 2 and (p.h, p.w) != (1, 1):
             raise Unsound(f"{node.name} convolves {x}")
         stored, _ = MATH_MODES.get(p.math_mode, (None, 0))
-        if stored != self._dtype or (p.math_mode == "tf32" and self._device.type != "cuda"):
+        if stored != dtype or (p.math_mode == "tf32" and self._device.type != "cuda"):
             raise Unsound(f"{node.name} computes in {p.math_mode}")
         of_each = p.c // p.groups
+        folded = {dtype, torch.float32} if dtype == torch.bfloat16 else {dtype}
         self._require_state(
-            node, op.weight, [(p.k, of_each, p.r, p.s), (p.k, of_each * p.r * p.s)], self._dtype
+            node, op.weight, [(p.k, of_each, p.r, p.s), (p.k, of_each * p.r * p.s)], folded
         )
         if op.bias is not None:
-            self._require_state(node, op.bias, [(p.k,)], self._dtype)
+            self._require_state(node, op.bias, [(p.k,)], folded)
         self._require_epilogue(node, op, p.k, p.residual)
         shape: tuple[int, ...] = (p.n, p.k, p.p, p.q)
         accepted = [shape, shape[:2]] if (p.p, p.q) == (1, 1) else [shape]
@@ -164,10 +174,10 @@ class ShapeInference:
         node: Node,
         name: str,
         shapes: Sequence[tuple[int, ...]],
-        dtype: torch.dtype | None = None,
+        dtypes: Collection[torch.dtype] | None = None,
     ) -> None:
         tensor = self._state_of(node, name)
-        fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+        fits = tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes
         if tuple(tensor.shape) not in shapes or not fits:
             raise Unsound(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; accepted: {shapes[0]}")
 

@@ -16,6 +16,7 @@ from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Concat,
     Conv,
+    Convert,
     Graph,
     MaxPool,
     Mean,
@@ -101,6 +102,9 @@ def function_of(
         return lambda x: x.mean((2, 3)).view(shape)
     if isinstance(op, Concat):
         return lambda *parts: torch.cat(parts, 1)
+    if isinstance(op, Convert):
+        to = dtype or getattr(torch, op.dtype)
+        return lambda x: x.to(to)
     return _torch(op, state, dtype, keep)
 
 

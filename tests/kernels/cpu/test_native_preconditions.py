@@ -13,7 +13,7 @@ from native_problems import problem_of
 from resfuse.kernels.cpu import library as native_library
 from resfuse.kernels.cpu.conv_candidates import NativeConfig, conv_step
 from resfuse.kernels.cpu.library import library
-from resfuse.kernels.cpu.program import Step, activation, kind, lanes, runner
+from resfuse.kernels.cpu.program import Step, activation, kind, lanes, runner, storage_number
 from resfuse.kernels.cpu.weight_layout import direct_weights
 
 pytestmark = [
@@ -87,6 +87,7 @@ BROKEN = {
     "pixels closer than their channels": "s.x_pitch >= s.C",
     "an offset of a step by itself": "s->y_local == -1",
     "more fused steps than there are": "step->length < steps + count",
+    "values of the other library's": "s.storage == STORAGE",
 }
 
 
@@ -113,6 +114,8 @@ def test_a_step_that_breaks_one_ends_the_process(how: str) -> None:
             step.x_pitch = 159
         case "an offset of a step by itself":
             step.y_local = 0
+        case "values of the other library's":
+            step.storage = storage_number("bf16")
         case _:
             step.kind, step.length = kind("chain"), 1
     ended, said = run_in_a_child(step)

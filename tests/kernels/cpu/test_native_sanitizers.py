@@ -29,6 +29,13 @@ TESTS = (
     "test_native_convolution.py::test_every_way_to_compute_a_convolution_is_right",
     "test_native_convolution.py::test_blocks_smaller_than_the_map",
     "test_native_convolution.py::test_any_number_of_threads",
+    "test_native_bf16.py::test_every_way_to_compute_a_convolution_rounds_once",
+    "test_native_bf16.py::test_a_chain_answers_as_its_convolutions_one_by_one",
+    "test_native_bf16.py::test_strips_answer_as_what_they_fuse_one_by_one",
+    "test_native_bf16.py::test_batch_norms_and_gates",
+    "test_native_bf16.py::test_means_and_average_pools",
+    "test_native_bf16.py::test_a_stem_reads_an_image_of_any_channels_in_pairs",
+    "test_native_bf16.py::test_float32_is_rounded_to_the_nearest_and_halfway_to_the_even",
     "test_native_team.py::test_callers_in_several_threads_get_what_each_gets_alone",
 )
 # One library for all: in every test its threads are held up at times, which is what

@@ -3,7 +3,7 @@ of symbolic size succeeds, or names the line of the forward that depends on the 
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from resfuse.kernels.engine.frontend.batching.image_dimension import Images
 from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
-from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.frontend.side_effects import SideEffects
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Operation, State, Torch
 
 aten = torch.ops.aten
+# (model, input) -> its graph, and the weights by name
+Capture = Callable[[nn.Module, Tensor], tuple[Graph, Mapping[str, Tensor]]]
 _NOT_POSSIBLE = "argument other_batches: 'pad' is not possible: "
 # Operations that may be given the size of the batch, which determines the size of the result only.
 _SHAPED = {
@@ -35,10 +36,18 @@ def batch_of(example: Tensor, size: int) -> Tensor:
 
 
 def require_paddable(
-    model: nn.Module, example: Tensor, graphs: Mapping[int, Graph], state: State
+    model: nn.Module,
+    example: Tensor,
+    graphs: Mapping[int, Graph],
+    state: State,
+    capture: Capture,
 ) -> None:
     """Raises ValueError if filling up a batch with zeros may change the answers for its images, or
-    if the forward differs between batch sizes."""
+    if the forward differs between batch sizes.
+
+    Args:
+        capture: captures the model as the graphs were captured.
+    """
     images = images_at_all_sizes(graphs, state)
     if images is not None:
         require_any_batch(model, example, max(graphs))

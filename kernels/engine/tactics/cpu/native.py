@@ -1,4 +1,4 @@
-"""Lowers single nodes to native steps on the CPU, in float32: see kernels/cpu."""
+"""Lowers single nodes to native steps on the CPU, in float32 and bfloat16: see kernels/cpu."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -11,8 +11,16 @@ from torch import Tensor
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.conv_candidates import NativeConfig
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.library import why_unavailable
-from resfuse.kernels.cpu.program import ACTIVATIONS, Step, activation, kind, lanes
+from resfuse.kernels.cpu.library import Storage, why_unavailable
+from resfuse.kernels.cpu.program import (
+    ACTIVATIONS,
+    Step,
+    activation,
+    kind,
+    lanes,
+    storage_number,
+    whole_vectors,
+)
 from resfuse.kernels.cpu.weight_layout import per_channel, slopes
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift, slope_of
@@ -21,6 +29,7 @@ from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Concat,
     Conv,
+    Convert,
     Graph,
     MaxPool,
     Mean,
@@ -34,11 +43,12 @@ from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.engine.tactics.cpu import native_maps
 
 _NOWHERE: Mapping[str, int] = MappingProxyType({})
+_STORAGES: dict[torch.dtype, Storage] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu" or dtype != torch.float32:
-        return f"native steps compute float32 on the CPU, not {dtype} on {device.type}"
+    if device.type != "cpu" or dtype not in _STORAGES:
+        return f"native steps compute float32 and bfloat16 on the CPU, not {dtype} on {device.type}"
     return why_unavailable()
 
 
@@ -54,7 +64,11 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
 
 
 def scratch(graph: Graph, candidate: Candidate) -> int:
-    op = graph.nodes[candidate.start].op
+    node = graph.nodes[candidate.start]
+    op = node.op
+    if isinstance(op, Affine) and op.gate and storage_of(graph, node) == "bf16":
+        n, channels = graph.values[node.inputs[1]].shape[:2]
+        return 4 * n * whole_vectors(channels)
     if not isinstance(op, Conv):
         return 0
     config = NativeConfig(**candidate.settings)
@@ -72,18 +86,35 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Nat
         return Native([step])
     if isinstance(op, Affine) and op.gate:
         slopes_of_gate = _slopes(op, channels_of(graph, node.name), state)
-        return native_maps.gate(graph, node, op, arena, slopes_of_gate)
+        storage = storage_of(graph, node)
+        memory = arena.scratch(candidate.start) if storage == "bf16" else 0
+        return native_maps.gate(graph, node, op, arena, slopes_of_gate, storage, memory)
     if isinstance(op, Affine):
         return _affine(graph, node, op, state, arena)
     if isinstance(op, AveragePool | Pick):
-        return native_maps.windows(graph, node, op, arena)
+        return native_maps.windows(graph, node, op, arena, storage_of(graph, node))
+    if isinstance(op, Convert):
+        return native_maps.convert(graph, node, op, arena)
     if isinstance(op, Concat):
         return _concat(graph, node, arena)
     if isinstance(op, MaxPool):
         return Native([max_pool_step(graph, node, arena)])
     assert isinstance(op, Mean)
     n, c, h, w = graph.values[node.inputs[0]].shape
-    return Native([Step(kind=kind("mean"), N=n, C=c, K=c, H=h, W=w, **_places(node, arena))])
+    step = Step(
+        kind=kind("mean"), N=n, C=c, K=c, H=h, W=w, storage=_number(graph, node),
+        **_places(node, arena),
+    )  # fmt: skip
+    return Native([step])
+
+
+def storage_of(graph: Graph, node: Node) -> Storage:
+    """Returns the type that a node's values are stored in."""
+    return _STORAGES[graph.values[node.name].dtype]
+
+
+def _number(graph: Graph, node: Node) -> int:
+    return storage_number(storage_of(graph, node))
 
 
 def conv_step(
@@ -101,13 +132,16 @@ def conv_step(
     op = node.op
     assert isinstance(op, Conv)
 
+    storage = conv_candidates.storage_of(op.problem)
+
     def lay_out() -> list[Tensor]:
-        weight, bias = conv_weights(op, state)
-        laid_out = conv_candidates.layout_weight(config.form, weight, op.problem.groups)
+        weight, bias = conv_weights(op, state, torch.float32)
+        groups = op.problem.groups
+        laid_out = conv_candidates.layout_weight(config.form, weight, groups, storage)
         return [laid_out, per_channel(bias), *_slopes(op, op.problem.k, state)]
 
     # a weight may be shared, under other norms and activations
-    key = (op.weight, op.bias, op.norm, op.slope, op.problem.groups, config.form)
+    key = (op.weight, op.bias, op.norm, op.slope, op.problem.groups, config.form, storage)
     weight, bias, *slope = arena.weights(key, lay_out)
     return conv_candidates.conv_step(
         op.problem,
@@ -115,6 +149,7 @@ def conv_step(
         w=weight.data_ptr(),
         bias=bias.data_ptr(),
         slope=slope[0].data_ptr() if slope else 0,
+        C=op.problem.c + (0 if node.inputs[0] in local else arena.zeros_behind(node.inputs[0])),
         **_places(node, arena, local),
     )
 
@@ -132,7 +167,7 @@ def _affine(graph: Graph, node: Node, op: Affine, state: State, arena: Arena) ->
         w=scale.data_ptr(), bias=shift.data_ptr(),
         slope=slope[0].data_ptr() if slope else 0,
         activation=activation(op.activation), residual_last=op.residual_last,
-        **_places(node, arena),
+        storage=_number(graph, node), **_places(node, arena),
     )  # fmt: skip
     return Native([step])
 
@@ -152,7 +187,7 @@ def max_pool_step(
     return Step(
         kind=kind("max_pool"), N=n, C=c, K=c, H=h, W=w, P=p, Q=q, R=r, S=s,
         stride_h=stride_h, stride_w=stride_w, pad_h=pad_h, pad_w=pad_w,
-        dilation_h=dilation_h, dilation_w=dilation_w,
+        dilation_h=dilation_h, dilation_w=dilation_w, storage=_number(graph, node),
         **({} if arena is None else _places(node, arena, local)),
     )  # fmt: skip
 
@@ -169,10 +204,10 @@ def _concat(graph: Graph, node: Node, arena: Arena) -> Native:
                 Step(
                     kind=kind("affine"), N=1, P=1, Q=pixels_of(graph, part), K=channels,
                     x=arena.address(part), x_pitch=arena.pitch(part), y=to, y_pitch=pitch,
-                    w=one.data_ptr(), bias=zero.data_ptr(),
+                    w=one.data_ptr(), bias=zero.data_ptr(), storage=_number(graph, node),
                 )
             )  # fmt: skip
-        to += 4 * channels
+        to += arena.element_bytes(node.name) * channels
     return Native(steps)
 
 
@@ -202,13 +237,24 @@ def _slopes(op: Conv | Affine, channels: int, state: State) -> list[Tensor]:
 def _is_supported(graph: Graph, node: Node) -> bool:
     """Returns whether there is a step for a node that is not a convolution."""
     op = node.op
-    if any(graph.values[name].dtype != torch.float32 for name in (node.name, *node.inputs)):
+    if not _is_available(graph, node):
         return False
+    if isinstance(op, Convert):
+        return len(graph.values[node.name].shape) in (2, 4)
     if isinstance(op, Affine):
         return op.activation in ACTIVATIONS
     if isinstance(op, Concat):
         return _in_whole_vectors(graph, node)
     return isinstance(op, MaxPool | AveragePool | Pick | Mean)
+
+
+def _is_available(graph: Graph, node: Node) -> bool:
+    """Returns whether there are steps here for the dtype of a node's values, which is one, or two
+    where it converts them."""
+    dtypes = {graph.values[name].dtype for name in (node.name, *node.inputs)}
+    if not dtypes <= _STORAGES.keys() or (len(dtypes) > 1 and not isinstance(node.op, Convert)):
+        return False
+    return torch.bfloat16 not in dtypes or why_unavailable("bf16") is None
 
 
 def _in_whole_vectors(graph: Graph, node: Node) -> bool:

@@ -13,7 +13,9 @@ from resfuse.kernels.cpu.conv_candidates import NativeConfig
 from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.program import (
     ABSENT,
+    VALUE_BYTES,
     fused_run,
+    local_floats,
     local_pixels,
     mr,
     whole_lines,
@@ -82,6 +84,8 @@ def _is_chain(graph: Graph, at: int, stop: int) -> bool:
     if len(problems) < len(nodes) or any(conv_candidates.refusal(p) is not None for p in problems):
         return False
     first, *others = problems
+    if any(p.dtypes != first.dtypes for p in others):
+        return False
     return first.r * first.s > 1 and all(
         (p.r, p.s, p.padding, p.groups) == (1, 1, (0, 0), 1)
         and (p.n, p.p, p.q) == (first.n, first.p, first.q)
@@ -100,8 +104,9 @@ def _first_configs(problem: ConvProblem, channels: int) -> Iterable[NativeConfig
         unit, of_each = (-(-problem.q // 2), 4) if form == "winograd" else (mr(), 1)
         count = conv_candidates.tiles_of if form == "winograd" else conv_candidates.pixels_of
         whole = -(-count(problem) // threads() // unit) * unit
+        value = VALUE_BYTES[conv_candidates.storage_of(problem)]
         blocks = {
-            min(max(1, budget // (4 * channels * of_each) // unit) * unit, whole)
+            min(max(1, budget // (value * channels * of_each) // unit) * unit, whole)
             for budget in _BLOCKS
         }
         for block in sorted(blocks):
@@ -128,7 +133,8 @@ class _Layout:
         )
         names = sorted(graph.inner(candidate.start, candidate.stop))
         self.pitches = {name: whole_vectors(channels_of(graph, name)) for name in names}
-        ends = [*accumulate((pixels * self.pitches[name] for name in names), initial=own)]
+        sizes = (local_floats(head, pixels * self.pitches[name]) for name in names)
+        ends = [*accumulate(sizes, initial=own)]
         self._offsets = dict(zip(names, ends, strict=False))
         self.floats = ends[-1]
 

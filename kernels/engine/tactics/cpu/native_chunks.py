@@ -79,7 +79,8 @@ class _ChunkArena(Arena):
         if name in self._layout.placements:
             return self._memory + self._layout.offset(name)
         before = self._chunk * pixels_of(self._part, name)
-        return self._outer.address(name) + 4 * before * self._outer.pitch(name)
+        pixel = self.element_bytes(name) * self._outer.pitch(name)
+        return self._outer.address(name) + before * pixel
 
     def pitch(self, name: str) -> int:
         return (
@@ -87,6 +88,16 @@ class _ChunkArena(Arena):
             if name in self._layout.placements
             else self._outer.pitch(name)
         )
+
+    def element_bytes(self, name: str) -> int:
+        here = name in self._layout.placements
+        return (
+            self._layout.placements[name].element_bytes if here else self._outer.element_bytes(name)
+        )
+
+    def zeros_behind(self, name: str) -> int:
+        here = name in self._layout.placements
+        return self._layout.placements[name].zeros if here else self._outer.zeros_behind(name)
 
     def scratch(self, at: int) -> int:
         return self._memory + self._layout.scratch[at]

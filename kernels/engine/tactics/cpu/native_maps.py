@@ -1,22 +1,25 @@
-"""Lowers average pools, picks of pixels and gates to native steps on the CPU."""
+"""Lowers average pools, picks of pixels, gates and conversions to native steps on the CPU."""
 
 from torch import Tensor, tensor
 
-from resfuse.kernels.cpu.program import Step, activation, kind
+from resfuse.kernels.cpu.library import Storage
+from resfuse.kernels.cpu.program import Step, activation, kind, storage_number, whole_vectors
 from resfuse.kernels.cpu.weight_layout import per_channel
-from resfuse.kernels.engine.ir.graph import Affine, AveragePool, Graph, Node, Pick
+from resfuse.kernels.engine.ir.graph import Affine, AveragePool, Convert, Graph, Node, Pick
 from resfuse.kernels.engine.ir.lowered import Native
-from resfuse.kernels.engine.memory.aliasing import channels_of
+from resfuse.kernels.engine.memory.aliasing import channels_of, pixels_of
 from resfuse.kernels.engine.memory.buffers import Arena
 
 
-def windows(graph: Graph, node: Node, op: AveragePool | Pick, arena: Arena) -> Native:
+def windows(
+    graph: Graph, node: Node, op: AveragePool | Pick, arena: Arena, storage: Storage
+) -> Native:
     """Lowers operations that have a table for the rows of y and one for its columns: divisors of an
     average pool, or the pixels of x to pick.
     """
     n, c, h, w = graph.values[node.inputs[0]].shape
     _, k, p, q = graph.values[node.name].shape
-    step = Step(N=n, C=c, K=k, H=h, W=w, P=p, Q=q)
+    step = Step(N=n, C=c, K=k, H=h, W=w, P=p, Q=q, storage=storage_number(storage))
     step.x, step.x_pitch = arena.address(node.inputs[0]), arena.pitch(node.inputs[0])
     step.y, step.y_pitch = arena.address(node.name), arena.pitch(node.name)
     if isinstance(op, Pick):
@@ -44,27 +47,64 @@ def _counts(op: AveragePool, dim: int, windows: int, size: int) -> tuple[int, ..
     return tuple(min(start + kernel, size) - max(start, 0) for start in starts)
 
 
-def gate(graph: Graph, node: Node, op: Affine, arena: Arena, slopes: list[Tensor]) -> Native:
+def gate(
+    graph: Graph,
+    node: Node,
+    op: Affine,
+    arena: Arena,
+    slopes: list[Tensor],
+    storage: Storage,
+    memory: int,
+) -> Native:
     """Lowers y = act(x * gate + residual) to one affine step an image, with the gate [N, C, 1, 1]
-    as the scale and zero as the shift."""
+    as the scale and zero as the shift.
+
+    Args:
+        memory: the address of scratch memory where a gate in bfloat16 is converted to float32, as
+            scales are.
+    """
     x, factor = node.inputs[:2]
     channels = channels_of(graph, node.name)
     n, _, h, w = graph.values[node.name].shape
     zero, *slope = arena.weights(
         ("gate", op.slope, channels), lambda: [per_channel(tensor([0.0] * channels)), *slopes]
     )
-    steps = []
+    steps: list[Step] = []
+    scales, pitch_of_scales = arena.address(factor), arena.pitch(factor)
+    if storage == "bf16":
+        whole = whole_vectors(channels)
+        steps.append(
+            Step(
+                kind=kind("to_fp32"), N=n, P=1, Q=1, C=channels, K=whole,
+                x=scales, x_pitch=pitch_of_scales, y=memory, y_pitch=whole,
+                storage=storage_number("bf16"),
+            )
+        )  # fmt: skip
+        scales, pitch_of_scales = memory, whole
     for image in range(n):
         step = Step(
             kind=kind("affine"), N=1, P=1, Q=h * w, K=channels,
-            w=arena.address(factor) + 4 * image * arena.pitch(factor), bias=zero.data_ptr(),
-            slope=slope[0].data_ptr() if slope else 0,
+            w=scales + 4 * image * pitch_of_scales, bias=zero.data_ptr(),
+            slope=slope[0].data_ptr() if slope else 0, storage=storage_number(storage),
             activation=activation(op.activation), residual_last=op.residual_last,
         )  # fmt: skip
         for name, place in (("x", x), ("residual", node.residual), ("y", node.name)):
             if place is not None:
                 pitch = arena.pitch(place)
-                setattr(step, name, arena.address(place) + 4 * image * h * w * pitch)
+                before = arena.element_bytes(place) * image * h * w * pitch
+                setattr(step, name, arena.address(place) + before)
                 setattr(step, f"{name}_pitch", pitch)
         steps.append(step)
     return Native(steps)
+
+
+def convert(graph: Graph, node: Node, op: Convert, arena: Arena) -> Native:
+    """Lowers a conversion to a step of the library for bfloat16."""
+    x, channels = node.inputs[0], channels_of(graph, node.name)
+    step = Step(
+        kind=kind("to_bf16" if op.dtype == "bfloat16" else "to_fp32"),
+        N=1, P=1, Q=pixels_of(graph, x), C=channels, K=channels + arena.zeros_behind(node.name),
+        x=arena.address(x), x_pitch=arena.pitch(x),
+        y=arena.address(node.name), y_pitch=arena.pitch(node.name), storage=storage_number("bf16"),
+    )  # fmt: skip
+    return Native([step])

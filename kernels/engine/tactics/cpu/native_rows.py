@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.conv_candidates import NativeConfig
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.program import Step, fused_run, local_pixels, whole_vectors
+from resfuse.kernels.cpu.program import VALUE_BYTES, Step, fused_run, local_pixels, whole_vectors
 from resfuse.kernels.cpu.row_fusion import RowLayout, is_pointwise, rows_within
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Conv, Graph, MaxPool, Node, State
@@ -35,7 +35,7 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
         return
     if conv_candidates.refusal(problem) is not None:
         return
-    line = 4 * problem.q * whole_vectors(problem.k)
+    line = VALUE_BYTES[conv_candidates.storage_of(problem)] * problem.q * whole_vectors(problem.k)
     strips = sorted({_rows_within(size // line, problem, behind) for size in _STRIPS})
     offered = [
         (("form", config.form), ("block", min(config.block, pixels)), ("rows", rows))

@@ -21,7 +21,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     op = graph.nodes[at].op
-    if isinstance(op, Conv) and not op.residual_last:
+    if isinstance(op, Conv) and not op.residual_last and onednn.supports(op.problem.dtype):
         yield Candidate("onednn", at, at + 1)
 
 
