@@ -180,6 +180,7 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
     return digest.hexdigest()[:20]
 
 
+@functools.cache
 def processor() -> str:
     """Returns the lines of /proc/cpuinfo that -march=native depends on."""
     try:

@@ -214,10 +214,17 @@ class Arena:
 
     def view(self, name: str) -> Tensor:
         """Returns the value as a tensor in the arena, of the shape it has in the graph."""
-        pitch, shape = self.pitch(name), self._graph.values[name].shape
-        each = self.element_bytes(name)
+        return self._view(name, 0, self._graph.values[name].shape)
+
+    def view_of_zeros(self, name: str) -> Tensor:
+        """Returns the channels of zeros behind a value's own, of which there may be none."""
+        n, c, *rest = self._graph.values[name].shape
+        return self._view(name, c, (n, self.zeros_behind(name), *rest))
+
+    def _view(self, name: str, channel: int, shape: tuple[int, ...]) -> Tensor:
+        pitch, each = self.pitch(name), self.element_bytes(name)
         memory = self._bytes.view(torch.bfloat16 if each == 2 else torch.float32)
-        start = memory.storage_offset() + self._layout.offset(name) // each
+        start = memory.storage_offset() + self._layout.offset(name) // each + channel
         if len(shape) == 2:
             return memory.as_strided(shape, (pitch, 1), start)
         n, c, h, w = shape

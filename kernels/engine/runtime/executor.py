@@ -95,10 +95,12 @@ class Executor:
     def _copy_in(self, name: str) -> None:
         self._flush()
         self._copied.add(name)
-        view = self._views[name]
+        view, zeros = self._views[name], self.arena.view_of_zeros(name)
 
         def copy(values: Values) -> None:
             view.copy_(values[name])
+            if zeros.numel():  # another value may have lain there since
+                zeros.zero_()
 
         self._items.append(copy)
         self._copies.append(copy)

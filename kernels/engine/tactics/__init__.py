@@ -56,7 +56,7 @@ class Tactic:
 TACTICS: dict[str, Tactic] = {
     "native": Tactic(
         "resfuse.kernels.engine.tactics.cpu.native",
-        "C++ for this processor: direct, Winograd and grouped convolutions, pools; float32, CPU",
+        "C++ for this processor: direct, Winograd and grouped convolutions, pools; fp32, bf16; CPU",
         in_arena=True,
     ),
     "native_chain": Tactic(

@@ -285,9 +285,11 @@ def test_float32_is_rounded_to_the_nearest_and_halfway_to_the_even(shape: tuple[
     assert torch.equal(got.nan_to_num(7.0), x.bfloat16().nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("tactic", ["native", "eager"])
 @pytest.mark.parametrize("channels", [1, 3, 4, 5, 15])
-def test_a_stem_reads_an_image_of_any_channels_in_pairs(channels: int) -> None:
-    """The conversion writes zeros behind an odd number of channels, which the convolution reads."""
+def test_a_stem_reads_an_image_of_any_channels_in_pairs(channels: int, tactic: str) -> None:
+    """Zeros are written behind an odd number of channels, which the convolution reads, by whatever
+    converts."""
     problem = of_bf16(problem_of(2, channels, 9, 8, 32, 3, 3, padding=(1, 1)))
     graph, state = in_bf16(conv_graph(problem)), conv_state(problem)
     image = Node("x", Convert("bfloat16"), ("image",))
@@ -296,7 +298,7 @@ def test_a_stem_reads_an_image_of_any_channels_in_pairs(channels: int) -> None:
     x = bf16_inputs(graph)[0]
     x[0, 0, 1, 1] = float("inf")
     for config in every_config(problem):
-        choices = [Candidate("native", 0, 1), replace(single(config), start=1, stop=2)]
+        choices = [Candidate(tactic, 0, 1), replace(single(config), start=1, stop=2)]
         with guarded() as guards:
             executor = Executor(both, choices, state)
             assert executor.arena.pitch("x") == channels + channels % 2
