@@ -23,6 +23,7 @@ from resfuse.bench.report.data.result import (
 from resfuse.bench.report.html.measure_again import command_line
 from resfuse.bench.report.plots.plot_roofline import least_byte_points, measured_roof
 from resfuse.bench.report.plots.plot_throughput import rounds
+from resfuse.bench.report.sections import served_section
 from resfuse.bench.report.sections.comparison_section import MODE_TITLES
 from resfuse.bench.report.tables import headline
 from resfuse.bench.report.tables.column import Column
@@ -87,6 +88,29 @@ def _environment(environment: Environment) -> dict[str, Any]:
         "note": "" if environment.facts else NO_FACTS,
         "last": max(times, default=""),
         "convolutions": len(environment.workloads),
+        "served": [_served(comparison) for comparison in environment.served],
+    }
+
+
+def _served(comparison: Comparison) -> dict[str, Any]:
+    """A load of the scenarios throughput and server: a table of text, and what did not run."""
+    columns, ran = served_section.rows(comparison)
+    names = {  # cells of markdown, as they are
+        served_section.MODEL.title: lambda r: f"{r.model}, {r.img_size} px",
+        served_section.BACKEND.title: lambda r: r.label,
+    }
+    return {
+        "title": served_section.title(comparison, str),
+        "meaning": served_section.MEANING.get(comparison.setting.scenario, ""),
+        "note": served_section.note(comparison, str),
+        "columns": [{"title": column.title, "right": column.right} for column in columns],
+        "rows": [
+            [names.get(column.title, column.cell)(result) for column in columns] for result in ran
+        ],
+        "failures": [
+            f"{failure.status}: {which(failure.results, comparison.results)}: {failure.reason}"
+            for failure in failure_groups(comparison.results)
+        ],
     }
 
 

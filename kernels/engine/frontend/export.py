@@ -18,6 +18,7 @@ from resfuse.kernels.engine.frontend.merge import merge
 from resfuse.kernels.engine.frontend.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
 from resfuse.kernels.engine.frontend.side_effects import SideEffects, Unreadable
 from resfuse.kernels.engine.ir.graph import Graph, Node, Torch
+from resfuse.kernels.observation.engine_capture import capturing
 from resfuse.kernels.observation.observer import undrawn
 
 aten = torch.ops.aten
@@ -31,7 +32,7 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
             data; or its forward has side effects, writes to buffers included.
     """
     effects, questions, settled = SideEffects(model), LayoutQuestions(), False
-    with effects.observed():
+    with capturing(), effects.observed():
         program = _exported(model, example, questions)
         effects.undo()  # torch has put back copies of lists
         if effects.change is not None:

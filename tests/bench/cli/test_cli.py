@@ -1,6 +1,7 @@
 """The command line: bad input gets one sentence and exit code 2, before anything is measured."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,17 @@ def test_help_and_the_import_behind_it_load_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout))
     assert not loaded & {"torch", "pandas", "matplotlib", "rich", "onnxruntime", "sklearn"}
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """`resfuse study models --list | head -1`: no traceback, not even from the flush at exit."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from resfuse.bench.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "study", "models", "--list"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_what_reads_rows_needs_no_torch() -> None:
