@@ -34,6 +34,8 @@ _ACTIVATIONS: dict[Any, str] = {
     aten.relu.default: "relu",
     aten.silu.default: "silu",
     aten.hardswish.default: "hardswish",
+    aten.sigmoid.default: "sigmoid",
+    aten.hardsigmoid.default: "hardsigmoid",
     aten.leaky_relu.default: "leaky_relu",
     aten.hardtanh.default: "relu6",
     aten.prelu.default: "prelu",
