@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
+from resfuse.kernels.engine.frontend.channel_picks import add_part
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.frontend.merge import merge
@@ -192,7 +193,7 @@ class _Reader:
         if target is operator.getitem:
             if args[1] == 0 and read.names[args[0]] in read.values:
                 read.same(node, args[0])  # the result of a batch norm; its statistics are not read
-            else:
+            elif not add_part(read, node):
                 self._one_of_several(node)
         elif target is aten._assert_tensor_metadata.default:
             pass  # true of the example, and the engine takes inputs like it only
