@@ -75,7 +75,7 @@ def test_an_fp32_network_computed_in_bf16(
     assert (told["precision"], told["math_mode"]) == ("bf16", "bf16")
     (one,) = told["batches"]
     assert 1e-4 < one["rel_l2_err"] <= one["allowed_err"]
-    assert "computed in bf16" in one["explain"] and one["speed"] is not None
+    assert "to bfloat16" in one["explain"] and one["speed"] is not None
     said = error_of([*asked, "--load", str(saved[0])], capsys)  # an engine that computes in fp32
     assert "it computed in a finer precision than was asked for" in said
 
