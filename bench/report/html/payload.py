@@ -26,7 +26,7 @@ from resfuse.bench.report.plots.plot_throughput import rounds
 from resfuse.bench.report.sections import served_section
 from resfuse.bench.report.sections.comparison_section import MODE_TITLES
 from resfuse.bench.report.tables import headline
-from resfuse.bench.report.tables.column import Column
+from resfuse.bench.report.tables.column import BACKEND, Column
 from resfuse.bench.report.tables.depth import ceiling_sentence, depth_series, gflop_per_s
 from resfuse.bench.report.tables.failures import failure_groups, nothing_failed, which
 from resfuse.bench.report.tables.guide import RULES, STATUS_MEANING
@@ -92,21 +92,22 @@ def _environment(environment: Environment) -> dict[str, Any]:
     }
 
 
+def _unescaped(column: Column, result: Result) -> str:
+    """Returns the text of a cell, of names as they are and not as markdown has them."""
+    if column is served_section.MODEL:
+        return f"{result.model}, {result.img_size} px"
+    return result.label if column is BACKEND else column.cell(result)
+
+
 def _served(comparison: Comparison) -> dict[str, Any]:
     """A load of the scenarios throughput and server: a table of text, and what did not run."""
     columns, ran = served_section.rows(comparison)
-    names = {  # cells of markdown, as they are
-        served_section.MODEL.title: lambda r: f"{r.model}, {r.img_size} px",
-        served_section.BACKEND.title: lambda r: r.label,
-    }
     return {
         "title": served_section.title(comparison, str),
         "meaning": served_section.MEANING.get(comparison.setting.scenario, ""),
         "note": served_section.note(comparison, str),
         "columns": [{"title": column.title, "right": column.right} for column in columns],
-        "rows": [
-            [names.get(column.title, column.cell)(result) for column in columns] for result in ran
-        ],
+        "rows": [[_unescaped(column, result) for column in columns] for result in ran],
         "failures": [
             f"{failure.status}: {which(failure.results, comparison.results)}: {failure.reason}"
             for failure in failure_groups(comparison.results)

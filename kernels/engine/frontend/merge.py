@@ -80,16 +80,16 @@ def _joined(first: Node, second: Node) -> Conv | Affine | None:
 def join_picks(graph: Graph) -> Graph:
     """Makes each pick of a pick one of what that reads, however many read the first one."""
     nodes: list[Node] = []
-    picks: dict[str, Node] = {}
+    picks: dict[str, tuple[Pick, tuple[str, ...]]] = {}  # and what each reads
     for node in graph.nodes:
-        if isinstance(node.op, Pick):
-            first = picks.get(node.inputs[0])
-            assert first is None or isinstance(first.op, Pick)
-            op = None if first is None else first.op.then(node.op)
-            if first is not None and op is not None:
-                node = Node(node.name, op, first.inputs)
-            picks[node.name] = node
-        nodes.append(node)
+        op, inputs = node.op, node.inputs
+        if isinstance(op, Pick):
+            if inputs[0] in picks:
+                first, read = picks[inputs[0]]
+                joined = first.then(op)
+                op, inputs = (op, inputs) if joined is None else (joined, read)
+            picks[node.name] = op, inputs
+        nodes.append(Node(node.name, op, inputs))
     return replace(graph, nodes=tuple(nodes))
 
 
