@@ -29,7 +29,7 @@ bench: $(STAMP)  ## measure networks here and write results/<machine>/REPORT.md;
 TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
 	$(BIN)/python -m pytest -q --benchmark-disable -n logical --maxprocesses 8 --dist worksteal
 
-test: $(STAMP)  ## run the tests, one process a core; benchmarks check their answers and time nothing; ARGS="-k native"
+test: $(STAMP)  ## run the tests, three processes for two cores; benchmarks check their answers and time nothing; ARGS="-k native"
 	$(TEST) --durations 10 $(ARGS)
 
 test-fast: $(STAMP)  ## those that are not marked slow, in some minutes

@@ -3,7 +3,9 @@
 A backend's `build(model, example) -> run` does everything that happens once (folding, export,
 compilation); `run(images)` is what gets timed. `trainable(model, example) -> module` is its
 counterpart for training, where it has one, and `streams(model, example, cores) -> Streams` for many
-batches at a time on a CPU (streams.py). On a CPU each is called for a small network first, so
+batches at a time on a CPU (streams.py). Where an fp32 network is to be computed in another dtype
+(precision bf16), a backend is given the network converted (converted.py); one with a way of its own
+takes `compute_dtype=` in both functions. On a CPU each is called for a small network first, so
 that the code it loads is not counted as memory. What cannot run here raises `Unavailable` with the
 reason. The strings are imported when the backend is used, so that an optional package that is not
 installed costs nothing.
@@ -13,6 +15,7 @@ import importlib
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from resfuse.bench.common.errors import Unavailable
@@ -44,6 +47,9 @@ class Backend:
     takes_parallel: bool = False
     # "module:function"; without, each stream is a thread with a network of its own.
     streams: str | None = None
+    # `build` and `streams` take `compute_dtype`, None or what an fp32 network is computed in;
+    # without, they are given the network and its images in that dtype.
+    takes_compute_dtype: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
@@ -62,6 +68,7 @@ BACKENDS: dict[str, Backend] = {
         require="resfuse.bench.backends.compiled:require",
         takes_parallel=True,
         streams="resfuse.bench.backends.compiled:streams",
+        takes_compute_dtype=True,
     ),
     "compiled_max_autotune": Backend(
         "resfuse.bench.backends.compiled:build_max_autotune",
@@ -71,6 +78,7 @@ BACKENDS: dict[str, Backend] = {
         require="resfuse.bench.backends.compiled:require",
         takes_parallel=True,
         streams="resfuse.bench.backends.compiled:streams_max_autotune",
+        takes_compute_dtype=True,
     ),
     "fused": Backend(
         "resfuse.bench.backends.fused:build",
@@ -86,6 +94,7 @@ BACKENDS: dict[str, Backend] = {
         BOTH,
         require="resfuse.bench.backends.fused:require",
         streams="resfuse.bench.backends.engine:streams",
+        takes_compute_dtype=True,
     ),
     "cudnn_fused": Backend(
         "resfuse.bench.backends.cudnn_fused:build",
@@ -98,6 +107,7 @@ BACKENDS: dict[str, Backend] = {
         NCHW,
         require="resfuse.bench.backends.onnxrt:require",
         streams="resfuse.bench.backends.onnxrt:streams",
+        takes_compute_dtype=True,
     ),
     "onnxrt_tensorrt": Backend(
         "resfuse.bench.backends.onnxrt:build_tensorrt",
@@ -105,6 +115,7 @@ BACKENDS: dict[str, Backend] = {
         NCHW,
         require="resfuse.bench.backends.onnxrt:require_tensorrt",
         package="tensorrt",
+        takes_compute_dtype=True,
     ),
     "openvino": Backend(
         "resfuse.bench.backends.openvino:build",
@@ -113,6 +124,7 @@ BACKENDS: dict[str, Backend] = {
         require="resfuse.bench.backends.openvino:require",
         package="resfuse[openvino]",
         streams="resfuse.bench.backends.openvino:streams",
+        takes_compute_dtype=True,
     ),
     "tensorrt": Backend(
         "resfuse.bench.backends.tensorrt:build",
@@ -133,9 +145,21 @@ def backend(name: str, argument: str = "--backend") -> Backend:
     return BACKENDS[pick(argument, [name], list(BACKENDS))[0]]
 
 
-def load_build(name: str) -> "Build":
-    build: Build = load(backend(name).build)
-    return build
+def load_build(name: str, compute_dtype: "torch.dtype | None" = None) -> "Build":
+    """Returns a backend's `build`.
+
+    Args:
+        compute_dtype: what it computes the fp32 network in that it is given; None for the
+            network's own.
+    """
+    build: Callable[..., Run] = load(backend(name).build)
+    if compute_dtype is None:
+        return build
+    if backend(name).takes_compute_dtype:
+        return partial(build, compute_dtype=compute_dtype)
+    from resfuse.bench.backends.converted import converted
+
+    return converted(build, compute_dtype)
 
 
 def why_unavailable(name: str, device: "torch.device") -> str | None:
@@ -162,16 +186,30 @@ def load_trainable(name: str) -> "Trainable":
     return trainable
 
 
-def load_streams(name: str, model: "nn.Module", example: "Tensor", cores: int) -> "Streams":
-    """Returns a backend's streams on so many cores, ready to serve."""
-    own = backend(name).streams
-    if own is not None:
-        streams: Streams = load(own)(model, example, cores)
-        return streams
-    from resfuse.bench.backends.streams import CallerStreams
+def load_streams(
+    name: str,
+    model: "nn.Module",
+    example: "Tensor",
+    cores: int,
+    compute_dtype: "torch.dtype | None" = None,
+) -> "Streams":
+    """Returns a backend's streams on so many cores, ready to serve; `compute_dtype` as in
+    `load_build`."""
+    target = backend(name).streams
+    if target is None:
+        from resfuse.bench.backends.streams import CallerStreams
 
-    build = load_build(name)
-    return CallerStreams([build(deepcopy(model), example) for _ in range(cores)])
+        build = load_build(name, compute_dtype)
+        return CallerStreams([build(deepcopy(model), example) for _ in range(cores)])
+    streams: Callable[..., Streams] = load(target)
+    if compute_dtype is None:
+        return streams(model, example, cores)
+    if backend(name).takes_compute_dtype:
+        return streams(model, example, cores, compute_dtype=compute_dtype)
+    from resfuse.bench.backends.converted import ConvertedStreams
+
+    inner = streams(model.to(compute_dtype), example.to(compute_dtype), cores)
+    return ConvertedStreams(inner, compute_dtype)
 
 
 def load(target: str) -> Any:

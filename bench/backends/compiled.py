@@ -7,6 +7,7 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
 
+from resfuse.bench.backends.converted import in_dtype
 from resfuse.bench.backends.streams import CallerStreams, Streams
 from resfuse.bench.common.errors import Unavailable
 
@@ -25,28 +26,38 @@ def require(device: torch.device) -> None:
         raise Unavailable("torch.compile finds no C++ compiler") from None
 
 
-def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+def build(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
     """Compiles in the default mode, frozen: inductor folds batch norm and prepacks the weights.
+    Conversions to `compute_dtype` and back are compiled with the rest.
 
     Raises:
         Unavailable: there is no compiler, as in the functions below.
     """
-    return _frozen(torch.compile(model, dynamic=False), example)
+    return _frozen(torch.compile(in_dtype(model, compute_dtype), dynamic=False), example)
 
 
-def build_max_autotune(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+def build_max_autotune(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
     """Compiles in mode max-autotune, frozen: kernels chosen by measurement, CUDA graphs on a
     GPU."""
-    return _frozen(torch.compile(model, dynamic=False, mode="max-autotune"), example)
+    converted = in_dtype(model, compute_dtype)
+    return _frozen(torch.compile(converted, dynamic=False, mode="max-autotune"), example)
 
 
-def streams(model: nn.Module, example: Tensor, cores: int) -> Streams:
+def streams(
+    model: nn.Module, example: Tensor, cores: int, compute_dtype: torch.dtype | None = None
+) -> Streams:
     """All call one compiled model, compiled where torch has one thread: guards see the count."""
-    return CallerStreams([build(model, example)] * cores)
+    return CallerStreams([build(model, example, compute_dtype)] * cores)
 
 
-def streams_max_autotune(model: nn.Module, example: Tensor, cores: int) -> Streams:
-    return CallerStreams([build_max_autotune(model, example)] * cores)
+def streams_max_autotune(
+    model: nn.Module, example: Tensor, cores: int, compute_dtype: torch.dtype | None = None
+) -> Streams:
+    return CallerStreams([build_max_autotune(model, example, compute_dtype)] * cores)
 
 
 def trainable(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:

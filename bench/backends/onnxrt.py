@@ -4,6 +4,9 @@ in place: no copy between host and device is timed.
 Its CUDA provider is given what its documentation recommends for convolutional networks: NHWC, an
 exhaustive search for convolution algorithms, and a CUDA graph over static buffers. The default NCHW
 would be a straw man.
+
+In another precision than the network's it runs a file that converts the images, computes in that
+precision and converts the answers; TensorRT's provider is told the precision instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from resfuse.bench.backends.converted import in_dtype
 from resfuse.bench.backends.onnx_export import exported, require_exporter
 from resfuse.bench.backends.output_tree import OutputTree, output_tree
 from resfuse.bench.backends.streams import CallerStreams, Streams
@@ -33,14 +37,17 @@ ELEMENT_TYPES = {
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 
-def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
+def build(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Any]:
     """The provider of the example's device.
 
     Raises:
         Unavailable: ONNX Runtime has no provider for that device, or none of its kernels for the
             precision.
     """
-    return _build(model, example, CUDA if example.is_cuda else CPU)
+    provider = CUDA if example.is_cuda else CPU
+    return _build(in_dtype(model, compute_dtype), example, provider, compute_dtype or example.dtype)
 
 
 def require(device: torch.device) -> None:
@@ -55,17 +62,21 @@ def require_tensorrt(device: torch.device) -> None:
     _require(TENSORRT)
 
 
-def build_tensorrt(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
+def build_tensorrt(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Any]:
     """The TensorRT provider.
 
     Raises:
         Unavailable: no CUDA device, or TensorRT's libraries are not there.
     """
     require_tensorrt(example.device)
-    return _build(model, example, TENSORRT)
+    return _build(model, example, TENSORRT, compute_dtype or example.dtype)
 
 
-def streams(model: nn.Module, example: Tensor, cores: int) -> Streams:
+def streams(
+    model: nn.Module, example: Tensor, cores: int, compute_dtype: torch.dtype | None = None
+) -> Streams:
     """A session for each core, on one thread.
 
     Sessions of the Python package cannot share weights that are packed, so each has its own.
@@ -74,9 +85,10 @@ def streams(model: nn.Module, example: Tensor, cores: int) -> Streams:
         Unavailable: as `build`.
     """
     _require(CPU)
+    model, precision = in_dtype(model, compute_dtype), compute_dtype or example.dtype
     tree = output_tree(model, example)
     with exported(model, example) as file:
-        sessions = [_session(file, example, CPU, {}, threads=1) for _ in range(cores)]
+        sessions = [_session(file, precision, CPU, {}, threads=1) for _ in range(cores)]
     outputs = _outputs(sessions[0], tree, len(example))
     return CallerStreams([_bound(session, example, tree, outputs) for session in sessions])
 
@@ -111,14 +123,16 @@ def _require(provider: str) -> None:
         raise Unavailable(f"onnxruntime has no {provider}")
 
 
-def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor], Any]:
+def _build(
+    model: nn.Module, example: Tensor, provider: str, precision: torch.dtype
+) -> Callable[[Tensor], Any]:
     _require(provider)
     device_index = example.device.index or 0
     stream = torch.cuda.current_stream().cuda_stream if example.is_cuda else 0
-    options = provider_options(provider, device_index, stream, example.dtype)
+    options = provider_options(provider, device_index, stream, precision)
     tree = output_tree(model, example)
     with exported(model, example) as file:
-        session = _session(file, example, provider, options, torch.get_num_threads())
+        session = _session(file, precision, provider, options, torch.get_num_threads())
     outputs = _outputs(session, tree, len(example))
     if example.is_cuda:
         return _graphed(session, example, tree, outputs)
@@ -126,7 +140,7 @@ def _build(model: nn.Module, example: Tensor, provider: str) -> Callable[[Tensor
 
 
 def _session(
-    file: Path, example: Tensor, provider: str, options: dict[str, str], threads: int
+    file: Path, precision: torch.dtype, provider: str, options: dict[str, str], threads: int
 ) -> "InferenceSession":
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -137,7 +151,8 @@ def _session(
     try:
         session = onnxruntime.InferenceSession(file, settings, providers=[(provider, options)])
     except (state.NotImplemented, state.InvalidGraph):
-        raise Unavailable(f"onnxruntime's {provider} has no {example.dtype} convolution") from None
+        name = str(precision).removeprefix("torch.")
+        raise Unavailable(f"onnxruntime's {provider} has no {name} convolution") from None
     if provider not in session.get_providers():
         raise Unavailable(
             f"onnxruntime could not load its {provider} and fell back to {session.get_providers()}"

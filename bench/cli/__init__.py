@@ -5,6 +5,7 @@ Nothing heavy is imported until a command runs, so that `resfuse --help` answers
 
 import argparse
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from resfuse.bench.running.bench_flags import add_bench
 from resfuse.bench.studies import add_studies
 
 INTERRUPTED = 130
+UNREAD = 1  # what rich's console exits with
 
 COMMANDS: dict[str, Subcommand] = {
     "bench": Subcommand(
@@ -106,17 +108,22 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 where `inspect` found problems or `compare` a
-    regression, 2 for bad input, 130 after Ctrl-C."""
+    regression, 2 for bad input, 130 after Ctrl-C, 1 where nothing reads the output."""
     try:
         parsed = parser().parse_args(arguments)
         with _warnings_in_a_sentence():
-            return COMMANDS[parsed.command].load()(parsed)
+            code = COMMANDS[parsed.command].load()(parsed)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         print(f"resfuse: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("resfuse: interrupted; the rows measured so far are kept", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # `resfuse list models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return UNREAD
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ def _measure(
 
     cost = measure_case.cost_of(case, model)
     floor = roofline.floor(
-        cost, case.batch_size, case.mode, batches[0].element_size(), ceilings, case.math_mode
+        cost, case.batch_size, case.mode, network.element_bytes(case), ceilings, case.math_mode
     )
     times_ms, baseline_ms, apart_ms = (tuple(sum(lap) for lap in own) for own in laps)
     measured = Measured(

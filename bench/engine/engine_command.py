@@ -11,14 +11,14 @@ from torch import nn
 from resfuse.bench.common.errors import Unavailable, UsageError
 from resfuse.bench.common.output_file import require_place
 from resfuse.bench.common.precision import set_math_mode
-from resfuse.bench.common.selection import pick_one
 from resfuse.bench.engine.engine_facts import FORMAT, EngineFacts, Speed, build, facts
 from resfuse.bench.measuring import network
 from resfuse.bench.measuring.clock import timing
 from resfuse.bench.measuring.device import resolve_device
 from resfuse.bench.models.model_builder import describe as describe_model
 from resfuse.bench.models.sources import choose_one
-from resfuse.bench.records.case import PRECISIONS, Case, Options
+from resfuse.bench.records.case import Case, Options
+from resfuse.bench.records.precision_names import pick_precision
 from resfuse.bench.running.sweep import require_positive
 from resfuse.kernels import Engine, load_engine
 
@@ -56,7 +56,7 @@ def case_of(args: argparse.Namespace) -> Case:
         UsageError: an unknown name, a size below 1, or a device that cannot be used.
     """
     model = choose_one("MODEL", args.model, args.model_kwargs)
-    precision = pick_one("--precision", args.precision, list(PRECISIONS))
+    precision = pick_precision(args.precision)
     require_positive("--batch-size", args.batch_size)
     if args.img_size is not None:
         require_positive("--img-size", [args.img_size])

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from resfuse.bench.backends.engine import PRECISIONS
 from resfuse.bench.common.statistics import paired_speedup
 from resfuse.bench.measuring import correctness, network
 from resfuse.bench.measuring.clock import timing
@@ -64,7 +65,10 @@ def build(
     """An engine for the case's images at each batch size, and the seconds it took."""
     example = network.batches(case)[0]
     watch = timing.Watch()
-    engine = build_engine(model, example, batch_sizes=batch_sizes, timings=timings)
+    engine = build_engine(
+        model, example, batch_sizes=batch_sizes, timings=timings,
+        precision=PRECISIONS[network.compute_dtype(case)],
+    )  # fmt: skip
     synchronize(example.device.type)
     return engine, timing.seconds(watch.elapsed())
 
@@ -81,7 +85,7 @@ def facts(engine: Engine, model: nn.Module, case: Case, options: Options) -> Eng
         ValueError: the engine does not take such images.
     """
     batches = network.batches(case)
-    expected = answers(model, batches, case.math_mode)
+    expected = answers(model, batches, case.math_mode, network.compute_dtype(case))
     found: list[Accuracy] = []
     speed, error = None, ""
     try:
@@ -118,7 +122,7 @@ def _speed(
     saw: Callable[[Accuracy], None],
 ) -> Speed:
     candidate = Checked(lambda _: engine, FORMAT, batches)
-    eager = Inference("eager", FORMAT, deepcopy(model), batches)
+    eager = Inference("eager", FORMAT, deepcopy(model), batches, network.compute_dtype(case))
     for subject in (candidate, eager):
         subject.set_up()
         subject.expect(expected)

@@ -23,6 +23,7 @@ from resfuse.bench.models.sources import choose, is_ours
 from resfuse.bench.models.zoo import on_meta
 from resfuse.bench.records import results
 from resfuse.bench.records.case import PRECISIONS, Request
+from resfuse.bench.records.precision_names import pick_precisions
 from resfuse.bench.running import survey
 from resfuse.bench.running.sweep import require_positive
 from resfuse.kernels.engine.cost.cuts import CUTS, with_batch
@@ -62,7 +63,7 @@ def roofline(args: argparse.Namespace) -> int:
     require_positive("--batch-size", batch_sizes)
     if args.img_size is not None:
         require_positive("--img-size", [args.img_size])
-    precisions = pick("--precision", args.precision, list(PRECISIONS)) if args.precision else []
+    precisions = pick_precisions(args.precision)
     gpus = pick("--gpu", args.gpu, list(GPUS)) if args.gpu else []
     if gpus and args.device != "auto":
         raise UsageError("argument --device: not with --gpu, which is about cards elsewhere")
@@ -136,7 +137,7 @@ def _subjects(
 
 def _graph(of: Description, precision: str) -> Graph:
     """The network, ours on the meta device: nothing is computed."""
-    dtype = getattr(torch, PRECISIONS[precision].dtype)
+    dtype = getattr(torch, PRECISIONS[precision].storage)
     network = on_meta(of.name) if is_ours(of.name) else build(of.name)
     device = "meta" if is_ours(of.name) else "cpu"
     images = torch.zeros(of.batch_size or 1, of.channels, of.height, of.width, device=device)

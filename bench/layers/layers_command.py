@@ -11,14 +11,15 @@ from pathlib import Path
 
 from resfuse.bench.backends.providers import PROVIDERS
 from resfuse.bench.common.console import stderr, stdout
-from resfuse.bench.common.selection import pick, pick_one
+from resfuse.bench.common.selection import pick
 from resfuse.bench.layers.kernels_command import ROUNDS, run_convolutions
 from resfuse.bench.layers.layers_table import notes, table
 from resfuse.bench.models.sources import choose_one
 from resfuse.bench.records import results
-from resfuse.bench.records.case import PRECISIONS, Case, Options, Request
+from resfuse.bench.records.case import Case, Options, Request
 from resfuse.bench.records.convolutions import every
 from resfuse.bench.records.layer_row import SHEET
+from resfuse.bench.records.precision_names import pick_precision
 from resfuse.bench.report.data.kernel_rows import workloads
 from resfuse.bench.report.data.select import read_folders
 from resfuse.bench.report.data.workload import Workload
@@ -78,9 +79,7 @@ def _request(args: argparse.Namespace) -> Request:
         models=[choose_one("MODEL", args.model, args.model_kwargs)],
         backends=["eager"],
         batch_sizes=[] if args.batch_size is None else [args.batch_size],
-        precisions=[pick_one("--precision", args.precision, list(PRECISIONS))]
-        if args.precision
-        else [],
+        precisions=[pick_precision(args.precision)] if args.precision else [],
         memory_formats=["contiguous"],
         modes=["inference"],
         img_size=args.img_size,

@@ -39,7 +39,7 @@ def blame(baseline: str) -> Iterator[None]:
     """The baseline's wrong answer is not the candidate's: it stops the case under its own name."""
     try:
         yield
-    except WrongAnswer as error:
+    except (WrongAnswer, CannotTake) as error:
         raise RuntimeError(f"the baseline ({baseline}) gave a wrong answer: {error}") from error
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends import load_build
+from resfuse.bench.backends.converted import in_dtype
+from resfuse.bench.common.errors import CannotTake
 from resfuse.bench.measuring import correctness as check
 from resfuse.bench.measuring.clock.timing import Step
 from resfuse.bench.measuring.correctness import Output
@@ -17,6 +19,10 @@ from resfuse.bench.records.sample import Accuracy
 
 Run = Callable[[Tensor], Output]
 IN_A_ROUND = "in a timed round"
+# Where an error is so many times smaller than eager's, nothing was rounded as eager rounds. That of
+# bfloat16 is some 10,000 times that of fp32, and one layer in it costs more than a 100th of what
+# all layers do.
+FINER = 100
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Answers:
     reference: Sequence[Output]  # fp64
     eager: Sequence[Output]  # the case's precision
     limit: check.Limit
+    # An error below this is that of a finer arithmetic than the case's.
+    least: float = 0.0
 
     def constant(self) -> list[bool]:
         """For each output, whether it is the same for all inputs, as anchors are."""
@@ -37,11 +45,18 @@ class Answers:
 
         Raises:
             WrongAnswer: it is not within the limit of the reference.
+            CannotTake: it is too close to the reference for the case's arithmetic.
         """
         given, reference = self._tensors(output, batch), self.reference[batch]
         found = check.accuracy(given, reference, self.eager[batch])
         errors = check.relative_errors(given, reference)
         check.require_right(errors, self.limit, when, found)
+        if found.rel_l2 < self.least:
+            raise CannotTake(
+                f"it computed in a finer precision than was asked for: a relative error of "
+                f"{found.rel_l2:.2g} against fp64, where rounding alone costs eager "
+                f"{FINER * self.least:.2g}"
+            )
         return found
 
     def require(self, output: Output, batch: int, when: str) -> None:
@@ -60,14 +75,24 @@ class Answers:
         return check.require_output(output, self.eager[batch])
 
 
-def answers(model: nn.Module, batches: Sequence[Tensor], math_mode: str) -> Answers:
+def answers(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    math_mode: str,
+    compute_dtype: torch.dtype | None = None,
+) -> Answers:
     """Runs eager and the fp64 reference of the same weights on all batches.
+
+    Args:
+        compute_dtype: what eager computes in; None for the network's own dtype.
 
     Raises:
         WrongAnswer: the network answers all batches alike, or with nothing that could be checked.
     """
     with torch.inference_mode():
-        eager = [model(images) for images in batches]
+        plain = model if compute_dtype is None else in_dtype(deepcopy(model), compute_dtype)
+        eager = [plain(images) for images in batches]
+        del plain
         if not check.outputs(eager[0]):
             raise check.WrongAnswer(
                 f"the network returns {check.structure(eager[0])}, in which there is no tensor"
@@ -78,7 +103,8 @@ def answers(model: nn.Module, batches: Sequence[Tensor], math_mode: str) -> Answ
     first, *further = map(max, zip(*errors, strict=True))
     limit = check.Limit.from_eager(first, math_mode, *further)
     check.require_telling(reference, limit)
-    return Answers(reference, eager, limit)
+    least = 0.0 if compute_dtype is None else max(first, *further, 0.0) / FINER
+    return Answers(reference, eager, limit, least)
 
 
 class Checked:
@@ -202,7 +228,12 @@ class Inference(Checked):
     """One backend running one network."""
 
     def __init__(
-        self, backend: str, memory_format: str, model: nn.Module, batches: Sequence[Tensor]
+        self,
+        backend: str,
+        memory_format: str,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
-        build = partial(load_build(backend), in_format(model, memory_format))
+        build = partial(load_build(backend, compute_dtype), in_format(model, memory_format))
         super().__init__(build, memory_format, batches)

@@ -106,7 +106,7 @@ def _measure(
     baseline_setup_s = timing.seconds(watch.elapsed())
     if not isinstance(candidate, Training) and not isinstance(baseline, Training):
         with torch_threads(cores) if case.is_served else nullcontext():
-            expected = answers(model, batches, case.math_mode)
+            expected = answers(model, batches, case.math_mode, network.compute_dtype(case))
         candidate.expect(expected)
         baseline.expect(expected)
     checks = [candidate.check(i, "before timing") for i in range(network.TIMED_BATCHES)]
@@ -143,8 +143,9 @@ def _measure(
     checks.append(candidate.check(network.TIMED_BATCHES, "after timing, on a new batch"))
 
     cost = cost_of(case, model)
+    element_bytes = network.element_bytes(case)
     floor = roofline.floor(
-        cost, case.batch_size, case.mode, batches[0].element_size(), ceilings, case.math_mode
+        cost, case.batch_size, case.mode, element_bytes, ceilings, case.math_mode
     )
     measured = Measured(
         case=case,
@@ -185,8 +186,11 @@ def begin(case: Case, options: Options) -> str:
     torch.manual_seed(options.seed)
     set_math_mode(case.math_mode, device)
     require_device(device)
-    if PRECISIONS[case.precision].autocast and case.mode != "train":
-        raise Unavailable(f"{case.precision} is a way to train; bfloat16 and float16 infer")
+    precision = PRECISIONS[case.precision]
+    if precision.autocast and case.mode != "train":
+        raise Unavailable(f"{case.precision} is a way to train; bf16, bfloat16 and float16 infer")
+    if precision.compute and case.mode == "train":
+        raise Unavailable(f"{case.precision} is a way to infer; amp_bf16 and bfloat16 train")
     return device
 
 
@@ -296,9 +300,10 @@ def subject(
     if case.mode == "train":
         require_logits(copy, batches[0][:2])
         return training(backend, memory_format, copy, batches, case)
+    compute_dtype = network.compute_dtype(case)
     if case.is_served:
-        return ServedNetwork(backend, memory_format, copy, batches, cores)
-    return Inference(backend, memory_format, copy, batches)
+        return ServedNetwork(backend, memory_format, copy, batches, cores, compute_dtype)
+    return Inference(backend, memory_format, copy, batches, compute_dtype)
 
 
 def require_logits(model: nn.Module, images: torch.Tensor) -> None:

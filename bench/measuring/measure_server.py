@@ -60,7 +60,7 @@ def _measure(
     setup_s = timing.seconds(watch.elapsed())
     peak = measure_case.peak_of(served, device, before)
     with torch_threads(cores):
-        served.expect(answers(model, batches, case.math_mode))
+        served.expect(answers(model, batches, case.math_mode, network.compute_dtype(case)))
     checks = [served.check(i, "before timing") for i in range(network.TIMED_BATCHES)]
 
     quiet = wait_for_quiet(limit_s(device))
@@ -81,8 +81,10 @@ def _measure(
     checks.append(served.check(network.TIMED_BATCHES, "after timing, on a new batch"))
 
     cost = measure_case.cost_of(case, model)
-    element_size = batches[0].element_size()
-    floor = roofline.floor(cost, case.batch_size, case.mode, element_size, ceilings, case.math_mode)
+    element_bytes = network.element_bytes(case)
+    floor = roofline.floor(
+        cost, case.batch_size, case.mode, element_bytes, ceilings, case.math_mode
+    )
     measured = Measured(
         case=case,
         param_count=cost.param_count,

@@ -54,6 +54,20 @@ def dtype(case: Case) -> torch.dtype:
     return found
 
 
+def compute_dtype(case: Case) -> torch.dtype | None:
+    """Returns the dtype that backends compute in; None where it is that of the network."""
+    name = PRECISIONS[case.precision].compute
+    found = None if name is None else getattr(torch, name)
+    assert found is None or isinstance(found, torch.dtype)
+    return found
+
+
+def element_bytes(case: Case) -> int:
+    """Returns the bytes of a number that a backend has to move at the least."""
+    found: int = getattr(torch, PRECISIONS[case.precision].storage).itemsize
+    return found
+
+
 def batches(case: Case, rank: int = 0) -> list[torch.Tensor]:
     """A case's batches [N, C, H, W], on its device: the timed ones, and one for afterwards.
 

@@ -53,14 +53,16 @@ class ServedNetwork:
         model: nn.Module,
         batches: Sequence[Tensor],
         cores: int,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         """Keeps the arguments; nothing runs yet.
 
         Args:
             batches: as Checked takes them.
             cores: that the streams share.
+            compute_dtype: what the backend computes in; None for the model's own dtype.
         """
-        self._backend, self._cores = backend, cores
+        self._backend, self._cores, self._compute_dtype = backend, cores, compute_dtype
         self._format = MEMORY_FORMATS[memory_format]
         self._model: nn.Module | None = in_format(model, memory_format)
         self._batches = batches
@@ -80,7 +82,9 @@ class ServedNetwork:
         """Everything that happens once, each stream's first run included."""
         assert self._model is not None
         example = self._batches[0].clone(memory_format=self._format)
-        self._streams = load_streams(self._backend, self._model, example, self._cores)
+        self._streams = load_streams(
+            self._backend, self._model, example, self._cores, self._compute_dtype
+        )
         self._model = None
         self._buffers = [torch.empty_like(example) for _ in range(self.count)]
         self.batches_a_round = LEAST_A_STREAM * self.count

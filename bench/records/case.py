@@ -21,16 +21,24 @@ class Precision:
     """How numbers are stored (`dtype`, a torch name) and multiplied (`math_mode`).
 
     `autocast`: the torch name of what autocast multiplies in, where a training step runs under it.
+    `compute`: that of the dtype in which each backend computes, in its own way, a network that is
+    given in `dtype`, as are images and answers.
     """
 
     dtype: str
     math_mode: str
     autocast: str | None = None
+    compute: str | None = None
 
     @property
     def product(self) -> str:
         """Returns the type that matrix products and convolutions take."""
-        return self.autocast or self.dtype
+        return self.autocast or self.storage
+
+    @property
+    def storage(self) -> str:
+        """Returns the type of weights and of what lies between layers."""
+        return self.compute or self.dtype
 
 
 # timm's names on the command line. Rows of different math modes are never compared.
@@ -39,12 +47,15 @@ PRECISIONS = {
     "tf32": Precision("float32", "tf32"),
     "float16": Precision("float16", "fp16"),
     "bfloat16": Precision("bfloat16", "bf16"),
+    # OpenVINO's name, and ours in build_engine: an fp32 network, computed in bfloat16 inside.
+    "bf16": Precision("float32", "bf16", compute="bfloat16"),
     # Weights, gradients and optimizer in fp32; fp16's gradients are scaled (GradScaler).
     "amp_bf16": Precision("float32", "amp_bf16", "bfloat16"),
     "amp_fp16": Precision("float32", "amp_fp16", "float16"),
 }
 
 
+USUAL_PRECISION = "float32"
 MOST = "max"  # in place of queries/s
 
 

@@ -55,7 +55,7 @@ PROFILES: dict[tuple[str, str], Profile] = {
         (*DEPTHS, *RELATIVES, *SMALL),
         ("*",),
         (1, 8, 32),
-        ("float32", "bfloat16"),
+        ("float32", "bf16"),
         10.0,
         "families and precisions, some hours",
     ),

@@ -15,13 +15,13 @@ from resfuse.bench.records.case import (
     LATENCY,
     MEMORY_FORMATS,
     MODES,
-    PRECISIONS,
     Case,
     Options,
     Request,
 )
 from resfuse.bench.records.case_row import CASES
 from resfuse.bench.records.outcome import Outcome
+from resfuse.bench.records.precision_names import pick_precisions
 from resfuse.bench.records.sheet import stamp_of
 from resfuse.bench.running.profiles import LEAST_S, PROFILES, Profile
 from resfuse.bench.running.subprocess_runner import run_case
@@ -50,7 +50,7 @@ def expand(request: Request) -> list[Case]:
     default = profile(request)
     models = models_of(request, default)
     backends = pick("--backend", request.backends or default.backends, list(BACKENDS))
-    precisions = pick("--precision", request.precisions or default.precisions, list(PRECISIONS))
+    precisions = pick_precisions(request.precisions or default.precisions)
     formats = pick("--memory-format", request.memory_formats or MEMORY_FORMATS, MEMORY_FORMATS)
     modes = pick("--bench", request.modes, MODES)
     if request.scenario != LATENCY and "train" in modes:

@@ -3,13 +3,15 @@ on disk.
 
 Like torch.compile and Triton, this needs a compiler where it runs; callers have a fallback where
 there is none. The file's name is a hash of everything that it is compiled from, and it is renamed
-into place when it is complete, so several processes may compile it at once.
+into place when it is complete. Of several processes that need it at once one compiles it and the
+others wait, where the file system has locks; where it has none, all compile it.
 
 There is a library for each type that values are stored in: for float32, and for bfloat16 one more
 of the same sources, compiled where a network in bfloat16 is built first. So float32 pays nothing
 for it, neither seconds nor a branch.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Literal
@@ -200,17 +203,38 @@ def processor() -> str:
 def _compile(compiler: str, flags: tuple[str, ...], built: Path) -> None:
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            output = Path(folder) / built.name
-            source = str(_SOURCES / "steps.cpp")
-            command = [compiler, *flags, source, "-o", str(output)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = _first_error(done.stderr)
-                raise NativeUnavailable(f"{compiler} cannot compile the native steps: {said}")
-            output.replace(built)
+        with _locked(built.with_suffix(".lock")):
+            if built.exists():
+                return
+            _compile_alone(compiler, flags, built)
     except OSError as error:
         raise NativeUnavailable(f"the native library cannot be made: {error}") from None
+
+
+def _compile_alone(compiler: str, flags: tuple[str, ...], built: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        output = Path(folder) / built.name
+        source = str(_SOURCES / "steps.cpp")
+        command = [compiler, *flags, source, "-o", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = _first_error(done.stderr)
+            raise NativeUnavailable(f"{compiler} cannot compile the native steps: {said}")
+        output.replace(built)
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Lets one process at a time in, and removes the file of the lock."""
+    with file.open("w") as lock:
+        with contextlib.suppress(ImportError, OSError):  # a system or file system without locks
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _first_error(said: str) -> str:

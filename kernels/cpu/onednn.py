@@ -22,6 +22,7 @@ _ELTWISE: dict[str, tuple[str, list[float]]] = {
     "relu6": ("hardtanh", [0.0, 6.0]),
     "silu": ("swish", []),
     "hardswish": ("hardswish", []),
+    "sigmoid": ("sigmoid", []),
 }
 
 
@@ -65,7 +66,8 @@ class PackedConv:
         self._bias = bias
         self._layer = (self.weight, bias, *window, geometry.groups)
         self._act, self._slope = ACTIVATIONS[activation], slope
-        self._fused = activation != "prelu"  # oneDNN has no activation with a slope a channel
+        # oneDNN has no activation with a slope a channel, and torch's op no hardsigmoid
+        self._fused = activation not in ("prelu", "hardsigmoid")
         name, scalars = _ELTWISE.get(activation, ("none", []))
         if activation == "leaky_relu":
             assert isinstance(slope, float | int)

@@ -14,7 +14,10 @@ from resfuse.kernels.cpu import library as native
 from resfuse.kernels.cpu.cpus import asked_for, threads
 from resfuse.kernels.cpu.library import Storage
 
-ACTIVATIONS = ("identity", "relu", "relu6", "hardswish", "leaky_relu", "prelu")
+ACTIVATIONS = (
+    "identity", "relu", "relu6", "silu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu",
+    "prelu",
+)  # fmt: skip
 _POINTERS = ("x", "w", "bias", "slope", "residual", "y", "scratch")
 _NUMBERS = (
     "N", "H", "W", "C", "K", "R", "S", "P", "Q",

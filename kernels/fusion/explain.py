@@ -131,7 +131,7 @@ def _what_is_done(model: nn.Module) -> _Found:
         plan = plan_of(module) or planned.plan
         for step in plan.steps.values() if plan is not None else ():
             _add(found, prefix, step)
-        for layer, reason in planned.left.items():
+        for layer, reason in planned.unfused.items():
             found.reasons[prefix + layer] = reason
     return found
 
@@ -150,7 +150,7 @@ def _in_training(
     for name, _, plan in found:
         prefix = f"{name}." if name else ""
         fused |= {prefix + own.name: None for step in plan.steps.values() for own in steps_of(step)}
-        reasons |= {prefix + norm: reason for norm, reason in plan.left.items()}
+        reasons |= {prefix + norm: reason for norm, reason in plan.unfused.items()}
     return tuple(fused), tuple(reasons.items())
 
 

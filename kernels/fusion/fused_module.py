@@ -85,7 +85,7 @@ class FusedModule(nn.Module):
         frozen. A copy of a part needs them, since it cannot see the whole model."""
         training = vars(self).get(TRAINING_PLAN)
         plan = vars(self)[PLAN]
-        return plan.left, None if training is None else training.left, plan.frozen
+        return plan.unfused, None if training is None else training.unfused, plan.frozen
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         plan_state = vars(self).pop(_PLAN_STATE)

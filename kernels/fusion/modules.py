@@ -170,4 +170,6 @@ def _activation(name: str, channels: int) -> nn.Module:
         "leaky_relu": nn.LeakyReLU(inplace=True),
         "prelu": nn.PReLU(channels),
         "hardswish": nn.Hardswish(inplace=True),
+        "sigmoid": nn.Sigmoid(),
+        "hardsigmoid": nn.Hardsigmoid(inplace=True),
     }[name]

@@ -45,6 +45,11 @@ def _silu_backward(grad: Tensor, z: Tensor, _: Slope) -> Tensor:
     return grad * sigmoid * (1 + z * (1 - sigmoid))
 
 
+def _sigmoid_backward(grad: Tensor, z: Tensor, _: Slope) -> Tensor:
+    sigmoid = torch.sigmoid(z)
+    return grad * sigmoid * (1 - sigmoid)
+
+
 def _hardswish_backward(grad: Tensor, z: Tensor, _: Slope) -> Tensor:
     inner = torch.where(z < 3, z / 3 + 0.5, torch.ones_like(z))
     return grad * torch.where(z <= -3, torch.zeros_like(z), inner)
@@ -58,6 +63,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "leaky_relu": Activation(_prelu, _prelu_backward),
     "prelu": Activation(_prelu, _prelu_backward),
     "hardswish": Activation(lambda z, _: F.hardswish(z), _hardswish_backward),
+    "sigmoid": Activation(lambda z, _: torch.sigmoid(z), _sigmoid_backward),
+    "hardsigmoid": Activation(
+        lambda z, _: F.hardsigmoid(z), lambda grad, z, _: grad * ((z > -3) & (z < 3)) / 6
+    ),
 }
 
 

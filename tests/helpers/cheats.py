@@ -200,6 +200,37 @@ def head_lower(model: nn.Module, example: Tensor) -> Run:
     return _honest(model)
 
 
+def fp32_behind_bf16(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+) -> Run:
+    """Computes in fp32 whatever it is asked for."""
+    return _honest(model)
+
+
+def stale_in_bf16(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+) -> Run:
+    """Remembers the output by the address of the input, rounded as bf16's would be."""
+    honest, seen = _honest(model), {}
+
+    def run(images: Tensor) -> Tensor:
+        if images.data_ptr() not in seen:
+            seen[images.data_ptr()] = honest(images).bfloat16().float()
+        return seen[images.data_ptr()].clone()
+
+    return run
+
+
+def fp8_behind_bf16(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+) -> Run:
+    """Computes in bf16 with weights of three bits of mantissa."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn).bfloat16()
+    lower = _honest(model.bfloat16())
+    return lambda images: lower(images.bfloat16()).float()
+
+
 def wrong_dtype(model: nn.Module, example: Tensor) -> Run:
     half = _honest(model.half())
     return lambda images: half(images.half())

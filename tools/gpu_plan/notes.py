@@ -87,7 +87,7 @@ def _limits(key: Key, ceilings: dict[str, float]) -> list[str]:
     if not rate or not copy:
         return [_network(key), *["unknown"] * 4]
     cost = roofline.cost(create(model, device="meta").eval(), img_size)
-    size = getattr(torch, chosen.dtype).itemsize
+    size = getattr(torch, chosen.storage).itemsize
     flops_ms = 2 * cost.macs * batch_size / rate / 1e9
     moved = (cost.param_count + batch_size * (cost.inputs + cost.outputs)) * size
     case = Case(model, "eager", "inference", "cpu", precision, "contiguous", batch_size, img_size)

@@ -31,6 +31,7 @@ PACKAGES = (
     "torch-tensorrt",
     "numpy",
 )
+ROUNDS = 12  # of each loop that finds a ceiling; the fastest counts
 NO_RESULTS = ":!results"  # git's way of saying "but these"
 # What ceilings depend on.
 REACHES = ("device_name", "gpu_memory_gb", "gpu_sms", "driver", "cuda", "cudnn", "torch", "threads")
@@ -132,7 +133,10 @@ def _sources_digest() -> str:
 
 
 def ceilings(
-    device: str, precisions: Iterable[str], known: Mapping[str, str] = MappingProxyType({})
+    device: str,
+    precisions: Iterable[str],
+    known: Mapping[str, str] = MappingProxyType({}),
+    rounds: int = ROUNDS,
 ) -> dict[str, str]:
     """Measures how fast this device copies memory and multiplies in each math mode, on random data.
 
@@ -141,10 +145,11 @@ def ceilings(
 
     Args:
         known: those that need not be measured.
+        rounds: of each loop. Fewer find lower ceilings, at which more is "faster than possible".
     """
     kind = torch.device(device).type
     copy = "ceiling_copy_gb_s"
-    found = {copy: known[copy] if copy in known else f"{_copy_rate(device, kind):.4g}"}
+    found = {copy: known[copy] if copy in known else f"{_copy_rate(device, kind, rounds):.4g}"}
     for name in precisions:
         precision = PRECISIONS[name]
         if precision.math_mode == "tf32" and kind != "cuda":
@@ -154,34 +159,35 @@ def ceilings(
             found[key] = known[key]
             continue
         set_math_mode(precision.math_mode, kind)
-        rate = _product_rate(device, kind, getattr(torch, precision.product))
+        rate = _product_rate(device, kind, getattr(torch, precision.product), rounds)
         found[key] = f"{rate:.4g}"
     return found
 
 
-def _copy_rate(device: str, kind: str) -> float:
+def _copy_rate(device: str, kind: str, rounds: int) -> float:
     rates = []
     for megabytes in (64, 512):
         # One random megabyte again and again: to draw 512 of them took as long as to copy them.
         source = torch.randn(2**18, device=device).repeat(megabytes)
         target = torch.empty_like(source)
-        rates.append(2 * megabytes * 2**20 / _fastest_ms(lambda: target.copy_(source), kind) / 1e6)  # noqa: B023
+        ms = _fastest_ms(lambda: target.copy_(source), kind, rounds)  # noqa: B023
+        rates.append(2 * megabytes * 2**20 / ms / 1e6)
     return max(rates)
 
 
-def _product_rate(device: str, kind: str, dtype: torch.dtype) -> float:
+def _product_rate(device: str, kind: str, dtype: torch.dtype, rounds: int) -> float:
     n = 8192 if kind == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     images = torch.randn(64 if kind == "cuda" else 8, 256, 28, 28, device=device, dtype=dtype)
     weight = torch.randn(256, 256, 3, 3, device=device, dtype=dtype)
     images, weight = (t.contiguous(memory_format=torch.channels_last) for t in (images, weight))
     with torch.inference_mode():
-        product = 2 * n**3 / _fastest_ms(lambda: a @ b, kind)
-        convolve = _fastest_ms(lambda: torch.conv2d(images, weight, padding=1), kind)
+        product = 2 * n**3 / _fastest_ms(lambda: a @ b, kind, rounds)
+        convolve = _fastest_ms(lambda: torch.conv2d(images, weight, padding=1), kind, rounds)
     return max(product, 2 * images.numel() * weight[0].numel() / convolve) / 1e9
 
 
-def _fastest_ms(work: Callable[[], object], kind: str, rounds: int = 12) -> float:
+def _fastest_ms(work: Callable[[], object], kind: str, rounds: int) -> float:
     best = float("inf")
     for _ in range(rounds):
         stopwatch = CudaStopwatch() if kind == "cuda" else CpuStopwatch()

@@ -22,13 +22,13 @@ def noise(device: str, budget_s: float = SECONDS) -> list[Finding]:
     return judged(*_paired_times(device, LEAST_ROUNDS, budget_s, 1))
 
 
-def expected_interval(device: str) -> float:
+def expected_interval(device: str, rounds: int = ROUNDS) -> float:
     """Returns the expected width of 95 % intervals of speed-ups, as half of the width over the
     ratio: that of two copies of a loop as long as a step of a small network, in as many rounds as a
-    case of a quick sweep has."""
+    case of a quick sweep has (or `rounds`)."""
     from resfuse.bench.common.statistics import paired_speedup
 
-    ratio, low, high = paired_speedup(*_paired_times(device, ROUNDS, 0.0, REPEATS))
+    ratio, low, high = paired_speedup(*_paired_times(device, rounds, 0.0, REPEATS))
     return max(high - ratio, ratio - low) / ratio
 
 

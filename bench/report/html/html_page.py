@@ -22,7 +22,8 @@ from resfuse.bench.report.tables.markdown import listing
 # In this order they are one script.
 SCRIPTS = (
     "data.js", "dom.js", "state.js", "controls.js", "detail.js", "fastest.js", "rows.js",
-    "figure.js", "by_backend.js", "scaling.js", "roofline.js", "account.js", "main.js",
+    "figure.js", "by_backend.js", "scaling.js", "roofline.js", "served.js", "account.js",
+    "main.js",
 )  # fmt: skip
 
 

@@ -23,9 +23,10 @@ from resfuse.bench.report.data.result import (
 from resfuse.bench.report.html.measure_again import command_line
 from resfuse.bench.report.plots.plot_roofline import least_byte_points, measured_roof
 from resfuse.bench.report.plots.plot_throughput import rounds
+from resfuse.bench.report.sections import served_section
 from resfuse.bench.report.sections.comparison_section import MODE_TITLES
 from resfuse.bench.report.tables import headline
-from resfuse.bench.report.tables.column import Column
+from resfuse.bench.report.tables.column import BACKEND, Column
 from resfuse.bench.report.tables.depth import ceiling_sentence, depth_series, gflop_per_s
 from resfuse.bench.report.tables.failures import failure_groups, nothing_failed, which
 from resfuse.bench.report.tables.guide import RULES, STATUS_MEANING
@@ -87,6 +88,30 @@ def _environment(environment: Environment) -> dict[str, Any]:
         "note": "" if environment.facts else NO_FACTS,
         "last": max(times, default=""),
         "convolutions": len(environment.workloads),
+        "served": [_served(comparison) for comparison in environment.served],
+    }
+
+
+def _unescaped(column: Column, result: Result) -> str:
+    """Returns the text of a cell, of names as they are and not as markdown has them."""
+    if column is served_section.MODEL:
+        return f"{result.model}, {result.img_size} px"
+    return result.label if column is BACKEND else column.cell(result)
+
+
+def _served(comparison: Comparison) -> dict[str, Any]:
+    """A load of the scenarios throughput and server: a table of text, and what did not run."""
+    columns, ran = served_section.rows(comparison)
+    return {
+        "title": served_section.title(comparison, str),
+        "meaning": served_section.MEANING.get(comparison.setting.scenario, ""),
+        "note": served_section.note(comparison, str),
+        "columns": [{"title": column.title, "right": column.right} for column in columns],
+        "rows": [[_unescaped(column, result) for column in columns] for result in ran],
+        "failures": [
+            f"{failure.status}: {which(failure.results, comparison.results)}: {failure.reason}"
+            for failure in failure_groups(comparison.results)
+        ],
     }
 
 

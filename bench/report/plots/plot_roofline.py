@@ -78,7 +78,7 @@ def least_byte_points(comparison: Comparison) -> list[Point]:
     precision = PRECISIONS.get(comparison.setting.precision)
     if comparison.setting.mode != "inference" or precision is None:
         return []
-    element = BYTES[precision.dtype]
+    element = BYTES[precision.storage]
     points = []
     for result in comparison.measured:
         achieved, parameters = gflop_per_s(result), result.numbers.get("param_count")

@@ -1,7 +1,7 @@
 """Rows of the scenarios throughput and server: a table for each way that batches came, and never a
 ratio over one of another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from resfuse.bench.records.case import SERVER, THROUGHPUT
 from resfuse.bench.report.data import cells
@@ -76,12 +76,12 @@ def served_sections(environment: Environment, most_lines: int | None = None) -> 
         blocks += own
         explained.add(scenario)
     if left_out:
-        rows = markdown.count(left_out, "more row")
-        blocks.append(f"{rows} of the scenarios throughput and server: see DETAILS.md.")
+        counted = markdown.count(left_out, "more row")
+        blocks.append(f"{counted} of the scenarios throughput and server: see DETAILS.md.")
     return blocks
 
 
-def title(comparison: Comparison) -> str:
+def title(comparison: Comparison, escape: Callable[[str], str] = escape) -> str:
     """Returns a title such as `Server, 50 queries/s, float32 (ieee arithmetic)`."""
     setting = comparison.setting
     words = escape(setting.load.text())
@@ -89,15 +89,26 @@ def title(comparison: Comparison) -> str:
     return f"{words[:1].upper()}{words[1:]}, {arithmetic}"
 
 
-def _section(comparison: Comparison, meaning: str) -> list[str]:
+def note(comparison: Comparison, escape: Callable[[str], str] = escape) -> str:
+    """Returns what all rows of a load share, in sentences."""
     setting = comparison.setting
     shared = [f"Baseline: {escape(setting.baseline)}."] if setting.baseline else []
     shared += [f"Weights: {escape(setting.weights)}.", f"Images: {escape(setting.images)}."]
-    columns = COLUMNS.get(setting.scenario, COLUMNS[THROUGHPUT])
+    return " ".join(shared)
+
+
+def rows(comparison: Comparison) -> tuple[Sequence[Column], list[Result]]:
+    """Returns the columns of a load's table, and the results that ran, best first."""
+    columns = COLUMNS.get(comparison.setting.scenario, COLUMNS[THROUGHPUT])
     ran = [result for result in comparison.results if result.status != "unavailable"]
-    blocks = [f"## {title(comparison)}", " ".join([*[meaning] * bool(meaning), *shared])]
+    return columns, sorted(ran, key=_best_first)
+
+
+def _section(comparison: Comparison, meaning: str) -> list[str]:
+    columns, ran = rows(comparison)
+    blocks = [f"## {title(comparison)}", " ".join([*[meaning] * bool(meaning), note(comparison)])]
     if ran:
-        blocks.append(render(columns, sorted(ran, key=_best_first)))
+        blocks.append(render(columns, ran))
     if failed := failures(comparison.results):
         blocks.append(failed)
     return blocks

@@ -5,6 +5,7 @@ and any ratio of two can be taken round by round. What one of them fails at cost
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from resfuse.bench.measuring.measure_case import Tell, begin, cost_of, peak_of, 
 from resfuse.bench.measuring.probes import peak_memory
 from resfuse.bench.measuring.probes.idle import OtherWork, limit_s, wait_for_quiet
 from resfuse.bench.models.model_builder import build, describe
-from resfuse.bench.records.case import Case, Options
+from resfuse.bench.records.case import USUAL_PRECISION, Case, Options
 from resfuse.bench.records.outcome import Outcome
 from resfuse.bench.records.sample import Accuracy, Value
 from resfuse.bench.studies.models import networks
@@ -55,7 +56,7 @@ def measure_task(job: dict[str, Any], tell: Callable[..., None]) -> dict[str, An
     """`measure` for a worker; what it returns goes through JSON."""
     outcomes, span_s = measure(
         job["network"], job["backends"], job["batch_size"], job["img_size"],
-        Options(**job["options"]), tell,
+        Options(**job["options"]), tell, job["precision"],
     )  # fmt: skip
     return {"outcomes": {name: asdict(one) for name, one in outcomes.items()}, "span_s": span_s}
 
@@ -67,6 +68,7 @@ def measure(
     img_size: int,
     options: Options,
     tell: Callable[..., None],
+    precision: str = USUAL_PRECISION,
 ) -> tuple[dict[str, Outcome], float]:
     """Measures backends on one network, each in the memory format that is the fastest it takes.
 
@@ -75,15 +77,17 @@ def measure(
         img_size: pixels a side; more where a network of the study needs them.
         tell: called with "timing" and "timed" around the timed rounds, and with "news" and the name
             of a backend before it is set up.
+        precision: a name in PRECISIONS.
 
     Returns:
         backend -> outcome, and the seconds of the timed rounds by this process's clocks.
     """
     try:
-        case, model = _case(name, batch_size, img_size, options)
+        case, model = _case(name, batch_size, img_size, options, precision)
         batches = network.batches(case)
-        expected = answers(model, batches, case.math_mode)
-        require_yardstick(_own_error(expected))
+        expected = answers(model, batches, case.math_mode, network.compute_dtype(case))
+        if precision == USUAL_PRECISION:
+            require_yardstick(_own_error(expected))
     except Exception as error:  # eager itself cannot run it, or not twice alike
         said = f"no reference: {outcome_of(error).error}"
         return dict.fromkeys(backends, Outcome("unavailable", said)), 0.0
@@ -103,7 +107,7 @@ def measure(
     for backend, metrics in found.items():
         try:
             if backend == "fused":
-                metrics |= {"macs_fused_pct": _fused_pct(model, batches[0])}
+                metrics |= {"macs_fused_pct": _fused_pct(case, model, batches[0])}
             if backend == OURS:  # once more, with the measured times of the first build
                 metrics |= {"rebuild_s": _set_up(_of(case, backend), model, batches)[1]}
             outcomes[backend] = Outcome("pass", "", {**known, **metrics})
@@ -112,12 +116,14 @@ def measure(
     return outcomes, span_s
 
 
-def _case(name: str, batch_size: int, img_size: int, options: Options) -> tuple[Case, nn.Module]:
+def _case(
+    name: str, batch_size: int, img_size: int, options: Options, precision: str
+) -> tuple[Case, nn.Module]:
     """The network as an eager case, and as that runs it."""
     model_name = networks.model_of(name)
     of = describe(model_name, img_size=img_size)
     case = Case(
-        of.name, BASELINE, "inference", "cpu", "float32", "channels_last", batch_size, of.height,
+        of.name, BASELINE, "inference", "cpu", precision, "channels_last", batch_size, of.height,
         weights=of.weights, channels=of.channels, img_width=of.img_width, origin=of.origin,
     )  # fmt: skip
     begin(case, options)
@@ -246,6 +252,9 @@ def _of_network(case: Case, model: nn.Module) -> dict[str, Value]:
     return {"param_count": cost.param_count / 1e6, "infer_gmacs": cost.macs / 1e9}
 
 
-def _fused_pct(model: nn.Module, images: Tensor) -> float | None:
+def _fused_pct(case: Case, model: nn.Module, images: Tensor) -> float | None:
+    dtype = network.compute_dtype(case)
+    if dtype is not None:
+        model, images = deepcopy(model).to(dtype), images.to(dtype)
     share = explain(fuse(model), images).share
     return None if share is None else 100 * share

@@ -2,6 +2,7 @@
 
 import argparse
 
+from resfuse.bench.records.case import USUAL_PRECISION
 from resfuse.bench.running.shared_flags import (
     add_results,
     add_resume,
@@ -61,6 +62,13 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         default=["eager", "compiled", "onnxrt", "openvino", "fused", "engine"],
         metavar="NAMES",
         help="default: eager,compiled,onnxrt,openvino,fused,engine",
+    )
+    speed.add_argument(
+        "--precision",
+        default=USUAL_PRECISION,
+        metavar="NAME",
+        help="float32, or bf16: the same fp32 networks, computed in bfloat16 (default: "
+        "%(default)s)",
     )
     speed.add_argument(
         "-b",

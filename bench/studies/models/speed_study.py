@@ -23,8 +23,9 @@ from resfuse.bench.common.selection import pick
 from resfuse.bench.measuring.clock.timing import Watch, seconds
 from resfuse.bench.measuring.probes import allocator, machine
 from resfuse.bench.records import results
-from resfuse.bench.records.case import Options
+from resfuse.bench.records.case import USUAL_PRECISION, Options
 from resfuse.bench.records.outcome import Outcome, outcome_from
+from resfuse.bench.records.precision_names import pick_precision
 from resfuse.bench.records.sample import Value
 from resfuse.bench.records.sheet import ENDED, Sheet, stamp_of
 from resfuse.bench.running.subprocess_runner import NO_SENSE, compare_watches, run_task
@@ -33,7 +34,7 @@ from resfuse.bench.studies.models.networks import in_turns
 
 TASK = "resfuse.bench.studies.models.measure_speed:measure_task"
 USUAL_SIZE = 224  # pixels a side
-ASKED = ("network", "batch_size", "requested_img_size", "backend")
+ASKED = ("network", "batch_size", "requested_img_size", "precision", "backend")
 SPEEDS = Sheet(
     "model_speeds.csv",
     (
@@ -42,8 +43,11 @@ SPEEDS = Sheet(
         "engine_speedup", "engine_speedup_ci_low", "engine_speedup_ci_high",
         "rel_l2_err", "setup_s", "rebuild_s", "peak_mem_mb", "other_load", *ENDED,
     ),
-    frozenset(("network", "backend", "status", "error", "env_id", "commit", "timestamp")),
+    frozenset(
+        ("network", "precision", "backend", "status", "error", "env_id", "commit", "timestamp")
+    ),
     "resfuse study models --kinds speed",
+    frozenset(("precision",)),  # older versions knew float32 alone
 )  # fmt: skip
 OURS = {"fused", "engine"}
 Case = tuple[int, str]  # batch size, network
@@ -64,9 +68,11 @@ def measure_all(
         whether one of ours failed other than by refusing.
 
     Raises:
-        UsageError: an unknown backend, a batch size below 1, or a folder that cannot be written.
+        UsageError: an unknown backend or precision, a batch size below 1, or a folder that cannot
+            be written.
     """
     backends = pick("--backend", args.backend, list(BACKENDS), "resfuse list backends")
+    precision = pick_precision(args.precision)
     require_positive("--batch-size", args.batch_size)
     results.check_writable(home, SPEEDS)
     facts = {**facts, "malloc": allocator.described(allocator.keeping(os.environ))}  # as run_task
@@ -76,7 +82,7 @@ def measure_all(
     cases: list[Case] = list(product(args.batch_size, in_turns(networks)))
     img_size = args.img_size or USUAL_SIZE
     if args.resume:
-        known = settled(home, here, img_size, backends)
+        known = settled(home, here, img_size, backends, precision)
         cases = [case for case in cases if case not in known]
     options = Options(seconds=args.seconds, timeout_s=args.timeout)
     watch, done = Watch(), 0
@@ -88,14 +94,16 @@ def measure_all(
     for batch_size, network in track(cases, "Measuring", console=stderr()):
         if done and time_left() < (args.budget - time_left()) / done:  # as long as the others took
             break
-        found = dict(outcomes(batch_size, network, img_size, backends, options, time_left))
+        found = dict(
+            outcomes(batch_size, network, img_size, backends, options, time_left, precision)
+        )
         if len(found) < len(backends):  # the budget cut it off
             break
         done += 1
         for backend, outcome in found.items():
             asked: dict[str, Value] = {
                 "network": network, "batch_size": batch_size, "requested_img_size": img_size,
-                "backend": backend,
+                "precision": precision, "backend": backend,
             }  # fmt: skip
             results.append_row(home, SPEEDS.record(asked, outcome, stamp_of(here)), SPEEDS)
             counts[backend][outcome.status] += 1
@@ -109,10 +117,14 @@ def measure_all(
 
 
 def settled(
-    home: Path, here: Mapping[str, Any], img_size: int, backends: Sequence[str]
+    home: Path,
+    here: Mapping[str, Any],
+    img_size: int,
+    backends: Sequence[str],
+    precision: str = USUAL_PRECISION,
 ) -> set[Case]:
     """Returns the cases for which this environment and commit have a row of every backend, of
-    images of this size, that another attempt would only repeat."""
+    images of this size and in this precision, that another attempt would only repeat."""
     if not results.has_rows(home, SPEEDS):
         return set()
     rows = results.read_rows(home, SPEEDS, only_whole=True)
@@ -120,6 +132,7 @@ def settled(
         (rows.env_id == here["env_id"])
         & (rows.commit == here["commit"])
         & (rows.requested_img_size == img_size)
+        & (rows.precision.replace("", USUAL_PRECISION) == precision)
         & rows.status.isin(results.SETTLED)
     ]
     of_each = [
@@ -139,6 +152,7 @@ def outcomes(
     backends: Sequence[str],
     options: Options,
     time_left: Callable[[], float] = lambda: inf,
+    precision: str = USUAL_PRECISION,
 ) -> Iterator[tuple[str, Outcome]]:
     """Yields the outcome of every backend on a network, or ends early where no time is left.
 
@@ -149,7 +163,7 @@ def outcomes(
         news: list[dict[str, Any]] = [{}]  # the last: which backend is being set up
         job = {
             "network": network, "batch_size": batch_size, "img_size": img_size,
-            "backends": left, "options": asdict(options),
+            "backends": left, "options": asdict(options), "precision": precision,
         }  # fmt: skip
         told = run_task(TASK, job, limit_s, news.append)
         if not isinstance(told, Outcome):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from resfuse.bench.measuring.probes.idle import BUSY_CORES
+from resfuse.bench.records.case import USUAL_PRECISION
 from resfuse.bench.report.data.palette import looks
 from resfuse.bench.report.plots.figure import legend, panels
 from resfuse.bench.report.study_pages import MODELS_PICTURE
@@ -20,10 +21,11 @@ from resfuse.bench.report.tables.markdown import count, escape, image, listing, 
 from resfuse.bench.studies.models.networks import FAMILY, OTHER
 
 OURS = ("engine", "fused")
-_SETTING = ("batch_size", "requested_img_size")
+_SETTING = ("precision", "batch_size", "requested_img_size")
 _HOW = """\
-All backends of a network take turns in one process, in fp32 and in the memory format that is the
-fastest each takes, eager in channels_last; every answer is checked against fp64. Ratios are of
+All backends of a network take turns in one process, in fp32 where no other precision is named, and
+in the memory format that is the fastest each takes, eager in channels_last; every answer is checked
+against fp64. Ratios are of
 images/s, taken round by round: the median, and its 95 % interval. *Best peer*: the fastest of the
 others on that network. *Build*: seconds to the engine's first answer, and of a second build, which
 finds the measured times of the first. *Memory*: peak of weights, activations and workspace."""
@@ -46,10 +48,12 @@ class Network:
     batch_size: int
     img_size: int  # as asked for
     rows: dict[str, Row]
+    precision: str = USUAL_PRECISION
 
     @property
     def setting(self) -> str:
-        return f"batch {self.batch_size}, {self.img_size} pixels"
+        named = "" if self.precision == USUAL_PRECISION else f", {self.precision}"
+        return f"batch {self.batch_size}, {self.img_size} pixels{named}"
 
     @property
     def family(self) -> str:
@@ -97,6 +101,7 @@ def newest(rows: pd.DataFrame) -> list[Network]:
     """Returns the networks of the newest environment and commit, each backend's last row."""
     last = rows.iloc[-1]
     own = rows[(rows.env_id == last.env_id) & (rows.commit == last.commit)]
+    own = own.assign(precision=own.precision.replace("", USUAL_PRECISION))
     own = own.drop_duplicates([*_SETTING, "network", "backend"], keep="last")
     return [
         Network(
@@ -104,8 +109,9 @@ def newest(rows: pd.DataFrame) -> list[Network]:
             int(float(str(batch))),
             int(float(str(size))),
             {str(row["backend"]): row for row in group.to_dict("records")},
+            str(precision),
         )
-        for (batch, size, name), group in own.groupby([*_SETTING, "network"])
+        for (precision, batch, size, name), group in own.groupby([*_SETTING, "network"])
     ]
 
 
@@ -141,10 +147,13 @@ def blocks(rows: pd.DataFrame) -> list[str]:
 
 
 def _by_setting(networks: Sequence[Network]) -> list[list[Network]]:
-    settings = sorted({(one.batch_size, one.img_size) for one in networks})
+    def setting(one: Network) -> tuple[bool, str, int, int]:
+        usual = one.precision == USUAL_PRECISION
+        return not usual, one.precision, one.batch_size, one.img_size
+
     return [
-        [one for one in networks if (one.batch_size, one.img_size) == setting]
-        for setting in settings
+        [one for one in networks if setting(one) == each]
+        for each in sorted({*map(setting, networks)})
     ]
 
 

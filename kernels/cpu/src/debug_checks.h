@@ -12,8 +12,6 @@
 
 namespace checks {
 
-static inline long whole_vectors(long channels) { return (channels + LANES - 1) / LANES * LANES; }
-
 static inline long windows(long size, long pad, long kernel, long stride, long dilation) {
   return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
 }
@@ -64,6 +62,7 @@ static void map(const Step& s) {
   if (s.kind == PICK) {
     for (long p = 0; p < s.P; p++) DCHECK(s.w[p] >= 0 && s.w[p] < s.H);
     for (long q = 0; q < s.Q; q++) DCHECK(s.slope[q] >= 0 && s.slope[q] < s.W);
+    for (long k = 0; s.bias && k < s.C; k++) DCHECK(s.bias[k] >= 0 && s.bias[k] < s.x_pitch);
   }
 }
 
@@ -83,7 +82,7 @@ static void kernel(const Step& s) {
     DCHECK(s.kind >= DIRECT && s.kind <= PICK);
     map(s);
   }
-  DCHECK(s.activation >= IDENTITY && s.activation <= SLOPE);
+  DCHECK(s.activation >= IDENTITY && s.activation <= SIGMOID);
   DCHECK(s.activation != SLOPE || s.slope);
   DCHECK(s.x || s.x_local >= 0);
   DCHECK(s.y || s.y_local >= 0);

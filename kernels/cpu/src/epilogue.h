@@ -4,6 +4,7 @@
 
 #include "dcheck.h"
 #include "step.h"
+#include "sigmoid.h"
 #include "storage.h"
 #include "vectors.h"
 
@@ -28,6 +29,20 @@ static ALWAYS_INLINE void map(Sums<M, N>& sums, const Function& function) {
   }
 }
 
+// Of an activation that calls a function: what a call can reach lies in memory, and these sums are
+// in registers.
+template <long M, long N, class Function>
+static ALWAYS_INLINE void map_by_call(Sums<M, N>& sums, const Function& function) {
+  Sums<M, N> copy;
+  UNROLLED for (long m = 0; m < M; m++) {
+    UNROLLED for (long n = 0; n < N; n++) copy[m][n] = sums[m][n];
+  }
+  function(&copy[0][0], M * N);
+  UNROLLED for (long m = 0; m < M; m++) {
+    UNROLLED for (long n = 0; n < N; n++) sums[m][n] = copy[m][n];
+  }
+}
+
 // NaN stays NaN.
 template <long M, long N>
 static ALWAYS_INLINE void activate(const Step& s, Sums<M, N>& sums, long k) {
@@ -42,6 +57,11 @@ static ALWAYS_INLINE void activate(const Step& s, Sums<M, N>& sums, long k) {
     case HARDSWISH:
       map(sums, [&](Floats v, long n) ALWAYS_INLINE_LAMBDA { return v * relu6(v + 3, n) / 6; });
       break;
+    case HARDSIGMOID:
+      map(sums, [&](Floats v, long n) ALWAYS_INLINE_LAMBDA { return relu6(v + 3, n) / 6; });
+      break;
+    case SILU: map_by_call<M, N>(sums, silu); break;
+    case SIGMOID: map_by_call<M, N>(sums, sigmoid); break;
     case SLOPE:
       map(sums, [&](Floats v, long n) ALWAYS_INLINE_LAMBDA {
         return v < 0 ? v * load(s.slope + k + n * LANES) : v;
@@ -76,7 +96,7 @@ static ALWAYS_INLINE void epilogue(const Step& s, Sums<M, N>& sums, long pixel, 
   DCHECK(0 <= pixel && pixel + M <= s.N * s.P * s.Q);
   DCHECK(0 <= k && k % LANES == 0 && k + (N - 1) * LANES < s.K);
   if (s.unstored && k + N * LANES == s.K) {
-    Sums<M, N> copy;  // what a call can reach lies in memory, and these sums are in registers
+    Sums<M, N> copy;  // as in map_by_call
     UNROLLED for (long m = 0; m < M; m++) {
       UNROLLED for (long n = 0; n < N; n++) copy[m][n] = sums[m][n];
     }

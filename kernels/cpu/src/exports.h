@@ -30,7 +30,8 @@ static const Constant constants[] = {
     {"kind.to_bf16", TO_BF16}, {"kind.to_fp32", TO_FP32},
     {"storage.fp32", FP32}, {"storage.bf16", BF16}, {"storage", STORAGE},
     {"activation.identity", IDENTITY}, {"activation.relu", RELU}, {"activation.relu6", RELU6},
-    {"activation.hardswish", HARDSWISH},
+    {"activation.hardswish", HARDSWISH}, {"activation.hardsigmoid", HARDSIGMOID},
+    {"activation.silu", SILU}, {"activation.sigmoid", SIGMOID},
     {"activation.leaky_relu", SLOPE},  // with its slope for every channel
     {"activation.prelu", SLOPE},
     STEP_FIELDS(STEP_OFFSET) {"Step", sizeof(Step)},

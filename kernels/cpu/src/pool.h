@@ -75,14 +75,20 @@ static void average_pool(const Step& s, const Range& rows) {
   }
 }
 
-// Computes y[p, q] = x[w[p], slope[q]], with zeros in the channels that x does not have.
+// Computes y[p, q, k] = x[w[p], slope[q], k], or with a table of channels x[w[p], slope[q], bias[k]];
+// zeros in channels [C, K).
 static void pick(const Step& s, const Range& rows) {
   for (long row = rows.from; row < rows.to; row++) {
     const long h = row / s.P * s.H + static_cast<long>(s.w[row % s.P]);
     for (long q = 0; q < s.Q; q++) {
       const Value* const x = s.x + (h * s.W + static_cast<long>(s.slope[q])) * s.x_pitch;
       Value* const y = s.y + (row * s.Q + q) * s.y_pitch;
-      for (long k = 0; k < s.K; k += LANES) store(y + k, load_first(x + k, s.C - k));
+      if (s.bias) {
+        for (long k = 0; k < s.C; k++) y[k] = x[static_cast<long>(s.bias[k])];
+        for (long k = s.C; k < whole_vectors(s.K); k++) y[k] = Value{};
+      } else {
+        for (long k = 0; k < s.K; k += LANES) store(y + k, load_first(x + k, s.C - k));
+      }
     }
   }
 }

@@ -34,7 +34,16 @@ enum Kind : long {
   TO_FP32 = 11,   // y is float32
 };
 
-enum Activation : long { IDENTITY = 0, RELU = 1, RELU6 = 2, HARDSWISH = 3, SLOPE = 4 };
+enum Activation : long {
+  IDENTITY = 0,
+  RELU = 1,
+  RELU6 = 2,
+  HARDSWISH = 3,
+  SLOPE = 4,
+  HARDSIGMOID = 5,
+  SILU = 6,
+  SIGMOID = 7,
+};
 
 struct Step {
   Kind kind;

@@ -25,6 +25,9 @@ constexpr long NR_VECTORS = 2;
 #endif
 constexpr long NR = NR_VECTORS * LANES;
 
+// Channels rounded up to whole vectors.
+static inline long whole_vectors(long channels) { return (channels + LANES - 1) / LANES * LANES; }
+
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(4 * LANES)));
 

@@ -12,12 +12,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
+from resfuse.kernels.engine.frontend.channel_picks import add_part
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.frontend.merge import merge
 from resfuse.kernels.engine.frontend.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
 from resfuse.kernels.engine.frontend.side_effects import SideEffects, Unreadable
 from resfuse.kernels.engine.ir.graph import Graph, Node, Torch
+from resfuse.kernels.observation.engine_capture import capturing
 from resfuse.kernels.observation.observer import undrawn
 
 aten = torch.ops.aten
@@ -31,7 +33,7 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
             data; or its forward has side effects, writes to buffers included.
     """
     effects, questions, settled = SideEffects(model), LayoutQuestions(), False
-    with effects.observed():
+    with capturing(), effects.observed():
         program = _exported(model, example, questions)
         effects.undo()  # torch has put back copies of lists
         if effects.change is not None:
@@ -191,7 +193,7 @@ class _Reader:
         if target is operator.getitem:
             if args[1] == 0 and read.names[args[0]] in read.values:
                 read.same(node, args[0])  # the result of a batch norm; its statistics are not read
-            else:
+            elif not add_part(read, node):
                 self._one_of_several(node)
         elif target is aten._assert_tensor_metadata.default:
             pass  # true of the example, and the engine takes inputs like it only

@@ -32,7 +32,7 @@ def _merge_at(graph: Graph, at: int) -> tuple[list[Node], int] | None:
     """Returns the nodes with node `at` merged into an earlier one, and the position to go on from;
     None where it cannot be merged."""
     node = graph.nodes[at]
-    if not isinstance(node.op, Affine | Pick):
+    if not isinstance(node.op, Affine):
         return None
     producers = {node.name: i for i, node in enumerate(graph.nodes[:at])}
     found = [
@@ -55,11 +55,9 @@ def _merge_at(graph: Graph, at: int) -> tuple[list[Node], int] | None:
     return nodes, at - 1
 
 
-def _joined(first: Node, second: Node) -> Conv | Affine | Pick | None:
+def _joined(first: Node, second: Node) -> Conv | Affine | None:
     """Returns one operation that computes both nodes, None where there is none."""
     op, then = first.op, second.op
-    if isinstance(then, Pick):
-        return op.then(then) if isinstance(op, Pick) else None
     assert isinstance(then, Affine)
     if then.gate:
         return None
@@ -77,6 +75,22 @@ def _joined(first: Node, second: Node) -> Conv | Affine | Pick | None:
     if ended:
         return None
     return op.with_activation(then.activation, then.slope)
+
+
+def join_picks(graph: Graph) -> Graph:
+    """Makes each pick of a pick one of what that reads, however many read the first one."""
+    nodes: list[Node] = []
+    picks: dict[str, tuple[Pick, tuple[str, ...]]] = {}  # and what each reads
+    for node in graph.nodes:
+        op, inputs = node.op, node.inputs
+        if isinstance(op, Pick):
+            if inputs[0] in picks:
+                first, read = picks[inputs[0]]
+                joined = first.then(op)
+                op, inputs = (op, inputs) if joined is None else (joined, read)
+            picks[node.name] = op, inputs
+        nodes.append(Node(node.name, op, inputs))
+    return replace(graph, nodes=tuple(nodes))
 
 
 def move_projections(graph: Graph) -> Graph:
@@ -125,6 +139,7 @@ def drop_values(graph: Graph) -> Graph:
 
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
+    join_picks,
     drop_unread,
     merge_followers,
     move_projections,

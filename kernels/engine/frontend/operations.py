@@ -7,6 +7,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from resfuse.kernels.engine.frontend.channel_picks import add_shuffle
 from resfuse.kernels.engine.frontend.decomposed_batch_norm import spelled_norm
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.ir.graph import (
@@ -34,12 +35,16 @@ _ACTIVATIONS: dict[Any, str] = {
     aten.relu.default: "relu",
     aten.silu.default: "silu",
     aten.hardswish.default: "hardswish",
+    aten.sigmoid.default: "sigmoid",
+    aten.hardsigmoid.default: "hardsigmoid",
     aten.leaky_relu.default: "leaky_relu",
     aten.hardtanh.default: "relu6",
     aten.prelu.default: "prelu",
     aten._prelu_kernel.default: "prelu",
 }
-SAME_VALUES = (aten.dropout.default, aten.clone.default, aten.contiguous.default)
+SAME_VALUES = (
+    aten.dropout.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
+)  # fmt: skip
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
@@ -157,7 +162,7 @@ def _nearest(read: Captured, node: fx.Node) -> bool:
 
 
 def _slice(read: Captured, node: fx.Node) -> bool:
-    """Adds a slice of rows or columns as a Pick: a crop, or every second pixel."""
+    """Adds a slice of channels, rows or columns as a Pick: a part, a crop, every second pixel."""
     x, dim, start, end, step = _with_defaults(node, (0, None, None, 1))
     if not read.is_map(x) or len(x.meta["val"].shape) != 4:
         return False
@@ -166,10 +171,11 @@ def _slice(read: Captured, node: fx.Node) -> bool:
     picked[dim] = picked[dim][start:end:step]
     if len(picked[dim]) == shape[dim]:
         read.same(node, x)
-    elif dim % 4 < 2 or not picked[dim]:
+    elif dim % 4 == 0 or not picked[dim]:
         return False
     else:
-        read.add(node, Pick(picked[2], picked[3]), x)
+        channels = picked[1] if dim % 4 == 1 else None
+        read.add(node, Pick(picked[2], picked[3], channels=channels), x)
     return True
 
 
@@ -246,6 +252,7 @@ OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
     aten.upsample_nearest2d.default: _nearest,
     aten.slice.Tensor: _slice,
     aten.pad.default: _pad,
+    **dict.fromkeys(RESHAPES, add_shuffle),
     aten.mul.Tensor: _product,
     aten.adaptive_avg_pool2d.default: _mean,
     aten.mean.dim: _mean,

@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from resfuse.kernels.observation.bytecode import facts_of
+from resfuse.kernels.observation.engine_capture import OF_FUSED_MODULES
 from resfuse.kernels.observation.observed import Refused
 from resfuse.kernels.observation.observer import pause_profiler, put_back, shared_generators
 from resfuse.kernels.observation.snapshot import (
@@ -190,7 +191,7 @@ class SideEffects:
             quiet = torchs or name in _OF_TENSORS
             if name in _OF_TENSORS:
                 self._snapshot.add_contents(value)
-            else:
+            elif not name.startswith(OF_FUSED_MODULES):
                 owner = type(module).__name__
                 self._snapshot.take(value, None if quiet else (owner, f"self.{name}"))
         for kind in type(module).__mro__:

@@ -70,7 +70,11 @@ def _describe(node: Node) -> str:
         last = " residual_last" * op.residual_last + " gate" * op.gate
         return f"affine {norm}{op.activation}{' residual' * op.residual}{last}"
     if isinstance(op, Pick):
-        return f"Pick {len(op.rows)}x{len(op.columns)}" + f" zeros {op.zeros}" * (op.zeros > 0)
+        channels = ""
+        if op.channels is not None:
+            channels = f" {len(op.channels)} channels{' scattered' * op.scatters}"
+        zeros = f" zeros {op.zeros}" * (op.zeros > 0)
+        return f"Pick {len(op.rows)}x{len(op.columns)}{channels}{zeros}"
     if isinstance(op, Torch):
         return f"{op.target} {op.args} {dict(op.kwargs)}"
     settings = " ".join(f"{k} {v}" for k, v in asdict(op).items())

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -116,17 +117,32 @@ class AveragePool:
 
 @dataclass(frozen=True)
 class Pick:
-    """y[:, p, q] = x[:, rows[p], columns[q]], followed by channels of zeros: nearest upsampling, a
-    crop, a ResNet's shortcut without parameters."""
+    """y[:, k, p, q] = x[:, channels[k], rows[p], columns[q]], followed by channels of zeros:
+    nearest upsampling, a crop, a ResNet's shortcut without parameters, a split, a channel
+    shuffle."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     zeros: int = 0  # channels behind those of x
+    channels: tuple[int, ...] | None = None  # None: all, in order
 
-    def then(self, other: "Pick") -> "Pick":
-        """Returns one Pick that equals `other` applied to this one's result."""
+    @property
+    def scatters(self) -> bool:
+        """Whether it picks channels that are not one after another."""
+        picked = self.channels or ()
+        return any(after != before + 1 for before, after in pairwise(picked))
+
+    def then(self, other: "Pick") -> "Pick | None":
+        """Returns one Pick that equals `other` applied to this one's result, None where there is
+        none."""
         rows, columns = (self.rows[p] for p in other.rows), (self.columns[q] for q in other.columns)
-        return Pick(tuple(rows), tuple(columns), self.zeros + other.zeros)
+        channels = self.channels
+        if other.channels is not None:
+            if self.zeros:  # which may be among the channels that the other one picks
+                return None
+            own = channels
+            channels = other.channels if own is None else tuple(own[k] for k in other.channels)
+        return Pick(tuple(rows), tuple(columns), self.zeros + other.zeros, channels)
 
 
 @dataclass(frozen=True)

@@ -95,12 +95,14 @@ class ShapeInference:
         if isinstance(op, Mean):
             return [(n, c), (n, c, 1, 1)]
         if isinstance(op, Pick):
+            channels = tuple(range(c)) if op.channels is None else op.channels
+            picked = (channels, op.rows, op.columns)
             inside = all(
-                0 <= i < size for ids, size in ((op.rows, h), (op.columns, w)) for i in ids
+                0 <= i < size for ids, size in zip(picked, (c, h, w), strict=True) for i in ids
             )
-            if not inside or not op.rows or not op.columns or op.zeros < 0:
-                raise Unsound(f"{node.name} picks pixels that are not there")
-            return [(n, c + op.zeros, len(op.rows), len(op.columns))]
+            if not inside or not all(picked) or op.zeros < 0:
+                raise Unsound(f"{node.name} picks what is not there")
+            return [(n, len(channels) + op.zeros, len(op.rows), len(op.columns))]
         assert isinstance(op, MaxPool | AveragePool)
         return [self._pooled(node, op, x)]
 

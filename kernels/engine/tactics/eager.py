@@ -173,16 +173,19 @@ def _as_it_is(name: str, state: State, keep: Keep) -> Tensor:
 
 
 def _pick(op: Pick) -> Function:
-    """Returns a function that picks pixels; its result never shares memory with its input."""
-    indices: dict[torch.device, list[Tensor]] = {}  # of rows and columns: a CUDA graph copies none
+    """Returns a function that picks channels and pixels; its result never shares memory with its
+    input."""
+    picked = {2: op.rows, 3: op.columns} | ({} if op.channels is None else {1: op.channels})
+    indices: dict[torch.device, list[Tensor]] = {}  # of each dimension: a CUDA graph copies none
 
     def run(x: Tensor) -> Tensor:
         if x.device not in indices:
             indices[x.device] = [
-                torch.tensor(at, dtype=torch.int64, device=x.device) for at in (op.rows, op.columns)
+                torch.tensor(at, dtype=torch.int64, device=x.device) for at in picked.values()
             ]
-        rows, columns = indices[x.device]
-        y = x.index_select(2, rows).index_select(3, columns)
+        y = x
+        for dim, index in zip(picked, indices[x.device], strict=True):
+            y = y.index_select(dim, index)
         if op.zeros:
             y = F.pad(y, (0, 0, 0, 0, 0, op.zeros))
         return y.contiguous(memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from resfuse.kernels.cpu.weight_origin import is_plain
+from resfuse.kernels.observation.engine_capture import is_capturing
 
 
 def is_watched() -> bool:
@@ -50,7 +51,10 @@ _GLOBAL_HOOKS = (
 
 
 def are_traced(args: tuple[Any, ...]) -> bool:
-    """Whether they are the stand-ins of torch.compile and torch.export for tensors."""
+    """Whether they are the stand-ins of torch.compile and torch.export for tensors, and the
+    rewritten forward is what is wanted of them."""
+    if is_capturing():
+        return False
     return torch.compiler.is_compiling() and all(isinstance(a, Tensor) for a in args)
 
 

@@ -2,6 +2,7 @@
 run because it computes what the original would, and finds folded weights that are stale.
 """
 
+import sys
 import threading
 import warnings
 import weakref
@@ -45,14 +46,14 @@ class Plan:
         forwards: "dict[Call, Forwards]",
         steps: dict[str, FusedStep],
         watched: list[str],
-        left: dict[str, str],
+        unfused: dict[str, str],
         *,
         returns_fresh: bool = False,
         observed: Observed | None = None,
         children: Sequence[nn.Module] = (),
     ) -> None:
         self._module = weakref.ref(module)
-        self.forwards, self.steps, self.left = forwards, steps, left
+        self.forwards, self.steps, self.unfused = forwards, steps, unfused
         self.calls: dict[str, Any] = {}  # of fused children, by attribute: see forward_variants.py
         self._has_channels_last = False  # a weight of this module, or of one within it
         self.returns_fresh = returns_fresh  # the caller alone holds the output
@@ -346,7 +347,7 @@ class Plan:
             warnings.warn(
                 "gradients are enabled, so fused layers compute as the original ones did; "
                 "run inference under torch.inference_mode()",
-                stacklevel=4,
+                stacklevel=_level_of_user(),
             )
         return needs
 
@@ -376,3 +377,12 @@ def watch(module: nn.Module, name: str) -> Watched:
     layer = holder._modules[last]
     assert layer is not None
     return holder, last, layer
+
+
+def _level_of_user() -> int:
+    """Returns the stack level, for a warning of the caller's, of the code that calls the model."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("torch.", "resfuse.")):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -34,7 +34,7 @@ class PlannedModule:
     """What fusing one module comes to; `plan` is None where there is nothing to fuse."""
 
     plan: Plan | None
-    left: dict[str, str]  # name of a convolution in the module -> why it is left alone
+    unfused: dict[str, str]  # name of a convolution in the module -> why it is left alone
     inlined: list[nn.Module]  # children whose layers are in the plan
 
 
@@ -82,14 +82,14 @@ def plans_of(model: nn.Module) -> list[tuple[str, nn.Module, PlannedModule]]:
 def _nothing_in(planned: PlannedModule) -> PlannedModule:
     layers = planned.plan.layers if planned.plan is not None else []
     reason = "no batch norm, activation or sum follows it"
-    return PlannedModule(None, planned.left | {layer.name: reason for layer in layers}, [])
+    return PlannedModule(None, planned.unfused | {layer.name: reason for layer in layers}, [])
 
 
 def _plan_module(module: nn.Module, why_skipped: WhySkipped) -> PlannedModule:
     steps: dict[str, FusedStep] = {}
     watched: set[str] = set()
     containers: set[str] = set()
-    left: dict[str, str] = {}
+    unfused: dict[str, str] = {}
     forwards: dict[Call, Forwards] = {}
     folds: Folds = {}
     fresh = False
@@ -102,7 +102,7 @@ def _plan_module(module: nn.Module, why_skipped: WhySkipped) -> PlannedModule:
         watched.update(remove_no_ops(graph, module, effects.returns_input))
         alone = or_called_twice(why_skipped, twice)
         chains, unmatched = find_chains(graph, module, alone, writes=effects.writes)
-        left |= unmatched
+        unfused |= unmatched
         prefix = f"with_{call.arguments}{'_list' * call.takes_list}{'_donated' * call.donated}_"
         fast_path = FastPath()
         made = rewrite(graph, module, chains, prefix, folds, fast_path)
@@ -119,14 +119,14 @@ def _plan_module(module: nn.Module, why_skipped: WhySkipped) -> PlannedModule:
         if call == Call(1):
             fresh = returns_a_step(graph, steps)
     if not steps:
-        return PlannedModule(None, left, [])
+        return PlannedModule(None, unfused, [])
     sequences = [module.get_submodule(name) for name in containers]
     plan = Plan(
-        module, forwards, steps, sorted(watched | containers), left, returns_fresh=fresh,
+        module, forwards, steps, sorted(watched | containers), unfused, returns_fresh=fresh,
         observed=effects.observed,
         children=[*sequences, module] if isinstance(module, nn.Sequential) else sequences,
     )  # fmt: skip
-    return PlannedModule(plan, left, [child for child in sequences if is_plain_sequence(child)])
+    return PlannedModule(plan, unfused, [child for child in sequences if is_plain_sequence(child)])
 
 
 def _traces(module: nn.Module) -> dict[Call, Trace]:

@@ -26,10 +26,10 @@ class TrainingPlan:
         forwards: dict[Call, Forward],
         steps: dict[str, AnyTrainingStep],
         guarded: list[str],
-        left: dict[str, str],
+        unfused: dict[str, str],
         observed: Observed | None = None,
     ) -> None:
-        self.forwards, self.steps, self.left = forwards, steps, left
+        self.forwards, self.steps, self.unfused = forwards, steps, unfused
         locations = [watch(module, name) for name in guarded]
         layers = [layer for *_, layer in locations]
         self._guards = Guards(observed or Observed(), layers, locations=locations, module=module)

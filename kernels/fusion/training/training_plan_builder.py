@@ -56,7 +56,7 @@ def plans_for_training(model: nn.Module) -> Iterator[tuple[str, nn.Module, Train
             continue
         plan = make_training_plan(module, why_skipped)
         taken.update(_inlined(module, plan))
-        if plan.steps or plan.left:
+        if plan.steps or plan.unfused:
             yield name, module, plan
 
 

@@ -37,9 +37,11 @@ def activate(z, slope, ACTIVATION: tl.constexpr):
         z = z / (1.0 + tl.exp(-z))
     elif ACTIVATION == "leaky_relu" or ACTIVATION == "prelu":
         z = tl.where(z > 0, z, z * slope)
-    elif ACTIVATION == "hardswish":
+    elif ACTIVATION == "sigmoid":
+        z = 1.0 / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "hardswish" or ACTIVATION == "hardsigmoid":
         gate = tl.minimum(relu(z + 3.0), 6.0, propagate_nan=tl.PropagateNan.ALL)
-        z = z * gate / 6.0
+        z = (z * gate if ACTIVATION == "hardswish" else gate) / 6.0
     else:
         tl.static_assert(ACTIVATION == "identity", "unknown activation")
     return z

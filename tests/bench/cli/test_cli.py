@@ -1,6 +1,7 @@
 """The command line: bad input gets one sentence and exit code 2, before anything is measured."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,10 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["-m", "resnet81"], "--model: unknown name 'resnet81'; did you mean resnet18"),
         (["-m", "dense*"], "--model: unknown name 'dense*'; `resfuse list models` shows the "),
         (["--backend", "eager,onnx"], "--backend: unknown name 'onnx'; did you mean onnxrt"),
-        (["--precision", "fp32"], "--precision: unknown name 'fp32'; "),
-        (["--precision", "fp32"], "known: float32, tf32, float16, bfloat16"),
+        (["--precision", "fp8"], "--precision: unknown name 'fp8'; "),
+        (["--precision", "fp8"], "known: float32, tf32, float16, bfloat16, bf16"),
+        (["--precision", "float32,int8"], "--precision: int8 is not measured yet: nothing here "),
+        (["--precision", "fp16"], "is not measured yet; float16 is a network given in fp16"),
         (["--memory-format", "nhwc"], "known: contiguous, channels_last"),
         (["--bench", "inference,fit"], "--bench: unknown name 'fit'; "),
         (["--baseline", "numpy"], "--baseline: unknown name 'numpy'; "),
@@ -193,6 +196,17 @@ def test_help_and_the_import_behind_it_load_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout))
     assert not loaded & {"torch", "pandas", "matplotlib", "rich", "onnxruntime", "sklearn"}
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """`resfuse study models --list | head -1`: no traceback, not even from the flush at exit."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from resfuse.bench.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "study", "models", "--list"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_what_reads_rows_needs_no_torch() -> None:

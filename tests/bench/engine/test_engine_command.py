@@ -66,6 +66,20 @@ def test_loads_what_it_saved(saved: tuple[Path, str], capsys: pytest.CaptureFixt
     assert "holds 1, 2" in error
 
 
+def test_an_fp32_network_computed_in_bf16(
+    saved: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*SMALL, "-b", "2", "--precision", "bf16"]
+    assert main([*asked, "--timings", str(tmp_path), "--json", str(tmp_path / "facts.json")]) == 0
+    told = json.loads((tmp_path / "facts.json").read_text())
+    assert (told["precision"], told["math_mode"]) == ("bf16", "bf16")
+    (one,) = told["batches"]
+    assert 1e-4 < one["rel_l2_err"] <= one["allowed_err"]
+    assert "to bfloat16" in one["explain"] and one["speed"] is not None
+    said = error_of([*asked, "--load", str(saved[0])], capsys)  # an engine that computes in fp32
+    assert "it computed in a finer precision than was asked for" in said
+
+
 def test_another_network_in_the_file_is_wrong(
     saved: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,7 +98,7 @@ def test_another_network_in_the_file_is_wrong(
         (["engine", "resnet*"], "MODEL: 'resnet*' stands for"),
         (["engine", "resnet18", "-b", "0"], "--batch-size: 0; accepted: whole numbers from 1"),
         (["engine", "resnet18", "-b", "1,x"], "--batch-size: 'x' is not a whole number"),
-        (["engine", "resnet18", "--precision", "int8"], "--precision: unknown name 'int8'"),
+        (["engine", "resnet18", "--precision", "int8"], "--precision: int8 is not measured yet"),
         (["engine", "resnet18", "--img-size", "0"], "--img-size: 0"),
         (["engine", "resnet18", "--device", "gpu"], "--device: 'gpu' cannot be used"),
         (["engine", "resnet18", "--time", "0"], "--time: '0'; accepted: numbers above 0"),

@@ -259,7 +259,7 @@ def test_a_torn_row_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
     [
         (["-m", "resnet81"], "--model: unknown name 'resnet81'; did you mean resnet18"),
         (["--providers", "cudn"], "--providers: unknown name 'cudn'; did you mean cudnn"),
-        (["--precision", "fp32"], "--precision: unknown name 'fp32'; "),
+        (["--precision", "fp8"], "--precision: unknown name 'fp8'; "),
         (["-b", "0"], "--batch-size: 0; accepted: whole numbers from 1"),
         (["--rounds", "0"], "--rounds: 0; accepted: whole numbers from 1"),
         (["--rounds", "few"], "--rounds: 'few' is not a whole number"),

@@ -108,7 +108,7 @@ def test_measures_appends_and_shows(
         (["resnet*"], "argument MODEL: 'resnet*' stands for "),
         (["resnet18", "-b", "0"], "--batch-size: 0; accepted: whole numbers from 1"),
         (["resnet18", "-b", "1,8"], "--batch-size: '1,8' is not a whole number"),
-        (["resnet18", "--precision", "fp32"], "--precision: unknown name 'fp32'"),
+        (["resnet18", "--precision", "fp8"], "--precision: unknown name 'fp8'"),
         (["resnet18", "--providers", "cudn"], "--providers: unknown name 'cudn'"),
         (["resnet18", "--img-size", "0"], "--img-size: 0; accepted"),
         (["resnet18", "--seconds", "nan"], "--seconds: 'nan'; accepted: numbers above 0"),

@@ -122,6 +122,20 @@ def test_each_output_has_its_own_limit() -> None:
     correctness.require_right([0.0, 0.1], limit, "now")
 
 
+def test_where_much_is_allowed_every_image_must_tell_batches_apart() -> None:
+    """An error of 20 % is allowed: the answer to another batch must be off by 30 %."""
+    limit = correctness.Limit(0.2)
+    one, far = torch.eye(2), torch.eye(2) + torch.tensor([[0.0, 0.35], [0.35, 0.0]])
+    correctness.require_telling([one, far], limit)
+    near = torch.eye(2) + torch.tensor([[0.0, 0.35], [0.25, 0.0]])
+    with pytest.raises(WrongAnswer, match="cannot tell inputs apart"):
+        correctness.require_telling([far, one, near], limit)
+    with pytest.raises(WrongAnswer, match="cannot tell inputs apart"):
+        correctness.require_telling([one, far, one], limit)
+    once = torch.eye(2) + torch.tensor([[0.0, 0.7], [0.0, 0.0]])
+    correctness.require_telling([one, once], correctness.Limit(0.05))  # ten times, in one image
+
+
 def test_a_zero_row_is_right_only_where_it_is_zero() -> None:
     zero, one = torch.zeros(2, 3), torch.ones(2, 3)
     assert correctness.relative_error(zero, zero) == 0.0

@@ -255,6 +255,39 @@ def test_no_row_at_all_is_said(browser: Any, tmp_path: Path) -> None:
     assert complaints == []
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_rows_under_load_are_those_of_the_markdown(
+    alone: bool, browser: Any, tmp_path: Path
+) -> None:
+    """The scenarios throughput and server have a table each, beside other rows or without any."""
+    server = replace(CASE, scenario="server", qps=50.0)
+    found = {"streams": 2, "qps": 50.0, "queries": 662, "p99_ms": 33.3}
+    if not alone:
+        add(tmp_path, CASE)
+    add(tmp_path, replace(CASE, scenario="throughput"), speedup=1.5, **found)
+    add(tmp_path, replace(server, model="odd*name"), **found)
+    add_failed(tmp_path, replace(server, backend="openvino"), "fail_to_run", "it cannot <keep> up")
+    write_report(tmp_path)
+    page, complaints = opened(browser, tmp_path / HTML)
+    told = [
+        (title, cells)
+        for title, cells in tables((tmp_path / "DETAILS.md").read_text())
+        if title.startswith(("Throughput", "Server"))
+    ]
+    section = page.locator("#served")
+    assert section.locator("h3").all_inner_texts() == list(dict.fromkeys(t for t, _ in told))
+    assert section.locator("tbody tr").count() == 3
+    text = section.inner_text()
+    assert "odd*name, 224 px" in text and "33.3" in text and "it cannot <keep> up" in text
+    assert page.locator("#empty").is_hidden() and page.locator("#served-link").count() == 1
+    assert complaints == []
+
+
+def test_a_page_without_such_rows_does_not_speak_of_them(browser: Any, core: Path) -> None:
+    page, _ = opened(browser, core / HTML)
+    assert page.locator("#served").is_hidden() and page.locator("#served-link").is_hidden()
+
+
 def test_failures_are_those_of_the_markdown(browser: Any, core: Path) -> None:
     page, _ = opened(browser, core / HTML)
     told = dict(tables((core / "DETAILS.md").read_text()))["Failures and unavailable backends"]

@@ -1,5 +1,6 @@
 """Backends beyond what the gate checks: dynamic batches, options, refusals, rewrites."""
 
+import re
 import tempfile
 import weakref
 from functools import partial
@@ -75,6 +76,41 @@ def test_openvino_refuses_what_it_would_answer_in_another_precision() -> None:
     half = torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)
     with pytest.raises(Unavailable, match="bfloat16"):
         load_build("openvino")(create("cifar_resnet20").eval(), half)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint", "error"), [(torch.float16, "f16", 2e-3), (torch.bfloat16, "bf16", 2e-2)]
+)
+def test_openvino_computes_in_what_the_row_says_or_says_what_it_computes_in(
+    dtype: torch.dtype, hint: str, error: float
+) -> None:
+    """On CPUs with AVX512-BF16 it would answer an fp16 network in bf16, on others in fp32."""
+    pytest.importorskip("openvino")
+    model, images = calibrated("cifar_resnet20", 32), photographs.batch("bundled", 2, 32, 0)
+    with torch.inference_mode():
+        exact = model.double()(images.double())
+    model.float()
+    try:
+        if dtype == torch.float16:
+            run = load_build("openvino")(model.half(), images.half())
+            y = run(images.half())
+        else:
+            y = load_build("openvino", dtype)(model, images)(images)
+    except Unavailable as reason:
+        assert re.fullmatch(rf"openvino computes in (bf16|f32) on this processor, not in {hint}",
+                            str(reason))  # fmt: skip
+        return
+    assert 1e-4 < relative_error(y, exact) < error
+
+
+def test_openvino_says_what_it_computes_in_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino = pytest.importorskip("openvino")
+    answered = openvino.Type.f32
+    monkeypatch.setattr(openvino.CompiledModel, "get_property", lambda *_: answered, raising=False)
+    model, images = calibrated("cifar_resnet20", 32), photographs.batch("bundled", 2, 32, 0)
+    with pytest.raises(Unavailable, match="openvino computes in f32 on this processor, not in bf1"):
+        load_build("openvino", torch.bfloat16)(model, images)
+    load_build("openvino")(model, images)
 
 
 def test_training_is_refused_by_inference_backends() -> None:

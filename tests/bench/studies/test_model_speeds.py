@@ -73,6 +73,37 @@ def test_ratios_are_taken_both_ways_in_the_same_rounds(measured: tuple[list[str]
     assert rows.loc["tensorrt", "status"] == "unavailable" and rows.loc["tensorrt", "error"]
 
 
+def test_the_same_networks_in_bf16(
+    measured: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of their own in the same file, and a part of the page."""
+    arguments, home = measured
+    fp32 = len(results.read_rows(home, SPEEDS))
+    mine = [*arguments, "--backend", "eager,fused", "--precision", "bf16"]
+    assert main(mine) == 0
+    rows = results.read_rows(home, SPEEDS)
+    assert set(rows.precision[:fp32]) == {"float32"}
+    lower = rows[fp32:].set_index("backend")
+    assert set(lower.precision) == {"bf16"} and list(lower.index) == ["eager", "fused"]
+    assert (lower.status == "pass").all(), list(lower.error)
+    assert lower.rel_l2_err.between(1e-4, 0.2).all()
+    page = (home / MODELS).read_text()
+    assert "- batch 2, 64 pixels: 1 network" in page
+    assert "- batch 2, 64 pixels, bf16: 0 networks; fused / eager" in page  # without the engine
+    assert main([*mine, "--resume"]) == 0
+    assert len(results.read_rows(home, SPEEDS)) == fp32 + 2
+    assert main([*arguments, "--precision", "int8"]) == 2
+    assert "argument --precision: int8 is not measured yet" in capsys.readouterr().err
+
+
+def test_rows_of_older_versions_are_of_float32() -> None:
+    (old,) = page_of.newest(ROWS[ROWS.network == "timm dla34"])
+    assert old.setting == "batch 1, 64 pixels"
+    lower = ROWS[ROWS.network == "timm dla34"].assign(precision="bf16")
+    both = page_of.newest(pd.concat([ROWS[ROWS.network == "timm dla34"], lower]))
+    assert {one.setting for one in both} == {"batch 1, 64 pixels", "batch 1, 64 pixels, bf16"}
+
+
 def test_the_environment_is_that_of_the_processes_that_measured(
     measured: tuple[list[str], Path],
 ) -> None:

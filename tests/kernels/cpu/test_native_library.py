@@ -172,13 +172,14 @@ def test_a_library_that_is_none_is_said_to_be(
     assert "cannot be loaded" in str(why_unavailable())
 
 
-def test_processes_that_compile_at_once_do_no_harm(tmp_path: Path) -> None:
+def test_processes_that_need_it_at_once_compile_it_once(tmp_path: Path) -> None:
     """The compiler is one that hands out the library at hand, half of it a second earlier."""
     lanes, at_hand = step.lanes(), cache_folder() / "native" / f"{fingerprint()}.so"
     compiler = tmp_path / "c++"
     compiler.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit\nfor made; do :; done\n'
-        f'head -c 100000 "{at_hand}" > "$made" && sleep 1 && cp "{at_hand}" "$made"\n'
+        f'echo >> "{tmp_path}/calls"\n'
+        f'head -c 100000 "{at_hand}" > "$made" && sleep 3 && cp "{at_hand}" "$made"\n'
     )
     compiler.chmod(0o755)
     program = "from resfuse.kernels.cpu.program import lanes; print(lanes())"
@@ -194,6 +195,7 @@ def test_processes_that_compile_at_once_do_no_harm(tmp_path: Path) -> None:
     assert said == [f"{lanes}\n"] * 2
     (only,) = (tmp_path / "native").iterdir()
     assert only.suffix == ".so"
+    assert (tmp_path / "calls").read_text() == "\n"
 
 
 @pytest.mark.parametrize("how", ["two swapped", "one missing", "one more"])

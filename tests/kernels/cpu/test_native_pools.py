@@ -1,11 +1,14 @@
 """Native pools, means, gates and batch norms against fp64."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from graphs import affine_graph, inputs_of, norm_named, norm_state, one_node, pool_graph
 from native_problems import POOLS, require_native
 from resfuse.kernels.cpu.program import ACTIVATIONS
+from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Affine, AveragePool, Mean, Pick
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics.cpu import native
@@ -50,6 +53,25 @@ def test_channels_of_zeros_hold_nothing_of_what_lies_beside_a_map(
     for _ in range(2):
         (y,) = executor(x)
         torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("zeros", [0, 21])
+@pytest.mark.parametrize(
+    "channels",
+    [range(70), range(7, 50), range(33, 34), [0, 35, 1, 36, 2], range(69, -1, -1), [5] * 40],
+    ids=["all", "a part", "one", "shuffled", "backwards", "one again and again"],
+)
+def test_channels_are_picked_in_any_order(channels: Sequence[int], zeros: int) -> None:
+    x = torch.randn(2, 70, 5, 3, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 2, 1] = torch.nan
+    op = Pick((0, 1, 2, 3, 4), (2, 0), zeros, tuple(channels))
+    wanted = x[:, list(channels)][..., [2, 0]]
+    wanted = torch.nn.functional.pad(wanted, [0] * 5 + [zeros])
+    graph = one_node(op, {"x": tuple(x.shape), "y": tuple(wanted.shape)}, ("x",))
+    for candidate in (*native.segments(graph, 0), Candidate("eager", 0, 1)):
+        executor = Executor(graph, [candidate], {})
+        for _ in range(2):
+            torch.testing.assert_close(executor(x)[0], wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [(26, 18), (20, 11), (7, 5), (1, 1)])

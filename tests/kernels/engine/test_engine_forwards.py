@@ -1,7 +1,7 @@
 """The engine on forwards of every shape, and norms that a forward spells out."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,11 @@ from torchvision.ops import FrozenBatchNorm2d
 from engine_models import AS_FUSED, conv, images, made, require_answers
 from graphs import error
 from resfuse.kernels import build_engine
-from resfuse.kernels.engine.cost import ceilings
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Conv
 from scope import Scope
 
-pytestmark = [pytest.mark.usefixtures("own_cache", "small_ceilings"), pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def small_ceilings() -> Iterator[None]:
-    """What `explain` measures of the machine takes 0.9 s an engine where it is to be right."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ceilings._SIDE, "cpu", 64)
-        patch.setitem(ceilings._BYTES, "cpu", 1 << 20)
-        yield
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 
 FORWARDS: dict[str, Callable[[], nn.Module]] = {

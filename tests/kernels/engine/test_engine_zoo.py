@@ -61,9 +61,16 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     # 16 gates: a mean, two 1x1, a sigmoid, a product that takes in the sum; a projection adds first
     "timm seresnet50": (
         lambda: timm.create_model("seresnet50"),
-        {
-            "Conv": 86, "MaxPool": 1, "Mean": 17, "Affine": 16, "aten.sigmoid.default": 16,
-        },
+        {"Conv": 86, "MaxPool": 1, "Mean": 17, "Affine": 16},
+    ),
+    "efficientnet_b0": (
+        lambda: tv.efficientnet_b0(weights=None),
+        {"Conv": 82, "Mean": 17, "Affine": 16},
+    ),
+    # a unit's shuffle and the next one's split are one pick for each half
+    "shufflenet_v2_x1_0": (
+        lambda: tv.shufflenet_v2_x1_0(weights=None),
+        {"Conv": 57, "MaxPool": 1, "Concat": 16, "Pick": 29, "Mean": 1},
     ),
     "timm resnet18, five outputs": (
         lambda: timm.create_model("resnet18", features_only=True),

@@ -122,8 +122,9 @@ def test_folded_weights_follow_a_write_in_place(which: str) -> None:
 def test_eval_mode_gradients_are_the_originals_and_say_so() -> None:
     model = network()
     fused_model = fuse(model)
-    with pytest.warns(UserWarning, match="gradients are enabled"):
+    with pytest.warns(UserWarning, match="gradients are enabled") as warned:
         fused_model(images()).square().mean().backward()
+    assert {warning.filename for warning in warned} == {__file__}  # the caller's line
     model(images()).square().mean().backward()
     for a, b in zip(model.parameters(), fused_model.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)

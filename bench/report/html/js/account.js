@@ -30,6 +30,7 @@ function drawAccount() {
 }
 
 function accountFor(environment) {
+  drawServed(environment);
   byId("opening").textContent = environment.opening;
   byId("made-from").textContent = environment.madeFrom
     + (environment.convolutions ? " Convolutions measured one by one are in DETAILS.md." : "")

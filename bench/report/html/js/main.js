@@ -42,8 +42,8 @@ function nothing() {
   for (const id of ["content", "filters"]) byId(id).hidden = true;
   document.querySelector("nav").hidden = true;
   const [environment] = DATA.environments;
-  byId("device").textContent = "No network has been measured";
-  byId("empty").hidden = false;
+  byId("device").textContent = "No network has been measured batch by batch";
+  byId("empty").hidden = Boolean(environment?.served.length);
   byId("empty").textContent = environment
     ? "Convolutions measured one by one are in DETAILS.md beside this page."
     : "There is nothing to report: rows.csv holds no rows.";

@@ -15,7 +15,8 @@ def windows(
     graph: Graph, node: Node, op: AveragePool | Pick, arena: Arena, storage: Storage
 ) -> Native:
     """Lowers operations that have a table for the rows of y and one for its columns: divisors of an
-    average pool, or the pixels of x to pick.
+    average pool, or the pixels of x to pick. Channels that are not one after another have a table,
+    too.
     """
     n, c, h, w = graph.values[node.inputs[0]].shape
     _, k, p, q = graph.values[node.name].shape
@@ -24,14 +25,25 @@ def windows(
     step.y, step.y_pitch = arena.address(node.name), arena.pitch(node.name)
     if isinstance(op, Pick):
         step.kind = kind("pick")
-        tables = op.rows, op.columns
+        tables: tuple[tuple[int, ...], ...] = (op.rows, op.columns)
+        if op.channels is not None:
+            step.C = len(op.channels)
+            if op.scatters:
+                tables = (*tables, op.channels)
+            else:
+                first = op.channels[0] * arena.element_bytes(node.inputs[0])
+                step.x = arena.address(node.inputs[0]) + first
     else:
         step.kind = kind("average_pool")
         (step.R, step.S), (step.stride_h, step.stride_w) = op.kernel, op.stride
         step.pad_h, step.pad_w = op.padding
         tables = _counts(op, 0, p, h), _counts(op, 1, q, w)
-    rows, columns = arena.weights(("tables", *tables), lambda: [tensor(t).float() for t in tables])
+    rows, columns, *channels = arena.weights(
+        ("tables", *tables), lambda: [tensor(t).float() for t in tables]
+    )
     step.w, step.slope = rows.data_ptr(), columns.data_ptr()
+    if channels:
+        step.bias = channels[0].data_ptr()
     return Native([step])
 
 

@@ -1,7 +1,7 @@
 """Random modules made of the habits people have, fused, called, changed, and called again: what a
 fused one answers, raises, or leaves behind is what a plain one does. 500 examples here, 450 of fuse
-and 50 of engines; `python tests/kernels/fusion/hostile/test_hostile_fuzz.py fuse 100 200` tries 100
-other seeds.
+and 50 of engines. With tests/helpers and tests/helpers/networks on PYTHONPATH,
+`python tests/kernels/fusion/hostile/test_hostile_fuzz.py fuse 100 200` tries 100 other seeds.
 """
 
 import copy
@@ -111,6 +111,8 @@ def run(case: Case) -> None:
             if change[0] in COPIES:
                 if is_copied(plain, COPIES[change[0]]):
                     fused = COPIES[change[0]](fused)
+                    if change[0] == "pickle":  # which makes leaves of what an operation returned
+                        plain = COPIES[change[0]](plain)
             else:
                 flags = dict(FLAGS)
                 raised = changed(change, plain)

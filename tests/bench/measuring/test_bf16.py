@@ -1,0 +1,130 @@
+"""`--precision bf16`: the same fp32 network, computed in bfloat16 by every backend in its own way;
+what a row says of it, and what is no bfloat16."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resfuse.bench.backends import BACKENDS, Backend
+from resfuse.bench.cli import main
+from resfuse.bench.measuring import correctness, measure_case, network
+from resfuse.bench.measuring.inference import answers
+from resfuse.bench.records import results
+from resfuse.bench.records.case import PRECISIONS, Case, Options
+from resfuse.bench.records.outcome import Outcome
+from resfuse.resnet_ref import models
+from resfuse.resnet_ref.cifar import cifar_resnet
+
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+
+CASE = Case("cifar_resnet8", "eager", "inference", "cpu", "bf16", "contiguous", 4, 32)
+OPTIONS = Options(seconds=0.05, min_rounds=6, max_rounds=12)
+NO_BF16 = "openvino computes in f32 on this processor, not in bf16"
+
+
+@pytest.fixture(autouse=True)
+def _a_small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (models.MODELS, models.CIFAR):
+        monkeypatch.setitem(registry, "cifar_resnet8", partial(cifar_resnet, 8))
+
+
+def measure(backend: str, **changes: object) -> Outcome:
+    memory_format = BACKENDS[backend].memory_formats[-1]
+    case = replace(CASE, backend=backend, memory_format=memory_format, **changes)
+    return measure_case.measure(case, OPTIONS, {}, lambda event: None)[0]
+
+
+@pytest.mark.parametrize("scenario", ["latency", "throughput"])
+@pytest.mark.parametrize("backend", ["eager", "compiled", "openvino", "fused", "engine"])
+def test_every_backend_answers_as_well_as_eager_in_bf16(backend: str, scenario: str) -> None:
+    pytest.importorskip("openvino" if backend == "openvino" else "torch")
+    outcome = measure(backend, scenario=scenario)
+    if outcome.error == NO_BF16:
+        pytest.skip(outcome.error)
+    assert outcome.status == "pass", outcome.error
+    assert 1e-4 < float(outcome.metrics["rel_l2_err"]) < 0.1  # fp32's would be 1e-6
+    assert float(outcome.metrics["p50_ms"]) > 0
+
+
+def test_onnx_runtime_says_that_its_cpu_has_none() -> None:
+    pytest.importorskip("onnxruntime")
+    outcome = measure("onnxrt")
+    assert outcome.status == "unavailable"
+    assert outcome.error == "onnxruntime's CPUExecutionProvider has no bfloat16 convolution"
+
+
+def test_training_has_precisions_of_its_own() -> None:
+    outcome = measure("eager", mode="train")
+    assert outcome.status == "unavailable"
+    assert outcome.error == "bf16 is a way to infer; amp_bf16 and bfloat16 train"
+
+
+def test_a_row_says_what_was_computed_in(tmp_path: Path) -> None:
+    arguments = [
+        "bench", "-m", "cifar_resnet20", "--backend", "eager", "--memory-format", "contiguous",
+        "-b", "2", "--precision", "bf16", "--seconds", "0.05", "--results", str(tmp_path),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    (home,) = tmp_path.iterdir()
+    (row,) = results.read_rows(home).to_dict("records")
+    assert (row["status"], row["precision"], row["math_mode"]) == ("pass", "bf16", "bf16")
+    assert float(row["rel_l2_err"]) > 1e-4
+    (facts,) = results.read_environments(home).values()
+    assert float(facts["ceiling_bf16_tflops"]) > 0
+
+
+def prepared() -> tuple[nn.Module, list[Tensor]]:
+    return network.master(CASE, 0), network.batches(CASE)
+
+
+def test_weights_images_and_answers_are_fp32_and_the_yardstick_is_bf16() -> None:
+    model, batches = prepared()
+    kinds = {tensor.dtype for tensor in (*model.parameters(), *batches)}
+    assert kinds == {torch.float32}
+    expected = answers(model, batches, "bf16", torch.bfloat16)
+    with torch.inference_mode():
+        lower = nn.Sequential(network.master(CASE, 0).bfloat16())(batches[0].bfloat16())
+        exact = network.master(CASE, 0).double()(batches[0].double())
+    (eager, *_), (reference, *_) = expected.eager, expected.reference
+    assert eager.dtype == torch.float32 and torch.equal(eager, lower.float())
+    assert torch.equal(reference[0], exact)
+    own = max(map(correctness.relative_error, expected.eager, (r[0] for r in expected.reference)))
+    assert expected.limit.rel_l2 == pytest.approx(2 * own + 8e-3)
+
+
+def test_the_least_time_counts_two_bytes_a_number() -> None:
+    found = {name: network.element_bytes(replace(CASE, precision=name)) for name in PRECISIONS}
+    assert found == {
+        "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "bf16": 2, "amp_bf16": 4,
+        "amp_fp16": 4,
+    }  # fmt: skip
+
+
+def plant(build: str, monkeypatch: pytest.MonkeyPatch, takes_compute_dtype: bool) -> Outcome:
+    planted = Backend(f"cheats:{build}", "planted", takes_compute_dtype=takes_compute_dtype)
+    monkeypatch.setitem(BACKENDS, "planted", planted)
+    return measure("planted")
+
+
+@pytest.mark.parametrize(
+    ("cheat", "own_way", "status", "said"),
+    [
+        ("fp32_behind_bf16", True, "unavailable", "it computed in a finer precision than"),
+        ("stale_in_bf16", True, "fail_accuracy", "before timing"),
+        ("fp8_behind_bf16", True, "fail_accuracy", "before timing"),
+        ("previous_input", False, "fail_accuracy", "before timing"),
+        ("stale_buffer", False, "fail_accuracy", "before timing"),
+        ("last_image_skipped", False, "fail_accuracy", "before timing"),
+        ("cached_after_checks", False, "fail_accuracy", "in a timed round"),
+    ],
+)
+def test_cheats_are_found_out(
+    cheat: str, own_way: bool, status: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = plant(cheat, monkeypatch, own_way)
+    assert (outcome.status, said in outcome.error) == (status, True), outcome
+    assert "p50_ms" not in outcome.metrics  # no speed without a right answer
