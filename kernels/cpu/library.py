@@ -165,7 +165,7 @@ def _flags(architecture: str) -> tuple[str, ...]:
 
 
 def _sources() -> list[Path]:
-    return sorted(p for p in _SOURCES.iterdir() if p.suffix in (".h", ".cpp"))
+    return sorted(p for p in _SOURCES.rglob("*") if p.suffix in (".h", ".cpp"))
 
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ results before it; only tuning measures:
 
 capture     the model as a graph, a node for each operation (frontend/export.py)
 passes      batch norms, activations and sums merged into convolutions (frontend/merge.py); values
-            in bfloat16, where that is asked for (frontend/precision.py)
+            in bfloat16, where that is asked for (frontend/graph_precision.py)
 candidates  every tactic, in every configuration, for every run of nodes (planning/candidates.py)
 tune        the time of each candidate that gives the right answer (tuning/tuner.py)
 plan        the cheapest cover of the nodes by candidates (planning/planner.py), with early stages
@@ -28,7 +28,7 @@ from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
-from resfuse.kernels.engine.frontend.precision import Precision
+from resfuse.kernels.engine.frontend.graph_precision import Precision
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.candidates import find_candidates

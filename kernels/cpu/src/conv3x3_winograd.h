@@ -11,7 +11,7 @@
 // second time.
 #pragma once
 
-#include "dcheck.h"
+#include "base/dcheck.h"
 #include "epilogue.h"
 #include "step.h"
 #include "tile.h"

@@ -11,10 +11,10 @@
 
 #include <cstddef>
 
-#include "dcheck.h"
+#include "base/dcheck.h"
 #include "epilogue.h"
 #include "step.h"
-#include "storage.h"
+#include "base/storage.h"
 #include "tile.h"
 
 // Zeros for pointers to padding. Python refuses convolutions with longer rows.

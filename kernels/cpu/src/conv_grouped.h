@@ -7,7 +7,7 @@
 #pragma once
 
 #include "conv_direct.h"
-#include "dcheck.h"
+#include "base/dcheck.h"
 #include "epilogue.h"
 #include "step.h"
 #include "tile.h"

@@ -1,9 +1,9 @@
 // Converts values between float32 and bfloat16, NHWC: in the library for bfloat16 alone.
 #pragma once
 
-#include "dcheck.h"
+#include "base/dcheck.h"
 #include "step.h"
-#include "storage.h"
+#include "base/storage.h"
 #include "tile.h"
 
 static RowRange convert_range(const Step& s, long range, long ranges) {

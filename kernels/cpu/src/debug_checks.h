@@ -4,7 +4,7 @@
 #include "conv3x3_winograd.h"
 #include "conv_direct.h"
 #include "conv_grouped.h"
-#include "dcheck.h"
+#include "base/dcheck.h"
 #include "fused_chain.h"
 #include "fused_rows.h"
 #include "scratch.h"

@@ -2,11 +2,11 @@
 // on is asked once a tile.
 #pragma once
 
-#include "dcheck.h"
+#include "base/dcheck.h"
 #include "step.h"
-#include "sigmoid.h"
-#include "storage.h"
-#include "vectors.h"
+#include "base/sigmoid.h"
+#include "base/storage.h"
+#include "base/vectors.h"
 
 // M pixels, one after another, by N vectors of output channels.
 template <long M, long N>

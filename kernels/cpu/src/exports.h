@@ -5,7 +5,7 @@
 
 #include "conv_direct.h"
 #include "conv_grouped.h"
-#include "digest.h"
+#include "base/digest.h"
 #include "step.h"
 #include "team.h"
 #include "tile.h"

@@ -9,7 +9,7 @@
 #include "conv3x3_winograd.h"
 #include "conv_direct.h"
 #include "conv_grouped.h"
-#include "dcheck.h"
+#include "base/dcheck.h"
 #include "step.h"
 
 // A row of 2x2 tiles.

@@ -9,7 +9,7 @@
 
 #include <cstring>
 
-#include "dcheck.h"
+#include "base/dcheck.h"
 #include "fused_chain.h"
 #include "pool.h"
 

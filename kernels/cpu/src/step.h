@@ -17,7 +17,7 @@
 // debug_checks.h asserts as much of this as a step shows.
 #pragma once
 
-#include "storage.h"
+#include "base/storage.h"
 
 enum Kind : long {
   DIRECT = 0,

@@ -21,7 +21,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "dcheck.h"
+#include "base/dcheck.h"
 
 namespace team {
 

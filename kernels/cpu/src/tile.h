@@ -2,10 +2,10 @@
 // Tiles at an edge are smaller: M rows by N vectors.
 #pragma once
 
-#include "dcheck.h"
-#include "range.h"
-#include "storage.h"
-#include "vectors.h"
+#include "base/dcheck.h"
+#include "base/range.h"
+#include "base/storage.h"
+#include "base/vectors.h"
 
 constexpr long CACHE_LINE = 16;  // floats, or units
 constexpr long KC = 128;         // units of a slice: KC x NR weights fill a first-level cache

@@ -116,7 +116,7 @@ def test_memory_is_what_is_planned_and_held(engine: Engine) -> None:
     arena = engine._built[
         SHAPE
     ].executor.arena  # its floats end with a line that may be read, not used
-    assert memory.arena_bytes <= 4 * arena._floats.numel() <= memory.arena_bytes + 64
+    assert memory.arena_bytes <= arena._bytes.numel() <= memory.arena_bytes + 64
     weights = 3 * 16 * 49 + 16 * 32 * 9 + 16 * 32 + 32 * 4 * 9 + 64 * 10
     assert memory.weights_bytes == 0 or memory.weights_bytes > 4 * weights / 2
     with pytest.raises(ValueError, match="argument batch_size: 7"):
