@@ -6,7 +6,7 @@ converted in every call: ResNet-50 then takes 4 to 5 % longer on a CPU (docs/des
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from resfuse.bench.backends.streams import Answer, Query, Streams, Take
 
-if TYPE_CHECKING:
-    from resfuse.bench.backends import Build, Run
+Run = Callable[[Tensor], Any]
+Build = Callable[[nn.Module, Tensor], Run]
 
 
 class Converted(nn.Module):
@@ -44,10 +44,10 @@ def restored(output: Any, dtype: torch.dtype, wanted: torch.dtype) -> Any:
     return back(output) if isinstance(output, Tensor) else tree_map_only(Tensor, back, output)
 
 
-def converted(build: "Build", dtype: torch.dtype) -> "Build":
+def converted(build: Build, dtype: torch.dtype) -> Build:
     """Returns a `build` that gives another one the network in `dtype`."""
 
-    def build_converted(model: nn.Module, example: Tensor) -> "Run":
+    def build_converted(model: nn.Module, example: Tensor) -> Run:
         return _ConvertedRun(build(model.to(dtype), example.to(dtype)), dtype)
 
     return build_converted
@@ -56,7 +56,7 @@ def converted(build: "Build", dtype: torch.dtype) -> "Build":
 class _ConvertedRun:
     """What a backend built in `dtype`, between two conversions."""
 
-    def __init__(self, run: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
+    def __init__(self, run: Run, dtype: torch.dtype) -> None:
         self._run, self._dtype = run, dtype
 
     def __call__(self, images: Tensor) -> Any:
