@@ -37,7 +37,7 @@ def small() -> nn.Module:
     def forward(s: Any, x: Tensor) -> Tensor:
         x = s.pool(s.stem(x).relu())
         y = (s.norm(s.conv(x)) + s.projection(x)).relu()
-        z = torch.sigmoid(s.grouped(y))
+        z = torch.tanh(s.grouped(y))
         return s.head(torch.cat([y, z], 1).mean((2, 3)))
 
     return Scope(

@@ -157,7 +157,7 @@ def test_explain_has_a_line_for_every_segment(engine: Engine) -> None:
     ):
         assert row.removeprefix("+ ").startswith(what)
     assert lines[2 + len(graph.nodes)] == "" and len(rows) == len(engine._built[SHAPE].segments)
-    assert "aten.sigmoid.default" in lines[-1] and "1 segment" in lines[-1]
+    assert "aten.tanh.default" in lines[-1] and "1 segment" in lines[-1]
     assert f"{len(rows)} segments" in engine.explain()
     with pytest.raises(ValueError, match="argument batch_size: 7"):
         engine.explain(7)
