@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from resfuse.bench.backends.converted import Build, Run
     from resfuse.bench.backends.streams import Streams
 
-    Run = Callable[[Tensor], Tensor]
-    Build = Callable[[nn.Module, Tensor], Run]
     Trainable = Callable[[nn.Module, Tensor], Run]  # differentiable, in training mode
 
 BOTH = ("contiguous", "channels_last")
