@@ -67,10 +67,7 @@ def made_from(environment: Environment, escape: Callable[[str], str] = markdown.
         )
     if served:
         rows = count(len(served), "row")
-        parts.append(
-            f"{rows} of the scenarios throughput and server in tables of their own, "
-            "in REPORT.md and DETAILS.md alone"
-        )
+        parts.append(f"{rows} of the scenarios throughput and server in tables of their own")
     if environment.incomplete:
         parts.append(f"{count(environment.incomplete, 'incomplete line')} left out")
     if results:
