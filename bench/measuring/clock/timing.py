@@ -7,7 +7,7 @@ process's own watch check them: see `Span` and subprocess_runner.py.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -191,17 +191,17 @@ def interleave(
     return laps, span
 
 
-def paired_ratios(seen: Step, new: Step, device: str, pairs: int) -> list[float]:
-    """Time of `new` over that of `seen`, run one right after the other, so many times; the first
-    pair follows an untimed run."""
+def in_turns(one: Step, other: Step, device: str, turns: int) -> Iterator[tuple[float, float]]:
+    """Yields the ms of two steps that run one right after the other, so many times; each goes
+    first in every other turn, and an untimed run of the first comes before."""
     stopwatch = STOPWATCHES[device]
-    _once(seen, stopwatch)
-    ratios = []
-    for _ in range(pairs):
-        known, _ = _once(seen, stopwatch)
-        first, _ = _once(new, stopwatch)
-        ratios.append(sum(first) / max(sum(known), 1e-6))
-    return ratios
+    _once(one, stopwatch)
+    for turn in range(turns):
+        if turn % 2:
+            (second, _), (first, _) = _once(other, stopwatch), _once(one, stopwatch)
+        else:
+            (first, _), (second, _) = _once(one, stopwatch), _once(other, stopwatch)
+        yield sum(first), sum(second)
 
 
 def repeat(step: Step, device: str, least_s: float) -> tuple[list[float], Span]:
