@@ -29,7 +29,7 @@ class WeightStore:
         Args:
             other: the store of another plan for the same weights, to share with.
         """
-        self._tensors: dict[Hashable, _Laid] = {}
+        self._entries: dict[Hashable, _Entry] = {}
         self._packed: dict[Hashable, PackedConv] = {}
         self._outside: list[Tensor] = []  # tensors that a tactic keeps by itself
         self._shared: _Shared = other._shared if other is not None else _Shared()
@@ -38,12 +38,12 @@ class WeightStore:
     def get(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Returns what `make` returns, called once for a key, copied to large pages: bfloat16 as it
         is, anything else as float32."""
-        return self._get(key, lambda: _Laid(map(self._shared.pool.put, make())), in_pool=True)
+        return self._get(key, lambda: _Entry(map(self._shared.pool.put, make())), in_pool=True)
 
     def get_unchanged(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Returns what `make` returns, called once for a key, unchanged: on any device, of any
         dtype and layout."""
-        return self._get(key, lambda: _Laid(make()))
+        return self._get(key, lambda: _Entry(make()))
 
     def packed(self, key: Hashable, make: Callable[[], PackedConv]) -> PackedConv:
         """Returns what `make` returns, called once for a key."""
@@ -58,12 +58,12 @@ class WeightStore:
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns a shared read-only tensor of `count` zeros, a part of the largest so far."""
         key = "zeros", dtype, device
-        held = self._tensors.get(key) or self._shared.laid.get(key)
-        if held is None or held[0].numel() < count:
-            self.track(self._tensors.get(key, ()))  # parts of it have been given out
-            held = _Laid([torch.zeros(count, dtype=dtype, device=device)])
-        self._tensors[key] = self._shared.laid[key] = held
-        return held[0][:count]
+        entry = self._entries.get(key) or self._shared.entries.get(key)
+        if entry is None or entry[0].numel() < count:
+            self.track(self._entries.get(key, ()))  # parts of it have been given out
+            entry = _Entry([torch.zeros(count, dtype=dtype, device=device)])
+        self._entries[key] = self._shared.entries[key] = entry
+        return entry[0][:count]
 
     def track(self, tensors: Iterable[Tensor]) -> None:
         """Adds tensors to `size` that a tactic keeps by itself."""
@@ -73,25 +73,25 @@ class WeightStore:
         """Returns the bytes of all weights, also of the plans that share them, but for storages of
         the tensors `excluding`."""
         stores = list(self._shared.stores)
-        laid = {id(e): e for store in stores for e in list(store._tensors.values())}.values()
-        pooled = sum(pool_bytes(t) for each in laid if each.in_pool for t in each)
-        kept = [*(each for each in laid if not each.in_pool), *(s._outside for s in stores)]
-        outside, excluded = storages(chain.from_iterable(kept)), storages(excluding)
+        entries = {id(e): e for store in stores for e in list(store._entries.values())}.values()
+        pooled = sum(pool_bytes(t) for entry in entries if entry.in_pool for t in entry)
+        others = [*(e for e in entries if not e.in_pool), *(s._outside for s in stores)]
+        outside, excluded = storages(chain.from_iterable(others)), storages(excluding)
         return pooled + sum(n for key, n in outside.items() if key not in excluded)
 
     def _get(
-        self, key: Hashable, lay_out: Callable[[], "_Laid"], in_pool: bool = False
+        self, key: Hashable, lay_out: Callable[[], "_Entry"], in_pool: bool = False
     ) -> list[Tensor]:
-        if key not in self._tensors:
-            laid = self._shared.laid.get(key)
-            if laid is None:
-                laid = self._shared.laid[key] = lay_out()
-                laid.in_pool = in_pool
-            self._tensors[key] = laid
-        return self._tensors[key]
+        if key not in self._entries:
+            entry = self._shared.entries.get(key)
+            if entry is None:
+                entry = self._shared.entries[key] = lay_out()
+                entry.in_pool = in_pool
+            self._entries[key] = entry
+        return self._entries[key]
 
 
-class _Laid(list[Tensor]):
+class _Entry(list[Tensor]):
     """Tensors laid out for one key; unlike a list's own, references to it may be weak."""
 
     in_pool = False
@@ -101,7 +101,7 @@ class _Shared:
     """What the stores of plans for the same weights have in common."""
 
     def __init__(self) -> None:
-        self.laid: WeakValueDictionary[Hashable, _Laid] = WeakValueDictionary()
+        self.entries: WeakValueDictionary[Hashable, _Entry] = WeakValueDictionary()
         self.packed: WeakValueDictionary[Hashable, PackedConv] = WeakValueDictionary()
         self.stores: WeakSet[WeightStore] = WeakSet()
         self.pool = HugePagePool()

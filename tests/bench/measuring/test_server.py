@@ -3,6 +3,7 @@
 No test asserts how fast anything is; a backend that sleeps bounds latencies from below.
 """
 
+from collections.abc import Iterator
 from statistics import median
 
 import pytest
@@ -11,9 +12,13 @@ from resfuse.bench.common.errors import CannotServe
 from resfuse.bench.measuring import arrivals, measure_server
 from resfuse.bench.measuring import server_load as server
 from resfuse.bench.records.case import Case, Options
-from served_networks import CASE, SLEEP_S, served, slow
+from served_networks import CASE, SLEEP_S, one_thread_and_tiny, served, slow
 
-pytestmark = pytest.mark.usefixtures("tiny_network")
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_tiny_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with one_thread_and_tiny(monkeypatch):
+        yield
 
 
 def test_a_latency_counts_from_the_scheduled_arrival(monkeypatch: pytest.MonkeyPatch) -> None:

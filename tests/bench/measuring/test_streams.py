@@ -4,7 +4,7 @@ No test asserts how fast anything is.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 
 import pytest
@@ -19,9 +19,13 @@ from resfuse.bench.measuring.inference import answers
 from resfuse.bench.measuring.served_network import ServedNetwork, round_seconds, torch_threads
 from resfuse.bench.records.case import Case, Options
 from resfuse.kernels.cpu.cpus import usable
-from served_networks import CASE, Run, served, tiny
+from served_networks import CASE, Run, one_thread_and_tiny, served, tiny
 
-pytestmark = pytest.mark.usefixtures("tiny_network")
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_tiny_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with one_thread_and_tiny(monkeypatch):
+        yield
 
 
 def one_of_two_is_wrong(since: Callable[[], bool]) -> Callable[[nn.Module, Tensor], Run]:
