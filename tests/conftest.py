@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from resfuse.bench.trainings import data
@@ -50,6 +51,10 @@ _index_of_scalars_in_the_interpreter()
 os.environ.setdefault("RESFUSE_QUIET_S", "0")
 # And none asks how fast it is: 3.4 of the 16 CPU seconds of a small `resfuse bench`.
 os.environ.setdefault("RESFUSE_SURVEY_ROUNDS", "3")
+
+# Nor how long an example takes beside other tests: 200 ms are hypothesis's own limit.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 CLOCK = "resfuse.kernels.engine.tuning.clock"
 CEILINGS = "resfuse.kernels.engine.cost.ceilings"

@@ -7,6 +7,7 @@ rate keeps the bound is decided as early stopping does: so few queries are late 
 confidence of 99 %, fewer than 1 % of all that could come would be.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from math import ceil
@@ -33,9 +34,7 @@ def poisson_arrivals(qps: float, count: int, seed: int) -> Sequence[int]:
 @cache
 def most_late(count: int) -> int:
     """Returns how many of so many queries may pass the bound; -1 where none are enough to tell."""
-    from scipy.stats import binom
+    from scipy.special import bdtr  # the binomial distribution; scipy.stats takes a second to load
 
-    late = int(binom.ppf(1 - CONFIDENCE, count, LATE_SHARE))
-    while late >= 0 and binom.cdf(late, count, LATE_SHARE) > 1 - CONFIDENCE:
-        late -= 1
-    return late
+    chances = lambda late: bdtr(late, count, LATE_SHARE)
+    return bisect_right(range(count), 1 - CONFIDENCE, key=chances) - 1

@@ -122,7 +122,7 @@ def in_small_blocks(choice: Candidate) -> Candidate:
     return replace(choice, config=(("form", choice.settings["form"]), ("block", 6)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 3),
     width=st.sampled_from([16, 20, 32, 48]),
@@ -147,7 +147,7 @@ def test_bottlenecks_of_any_size(
     require_right(graph, Executor(graph, [choice], state), state, inputs_of(graph), scale=1.0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(made=random_graphs(), data=st.data())
 def test_chains_in_shared_memory_answer_as_one_by_one(
     made: tuple[Graph, State], data: st.DataObject

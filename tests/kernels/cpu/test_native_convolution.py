@@ -207,7 +207,6 @@ def problems(draw: st.DrawFn) -> ConvProblem:
 
 @settings(
     max_examples=400,
-    deadline=None,
     suppress_health_check=[HealthCheck.filter_too_much],
     derandomize=True,  # a crash of torch's would take the whole run with it
 )

@@ -205,7 +205,7 @@ def test_where_winograd_can_be_had_nothing_is_joined() -> None:
     assert not list(native_rows.segments(graph, 0))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     n=st.integers(1, 3),
     channels=st.sampled_from([(3, 16), (16, 32), (20, 20)]),

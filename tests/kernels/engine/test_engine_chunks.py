@@ -50,7 +50,7 @@ def first_native(graph: Graph) -> list[Candidate]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(made=graphs(), data=st.data())
 def test_any_run_of_native_steps_answers_the_same_in_chunks(
     made: tuple[Graph, State], data: st.DataObject

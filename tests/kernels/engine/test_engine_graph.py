@@ -24,7 +24,7 @@ def exact(graph: Graph, state: State, inputs: list[Tensor]) -> dict[str, Tensor]
     return dict(zip(graph.outputs, eager.exact(graph, state, inputs), strict=True))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(made=graphs(elementary=True, torch_nodes=True))
 def test_merging_changes_no_answer(made: tuple[Graph, State]) -> None:
     graph, state = made
@@ -107,7 +107,7 @@ def test_nodes_nobody_reads_are_gone() -> None:
     assert [node.name for node in merge(graph).nodes] == ["read"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(made=graphs(torch_nodes=True))
 def test_json_keeps_everything(made: tuple[Graph, State]) -> None:
     graph, _ = made

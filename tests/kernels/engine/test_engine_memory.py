@@ -104,7 +104,7 @@ def require_as_eager(graph: Graph, state: State, candidates: list[Candidate]) ->
         assert all(torch.equal(x, before) for x, before in zip(inputs, kept, strict=True))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(made=graphs(), data=st.data())
 def test_native_steps_in_shared_memory_answer_as_eager(
     made: tuple[Graph, State], data: st.DataObject
@@ -113,7 +113,7 @@ def test_native_steps_in_shared_memory_answer_as_eager(
     require_as_eager(graph, state, native_choices(graph, data))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(made=graphs(torch_nodes=True), data=st.data())
 def test_any_mix_of_tactics_answers_as_eager(
     made: tuple[Graph, State], data: st.DataObject
@@ -263,7 +263,7 @@ def test_weights_are_laid_out_once_for_all_batch_sizes() -> None:
     assert two.weight_bytes() == size > 4 * state["w"].numel()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(made=graphs(), data=st.data())
 def test_what_a_plan_is_told_is_alive_is_what_the_arena_needs(
     made: tuple[Graph, State], data: st.DataObject

@@ -90,7 +90,7 @@ def offers(draw: st.DrawFn) -> tuple[int, list[Candidate], dict[Candidate, float
     return count, offered, costs
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(offers())
 def test_the_plan_is_the_cheapest_of_all(
     made: tuple[int, list[Candidate], dict[Candidate, float | None]],
@@ -139,7 +139,7 @@ def test_memory_counts_where_it_is_fullest() -> None:
     assert found == ["small", "fast"]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(offers(), st.data())
 def test_no_cover_is_better_in_time_and_memory(
     made: tuple[int, list[Candidate], dict[Candidate, float | None]], data: st.DataObject

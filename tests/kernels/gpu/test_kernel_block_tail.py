@@ -166,7 +166,7 @@ def test_every_shipped_config_on_its_real_problem(
         check_launch(problem, config, arguments(problem))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     n=st.integers(1, 3),
     h=st.integers(1, 6),

@@ -118,7 +118,7 @@ def test_passes_on_what_is_not_finite(activation: str) -> None:
     assert bool(want.isnan().any())
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n=st.integers(1, 3), c=st.integers(1, 40), h=st.integers(1, 9), w=st.integers(1, 9),
     dtype=st.sampled_from(DTYPES),

@@ -123,7 +123,7 @@ def test_takes_any_memory_layout() -> None:
     require_agreement(given, "shortcut")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     n=st.integers(1, 3), c=st.integers(1, 70), h=st.integers(2, 9), w=st.integers(1, 9),
     added=st.sampled_from(ADDED),

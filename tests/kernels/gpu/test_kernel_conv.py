@@ -199,7 +199,7 @@ def test_nan_and_inf_go_where_torch_sends_them(activation: str, groups: int, poi
     require_close(got, want, math_mode_of(x.dtype), weight[0].numel())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     n=st.integers(1, 3),
     c=st.integers(1, 6),

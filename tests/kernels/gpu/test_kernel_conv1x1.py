@@ -170,7 +170,7 @@ def test_passes_on_what_is_not_finite(value: float, config: Config) -> None:
     assert bool((want.isnan() | want.isinf()).any())
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n=st.integers(1, 3), c=st.integers(1, 20), h=st.integers(1, 6), w=st.integers(1, 6),
     k=st.integers(1, 20), stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),

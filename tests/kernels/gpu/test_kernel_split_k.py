@@ -168,7 +168,7 @@ def test_nan_and_inf_go_where_torch_sends_them(poison: float) -> None:
     require_close(got, want, math_mode_of(x.dtype), weight[0].numel())
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     n=st.integers(1, 2),
     c=st.integers(1, 70),

@@ -95,7 +95,7 @@ def test_pads_the_pool_with_less_than_any_value() -> None:
     require_close(stem(x, weight, bias), reference(x, weight, bias), math_mode_of(x.dtype), 147)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n=st.integers(1, 3), c=st.integers(1, 4), h=st.integers(1, 20), w=st.integers(1, 20),
     k=st.integers(1, 9), dtype=st.sampled_from(DTYPES),
