@@ -36,5 +36,8 @@ def most_late(count: int) -> int:
     """Returns how many of so many queries may pass the bound; -1 where none are enough to tell."""
     from scipy.special import bdtr  # the binomial distribution; scipy.stats takes a second to load
 
-    chances = lambda late: bdtr(late, count, LATE_SHARE)
-    return bisect_right(range(count), 1 - CONFIDENCE, key=chances) - 1
+    def share(late: int) -> float:
+        """Returns how likely it is that no more are late, where LATE_SHARE of all would be."""
+        return float(bdtr(late, count, LATE_SHARE))
+
+    return bisect_right(range(count), 1 - CONFIDENCE, key=share) - 1

@@ -8,6 +8,7 @@ from resfuse.bench.models import onnx_file, random_weights
 from resfuse.bench.models.model_builder import OWN, SEEDED, build
 from resfuse.bench.models.sources import is_ours
 from resfuse.bench.records.case import PRECISIONS, Case
+from resfuse.kernels.ops.memory_format import to_memory_format
 from resfuse.resnet_ref import calibrate, shrink_branches
 
 CALIBRATION_IMAGES = 16
@@ -82,7 +83,7 @@ def batches(case: Case, rank: int = 0) -> list[torch.Tensor]:
 
 
 def in_format(model: nn.Module, memory_format: str) -> nn.Module:
-    return model.to(memory_format=MEMORY_FORMATS[memory_format])
+    return to_memory_format(model, MEMORY_FORMATS[memory_format])
 
 
 def _photographs(case: Case, count: int, seed: int) -> torch.Tensor:

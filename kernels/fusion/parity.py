@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from resfuse.kernels.fusion.matching.layer_kinds import copied
 from resfuse.kernels.ops.conv_problem import math_mode_of
+from resfuse.kernels.ops.memory_format import to_memory_format
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 
 
@@ -34,7 +35,7 @@ def require_parity(
                 eager = _answer(model, example)
                 # Fused layers compute in channels_last, where torch sums in another order: a U-Net
                 # in fp32 is off by 1.9e-6 in NCHW and by 3.9e-6 in NHWC.
-                nhwc = copied(model).to(memory_format=torch.channels_last)
+                nhwc = to_memory_format(copied(model), torch.channels_last)
                 eager_nhwc = _answer(nhwc, example.to(memory_format=torch.channels_last))
                 twin = nhwc.double()
             reference = _answer(twin, example.double())

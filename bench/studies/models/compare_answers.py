@@ -12,6 +12,7 @@ from resfuse.bench.models.random_weights import calibrate, spread
 from resfuse.bench.records.sample import Value
 from resfuse.bench.studies.models import networks
 from resfuse.kernels import build_engine, explain, fuse
+from resfuse.kernels.ops.memory_format import to_memory_format
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 
 Run = Callable[[Tensor], object]
@@ -39,7 +40,7 @@ def compare(
     others = photographs.batch(photographs.BUNDLED, CALIBRATION_IMAGES, size, seed=7)
     calibrate(model, torch.cat([*batches, others]))
     with torch.no_grad():
-        nhwc = deepcopy(model).to(memory_format=torch.channels_last)
+        nhwc = to_memory_format(deepcopy(model), torch.channels_last)
         eager = [y for x in batches for y in leaves(model, x)]
         in_nhwc = [
             y for x in batches for y in leaves(nhwc, x.to(memory_format=torch.channels_last))

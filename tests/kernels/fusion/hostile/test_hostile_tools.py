@@ -268,6 +268,24 @@ def test_what_is_not_read_is_named(model: nn.Module, words: str) -> None:
     assert words in explain(model).summary()
 
 
+class Video(nn.Module):
+    """A 2-D convolution and a 3-D one, whose weight no channels_last fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.conv3d = Block(), nn.Conv3d(1, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv3d(self.block(x).unsqueeze(1))
+
+
+def test_an_example_checks_a_model_with_weights_of_five_dimensions() -> None:
+    plain = Video().eval()
+    x = images()
+    with torch.no_grad():
+        require_alike(plain, fuse(plain, x))
+
+
 def test_torchscript_is_named() -> None:
     scripted = torch.jit.trace(Block().eval(), images())
     assert "TorchScript" in explain(scripted).summary()
