@@ -18,6 +18,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     Convert,
     Graph,
+    LayerNorm,
     MaxPool,
     Mean,
     Node,
@@ -102,6 +103,8 @@ def function_of(
         return lambda x: x.mean((2, 3)).view(shape)
     if isinstance(op, Concat):
         return lambda *parts: torch.cat(parts, 1)
+    if isinstance(op, LayerNorm):
+        return _layer_norm(op, state, dtype, keep)
     if isinstance(op, Convert):
         to = dtype or getattr(torch, op.dtype)
         return lambda x: x.to(to)
@@ -150,6 +153,19 @@ def _affine(
     )
     scale, shift = (t.view(around) for t in both)
     return lambda x, *residual: finish((x * scale + shift).to(x.dtype), residual)
+
+
+def _layer_norm(op: LayerNorm, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
+    """Returns a layer norm over the channels, computed in float32 at least."""
+    weight, bias = (_as_it_is(name, state, keep) if name else None for name in (op.weight, op.bias))
+
+    def run(x: Tensor) -> Tensor:
+        computed = dtype or torch.promote_types(x.dtype, torch.float32)
+        affine = (None if t is None else t.to(computed) for t in (weight, bias))
+        y = F.layer_norm(x.movedim(1, -1).to(computed), x.shape[1:2], *affine, op.eps)
+        return y.movedim(-1, 1).to(x.dtype)
+
+    return run
 
 
 def _finish(
