@@ -13,9 +13,10 @@ static RowRange layer_norm_range(const Step& s, long range, long ranges) {
 }
 
 static ALWAYS_INLINE float sum_of_lanes(Floats v) {
-  float sum = 0;
-  for (long lane = 0; lane < LANES; lane++) sum += v[lane];
-  return sum;
+  for (long half = LANES / 2; half > 0; half /= 2) {
+    for (long lane = 0; lane < half; lane++) v[lane] += v[lane + half];
+  }
+  return v[0];
 }
 
 // The lanes of v that are among the first `count`, and zeros in the others.
@@ -49,7 +50,8 @@ static void layer_norm(const Step& s, const Range& pixels) {
       squares[k / LANES % 2] += d * d;
     });
     const float left = sum_of_lanes(rest[0] + rest[1]) * share;
-    const float variance = sum_of_lanes(squares[0] + squares[1]) * share - left * left;
+    const float spread = sum_of_lanes(squares[0] + squares[1]) * share;
+    const float variance = spread < HUGE_VALF ? spread - left * left : spread;
     const float scale = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
     each_vector(x, s.K, [&](Floats v, long, long k) ALWAYS_INLINE_LAMBDA {
       store(y + k, (v - mean - left) * scale * load(s.w + k) + load(s.bias + k));

@@ -5,7 +5,16 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from resfuse.kernels.engine.ir.graph import Affine, Concat, Conv, Graph, LayerNorm, Node, Pick, Torch
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    Concat,
+    Conv,
+    Graph,
+    LayerNorm,
+    Node,
+    Pick,
+    Torch,
+)
 
 
 @dataclass(frozen=True)

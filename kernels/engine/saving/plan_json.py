@@ -30,7 +30,16 @@ from resfuse.kernels.ops.conv_problem import ConvProblem
 _OPERATIONS = {
     kind.__name__: kind
     for kind in (
-        Conv, Affine, MaxPool, AveragePool, Pick, Mean, Concat, Convert, LayerNorm, Torch,
+        Conv,
+        Affine,
+        MaxPool,
+        AveragePool,
+        Pick,
+        Mean,
+        Concat,
+        Convert,
+        LayerNorm,
+        Torch,
     )
 }
 

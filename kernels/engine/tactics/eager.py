@@ -156,14 +156,19 @@ def _affine(
 
 
 def _layer_norm(op: LayerNorm, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
-    """Returns a layer norm over the channels, computed in float32 at least."""
-    weight, bias = (_as_it_is(name, state, keep) if name else None for name in (op.weight, op.bias))
+    """Returns a layer norm over the channels."""
+
+    def copied(name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        key = "layer norm", name, dtype
+        (tensor,) = keep(key, lambda: [state[name].detach().to(dtype=dtype, copy=True)])
+        return tensor
+
+    weight, bias = map(copied, (op.weight, op.bias))
 
     def run(x: Tensor) -> Tensor:
-        computed = dtype or torch.promote_types(x.dtype, torch.float32)
-        affine = (None if t is None else t.to(computed) for t in (weight, bias))
-        y = F.layer_norm(x.movedim(1, -1).to(computed), x.shape[1:2], *affine, op.eps)
-        return y.movedim(-1, 1).to(x.dtype)
+        return F.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, op.eps).movedim(-1, 1)
 
     return run
 
