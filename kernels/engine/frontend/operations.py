@@ -86,7 +86,8 @@ def _linear(read: Captured, node: fx.Node) -> bool:
     k = w.meta["val"].shape[0]
     dtypes = dtypes_of(math_mode_of(map_of.meta["val"].dtype, map_of.meta["val"].device))
     problem = ConvProblem(n, c, h, width, k, r, s, Geometry(), Epilogue(), dtypes)
-    read.add_pixelwise(node, Conv(problem, weight, bias), map_of)
+    add = read.add_pixelwise if map_of is x else read.add  # a flattened map is read whole
+    add(node, Conv(problem, weight, bias), map_of)
     return True
 
 
@@ -116,7 +117,8 @@ def _activation(read: Captured, node: fx.Node) -> bool:
         slope = read.state_of(_reshaped(rest[0]))
         if slope is None or read.state[slope].numel() != x.meta["val"].shape[1]:
             return False
-    read.add_pixelwise(node, Affine(None, name, slope), x)
+    add = read.add if name == "prelu" else read.add_pixelwise  # its channels are dimension 1
+    add(node, Affine(None, name, slope), x)
     return True
 
 

@@ -37,7 +37,7 @@ def block(
     """ConvNeXt's layers under `forward`, with a layer scale `g`."""
     own: dict[str, nn.Module] = {
         "c": nn.Conv2d(C, C, 3, padding=1, groups=C), "n": nn.LayerNorm(C, eps=1e-6),
-        "a": nn.Linear(C, 4 * C), "b": nn.Linear(4 * C, C),
+        "a": nn.Linear(C, 4 * C), "b": nn.Linear(4 * C, C), "h": nn.Linear(C**3, 5),
     }  # fmt: skip
     module = Scope(forward, **own | layers)
     module.g = scale(*scale_shape or (C, 1, 1))
@@ -121,6 +121,9 @@ LEFT: dict[str, Callable[[Any, Tensor], Any]] = {
     "a map times all": lambda s, x: s.c(x) * (s.g * s.g),
     "pixels gated": lambda s, x: to_pixels(s.c(x)) * x.mean((2, 3), keepdim=True),
     "PReLU of pixels": lambda s, x: F.prelu(to_pixels(s.c(x)), s.g.flatten()),
+    "PReLU of pixels that torch reads": lambda s, x: (
+        lambda y: (y.cumsum(1), F.prelu(y, s.g.flatten()), F.prelu(x, s.g.flatten()))
+    )(to_pixels(s.c(x))),
     "a norm of a map's columns": lambda s, x: s.n(s.c(x)),
     "a norm of rows and channels": lambda s, x: F.layer_norm(to_pixels(x), (C, C)),
     "a norm of another permute": lambda s, x: s.n(x.permute(0, 3, 2, 1)),
@@ -128,9 +131,8 @@ LEFT: dict[str, Callable[[Any, Tensor], Any]] = {
     "back another way": lambda s, x: s.n(to_pixels(x)).permute(0, 3, 2, 1),
     "pixels in windows": lambda s, x: s.a(to_pixels(x).reshape(2, 2, 3, 2, 3, C)).sum((1, 3)),
     "rows of pixels": lambda s, x: s.a(to_pixels(x).flatten(1, 2)),
-    "a flattened head": lambda s, x: F.linear(
-        to_pixels(s.c(x)).flatten(1), s.a.weight.repeat(1, C * C)
-    ),
+    "a flattened head": lambda s, x: s.h(to_pixels(s.c(x)).flatten(1)),
+    "a flattened head of a norm": lambda s, x: s.h(s.n(to_pixels(s.c(x))).flatten(1)),
     "channels of pixels in parts": lambda s, x: torch.cat(to_pixels(s.c(x)).split(2, 3)[::-1], 3),
     "the mean of pixels": lambda s, x: to_pixels(s.c(x)).mean((1, 2)) + to_pixels(x).mean((2, 3)),
 }  # fmt: skip
