@@ -22,10 +22,9 @@ _VIEWS = (
 
 def add_permute(read: Captured, node: fx.Node) -> bool:
     """Makes a permute another name of its map, or of the pixels that it makes a map of again."""
-    x, dims = node.args
-    order = [d % len(dims) for d in dims]  # type: ignore[operator, union-attr, arg-type]
-    if not isinstance(x, fx.Node):
-        return False
+    given: tuple[Any, ...] = node.args
+    x, dims = given
+    order = [d % len(dims) for d in dims]
     if order == _TO_PIXELS and read.is_map(x):
         read.pixels[node] = read.names[x]
         return True
@@ -37,21 +36,21 @@ def add_permute(read: Captured, node: fx.Node) -> bool:
 
 def add_layer_norm(read: Captured, node: fx.Node) -> bool:
     """Adds a layer norm over the channels of pixels, or of maps [N, C]."""
-    x, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
-    of_x: Any = x.meta["val"] if isinstance(x, fx.Node) else None
-    if of_x is None or not (read.is_pixels(x) or (read.is_map(x) and of_x.dim() == 2)):
+    given: tuple[Any, ...] = node.args
+    x, shape, weight, bias, eps = (*given, *(None, None, 1e-5)[len(given) - 2 :])[:5]
+    if not read.is_pixels(x) and not (read.is_map(x) and x.meta["val"].dim() == 2):
         return False
-    named = [None if t is None else read.state_of(t) for t in (weight, bias)]
-    given = [name for name, t in zip(named, (weight, bias), strict=True) if t is not None]
-    channels = of_x.shape[-1]
-    known = None not in given and all(
-        tuple(read.state[str(name)].shape) == (channels,) for name in given
-    )
-    if not known or list(shape) != [channels] or eps < 0 or node.kwargs:  # type: ignore[call-overload, operator]
+    channels = x.meta["val"].shape[-1]
+    names = [None if t is None else read.state_of(t) for t in (weight, bias)]
+    for name, tensor in zip(names, (weight, bias), strict=True):
+        known = name is not None and tuple(read.state[name].shape) == (channels,)
+        if tensor is not None and not known:
+            return False
+    if list(shape) != [channels] or eps < 0 or node.kwargs:
         return False
-    if node.meta["val"].dtype != of_x.dtype:
+    if node.meta["val"].dtype != x.meta["val"].dtype:
         return False
-    read.add_pixelwise(node, LayerNorm(named[0], named[1], float(eps)), x)  # type: ignore[arg-type]
+    read.add_pixelwise(node, LayerNorm(names[0], names[1], float(eps)), x)
     return True
 
 
