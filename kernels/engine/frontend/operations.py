@@ -73,8 +73,8 @@ def _linear(read: Captured, node: fx.Node) -> bool:
         return False
     if len(w.meta["val"].shape) != 2:
         return False
+    map_of: Any = x
     if read.is_pixels(x):
-        map_of = x
         n, h, width, c = x.meta["val"].shape
         r = s = 1
     else:  # over the last of more dimensions it is no convolution of [N, C, H, W] (Swin's windows)
