@@ -66,8 +66,9 @@ class PackedConv:
         self._bias = bias
         self._layer = (self.weight, bias, *window, geometry.groups)
         self._act, self._slope = ACTIVATIONS[activation], slope
-        # oneDNN has no activation with a slope a channel, and torch's op no hardsigmoid
-        self._fused = activation not in ("prelu", "hardsigmoid")
+        # oneDNN has no activation with a slope a channel, and torch's op no hardsigmoid; GELU is
+        # left to torch, which has NaN and infinity where it has them without oneDNN
+        self._fused = activation in _ELTWISE or activation == "leaky_relu"
         name, scalars = _ELTWISE.get(activation, ("none", []))
         if activation == "leaky_relu":
             assert isinstance(slope, float | int)

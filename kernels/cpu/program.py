@@ -16,7 +16,7 @@ from resfuse.kernels.cpu.library import Storage
 
 ACTIVATIONS = (
     "identity", "relu", "relu6", "silu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu",
-    "prelu",
+    "prelu", "gelu", "gelu_tanh",
 )  # fmt: skip
 _POINTERS = ("x", "w", "bias", "slope", "residual", "y", "scratch")
 _NUMBERS = (

@@ -17,6 +17,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     Convert,
     Graph,
+    LayerNorm,
     MaxPool,
     Mean,
     Node,
@@ -37,6 +38,7 @@ _NAMES = {
     Pick: "picked pixels",
     Mean: "mean",
     Concat: "concat",
+    LayerNorm: "layer norm",
 }
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MEASURED = "Times were measured on this device, each segment by itself."
@@ -99,14 +101,16 @@ def name_of(node: Node) -> str:
         words += ["+ residual"] * op.problem.residual
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Affine):
-        words = [op.norm.mean.removesuffix(".running_mean")] if op.norm else []
+        named = op.norm and (op.norm.mean or op.norm.weight)
+        words = [named.removesuffix(".running_mean")] if named else []
         words += ["gate"] * op.gate + ["+ residual"] * op.residual
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Torch):
         return op.target
     if isinstance(op, Convert):
         return f"to {op.dtype}"
-    return _NAMES[type(op)]
+    words = [op.weight.removesuffix(".weight")] if isinstance(op, LayerNorm) and op.weight else []
+    return " ".join([*words, _NAMES[type(op)]])
 
 
 def _row(

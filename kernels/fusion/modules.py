@@ -172,4 +172,6 @@ def _activation(name: str, channels: int) -> nn.Module:
         "hardswish": nn.Hardswish(inplace=True),
         "sigmoid": nn.Sigmoid(),
         "hardsigmoid": nn.Hardsigmoid(inplace=True),
+        "gelu": nn.GELU(),
+        "gelu_tanh": nn.GELU("tanh"),
     }[name]

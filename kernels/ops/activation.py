@@ -50,6 +50,14 @@ def _sigmoid_backward(grad: Tensor, z: Tensor, _: Slope) -> Tensor:
     return grad * sigmoid * (1 - sigmoid)
 
 
+def _gelu(approximate: str) -> Activation:
+    def backward(grad: Tensor, z: Tensor, _: Slope) -> Tensor:
+        changed: Tensor = torch.ops.aten.gelu_backward.default(grad, z, approximate=approximate)
+        return changed
+
+    return Activation(lambda z, _: F.gelu(z, approximate=approximate), backward)
+
+
 def _hardswish_backward(grad: Tensor, z: Tensor, _: Slope) -> Tensor:
     inner = torch.where(z < 3, z / 3 + 0.5, torch.ones_like(z))
     return grad * torch.where(z <= -3, torch.zeros_like(z), inner)
@@ -67,6 +75,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "hardsigmoid": Activation(
         lambda z, _: F.hardsigmoid(z), lambda grad, z, _: grad * ((z > -3) & (z < 3)) / 6
     ),
+    "gelu": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
 }
 
 

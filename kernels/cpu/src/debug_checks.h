@@ -55,6 +55,10 @@ static void map(const Step& s) {
   }
   if (s.kind == AFFINE) DCHECK(s.w && s.bias);
   if (s.kind == AVERAGE_POOL || s.kind == PICK) DCHECK(s.w && s.slope);
+  if (s.kind == LAYER_NORM) {
+    DCHECK(s.w && s.bias && s.slope && s.slope[0] >= 0);
+    DCHECK(s.activation == IDENTITY && !s.residual);
+  }
   if (s.kind == MAX_POOL || s.kind == AVERAGE_POOL) {
     DCHECK(s.R > 0 && s.S > 0 && s.stride_h > 0 && s.stride_w > 0 && s.pad_h >= 0 && s.pad_w >= 0);
   }
@@ -79,10 +83,10 @@ static void kernel(const Step& s) {
   } else if (s.kind == TO_BF16 || s.kind == TO_FP32) {
     conversion(s);
   } else {
-    DCHECK(s.kind >= DIRECT && s.kind <= PICK);
+    DCHECK((s.kind >= DIRECT && s.kind <= PICK) || s.kind == LAYER_NORM);
     map(s);
   }
-  DCHECK(s.activation >= IDENTITY && s.activation <= SIGMOID);
+  DCHECK(s.activation >= IDENTITY && s.activation <= GELU_TANH);
   DCHECK(s.activation != SLOPE || s.slope);
   DCHECK(s.x || s.x_local >= 0);
   DCHECK(s.y || s.y_local >= 0);

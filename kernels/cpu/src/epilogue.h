@@ -4,6 +4,7 @@
 
 #include "base/dcheck.h"
 #include "step.h"
+#include "base/gelu.h"
 #include "base/sigmoid.h"
 #include "base/storage.h"
 #include "base/vectors.h"
@@ -62,6 +63,8 @@ static ALWAYS_INLINE void activate(const Step& s, Sums<M, N>& sums, long k) {
       break;
     case SILU: map_by_call<M, N>(sums, silu); break;
     case SIGMOID: map_by_call<M, N>(sums, sigmoid); break;
+    case GELU: map_by_call<M, N>(sums, gelu); break;
+    case GELU_TANH: map_by_call<M, N>(sums, gelu_tanh); break;
     case SLOPE:
       map(sums, [&](Floats v, long n) ALWAYS_INLINE_LAMBDA {
         return v < 0 ? v * load(s.slope + k + n * LANES) : v;

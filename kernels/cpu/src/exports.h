@@ -27,11 +27,12 @@ static const Constant constants[] = {
     {"kind.max_pool", MAX_POOL}, {"kind.mean", MEAN},
     {"kind.affine", AFFINE}, {"kind.average_pool", AVERAGE_POOL}, {"kind.pick", PICK},
     {"kind.chain", CHAIN}, {"kind.row_fused", ROW_FUSED},
-    {"kind.to_bf16", TO_BF16}, {"kind.to_fp32", TO_FP32},
+    {"kind.to_bf16", TO_BF16}, {"kind.to_fp32", TO_FP32}, {"kind.layer_norm", LAYER_NORM},
     {"storage.fp32", FP32}, {"storage.bf16", BF16}, {"storage", STORAGE},
     {"activation.identity", IDENTITY}, {"activation.relu", RELU}, {"activation.relu6", RELU6},
     {"activation.hardswish", HARDSWISH}, {"activation.hardsigmoid", HARDSIGMOID},
     {"activation.silu", SILU}, {"activation.sigmoid", SIGMOID},
+    {"activation.gelu", GELU}, {"activation.gelu_tanh", GELU_TANH},
     {"activation.leaky_relu", SLOPE},  // with its slope for every channel
     {"activation.prelu", SLOPE},
     STEP_FIELDS(STEP_OFFSET) {"Step", sizeof(Step)},

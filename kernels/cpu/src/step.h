@@ -32,6 +32,7 @@ enum Kind : long {
   ROW_FUSED = 9,  // the `length` steps behind this one, fused by strips of rows (fused_rows.h)
   TO_BF16 = 10,   // x is float32 (convert.h; in the library for bfloat16 alone, as TO_FP32)
   TO_FP32 = 11,   // y is float32
+  LAYER_NORM = 12,  // over the channels of each pixel; slope[0] is its eps
 };
 
 enum Activation : long {
@@ -43,6 +44,8 @@ enum Activation : long {
   HARDSIGMOID = 5,
   SILU = 6,
   SIGMOID = 7,
+  GELU = 8,
+  GELU_TANH = 9,
 };
 
 struct Step {

@@ -10,6 +10,7 @@
 #include "exports.h"
 #include "fused_chain.h"
 #include "fused_rows.h"
+#include "layer_norm.h"
 #include "pool.h"
 #include "scratch.h"
 #include "step.h"
@@ -49,6 +50,7 @@ class StepWork final : public team::Work {
       case GROUPED: return GroupedRange(s, range, ranges).partition.pieces;
       case MEAN: return mean_range(s, range, ranges).partition.pieces;
       case AFFINE: return affine_range(s, range, ranges).partition.pieces;
+      case LAYER_NORM: return layer_norm_range(s, range, ranges).partition.pieces;
       case MAX_POOL:
       case AVERAGE_POOL:
       case PICK: return pool_range(s, range, ranges).partition.pieces;
@@ -75,6 +77,7 @@ class StepWork final : public team::Work {
       case MAX_POOL: return max_pool(s, pool_range(s, range, ranges).piece(i));
       case MEAN: return global_mean(s, mean_range(s, range, ranges).piece(i));
       case AFFINE: return affine(s, affine_range(s, range, ranges).piece(i));
+      case LAYER_NORM: return layer_norm(s, layer_norm_range(s, range, ranges).piece(i));
       case AVERAGE_POOL: return average_pool(s, pool_range(s, range, ranges).piece(i));
       case PICK: return pick(s, pool_range(s, range, ranges).piece(i));
       case TO_BF16: return to_bf16(s, convert_range(s, range, ranges).piece(i));

@@ -181,12 +181,13 @@ class _Reader:
         return name
 
     def _returned(self, item: Any) -> str:
-        if not isinstance(item, fx.Node) or item not in self.read.names:
+        known = (*self.read.names, *self.read.pixels)
+        if not isinstance(item, fx.Node) or item not in known:
             raise ValueError(
                 f"argument model: it returns {item!r}, which does not depend on its input; "
                 "accepted: outputs computed from the input"
             )
-        return self.read.names[item]
+        return self.read.name_of(item)
 
     def _call(self, node: fx.Node) -> None:
         read, target, args = self.read, node.target, arguments(node)
@@ -197,7 +198,7 @@ class _Reader:
                 self._one_of_several(node)
         elif target is aten._assert_tensor_metadata.default:
             pass  # true of the example, and the engine takes inputs like it only
-        elif target in SAME_VALUES and args[0] in read.names:
+        elif target in SAME_VALUES and (args[0] in read.names or args[0] in read.pixels):
             read.same(node, args[0])
         elif not (add := OPERATIONS.get(target)) or not add(read, node):
             self._torch(node)
@@ -222,6 +223,7 @@ class _Reader:
             if isinstance(arg, fx.Node):
                 if arg in self.read.states:
                     return {"state": self.read.states[arg]}
+                self.read.name_of(arg)
                 inputs.append(arg)
                 return {"value": len(inputs) - 1}
             if isinstance(arg, list | tuple):

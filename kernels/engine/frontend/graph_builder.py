@@ -6,7 +6,7 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor
 
-from resfuse.kernels.engine.ir.graph import Node, Operation, Value
+from resfuse.kernels.engine.ir.graph import Node, Operation, Torch, Value
 from resfuse.kernels.ops.conv_problem import MATH_MODES
 
 _COMPUTED = tuple(dtype for dtype, _ in MATH_MODES.values())
@@ -24,6 +24,8 @@ class Captured:
     names: dict[fx.Node, str] = field(default_factory=dict)  # values, under the name they go by
     values: dict[str, Value] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
+    # values [N, H, W, C], by the names of the maps [N, C, H, W] that have their numbers
+    pixels: dict[fx.Node, str] = field(default_factory=dict)
 
     def add_value(self, node: fx.Node, name: str) -> None:
         """Adds the result of `node` as the value `name`."""
@@ -43,9 +45,39 @@ class Captured:
         self.add_value(node, node.name)
         self.nodes.append(Node(node.name, op, tuple(self.names[x] for x in inputs)))
 
+    def add_pixelwise(self, node: fx.Node, op: Operation, *inputs: fx.Node) -> None:
+        """Adds an operation that computes a pixel from one pixel of each input: on maps, or on
+        values [N, H, W, C] if all inputs are such."""
+        if not all(map(self.is_pixels, inputs)):
+            self.add(node, op, *inputs)
+            return
+        n, h, w, c = node.meta["val"].shape
+        self.pixels[node] = node.name
+        self.values[node.name] = Value((n, c, h, w), node.meta["val"].dtype)
+        self.nodes.append(Node(node.name, op, tuple(self.pixels[x] for x in inputs)))
+
     def same(self, node: fx.Node, x: fx.Node) -> None:
         """Makes `node` another name of the value `x`."""
-        self.names[node] = self.names[x]
+        for names in (self.names, self.pixels):
+            if x in names:
+                names[node] = names[x]
+
+    def name_of(self, x: fx.Node) -> str:
+        """Returns the name of a value; of pixels that have none, a permute of their map."""
+        if x not in self.names and x in self.pixels:
+            of_map = self.pixels[x]
+            name = f"{of_map}:nhwc"
+            if name not in self.values:
+                n, c, h, w = self.values[of_map].shape
+                self.values[name] = Value((n, h, w, c), self.values[of_map].dtype)
+                permute = Torch("aten.permute.default", ({"value": 0}, [0, 2, 3, 1]))
+                self.nodes.append(Node(name, permute, (of_map,)))
+            self.names[x] = name
+        return self.names[x]
+
+    def is_pixels(self, arg: Any) -> bool:
+        """Returns whether an argument is a value [N, H, W, C] whose numbers a map has."""
+        return isinstance(arg, fx.Node) and arg in self.pixels
 
     def state_of(self, arg: Any) -> str | None:
         """Returns the name of a placeholder in the state, None for any other argument."""

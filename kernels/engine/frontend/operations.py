@@ -8,6 +8,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from resfuse.kernels.engine.frontend.channel_picks import add_shuffle
+from resfuse.kernels.engine.frontend.channels_last import add_layer_norm, add_permute, layer_scale
 from resfuse.kernels.engine.frontend.decomposed_batch_norm import spelled_norm
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.ir.graph import (
@@ -41,6 +42,7 @@ _ACTIVATIONS: dict[Any, str] = {
     aten.hardtanh.default: "relu6",
     aten.prelu.default: "prelu",
     aten._prelu_kernel.default: "prelu",
+    aten.gelu.default: "gelu",
 }
 SAME_VALUES = (
     aten.dropout.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
@@ -69,17 +71,23 @@ def _linear(read: Captured, node: fx.Node) -> bool:
     weight, bias = read.state_of(w), read.state_of(b)
     if weight is None or (b is not None and bias is None):
         return False
-    # Over the last of more dimensions it is no convolution of [N, C, H, W] (ConvNeXt, Swin).
-    if len(x.meta["val"].shape) != 2 or len(w.meta["val"].shape) != 2:
+    if len(w.meta["val"].shape) != 2:
         return False
-    map_of = _flattened(x)
-    if not read.is_map(map_of):
-        return False
-    n, c, h, width = (*map_of.meta["val"].shape, 1, 1)[:4]
+    map_of: Any = x
+    if read.is_pixels(x):
+        n, h, width, c = x.meta["val"].shape
+        r = s = 1
+    else:  # over the last of more dimensions it is no convolution of [N, C, H, W] (Swin's windows)
+        map_of = _flattened(x) if len(x.meta["val"].shape) == 2 else None
+        if not read.is_map(map_of):
+            return False
+        n, c, h, width = (*map_of.meta["val"].shape, 1, 1)[:4]
+        r, s = h, width
     k = w.meta["val"].shape[0]
     dtypes = dtypes_of(math_mode_of(map_of.meta["val"].dtype, map_of.meta["val"].device))
-    problem = ConvProblem(n, c, h, width, k, h, width, Geometry(), Epilogue(), dtypes)
-    read.add(node, Conv(problem, weight, bias), map_of)
+    problem = ConvProblem(n, c, h, width, k, r, s, Geometry(), Epilogue(), dtypes)
+    add = read.add_pixelwise if map_of is x else read.add  # a flattened map is read whole
+    add(node, Conv(problem, weight, bias), map_of)
     return True
 
 
@@ -95,9 +103,11 @@ def _norm(read: Captured, node: fx.Node) -> bool:
 
 def _activation(read: Captured, node: fx.Node) -> bool:
     x, *rest = arguments(node)
-    if not read.is_map(x):
-        return False
     name = _ACTIVATIONS[node.target]
+    if not (read.is_pixels(x) and name != "prelu") and not read.is_map(x):
+        return False
+    if name == "gelu" and (node.kwargs.get("approximate") or [*rest, "none"][0]) == "tanh":
+        name = "gelu_tanh"
     slope: str | float | None = None
     if name == "relu6" and [float(limit) for limit in rest] != [0, 6]:
         return False
@@ -107,7 +117,8 @@ def _activation(read: Captured, node: fx.Node) -> bool:
         slope = read.state_of(_reshaped(rest[0]))
         if slope is None or read.state[slope].numel() != x.meta["val"].shape[1]:
             return False
-    read.add(node, Affine(None, name, slope), x)
+    add = read.add if name == "prelu" else read.add_pixelwise  # its channels are dimension 1
+    add(node, Affine(None, name, slope), x)
     return True
 
 
@@ -117,11 +128,12 @@ def _sum(read: Captured, node: fx.Node) -> bool:
         read.add(node, Affine(norm), x)
         return True
     a, b = arguments(node)
-    if not (read.is_map(a) and read.is_map(b)) or node.kwargs:
+    both = all(map(read.is_pixels, (a, b))) or all(map(read.is_map, (a, b)))
+    if not both or node.kwargs:
         return False
     if a.meta["val"].shape != b.meta["val"].shape or a.meta["val"].dtype != b.meta["val"].dtype:
         return False
-    read.add(node, Affine(residual=True), a, b)
+    read.add_pixelwise(node, Affine(residual=True), a, b)
     return True
 
 
@@ -193,8 +205,11 @@ def _pad(read: Captured, node: fx.Node) -> bool:
 
 
 def _product(read: Captured, node: fx.Node) -> bool:
-    """Adds maps times one number a channel, as in squeeze-and-excitation, as a gate."""
+    """Adds maps times one number a channel: as a norm where it is a parameter (layer scale), as a
+    gate where it is computed (squeeze-and-excitation)."""
     for x, gate in (arguments(node), arguments(node)[::-1]):
+        if _scaled(read, node, x, gate):
+            return True
         gate = _unexpanded(gate)
         if not (read.is_map(x) and read.is_map(gate)) or node.kwargs:
             continue
@@ -204,6 +219,20 @@ def _product(read: Captured, node: fx.Node) -> bool:
             read.add(node, Affine(gate=True), x, gate)
             return True
     return False
+
+
+def _scaled(read: Captured, node: fx.Node, x: Any, factor: Any) -> bool:
+    """Adds maps, or pixels, times one number of the state for each channel as a norm."""
+    if not (read.is_pixels(x) or read.is_map(x)) or node.kwargs:
+        return False
+    of_x = x.meta["val"]
+    last = read.is_pixels(x) or of_x.dim() == 2
+    scale = layer_scale(read, factor, of_x.shape[-1 if last else 1], 0 if last else 2)
+    result = node.meta["val"]
+    if scale is None or (result.shape, result.dtype) != (of_x.shape, of_x.dtype):
+        return False
+    read.add_pixelwise(node, Affine(scale), x)
+    return True
 
 
 def _mean(read: Captured, node: fx.Node) -> bool:
@@ -253,6 +282,8 @@ OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
     aten.slice.Tensor: _slice,
     aten.pad.default: _pad,
     **dict.fromkeys(RESHAPES, add_shuffle),
+    aten.permute.default: add_permute,
+    aten.layer_norm.default: add_layer_norm,
     aten.mul.Tensor: _product,
     aten.adaptive_avg_pool2d.default: _mean,
     aten.mean.dim: _mean,

@@ -5,7 +5,16 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from resfuse.kernels.engine.ir.graph import Affine, Concat, Conv, Graph, Node, Pick, Torch
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    Concat,
+    Conv,
+    Graph,
+    LayerNorm,
+    Node,
+    Pick,
+    Torch,
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ def _describe(node: Node) -> str:
             channels = f" {len(op.channels)} channels{' scattered' * op.scatters}"
         zeros = f" zeros {op.zeros}" * (op.zeros > 0)
         return f"Pick {len(op.rows)}x{len(op.columns)}{channels}{zeros}"
+    if isinstance(op, LayerNorm):
+        return f"layer_norm{' weight' * bool(op.weight)}{' bias' * bool(op.bias)}"
     if isinstance(op, Torch):
         return f"{op.target} {op.args} {dict(op.kwargs)}"
     settings = " ".join(f"{k} {v}" for k, v in asdict(op).items())

@@ -41,11 +41,16 @@ def slope_of(op: Conv | Affine, state: State) -> Tensor | float | None:
 
 
 def _exact(norm: Norm, state: State) -> tuple[Tensor, Tensor]:
-    """Returns the scale and shift of a norm in fp64."""
-    scale = (state[norm.var].double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * state[norm.weight].detach().double()
-    shift = -state[norm.mean].double() * scale
+    """Returns the scale and shift of a norm, [C] both, in fp64."""
+    if norm.mean is None or norm.var is None:
+        assert norm.weight is not None
+        scale = state[norm.weight].detach().double().reshape(-1)
+        shift = torch.zeros_like(scale)
+    else:
+        scale = (state[norm.var].double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * state[norm.weight].detach().double()
+        shift = -state[norm.mean].double() * scale
     if norm.bias is not None:
         shift = shift + state[norm.bias].detach().double()
     return scale, shift

@@ -30,10 +30,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Norm:
-    """An inference batch norm, by the names of its tensors in the state."""
+    """An inference batch norm, by the names of its tensors in the state; without mean and variance
+    a layer scale: x times `weight`, which may be [C, 1, 1] and the like."""
 
-    mean: str
-    var: str
+    mean: str | None
+    var: str | None
     weight: str | None
     bias: str | None
     eps: float
@@ -163,6 +164,15 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class LayerNorm:
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias, over the channels of each pixel."""
+
+    weight: str | None
+    bias: str | None
+    eps: float
+
+
+@dataclass(frozen=True)
 class Torch:
     """An operation that torch runs.
 
@@ -176,7 +186,9 @@ class Torch:
     result: int | None = None  # of an operation with several results, the one that is used
 
 
-Operation = Conv | Affine | MaxPool | AveragePool | Pick | Mean | Concat | Convert | Torch
+Operation = (
+    Conv | Affine | MaxPool | AveragePool | Pick | Mean | Concat | Convert | LayerNorm | Torch
+)
 
 
 @dataclass(frozen=True)
@@ -197,7 +209,7 @@ class Node:
     @property
     def inplace_input(self) -> str | None:
         """Returns the name of the input that the output may overwrite if no later node reads it."""
-        if isinstance(self.op, Affine) and not self.op.residual:
+        if isinstance(self.op, Affine | LayerNorm) and self.residual is None:
             return self.inputs[0]
         return self.residual
 
@@ -285,6 +297,8 @@ def node_state(node: Node) -> set[str]:
         names.update((op.weight, op.bias))
     if isinstance(op, Conv | Affine) and op.norm is not None:
         names.update((op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias))
+    if isinstance(op, LayerNorm):
+        names.update((op.weight, op.bias))
     return {name for name in names if name is not None} | state_read_by(op)
 
 

@@ -14,6 +14,7 @@ from resfuse.kernels.engine.ir.graph import (
     Affine,
     Conv,
     Graph,
+    LayerNorm,
     Node,
     Norm,
     node_state,
@@ -119,7 +120,7 @@ def require_usable(
         if broken:
             raise ValueError(f"argument {argument}: {name} holds values that are not finite")
     for norm in dict.fromkeys(filter(None, map(_norm_of, nodes))):
-        if not (state[norm.var].float() + norm.eps > 0).all():
+        if norm.var is not None and not (state[norm.var].float() + norm.eps > 0).all():
             raise ValueError(
                 f"argument {argument}: {norm.var} holds variances that {norm.eps:g} does not make "
                 "positive"
@@ -133,4 +134,4 @@ def _norm_of(node: Node) -> Norm | None:
 def _folded(node: Node) -> set[str]:
     """Returns the names of the tensors that are folded into a convolution or norm, or are a
     slope."""
-    return node_state(node) if isinstance(node.op, Conv | Affine) else set()
+    return node_state(node) if isinstance(node.op, Conv | Affine | LayerNorm) else set()

@@ -14,6 +14,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     Convert,
     Graph,
+    LayerNorm,
     MaxPool,
     Mean,
     Node,
@@ -28,7 +29,18 @@ from resfuse.kernels.ops.conv_problem import ConvProblem
 
 _OPERATIONS = {
     kind.__name__: kind
-    for kind in (Conv, Affine, MaxPool, AveragePool, Pick, Mean, Concat, Convert, Torch)
+    for kind in (
+        Conv,
+        Affine,
+        MaxPool,
+        AveragePool,
+        Pick,
+        Mean,
+        Concat,
+        Convert,
+        LayerNorm,
+        Torch,
+    )
 }
 
 

@@ -18,6 +18,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     Convert,
     Graph,
+    LayerNorm,
     MaxPool,
     Mean,
     Node,
@@ -86,6 +87,12 @@ class ShapeInference:
             return self._conv(node, op, [v.shape for v in inputs], inputs[0].dtype)
         if isinstance(op, Affine):
             return self._affine(node, op, [v.shape for v in inputs])
+        if isinstance(op, LayerNorm):
+            for name in filter(None, (op.weight, op.bias)):
+                self._require_state(node, name, [x[1:2]])
+            if op.eps < 0:
+                raise Unsound(f"{node.name} has eps {op.eps}")
+            return [x]
         if isinstance(op, Concat):
             same = all((s[0], *s[2:]) == (x[0], *x[2:]) for s in (v.shape for v in inputs))
             return [(x[0], sum(v.shape[1] for v in inputs), *x[2:])] if same else []
@@ -152,9 +159,7 @@ class ShapeInference:
         """Raises Unsound unless norm, activation and slope fit `channels`, and `residual_last` is
         set only with a residual."""
         if isinstance(op.norm, Norm):
-            for name in (op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias):
-                if name is not None:
-                    self._require_state(node, name, [(channels,)])
+            self._require_norm(node, op.norm, channels)
         if op.activation not in ACTIVATIONS or (op.residual_last and not residual):
             raise Unsound(f"{node.name} ends with {op.activation}")
         wanted = {"leaky_relu": (int, float), "prelu": (str,)}.get(op.activation, (type(None),))
@@ -165,6 +170,19 @@ class ShapeInference:
             self._require_state(
                 node, op.slope, [tuple(self._state_of(node, op.slope).shape)] if one else [each]
             )
+
+    def _require_norm(self, node: Node, norm: Norm, channels: int) -> None:
+        """Raises Unsound unless a norm is a batch norm over `channels`, or a layer scale of as
+        many."""
+        shapes: list[tuple[int, ...]] = [(channels,)]
+        if norm.mean is None or norm.var is None:
+            if norm != Norm(None, None, norm.weight, None, 0.0) or norm.weight is None:
+                raise Unsound(f"{node.name} has {norm}")
+            ones = [((1,) * i, (1,) * j) for i in range(4) for j in range(4 - i)]
+            shapes += [(*before, channels, *behind) for before, behind in ones]
+        for name in (norm.mean, norm.var, norm.weight, norm.bias):
+            if name is not None:
+                self._require_state(node, name, shapes)
 
     def _state_of(self, node: Node, name: str) -> Tensor:
         if name not in self._state:

@@ -18,6 +18,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     Convert,
     Graph,
+    LayerNorm,
     MaxPool,
     Mean,
     Node,
@@ -102,6 +103,8 @@ def function_of(
         return lambda x: x.mean((2, 3)).view(shape)
     if isinstance(op, Concat):
         return lambda *parts: torch.cat(parts, 1)
+    if isinstance(op, LayerNorm):
+        return _layer_norm(op, state, dtype, keep)
     if isinstance(op, Convert):
         to = dtype or getattr(torch, op.dtype)
         return lambda x: x.to(to)
@@ -150,6 +153,24 @@ def _affine(
     )
     scale, shift = (t.view(around) for t in both)
     return lambda x, *residual: finish((x * scale + shift).to(x.dtype), residual)
+
+
+def _layer_norm(op: LayerNorm, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
+    """Returns a layer norm over the channels."""
+
+    def copied(name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        key = "layer norm", name, dtype
+        (tensor,) = keep(key, lambda: [state[name].detach().to(dtype=dtype, copy=True)])
+        return tensor
+
+    weight, bias = map(copied, (op.weight, op.bias))
+
+    def run(x: Tensor) -> Tensor:
+        return F.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, op.eps).movedim(-1, 1)
+
+    return run
 
 
 def _finish(

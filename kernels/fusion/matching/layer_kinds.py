@@ -175,7 +175,12 @@ def activation_of(module: nn.Module) -> str | None:
         nn.Hardswish: "hardswish",
     }
     name = names.get(type(module))
+    if type(module) is nn.GELU:
+        name = GELU_FORMS.get(module.approximate)
     return None if name is None or has_hooks(module) else name
+
+
+GELU_FORMS = {"none": "gelu", "tanh": "gelu_tanh"}  # torch's `approximate` -> our name
 
 
 def slope_of(act: nn.Module | None, channels: int) -> Slope:

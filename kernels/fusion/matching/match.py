@@ -18,6 +18,7 @@ from torch import nn
 
 from resfuse.kernels.fusion.matching.input_effects import Effects, Writes, writes_in_place
 from resfuse.kernels.fusion.matching.layer_kinds import (
+    GELU_FORMS,
     activation_in_norm,
     activation_of,
     channels_of,
@@ -239,7 +240,9 @@ class _Matcher:
             return False
         called = self._called(node)
         name = _ACTIVATION_CALLS.get(node.target) if called is None else activation_of(called)
-        if called is None and not _only_inplace(node):
+        if called is None and node.target is F.gelu:
+            name = _gelu_form(node)
+        elif called is None and not _only_inplace(node):
             name = None
         if called is not None and next(called.parameters(), None) is not None:
             name = None if self.why_skipped(called) else name
@@ -282,6 +285,14 @@ class _Matcher:
 
 def _one_node(args: Any, kwargs: Any) -> bool:
     return len(args) == 1 and isinstance(args[0], fx.Node) and not kwargs
+
+
+def _gelu_form(node: fx.Node) -> str | None:
+    """Returns the name in ACTIVATIONS of a call of F.gelu(x, approximate="none"); None if there is
+    none."""
+    if len(node.args) != 1 or not set(node.kwargs) <= {"approximate"}:
+        return None
+    return GELU_FORMS.get(str(node.kwargs.get("approximate", "none")))
 
 
 def _only_inplace(node: fx.Node) -> bool:

@@ -31,10 +31,10 @@ Kind = Literal["contiguous", "flexible", "eager"]
 
 _LAYOUT_PRESERVING_MODULES = (
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU,
-    nn.LeakyReLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Dropout, nn.Dropout2d,
+    nn.LeakyReLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Dropout, nn.Dropout2d,
 )  # fmt: skip
 _LAYOUT_PRESERVING_CALLS = (
-    F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.silu, F.hardswish, F.leaky_relu,
+    F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.silu, F.gelu, F.hardswish, F.leaky_relu,
     F.avg_pool2d, F.adaptive_avg_pool2d, torch.sigmoid, operator.add, operator.mul, operator.iadd,
     operator.imul, torch.add, torch.mul, torch.cat, "relu", "relu_", "sigmoid", "add", "add_",
     "mul", "mul_",

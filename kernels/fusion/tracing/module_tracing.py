@@ -23,7 +23,8 @@ from resfuse.kernels.observation.snapshot import Unwatchable
 # Layers with no layers inside; timm's and torchvision's own kinds go by name, as they may be absent
 ATOMS = (
     nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU,
-    nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.MaxPool2d, nn.AvgPool2d, nn.modules.dropout._DropoutNd,
+    nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.GELU, nn.MaxPool2d, nn.AvgPool2d,
+    nn.modules.dropout._DropoutNd,
 )  # fmt: skip
 ATOM_NAMES = ("FrozenBatchNorm2d", "BatchNormAct2d", "FrozenBatchNormAct2d")
 ORIGINAL = "_resfuse_original"  # a fused module's class keeps the class it was made from
@@ -252,7 +253,7 @@ def returns_a_tensor(module: nn.Module) -> bool:
 
 
 _TENSOR_LAYERS = (
-    nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Sigmoid, nn.Tanh, nn.GELU, nn.ELU, nn.Hardsigmoid,
+    nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Sigmoid, nn.Tanh, nn.ELU, nn.Hardsigmoid,
     nn.Hardtanh, nn.Softmax, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Upsample, nn.ConvTranspose2d,
 )  # fmt: skip
 _MAKE_TENSORS = (  # of a tensor, whatever else they are given

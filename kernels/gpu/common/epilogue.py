@@ -39,6 +39,10 @@ def activate(z, slope, ACTIVATION: tl.constexpr):
         z = tl.where(z > 0, z, z * slope)
     elif ACTIVATION == "sigmoid":
         z = 1.0 / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh u) is sigmoid(2 u)
+        z = z / (1.0 + tl.exp(-1.5957691216057308 * z * (1.0 + 0.044715 * z * z)))
     elif ACTIVATION == "hardswish" or ACTIVATION == "hardsigmoid":
         gate = tl.minimum(relu(z + 3.0), 6.0, propagate_nan=tl.PropagateNan.ALL)
         z = (z * gate if ACTIVATION == "hardswish" else gate) / 6.0

@@ -23,6 +23,7 @@ FLAGS = (
 )
 TESTS = (
     "test_native_pools.py",
+    "test_native_layer_norm.py",
     "test_native_strips.py",
     "test_native_chain.py",
     "test_native_guards.py::test_convolutions",

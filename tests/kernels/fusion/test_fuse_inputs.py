@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import vit_b_16
 
-from fuse_models import conv_bn, images, is_fused, network
+from fuse_models import conv_bn, images, is_fused, network, require_same
 from resfuse.kernels import explain, fuse
 from scope import Scope
 
@@ -34,7 +35,7 @@ def test_wrong_inputs_get_the_original_error(x: Tensor | None) -> None:
     assert str(ours.value) == str(original.value)
 
 
-@pytest.mark.parametrize("act", [nn.Identity, nn.SiLU, nn.LeakyReLU])
+@pytest.mark.parametrize("act", [nn.Identity, nn.SiLU, nn.LeakyReLU, nn.GELU])
 def test_nan_and_inf_pass_through(act: type[nn.Module]) -> None:
     """But for oneDNN's clipping activations: see onednn.py. The GPU kernels keep NaN in all."""
     model = Scope(lambda m, x: m.act(m.bn(m.conv(x)) + x), act=act(), **conv_bn()).eval()
@@ -44,6 +45,35 @@ def test_nan_and_inf_pass_through(act: type[nn.Module]) -> None:
         want, got = model(x), fuse(model)(x)
     assert torch.equal(got.isnan(), want.isnan()) and want.isnan().any()
     assert torch.equal(got.isinf(), want.isinf())
+
+
+GELUS: dict[str, tuple[Scope, str]] = {
+    "a layer": (Scope(lambda m, x: m.act(m.bn(m.conv(x))), act=nn.GELU(), **conv_bn()), "gelu"),
+    "a layer, by tanh": (
+        Scope(lambda m, x: m.act(m.bn(m.conv(x)) + x), act=nn.GELU("tanh"), **conv_bn()),
+        "gelu_tanh",
+    ),
+    "a call": (Scope(lambda m, x: F.gelu(m.bn(m.conv(x))) + x, **conv_bn()), "gelu"),
+    "a call, by tanh": (
+        Scope(lambda m, x: F.gelu(m.bn(m.conv(x)), approximate="tanh"), **conv_bn()), "gelu_tanh",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GELUS)
+def test_gelu_in_both_its_forms(name: str) -> None:
+    """They are 4e-4 apart."""
+    model, activation = GELUS[name]
+    model.eval()
+    fused_model, x = fuse(model), 3 * images(shape=(2, 8, 6, 6))
+    assert [line.how.split(" + ")[-1 - (name == "a call")] for line in explain(model, x).lines] == [
+        activation
+    ]
+    require_same(fused_model, model, x)
+    if hasattr(model, "act"):
+        for one in (model, fused_model):
+            one.act.approximate = "tanh" if activation == "gelu" else "none"
+        require_same(fused_model, model, x)
 
 
 # Bad input: one sentence each

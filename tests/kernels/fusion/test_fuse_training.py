@@ -64,7 +64,9 @@ def test_timms_norms_with_activations() -> None:
     require_same_training(model, fuse(model, training=True), images(size=32))
 
 
-@pytest.mark.parametrize("act", [nn.SiLU(), nn.LeakyReLU(0.2), nn.PReLU(4), nn.Hardswish()])
+@pytest.mark.parametrize(
+    "act", [nn.SiLU(), nn.LeakyReLU(0.2), nn.PReLU(4), nn.Hardswish(), nn.GELU()]
+)
 def test_other_activations(act: nn.Module) -> None:
     model = Pair(nn.BatchNorm2d(4), act)
     require_same_training(model, fuse(model, training=True), torch.randn(2, 4, 5, 5))

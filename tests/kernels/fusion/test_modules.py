@@ -76,7 +76,7 @@ def test_a_subclass_with_more_layers_fuses_when_it_is_whole() -> None:
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: FusedConvBNAct(3, 8, activation="gelu"), "argument activation: 'gelu'; accepted"),
+        (lambda: FusedConvBNAct(3, 8, activation="mish"), "argument activation: 'mish'; accepted"),
         (lambda: FusedBasicBlock(8, 8, groups=2), "argument groups: 2; accepted: 1"),
         (lambda: FusedBasicBlock(8, 8, dilation=2), "argument dilation: 2; accepted: 1"),
     ],

@@ -183,7 +183,7 @@ X, VECTOR = torch.zeros(1, 4, 3, 3), torch.zeros(4)
         ({"shift": VECTOR.double()}, "argument shift: torch.float64; accepted: torch.float32"),
         ({"residual": X[:, :, :2]}, "argument residual: shape"),
         ({"residual": X.half()}, "argument residual: torch.float16"),
-        ({"activation": "gelu"}, "argument activation: 'gelu'"),
+        ({"activation": "mish"}, "argument activation: 'mish'"),
         ({"activation": "leaky_relu"}, "argument slope: None with leaky_relu"),
         ({"x": X.to("meta")}, "argument scale: on cpu; accepted: meta"),
     ],

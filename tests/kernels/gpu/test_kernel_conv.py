@@ -312,7 +312,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "one number": ("argument stride: 2", {"stride": 2}),
     "padding": ("argument padding: ", {"padding": (-1, 0)}),
     "dilation": ("argument dilation: ", {"dilation": (1, 1, 1)}),
-    "activation": ("argument activation: 'gelu'", {"activation": "gelu"}),
+    "activation": ("argument activation: 'mish'", {"activation": "mish"}),
     "no slope": ("argument slope: None", {"activation": "leaky_relu"}),
     "slope": ("argument slope: shape", {"activation": "prelu", "slope": torch.zeros(7)}),
 }  # fmt: skip

@@ -252,7 +252,7 @@ X, WEIGHT = torch.zeros(1, 4, 3, 3), torch.zeros(6, 4, 1, 1)
         ({"bias": torch.zeros(4)}, r"argument bias: shape \(4,\); accepted: \(6,\)"),
         ({"residual": torch.zeros(1, 6, 3, 2)}, "argument residual: shape"),
         ({"stride": (0, 1)}, r"argument stride: \(0, 1\); accepted: two positive numbers"),
-        ({"activation": "gelu"}, "argument activation: 'gelu'"),
+        ({"activation": "mish"}, "argument activation: 'mish'"),
         ({"activation": "prelu", "slope": torch.zeros(4)}, "argument slope"),
         ({"shortcut": Shortcut(X, torch.zeros(5, 4, 1, 1))}, "argument shortcut"),
         ({"shortcut": Shortcut(X, WEIGHT, (2, 2))}, r"argument shortcut: .*\[1, 6, 2, 2\]"),

@@ -31,6 +31,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     Convert,
     Graph,
+    LayerNorm,
     MaxPool,
     Mean,
     Node,
@@ -97,6 +98,8 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Nat
         return native_maps.convert(graph, node, op, arena)
     if isinstance(op, Concat):
         return _concat(graph, node, arena)
+    if isinstance(op, LayerNorm):
+        return native_maps.layer_norm(graph, node, op, state, arena, storage_of(graph, node))
     if isinstance(op, MaxPool):
         return Native([max_pool_step(graph, node, arena)])
     assert isinstance(op, Mean)
@@ -245,7 +248,7 @@ def _is_supported(graph: Graph, node: Node) -> bool:
         return op.activation in ACTIVATIONS
     if isinstance(op, Concat):
         return _in_whole_vectors(graph, node)
-    return isinstance(op, MaxPool | AveragePool | Pick | Mean)
+    return isinstance(op, MaxPool | AveragePool | Pick | Mean | LayerNorm)
 
 
 def _is_available(graph: Graph, node: Node) -> bool:

@@ -1,11 +1,22 @@
-"""Lowers average pools, picks of pixels, gates and conversions to native steps on the CPU."""
+"""Lowers average pools, picks of pixels, gates, layer norms and conversions to native steps on the
+CPU.
+"""
 
 from torch import Tensor, tensor
 
 from resfuse.kernels.cpu.library import Storage
 from resfuse.kernels.cpu.program import Step, activation, kind, storage_number, whole_vectors
 from resfuse.kernels.cpu.weight_layout import per_channel
-from resfuse.kernels.engine.ir.graph import Affine, AveragePool, Convert, Graph, Node, Pick
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    AveragePool,
+    Convert,
+    Graph,
+    LayerNorm,
+    Node,
+    Pick,
+    State,
+)
 from resfuse.kernels.engine.ir.lowered import Native
 from resfuse.kernels.engine.memory.aliasing import channels_of, pixels_of
 from resfuse.kernels.engine.memory.buffers import Arena
@@ -108,6 +119,28 @@ def gate(
                 setattr(step, f"{name}_pitch", pitch)
         steps.append(step)
     return Native(steps)
+
+
+def layer_norm(
+    graph: Graph, node: Node, op: LayerNorm, state: State, arena: Arena, storage: Storage
+) -> Native:
+    """Lowers a layer norm over the channels to one step."""
+    x, channels = node.inputs[0], channels_of(graph, node.name)
+
+    def lay_out() -> list[Tensor]:
+        weight = tensor([1.0] * channels) if op.weight is None else state[op.weight]
+        bias = tensor([0.0] * channels) if op.bias is None else state[op.bias]
+        return [*(per_channel(t.detach()) for t in (weight, bias)), per_channel(tensor([op.eps]))]
+
+    weight, bias, eps = arena.weights((op, channels), lay_out)
+    step = Step(
+        kind=kind("layer_norm"), N=1, P=1, Q=pixels_of(graph, x), K=channels,
+        x=arena.address(x), x_pitch=arena.pitch(x),
+        y=arena.address(node.name), y_pitch=arena.pitch(node.name),
+        w=weight.data_ptr(), bias=bias.data_ptr(), slope=eps.data_ptr(),
+        storage=storage_number(storage),
+    )  # fmt: skip
+    return Native([step])
 
 
 def convert(graph: Graph, node: Node, op: Convert, arena: Arena) -> Native:

@@ -1,0 +1,77 @@
+"""What a forward computes on pixels with their channels last, [N, H, W, C]: ConvNeXt's layer norms
+and linear layers. In memory the engine's maps lie so already, so a permute is nothing but another
+name for its map, and a linear layer behind it a 1x1 convolution of it. Where an operation that
+only torch knows reads such a permuted value, the permute becomes a node after all.
+"""
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from resfuse.kernels.engine.frontend.graph_builder import Captured
+from resfuse.kernels.engine.ir.graph import LayerNorm, Norm
+
+aten = torch.ops.aten
+
+_TO_PIXELS, _TO_MAP = [0, 2, 3, 1], [0, 3, 1, 2]
+_VIEWS = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
+)  # fmt: skip
+
+
+def add_permute(read: Captured, node: fx.Node) -> bool:
+    """Makes a permute another name of its map, or of the pixels that it makes a map of again."""
+    given: tuple[Any, ...] = node.args
+    x, dims = given
+    order = [d % len(dims) for d in dims]
+    if order == _TO_PIXELS and read.is_map(x):
+        read.pixels[node] = read.names[x]
+        return True
+    if order == _TO_MAP and read.is_pixels(x):
+        read.names[node] = read.pixels[x]
+        return True
+    return False
+
+
+def add_layer_norm(read: Captured, node: fx.Node) -> bool:
+    """Adds a layer norm over the channels of pixels, or of maps [N, C]."""
+    given: tuple[Any, ...] = node.args
+    x, shape, weight, bias, eps = (*given, *(None, None, 1e-5)[len(given) - 2 :])[:5]
+    if not read.is_pixels(x) and not (read.is_map(x) and x.meta["val"].dim() == 2):
+        return False
+    channels = x.meta["val"].shape[-1]
+    names = [None if t is None else read.state_of(t) for t in (weight, bias)]
+    for name, tensor in zip(names, (weight, bias), strict=True):
+        known = name is not None and tuple(read.state[name].shape) == (channels,)
+        if tensor is not None and not known:
+            return False
+    if list(shape) != [channels] or eps < 0 or node.kwargs:
+        return False
+    if node.meta["val"].dtype != x.meta["val"].dtype:
+        return False
+    read.add_pixelwise(node, LayerNorm(names[0], names[1], float(eps)), x)
+    return True
+
+
+def layer_scale(read: Captured, factor: Any, channels: int, behind: int) -> Norm | None:
+    """Returns the norm that multiplies each channel by its own number of a tensor of the state,
+    None if `factor` is nothing of the kind.
+
+    Args:
+        behind: how many dimensions stand behind that of the channels.
+    """
+    source = factor
+    while isinstance(source, fx.Node) and source.target in _VIEWS:
+        source = source.args[0]
+    name = read.state_of(source)
+    if name is None:
+        return None
+    shape, tensor = tuple(factor.meta["val"].shape), read.state[name]
+    ones = (1,) * behind
+    broadcast = shape in [(*(1,) * before, channels, *ones) for before in range(4 - behind)]
+    if not broadcast or tensor.dim() > 4 or not tensor.is_floating_point():
+        return None
+    if max(tensor.shape, default=0) != tensor.numel():
+        return None
+    return Norm(None, None, name, None, 0.0)
