@@ -41,7 +41,7 @@ from resfuse.kernels.engine.runtime.own_weights import copied_names, copies, req
 from resfuse.kernels.engine.shape_plans import ShapePlans
 from resfuse.kernels.engine.tactics import tactics_on
 from resfuse.kernels.engine.tuning.tuner import Tuner
-from resfuse.kernels.ops.precision import Precision
+from resfuse.kernels.ops.asked_precision import Precision
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache, known
 
 

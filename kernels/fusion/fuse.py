@@ -24,7 +24,7 @@ from resfuse.kernels.fusion.planning.plan_builder import plans_of
 from resfuse.kernels.fusion.planning.sequential_inplace import sequence_plan
 from resfuse.kernels.fusion.training.training_plan import training_plan_of
 from resfuse.kernels.fusion.training.training_plan_builder import plans_for_training
-from resfuse.kernels.ops.precision import Precision
+from resfuse.kernels.ops.asked_precision import Precision
 
 
 def fuse(

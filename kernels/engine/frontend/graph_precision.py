@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from resfuse.kernels.engine.ir.graph import Conv, Convert, Graph, Node, Torch, Value
+from resfuse.kernels.ops.asked_precision import Precision
 from resfuse.kernels.ops.conv_problem import dtypes_of
-from resfuse.kernels.ops.precision import Precision
 
 # Operations of torch's, of one tensor, that move values, or compute each from one in float32 and
 # round it once.
