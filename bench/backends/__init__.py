@@ -86,6 +86,7 @@ BACKENDS: dict[str, Backend] = {
         "resfuse.bench.backends.fused:trainable",
         require="resfuse.bench.backends.fused:require",
         streams="resfuse.bench.backends.fused:streams",
+        takes_compute_dtype=True,
     ),
     "engine": Backend(
         "resfuse.bench.backends.engine:build",

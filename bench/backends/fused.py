@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from resfuse.bench.backends.converted import converted
 from resfuse.bench.backends.streams import CallerStreams, Streams
 from resfuse.bench.common.errors import CannotTake
 from resfuse.kernels import fuse
@@ -17,14 +18,23 @@ def require(device: torch.device) -> None:
         importlib.import_module("triton")
 
 
-def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+# What fuse calls the dtypes that it computes an fp32 network in.
+PRECISIONS = {None: None, torch.bfloat16: "bf16"}
+
+
+def build(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
     """Fuses the model in place; its own weights are not needed any more.
 
     Raises:
         CannotTake: the network is one that is not fused.
     """
+    if compute_dtype is not None and example.is_cuda:  # only on a CPU does fuse have its own way
+        return converted(build, compute_dtype)(model, example)
     try:
-        fused = fuse(model, inplace=True, discard_weights=True)
+        precision = PRECISIONS[compute_dtype]
+        fused = fuse(model, inplace=True, discard_weights=True, precision=precision)
     except ValueError as refusal:
         raise CannotTake(f"fuse: {refusal}") from None
 
@@ -36,9 +46,11 @@ def build(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def streams(model: nn.Module, example: Tensor, cores: int) -> Streams:
+def streams(
+    model: nn.Module, example: Tensor, cores: int, compute_dtype: torch.dtype | None = None
+) -> Streams:
     """All call one fused model: its layers have scratch memory for each thread."""
-    run = build(model, example)
+    run = build(model, example, compute_dtype)
     run(example)  # it folds the weights and lets go of them, which is for one thread to do
     return CallerStreams([run] * cores)
 

@@ -29,9 +29,10 @@ def prepared(model: nn.Module, case: Case, seed: int) -> nn.Module:
     """A network that `build` has made, behaving like a trained one, as `master` returns it.
 
     Seeded weights of our own networks get residual branches that add little (`shrink_branches`) and
-    batch-norm statistics from photographs (`calibrate`), those of others as random_weights says. As
-    they are drawn, a deep network's rounding errors grow until any tolerance would let another
-    image's answer pass. A function's own weights are taken for random where no batch norm has seen
+    batch-norm statistics from photographs (`calibrate`), those of others as random_weights says:
+    branches that add little only where an fp32 network is computed in bfloat16. As they are drawn,
+    a deep network's rounding errors grow until any tolerance would let another image's answer
+    pass. A function's own weights are taken for random where no batch norm has seen
     an image yet; those of an ONNX file stay, as other runtimes read them from there.
     """
     fresh = case.weights == OWN and random_weights.is_fresh(model)
@@ -43,6 +44,8 @@ def prepared(model: nn.Module, case: Case, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             random_weights.spread(model)
+        if compute_dtype(case) is not None:
+            random_weights.shrink_branches(model)
         seen = [_photographs(case, SEEN_IMAGES, n) for n in range(TIMED_BATCHES + 1)]
         others = _photographs(case, SEEN_IMAGES, CALIBRATION_SEED)
         random_weights.calibrate(model, torch.cat([*seen, others]))

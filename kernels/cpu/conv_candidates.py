@@ -119,11 +119,12 @@ def storage_of(problem: ConvProblem) -> Storage:
 def layout_weight(form: Form, weight: Tensor, groups: int, storage: Storage = "fp32") -> Tensor:
     """Returns a weight [K, C / groups, R, S], float32, packed as the form reads it.
 
-    For values in bfloat16, direct convolutions have weights in bfloat16. Those of the other forms,
-    which multiply in float32, stay as they are.
+    For values in bfloat16, direct convolutions have weights in bfloat16, and Winograd transformed
+    ones. Those of groups stay as they are: they are few.
     """
     if form == "winograd":
-        return winograd_weights(weight)
+        transformed = winograd_weights(weight)
+        return transformed if storage == "fp32" else transformed.bfloat16()
     if form == "grouped":
         return grouped_weights(weight)
     return direct_weights(weight, groups) if storage == "fp32" else paired_weights(weight, groups)

@@ -37,6 +37,11 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
+def multiplies_tiles(dtype: torch.dtype) -> bool:
+    """Returns whether oneDNN multiplies tiles in `dtype` here (AMX), as native steps do not."""
+    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and supports(dtype)
+
+
 class PackedConv:
     """act(conv(x) + bias + residual): x [N, C, H, W] of any format -> [N, K, P, Q], channels_last.
 

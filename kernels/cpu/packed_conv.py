@@ -1,44 +1,66 @@
-"""NativeConv: a fused convolution in float32 on the CPU by a native step, with the interface of
-PackedConv (onednn.py).
+"""NativeConv: a fused convolution in float32 or bfloat16 on the CPU by a native step, with the
+interface of PackedConv (onednn.py).
 
 A call costs 5 us besides its arithmetic, where torch's oneDNN op costs 27 us (two cores), and ReLU
 keeps NaN.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.library import why_unavailable
+from resfuse.kernels.cpu.library import Storage, constant, why_unavailable
 from resfuse.kernels.cpu.program import ACTIVATIONS, Step, lanes, require_done, runner
 from resfuse.kernels.cpu.weight_layout import (
     direct_from,
-    direct_weights,
     grouped_from,
-    grouped_weights,
+    paired_from,
     per_channel,
     slopes,
-    winograd_weights,
 )
 from resfuse.kernels.cpu.weight_origin import is_plain
 from resfuse.kernels.ops.activation import Slope
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
+STORAGES: Mapping[torch.dtype, Storage] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPES: Mapping[Storage, torch.dtype] = {storage: dtype for dtype, storage in STORAGES.items()}
 
-def supports(weight: Tensor, geometry: Geometry, activation: str) -> bool:
-    """Returns whether there is a native step for a convolution with `weight` here."""
-    fits = weight.dtype == torch.float32 and activation in ACTIVATIONS
-    if not fits or weight.shape[0] < 16 or why_unavailable() is not None:
-        return False
+
+def supports(
+    weight: Tensor, geometry: Geometry, activation: str, storage: Storage | None = None
+) -> bool:
+    """Returns whether there is a native step for a convolution with `weight` here, in that storage
+    or by default in that of the weight's dtype.
+    """
+    return refusal(weight, geometry, activation, storage) is None
+
+
+def refusal(
+    weight: Tensor, geometry: Geometry, activation: str, storage: Storage | None = None
+) -> str | None:
+    """Returns why there is no native step for a convolution with `weight` here, or None; the
+    arguments are those of `supports`.
+    """
+    k, of_each, r, s = weight.shape
+    if weight.dtype not in STORAGES:
+        return f"no native step in {weight.dtype}"
+    if activation not in ACTIVATIONS:
+        return f"no native {activation}"
+    if k < 16:
+        return f"only {k} output channels"
+    if (reason := why_unavailable(storage or STORAGES[weight.dtype])) is not None:
+        return reason
     if geometry.groups > 1:
-        k, of_each, r, s = weight.shape
-        return conv_candidates.fits_grouped(of_each * geometry.groups, k, geometry.groups, r * s)
-    row = weight.shape[1] * weight.shape[3]
-    return conv_candidates.fits_row(row)
+        c, groups = of_each * geometry.groups, geometry.groups
+        fits = conv_candidates.fits_grouped(c, k, groups, r * s)
+        return None if fits else "groups that fill no vector"
+    row = of_each * s
+    fits = conv_candidates.fits_row(row)
+    return None if fits else f"rows of {row} values; at most {constant('MAX_ROW')}"
 
 
 class _Workspace(threading.local):
@@ -61,18 +83,21 @@ workspace = _Workspace()
 class NativeConv:
     """act(conv(x) + bias + residual): x [N, C, H, W] of any format -> [N, K, P, Q], channels_last.
 
-    Any number of threads may call it; each has memory of its own for sums.
+    Any number of threads may call it; each has memory of its own for sums. It takes and returns
+    tensors of the weight's dtype. Stored in bfloat16, x, the residual and, unless there are groups,
+    the weight are rounded to it, and so, once, is the result; sums, bias and slope are float32.
 
     Raises:
-        ValueError: at a call: x is no plain float32 tensor [N, C, H, W] in the CPU's memory.
+        ValueError: at a call: x is no plain tensor [N, C, H, W] of that dtype in the CPU's memory.
 
     Args:
-        weight: [K, C / groups, R, S], float32; not kept.
+        weight: [K, C / groups, R, S], float32 or bfloat16; not kept.
         bias: [K].
         geometry: of the convolution.
         activation: a name of ACTIVATIONS that `supports` allows.
         slope: of leaky_relu (a number) or prelu (a tensor [K]).
         threads: to run on; by default those of cpus.py.
+        storage: of the values that are computed with; by default that of the weight's dtype.
     """
 
     def __init__(
@@ -83,17 +108,21 @@ class NativeConv:
         activation: str,
         slope: Slope,
         threads: int | None = None,
+        storage: Storage | None = None,
     ) -> None:
+        self.dtype = weight.dtype  # of the tensors that it takes and returns
+        self.given = STORAGES[weight.dtype]
+        self.storage = self.makes = storage or self.given
         self._shape = weight.shape
         self._geometry, self._activation = geometry, activation
         self._channels = weight.shape[1] * geometry.groups
-        lay_out = grouped_weights if geometry.groups > 1 else direct_weights
-        self._weight = lay_out(weight)
+        form: conv_candidates.Form = "grouped" if geometry.groups > 1 else "direct"
+        self._weight = conv_candidates.layout_weight(form, weight.float(), 1, self.storage)
         self._winograd: Tensor | None = None  # laid out when it is first needed
         self._lays_out = threading.Lock()
         self._bias = per_channel(bias)
         self._slope = None if slope is None else slopes(slope, weight.shape[0])
-        self._run = runner()
+        self._run = runner(self.storage)
         self.asked = threads
         self._here = threading.local()
 
@@ -109,7 +138,7 @@ class NativeConv:
             ValueError: x or the residual is not accepted, or the residual has another shape.
         """
         self._require(x)
-        _require_memory("residual", residual)
+        _require_memory("residual", residual, self.dtype)
         _, _, shape = self._step(x, True)
         if residual.shape != shape:
             raise ValueError(
@@ -127,28 +156,32 @@ class NativeConv:
         return lambda x, residual: self._added(x, residual, overwrite)
 
     def _require(self, x: Tensor) -> None:
-        """Raises ValueError unless x is a float32 tensor [N, C, H, W] in the CPU's memory: the
-        native step sees only its address."""
-        _require_memory("x", x)
+        """Raises ValueError unless x is a tensor [N, C, H, W] of the right dtype in the CPU's
+        memory: the native step sees only its address."""
+        _require_memory("x", x, self.dtype)
         if x.dim() != 4 or x.size(1) != self._channels or x.numel() == 0:
             wanted = f"[N, {self._channels}, H, W], none of them 0"
             raise ValueError(f"argument x: {list(x.shape)}; accepted: {wanted}")
 
     def _computed(self, x: Tensor) -> Tensor:
         step, count, shape = self._step(x, False)
-        x = nhwc(x)
-        y = empty_output(shape)
+        x = self._stored(x)
+        y = empty_output(shape, x.dtype)
         step.x, step.y = x.data_ptr(), y.data_ptr()
         self._compute(step, count)
-        return y
+        return y.to(self.dtype)
 
     def _added(self, x: Tensor, residual: Tensor, overwrite: bool) -> Tensor:
         step, count, shape = self._step(x, True)
-        x, residual = nhwc(x), nhwc(residual)
-        y = residual if overwrite else empty_output(shape)
+        x, residual = self._stored(x), self._stored(residual)
+        y = residual if overwrite else empty_output(shape, x.dtype)
         step.x, step.residual, step.y = x.data_ptr(), residual.data_ptr(), y.data_ptr()
         self._compute(step, count)
-        return y
+        return y.to(self.dtype)
+
+    def _stored(self, x: Tensor) -> Tensor:
+        """Returns x as the step reads it."""
+        return nhwc(x).to(DTYPES[self.storage])
 
     def _compute(self, step: Step, count: int) -> None:
         step.scratch = workspace.of(step.scratch_pitch * count)
@@ -202,7 +235,8 @@ class NativeConv:
             return self._weight
         with self._lays_out:
             if self._winograd is None:
-                self._winograd = winograd_weights(self.dense_weight())
+                weight = self.dense_weight().float()
+                self._winograd = conv_candidates.layout_weight(form, weight, 1, self.storage)
             return self._winograd
 
     def problem(self, shape: Sequence[int], residual: bool) -> ConvProblem:
@@ -210,25 +244,29 @@ class NativeConv:
         n, c, h, w = shape
         k, _, r, s = self._shape
         epilogue = Epilogue.of(self._activation, residual)
-        return ConvProblem(n, c, h, w, k, r, s, self._geometry, epilogue, dtypes_of("ieee"))
+        dtypes = dtypes_of("ieee" if self.storage == "fp32" else "bf16")
+        return ConvProblem(n, c, h, w, k, r, s, self._geometry, epilogue, dtypes)
 
     def dense_weight(self) -> Tensor:
-        """Returns the weight [K, C / groups, R, S] in its original layout."""
-        back = grouped_from if self._geometry.groups > 1 else direct_from
-        return back(self._weight, self._shape)
+        """Returns the weight [K, C / groups, R, S] in its original layout, rounded if it is kept
+        so."""
+        if self._geometry.groups > 1:
+            return grouped_from(self._weight, self._shape).to(self.dtype)
+        back = direct_from if self.storage == "fp32" else paired_from
+        return back(self._weight, self._shape).to(self.dtype)
 
 
-def empty_output(shape: tuple[int, ...]) -> Tensor:
+def empty_output(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns memory for an output, whatever the process's default dtype and device are."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
-def _require_memory(name: str, tensor: Tensor) -> None:
+def _require_memory(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if not isinstance(tensor, Tensor) or not is_plain(tensor):
         raise ValueError(f"argument {name}: a {type(tensor).__name__}; accepted: a plain tensor")
-    if not tensor.is_cpu or tensor.dtype != torch.float32:
+    if not tensor.is_cpu or tensor.dtype != dtype:
         found = f"{tensor.dtype} on {tensor.device}"
-        raise ValueError(f"argument {name}: {found}; accepted: torch.float32 on the CPU")
+        raise ValueError(f"argument {name}: {found}; accepted: {dtype} on the CPU")
 
 
 def nhwc(x: Tensor) -> Tensor:

@@ -46,6 +46,16 @@ def direct_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
+def paired_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
+    """Returns the weight [K, C, R, S] in bfloat16 that paired_weights has packed."""
+    k, c, r, s = shape
+    pairs = -(-c // 2)
+    sizes = [2 * pairs * r * s * min(nr(), whole_vectors(k) - first) for first in range(0, k, nr())]
+    parts = [part.view(r, s, pairs, -1, 2) for part in laid_out.split(sizes)]
+    weight = torch.cat(parts, -2)[..., :k, :].permute(3, 2, 4, 0, 1).flatten(1, 2)[:, :c]
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
 def winograd_weights(w: Tensor) -> Tensor:
     """Packs G w G^T of a weight [K, C, 3, 3], computed in fp64, as [16, C, panel] for each panel of
     channels."""

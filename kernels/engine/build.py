@@ -28,7 +28,7 @@ from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
-from resfuse.kernels.engine.frontend.graph_precision import Precision
+from resfuse.kernels.engine.frontend.graph_precision import in_precision
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.candidates import find_candidates
@@ -41,6 +41,7 @@ from resfuse.kernels.engine.runtime.own_weights import copied_names, copies, req
 from resfuse.kernels.engine.shape_plans import ShapePlans
 from resfuse.kernels.engine.tactics import tactics_on
 from resfuse.kernels.engine.tuning.tuner import Tuner
+from resfuse.kernels.ops.asked_precision import Precision
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache, known
 
 
@@ -117,10 +118,8 @@ def build_engine(
         raise ValueError(f"argument other_shapes: {other_shapes!r}; accepted: error, build")
     if type(max_shapes) is not int or max_shapes < 1:
         raise ValueError(f"argument max_shapes: {max_shapes!r}; accepted: 1 and more")
-    if isinstance(keep, str) or not all(isinstance(pattern, str) for pattern in keep):
-        raise ValueError(f"argument keep: {keep!r}; accepted: a list of patterns")
-    wanted = Precision(precision, tuple(keep))
-    wanted.require_fit(model, example)
+    wanted = Precision.asked(precision, keep)
+    wanted.require_fit(model, example.dtype, example.device)
     planner = _Planner(TimingCache(example.device, timings), tiling, keep_weights, wanted)
     with asking(threads):
         state, plans = _planned(planner, model, _examples(example, batch_sizes, shapes))
@@ -159,7 +158,7 @@ class _Planner:
     def capture(self, model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]]:
         """Returns the graph of a model in the precision asked for, and its state by name."""
         graph, state = capture(model, example)
-        return self.precision.of(graph), state
+        return in_precision(graph, self.precision), state
 
     def __call__(
         self, model: nn.Module, example: Tensor, state: State

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resfuse.kernels.cpu.onednn import multiplies_tiles
+from resfuse.kernels.cpu.packed_conv import refusal
 from resfuse.kernels.fusion.fuse import unfused
 from resfuse.kernels.fusion.layers.compound_layers import FusedStep, convolutions
+from resfuse.kernels.fusion.layers.fused_layers import ConvStep
 from resfuse.kernels.fusion.matching.layer_kinds import copied
 from resfuse.kernels.fusion.planning.plan import plan_of
 from resfuse.kernels.fusion.planning.plan_builder import plans_of
@@ -30,6 +33,7 @@ class Line:
     fused: bool
     how: str  # what it is fused with, or why it was left alone
     macs: int | None  # multiply-accumulates an image; None where no example could be run
+    precision: str = ""  # in an eager call on a CPU, and why; "" where all is in the model's own
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class Explanation:
         words = f"{fused} of {len(self.lines)} convolutions fused"
         if self.share is not None:
             words += f", {100 * self.share:.1f} % of their MACs"
+        narrow = sum(line.precision == "bf16" for line in self.lines)
+        if narrow:
+            words += f"; {narrow} in bf16"
         if self.norms:
             words += f"; {len(self.norms)} batch norms fused with what follows them"
         if self.fused_in_training is not None:
@@ -91,7 +98,13 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     macs, note = _count_macs(model, convs, example)
     lines = tuple(
-        Line(name, _shape(conv), *found.of(name), macs[name] if macs is not None else None)
+        Line(
+            name,
+            _shape(conv),
+            *found.of(name),
+            macs[name] if macs is not None else None,
+            found.precision(name, conv),
+        )
         for name, conv in convs.items()
     )
     note += _not_read(model)
@@ -115,11 +128,17 @@ class _Found:
         self.how: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
         self.norms: dict[str, None] = {}  # in order, each once: a module has a step for every call
+        self.precisions: dict[str, str] = {}
 
     def of(self, name: str) -> tuple[bool, str]:
         if name in self.how:
             return True, self.how[name]
         return False, self.reasons.get(name, "no forward that could be read calls it")
+
+    def precision(self, name: str, conv: nn.Conv2d) -> str:
+        if name in self.precisions or not self.precisions:
+            return self.precisions.get(name, "")
+        return f"{_NAMES.get(conv.weight.dtype, '')}: not fused"
 
 
 def _what_is_done(model: nn.Module) -> _Found:
@@ -160,6 +179,28 @@ def _add(found: _Found, prefix: str, step: FusedStep) -> None:
         found.norms[prefix + step.name] = None
     for layer in layers:
         found.how[prefix + layer.name] = step.chain if layer is layers[0] else "projection inside"
+        if precision := _precision(layer):
+            found.precisions[prefix + layer.name] = precision
+
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def _precision(layer: ConvStep) -> str:
+    """Returns what a layer computes in on a CPU, and why; "" where nothing but float32 is asked
+    for.
+    """
+    weight, asked = layer.conv.weight, layer.fold.asked
+    if asked == "kept":
+        return "fp32: kept"
+    if (asked != "bf16" and weight.dtype != torch.bfloat16) or weight.is_cuda:
+        return ""
+    reason = refusal(weight, layer.geometry, layer.activation, "bf16")
+    if reason is None and multiplies_tiles(weight.dtype):
+        reason = "it multiplies tiles (AMX)"
+    if reason is None:
+        return "bf16"
+    return f"fp32: {reason}" if weight.dtype == torch.float32 else f"bf16 by torch: {reason}"
 
 
 def _count_macs(
@@ -225,10 +266,12 @@ def _shape(conv: nn.Conv2d) -> str:
 
 def _table(lines: tuple[Line, ...]) -> Iterator[str]:
     total = sum(line.macs or 0 for line in lines)
-    rows = [("convolution", "shape", "MACs", "", "")]
+    last = "precision" if any(line.precision for line in lines) else ""
+    rows = [("convolution", "shape", "MACs", "", "", last)]
     for line in lines:
         share = f"{100 * line.macs / total:.1f} %" if line.macs is not None and total else ""
-        rows.append((line.name, line.shape, share, "fused" if line.fused else "left", line.how))
+        fused = "fused" if line.fused else "left"
+        rows.append((line.name, line.shape, share, fused, line.how, line.precision))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [

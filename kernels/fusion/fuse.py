@@ -6,16 +6,17 @@ with torch.inference_mode():
 print(explain(model, images))
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from resfuse.kernels.cpu.cpus import require_threads
 from resfuse.kernels.fusion.fused_module import attach, detach, empty_plan
-from resfuse.kernels.fusion.layers.fold_cache import require_weights
+from resfuse.kernels.fusion.layers.fold_cache import Asked, require_weights
 from resfuse.kernels.fusion.matching.layer_kinds import DTYPES, copied
 from resfuse.kernels.fusion.parity import require_parity
 from resfuse.kernels.fusion.planning.plan import plan_of
@@ -23,6 +24,7 @@ from resfuse.kernels.fusion.planning.plan_builder import plans_of
 from resfuse.kernels.fusion.planning.sequential_inplace import sequence_plan
 from resfuse.kernels.fusion.training.training_plan import training_plan_of
 from resfuse.kernels.fusion.training.training_plan_builder import plans_for_training
+from resfuse.kernels.ops.asked_precision import Precision
 
 
 def fuse(
@@ -34,6 +36,8 @@ def fuse(
     training: bool = False,
     weights: Literal["follow", "frozen"] = "follow",
     threads: int | None = None,
+    precision: str | None = None,
+    keep: Sequence[str] = (),
 ) -> nn.Module:
     """Fuses every conv-BN(-activation)(-add) it understands; `explain` says which.
 
@@ -67,30 +71,44 @@ def fuse(
             call does not look. train(), eval(), to() and load_state_dict() still do.
         threads: that convolutions run on, on a CPU; by default as many as there are CPUs to use,
             and no more than torch.get_num_threads() says at the call.
+        precision: what fused convolutions are computed in, "fp32" or "bf16", by default the model's
+            own. With "bf16" a float32 model on a CPU still takes and returns float32; values and
+            weights of its fused convolutions are rounded to bfloat16, sums, biases and slopes are
+            float32. All other layers, the few convolutions that no native kernel computes, wanted
+            gradients, training, and compiled or exported graphs see float32. `explain` says it
+            layer by layer.
+        keep: with "bf16", patterns as fnmatch has them ("layer4.*") of names of modules or
+            parameters, whose convolutions are computed in float32.
 
     Raises:
         ValueError: `model` is no module, is on the meta device or on several, or has weights of a
             dtype that no kernel computes in; `example` does not fit it; the answers differ;
-            weights are to be discarded and trained; `weights` is neither of the two; or `threads`
-            is no number of them.
+            weights are to be discarded and trained; `weights` is neither of the two; `threads`
+            is no number of them; the precision is unknown, or not for this model or device; or a
+            pattern of `keep` matches no layer.
     """
     require_threads(threads)
+    wanted = Precision.asked(precision, keep)
     if weights not in ("follow", "frozen"):
         raise ValueError(f'argument weights: {weights!r}; accepted: "follow", "frozen"')
     _require_fusible(model)
+    kept = _kept(model, wanted)
     if training and discard_weights:
         raise ValueError("argument discard_weights: True with training=True; accepted: False")
     fused_model = model if inplace else copied(model)
     _attach_plans(fused_model, training)
-    for module in reversed(list(fused_model.modules())):  # the outermost plan comes last, and wins
+    named = list(fused_model.named_modules())
+    for name, module in reversed(named):  # the outermost plan comes last, and wins
         if (plan := plan_of(module)) is not None:
             plan.frozen = weights == "frozen"
             for layer in plan.layers:
                 layer.fold.threads = threads
+                layer.ask_for(_asked(f"{name}.{layer.name}.weight".removeprefix("."), wanted, kept))
             plan.take_over_submodules(module)
     if example is not None:
+        computed = torch.bfloat16 if precision == "bf16" else example.dtype
         try:
-            require_parity(fused_model, example, without=unfused(fused_model))
+            require_parity(fused_model, example, unfused(fused_model), computed)
         except ValueError:
             unfuse(fused_model)
             raise
@@ -160,6 +178,32 @@ def _attach_plans(model: nn.Module, training: bool) -> None:
     for module, training_plan in in_training.items():
         if training_plan_of(module) is None:
             attach(module, plan_of(module) or empty_plan(module), training_plan)
+
+
+def _asked(weight: str, precision: Precision, kept: set[str]) -> Asked:
+    """Returns what the layer of a weight is to compute in."""
+    if precision.name != "bf16":
+        return "own"
+    return "kept" if weight in kept else "bf16"
+
+
+def _kept(model: nn.Module, precision: Precision) -> set[str]:
+    """Returns the names of the convolutions' weights that are kept in float32.
+
+    Raises:
+        ValueError: the model cannot be computed in that precision, or a pattern matches no layer.
+    """
+    if precision.name is None:
+        return set()
+    layers = {
+        f"{name}.weight".removeprefix("."): module.weight
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    for dtype in dict.fromkeys(weight.dtype for weight in layers.values()):
+        device = next(weight.device for weight in layers.values())
+        precision.require_fit(model, dtype, device)
+    return precision.kept(layers)
 
 
 def _require_fusible(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from resfuse.kernels.fusion.layers.fast_path import Forward
-from resfuse.kernels.fusion.layers.fold_cache import require_weights
+from resfuse.kernels.fusion.layers.fold_cache import Asked, require_weights
 from resfuse.kernels.fusion.planning.plan import NOT_RUN, PLAN, STEPS, Plan
 from resfuse.kernels.fusion.planning.plan_builder import make_plan
 from resfuse.kernels.fusion.planning.sequential_inplace import sequence_plan
@@ -29,8 +29,9 @@ from resfuse.kernels.fusion.training.training_plan import (
 from resfuse.kernels.fusion.training.training_plan_builder import make_training_plan
 
 _PLAN_STATE = "_resfuse_plan_state"
-# Reasons by layer, in eval mode and in training mode; and whether the weights are frozen.
-PlanState = tuple[dict[str, str], dict[str, str] | None, bool]
+# Reasons by layer, in eval mode and in training mode; whether the weights are frozen; and what
+# layers were asked to compute in.
+PlanState = tuple[dict[str, str], dict[str, str] | None, bool, dict[str, Asked]]
 
 
 class Steps:
@@ -81,11 +82,13 @@ class FusedModule(nn.Module):
         return _empty, (original_class(self), self._resfuse_plan_state()), state
 
     def _resfuse_plan_state(self) -> PlanState:
-        """Returns the reasons why layers are not fused, in both modes, and whether the weights are
-        frozen. A copy of a part needs them, since it cannot see the whole model."""
+        """Returns the reasons why layers are not fused, in both modes, whether the weights are
+        frozen, and what layers were asked to compute in. A copy of a part needs them, since it
+        cannot see the whole model."""
         training = vars(self).get(TRAINING_PLAN)
         plan = vars(self)[PLAN]
-        return plan.unfused, None if training is None else training.unfused, plan.frozen
+        asked = {layer.name: layer.fold.asked for layer in plan.layers}
+        return plan.unfused, None if training is None else training.unfused, plan.frozen, asked
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         plan_state = vars(self).pop(_PLAN_STATE)
@@ -154,7 +157,7 @@ def _made_anew(make: Any, arguments: Any, training: bool, plan_state: PlanState)
 
 def _attach_anew(module: nn.Module, plan_state: PlanState) -> nn.Module:
     """Makes a module's plans again and attaches them."""
-    why_skipped, left_in_training, frozen = plan_state
+    why_skipped, left_in_training, frozen, asked = plan_state
     module.__class__ = original_class(module)
     plan = make_plan(module, _reasons(module, why_skipped).get).plan or sequence_plan(module)
     if left_in_training is not None:
@@ -164,6 +167,8 @@ def _attach_anew(module: nn.Module, plan_state: PlanState) -> nn.Module:
         attach(module, plan)
     if plan is not None:
         plan.frozen = frozen
+        for layer in plan.layers:
+            layer.ask_for(asked.get(layer.name, "own"))
         plan.take_over_submodules(module)
     return module
 

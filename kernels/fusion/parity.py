@@ -13,7 +13,10 @@ from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 
 
 def require_parity(
-    model: nn.Module, example: Tensor, without: AbstractContextManager[nn.Module]
+    model: nn.Module,
+    example: Tensor,
+    without: AbstractContextManager[nn.Module],
+    computed: torch.dtype,
 ) -> None:
     """Compares a fused model's answers with its own layers', both judged by fp64.
 
@@ -21,6 +24,7 @@ def require_parity(
         model: fused.
         example: [N, C, H, W].
         without: a context in which the model runs unfused.
+        computed: what the fused model computes in: the unfused one is compared in that dtype.
 
     Raises:
         ValueError: the model refuses the example, or the fused answer is further from the fp64 one
@@ -32,18 +36,21 @@ def require_parity(
     try:
         with torch.no_grad():
             with without:
-                eager = _answer(model, example)
+                narrow = model if computed == example.dtype else copied(model).to(computed)
+                eager = _answer(narrow, example.to(computed))
                 # Fused layers compute in channels_last, where torch sums in another order: a U-Net
                 # in fp32 is off by 1.9e-6 in NCHW and by 3.9e-6 in NHWC.
-                nhwc = to_memory_format(copied(model), torch.channels_last)
-                eager_nhwc = _answer(nhwc, example.to(memory_format=torch.channels_last))
-                twin = nhwc.double()
+                nhwc = to_memory_format(copied(narrow), torch.channels_last)
+                given = example.to(computed, memory_format=torch.channels_last)
+                eager_nhwc = _answer(nhwc, given)
+                own = nhwc if narrow is model else copied(model)
+                twin = to_memory_format(own.double(), torch.channels_last)
             reference = _answer(twin, example.double())
             fused = _answer(model, example)
     finally:
         for module, training in modes.items():
             module.training = training
-    mode = "fp64" if example.dtype == torch.float64 else math_mode_of(example.dtype)
+    mode = "fp64" if example.dtype == torch.float64 else math_mode_of(computed)
     for got, nchw, nhwc_answer, want in zip(fused, eager, eager_nhwc, reference, strict=True):
         eagers = max(_error(nchw, want), _error(nhwc_answer, want))
         allowed = EAGER_FACTOR * eagers + TOLERANCES[mode].rtol

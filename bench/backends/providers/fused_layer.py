@@ -10,7 +10,7 @@ from torch import Tensor
 from resfuse.bench.backends.providers.layer import ConvRelu
 from resfuse.bench.common.errors import Unavailable
 from resfuse.kernels.cpu import onednn
-from resfuse.kernels.fusion.layers.fold_cache import Packed, pack
+from resfuse.kernels.fusion.layers.fold_cache import Packed, pack, packs
 from resfuse.kernels.gpu.registry import KERNELS
 
 Run = Callable[[Tensor], Tensor]
@@ -19,7 +19,9 @@ Run = Callable[[Tensor], Tensor]
 def build(layer: ConvRelu, example: Tensor) -> Run:
     """Any convolution."""
     if not example.is_cuda:
-        return _packed(pack, layer, example)
+        if packs(layer.conv.weight, layer.problem.geometry, "relu"):
+            return _packed(pack, layer, example)
+        raise Unavailable(f"there is no fused convolution in {example.dtype} on this CPU")
     return _triton("conv_bn_act", layer, **_window(layer))
 
 
@@ -31,6 +33,8 @@ def build_onednn(layer: ConvRelu, example: Tensor) -> Run:
     """
     if example.device.type != "cpu":
         raise Unavailable("oneDNN computes on the CPU only")
+    if not onednn.supports(example.dtype):
+        raise Unavailable(f"oneDNN has no fused convolution in {example.dtype} on this CPU")
     return _packed(onednn.PackedConv, layer, example)
 
 
@@ -74,8 +78,6 @@ def _triton(kernel: str, layer: ConvRelu, **window: Any) -> Run:
 
 
 def _packed(make: Callable[..., Packed], layer: ConvRelu, example: Tensor) -> Run:
-    if not onednn.supports(example.dtype):
-        raise Unavailable(f"oneDNN has no fused convolution in {example.dtype} on this CPU")
     conv, geometry = layer.conv, layer.problem.geometry
     assert conv.bias is not None
     packed = make(conv.weight, conv.bias, geometry, "relu", None, example.shape)

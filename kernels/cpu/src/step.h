@@ -4,7 +4,8 @@
 // Contract of every step:
 // - Tensors are NHWC, of the library's `Value`. A pixel's channels are contiguous, pixels are `pitch`
 //   values apart. Bias, slope, scale and the tables of pools are float32, and so are the weights of
-//   Winograd and grouped convolutions; those of direct ones are units of channels (storage.h).
+//   grouped convolutions; those of Winograd are values, those of direct ones units of channels
+//   (storage.h).
 // - K counts whole vectors of output channels in convolutions, and per-channel parameters (bias,
 //   slope, scale) are padded to whole vectors. Where the channels of other steps, and those of a
 //   convolution without `unstored`, are no whole vectors, pitches have room for the rest of the last

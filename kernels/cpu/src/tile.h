@@ -49,10 +49,11 @@ struct Tile {
 
   // acc += x[m][0..depth) @ w[0..depth)[N * LANES]; returns the end of those weights. Of `next_w`
   // (may be null) a cache line is prefetched for each unit of a whole iteration.
-  // `Element` is a float or, in direct convolutions, a Unit of channels.
-  template <class Element>
-  ALWAYS_INLINE const Element* accumulate(const Element* const* x, const Element* w, long depth,
-                                          const Element* next_w, const Prefetch& next) {
+  // `Element` and `Weight` are both a float or, in direct convolutions, a Unit of channels; or a
+  // float and a Value, in Winograd's.
+  template <class Element, class Weight>
+  ALWAYS_INLINE const Weight* accumulate(const Element* const* x, const Weight* w, long depth,
+                                         const Weight* next_w, const Prefetch& next) {
     const Element* row[M];
     UNROLLED for (long m = 0; m < M; m++) row[m] = x[m];
     Accumulators<Tile> tile = *this;
@@ -90,8 +91,8 @@ struct Tile {
   }
 
   // acc += row[m][c] @ w[N * LANES]
-  template <class Element>
-  ALWAYS_INLINE void accumulate_unit(const Element* const* row, long c, const Element* w) {
+  template <class Element, class Weight>
+  ALWAYS_INLINE void accumulate_unit(const Element* const* row, long c, const Weight* w) {
     decltype(load(w)) weight[N];
     UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
     UNROLLED for (long m = 0; m < M; m++) {

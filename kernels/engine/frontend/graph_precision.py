@@ -8,16 +8,13 @@ Where dtypes meet, a `Convert` is inserted before the first reader.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, nn
 
 from resfuse.kernels.engine.ir.graph import Conv, Convert, Graph, Node, Torch, Value
+from resfuse.kernels.ops.asked_precision import Precision
 from resfuse.kernels.ops.conv_problem import dtypes_of
 
-PRECISIONS = ("fp32", "bf16")
-_COMPUTED = (torch.float32, torch.bfloat16)
 # Operations of torch's, of one tensor, that move values, or compute each from one in float32 and
 # round it once.
 _MOVE = """
@@ -32,77 +29,16 @@ _ROUND_ONCE = """
 _FOLLOW = frozenset((_MOVE + _ROUND_ONCE).split())
 
 
-@dataclass(frozen=True)
-class Precision:
-    """What is computed inside an engine.
+def in_precision(graph: Graph, precision: Precision) -> Graph:
+    """Returns a graph that computes the same in that precision.
 
-    Attributes:
-        name: one of PRECISIONS, or None for that of the model.
-        keep: patterns of names of modules and parameters, as fnmatch has them; convolutions and
-            linear layers that they match are computed in float32.
+    Raises:
+        ValueError: a pattern of `precision.keep` matches no convolution or linear layer.
     """
-
-    name: str | None = None
-    keep: tuple[str, ...] = ()
-
-    def require_fit(self, model: nn.Module, example: Tensor) -> None:
-        """Raises ValueError unless the model can be computed in this precision."""
-        if self.name not in (None, *PRECISIONS):
-            raise ValueError(f"argument precision: {self.name!r}; accepted: fp32, bf16")
-        if self.keep and self.name != "bf16":
-            raise ValueError("argument keep: given without precision='bf16'; accepted: with it")
-        own = {"fp32": (torch.float32,), "bf16": _COMPUTED}.get(self.name or "", (example.dtype,))
-        if example.dtype not in own:
-            takes = " or ".join(map(str, own))
-            raise ValueError(
-                f"argument precision: {self.name!r} of a model that takes {example.dtype}; "
-                f"accepted: with models that take {takes}"
-            )
-        if self.name != "bf16":
-            return
-        if example.device.type != "cpu":
-            raise ValueError(
-                "argument precision: 'bf16' is for engines on a CPU; on a GPU convert the model "
-                "and its inputs: model.bfloat16()"
-            )
-        if self.keep and example.dtype == torch.bfloat16:
-            raise ValueError(
-                "argument keep: the model is in bfloat16 itself; accepted: with a float32 one"
-            )
-        named = [*model.named_parameters(), *model.named_buffers()]
-        wide = next((name for name, t in named if t.dtype == torch.float64), None)
-        if wide is not None:
-            raise ValueError(
-                f"argument model: {wide} is torch.float64; precision='bf16' accepts weights in "
-                "float32 and bfloat16"
-            )
-
-    def of(self, graph: Graph) -> Graph:
-        """Returns a graph that computes the same in this precision.
-
-        Raises:
-            ValueError: a pattern matches no convolution or linear layer.
-        """
-        if self.name != "bf16":
-            return graph
-        layers = [node.op.weight for node in graph.nodes if isinstance(node.op, Conv)]
-        for pattern in self.keep:
-            if not any(_matches(pattern, layer) for layer in layers):
-                some = ", ".join(layer.removesuffix(".weight") for layer in layers[:4])
-                more = ", ..." * (len(layers) > 4)
-                raise ValueError(
-                    f"argument keep: {pattern!r} matches no convolution or linear layer; accepted: "
-                    f"names of modules or parameters such as {some}{more}"
-                )
-        kept = {layer for layer in layers if any(_matches(p, layer) for p in self.keep)}
-        return _Rewriter(graph).rewritten(kept)
-
-
-def _matches(pattern: str, weight: str) -> bool:
-    """Returns whether a pattern matches a parameter, its module or one around it."""
-    parts = weight.split(".")
-    names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(fnmatchcase(name, pattern) for name in names)
+    if precision.name != "bf16":
+        return graph
+    layers = [node.op.weight for node in graph.nodes if isinstance(node.op, Conv)]
+    return _Rewriter(graph).rewritten(precision.kept(layers))
 
 
 @dataclass

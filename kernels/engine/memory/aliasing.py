@@ -203,10 +203,13 @@ class _BufferAssigner:
         return True
 
     def _only_convolved(self, name: str) -> bool:
-        """Tells whether a value is read channel by channel, never as a vector, as a residual is."""
+        """Tells whether convolutions and conversions alone read a value, which read no channels
+        behind its own, as those do that read it by vectors: as a residual, say.
+        """
         readers = [node for node in self._graph.nodes if name in node.inputs]
         return all(
-            isinstance(n.op, Conv) and n.op.problem.groups == 1 and name != n.residual
+            isinstance(n.op, Convert)
+            or (isinstance(n.op, Conv) and n.op.problem.groups == 1 and name != n.residual)
             for n in readers
         )
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from resfuse.kernels.cpu.packed_conv import NativeConv
 from resfuse.kernels.cpu.stem_pool import StemPool
 from resfuse.kernels.fusion.layers.fast_path import Miss
-from resfuse.kernels.fusion.layers.fold_cache import Folded
+from resfuse.kernels.fusion.layers.fold_cache import Folded, Packed
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep, NormStep, autocast, is_on_gpu
 from resfuse.kernels.fusion.layers.launch_signature import is_unseen, signature_of
 from resfuse.kernels.fusion.tracing.memory_formats import is_ambiguous, laid_out
@@ -23,8 +24,20 @@ class PoolStep:
     overwrite = False
 
     def __init__(self, conv: ConvStep, pool: Callable[[Tensor], Tensor]) -> None:
-        self.unchecked = pool
-        self.bound = StemPool() if StemPool.supports(conv.conv.out_channels) else None
+        self.unchecked, self._conv = pool, conv
+        # What the convolution was bound to, and the step for it; replaced at once.
+        self._made: tuple[Packed | None, StemPool | None] = (None, None)
+
+    @property
+    def bound(self) -> StemPool | None:
+        """The native step that pools what the convolution's one makes, if there is one."""
+        conv, (made_for, pool) = self._conv.bound, self._made
+        if conv is not made_for:
+            pool, channels = None, self._conv.conv.out_channels
+            if isinstance(conv, NativeConv) and StemPool.supports(channels, conv.storage):
+                pool = StemPool(conv.storage)
+            self._made = conv, pool
+        return pool
 
 
 class StemStep:

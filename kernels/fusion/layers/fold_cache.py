@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from resfuse.kernels.cpu import onednn
 from resfuse.kernels.cpu import packed_conv as native
+from resfuse.kernels.cpu.library import Storage
 from resfuse.kernels.cpu.packed_conv import NativeConv
 from resfuse.kernels.cpu.weight_origin import (
     Origin,
@@ -24,6 +25,8 @@ from resfuse.kernels.ops.bn_folding import fold_conv_bn
 from resfuse.kernels.ops.conv_problem import Geometry
 
 Packed = onednn.PackedConv | NativeConv
+# Of a fused layer: its tensors' own; or asked for (fuse's `precision`), "kept" being float32.
+Asked = Literal["own", "bf16", "kept"]
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,30 @@ class Folded:
         with _disable_current_modes():  # an export must see a weight, not how it was unpacked
             return self.packed.dense_weight()
 
-    def pack(
-        self, geometry: Geometry, activation: str, x: Tensor, threads: int | None = None
-    ) -> "Folded":
-        """Returns a copy whose weight is packed for a native step, or for oneDNN and x's shape."""
-        packed = pack(self.dense(), self.bias, geometry, activation, self.slope, x.shape, threads)
+    def pack(self, geometry: Geometry, activation: str, x: Tensor, fold: "Fold") -> "Folded":
+        """Returns a copy whose weight is packed for a native step, or for oneDNN and x's shape;
+        the same where neither computes in its dtype.
+        """
+        weight = self.dense()
+        if not packs(weight, geometry, activation):
+            return self
+        in_bf16 = self.dtype == torch.float32 and fold.asked == "bf16"
+        packed = pack(
+            weight, self.bias, geometry, activation, self.slope, x.shape, fold.threads,
+            "bf16" if in_bf16 else None,
+        )  # fmt: skip
         return replace(self, weight=None, packed=packed)
 
     def is_fresh(self) -> bool:
         """Whether what it was made from is as it was then."""
         return self.origin.is_fresh()
+
+
+def packs(weight: Tensor, geometry: Geometry, activation: str) -> bool:
+    """Returns whether there is a native step or a fused convolution of oneDNN's for a weight on the
+    CPU.
+    """
+    return native.supports(weight, geometry, activation) or onednn.supports(weight.dtype)
 
 
 def pack(
@@ -68,11 +85,18 @@ def pack(
     slope: Slope,
     shape: torch.Size,
     threads: int | None = None,
+    storage: Storage | None = None,
 ) -> Packed:
     """A convolution on the CPU: a native step where there is one, else oneDNN's for inputs of
-    `shape`.
+    `shape`; in bfloat16 with AMX, oneDNN's.
+
+    Args:
+        storage: of a native step's values, where there is one for it.
     """
-    if native.supports(weight, geometry, activation):
+    if storage is not None and native.supports(weight, geometry, activation, storage):
+        return NativeConv(weight, bias, geometry, activation, slope, threads, storage)
+    tiles = onednn.multiplies_tiles(weight.dtype)
+    if not tiles and native.supports(weight, geometry, activation):
         return NativeConv(weight, bias, geometry, activation, slope, threads)
     return onednn.PackedConv(weight, bias, geometry, activation, slope, shape)
 
@@ -84,6 +108,7 @@ class Fold:
     discard = False  # the layer's own weight, as soon as it is not needed any more
     discarded = False
     threads: int | None = None  # that native steps run on
+    asked: Asked = "own"  # what to compute in, on a CPU
 
 
 def fold_layers(

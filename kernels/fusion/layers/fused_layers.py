@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfuse.kernels.cpu import onednn
 from resfuse.kernels.cpu.weight_origin import (
     Origin,
     is_plain,
@@ -26,6 +25,7 @@ from resfuse.kernels.cpu.weight_origin import (
 )
 from resfuse.kernels.fusion.layers.fast_path import FastPath, Miss
 from resfuse.kernels.fusion.layers.fold_cache import (
+    Asked,
     Fold,
     Folded,
     Packed,
@@ -90,10 +90,9 @@ class ConvStep:
             return self.by_layers(x, residual)
         if x.is_cuda:
             return self._on_gpu(x, self.folded_for_gpu(x.dtype), residual)
-        if folded.packed is None and x.is_cpu and onednn.supports(x.dtype):
-            folded = self.fold.made = folded.pack(
-                self.geometry, self.activation, x, self.fold.threads
-            )
+        if folded.packed is None and x.is_cpu:
+            folded = folded.pack(self.geometry, self.activation, x, self.fold)
+            self.fold.made = folded
         if folded.packed is not None:
             self._discard_weight()
             return self._packed(x, folded.packed, residual)
@@ -184,6 +183,12 @@ class ConvStep:
         """Whether all that was folded lies where every byte of it can be looked at."""
         return self.fold.made is None or self.fold.made.origin.is_readable
 
+    def ask_for(self, asked: Asked) -> None:
+        """Sets what the layer computes in; what was folded for something else is forgotten."""
+        if asked != self.fold.asked:
+            self.fold.asked = asked
+            self.forget()
+
     def forget(self) -> None:
         """Forgets what was folded, and how it was run."""
         if not self.fold.discarded:
@@ -262,7 +267,9 @@ class ConvStep:
         """Plain ops on the folded weight, which becomes a constant of the exported graph."""
         folded = self.fold.made
         fresh = folded is not None and (self.fold.discarded or folded.is_fresh())
-        if folded is None or folded.dtype != x.dtype or not fresh:
+        # Weights that are packed in bfloat16 are rounded: a graph computes in float32.
+        rounded = self.fold.asked == "bf16" and not self.fold.discarded
+        if folded is None or folded.dtype != x.dtype or not fresh or rounded:
             return self.by_layers(x, residual)
         weight = folded.dense()
         if not suggests_channels_last(self.conv.weight):  # formats go by the weight's

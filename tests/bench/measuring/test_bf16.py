@@ -13,6 +13,7 @@ from resfuse.bench.backends import BACKENDS, Backend
 from resfuse.bench.cli import main
 from resfuse.bench.measuring import correctness, measure_case, network
 from resfuse.bench.measuring.inference import answers
+from resfuse.bench.models import random_weights
 from resfuse.bench.records import results
 from resfuse.bench.records.case import PRECISIONS, Case, Options
 from resfuse.bench.records.outcome import Outcome
@@ -128,3 +129,43 @@ def test_cheats_are_found_out(
     outcome = plant(cheat, monkeypatch, own_way)
     assert (outcome.status, said in outcome.error) == (status, True), outcome
     assert "p50_ms" not in outcome.metrics  # no speed without a right answer
+
+
+class Shortcuts(nn.Module):
+    """A projection of one convolution beside a branch of two; a sum of what no norm made."""
+
+    def __init__(self, traceable: bool = True) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.project, self.norm3 = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.traceable = traceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.traceable or bool(x.sum() < 1e9)
+        y = self.norm2(self.second(self.norm1(self.first(x)).relu()))
+        y += self.norm3(self.project(x))
+        return y.relu() + y
+
+
+def test_branches_shrink_and_shortcuts_do_not() -> None:
+    for traceable, gain in (True, 0.2), (False, 1.0):
+        model = Shortcuts(traceable)
+        random_weights.shrink_branches(model)
+        scales = [float(norm.weight[0]) for norm in (model.norm1, model.norm2, model.norm3)]
+        assert scales == pytest.approx([1, gain, 1])
+
+
+def test_a_seeded_mobilenet_tells_photographs_apart() -> None:
+    """As it is drawn, bfloat16 is off by two thirds of what photographs differ in."""
+    name = "torchvision:mobilenet_v2"
+    case = replace(CASE, model=name, batch_size=1, img_size=224)
+    batches = network.batches(case)
+    with pytest.raises(correctness.WrongAnswer, match="cannot tell inputs apart"):
+        model = network.master(replace(case, precision="float32"), 0)
+        answers(model, batches, "bf16", torch.bfloat16)
+    expected = answers(network.master(case, 0), batches, "bf16", torch.bfloat16)
+    assert expected.limit.rel_l2 < 0.1
+    other = expected.reference[1]
+    with pytest.raises(correctness.WrongAnswer, match="relative error"):
+        expected.require(other[0].float(), 0, "remembered")

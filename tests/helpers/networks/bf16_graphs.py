@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graphs import conv_graph, conv_state, inputs_of
 from resfuse.kernels.cpu.conv_candidates import NativeConfig
+from resfuse.kernels.cpu.weight_layout import _G
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.folded_weights import conv_weights
+from resfuse.kernels.engine.ir.folded_weights import conv_weights, slope_of
 from resfuse.kernels.engine.ir.graph import Conv, Graph, State, Value
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import eager
+from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
 from resfuse.kernels.ops.conv_problem import ConvProblem, dtypes_of
 
 
@@ -43,17 +46,49 @@ def run(graph: Graph, choice: Candidate, state: State, inputs: Sequence[Tensor])
 
 
 def conv_exactly(graph: Graph, state: State, inputs: Sequence[Tensor], form: str) -> Tensor:
-    """In fp64, the weights rounded to bfloat16 where the form rounds them: in direct ones alone."""
+    """In fp64, the weights rounded to bfloat16 where the form rounds them: in direct ones, and
+    transformed in Winograd's."""
     (node,) = graph.nodes
     op = node.op
     assert isinstance(op, Conv)
     weight, bias = conv_weights(op, state, torch.float32)
+    if form == "winograd":
+        return _winograd_exactly(op, state, weight, bias, inputs)
     if form == "direct":
         weight = weight.bfloat16()
     own = {**state, "exact.w": weight.double(), "exact.b": bias.double()}
     folded = replace(node, op=replace(op, weight="exact.w", bias="exact.b", norm=None))
     (want,) = eager.exact(replace(graph, nodes=(folded,)), own, inputs)
     return want
+
+
+_B = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+_A = ((1, 1, 1, 0), (0, 1, -1, -1))
+
+
+def _winograd_exactly(
+    op: Conv, state: State, weight: Tensor, bias: Tensor, inputs: Sequence[Tensor]
+) -> Tensor:
+    """F(2x2, 3x3) in fp64 on transformed weights in bfloat16, with the convolution's epilogue."""
+    x, *added = (each.double() for each in inputs)
+    problem = op.problem
+    b, a, g = (torch.tensor(m, dtype=torch.float64) for m in (_B, _A, _G))
+    u = torch.einsum("ir,kcrs,js->kcij", g, weight.double(), g).float().bfloat16().double()
+    (above, left), p, q = problem.padding, problem.p, problem.q
+    down, right = 2 * (-(-p // 2)) + 2 - problem.h - above, 2 * (-(-q // 2)) + 2 - problem.w - left
+    tiles = F.pad(x, (left, right, above, down)).unfold(2, 4, 2).unfold(3, 4, 2)
+    v = torch.einsum("ir,nchwrs,js->nchwij", b, tiles, b)
+    m = torch.einsum("nchwij,kcij->nkhwij", v, u)
+    y = torch.einsum("ri,nkhwij,sj->nkhrws", a, m, a).flatten(2, 3).flatten(3, 4)[:, :, :p, :q]
+    y = y + bias.double()[:, None, None]
+    if problem.epilogue.residual == "before":
+        y = y + added[0]
+    y = ACTIVATIONS[problem.activation].forward(y, _wide(slope_of(op, state)))
+    return y + added[0] if problem.epilogue.residual == "after" else y
+
+
+def _wide(slope: Slope) -> Slope:
+    return slope.double() if isinstance(slope, Tensor) else slope
 
 
 def require_rounded_once(got: Tensor, want: Tensor, slack: float) -> None:

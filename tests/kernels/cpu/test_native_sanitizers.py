@@ -30,6 +30,7 @@ TESTS = (
     "test_native_convolution.py::test_every_way_to_compute_a_convolution_is_right",
     "test_native_convolution.py::test_blocks_smaller_than_the_map",
     "test_native_convolution.py::test_any_number_of_threads",
+    "test_conv_program_bf16.py",
     "test_native_bf16.py::test_every_way_to_compute_a_convolution_rounds_once",
     "test_native_bf16.py::test_a_chain_answers_as_its_convolutions_one_by_one",
     "test_native_bf16.py::test_strips_answer_as_what_they_fuse_one_by_one",

@@ -123,6 +123,14 @@ def test_networks_are_as_right_as_eager_in_bfloat16(name: str, timings: Path) ->
     assert set(convolutions(engine).values()) == {BF16}
 
 
+def test_images_that_are_converted_are_not_padded(timings: Path) -> None:
+    """Three channels in float32, and with a fourth in bfloat16; whole vectors take 8 or 16."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    engine = build_engine(nn.Conv2d(3, 16, 3, 4, 1).eval(), x, precision="bf16", timings=timings)
+    assert engine.memory().least_arena_bytes < 1.2 * 2 * 64 * 64 * (4 * 3 + 2 * 4)
+
+
 def test_torch_operations_that_add_up_see_float32(timings: Path) -> None:
     model, x = made("odd channels")
     (graph,) = build_engine(model, x, precision="bf16", timings=timings).graphs
