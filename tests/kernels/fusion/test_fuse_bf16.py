@@ -31,11 +31,16 @@ pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 BF16 = torch.bfloat16
 
 
+def set_tiles(monkeypatch: pytest.MonkeyPatch, has_amx: bool) -> None:
+    for module in ("cpu.onednn", "fusion.explain"):
+        monkeypatch.setattr(
+            f"resfuse.kernels.{module}.multiplies_tiles", lambda dtype: has_amx and dtype == BF16
+        )
+
+
 @pytest.fixture(autouse=True)
 def _no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the CPU has AMX."""
-    for module in ("cpu.onednn", "fusion.explain"):
-        monkeypatch.setattr(f"resfuse.kernels.{module}.multiplies_tiles", lambda dtype: False)
+    set_tiles(monkeypatch, False)
 
 
 class Odd(nn.Module):
@@ -157,11 +162,8 @@ def test_a_model_in_bfloat16_runs_the_same_kernels(name: str) -> None:
 
 
 def test_with_amx_a_model_in_bfloat16_is_onednns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Native steps have no tiles yet. A float32 model is theirs: its own layers know no bfloat16."""
-    monkeypatch.setattr(onednn, "multiplies_tiles", lambda dtype: dtype == BF16)
-    monkeypatch.setattr(
-        "resfuse.kernels.fusion.explain.multiplies_tiles", lambda dtype: dtype == BF16
-    )
+    """Native steps have no tiles yet. A float32 model's layers are theirs all the same."""
+    set_tiles(monkeypatch, True)
     monkeypatch.setattr(onednn, "PackedConv", lambda *given: given)
     layer = torch.randn(32, 16, 3, 3), torch.randn(32), Geometry(), "relu", None, (1, 16, 9, 9)
     narrow = (layer[0].to(BF16), *layer[1:])
