@@ -9,4 +9,5 @@ def to_memory_format(model: nn.Module, memory_format: torch.memory_format) -> nn
 
     `model.to(memory_format=torch.channels_last)` raises where one has five (a Conv3d's weight).
     """
-    return model._apply(lambda t: t.to(memory_format=memory_format) if t.dim() == 4 else t)
+    model._apply(lambda t: t.to(memory_format=memory_format) if t.dim() == 4 else t)
+    return model
