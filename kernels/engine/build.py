@@ -29,12 +29,16 @@ from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.frontend.graph_precision import in_precision
+from resfuse.kernels.engine.quantization.quantized_graph import quantized
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.candidates import find_candidates
 from resfuse.kernels.engine.planning.chunking import chunk_stages, with_chunks
 from resfuse.kernels.engine.planning.liveness import with_memory
 from resfuse.kernels.engine.planning.planner import Plan, Segment, plan
+from resfuse.kernels.engine.quantization.calibrate import Images
+from resfuse.kernels.engine.quantization.ranges import Ranges
+from resfuse.kernels.engine.quantization.recipe import QuantizationRecipe, quantization_recipe
 from resfuse.kernels.engine.runtime.default_device import without_meta
 from resfuse.kernels.engine.runtime.fallback import with_weights
 from resfuse.kernels.engine.runtime.own_weights import copied_names, copies, require_usable
@@ -62,6 +66,8 @@ def build_engine(
     threads: int | None = None,
     precision: str | None = None,
     keep: Sequence[str] = (),
+    calibration: Ranges | Images | None = None,
+    max_error: float | None = None,
 ) -> Engine:
     """Compiles a model in eval mode for the shape, dtype and device of `example`, or for several
     shapes that share their weights.
@@ -92,19 +98,28 @@ def build_engine(
         threads: the number of threads for native steps on a CPU; torch's own operations use
             torch's. By default as many as there are CPUs to use (affinity, cgroup quota), but no
             more than torch.get_num_threads() returns now and at each call.
-        precision: what is computed inside, "fp32" or "bf16", by default the model's own. With
+        precision: what is computed inside, "fp32", "bf16" or "int8", by default the model's own.
+            With
             "bf16" a float32 model still takes and returns float32; on a CPU its convolutions,
             linear layers and what follows them compute on values and weights in bfloat16, add up
             in float32, and round each result once. Batch norms are folded before weights are
-            rounded; biases, slopes and norms stay float32.
-        keep: with "bf16", patterns as fnmatch has them ("layer4.*") of names of modules or
-            parameters, whose convolutions and linear layers are computed in float32.
+            rounded; biases, slopes and norms stay float32. With "int8" convolutions, linear layers
+            and what lies between them compute on 8-bit integers, whose scales come from
+            `calibration`; the engine takes no other weights later (`refresh`), and where an input
+            is NaN its output is some number.
+        keep: with "bf16" or "int8", patterns as fnmatch has them ("layer4.*") of names of modules
+            or parameters, whose convolutions and linear layers are computed in float32.
+        calibration: with "int8", images like those that the engine will see, or the ranges that
+            `calibrate` has found for them.
+        max_error: with "int8" and images, the largest relative error of the outputs that is
+            accepted on them, as a share of their norm in float32. The layers that quantisation
+            harms most are computed in float32 until it is met.
 
     Raises:
         ValueError: the model is in training mode, cannot be captured or recorded as a CUDA graph,
             or has a weight that is not finite; a batch size, a shape, `max_shapes` or `threads` is
             below one; or the precision is unknown, or not for this model or device, or a pattern of
-            `keep` matches no layer.
+            `keep` matches no layer; or there is no calibration for "int8", or one of another model.
     """
     require_threads(threads)
     usable = isinstance(example, Tensor) and example.layout == torch.strided
@@ -118,9 +133,12 @@ def build_engine(
         raise ValueError(f"argument other_shapes: {other_shapes!r}; accepted: error, build")
     if type(max_shapes) is not int or max_shapes < 1:
         raise ValueError(f"argument max_shapes: {max_shapes!r}; accepted: 1 and more")
-    wanted = Precision.asked(precision, keep)
+    wanted = Precision.asked(precision, keep, ("fp32", "bf16", "int8"))
     wanted.require_fit(model, example.dtype, example.device)
-    planner = _Planner(TimingCache(example.device, timings), tiling, keep_weights, wanted)
+    recipe = None
+    if precision == "int8" or calibration is not None or max_error is not None:
+        recipe = quantization_recipe(model, example, wanted, calibration, max_error)
+    planner = _Planner(TimingCache(example.device, timings), tiling, keep_weights, wanted, recipe)
     with asking(threads):
         state, plans = _planned(planner, model, _examples(example, batch_sizes, shapes))
         if other_batches == "pad":
@@ -154,11 +172,15 @@ class _Planner:
     tiling: bool | None
     keep_weights: bool
     precision: Precision
+    recipe: QuantizationRecipe | None
 
     def capture(self, model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]]:
         """Returns the graph of a model in the precision asked for, and its state by name."""
         graph, state = capture(model, example)
-        return in_precision(graph, self.precision), state
+        if self.recipe is None:
+            return in_precision(graph, self.precision), state
+        graph, corrections = quantized(graph, state, self.recipe.ranges, self.recipe.kept)
+        return graph, state | corrections
 
     def __call__(
         self, model: nn.Module, example: Tensor, state: State

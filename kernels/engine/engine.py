@@ -146,8 +146,8 @@ class Engine:
 
     @property
     def precision(self) -> str:
-        """Returns what most is computed in: "fp32", "bf16" or "fp16"."""
-        names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        """Returns what most is computed in: "fp32", "bf16", "fp16" or "int8"."""
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "int8"}
         return names.get(self._built.find().graph.dtype, "fp32")
 
     @property
@@ -347,9 +347,14 @@ class Engine:
 
         Raises:
             ValueError: `state_dict` is no state_dict of dense tensors; a tensor is missing, has
-                another shape or cannot be used; or the engine was built with keep_weights=False.
-                The engine stays unchanged.
+                another shape or cannot be used; or the engine was built with keep_weights=False,
+                or in int8. The engine stays unchanged.
         """
+        if self.precision == "int8":
+            raise ValueError(
+                "an engine in int8 takes no new weights: its scales were calibrated with those it "
+                "has; accepted: build_engine(model, ..., precision='int8', calibration=...) again"
+            )
         with self._no_builds():
             fresh = refreshed(self._weights(), self._constants, state_dict)
             graphs = [plan.graph for plan in self._built.values()]

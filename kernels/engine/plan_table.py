@@ -40,7 +40,9 @@ _NAMES = {
     Concat: "concat",
     LayerNorm: "layer norm",
 }
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_PRECISIONS = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "int8",
+}  # fmt: skip
 _MEASURED = "Times were measured on this device, each segment by itself."
 
 
@@ -139,7 +141,10 @@ def _precision(graph: Graph, segment: Segment) -> str:
     operations differ."""
     nodes = _nodes(graph, segment)
     convolutions = [node for node in nodes if isinstance(node.op, Conv)]
-    dtypes = dict.fromkeys(graph.values[node.name].dtype for node in convolutions or nodes)
+    dtypes = dict.fromkeys(
+        node.op.problem.dtypes.input if isinstance(node.op, Conv) else graph.values[node.name].dtype
+        for node in convolutions or nodes
+    )
     return " + ".join(_PRECISIONS.get(dtype, "") for dtype in dtypes)
 
 

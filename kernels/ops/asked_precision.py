@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16")  # that need nothing but a model; the engine's int8 needs ranges
 _COMPUTED = (torch.float32, torch.bfloat16)
 
 
@@ -16,7 +16,7 @@ class Precision:
     """What is computed inside a model.
 
     Attributes:
-        name: one of PRECISIONS, or None for that of the model.
+        name: one of PRECISIONS, "int8", or None for that of the model.
         keep: patterns of names of modules and parameters, as fnmatch has them; convolutions and
             linear layers that they match are computed in float32.
     """
@@ -25,19 +25,28 @@ class Precision:
     keep: tuple[str, ...] = ()
 
     @classmethod
-    def asked(cls, name: str | None, keep: Sequence[str]) -> "Precision":
+    def asked(
+        cls, name: str | None, keep: Sequence[str], known: Sequence[str] = PRECISIONS
+    ) -> "Precision":
         """Returns the precision of a function's arguments `precision` and `keep`.
+
+        Args:
+            known: the precisions that the function has.
 
         Raises:
             ValueError: the name is unknown, or the patterns are no list of them, or are given
-                without "bf16".
+                without a precision that some layers may not have.
         """
         if isinstance(keep, str) or not all(isinstance(pattern, str) for pattern in keep):
             raise ValueError(f"argument keep: {keep!r}; accepted: a list of patterns")
-        if name not in (None, *PRECISIONS):
-            raise ValueError(f"argument precision: {name!r}; accepted: fp32, bf16")
-        if keep and name != "bf16":
-            raise ValueError("argument keep: given without precision='bf16'; accepted: with it")
+        if name not in (None, *known):
+            raise ValueError(f"argument precision: {name!r}; accepted: {', '.join(known)}")
+        narrow = [f"precision={other!r}" for other in known if other != "fp32"]
+        if keep and name in (None, "fp32"):
+            raise ValueError(
+                f"argument keep: given without {' or '.join(narrow)}; accepted: with "
+                f"{'it' if len(narrow) == 1 else 'one of them'}"
+            )
         return cls(name, tuple(keep))
 
     def require_fit(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -47,19 +56,22 @@ class Precision:
             dtype: of what the model takes.
             device: that it is on.
         """
-        own = {"fp32": (torch.float32,), "bf16": _COMPUTED}.get(self.name or "", (dtype,))
+        fp32 = (torch.float32,)
+        taken = {"fp32": fp32, "bf16": _COMPUTED, "int8": fp32}
+        own = taken.get(self.name or "", (dtype,))
         if dtype not in own:
             takes = " or ".join(map(str, own))
             raise ValueError(
                 f"argument precision: {self.name!r} of a model that takes {dtype}; "
                 f"accepted: with models that take {takes}"
             )
-        if self.name != "bf16":
+        if self.name not in ("bf16", "int8"):
             return
         if device.type != "cpu":
+            instead = "; on a GPU convert the model and its inputs: model.bfloat16()"
             raise ValueError(
-                "argument precision: 'bf16' is for models on a CPU; on a GPU convert the model "
-                "and its inputs: model.bfloat16()"
+                f"argument precision: {self.name!r} is for models on a CPU"
+                f"{instead * (self.name == 'bf16')}"
             )
         if self.keep and dtype == torch.bfloat16:
             raise ValueError(
@@ -69,8 +81,8 @@ class Precision:
         wide = next((name for name, t in named if t.dtype == torch.float64), None)
         if wide is not None:
             raise ValueError(
-                f"argument model: {wide} is torch.float64; precision='bf16' accepts weights in "
-                "float32 and bfloat16"
+                f"argument model: {wide} is torch.float64; precision={self.name!r} accepts weights "
+                "in float32 and bfloat16"
             )
 
     def kept(self, layers: Collection[str]) -> set[str]:

@@ -6,27 +6,23 @@ operations only those do which move values or round each of them once; all other
 Where dtypes meet, a `Convert` is inserted before the first reader.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 
-from resfuse.kernels.engine.ir.graph import Conv, Convert, Graph, Node, Torch, Value
+from resfuse.kernels.engine.frontend.conversions import MOVE, Rewriter
+from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Torch, Value
 from resfuse.kernels.ops.asked_precision import Precision
 from resfuse.kernels.ops.conv_problem import dtypes_of
 
-# Operations of torch's, of one tensor, that move values, or compute each from one in float32 and
-# round it once.
-_MOVE = """
-    alias channel_shuffle chunk clone contiguous expand flatten flip narrow permute pixel_shuffle
-    pixel_unshuffle reshape roll select slice split split_with_sizes squeeze transpose unflatten
-    unsqueeze view
-"""
+# Operations of torch's, of one tensor, that compute each value from one in float32 and round it
+# once.
 _ROUND_ONCE = """
     abs clamp clamp_max clamp_min elu gelu hardsigmoid hardswish hardtanh leaky_relu mish neg relu
     relu6 sigmoid silu softplus tanh
 """
-_FOLLOW = frozenset((_MOVE + _ROUND_ONCE).split())
+_FOLLOW = MOVE.union(_ROUND_ONCE.split())
 
 
 def in_precision(graph: Graph, precision: Precision) -> Graph:
@@ -37,60 +33,29 @@ def in_precision(graph: Graph, precision: Precision) -> Graph:
     """
     if precision.name != "bf16":
         return graph
-    layers = [node.op.weight for node in graph.nodes if isinstance(node.op, Conv)]
-    return _Rewriter(graph).rewritten(precision.kept(layers))
-
-
-@dataclass
-class _Rewriter:
-    graph: Graph
-    nodes: list[Node] = field(default_factory=list)
-    values: dict[str, Value] = field(default_factory=dict)
-    converted: dict[tuple[str, torch.dtype], str] = field(default_factory=dict)
-
-    def rewritten(self, kept: Iterable[str]) -> Graph:
-        graph, kept = self.graph, set(kept)
-        self.values = {name: graph.values[name] for name in graph.reads}
-        for node in graph.nodes:
-            self._add(node, self._dtype(node, kept))
-        outputs = tuple(self._as(name, graph.values[name].dtype) for name in graph.outputs)
-        return replace(graph, nodes=tuple(self.nodes), values=self.values, outputs=outputs)
-
-    def _dtype(self, node: Node, kept: set[str]) -> torch.dtype | None:
-        """Returns the dtype that a node is computed in: bfloat16, or None as it was."""
-        captured = {self.graph.values[name].dtype for name in (*node.inputs, node.name)}
-        if captured != {torch.float32}:
-            return None
-        if isinstance(node.op, Conv):
-            return None if node.op.weight in kept else torch.bfloat16
-        if isinstance(node.op, Torch):
-            namespace, name, *_ = node.op.target.split(".")
-            if namespace != "aten" or name not in _FOLLOW or len(node.inputs) != 1:
-                return None
-        reads_bf16 = any(self.values[name].dtype == torch.bfloat16 for name in node.inputs)
-        return torch.bfloat16 if reads_bf16 else None
-
-    def _add(self, node: Node, dtype: torch.dtype | None) -> None:
-        value, op = self.graph.values[node.name], node.op
-        inputs = tuple(self._as(n, dtype or self.graph.values[n].dtype) for n in node.inputs)
-        if dtype is not None:
-            value = Value(value.shape, dtype)
+    kept = precision.kept([node.op.weight for node in graph.nodes if isinstance(node.op, Conv)])
+    rewriter = Rewriter(graph)
+    for node in graph.nodes:
+        values, op = graph.values, node.op
+        inputs, value = {name: values[name] for name in node.inputs}, values[node.name]
+        if _in_bf16(rewriter, node, kept):
+            inputs = {name: replace(v, dtype=torch.bfloat16) for name, v in inputs.items()}
+            value = Value(value.shape, torch.bfloat16)
             if isinstance(op, Conv):
                 op = replace(op, problem=replace(op.problem, dtypes=dtypes_of("bf16")))
-        self.nodes.append(Node(node.name, op, inputs))
-        self.values[node.name] = value
-
-    def _as(self, name: str, dtype: torch.dtype) -> str:
-        """Returns the name of a value in a dtype, converted if need be."""
-        value = self.values[name]
-        if value.dtype == dtype:
-            return name
-        key = name, dtype
-        if key not in self.converted:
-            self.converted[key] = to = f"{name}:{_SHORT[dtype]}"
-            self.nodes.append(Node(to, Convert(str(dtype).removeprefix("torch.")), (name,)))
-            self.values[to] = Value(value.shape, dtype)
-        return self.converted[key]
+        rewriter.add(node, op, inputs, value)
+    return rewriter.finished()
 
 
-_SHORT: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+def _in_bf16(rewriter: Rewriter, node: Node, kept: Collection[str]) -> bool:
+    """Returns whether a node is to be computed in bfloat16."""
+    captured = {rewriter.graph.values[name].dtype for name in (*node.inputs, node.name)}
+    if captured != {torch.float32}:
+        return False
+    if isinstance(node.op, Conv):
+        return node.op.weight not in kept
+    if isinstance(node.op, Torch):
+        namespace, name, *_ = node.op.target.split(".")
+        if namespace != "aten" or name not in _FOLLOW or len(node.inputs) != 1:
+            return False
+    return any(rewriter.values[name].dtype == torch.bfloat16 for name in node.inputs)

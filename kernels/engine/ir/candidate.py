@@ -9,6 +9,7 @@ from resfuse.kernels.engine.ir.graph import (
     Affine,
     Concat,
     Conv,
+    Convert,
     Graph,
     LayerNorm,
     Node,
@@ -59,9 +60,11 @@ def key_of(part: Graph) -> str:
     for node in part.nodes:
         shapes = ["x".join(map(str, part.values[name].shape)) for name in node.inputs]
         wires = ",".join(f"{numbers[n]}:{s}" for n, s in zip(node.inputs, shapes, strict=True))
-        words.append(
-            f"{_describe(node)} ({wires}){' in place' * (node.inplace_input in part.dead_inputs)}"
-        )
+        source = ""
+        if isinstance(node.op, Convert):
+            source = f" of {part.values[node.inputs[0]].dtype}"
+        in_place = " in place" * (node.inplace_input in part.dead_inputs)
+        words.append(f"{_describe(node)}{source} ({wires}){in_place}")
     dtype = str(part.values[part.nodes[0].name].dtype).removeprefix("torch.")
     return f"{'; '.join(words)} {dtype}"
 

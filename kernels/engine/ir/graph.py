@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue
+from resfuse.kernels.ops.quantization import Quantization
 
 State = Mapping[str, Tensor]  # parameters, buffers and constants by name
 
@@ -22,10 +23,11 @@ State = Mapping[str, Tensor]  # parameters, buffers and constants by name
 @dataclass(frozen=True)
 class Value:
     """The shape and dtype of a tensor between operations: [N, C, H, W], or any shape where only
-    torch reads it."""
+    torch reads it. A quantised one is uint8, and `quantization` says what its numbers stand for."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Conv:
     bias: str | None = None
     norm: Norm | None = None
     slope: str | float | None = None  # of leaky_relu, or where prelu's is in the state
+    correction: str | None = None  # added to the bias: the mean error of quantised weights, [K]
 
     @property
     def residual_last(self) -> bool:
@@ -160,7 +163,7 @@ class Concat:
 class Convert:
     """The same values in another dtype, rounded to the nearest."""
 
-    dtype: str  # float32 or bfloat16
+    dtype: str  # float32, bfloat16, or uint8 for quantised values
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,7 @@ class Graph:
     @property
     def dtype(self) -> torch.dtype:
         """Returns the dtype that most is computed in: the narrowest of the values'."""
-        found = [v.dtype for v in self.values.values() if v.dtype.is_floating_point]
+        found = [v.dtype for v in self.values.values() if is_computed(v)]
         return min(found, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
     def part(self, start: int, stop: int) -> "Graph":
@@ -285,6 +288,11 @@ class Graph:
         return tuple(dict.fromkeys([*filter(None, [self.input]), *used]))
 
 
+def is_computed(value: Value) -> bool:
+    """Returns whether a value holds real numbers: floats, or quantised ones."""
+    return value.dtype.is_floating_point or value.quantization is not None
+
+
 def state_names(graph: Graph) -> set[str]:
     """Returns the names of the state that the graph needs."""
     return {name for node in graph.nodes for name in node_state(node)}
@@ -294,7 +302,7 @@ def node_state(node: Node) -> set[str]:
     """Returns the names of the state that a node needs."""
     op, names = node.op, set[str | None]()
     if isinstance(op, Conv):
-        names.update((op.weight, op.bias))
+        names.update((op.weight, op.bias, op.correction))
     if isinstance(op, Conv | Affine) and op.norm is not None:
         names.update((op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias))
     if isinstance(op, LayerNorm):

@@ -18,7 +18,7 @@ class Placement:
 
     Attributes:
         element_bytes: of an element.
-        zeros: channels of zeros behind its own.
+        zeros: channels of zeros (of zero points, where it is quantised) behind its own.
     """
 
     buffer: int
@@ -65,8 +65,9 @@ def assign_buffers(
 
 
 def element_bytes(graph: Graph, name: str) -> int:
-    """Returns the bytes of an element of a value in the arena: bfloat16, or float32."""
-    return 2 if graph.values[name].dtype == torch.bfloat16 else 4
+    """Returns the bytes of an element of a value in the arena: those of bfloat16, of a quantised
+    value, or of float32, which all others are copied as."""
+    return {torch.bfloat16: 2, torch.uint8: 1}.get(graph.values[name].dtype, 4)
 
 
 def channels_of(graph: Graph, name: str) -> int:
@@ -126,9 +127,10 @@ class _BufferAssigner:
         channels = channels_of(self._graph, name)
         converted = at is not None and isinstance(self._graph.nodes[at].op, Convert)
         exact = channels < self._lanes and self._only_convolved(name)
-        if exact and converted and element_bytes(self._graph, name) == 2:
-            self._zeros[name] = channels % 2  # convolutions read pairs of channels
-            pitch = channels + channels % 2
+        each = element_bytes(self._graph, name)
+        if exact and converted and each < 4:
+            self._zeros[name] = -channels % (4 // each)  # convolutions read four bytes of a pixel
+            pitch = channels + self._zeros[name]
         else:
             pitch = channels if exact and at is None else self._padded(channels)
         self._open(name, pitch)
@@ -164,8 +166,9 @@ class _BufferAssigner:
             if value != over
         )
         last = self._graph.last_read[over] == at
+        same = element_bytes(self._graph, over) == element_bytes(self._graph, node.name)
         reads = sum(other.inputs.count(over) for other in self._graph.nodes[start:stop])
-        return over if alone and last and reads == 1 else None
+        return over if alone and last and same and reads == 1 else None
 
     def _assign_parts(self, node: Node) -> None:
         """Assigns the parts of a concatenation to their places in the whole; where that is not

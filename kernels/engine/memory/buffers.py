@@ -36,8 +36,8 @@ class WeightStore:
         self._shared.stores.add(self)
 
     def get(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Returns what `make` returns, called once for a key, copied to large pages: bfloat16 as it
-        is, anything else as float32."""
+        """Returns what `make` returns, called once for a key, copied to large pages: bfloat16 and
+        int8 as they are, anything else as float32."""
         return self._get(key, lambda: _Entry(map(self._shared.pool.put, make())), in_pool=True)
 
     def get_unchanged(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -153,6 +153,9 @@ def lay_out(
 Bind = Callable[[Graph, Sequence[Candidate], State, WeightStore], Callable[..., list[Tensor]]]
 
 
+_DTYPES = {4: torch.float32, 2: torch.bfloat16, 1: torch.uint8}  # by the bytes of an element
+
+
 class Arena:
     """The arena of a graph, its memory included, and the weights that its tactics lay out."""
 
@@ -192,7 +195,7 @@ class Arena:
         return self._bytes.data_ptr() + self._layout.scratch[at]
 
     def weights(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Returns what `make` returns, float32 or bfloat16, in large pages; made once for all that
+        """Returns what `make` returns, float32, bfloat16 or int8, in large pages; made once for all that
         share it."""
         return self.weight_store.get(key, make)
 
@@ -223,7 +226,7 @@ class Arena:
 
     def _view(self, name: str, channel: int, shape: tuple[int, ...]) -> Tensor:
         pitch, each = self.pitch(name), self.element_bytes(name)
-        memory = self._bytes.view(torch.bfloat16 if each == 2 else torch.float32)
+        memory = self._bytes.view(_DTYPES[each])
         start = memory.storage_offset() + self._layout.offset(name) // each + channel
         if len(shape) == 2:
             return memory.as_strided(shape, (pitch, 1), start)

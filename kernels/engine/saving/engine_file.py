@@ -33,7 +33,7 @@ from resfuse.kernels.tuning_cache.environment import environment
 
 Plans = Mapping[tuple[int, ...], tuple[Graph, tuple[Segment, ...]]]  # by the input's shape
 
-SCHEMA = 5  # 1 had no digest, 2 plans by batch size, 3 no conversions, 4 no layer norms
+SCHEMA = 6  # 1: no digest, 2: plans by batch size, 3: no conversions, 4: no layer norms, 5: no int8
 _MOST_PLAN = 64 << 20  # bytes of JSON: ResNet-152's has 0.3 million
 
 

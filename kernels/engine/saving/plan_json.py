@@ -26,6 +26,7 @@ from resfuse.kernels.engine.ir.graph import (
 )
 from resfuse.kernels.engine.planning.planner import Segment
 from resfuse.kernels.ops.conv_problem import ConvProblem
+from resfuse.kernels.ops.quantization import Quantization
 
 _OPERATIONS = {
     kind.__name__: kind
@@ -51,10 +52,7 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         "outputs": list(graph.outputs),
         "spec": graph.spec,
         "constants": list(graph.constants),
-        "values": {
-            name: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")}
-            for name, v in graph.values.items()
-        },
+        "values": {name: _value_to_json(value) for name, value in graph.values.items()},
         "nodes": [
             {
                 "name": node.name,
@@ -66,6 +64,18 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         ],
         **({"layout": list(graph.layout)} if graph.layout is not None else {}),
     }
+
+
+def _value_to_json(value: Value) -> dict[str, Any]:
+    plain = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    return plain | (asdict(value.quantization) if value.quantization is not None else {})
+
+
+def _value(data: dict[str, Any]) -> Value:
+    quantization = None
+    if "scale" in data:
+        quantization = Quantization(data["scale"], data["zero_point"])
+    return Value(tuple(data["shape"]), _dtype(data["dtype"]), quantization)
 
 
 def _operation_to_json(op: Operation) -> dict[str, Any]:
@@ -87,7 +97,7 @@ def graph_from_json(data: dict[str, Any]) -> Graph:
         data["input"],
         tuple(data["outputs"]),
         tuple(_node(dict(node)) for node in data["nodes"]),
-        {name: Value(tuple(v["shape"]), _dtype(v["dtype"])) for name, v in data["values"].items()},
+        {name: _value(value) for name, value in data["values"].items()},
         data["spec"],
         tuple(data.get("constants", [])),
         tuple(data["layout"]) if "layout" in data else None,

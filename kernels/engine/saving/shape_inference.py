@@ -5,6 +5,7 @@ what the file says, so that no number in it reaches memory that is not there.
 import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ from resfuse.kernels.engine.ir.graph import (
 )
 from resfuse.kernels.engine.ir.torch_operations import is_pure
 from resfuse.kernels.engine.saving.graph_structure import Unsound
+from resfuse.kernels.engine.saving.quantized_values import require_quantized
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.ops.activation import ACTIVATIONS
-from resfuse.kernels.ops.conv_problem import MATH_MODES
+from resfuse.kernels.ops.conv_problem import dtypes_of
 
 
 class ShapeInference:
@@ -59,17 +61,29 @@ class ShapeInference:
                 accepted = [self._converted(node, node.op, inputs)]
             else:
                 shapes = self._of_ours(node, inputs)
-                accepted = [Value(shape, inputs[0].dtype) for shape in shapes]
+                accepted = [Value(shape, self._stored(node, inputs)) for shape in shapes]
                 if any(v.dtype != inputs[0].dtype for v in inputs):
                     raise Unsound(f"{node.name} reads values of several dtypes")
-            if value not in accepted:
+            require_quantized(node, value, inputs)
+            if replace(value, quantization=None) not in accepted:
                 raise Unsound(f"{node.name} is said to be {value}, and is {accepted}")
 
     @staticmethod
+    def _stored(node: Node, inputs: list[Value]) -> torch.dtype:
+        """Returns the dtype of what an operation other than torch's computes."""
+        if isinstance(node.op, Conv) and node.op.problem.dtypes == dtypes_of("int8_fp32"):
+            return torch.float32
+        return inputs[0].dtype
+
+    @staticmethod
     def _converted(node: Node, op: Convert, inputs: list[Value]) -> Value:
-        """Returns the value that a conversion makes of float32 or bfloat16: the other one."""
-        between = {"bfloat16": torch.float32, "float32": torch.bfloat16}
-        if len(inputs) != 1 or between.get(op.dtype) != inputs[0].dtype:
+        """Returns the value that a conversion makes of float32, or float32 of another one."""
+        between = {
+            "bfloat16": [torch.float32],
+            "uint8": [torch.float32],
+            "float32": [torch.bfloat16, torch.uint8],
+        }
+        if len(inputs) != 1 or inputs[0].dtype not in between.get(op.dtype, []):
             raise Unsound(f"{node.name} converts {[v.dtype for v in inputs]} to {op.dtype}")
         return Value(inputs[0].shape, getattr(torch, op.dtype))
 
@@ -124,16 +138,20 @@ class ShapeInference:
             raise Unsound(f"{node.name} convolves {x}")
         if len(x) == 2 and (p.h, p.w) != (1, 1):
             raise Unsound(f"{node.name} convolves {x}")
-        stored, _ = MATH_MODES.get(p.math_mode, (None, 0))
-        if stored != dtype or (p.math_mode == "tf32" and self._device.type != "cuda"):
+        if p.dtypes.input != dtype or (p.math_mode == "tf32" and self._device.type != "cuda"):
             raise Unsound(f"{node.name} computes in {p.math_mode}")
         of_each = p.c // p.groups
-        folded = {dtype, torch.float32} if dtype == torch.bfloat16 else {dtype}
+        narrow = {torch.bfloat16: {torch.bfloat16, torch.float32}, torch.uint8: {torch.float32}}
+        folded = narrow.get(dtype, {dtype})
         self._require_state(
             node, op.weight, [(p.k, of_each, p.r, p.s), (p.k, of_each * p.r * p.s)], folded
         )
         if op.bias is not None:
             self._require_state(node, op.bias, [(p.k,)], folded)
+        if op.correction is not None:
+            self._require_state(node, op.correction, [(p.k,)], {torch.float32})
+        if (op.correction is not None) != (dtype == torch.uint8):
+            raise Unsound(f"{node.name} has a correction, or none, in {dtype}")
         self._require_epilogue(node, op, p.k, p.residual)
         shape: tuple[int, ...] = (p.n, p.k, p.p, p.q)
         accepted = [shape, shape[:2]] if (p.p, p.q) == (1, 1) else [shape]
