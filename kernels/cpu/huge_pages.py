@@ -35,11 +35,12 @@ def pool_bytes(tensor: Tensor) -> int:
 
 def _stored(tensor: Tensor) -> torch.dtype:
     """Returns the dtype in which a pool stores a tensor."""
-    return tensor.dtype if tensor.dtype in (torch.bfloat16, torch.int8) else torch.float32
+    kept = tensor.dtype in (torch.bfloat16, torch.int8, torch.int32)
+    return tensor.dtype if kept else torch.float32
 
 
 class HugePagePool:
-    """Stores tensors next to each other in large pages, bfloat16 and int8 as they are and others as
+    """Stores tensors next to each other in large pages, bfloat16 and integers as they are, others as
     float32; pages are freed with their last tensor."""
 
     def __init__(self) -> None:

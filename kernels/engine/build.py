@@ -29,7 +29,6 @@ from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.frontend.graph_precision import in_precision
-from resfuse.kernels.engine.quantization.quantized_graph import quantized
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.candidates import find_candidates
@@ -37,6 +36,7 @@ from resfuse.kernels.engine.planning.chunking import chunk_stages, with_chunks
 from resfuse.kernels.engine.planning.liveness import with_memory
 from resfuse.kernels.engine.planning.planner import Plan, Segment, plan
 from resfuse.kernels.engine.quantization.calibrate import Images
+from resfuse.kernels.engine.quantization.quantized_graph import quantized
 from resfuse.kernels.engine.quantization.ranges import Ranges
 from resfuse.kernels.engine.quantization.recipe import QuantizationRecipe, quantization_recipe
 from resfuse.kernels.engine.runtime.default_device import without_meta

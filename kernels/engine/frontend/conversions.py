@@ -10,13 +10,12 @@ import torch
 from resfuse.kernels.engine.ir.graph import Convert, Graph, Node, Operation, Torch, Value
 
 # Operations of torch's, of one tensor, that move values.
-MOVE = frozenset(
-    """
+_MOVE = """
     alias channel_shuffle chunk clone contiguous expand flatten flip narrow permute pixel_shuffle
     pixel_unshuffle reshape roll select slice split split_with_sizes squeeze transpose unflatten
     unsqueeze view
-    """.split()
-)
+"""
+MOVE = frozenset(_MOVE.split())
 _SHORT: Mapping[torch.dtype, str] = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",

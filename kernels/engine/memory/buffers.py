@@ -37,7 +37,7 @@ class WeightStore:
 
     def get(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Returns what `make` returns, called once for a key, copied to large pages: bfloat16 and
-        int8 as they are, anything else as float32."""
+        integers as they are, anything else as float32."""
         return self._get(key, lambda: _Entry(map(self._shared.pool.put, make())), in_pool=True)
 
     def get_unchanged(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -195,8 +195,8 @@ class Arena:
         return self._bytes.data_ptr() + self._layout.scratch[at]
 
     def weights(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Returns what `make` returns, float32, bfloat16 or int8, in large pages; made once for all that
-        share it."""
+        """Returns what `make` returns, float32, bfloat16 or integers, in large pages; made once for
+        all that share it."""
         return self.weight_store.get(key, make)
 
     def tensors(self, key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:

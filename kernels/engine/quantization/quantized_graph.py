@@ -58,7 +58,8 @@ def quantized(
         inputs, value = {name: values[name] for name in node.inputs}, values[node.name]
         if node.name in chosen:
             inputs = {name: _as_u8(values[name], scales[name]) for name in node.inputs}
-            stored = not isinstance(op, Conv) or _is_read_in_int8(graph, node, chosen)
+            wide = isinstance(op, Conv | Mean | Affine)  # these can store float32
+            stored = not wide or _is_read_in_int8(graph, node, chosen)
             if stored:
                 value = _as_u8(value, scales[node.name])
             if isinstance(op, Conv):

@@ -1,4 +1,4 @@
-"""QuantizationRecipe: what a graph in float32 needs to be computed in int8, decided once for all its
+"""QuantizationRecipe: what a graph in float32 needs to be computed in int8, decided once for all
 batch sizes and shapes.
 """
 
@@ -56,8 +56,8 @@ def quantization_recipe(
         raise ValueError(f"argument {name}: given without precision='int8'; accepted: with it")
     if calibration is None:
         raise ValueError(
-            "argument calibration: None; precision='int8' accepts images like those that the engine "
-            "will see, or the ranges that calibrate(model, images) returns"
+            "argument calibration: None; precision='int8' accepts images like those that the "
+            "engine will see, or the ranges that calibrate(model, images) returns"
         )
     if max_error is not None and not 0 < max_error < float("inf"):
         raise ValueError(f"argument max_error: {max_error}; accepted: a number above 0")

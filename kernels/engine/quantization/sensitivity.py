@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, State

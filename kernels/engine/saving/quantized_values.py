@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from resfuse.kernels.engine.frontend.conversions import moves
-from resfuse.kernels.engine.ir.graph import Concat, Convert, MaxPool, Node, Pick, Torch, Value
+from resfuse.kernels.engine.ir.graph import Concat, MaxPool, Node, Pick, Torch, Value
 from resfuse.kernels.engine.saving.graph_structure import Unsound
 
 

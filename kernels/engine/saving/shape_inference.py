@@ -34,7 +34,6 @@ from resfuse.kernels.engine.saving.graph_structure import Unsound
 from resfuse.kernels.engine.saving.quantized_values import require_quantized
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.ops.activation import ACTIVATIONS
-from resfuse.kernels.ops.conv_problem import dtypes_of
 
 
 class ShapeInference:
@@ -61,7 +60,8 @@ class ShapeInference:
                 accepted = [self._converted(node, node.op, inputs)]
             else:
                 shapes = self._of_ours(node, inputs)
-                accepted = [Value(shape, self._stored(node, inputs)) for shape in shapes]
+                dtypes = self._stored(node, inputs)
+                accepted = [Value(shape, dtype) for shape in shapes for dtype in dtypes]
                 if any(v.dtype != inputs[0].dtype for v in inputs):
                     raise Unsound(f"{node.name} reads values of several dtypes")
             require_quantized(node, value, inputs)
@@ -69,11 +69,13 @@ class ShapeInference:
                 raise Unsound(f"{node.name} is said to be {value}, and is {accepted}")
 
     @staticmethod
-    def _stored(node: Node, inputs: list[Value]) -> torch.dtype:
-        """Returns the dtype of what an operation other than torch's computes."""
-        if isinstance(node.op, Conv) and node.op.problem.dtypes == dtypes_of("int8_fp32"):
-            return torch.float32
-        return inputs[0].dtype
+    def _stored(node: Node, inputs: list[Value]) -> list[torch.dtype]:
+        """Returns the dtypes that the result of an operation other than torch's may have."""
+        if isinstance(node.op, Conv):
+            return [node.op.problem.dtypes.output]
+        own = inputs[0].dtype
+        wide = own == torch.uint8 and isinstance(node.op, Affine | Mean)
+        return [own, torch.float32] if wide else [own]
 
     @staticmethod
     def _converted(node: Node, op: Convert, inputs: list[Value]) -> Value:

@@ -31,6 +31,7 @@ from resfuse.kernels.engine.ir.graph import (
 from resfuse.kernels.engine.ir.lowered import Call, Values
 from resfuse.kernels.engine.ir.torch_operations import operation_named
 from resfuse.kernels.engine.memory.buffers import Arena
+from resfuse.kernels.engine.tactics import quantized_eager
 from resfuse.kernels.ops.activation import ACTIVATIONS
 
 Function = Callable[..., Tensor]
@@ -79,13 +80,18 @@ def function_of(
     dtype: torch.dtype | None = None,
     arena: Arena | None = None,
 ) -> Function:
-    """Returns a node as a function of its inputs, in the graph's dtype or in `dtype`.
+    """Returns a node as a function of its inputs, in the graph's dtype or in `dtype`; on quantised
+    values the one is as exact as the other.
 
     Args:
         arena: stores the folded weights for all nodes that share them.
     """
     op = node.op
     keep = arena.tensors if arena is not None else _uncached
+    if quantized_eager.is_quantized(node, values):
+        function = quantized_eager.function_of(node, values, state, keep)
+        if function is not None:
+            return function
     if isinstance(op, Conv):
         return _conv(op, values[node.name].shape, state, dtype, keep)
     if isinstance(op, Affine):

@@ -1,4 +1,6 @@
-"""Lowers single nodes to native steps on the CPU, in float32 and bfloat16: see kernels/cpu."""
+"""Lowers single nodes to native steps on the CPU, in float32, bfloat16 and on quantised values: see
+kernels/cpu.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -42,14 +44,21 @@ from resfuse.kernels.engine.ir.lowered import Native
 from resfuse.kernels.engine.memory.aliasing import channels_of, pixels_of
 from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.engine.tactics.cpu import native_maps
+from resfuse.kernels.engine.tactics.cpu.quantized_fields import quantized_fields
+from resfuse.kernels.engine.tactics.quantized_eager import quantized_weights
 
 _NOWHERE: Mapping[str, int] = MappingProxyType({})
-_STORAGES: dict[torch.dtype, Storage] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_STORAGES: dict[torch.dtype, Storage] = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8",
+}  # fmt: skip
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu" or dtype not in _STORAGES:
-        return f"native steps compute float32 and bfloat16 on the CPU, not {dtype} on {device.type}"
+        return (
+            "native steps compute float32, bfloat16 and quantised values on the CPU, not "
+            f"{dtype} on {device.type}"
+        )
     return why_unavailable()
 
 
@@ -67,7 +76,7 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
 def scratch(graph: Graph, candidate: Candidate) -> int:
     node = graph.nodes[candidate.start]
     op = node.op
-    if isinstance(op, Affine) and op.gate and storage_of(graph, node) == "bf16":
+    if isinstance(op, Affine) and op.gate and storage_of(graph, node) != "fp32":
         n, channels = graph.values[node.inputs[1]].shape[:2]
         return 4 * n * whole_vectors(channels)
     if not isinstance(op, Conv):
@@ -81,14 +90,14 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Nat
     op = node.op
     if isinstance(op, Conv):
         config = NativeConfig(**candidate.settings)
-        step = conv_step(node, config, state, arena)
+        step = conv_step(graph, node, config, state, arena)
         if step.scratch_pitch > 0:
             step.scratch = arena.scratch(candidate.start)
         return Native([step])
     if isinstance(op, Affine) and op.gate:
         slopes_of_gate = _slopes(op, channels_of(graph, node.name), state)
         storage = storage_of(graph, node)
-        memory = arena.scratch(candidate.start) if storage == "bf16" else 0
+        memory = arena.scratch(candidate.start) if storage != "fp32" else 0
         return native_maps.gate(graph, node, op, arena, slopes_of_gate, storage, memory)
     if isinstance(op, Affine):
         return _affine(graph, node, op, state, arena)
@@ -106,14 +115,16 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Nat
     n, c, h, w = graph.values[node.inputs[0]].shape
     step = Step(
         kind=kind("mean"), N=n, C=c, K=c, H=h, W=w, storage=_number(graph, node),
-        **_places(node, arena),
+        **_places(node, arena), **quantized_fields(graph, node),
     )  # fmt: skip
     return Native([step])
 
 
 def storage_of(graph: Graph, node: Node) -> Storage:
-    """Returns the type that a node's values are stored in."""
-    return _STORAGES[graph.values[node.name].dtype]
+    """Returns the type that a node's values are stored in: the one of its input, where it stores
+    quantised values as float32."""
+    quantized = graph.values[node.inputs[0]].quantization is not None
+    return "u8" if quantized else _STORAGES[graph.values[node.name].dtype]
 
 
 def _number(graph: Graph, node: Node) -> int:
@@ -121,6 +132,7 @@ def _number(graph: Graph, node: Node) -> int:
 
 
 def conv_step(
+    graph: Graph,
     node: Node,
     config: NativeConfig,
     state: State,
@@ -137,15 +149,29 @@ def conv_step(
 
     storage = conv_candidates.storage_of(op.problem)
 
+    x = graph.values[node.inputs[0]].quantization
+
     def lay_out() -> list[Tensor]:
-        weight, bias = conv_weights(op, state, torch.float32)
+        if x is None:
+            weight, bias = conv_weights(op, state, torch.float32)
+            sums = []
+        else:
+            weight, how = quantized_weights(op, state, x)
+            bias, sums = how.bias, [per_channel(how.scale), per_channel(how.offset)]
         groups = op.problem.groups
         laid_out = conv_candidates.layout_weight(config.form, weight, groups, storage)
-        return [laid_out, per_channel(bias), *_slopes(op, op.problem.k, state)]
+        return [laid_out, per_channel(bias), *sums, *_slopes(op, op.problem.k, state)]
 
     # a weight may be shared, under other norms and activations
-    key = (op.weight, op.bias, op.norm, op.slope, op.problem.groups, config.form, storage)
+    key = (
+        op.weight, op.bias, op.norm, op.slope, op.correction, x, op.problem.groups, config.form,
+        storage,
+    )  # fmt: skip
     weight, bias, *slope = arena.weights(key, lay_out)
+    fields = quantized_fields(graph, node)
+    if x is not None:
+        scale, offset, *slope = slope
+        fields |= {"scale": scale.data_ptr(), "offset": offset.data_ptr()}
     return conv_candidates.conv_step(
         op.problem,
         config,
@@ -154,6 +180,7 @@ def conv_step(
         slope=slope[0].data_ptr() if slope else 0,
         C=op.problem.c + (0 if node.inputs[0] in local else arena.zeros_behind(node.inputs[0])),
         **_places(node, arena, local),
+        **fields,
     )
 
 
@@ -170,7 +197,7 @@ def _affine(graph: Graph, node: Node, op: Affine, state: State, arena: Arena) ->
         w=scale.data_ptr(), bias=shift.data_ptr(),
         slope=slope[0].data_ptr() if slope else 0,
         activation=activation(op.activation), residual_last=op.residual_last,
-        storage=_number(graph, node), **_places(node, arena),
+        storage=_number(graph, node), **_places(node, arena), **quantized_fields(graph, node),
     )  # fmt: skip
     return Native([step])
 
@@ -191,7 +218,7 @@ def max_pool_step(
         kind=kind("max_pool"), N=n, C=c, K=c, H=h, W=w, P=p, Q=q, R=r, S=s,
         stride_h=stride_h, stride_w=stride_w, pad_h=pad_h, pad_w=pad_w,
         dilation_h=dilation_h, dilation_w=dilation_w, storage=_number(graph, node),
-        **({} if arena is None else _places(node, arena, local)),
+        **quantized_fields(graph, node), **({} if arena is None else _places(node, arena, local)),
     )  # fmt: skip
 
 
@@ -208,6 +235,7 @@ def _concat(graph: Graph, node: Node, arena: Arena) -> Native:
                     kind=kind("affine"), N=1, P=1, Q=pixels_of(graph, part), K=channels,
                     x=arena.address(part), x_pitch=arena.pitch(part), y=to, y_pitch=pitch,
                     w=one.data_ptr(), bias=zero.data_ptr(), storage=_number(graph, node),
+                    **quantized_fields(graph, node),
                 )
             )  # fmt: skip
         to += arena.element_bytes(node.name) * channels
@@ -254,10 +282,16 @@ def _is_supported(graph: Graph, node: Node) -> bool:
 def _is_available(graph: Graph, node: Node) -> bool:
     """Returns whether there are steps here for the dtype of a node's values, which is one, or two
     where it converts them."""
-    dtypes = {graph.values[name].dtype for name in (node.name, *node.inputs)}
-    if not dtypes <= _STORAGES.keys() or (len(dtypes) > 1 and not isinstance(node.op, Convert)):
+    values = [graph.values[name] for name in (node.name, *node.inputs)]
+    if any(v.dtype == torch.uint8 and v.quantization is None for v in values):
         return False
-    return torch.bfloat16 not in dtypes or why_unavailable("bf16") is None
+    read = {v.dtype for v in values[1:]}
+    dtypes = read | {values[0].dtype}
+    narrowed = read == {torch.uint8} and isinstance(node.op, Affine | Mean)  # stored as float32
+    alike = len(dtypes) == 1 or narrowed or isinstance(node.op, Convert)
+    if not dtypes <= _STORAGES.keys() or not alike:
+        return False
+    return all(why_unavailable(_STORAGES[dtype]) is None for dtype in dtypes)
 
 
 def _in_whole_vectors(graph: Graph, node: Node) -> bool:

@@ -66,7 +66,7 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Nat
     memory = arena.scratch(candidate.start) if layout.floats else 0
     steps = []
     for link in layout.links:
-        step = native.conv_step(link.node, link.config, state, arena, layout.pitches)
+        step = native.conv_step(graph, link.node, link.config, state, arena, layout.pitches)
         step.scratch, step.scratch_pitch = memory, layout.floats
         step.x_local = layout.offset(link.node.inputs[0])
         step.y_local = layout.offset(link.node.name)

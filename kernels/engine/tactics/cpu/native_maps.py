@@ -2,7 +2,7 @@
 CPU.
 """
 
-from torch import Tensor, tensor
+from torch import Tensor, tensor, uint8
 
 from resfuse.kernels.cpu.library import Storage
 from resfuse.kernels.cpu.program import Step, activation, kind, storage_number, whole_vectors
@@ -20,6 +20,7 @@ from resfuse.kernels.engine.ir.graph import (
 from resfuse.kernels.engine.ir.lowered import Native
 from resfuse.kernels.engine.memory.aliasing import channels_of, pixels_of
 from resfuse.kernels.engine.memory.buffers import Arena
+from resfuse.kernels.engine.tactics.cpu.quantized_fields import quantized_fields
 
 
 def windows(
@@ -31,7 +32,10 @@ def windows(
     """
     n, c, h, w = graph.values[node.inputs[0]].shape
     _, k, p, q = graph.values[node.name].shape
-    step = Step(N=n, C=c, K=k, H=h, W=w, P=p, Q=q, storage=storage_number(storage))
+    step = Step(
+        N=n, C=c, K=k, H=h, W=w, P=p, Q=q, storage=storage_number(storage),
+        **quantized_fields(graph, node),
+    )  # fmt: skip
     step.x, step.x_pitch = arena.address(node.inputs[0]), arena.pitch(node.inputs[0])
     step.y, step.y_pitch = arena.address(node.name), arena.pitch(node.name)
     if isinstance(op, Pick):
@@ -83,8 +87,8 @@ def gate(
     as the scale and zero as the shift.
 
     Args:
-        memory: the address of scratch memory where a gate in bfloat16 is converted to float32, as
-            scales are.
+        memory: the address of scratch memory where a gate that is not float32 is converted to it,
+            as scales are.
     """
     x, factor = node.inputs[:2]
     channels = channels_of(graph, node.name)
@@ -94,13 +98,13 @@ def gate(
     )
     steps: list[Step] = []
     scales, pitch_of_scales = arena.address(factor), arena.pitch(factor)
-    if storage == "bf16":
+    if storage != "fp32":
         whole = whole_vectors(channels)
         steps.append(
             Step(
                 kind=kind("to_fp32"), N=n, P=1, Q=1, C=channels, K=whole,
                 x=scales, x_pitch=pitch_of_scales, y=memory, y_pitch=whole,
-                storage=storage_number("bf16"),
+                storage=storage_number(storage), **_scale_of(graph, factor),
             )
         )  # fmt: skip
         scales, pitch_of_scales = memory, whole
@@ -110,6 +114,7 @@ def gate(
             w=scales + 4 * image * pitch_of_scales, bias=zero.data_ptr(),
             slope=slope[0].data_ptr() if slope else 0, storage=storage_number(storage),
             activation=activation(op.activation), residual_last=op.residual_last,
+            **quantized_fields(graph, node),
         )  # fmt: skip
         for name, place in (("x", x), ("residual", node.residual), ("y", node.name)):
             if place is not None:
@@ -119,6 +124,12 @@ def gate(
                 setattr(step, f"{name}_pitch", pitch)
         steps.append(step)
     return Native(steps)
+
+
+def _scale_of(graph: Graph, name: str) -> dict[str, float]:
+    """Returns the fields that say how a value to convert is stored, if it is quantised."""
+    stored = graph.values[name].quantization
+    return {} if stored is None else {"x_zero": stored.zero_point, "x_scale": stored.scale}
 
 
 def layer_norm(
@@ -144,12 +155,15 @@ def layer_norm(
 
 
 def convert(graph: Graph, node: Node, op: Convert, arena: Arena) -> Native:
-    """Lowers a conversion to a step of the library for bfloat16."""
+    """Lowers a conversion to a step of the library for the narrower type."""
     x, channels = node.inputs[0], channels_of(graph, node.name)
+    dtypes = graph.values[x].dtype, graph.values[node.name].dtype
     step = Step(
-        kind=kind("to_bf16" if op.dtype == "bfloat16" else "to_fp32"),
+        kind=kind({"bfloat16": "to_bf16", "uint8": "to_u8", "float32": "to_fp32"}[op.dtype]),
         N=1, P=1, Q=pixels_of(graph, x), C=channels, K=channels + arena.zeros_behind(node.name),
         x=arena.address(x), x_pitch=arena.pitch(x),
-        y=arena.address(node.name), y_pitch=arena.pitch(node.name), storage=storage_number("bf16"),
+        y=arena.address(node.name), y_pitch=arena.pitch(node.name),
+        storage=storage_number("u8" if uint8 in dtypes else "bf16"),
+        **quantized_fields(graph, node),
     )  # fmt: skip
     return Native([step])

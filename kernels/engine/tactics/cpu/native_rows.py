@@ -62,7 +62,7 @@ def lower(graph: Graph, choice: Candidate, state: State, arena: Arena) -> Native
     steps = [
         native.max_pool_step(graph, node, arena, pitches)
         if config is None
-        else native.conv_step(node, config, state, arena, pitches)
+        else native.conv_step(graph, node, config, state, arena, pitches)
         for node, config in zip(nodes, configs, strict=True)
     ]
     return Native(layout.fuse(steps, arena.scratch(choice.start)))

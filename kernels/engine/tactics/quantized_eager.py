@@ -1,0 +1,176 @@
+"""Computes nodes on quantised values by the plain-torch twins of the native kernels: the reference
+for those, and the fallback where there are none.
+"""
+
+from collections.abc import Callable, Hashable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift, slope_of
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    AveragePool,
+    Concat,
+    Conv,
+    Convert,
+    MaxPool,
+    Mean,
+    Node,
+    Pick,
+    State,
+    Value,
+)
+from resfuse.kernels.ops.quantization import (
+    Quantization,
+    Requantization,
+    affine_ref,
+    average_pool_ref,
+    conv_ref,
+    dequantize,
+    max_pool_ref,
+    mean_ref,
+    quantize,
+    quantize_weights,
+    requantization,
+)
+
+Function = Callable[..., Tensor]
+Keep = Callable[[Hashable, Callable[[], list[Tensor]]], list[Tensor]]  # as Arena.tensors
+
+
+def is_quantized(node: Node, values: dict[str, Value]) -> bool:
+    """Returns whether a node reads or computes quantised values."""
+    return any(values[name].quantization is not None for name in (*node.inputs, node.name))
+
+
+def function_of(node: Node, values: dict[str, Value], state: State, keep: Keep) -> Function | None:
+    """Returns a node on quantised values as a function of its inputs; None for one of torch's,
+    which moves them like any others.
+
+    Args:
+        keep: stores the quantised weights for all nodes that share them.
+    """
+    op, output = node.op, values[node.name].quantization
+    x = values[node.inputs[0]].quantization
+    if isinstance(op, Convert):
+        return _convert(x, output)
+    if isinstance(op, Pick):
+        return _pick(op, x)
+    if isinstance(op, Concat):
+        return lambda *parts: torch.cat(parts, 1)  # they share a scale
+    if isinstance(op, MaxPool):
+        window = op.kernel, op.stride, op.padding, op.dilation, op.ceil
+        return lambda given: max_pool_ref(given, *window)
+    if not isinstance(op, Conv | Affine | Mean | AveragePool):
+        return None
+    assert x is not None
+    if isinstance(op, Conv):
+        return _conv(node, op, values, state, keep)
+    if isinstance(op, Affine):
+        return _affine(node, op, values, state, keep)
+    if isinstance(op, Mean):
+        shape = values[node.name].shape
+        return lambda given: mean_ref(given, x, output).view(shape)
+    assert output is not None
+    divisors = _divisors(op, values[node.inputs[0]].shape)
+    window = op.kernel, op.stride, op.padding
+    return lambda given: average_pool_ref(given, x, output, *window, divisors)
+
+
+def quantized_weights(op: Conv, state: State, x: Quantization) -> tuple[Tensor, Requantization]:
+    """Returns the weight [K, C / groups, R, S] of a convolution in int8, with its norm folded in,
+    and what turns its sums into real numbers, with its correction in the bias."""
+    weight, bias = conv_weights(op, state, torch.float64)
+    if op.correction is not None:
+        bias = bias + state[op.correction]
+    narrow, scale = quantize_weights(weight)
+    return narrow, requantization(narrow, scale, bias, x)
+
+
+def _convert(x: Quantization | None, output: Quantization | None) -> Function:
+    if output is not None:
+        return lambda given: quantize(given, output)
+    assert x is not None
+    return lambda given: dequantize(given, x)
+
+
+def _conv(node: Node, op: Conv, values: dict[str, Value], state: State, keep: Keep) -> Function:
+    problem, shape = op.problem, values[node.name].shape
+    x, output = values[node.inputs[0]].quantization, values[node.name].quantization
+    added = None if node.residual is None else values[node.residual].quantization
+    assert x is not None
+    weight, *rest = keep(
+        (
+            "int8",
+            op.weight,
+            op.bias,
+            op.norm,
+            op.correction,
+            x,
+            problem.c,
+            problem.r,
+            problem.groups,
+        ),
+        lambda: [t for part in [quantized_weights(op, state, x)] for t in (part[0], *part[1])],
+    )
+    how = Requantization(*rest)
+    slope = slope_of(op, state)
+
+    def run(given: Tensor, *residual: Tensor) -> Tensor:
+        y = conv_ref(
+            given.reshape(problem.input_shape), weight, how, x, output, problem.geometry,
+            op.activation, slope, *(r.reshape(problem.output_shape) for r in residual),
+            residual_stored=added, residual_last=op.residual_last,
+        )  # fmt: skip
+        return y.reshape(shape)
+
+    return run
+
+
+def _affine(node: Node, op: Affine, values: dict[str, Value], state: State, keep: Keep) -> Function:
+    channels, around = values[node.name].shape[1], (1, -1, 1, 1)[: len(values[node.name].shape)]
+    x, output = values[node.inputs[0]].quantization, values[node.name].quantization
+    added = None if node.residual is None else values[node.residual].quantization
+    slope = slope_of(op, state)
+    assert x is not None
+    ends = {"residual_stored": added, "residual_last": op.residual_last}
+    if op.gate:
+        factor = values[node.inputs[1]].quantization
+        assert factor is not None
+        nothing = torch.zeros(())
+        return lambda given, gate, *residual: affine_ref(
+            given, dequantize(gate, factor), nothing, x, output, op.activation, slope, *residual,
+            **ends,
+        )  # fmt: skip
+    both = keep(("int8", op.norm, channels), lambda: list(scale_and_shift(op, channels, state)))
+    scale, shift = (t.view(around) for t in both)
+    return lambda given, *residual: affine_ref(
+        given, scale, shift, x, output, op.activation, slope, *residual, **ends
+    )
+
+
+def _pick(op: Pick, x: Quantization | None) -> Function:
+    """Returns a function that picks channels and pixels; channels of zeros are of zero points."""
+    picked = {2: op.rows, 3: op.columns} | ({} if op.channels is None else {1: op.channels})
+    indices = {dim: torch.tensor(at, dtype=torch.int64) for dim, at in picked.items()}
+
+    def run(given: Tensor) -> Tensor:
+        y = given
+        for dim, index in indices.items():
+            y = y.index_select(dim, index)
+        if op.zeros:
+            y = F.pad(y, (0, 0, 0, 0, 0, op.zeros), value=x.zero_point if x is not None else 0)
+        return y.contiguous(memory_format=torch.channels_last)
+
+    return run
+
+
+def _divisors(op: AveragePool, shape: tuple[int, ...]) -> Tensor:
+    """Returns the divisor of each window [P, Q]: the values that torch's own pool counts in it."""
+    ones = torch.ones(1, 1, *shape[2:], dtype=torch.float64)
+    window = op.kernel, op.stride, op.padding, op.ceil
+    sums = F.avg_pool2d(ones, *window, True, 1)
+    means = F.avg_pool2d(ones, *window, op.count_padding, op.divisor)
+    return (sums / means)[0, 0].round().float()
