@@ -40,8 +40,8 @@ def _stored(tensor: Tensor) -> torch.dtype:
 
 
 class HugePagePool:
-    """Stores tensors next to each other in large pages, bfloat16 and integers as they are, others as
-    float32; pages are freed with their last tensor."""
+    """Stores tensors next to each other in large pages, bfloat16 and integers as they are and all
+    others as float32; pages are freed with their last tensor."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -161,6 +161,7 @@ def build_engine(
             keep_weights=keep_weights,
             cuda_graph=cuda_graph,
             threads=threads,
+            recipe=recipe,
         )
 
 

@@ -24,6 +24,8 @@ from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.memory.storage_bytes import storages
 from resfuse.kernels.engine.plan_table import table
 from resfuse.kernels.engine.planning.planner import Segment
+from resfuse.kernels.engine.quantization.quantization_table import quantization_table
+from resfuse.kernels.engine.quantization.recipe import QuantizationRecipe
 from resfuse.kernels.engine.runtime.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.runtime.default_device import without_meta
 from resfuse.kernels.engine.runtime.fallback import tensors_of, with_weights
@@ -78,14 +80,16 @@ class Engine:
         keep_weights: bool = True,
         cuda_graph: bool = True,
         threads: int | None = None,
+        recipe: QuantizationRecipe | None = None,
     ) -> None:
         """
         Args:
             plans: one a shape, of the same weights.
             model: a copy of the engine's own, for batches and shapes without a plan.
             planner: plans `model` for other shapes, if such are to be built.
+            recipe: how the plans' graphs were quantised, where they were here.
         """
-        self.threads = threads
+        self.threads, self._recipe = threads, recipe
         self._built = ShapePlans(plans)
         self._added: dict[Shape, None] = {}  # shapes built by calls, the one used last at the end
         self._constants = self._built.constants()
@@ -149,6 +153,21 @@ class Engine:
         """Returns what most is computed in: "fp32", "bf16", "fp16" or "int8"."""
         names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "int8"}
         return names.get(self._built.find().graph.dtype, "fp32")
+
+    def quantization(self) -> str:
+        """Returns a table of an engine in int8, a line for each convolution and linear layer: its
+        precision, the scale and zero point of what it reads and stores, the share of its output
+        that the range clips, the signal-to-noise ratio of quantising it alone, and why it is kept
+        in float32 if it is. The two measured columns are empty where there were no images: after
+        `load_engine`, and where `calibration` was ranges.
+
+        Raises:
+            ValueError: the engine does not compute in int8.
+        """
+        if self.precision != "int8":
+            raise ValueError(f"this engine computes in {self.precision}; accepted: one in int8")
+        errors, asked = (self._recipe.errors, self._recipe.asked) if self._recipe else ({}, ())
+        return quantization_table(self._built.find().graph, errors, asked)
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -303,6 +322,7 @@ class Engine:
             plans, state, other_batches=self.other_batches, other_shapes=self.other_shapes,
             max_shapes=self.max_shapes, model=model, planner=self._planner,
             ceilings=self._ceilings, cuda_graph=self.cuda_graph, threads=self.threads,
+            recipe=self._recipe,
         )  # fmt: skip
         made._added = added
         return made

@@ -101,18 +101,9 @@ def _conv(node: Node, op: Conv, values: dict[str, Value], state: State, keep: Ke
     x, output = values[node.inputs[0]].quantization, values[node.name].quantization
     added = None if node.residual is None else values[node.residual].quantization
     assert x is not None
+    folded = op.weight, op.bias, op.norm, op.correction, problem.c, problem.r, problem.groups
     weight, *rest = keep(
-        (
-            "int8",
-            op.weight,
-            op.bias,
-            op.norm,
-            op.correction,
-            x,
-            problem.c,
-            problem.r,
-            problem.groups,
-        ),
+        ("int8", x, *folded),
         lambda: [t for part in [quantized_weights(op, state, x)] for t in (part[0], *part[1])],
     )
     how = Requantization(*rest)
