@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kernels/engine": (
         ("ir",),
         ("frontend", "memory"),
-        ("tactics",),
+        ("tactics", "export"),
         ("planning", "runtime", "cost"),
         ("tuning", "saving"),
         ("torch_compile",),
