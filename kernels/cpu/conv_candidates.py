@@ -1,7 +1,7 @@
 """Lists the algorithms (forms) that compute a convolution as a native step, and their block sizes.
 
-Every form takes float32 or bfloat16, NHWC, with channels padded to whole vectors (`pitch`); see
-step.h.
+Every form takes float32 or bfloat16, and all but Winograd's take uint8, NHWC, with channels padded
+to whole vectors (`pitch`); see step.h.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,11 @@ from resfuse.kernels.cpu.weight_layout import (
     direct_weights,
     grouped_weights,
     paired_weights,
+    quad_weights,
     winograd_weights,
 )
 from resfuse.kernels.ops.conv_problem import ConvProblem, dtypes_of
+from resfuse.kernels.ops.quantization import FLOAT32_PRODUCTS, INT32_PRODUCTS
 
 Form = Literal["direct", "winograd", "grouped"]
 
@@ -36,6 +38,8 @@ Form = Literal["direct", "winograd", "grouped"]
 # time: from half of a large first-level cache to twice a second-level cache.
 _DIRECT_BLOCKS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
 _WINOGRAD_BLOCKS = (1 << 18, 1 << 20, 4 << 20)
+
+_MATH_MODES: dict[str, Storage] = {"ieee": "fp32", "bf16": "bf16", "int8": "u8", "int8_fp32": "u8"}
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,10 @@ class NativeConfig:
 
 def refusal(problem: ConvProblem) -> str | None:
     """Returns why no form computes `problem`, or None."""
-    if problem.dtypes not in (dtypes_of("ieee"), dtypes_of("bf16")):
-        mixed = problem.math_mode in ("ieee", "bf16")
+    if problem.dtypes not in map(dtypes_of, _MATH_MODES):
+        mixed = problem.math_mode in _MATH_MODES
         found = "mixed dtypes" if mixed else problem.math_mode
-        return f"{found}; the native steps compute in float32 or bfloat16"
+        return f"{found}; the native steps compute in float32, bfloat16 or int8"
     if (reason := why_unavailable(storage_of(problem))) is not None:
         return reason
     if problem.activation not in ACTIVATIONS:
@@ -60,8 +64,22 @@ def refusal(problem: ConvProblem) -> str | None:
     row = problem.c // problem.groups * problem.s
     if not fits_row(row):
         return f"rows of {row} values; at most {constant('MAX_ROW')}"
+    if storage_of(problem) == "u8" and (reason := _refusal_of_sums(problem)) is not None:
+        return reason
     if problem.groups > 1 and not _fills_vectors(problem) and not _is_grouped(problem):
         return "groups that fill no vector"
+    return None
+
+
+def _refusal_of_sums(problem: ConvProblem) -> str | None:
+    """Returns why no form computes the sums of a problem in uint8 exactly, or None."""
+    if problem.residual and problem.math_mode == "int8_fp32":
+        return "a residual in float32; the native steps add one in uint8"
+    products = _products_of(problem)
+    if products > INT32_PRODUCTS:
+        return f"sums of {products} products; an int32 takes {INT32_PRODUCTS}"
+    if products > FLOAT32_PRODUCTS and problem.groups > 1 and not _fills_vectors(problem):
+        return f"groups with sums of {products} products; a float32 takes {FLOAT32_PRODUCTS}"
     return None
 
 
@@ -113,21 +131,23 @@ def _choose_blocks(form: Form, problem: ConvProblem) -> NativeConfig:
 
 def storage_of(problem: ConvProblem) -> Storage:
     """Returns the type that a problem's values are stored in."""
-    return "bf16" if problem.math_mode == "bf16" else "fp32"
+    return _MATH_MODES.get(problem.math_mode, "fp32")
 
 
 def layout_weight(form: Form, weight: Tensor, groups: int, storage: Storage = "fp32") -> Tensor:
-    """Returns a weight [K, C / groups, R, S], float32, packed as the form reads it.
+    """Returns a weight [K, C / groups, R, S], float32 or, for values in uint8, int8, packed as the
+    form reads it.
 
     For values in bfloat16, direct convolutions have weights in bfloat16, and Winograd transformed
-    ones. Those of groups stay as they are: they are few.
+    ones. Those of groups are float32: they are few.
     """
     if form == "winograd":
         transformed = winograd_weights(weight)
         return transformed if storage == "fp32" else transformed.bfloat16()
     if form == "grouped":
-        return grouped_weights(weight)
-    return direct_weights(weight, groups) if storage == "fp32" else paired_weights(weight, groups)
+        return grouped_weights(weight.float())
+    pack = {"fp32": direct_weights, "bf16": paired_weights, "u8": quad_weights}[storage]
+    return pack(weight, groups)
 
 
 def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
@@ -136,12 +156,12 @@ def scratch_floats(problem: ConvProblem, config: NativeConfig) -> int:
     return floats
 
 
-def conv_step(problem: ConvProblem, config: NativeConfig, **where: int) -> Step:
+def conv_step(problem: ConvProblem, config: NativeConfig, **where: float) -> Step:
     """Returns the step, with as much scratch memory for each thread as it needs by itself.
 
     Args:
-        where: pointers and pitches, by their names in step.h; and C, where channels of zeros lie
-            behind those of x.
+        where: pointers and pitches, by their names in step.h; of uint8 also the scales and zero
+            points there; and C, where channels of zeros lie behind those of x.
     """
     step = Step(
         kind=program.kind(config.form),
@@ -155,6 +175,7 @@ def conv_step(problem: ConvProblem, config: NativeConfig, **where: int) -> Step:
         residual_last=problem.epilogue.residual_last,
         by_channel=config.by_channel, block=config.block,
         storage=storage_number(storage_of(problem)),
+        y_fp32=problem.math_mode == "int8_fp32",
         **where,
     )  # fmt: skip
     step.scratch_pitch = program.scratch_floats(step)
@@ -176,11 +197,18 @@ def _is_winograd(problem: ConvProblem) -> bool:
         (problem.r, problem.s, problem.groups) == (3, 3, 1)
         and problem.stride == problem.dilation == (1, 1)
         and problem.c % lanes() == 0
+        and storage_of(problem) != "u8"
     )
 
 
 def _is_grouped(problem: ConvProblem) -> bool:
-    return fits_grouped(problem.c, problem.k, problem.groups, problem.r * problem.s)
+    exact = storage_of(problem) != "u8" or _products_of(problem) <= FLOAT32_PRODUCTS
+    return exact and fits_grouped(problem.c, problem.k, problem.groups, problem.r * problem.s)
+
+
+def _products_of(problem: ConvProblem) -> int:
+    """Returns how many products are added up for each output."""
+    return problem.c // problem.groups * problem.r * problem.s
 
 
 def fits_row(values: int) -> bool:

@@ -6,9 +6,9 @@ there is none. The file's name is a hash of everything that it is compiled from,
 into place when it is complete. Of several processes that need it at once one compiles it and the
 others wait, where the file system has locks; where it has none, all compile it.
 
-There is a library for each type that values are stored in: for float32, and for bfloat16 one more
-of the same sources, compiled where a network in bfloat16 is built first. So float32 pays nothing
-for it, neither seconds nor a branch.
+There is a library for each type that values are stored in: for float32, and for bfloat16 and for
+uint8 one more each of the same sources, compiled where a network in that precision is built first.
+So float32 pays nothing for them, neither seconds nor a branch.
 """
 
 import contextlib
@@ -25,8 +25,9 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Literal
 
-Storage = Literal["fp32", "bf16"]
+Storage = Literal["fp32", "bf16", "u8"]
 ISA_VARIABLE = "RESFUSE_CPU_ISA"
+_ISAS = {"bf16": ("bf16", "fp32"), "u8": ("vnni", "avx2", "portable")}  # the names it accepts
 
 # Not -ffast-math: NaN and infinity must come out as torch has them.
 _FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared")
@@ -60,13 +61,13 @@ def library(architecture: str = "native", *further: str) -> ctypes.CDLL:
 
 
 def library_for(storage: Storage) -> ctypes.CDLL:
-    """Returns the library for values stored in float32 or bfloat16.
+    """Returns the library for values stored in float32, bfloat16 or uint8.
 
     Raises:
         NativeUnavailable: as `library` does.
         ValueError: $RESFUSE_CPU_ISA has an unknown value, or one that is not for this processor.
     """
-    return library() if storage == "fp32" else library("native", *_bf16_flags())
+    return library() if storage == "fp32" else library("native", *_FLAGS_OF[storage]())
 
 
 def bf16_isa() -> str:
@@ -76,16 +77,53 @@ def bf16_isa() -> str:
     Raises:
         ValueError: as `library_for` does.
     """
-    able, asked = "avx512_bf16" in processor().split(), os.environ.get(ISA_VARIABLE)
-    if asked not in (None, "", "bf16", "fp32"):
-        raise ValueError(f"{ISA_VARIABLE}: {asked!r}; accepted: bf16, fp32")
+    able, asked = "avx512_bf16" in processor().split(), _asked_isa("bf16")
     if asked == "bf16" and not able:
         raise ValueError(f"{ISA_VARIABLE}: 'bf16'; this processor has no AVX512-BF16")
     return asked or ("bf16" if able else "fp32")
 
 
+def int8_isa() -> str:
+    """Returns by which instructions uint8 is multiplied by int8: "vnni" (dot products of four, of
+    AVX-512, AVX or ARM's I8MM), "avx2" (pairs of 16 bits) or "portable"; all give the same bits.
+    $RESFUSE_CPU_ISA chooses one of them.
+
+    Raises:
+        ValueError: as `library_for` does.
+    """
+    there = set(processor().replace(":", " ").split())
+    able = {"vnni": {"avx512_vnni", "avx_vnni", "i8mm"} & there, "avx2": {"avx2"} & there}
+    asked = _asked_isa("u8")
+    if asked in able and not able[asked]:
+        raise ValueError(f"{ISA_VARIABLE}: {asked!r}; this processor has no {asked.upper()}")
+    return asked or next((isa for isa, found in able.items() if found), "portable")
+
+
+def _asked_isa(storage: Storage) -> str | None:
+    """Returns which instructions for a storage $RESFUSE_CPU_ISA asks for: a name, or one for
+    bfloat16 and one for uint8 with a comma between them."""
+    asked = os.environ.get(ISA_VARIABLE, "")
+    names = [name.strip() for name in asked.split(",")] if asked else []
+    accepted = ", ".join(name for names in _ISAS.values() for name in names)
+    for isas in _ISAS.values():
+        if len(both := [name for name in names if name in isas]) > 1:
+            raise ValueError(f"{ISA_VARIABLE}: {asked!r}; accepted: one of {', '.join(both)}")
+    if any(name not in accepted.split(", ") for name in names):
+        raise ValueError(f"{ISA_VARIABLE}: {asked!r}; accepted: {accepted}")
+    return next((name for name in names if name in _ISAS[storage]), None)
+
+
 def _bf16_flags() -> tuple[str, ...]:
     return "-DRESFUSE_BF16", *(["-DRESFUSE_NO_BF16_DOT"] if bf16_isa() == "fp32" else [])
+
+
+def _u8_flags() -> tuple[str, ...]:
+    """Returns the flags; sums are followed by float32 without fused multiply-adds (u8.h)."""
+    flags = {"vnni": (), "avx2": ("-DRESFUSE_NO_VNNI",), "portable": ("-DRESFUSE_PORTABLE_U8",)}
+    return "-DRESFUSE_U8", "-ffp-contract=off", *flags[int8_isa()]
+
+
+_FLAGS_OF = {"bf16": _bf16_flags, "u8": _u8_flags}
 
 
 def constant(name: str) -> int:

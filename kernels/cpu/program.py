@@ -18,6 +18,7 @@ ACTIVATIONS = (
     "identity", "relu", "relu6", "silu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu",
     "prelu", "gelu", "gelu_tanh",
 )  # fmt: skip
+STORAGES: tuple[Storage, ...] = ("fp32", "bf16", "u8")  # by their numbers, storage.h's
 _POINTERS = ("x", "w", "bias", "slope", "residual", "y", "scratch")
 _NUMBERS = (
     "N", "H", "W", "C", "K", "R", "S", "P", "Q",
@@ -26,21 +27,29 @@ _NUMBERS = (
     "activation", "residual_last", "by_channel", "block", "scratch_pitch",
     "length", "rows", "x_local", "residual_local", "y_local", "storage",
 )  # fmt: skip
+# Of values in uint8: step.h.
+_QUANTIZED_POINTERS = ("scale", "offset")
+_QUANTIZED_NUMBERS = ("x_zero", "y_zero", "residual_zero", "y_fp32")
+_SCALES = ("x_scale", "y_inverse_scale", "residual_scale")
 ABSENT = -1  # the offset into scratch memory of a value that is not there
 
 
 class Step(ctypes.Structure):
     """A native step. Pointers are addresses or 0, numbers count elements, and offsets into scratch
     memory are ABSENT unless given. `storage` says which library runs it, by default float32's.
+    Scales are real numbers, all others whole ones.
     """
 
     _fields_ = [
         ("kind", ctypes.c_long),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_long) for name in _NUMBERS),
+        *((name, ctypes.c_void_p) for name in _QUANTIZED_POINTERS),
+        *((name, ctypes.c_long) for name in _QUANTIZED_NUMBERS),
+        *((name, ctypes.c_float) for name in _SCALES),
     ]
 
-    def __init__(self, **fields: int) -> None:
+    def __init__(self, **fields: float) -> None:
         nowhere = {"x_local": ABSENT, "residual_local": ABSENT, "y_local": ABSENT}
         super().__init__(**nowhere | fields)
 
@@ -57,10 +66,10 @@ def storage_number(storage: Storage) -> int:
 
 def storage_of(step: Step) -> Storage:
     """Returns the type that a step's values are stored in."""
-    return "bf16" if step.storage else "fp32"
+    return STORAGES[step.storage]
 
 
-VALUE_BYTES: dict[Storage, int] = {"fp32": 4, "bf16": 2}
+VALUE_BYTES: dict[Storage, int] = {"fp32": 4, "bf16": 2, "u8": 1}
 
 
 def activation(name: str) -> int:

@@ -27,7 +27,18 @@ def direct_weights(w: Tensor, groups: int = 1) -> Tensor:
 def paired_weights(w: Tensor, groups: int = 1) -> Tensor:
     """Packs [K, C / groups, R, S], rounded to bfloat16, as [R, S, pairs of C, panel, 2] for each
     group and panel of channels in it. Beside the last of an odd number of channels are zeros."""
-    w = F.pad(w.bfloat16(), (0, 0, 0, 0, 0, w.shape[1] % 2)).unflatten(1, (-1, 2))
+    return _weights_in_units(w.bfloat16(), 2, groups)
+
+
+def quad_weights(w: Tensor, groups: int = 1) -> Tensor:
+    """Packs [K, C / groups, R, S], int8, as [R, S, fours of C, panel, 4] for each group and panel
+    of channels in it; behind the last channels are zeros. It is the packing of VNNI's instructions,
+    and of all others."""
+    return _weights_in_units(w, 4, groups)
+
+
+def _weights_in_units(w: Tensor, unit: int, groups: int) -> Tensor:
+    w = F.pad(w, (0, 0, 0, 0, 0, -w.shape[1] % unit)).unflatten(1, (-1, unit))
     return torch.cat(
         [
             part.permute(3, 4, 1, 0, 2).reshape(-1)
@@ -48,10 +59,20 @@ def direct_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
 
 def paired_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
     """Returns the weight [K, C, R, S] in bfloat16 that paired_weights has packed."""
+    return _from_units(laid_out, 2, shape)
+
+
+def quad_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
+    """Returns the weight [K, C, R, S] in int8 that quad_weights has packed."""
+    return _from_units(laid_out, 4, shape)
+
+
+def _from_units(laid_out: Tensor, unit: int, shape: torch.Size) -> Tensor:
     k, c, r, s = shape
-    pairs = -(-c // 2)
-    sizes = [2 * pairs * r * s * min(nr(), whole_vectors(k) - first) for first in range(0, k, nr())]
-    parts = [part.view(r, s, pairs, -1, 2) for part in laid_out.split(sizes)]
+    units = -(-c // unit)
+    panels = [min(nr(), whole_vectors(k) - first) for first in range(0, k, nr())]
+    sizes = [unit * units * r * s * panel for panel in panels]
+    parts = [part.view(r, s, units, -1, unit) for part in laid_out.split(sizes)]
     weight = torch.cat(parts, -2)[..., :k, :].permute(3, 2, 4, 0, 1).flatten(1, 2)[:, :c]
     return weight.contiguous(memory_format=torch.channels_last)
 
@@ -90,6 +111,11 @@ def _shuffled(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
 def per_channel(v: Tensor) -> Tensor:
     """Returns [K] as float32, padded with zeros to a whole number of vectors."""
     return _to_lanes(v.float()).contiguous()
+
+
+def integers_per_channel(v: Tensor) -> Tensor:
+    """Returns [K] as int32, padded with zeros to a whole number of vectors."""
+    return _to_lanes(v.to(torch.int32)).contiguous()
 
 
 def _to_lanes(t: Tensor, dim: int = 0) -> Tensor:

@@ -12,13 +12,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-# math mode -> (storage, bytes of an element); accumulation is fp32 in all of them
+# math mode -> (storage, bytes of an element); accumulation is fp32 in all of them but int8's
 MATH_MODES: dict[str, tuple[torch.dtype, int]] = {
     "ieee": (torch.float32, 4),
     "tf32": (torch.float32, 4),
     "fp16": (torch.float16, 2),
     "bf16": (torch.bfloat16, 2),
+    "int8": (torch.uint8, 1),
+    "int8_fp32": (torch.uint8, 1),  # the output is float32
 }
+FLOAT_MODES = {mode: MATH_MODES[mode] for mode in ("ieee", "tf32", "fp16", "bf16")}
 
 Pair = tuple[int, int]  # (vertical, horizontal)
 Residual = Literal["none", "before", "after"]  # added before or after the activation
@@ -65,9 +68,8 @@ class Epilogue(NamedTuple):
     """What is done to the sums before they are stored: act(sums + bias + residual), or
     act(sums + bias) + residual.
 
-    It holds no numbers: bias, residual and the activation's slope are tensors beside x. int8's
-    scales would be one more, a factor for each channel's sums, with a field here that says whether
-    there is one, since a kernel is compiled with or without it.
+    It holds no numbers: bias, residual and the activation's slope are tensors beside x, and so are
+    int8's scales, a factor for each channel's sums, which the dtypes say are there.
     """
 
     activation: str = "identity"  # a name in ACTIVATIONS
@@ -88,12 +90,12 @@ class Epilogue(NamedTuple):
 class Dtypes(NamedTuple):
     """The dtypes of a convolution's tensors and of its sums.
 
-    They may differ: where fp32 becomes bf16 inside a network, `output` is not `input`; int8 would
-    be (uint8, int8, uint8, int32), and a row in MATH_MODES.
+    They may differ: where fp32 becomes bf16 inside a network, `output` is not `input`; those of
+    int8 are (uint8, int8, uint8, int32), and its output may be float32.
     """
 
     input: torch.dtype
-    weight: torch.dtype  # and the bias's
+    weight: torch.dtype  # and the bias's, but with int8 that is float32
     output: torch.dtype  # and the residual's
     accumulator: torch.dtype
     tf32: bool = False  # float32 operands are rounded to TF32 to be multiplied
@@ -101,12 +103,14 @@ class Dtypes(NamedTuple):
     @property
     def math_mode(self) -> str:
         """How the operands are multiplied, a name in MATH_MODES."""
+        if self.weight == torch.int8:
+            return "int8" if self.output == torch.uint8 else "int8_fp32"
         return "tf32" if self.tf32 else _mode_of(self.weight)
 
 
 def _mode_of(dtype: torch.dtype) -> str:
-    """The first math mode that stores `dtype`."""
-    for mode, (stored, _) in MATH_MODES.items():
+    """The first math mode of floats that stores `dtype`."""
+    for mode, (stored, _) in FLOAT_MODES.items():
         if stored == dtype:
             return mode
     raise ValueError(
@@ -131,7 +135,10 @@ def math_mode_of(dtype: torch.dtype, device: torch.device | None = None) -> str:
 
 _DTYPES = {
     mode: Dtypes(stored, stored, stored, torch.float32, mode == "tf32")
-    for mode, (stored, _) in MATH_MODES.items()
+    for mode, (stored, _) in FLOAT_MODES.items()
+} | {
+    "int8": Dtypes(torch.uint8, torch.int8, torch.uint8, torch.int32),
+    "int8_fp32": Dtypes(torch.uint8, torch.int8, torch.float32, torch.int32),
 }
 
 
@@ -283,7 +290,8 @@ class ConvProblem:
         k, c, r, s = self.weight_shape
         pixels = round(self.n * self.c * self.h * self.w * self.pixels_read)
         read = self.dtypes.input.itemsize * pixels
-        read += self.dtypes.weight.itemsize * (k * c * r * s + k)
+        read += self.dtypes.weight.itemsize * k * c * r * s
+        read += (4 if self.dtypes.weight == torch.int8 else self.dtypes.weight.itemsize) * k  # bias
         return read + self._output_bytes * self.residual
 
     @property

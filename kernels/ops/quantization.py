@@ -46,9 +46,8 @@ class Quantization:
         scale = _as_float32(self.scale)
         tiny = torch.finfo(torch.float32).tiny
         if not (math.isfinite(scale) and tiny <= scale <= 1 / tiny):
-            raise ValueError(
-                f"argument scale: {self.scale!r}; accepted: {tiny:.3g}..{1 / tiny:.3g}"
-            )
+            accepted = f"{tiny:.3g}..{1 / tiny:.3g}"
+            raise ValueError(f"argument scale: {self.scale!r}; accepted: {accepted}")
         whole = isinstance(self.zero_point, int) and not isinstance(self.zero_point, bool)
         if not (whole and 0 <= self.zero_point <= LARGEST):
             raise ValueError(f"argument zero_point: {self.zero_point!r}; accepted: 0..{LARGEST}")

@@ -4,12 +4,14 @@
 // Algorithm", 2019, but with the pointers computed as they are needed).
 //
 // Packed weights: for each group, panels of up to NR output channels, in each [R, S, units of C,
-// panel]. Of an odd number of channels the last unit is half empty: its other weight is zero, and no
-// value is read for it.
-// Scratch of a thread: partial sums [block, NR].
+// panel]. Where channels do not fill the last unit, its other weights are zero, and no values are
+// read for them.
+// Scratch of a thread: partial sums [block, NR], of uint8 integers.
 #pragma once
 
 #include <cstddef>
+#include <cstring>
+#include <mutex>
 
 #include "base/dcheck.h"
 #include "epilogue.h"
@@ -17,17 +19,34 @@
 #include "base/storage.h"
 #include "tile.h"
 
-// Zeros for pointers to padding. Python refuses convolutions with longer rows.
+// For pointers to padding. Python refuses convolutions with longer rows.
 constexpr long MAX_ROW = 1 << 14;
+
+#if !defined(RESFUSE_U8)
 static const Value zeros[MAX_ROW] = {};
+static inline const Value* padding_of(const Step&) { return zeros; }
+static inline void prepare_padding(const Step&) {}
+#else
+// A row for each zero point, filled when a convolution first needs it. glibc's call_once, unlike a
+// lock, survives a fork in the middle of it.
+static Value zero_points[256][MAX_ROW];
+static std::once_flag filled[256];
+static inline const Value* padding_of(const Step& s) { return zero_points[s.x_zero]; }
+static inline void prepare_padding(const Step& s) {
+  const int zero = static_cast<int>(s.x_zero);
+  if (zero == 0) return;
+  std::call_once(filled[zero], [=] { std::memset(zero_points[zero], zero, MAX_ROW); });
+}
+#endif
 
 template <long M>
 struct Windows {
   const Value* corner[M];  // the address of the window's first tap, inside or not
   long h[M], w[M];
   bool inside = true;  // whether no window hangs over the edge
+  const Value* const padding;
 
-  Windows(const Step& s, long pixel, long channel) {
+  Windows(const Step& s, long pixel, long channel) : padding(padding_of(s)) {
     long q = pixel % s.Q, row = pixel / s.Q, p = row % s.P, image = row / s.P;
     for (long m = 0; m < M; m++) {
       h[m] = p * s.stride_h - s.pad_h;
@@ -45,7 +64,7 @@ struct Windows {
     for (long m = 0; m < M; m++) {
       bool there = inside || (static_cast<size_t>(h[m] + dh) < static_cast<size_t>(s.H) &&
                               static_cast<size_t>(w[m] + dw) < static_cast<size_t>(s.W));
-      x[m] = there ? corner[m] + (dh * s.W + dw) * s.x_pitch : zeros;
+      x[m] = there ? corner[m] + (dh * s.W + dw) * s.x_pitch : padding;
     }
   }
 };
@@ -75,40 +94,48 @@ static inline long direct_scratch_floats(const Step& s) {
   return saved ? s.block * NR : 0;
 }
 
-// Adds the products of `depth` units of each row and, if `half`, of half of one more. Returns the
-// end of their weights.
+// What sums begin with: the bias or, of uint8, which adds it behind the scale, what x's zero point
+// contributes to the products.
+#if !defined(RESFUSE_U8)
+static inline const float* first_sums(const Step& s, long k) { return s.bias + k; }
+#else
+static inline const int* first_sums(const Step& s, long k) { return s.offset + k; }
+#endif
+
+// Adds the products of `depth` units of each row and of the first `rest` channels of one more.
+// Returns the end of their weights.
 template <class Tile, long M = Tile::rows>
 static ALWAYS_INLINE const Unit* accumulate_row(Tile& tile, const Value* const* x, const Unit* w,
-                                                long depth, bool half, const Unit* next_w,
+                                                long depth, long rest, const Unit* next_w,
                                                 const Prefetch& next) {
   const Unit* row[M];
   UNROLLED for (long m = 0; m < M; m++) row[m] = as_units(x[m]);
   w = tile.accumulate(row, w, depth, next_w, next);
-  return UNIT > 1 && half ? tile.accumulate_half(row, depth, w) : w;
+  return UNIT > 1 && rest ? tile.accumulate_first(row, depth, w, rest) : w;
 }
 
 // Computes a panel with all weights in one pass, where there are few of them (a stem's three
 // channels, groups of 32). Where a window hangs over no edge, each of its rows is one long sum.
 static void direct_one_pass(const Step& s, const PanelTask& task, const Unit* weights) {
   const long channels = s.C / s.groups, C = channels / UNIT;
-  const bool half = channels % UNIT;  // one more unit, half empty
-  const bool rows = s.dilation_w == 1 && s.x_pitch == channels && !half;
+  const long rest = channels % UNIT;  // of one more unit
+  const bool rows = s.dilation_w == 1 && s.x_pitch == channels && !rest;
   for_each_tile_of_width(task.panel, task.from, task.to, [&]<long M, long N>(long pixel) {
     const Windows<M> windows(s, pixel, task.channel);
     const bool whole = rows && windows.inside;
     const long taps = whole ? 1 : s.S, depth = whole ? s.S * C : C;
-    Tile<M, N> tile;
-    tile.init(s.bias + task.k);
-    DCHECK(windows.inside || UNIT * depth + half <= MAX_ROW);
+    Tile<M, N, SumInMemory> tile;
+    tile.init(first_sums(s, task.k));
+    DCHECK(windows.inside || UNIT * depth + rest <= MAX_ROW);
     const Value* x[M];
     const Unit* w = weights;
     for (long r = 0; r < s.R; r++) {
       for (long tap = 0; tap < taps; tap++) {
         windows.tap(s, r, tap, x);
-        w = accumulate_row(tile, x, w, depth, half, nullptr, Prefetch{});
+        w = accumulate_row(tile, x, w, depth, rest, nullptr, Prefetch{});
       }
     }
-    epilogue<M, N>(s, tile.acc, pixel, task.k);
+    epilogue_of_sums<M, N>(s, tile.acc, pixel, task.k);
   });
 }
 
@@ -119,7 +146,7 @@ static void direct_one_pass(const Step& s, const PanelTask& task, const Unit* we
 // many channels has slices of 2 * KC: to save half as many partial sums makes it 1.01 to 1.05 times
 // faster from 512 channels on.
 static void direct_sliced(const Step& s, const PanelTask& task, const Unit* w,
-                          float* partial_sums) {
+                          SumInMemory* partial_sums) {
   const long channels = s.C / s.groups, C = units_of(channels), parts = slices_per_tap(s);
   const long slices = s.R * s.S * parts;
   const bool pointwise = s.R * s.S * s.stride_h * s.stride_w == 1 && !s.pad_h && !s.pad_w;
@@ -127,12 +154,12 @@ static void direct_sliced(const Step& s, const PanelTask& task, const Unit* w,
     const long tap = i / parts, c = C * (i % parts) / parts;
     const long depth = C * (i % parts + 1) / parts - c;
     const bool first = i == 0, last = i + 1 == slices;
-    const bool half = channels % UNIT && c + depth == C;  // the last unit is half empty
+    const long rest = c + depth == C ? channels % UNIT : 0;  // of the last unit
     WeightPrefetch<Unit> next_w(w + depth * task.panel, depth * task.panel);
     for_each_tile_of_width(task.panel, task.from, task.to, [&]<long M, long N>(long pixel) {
-      float* const partial = partial_sums + (pixel - task.from) * NR;
-      Tile<M, N> tile;
-      tile.init(first ? s.bias + task.k : nullptr);
+      SumInMemory* const partial = partial_sums + (pixel - task.from) * NR;
+      Tile<M, N, SumInMemory> tile;
+      tile.init(first ? first_sums(s, task.k) : nullptr);
       const Value* x[M];
       const long channel = task.channel + UNIT * c;
       if (pointwise) {
@@ -142,17 +169,17 @@ static void direct_sliced(const Step& s, const PanelTask& task, const Unit* w,
       }
       Prefetch next{M * s.stride_w * s.x_pitch / UNIT};
       if (last) {
-        next.y = s.y + (pixel + M) * s.y_pitch + task.k;
-        next.y_pitch = s.y_pitch;
+        next.y = place_in_y(s, pixel + M, task.k);
+        next.y_pitch = s.y_pitch * y_values(s);
         if (s.residual && s.residual != s.y) {
           next.residual = s.residual + (pixel + M) * s.residual_pitch + task.k;
           next.residual_pitch = s.residual_pitch;
         }
       }
-      accumulate_row(tile, x, w, depth - half, half, next_w.take(depth), next);
+      accumulate_row(tile, x, w, depth - (rest > 0), rest, next_w.take(depth), next);
       if (!first) tile.accumulate_partial(partial);
       if (last) {
-        epilogue<M, N>(s, tile.acc, pixel, task.k);
+        epilogue_of_sums<M, N>(s, tile.acc, pixel, task.k);
       } else {
         tile.save_partial(partial);
       }
@@ -167,7 +194,9 @@ static inline long direct_panels(const Step& s) {
 }
 
 static void conv_direct(const Step& s, const Range& pixels, const Range& all_panels,
-                        float* partial_sums) {
+                        float* scratch) {
+  SumInMemory* const partial_sums = reinterpret_cast<SumInMemory*>(scratch);
+  prepare_padding(s);
   const long C = s.C / s.groups, K = s.K / s.groups;
   const long panels = (K + NR - 1) / NR, taps = s.R * s.S * units_of(C);
   const Unit* const weights = reinterpret_cast<const Unit*>(s.w);

@@ -3,7 +3,8 @@
 // a group. Product i of lane l takes input channel l ^ i, so that the first product needs no
 // shuffle.
 //
-// Packed weights, float32: for each vector of output channels [R, S, i, LANES].
+// Packed weights, float32: for each vector of output channels [R, S, i, LANES]. Those of uint8 are
+// integers, and so are its sums: Python refuses convolutions with sums that float32 would round.
 #pragma once
 
 #include "conv_direct.h"
@@ -21,6 +22,15 @@ static inline Floats input_of(Floats channels, long i) {
   return shuffle(channels, lanes);
 }
 
+// What sums begin with, as in direct convolutions.
+static ALWAYS_INLINE Floats first_of_grouped(const Step& s, long k) {
+#if defined(RESFUSE_U8)
+  return as_floats(load(s.offset + k));
+#else
+  return load(s.bias + k);
+#endif
+}
+
 template <long GROUP>
 static void grouped_pixels(const Step& s, long from, long to) {
   const long taps = s.R * s.S;
@@ -31,16 +41,18 @@ static void grouped_pixels(const Step& s, long from, long to) {
     const float* w = s.w;
     for (long k = 0; k < s.K; k += LANES) {
       Floats acc[M][1];
-      UNROLLED for (long m = 0; m < M; m++) acc[m][0] = load(s.bias + k);
+      UNROLLED for (long m = 0; m < M; m++) acc[m][0] = first_of_grouped(s, k);
       for (long tap = 0; tap < taps; tap++) {
         Floats value[M];
         UNROLLED for (long m = 0; m < M; m++) value[m] = load(x[tap][m] + k);
         UNROLLED for (long i = 0; i < GROUP; i++, w += LANES) {
           const Floats weight = load(w);
-          UNROLLED for (long m = 0; m < M; m++) acc[m][0] += input_of(value[m], i) * weight;
+          UNROLLED for (long m = 0; m < M; m++) {
+            acc[m][0] = multiply_add(acc[m][0], input_of(value[m], i), weight);
+          }
         }
       }
-      epilogue<M, 1>(s, acc, pixel, k);
+      epilogue_of_sums<M, 1>(s, acc, pixel, k);
     }
   });
 }
@@ -57,13 +69,13 @@ static void grouped_row(const Step& s, long pixel) {
     const long h = p + r * s.dilation_h;
     for (long j = 0; j < M + 2; j++) {
       const bool there = h >= 0 && h < s.H && q + j >= 0 && q + j < s.W;
-      x[r][j] = there ? s.x + ((image * s.H + h) * s.W + q + j) * s.x_pitch : zeros;
+      x[r][j] = there ? s.x + ((image * s.H + h) * s.W + q + j) * s.x_pitch : padding_of(s);
     }
   }
   const float* w = s.w;
   for (long k = 0; k < s.K; k += LANES) {
     Floats acc[M][1];
-    UNROLLED for (long m = 0; m < M; m++) acc[m][0] = load(s.bias + k);
+    UNROLLED for (long m = 0; m < M; m++) acc[m][0] = first_of_grouped(s, k);
     for (long r = 0; r < 3; r++, w += 3 * GROUP * LANES) {
       UNROLLED for (long i = 0; i < GROUP; i++) {
         Floats weight[3];
@@ -71,12 +83,14 @@ static void grouped_row(const Step& s, long pixel) {
         UNROLLED for (long j = 0; j < M + 2; j++) {
           const Floats v = input_of(load(x[r][j] + k), i);
           UNROLLED for (long t = 0; t < 3; t++) {
-            if (j - t >= 0 && j - t < M) acc[j - t][0] += v * weight[t];
+            if (j - t >= 0 && j - t < M) {
+              acc[j - t][0] = multiply_add(acc[j - t][0], v, weight[t]);
+            }
           }
         }
       }
     }
-    epilogue<M, 1>(s, acc, pixel, k);
+    epilogue_of_sums<M, 1>(s, acc, pixel, k);
   }
 }
 
@@ -109,6 +123,7 @@ static void grouped_range(const Step& s, const Range& pixels) {
 static void conv_grouped(const Step& s, const Range& pixels) {
   DCHECK(0 <= pixels.from && pixels.to <= s.N * s.P * s.Q);
   DCHECK(s.R * s.S <= MAX_TAPS && s.K <= MAX_ROW);
+  prepare_padding(s);
   switch (s.C / s.groups) {
     case 1: grouped_range<1>(s, pixels); break;
     case 2: grouped_range<2>(s, pixels); break;

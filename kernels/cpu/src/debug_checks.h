@@ -25,6 +25,7 @@ static void convolution(const Step& s) {
   DCHECK(s.groups > 0 && s.C % s.groups == 0 && s.K % s.groups == 0);
   DCHECK(s.K % LANES == 0);
   DCHECK(s.w && s.bias);
+  if (STORAGE == U8) DCHECK(s.kind != WINOGRAD && s.scale && s.offset);
   DCHECK(0 <= s.unstored && s.unstored < LANES && (s.unstored == 0 || s.groups == 1));
   DCHECK(s.x_pitch >= s.C && s.y_pitch >= s.K - s.unstored);
   if (s.kind == DIRECT) {
@@ -71,8 +72,28 @@ static void map(const Step& s) {
 }
 
 static void conversion(const Step& s) {
-  DCHECK(STORAGE == BF16 && s.N > 0 && s.P > 0 && s.Q > 0 && s.C > 0);
+  DCHECK(STORAGE != FP32 && (s.kind == TO_FP32 || s.kind == (STORAGE == U8 ? TO_U8 : TO_BF16)));
+  DCHECK(s.N > 0 && s.P > 0 && s.Q > 0 && s.C > 0);
   DCHECK(s.x_pitch >= s.C && s.K >= s.C && s.y_pitch >= s.K && s.unstored == 0);
+}
+
+static bool is_positive(float scale) { return scale > 0 && scale < __builtin_inff(); }
+static bool is_value(long number) { return 0 <= number && number <= 255; }
+
+// Checks what uint8 needs beside; max-pools and picks store what they read.
+static void quantization(const Step& s) {
+  DCHECK(STORAGE == U8 || s.y_fp32 == 0);
+  if (STORAGE != U8) return;
+  DCHECK(is_value(s.x_zero) && is_value(s.y_zero) && is_value(s.residual_zero));
+  const bool scales = is_convolution(s), copies = s.kind == MAX_POOL || s.kind == PICK;
+  if (!scales && !copies && s.kind != TO_U8) DCHECK(is_positive(s.x_scale));
+  if (!copies && s.kind != TO_FP32 && !s.y_fp32) DCHECK(is_positive(s.y_inverse_scale));
+  if (s.residual || s.residual_local >= 0) DCHECK(is_positive(s.residual_scale));
+  if (s.y_fp32) {
+    DCHECK(scales || s.kind == MEAN || s.kind == AFFINE || s.kind == AVERAGE_POOL);
+    DCHECK(s.y_local < 0 && (!s.residual || s.residual != s.y));
+  }
+  DCHECK(s.kind != LAYER_NORM);
 }
 
 // Checks a step, fused or not.
@@ -80,12 +101,13 @@ static void kernel(const Step& s) {
   DCHECK(s.length == 0 && s.storage == STORAGE);
   if (is_convolution(s)) {
     convolution(s);
-  } else if (s.kind == TO_BF16 || s.kind == TO_FP32) {
+  } else if (s.kind == TO_BF16 || s.kind == TO_FP32 || s.kind == TO_U8) {
     conversion(s);
   } else {
     DCHECK((s.kind >= DIRECT && s.kind <= PICK) || s.kind == LAYER_NORM);
     map(s);
   }
+  quantization(s);
   DCHECK(s.activation >= IDENTITY && s.activation <= GELU_TANH);
   DCHECK(s.activation != SLOPE || s.slope);
   DCHECK(s.x || s.x_local >= 0);

@@ -13,14 +13,63 @@
 template <long M, long N>
 using Sums = Floats[M][N];
 
+// How many values y's elements take: 4 where they are float32 in the library for uint8.
+static ALWAYS_INLINE long y_values(const Step& s) {
+  return STORAGE == U8 && s.y_fp32 ? static_cast<long>(sizeof(float)) : 1;
+}
+static ALWAYS_INLINE Value* place_in_y(const Step& s, long pixel, long k) {
+  return s.y + (pixel * s.y_pitch + k) * y_values(s);
+}
+
+#if defined(RESFUSE_U8)
+// What a residual's values stand for.
+struct Residual {
+  Floats zero, scale;
+  ALWAYS_INLINE explicit Residual(const Step& s)
+      : zero(broadcast(static_cast<float>(s.residual_zero))), scale(broadcast(s.residual_scale)) {}
+  ALWAYS_INLINE Floats operator()(Floats v) const { return (v - zero) * scale; }
+};
+#else
+struct Residual {
+  ALWAYS_INLINE explicit Residual(const Step&) {}
+  ALWAYS_INLINE Floats operator()(Floats v) const { return v; }
+};
+#endif
+
 template <long M, long N>
 static ALWAYS_INLINE void add_residual(const Step& s, Sums<M, N>& sums, long pixel, long k,
                                        long last) {
+  const Residual real(s);
   UNROLLED for (long m = 0; m < M; m++) {
     const Value* const from = s.residual + (pixel + m) * s.residual_pitch + k;
-    UNROLLED for (long n = 0; n + 1 < N; n++) sums[m][n] += load(from + n * LANES);
-    sums[m][N - 1] += load_first(from + (N - 1) * LANES, last);
+    UNROLLED for (long n = 0; n + 1 < N; n++) sums[m][n] += real(load(from + n * LANES));
+    sums[m][N - 1] += real(load_first(from + (N - 1) * LANES, last));
   }
+}
+
+template <long M, long N, class To, class Of>
+static ALWAYS_INLINE void store_tile(const Sums<M, N>& sums, To* to, long pitch, long last,
+                                     const Of& stored) {
+  UNROLLED for (long m = 0; m < M; m++, to += pitch) {
+    UNROLLED for (long n = 0; n + 1 < N; n++) store(to + n * LANES, stored(sums[m][n]));
+    store_first(to + (N - 1) * LANES, stored(sums[m][N - 1]), last);
+  }
+}
+
+template <long M, long N>
+static ALWAYS_INLINE void store_results(const Step& s, const Sums<M, N>& sums, long pixel, long k,
+                                        long last) {
+  Value* const to = place_in_y(s, pixel, k);
+  const auto same = [](Floats v) ALWAYS_INLINE_LAMBDA { return v; };
+#if defined(RESFUSE_U8)
+  if (!s.y_fp32) {
+    store_tile<M, N>(sums, to, s.y_pitch, last, Quantizer(s.y_inverse_scale, s.y_zero));
+  } else {
+    store_tile<M, N>(sums, reinterpret_cast<float*>(to), s.y_pitch, last, same);
+  }
+#else
+  store_tile<M, N>(sums, to, s.y_pitch, last, same);
+#endif
 }
 
 template <long M, long N, class Function>
@@ -79,11 +128,7 @@ static ALWAYS_INLINE void finish(const Step& s, Sums<M, N>& sums, long pixel, lo
   if (s.residual && !s.residual_last) add_residual<M, N>(s, sums, pixel, k, last);
   activate<M, N>(s, sums, k);
   if (s.residual && s.residual_last) add_residual<M, N>(s, sums, pixel, k, last);
-  UNROLLED for (long m = 0; m < M; m++) {
-    Value* const to = s.y + (pixel + m) * s.y_pitch + k;
-    UNROLLED for (long n = 0; n + 1 < N; n++) store(to + n * LANES, sums[m][n]);
-    store_first(to + (N - 1) * LANES, sums[m][N - 1], last);
-  }
+  store_results<M, N>(s, sums, pixel, k, last);
 }
 
 // Out of line, once for all kernels.
@@ -108,3 +153,35 @@ static ALWAYS_INLINE void epilogue(const Step& s, Sums<M, N>& sums, long pixel, 
     finish<M, N>(s, sums, pixel, k, LANES);
   }
 }
+
+// The same for the sums of a convolution's products: of uint8 integers, with the bias still to be
+// added.
+#if !defined(RESFUSE_U8)
+template <long M, long N>
+static ALWAYS_INLINE void epilogue_of_sums(const Step& s, Sums<M, N>& sums, long pixel, long k) {
+  epilogue<M, N>(s, sums, pixel, k);
+}
+#else
+template <long M, long N, class OfSum>
+static ALWAYS_INLINE void epilogue_of_scaled(const Step& s, const OfSum& number, long pixel,
+                                             long k) {
+  Sums<M, N> real;
+  UNROLLED for (long n = 0; n < N; n++) {
+    const Floats scale = load(s.scale + k + n * LANES), bias = load(s.bias + k + n * LANES);
+    UNROLLED for (long m = 0; m < M; m++) real[m][n] = number(m, n) * scale + bias;
+  }
+  epilogue<M, N>(s, real, pixel, k);
+}
+template <long M, long N>
+static ALWAYS_INLINE void epilogue_of_sums(const Step& s, const Ints (&sums)[M][N], long pixel,
+                                           long k) {
+  const auto number = [&](long m, long n) ALWAYS_INLINE_LAMBDA { return as_floats(sums[m][n]); };
+  epilogue_of_scaled<M, N>(s, number, pixel, k);
+}
+template <long M, long N>  // integers in float32, of grouped convolutions
+static ALWAYS_INLINE void epilogue_of_sums(const Step& s, const Sums<M, N>& sums, long pixel,
+                                           long k) {
+  const auto number = [&](long m, long n) ALWAYS_INLINE_LAMBDA { return sums[m][n]; };
+  epilogue_of_scaled<M, N>(s, number, pixel, k);
+}
+#endif

@@ -1,5 +1,5 @@
 // Normalises the channels of each pixel: y = (x - mean) / sqrt(variance + eps) * w + bias, NHWC.
-// Sums are float32. The variance is of differences from the mean, and what rounding has left of the
+// Sums are float32. There is none in uint8. The variance is of differences from the mean, and what rounding has left of the
 // mean in them is taken out of both, so that a large mean costs no digits.
 #pragma once
 
@@ -12,6 +12,9 @@ static RowRange layer_norm_range(const Step& s, long range, long ranges) {
   return RowRange(s.N * s.P * s.Q, 1, range, ranges, 12 * s.K);
 }
 
+#if defined(RESFUSE_U8)
+static void layer_norm(const Step&, const Range&) { __builtin_trap(); }
+#else
 static ALWAYS_INLINE float sum_of_lanes(Floats v) {
   for (long half = LANES / 2; half > 0; half /= 2) {
     for (long lane = 0; lane < half; lane++) v[lane] += v[lane + half];
@@ -58,3 +61,4 @@ static void layer_norm(const Step& s, const Range& pixels) {
     });
   }
 }
+#endif

@@ -2,7 +2,7 @@
 // (kernels/cpu/program.py has the same fields and compares their offsets with those in exports.h).
 //
 // Contract of every step:
-// - Tensors are NHWC, of the library's `Value`. A pixel's channels are contiguous, pixels are `pitch`
+// - Tensors are NHWC, of the library's `Value`, but for what conversions and `y_fp32` say. A pixel's channels are contiguous, pixels are `pitch`
 //   values apart. Bias, slope, scale and the tables of pools are float32, and so are the weights of
 //   grouped convolutions; those of Winograd are values, those of direct ones units of channels
 //   (storage.h).
@@ -31,9 +31,10 @@ enum Kind : long {
   PICK = 7,
   CHAIN = 8,       // the `length` steps behind this one, fused block by block (fused_chain.h)
   ROW_FUSED = 9,  // the `length` steps behind this one, fused by strips of rows (fused_rows.h)
-  TO_BF16 = 10,   // x is float32 (convert.h; in the library for bfloat16 alone, as TO_FP32)
-  TO_FP32 = 11,   // y is float32
+  TO_BF16 = 10,   // x is float32 (convert.h; in the library for bfloat16 alone)
+  TO_FP32 = 11,   // y is float32 (in the libraries for bfloat16 and uint8)
   LAYER_NORM = 12,  // over the channels of each pixel; slope[0] is its eps
+  TO_U8 = 13,       // x is float32 (in the library for uint8 alone)
 };
 
 enum Activation : long {
@@ -71,6 +72,14 @@ struct Step {
   // for a value at its address.
   long x_local, residual_local, y_local;
   Storage storage;  // of the library that runs it
+  // Values in uint8 stand for scale * (value - zero): see kernels/ops/quantization.py. The sums of a
+  // convolution begin with offset[k] = -x_zero * the sum of channel k's weights, and are multiplied
+  // by scale[k], that of x times that of those weights; it has no use for x_scale.
+  const float* scale;
+  const int* offset;
+  long x_zero, y_zero, residual_zero;
+  long y_fp32;  // whether y is float32: of convolutions, MEAN, AVERAGE_POOL and AFFINE
+  float x_scale, y_inverse_scale, residual_scale;
 };
 
 static inline bool is_convolution(const Step& s) { return s.kind <= GROUPED; }
@@ -84,4 +93,6 @@ static inline bool is_convolution(const Step& s) { return s.kind <= GROUPED; }
   FIELD(dilation_w) FIELD(groups) FIELD(x_pitch) FIELD(residual_pitch) FIELD(y_pitch)         \
   FIELD(unstored)                                                                             \
   FIELD(activation) FIELD(residual_last) FIELD(by_channel) FIELD(block) FIELD(scratch_pitch)  \
-  FIELD(length) FIELD(rows) FIELD(x_local) FIELD(residual_local) FIELD(y_local) FIELD(storage)
+  FIELD(length) FIELD(rows) FIELD(x_local) FIELD(residual_local) FIELD(y_local) FIELD(storage)  \
+  FIELD(scale) FIELD(offset) FIELD(x_zero) FIELD(y_zero) FIELD(residual_zero) FIELD(y_fp32)     \
+  FIELD(x_scale) FIELD(y_inverse_scale) FIELD(residual_scale)

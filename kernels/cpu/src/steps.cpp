@@ -55,6 +55,7 @@ class StepWork final : public team::Work {
       case AVERAGE_POOL:
       case PICK: return pool_range(s, range, ranges).partition.pieces;
       case TO_BF16:
+      case TO_U8:
       case TO_FP32: return convert_range(s, range, ranges).partition.pieces;
     }
     return 0;
@@ -72,7 +73,8 @@ class StepWork final : public team::Work {
         return fused_rows_piece(step_, range, ranges, i, at.slot, scratch_contents.rows);
       case DIRECT: return direct_piece(s, range, ranges, i, scratch);
       case WINOGRAD:
-        return winograd_piece(s, range, ranges, i, scratch, scratch_contents.tiles);
+        if constexpr (STORAGE != U8) winograd_piece(s, range, ranges, i, scratch, scratch_contents.tiles);
+        return;
       case GROUPED: return grouped_piece(s, range, ranges, i);
       case MAX_POOL: return max_pool(s, pool_range(s, range, ranges).piece(i));
       case MEAN: return global_mean(s, mean_range(s, range, ranges).piece(i));
@@ -82,6 +84,7 @@ class StepWork final : public team::Work {
       case PICK: return pick(s, pool_range(s, range, ranges).piece(i));
       case TO_BF16: return to_bf16(s, convert_range(s, range, ranges).piece(i));
       case TO_FP32: return to_fp32(s, convert_range(s, range, ranges).piece(i));
+      case TO_U8: return to_u8(s, convert_range(s, range, ranges).piece(i));
     }
   }
 };

@@ -21,27 +21,40 @@ struct Prefetch {
   long y_pitch = 0, residual_pitch = 0;
 };
 
-template <long M, long N>
+template <class Number>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef Floats type;
+};
+template <>
+struct VectorOf<int> {
+  typedef Ints type;
+};
+
+// `Number` is float or, of the products of uint8, int.
+template <long M, long N, class Number = float>
 struct Tile {
-  Floats acc[M][N];
+  typedef typename VectorOf<Number>::type Vector;
+  Vector acc[M][N];
 
   static constexpr long rows = M, columns = N * LANES;
 
-  ALWAYS_INLINE void init(const float* bias) {
+  ALWAYS_INLINE void init(const Number* first) {
     UNROLLED for (long m = 0; m < M; m++) {
-      UNROLLED for (long n = 0; n < N; n++) acc[m][n] = bias ? load(bias + n * LANES) : Floats{};
+      UNROLLED for (long n = 0; n < N; n++) acc[m][n] = first ? load(first + n * LANES) : Vector{};
     }
   }
 
   // Partial sums are M rows of NR. Each slice of channels is summed up by itself and then added to
   // them: a single long sum is further from fp64 (1.5e-6 against 2.6e-7 for a 3x3 of 512 channels).
-  ALWAYS_INLINE void accumulate_partial(const float* from) {
+  ALWAYS_INLINE void accumulate_partial(const Number* from) {
     UNROLLED for (long m = 0; m < M; m++) {
       UNROLLED for (long n = 0; n < N; n++) acc[m][n] += load(from + m * NR + n * LANES);
     }
   }
 
-  ALWAYS_INLINE void save_partial(float* to) const {
+  ALWAYS_INLINE void save_partial(Number* to) const {
     UNROLLED for (long m = 0; m < M; m++) {
       UNROLLED for (long n = 0; n < N; n++) store(to + m * NR + n * LANES, acc[m][n]);
     }
@@ -93,28 +106,51 @@ struct Tile {
   // acc += row[m][c] @ w[N * LANES]
   template <class Element, class Weight>
   ALWAYS_INLINE void accumulate_unit(const Element* const* row, long c, const Weight* w) {
-    decltype(load(w)) weight[N];
-    UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
-    UNROLLED for (long m = 0; m < M; m++) {
-      UNROLLED for (long n = 0; n < N; n++) {
-        acc[m][n] = multiply_add(acc[m][n], read(row[m] + c), weight[n]);
-      }
-    }
+    accumulate_read(w, [&](long m) ALWAYS_INLINE_LAMBDA { return read(row[m] + c); });
   }
 
-  // The same for the first half of a unit: what lies behind it in a row is not read. Returns the
-  // end of its weights.
+  // The same for the first `count` channels of a unit: what lies behind them in a row is not read.
+  // Returns the end of its weights.
   template <class Element>
-  ALWAYS_INLINE const Element* accumulate_half(const Element* const* row, long c,
-                                               const Element* w) {
-    decltype(load(w)) weight[N];
-    UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
+  ALWAYS_INLINE const Element* accumulate_first(const Element* const* row, long c,
+                                                const Element* w, long count) {
+    accumulate_read(w, [&](long m) ALWAYS_INLINE_LAMBDA { return read_first(row[m] + c, count); });
+    return w + columns;
+  }
+
+#if defined(RESFUSE_U8_BY_HALVES)
+  // The products of the even (HALF 0) or odd channels of a unit: all at once would need 19
+  // registers of AVX2's 16.
+  template <long HALF, class OfRow>
+  ALWAYS_INLINE void accumulate_half(const Unit* w, const OfRow& of_row) {
+    Shorts weight[N];
+    UNROLLED for (long n = 0; n < N; n++) weight[n] = half_of_weights<HALF>(load(w + n * LANES));
     UNROLLED for (long m = 0; m < M; m++) {
-      UNROLLED for (long n = 0; n < N; n++) {
-        acc[m][n] = multiply_add(acc[m][n], read_half(row[m] + c), weight[n]);
+      const Shorts x = half_of_values<HALF>(of_row(m));
+      UNROLLED for (long n = 0; n < N; n++) acc[m][n] = multiply_add(acc[m][n], x, weight[n]);
+    }
+  }
+#endif
+
+  // acc += of_row(m) @ w[N * LANES]
+  template <class Weight, class OfRow>
+  ALWAYS_INLINE void accumulate_read(const Weight* w, const OfRow& of_row) {
+#if defined(RESFUSE_U8_BY_HALVES)
+    if constexpr (sizeof(Weight) == sizeof(Unit)) {
+      accumulate_half<0>(w, of_row);
+      KEEP_ORDER();
+      accumulate_half<1>(w, of_row);
+    } else
+#endif
+    {
+      decltype(load(w)) weight[N];
+      UNROLLED for (long n = 0; n < N; n++) weight[n] = load(w + n * LANES);
+      UNROLLED for (long m = 0; m < M; m++) {
+        UNROLLED for (long n = 0; n < N; n++) {
+          acc[m][n] = multiply_add(acc[m][n], of_row(m), weight[n]);
+        }
       }
     }
-    return w + columns;
   }
 };
 

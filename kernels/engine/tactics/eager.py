@@ -43,7 +43,10 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def segments(graph: Graph, at: int) -> Iterable[Candidate]:
-    yield Candidate("eager", at, at + 1)
+    node = graph.nodes[at]
+    # the twin of a native convolution is in fp64: to time it would take most of a build
+    if not (isinstance(node.op, Conv) and quantized_eager.has_native_twin(node.op)):
+        yield Candidate("eager", at, at + 1)
 
 
 def scratch(graph: Graph, candidate: Candidate) -> int:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resfuse.kernels.cpu.conv_candidates import refusal
+from resfuse.kernels.cpu.library import why_unavailable
 from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift, slope_of
 from resfuse.kernels.engine.ir.graph import (
     Affine,
@@ -43,6 +45,12 @@ Keep = Callable[[Hashable, Callable[[], list[Tensor]]], list[Tensor]]  # as Aren
 def is_quantized(node: Node, values: dict[str, Value]) -> bool:
     """Returns whether a node reads or computes quantised values."""
     return any(values[name].quantization is not None for name in (*node.inputs, node.name))
+
+
+def has_native_twin(op: Conv) -> bool:
+    """Returns whether native steps compute a convolution of quantised values here."""
+    quantized = op.problem.dtypes.input == torch.uint8
+    return quantized and why_unavailable("u8") is None and refusal(op.problem) is None
 
 
 def function_of(node: Node, values: dict[str, Value], state: State, keep: Keep) -> Function | None:

@@ -414,7 +414,11 @@ if __name__ == "__main__":
 def test_workers_end_with_the_command(number: signal.Signals, tmp_path: Path) -> None:
     script, at_work = tmp_path / "hangs.py", tmp_path / "at-work"
     script.write_text(HANGS)
-    parent = psutil.Popen([sys.executable, str(script), str(at_work)], stderr=subprocess.DEVNULL)
+    parent = psutil.Popen(
+        [sys.executable, str(script), str(at_work)], stderr=subprocess.DEVNULL,
+        # a shell's background jobs ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     workers: list[psutil.Process] = []
     try:
         while not at_work.exists():

@@ -235,6 +235,8 @@ def test_an_interrupt_ends_a_process_whose_helpers_compute(own_cache: Path) -> N
     process = subprocess.Popen(
         [sys.executable, "-c", CALLS_UNTIL_KILLED],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         assert process.stdout is not None and process.stdout.readline() == "running\n"

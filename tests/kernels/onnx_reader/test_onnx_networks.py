@@ -3,6 +3,7 @@ from PyPI, against ONNX Runtime; fused and built, they answer the same (the trai
 tests/real_weights)."""
 
 import contextlib
+import copy
 import io
 import warnings
 from collections.abc import Sequence
@@ -73,6 +74,12 @@ def error(found: Tensor, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found.numpy() - wanted) / np.linalg.norm(wanted))
 
 
+@torch.inference_mode()
+def rounding(model: nn.Module, x: Tensor) -> float:
+    """The error of the model's own float32, which random weights let grow from layer to layer."""
+    return error(model(x), copy.deepcopy(model).double()(x.double()).numpy())
+
+
 def require_same(module: nn.Module, file: Path, shape: Sequence[int], most: float = 2e-5) -> None:
     for batch in (1, 3):
         x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
@@ -94,20 +101,20 @@ def require_fused(module: fx.GraphModule, share: str | None, shape: Sequence[int
 @pytest.mark.parametrize("name", NETWORKS)
 def test_exports(name: str, exporter: str, tmp_path: Path) -> None:
     model = network(name)
+    x = torch.randn(2, 3, SIZE, SIZE)
+    most = 2e-5 + 4 * rounding(model, x)
     if exporter == "dynamo":
-        example = torch.randn(2, 3, SIZE, SIZE)
-        with exported(model, example) as file:
+        with exported(model, x) as file:
             module = load_onnx(file)
-            require_same(module, file, (3, SIZE, SIZE))
+            require_same(module, file, (3, SIZE, SIZE), most)
     else:
         file = tmp_path / "net.onnx"
         by_torchscript(model, file)
         module = load_onnx(file)
-        require_same(module, file, (3, SIZE, SIZE))
+        require_same(module, file, (3, SIZE, SIZE), most)
     assert module.meta["batch_size"] is None
-    x = torch.randn(2, 3, SIZE, SIZE)
     with torch.inference_mode():
-        assert error(module(x), model(x).numpy()) < 2e-5
+        assert error(module(x), model(x).numpy()) < most
     require_fused(module, NETWORKS[name], (3, SIZE, SIZE))
     if name in ENGINES:
         require_engine(module, x)

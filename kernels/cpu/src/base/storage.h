@@ -1,16 +1,18 @@
-// The type that values are stored in. The library is compiled once for float32 and, where it is
-// asked for, once more for bfloat16 (-DRESFUSE_BF16). All arithmetic is in float32: bfloat16 is
-// converted by loads, and rounded once by stores, to nearest even; NaN stays NaN.
+// The type that values are stored in. The library is compiled once for float32 and, where they are
+// asked for, once more for bfloat16 (-DRESFUSE_BF16) and for uint8 (-DRESFUSE_U8; u8.h). All
+// arithmetic on bfloat16 is in float32: it is converted by loads, and rounded once by stores, to
+// nearest even; NaN stays NaN.
 //
-// Convolutions take their channels unit by unit, four bytes at a time: a float, or a pair of
-// bfloat16 whose two products are added to the same sum. AVX512-BF16 has an instruction for that,
+// Convolutions take their channels unit by unit, four bytes at a time: a float, four uint8, or a
+// pair of bfloat16 whose two products are added to the same sum. AVX512-BF16 has an instruction for that,
 // VDPBF16PS: it adds the product of the higher channel first, then that of the lower one, each
 // rounded as by a fused multiply-add. Where it is missing (or -DRESFUSE_NO_BF16_DOT), two
 // multiply-adds do the same in the same order, so that where the processor fuses them only
 // denormal numbers differ, which the instruction takes for zeros.
 //
 // AMX would be a third form of `multiply_add`, with tiles for accumulators: it needs a Tile of its
-// own, on the same packed weights.
+// own, on the same packed weights. So for uint8 (TDPBUSD): a tile of 16 units of channels by 16
+// output channels is the layout of its second operand.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +20,15 @@
 
 #include "vectors.h"
 
-enum Storage : long { FP32 = 0, BF16 = 1 };
+enum Storage : long { FP32 = 0, BF16 = 1, U8 = 2 };
 
-#if !defined(RESFUSE_BF16)
+#if !defined(RESFUSE_BF16) && !defined(RESFUSE_U8)
 constexpr Storage STORAGE = FP32;
 typedef float Value;
 typedef float Unit;
-#else
+typedef Floats Sum;
+typedef float SumInMemory;
+#elif defined(RESFUSE_BF16)
 constexpr Storage STORAGE = BF16;
 struct Value {
   uint16_t bits;
@@ -32,11 +36,23 @@ struct Value {
 struct Unit {
   Value low, high;
 };
+typedef Floats Sum;
+typedef float SumInMemory;
+#else
+constexpr Storage STORAGE = U8;
+struct Value {
+  uint8_t bits;
+};
+struct Unit {
+  Value channels[4];
+};
+typedef Ints Sum;  // of the products of a convolution of values
+typedef int SumInMemory;
 #endif
 
 constexpr long UNIT = sizeof(Unit) / sizeof(Value);  // channels
 
-// Returns the units of a number of channels; the last one may be half empty.
+// Returns the units of a number of channels; the last one may be partly empty.
 static inline long units_of(long channels) { return (channels + UNIT - 1) / UNIT; }
 
 // Returns the floats of scratch memory that so many values take.
@@ -49,6 +65,9 @@ static inline const Unit* as_units(const Value* from) {
 // A unit of a row of x, and sum + x * w.
 static ALWAYS_INLINE float read(const float* from) { return *from; }
 static ALWAYS_INLINE Floats multiply_add(Floats sum, float x, Floats w) { return sum + x * w; }
+#if !defined(RESFUSE_U8)
+static ALWAYS_INLINE Floats multiply_add(Floats sum, Floats x, Floats w) { return sum + x * w; }
+#endif
 
 #if defined(RESFUSE_BF16)
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -120,7 +139,7 @@ static ALWAYS_INLINE uint32_t read(const Unit* from) {
   return pair;
 }
 // The last unit of an odd number of channels: what lies behind its first is not read.
-static ALWAYS_INLINE uint32_t read_half(const Unit* from) { return from->low.bits; }
+static ALWAYS_INLINE uint32_t read_first(const Unit* from, long) { return from->low.bits; }
 
 static ALWAYS_INLINE Floats multiply_add(Floats sum, uint32_t x, Pairs w) {
   const Pairs pair = x - Pairs{};
@@ -133,6 +152,8 @@ static ALWAYS_INLINE Floats multiply_add(Floats sum, uint32_t x, Pairs w) {
   return sum + reinterpret_cast<Floats>(pair << 16) * reinterpret_cast<Floats>(w << 16);
 #endif
 }
+#elif defined(RESFUSE_U8)
+#include "u8.h"
 #else
-static ALWAYS_INLINE float read_half(const float* from) { return *from; }  // there is no half
+static ALWAYS_INLINE float read_first(const float* from, long) { return *from; }  // never called
 #endif

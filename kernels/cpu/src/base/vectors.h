@@ -30,6 +30,7 @@ static inline long whole_vectors(long channels) { return (channels + LANES - 1) 
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(4 * LANES)));
+typedef int IntsInMemory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #if defined(__clang__)
 #define UNROLLED _Pragma("clang loop unroll(full)")
@@ -54,6 +55,8 @@ using Accumulators = T&;
 
 static inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
 static inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
+static inline Ints load(const int* from) { return *reinterpret_cast<const IntsInMemory*>(from); }
+static inline void store(int* to, Ints value) { *reinterpret_cast<IntsInMemory*>(to) = value; }
 
 // The first `count` lanes, none if it is negative, and zeros in the others: no memory behind them is
 // touched.

@@ -135,10 +135,10 @@ def by_twins(engine: Engine, x: Tensor) -> list[Tensor]:
 
 # The worst image's SQNR that each network reaches, in dB, less some 3 dB: float32 has 130.
 LEAST_SQNR = {
-    "ResNet": 25.0,
+    "ResNet": 20.0,
     "MobileNetV2's blocks": 18.0,
-    "squeeze and excitation": 22.0,
-    "concatenations": 22.0,
+    "squeeze and excitation": 32.0,
+    "concatenations": 25.0,
 }
 
 
@@ -233,7 +233,7 @@ def test_layers_to_keep_are_computed_in_float32() -> None:
 def test_the_layers_that_quantisation_harms_most_are_kept_for_a_small_error() -> None:
     x = images(4, seed=7)
     model, coarse = int8_engine("MobileNetV2's blocks", x)
-    _, fine = int8_engine("MobileNetV2's blocks", x, max_error=0.02)
+    _, fine = int8_engine("MobileNetV2's blocks", x, max_error=0.06)
     kept = [line for line in fine.quantization().splitlines() if line.endswith("max_error")]
     layers = sum(isinstance(node.op, Conv) for node in fine.graphs[0].nodes)
     assert 0 < len(kept) < layers
@@ -244,7 +244,7 @@ def test_the_layers_that_quantisation_harms_most_are_kept_for_a_small_error() ->
         y = torch.cat([engine(part) for part in images(16, seed=1).split(4)])
         return float((y - want).norm() / want.norm())
 
-    assert error(fine) < 0.025 < error(coarse)
+    assert error(fine) <= 0.065 < error(coarse)
 
 
 def test_ranges_serve_other_batches(tmp_path: Path) -> None:
