@@ -71,7 +71,7 @@ def _quantize(
     if isinstance(x, Computed):
         if scales.size != 1:
             raise node.refusal(f"an activation with {scales.size} scales, one a channel,")
-        if not x.is_float or x.metas[0].dtype != torch.from_numpy(scales).dtype:
+        if not x.is_float or str(x.metas[0].dtype) != f"torch.{scales.dtype}":
             raise node.refusal(f"{x.metas[0].dtype} with a scale of {scales.dtype}")
         return _fake_quantized(reader, node, x, float(scalar(scales)), int(scalar(zeros)), stored)
     array = x.array
