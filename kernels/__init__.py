@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from resfuse.kernels.engine.engine import Engine
     from resfuse.kernels.engine.load import load_engine
     from resfuse.kernels.engine.predict import plan_for
+    from resfuse.kernels.engine.quantization.calibration import calibrate
+    from resfuse.kernels.engine.quantization.ranges import Ranges
     from resfuse.kernels.engine.torch_compile.compile_backend import compile_backend
     from resfuse.kernels.fusion.explain import explain
     from resfuse.kernels.fusion.fuse import fuse, fused, unfuse
@@ -24,7 +26,9 @@ __all__ = [
     "FusedBasicBlock",
     "FusedBottleneck",
     "FusedConvBNAct",
+    "Ranges",
     "build_engine",
+    "calibrate",
     "compile_backend",
     "explain",
     "fold_conv_bn",
@@ -42,7 +46,9 @@ _MODULES = {
     "FusedBasicBlock": "fusion.modules",
     "FusedBottleneck": "fusion.modules",
     "FusedConvBNAct": "fusion.modules",
+    "Ranges": "engine.quantization.ranges",
     "build_engine": "engine.build",
+    "calibrate": "engine.quantization.calibration",
     "compile_backend": "engine.torch_compile.compile_backend",
     "explain": "fusion.explain",
     "fold_conv_bn": "ops.bn_folding",

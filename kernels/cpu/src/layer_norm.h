@@ -1,6 +1,6 @@
 // Normalises the channels of each pixel: y = (x - mean) / sqrt(variance + eps) * w + bias, NHWC.
-// Sums are float32. There is none in uint8. The variance is of differences from the mean, and what rounding has left of the
-// mean in them is taken out of both, so that a large mean costs no digits.
+// Sums are float32. There is none in uint8. The variance is of differences from the mean, and what
+// rounding has left of the mean in them is taken out of both, so that a large mean costs no digits.
 #pragma once
 
 #include <cmath>
@@ -43,21 +43,23 @@ static void layer_norm(const Step& s, const Range& pixels) {
     Value* const y = s.y + pixel * s.y_pitch;
     Floats sum[4] = {};
     each_vector(x, s.K, [&](Floats v, long, long k) ALWAYS_INLINE_LAMBDA {
-      sum[k / LANES % 4] += v * share;
+      Floats& part = sum[k / LANES % 4];
+      part = multiply_add(part, share, v);
     });
     const float mean = sum_of_lanes(sum[0] + sum[1] + (sum[2] + sum[3]));
     Floats rest[2] = {}, squares[2] = {};
     each_vector(x, s.K, [&](Floats v, long count, long k) ALWAYS_INLINE_LAMBDA {
       const Floats d = count < LANES ? first_lanes(v - mean, count) : v - mean;
       rest[k / LANES % 2] += d;
-      squares[k / LANES % 2] += d * d;
+      Floats& square = squares[k / LANES % 2];
+      square = multiply_add(square, d, d);
     });
     const float left = sum_of_lanes(rest[0] + rest[1]) * share;
     const float spread = sum_of_lanes(squares[0] + squares[1]) * share;
     const float variance = spread < HUGE_VALF ? spread - left * left : spread;
     const float scale = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
     each_vector(x, s.K, [&](Floats v, long, long k) ALWAYS_INLINE_LAMBDA {
-      store(y + k, (v - mean - left) * scale * load(s.w + k) + load(s.bias + k));
+      store(y + k, multiply_add(load(s.bias + k), (v - mean - left) * scale, load(s.w + k)));
     });
   }
 }

@@ -10,15 +10,12 @@
 // The polynomial q was fitted to erfc's scaled form by iterated least squares, within 5.9e-8.
 static ALWAYS_INLINE Floats normal_tail(Floats v) {
   constexpr float SLOPE_OF_T = 0.4f * 0.70710678f;
-  const Floats t = 1 / (1 + (v < 0 ? -v : v) * SLOPE_OF_T);
-  Floats q = t * 0.040475402f - 0.136496335f;
-  q = q * t + 0.075993598f;
-  q = q * t + 0.097226486f;
-  q = q * t + 0.073269702f;
-  q = q * t + 0.19619739f;
-  q = q * t + 0.20115884f;
-  q = q * t + 0.22654696f;
-  q = q * t + 0.22562803f;
+  const Floats t = 1 / multiply_add(broadcast(1), SLOPE_OF_T, v < 0 ? -v : v);
+  Floats q = multiply_add(broadcast(-0.136496335f), 0.040475402f, t);
+  for (const float coefficient : {0.075993598f, 0.097226486f, 0.073269702f, 0.19619739f,
+                                  0.20115884f, 0.22654696f, 0.22562803f}) {
+    q = multiply_add(broadcast(coefficient), q, t);
+  }
   return exponential(-0.5f * v * v) * (0.5f * t * q);
 }
 
@@ -33,7 +30,7 @@ __attribute__((noinline)) static void gelu(Floats* v, long count) {
 __attribute__((noinline)) static void gelu_tanh(Floats* v, long count) {
   constexpr float TWICE_ROOT = 1.59576912f, CUBE = 0.044715f;  // 2 sqrt(2 / pi)
   for (long i = 0; i < count; i++) {
-    const Floats u = TWICE_ROOT * v[i] * (1 + CUBE * v[i] * v[i]);
+    const Floats u = TWICE_ROOT * v[i] * multiply_add(broadcast(1), CUBE * v[i], v[i]);
     v[i] = v[i] / (1 + exponential(-u));
   }
 }

@@ -62,12 +62,8 @@ static inline const Unit* as_units(const Value* from) {
   return reinterpret_cast<const Unit*>(from);
 }
 
-// A unit of a row of x, and sum + x * w.
+// A unit of a row of x; `multiply_add` takes it, a sum and weights.
 static ALWAYS_INLINE float read(const float* from) { return *from; }
-static ALWAYS_INLINE Floats multiply_add(Floats sum, float x, Floats w) { return sum + x * w; }
-#if !defined(RESFUSE_U8)
-static ALWAYS_INLINE Floats multiply_add(Floats sum, Floats x, Floats w) { return sum + x * w; }
-#endif
 
 #if defined(RESFUSE_BF16)
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -148,8 +144,8 @@ static ALWAYS_INLINE Floats multiply_add(Floats sum, uint32_t x, Pairs w) {
       _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)w, (__m512bh)pair));
 #else
   const Pairs high = Pairs{} + 0xffff0000u;
-  sum += reinterpret_cast<Floats>(pair & high) * reinterpret_cast<Floats>(w & high);
-  return sum + reinterpret_cast<Floats>(pair << 16) * reinterpret_cast<Floats>(w << 16);
+  sum = multiply_add(sum, reinterpret_cast<Floats>(pair & high), reinterpret_cast<Floats>(w & high));
+  return multiply_add(sum, reinterpret_cast<Floats>(pair << 16), reinterpret_cast<Floats>(w << 16));
 #endif
 }
 #elif defined(RESFUSE_U8)

@@ -129,17 +129,6 @@ static ALWAYS_INLINE Bytes narrowed(Ints v) {  // of 0..255
 
 static ALWAYS_INLINE Floats as_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
-// sum + a * b of integers that no sum rounds: fused, since that changes nothing.
-static ALWAYS_INLINE Floats multiply_add(Floats sum, Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif defined(__FMA__)
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-  return sum + a * b;
-#endif
-}
-
 static ALWAYS_INLINE Ints load_ints(const Value* from) {
   return widened(*reinterpret_cast<const Bytes*>(from));
 }

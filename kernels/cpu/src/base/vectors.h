@@ -4,6 +4,8 @@
 
 #if defined(__SSE__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -82,6 +84,30 @@ static inline void store_first(float* to, Floats value, long count) {
 #endif
 }
 static inline Floats broadcast(float value) { return value - Floats{}; }
+
+// sum + a * b, rounded once where the processor can. The compiler is not to decide
+// (-ffp-contract=off): GCC fused in some instances of a kernel and not in others, and the bits of a
+// grouped convolution depended on the number of threads.
+static ALWAYS_INLINE Floats multiply_add(Floats sum, Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a),
+                                                  reinterpret_cast<__m512>(b),
+                                                  reinterpret_cast<__m512>(sum)));
+#elif defined(__FMA__)
+  return reinterpret_cast<Floats>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a),
+                                                  reinterpret_cast<__m256>(b),
+                                                  reinterpret_cast<__m256>(sum)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Floats>(vfmaq_f32(reinterpret_cast<float32x4_t>(sum),
+                                            reinterpret_cast<float32x4_t>(a),
+                                            reinterpret_cast<float32x4_t>(b)));
+#else
+  return sum + a * b;
+#endif
+}
+static ALWAYS_INLINE Floats multiply_add(Floats sum, float a, Floats b) {
+  return multiply_add(sum, broadcast(a), b);
+}
 
 // The larger and the smaller of a limit and v; v where it is NaN, and where both are zeros. x86's
 // instructions return their second operand then, which compilers do not trust the comparison to be.

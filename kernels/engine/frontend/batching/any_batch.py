@@ -130,10 +130,10 @@ def require_same_for_one(one: Graph, several: Graph, images: Sequence[Images]) -
 
 
 def _alike(a: Node, b: Node) -> bool:
-    return a.name == b.name and a.inputs == b.inputs and _unsized(a.op) == _unsized(b.op)
+    return a.name == b.name and a.inputs == b.inputs and unsized(a.op) == unsized(b.op)
 
 
-def _unsized(op: Operation) -> Operation | str:
+def unsized(op: Operation) -> Operation | str:
     """Returns an operation without the sizes that depend on the batch."""
     if isinstance(op, Conv):
         return replace(op, problem=replace(op.problem, n=1))

@@ -1,0 +1,1 @@
+"""Calibration for int8: the ranges of a network's values, found on images."""

@@ -1,0 +1,149 @@
+"""METHODS: how the range of a value is chosen from the histogram of what was seen of it."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from resfuse.kernels.engine.quantization.histogram import Histogram
+from resfuse.kernels.engine.quantization.u8_grid import LEVELS, u8_grid
+
+Range = tuple[float, float]
+PERCENTILE = 99.99
+_STEPS = 128  # ranges tried at either end by mse, and at most twice as many by entropy
+
+
+def minmax(histogram: Histogram, percentile: float = PERCENTILE) -> Range:
+    """Returns the smallest and the largest number: nothing is clipped."""
+    return histogram.low, histogram.high
+
+
+def percentile_range(histogram: Histogram, percentile: float = PERCENTILE) -> Range:
+    """Returns the range that leaves out, at either end, the numbers beyond a percentile: 0.01 %
+    for 99.99. An end where all numbers are of one sign stays at zero or beyond, where the grid
+    begins anyway."""
+    tail = histogram.total * (1 - percentile / 100)
+    low = _quantile(histogram, tail)
+    return low, max(low, _quantile(histogram, histogram.total - tail))
+
+
+def _quantile(histogram: Histogram, count: float) -> float:
+    """Returns a number that `count` numbers are below, to within a bin."""
+    if not histogram.width:
+        return min(max(0.0, histogram.low), histogram.high)
+    summed = histogram.counts.cumsum(0).double()
+    at = min(int(torch.searchsorted(summed, max(count, 0.0))), len(summed) - 1)
+    before = float(summed[at - 1]) if at else 0.0
+    inside = (count - before) / max(float(histogram.counts[at]), 1.0)
+    number = (histogram.start + at + min(max(inside, 0.0), 1.0)) * histogram.width
+    return min(max(number, histogram.low), histogram.high)
+
+
+def mse(histogram: Histogram, percentile: float = PERCENTILE) -> Range:
+    """Returns the range with the least mean squared error of what is stored, clipping included.
+
+    The numbers of a bin are taken to be at its middle. Both ends are tried in steps of 1/128 of
+    what was seen, one after the other until neither moves.
+    """
+    low, high = histogram.low, histogram.high
+    if not histogram.width:
+        return low, high
+    counts = histogram.nonzero_counts()
+    seen = counts.nonzero().flatten()
+    edges = histogram.edges()
+    middles, weights = ((edges[:-1] + edges[1:]) / 2)[seen], counts[seen].double()
+    steps = torch.arange(_STEPS, 0, -1, dtype=torch.float64, device="cpu") / _STEPS
+
+    def best(lows: Tensor, highs: Tensor) -> tuple[float, float]:
+        at = int(_squared_errors(middles, weights, lows, highs).argmin())  # of equals the widest
+        return float(lows[at]), float(highs[at])
+
+    least, most = low, high
+    for _ in range(8):
+        before = least, most
+        if high > 0:
+            least, most = best(torch.full_like(steps, least), steps * high)
+        if low < 0:
+            least, most = best(steps * low, torch.full_like(steps, most))
+        if (least, most) == before:
+            break
+    return least, most
+
+
+def _squared_errors(numbers: Tensor, weights: Tensor, lows: Tensor, highs: Tensor) -> Tensor:
+    """Returns the weighted sums of the squared errors of numbers [M] stored in ranges [T]."""
+    scale, zero = (t[:, None] for t in u8_grid(lows, highs))
+    stored = (numbers / scale).round_().add_(zero).clamp_(0, LEVELS - 1).sub_(zero)
+    return stored.mul_(scale).sub_(numbers).square_() @ weights
+
+
+def entropy(histogram: Histogram, percentile: float = PERCENTILE) -> Range:
+    """Returns the range whose 256 levels lose the least information, by the Kullback-Leibler
+    divergence: Szymon Migacz, "8-bit inference with TensorRT", GTC 2017.
+
+    There it is 128 levels for the magnitudes of a symmetric range. Here it is 256 levels for the
+    numbers themselves: from zero, where none is negative; otherwise both ends are drawn in
+    together. Exact zeros are left out, since every range stores them without loss, and their
+    number, behind a ReLU, would outweigh all else.
+    """
+    low, high = histogram.low, histogram.high
+    if not histogram.width:
+        return low, high
+    counts, first = _from_zero(histogram)
+    bins = len(counts)
+    if bins <= LEVELS or not counts.any():
+        return low, high
+    best, chosen = math.inf, (low, high)
+    last = first + bins
+    tried = min(bins - LEVELS, 2 * _STEPS)
+    for step in range(tried + 1):  # the whole range first: of equals the widest
+        kept = (bins - step * (bins - LEVELS) / tried) / bins
+        start, stop = -round(-first * kept), round(last * kept)
+        if stop - start < LEVELS:
+            break
+        divergence = _divergence(counts, start - first, stop - first)
+        if divergence < best:
+            best, chosen = divergence, (start * histogram.width, stop * histogram.width)
+    return max(low, chosen[0]), min(high, chosen[1])
+
+
+def _from_zero(histogram: Histogram) -> tuple[Tensor, int]:
+    """Returns the counts, zeros left out, of the bins from the first to the last in use or to
+    zero, and the number of the first."""
+    first = min(math.floor(histogram.low / histogram.width), 0)
+    last = max(math.floor(histogram.high / histogram.width) + 1, 0)
+    counts = torch.zeros(last - first, dtype=torch.float64, device="cpu")
+    at = torch.arange(len(histogram.counts), device="cpu") + (histogram.start - first)
+    own = histogram.nonzero_counts().double()
+    counts.index_add_(0, at.clamp(0, last - first - 1), own)
+    return counts, first
+
+
+def _divergence(counts: Tensor, start: int, stop: int) -> float:
+    """Returns the divergence of bins [start, stop), to whose ends all beyond is clipped, from the
+    same in 256 levels; infinity where numbers are clipped to a level that is empty."""
+    inside = counts[start:stop]
+    wanted = inside.clone()
+    wanted[0] += counts[:start].sum()
+    wanted[-1] += counts[stop:].sum()
+    used = wanted > 0
+    level = torch.arange(len(inside), device="cpu") * LEVELS // len(inside)
+    sums = torch.bincount(level, inside, minlength=LEVELS)
+    shared = torch.bincount(level, used.double(), minlength=LEVELS)
+    stored = (sums / shared.clamp(min=1))[level]
+    wanted, stored = wanted[used], stored[used]
+    if not len(wanted) or bool((stored <= 0).any()):
+        return math.inf
+    wanted, stored = wanted / wanted.sum(), stored / stored.sum()
+    return float((wanted * (wanted / stored).log()).sum())
+
+
+# By the name that `calibrate` takes: (histogram, percentile) -> (low, high).
+METHODS: dict[str, Callable[[Histogram, float], Range]] = {
+    "minmax": minmax,
+    "percentile": percentile_range,
+    "mse": mse,
+    "entropy": entropy,
+}
+NEED_NO_HISTOGRAM = ("minmax",)
