@@ -1,24 +1,27 @@
 """Quantised files: what ONNX Runtime's quantize_static, NNCF and `Engine.export_onnx` write."""
 
-import logging
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper
 
 from onnx_files import file_of, images, node
+from quantized_networks import (
+    by_nncf,
+    by_onnxruntime,
+    of_onnxruntime,
+    relative_error,
+    smooth_images,
+)
 from resfuse.kernels import fuse, load_onnx
 from resfuse.kernels.onnx_reader.operators.quantization import FakeQuantize
 
@@ -32,14 +35,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def as_the_file_says(path: Path, x: np.ndarray) -> np.ndarray:
-    """ONNX Runtime's answer, node by node: its kernels for integers saturate sums of two products
-    where the CPU has no VNNI."""
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads, settings.log_severity_level = 1, 4
-    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    found: list[np.ndarray] = session.run(None, {session.get_inputs()[0].name: x})
-    return found[0]
+    (y,) = of_onnxruntime(path, torch.from_numpy(x))
+    found: np.ndarray = y.numpy()
+    return found
 
 
 def answer(module: nn.Module, x: np.ndarray) -> np.ndarray:
@@ -157,71 +155,31 @@ def test_a_fused_module_answers_the_same(path: Path) -> None:
 # Files of other tools.
 
 
-def resnet() -> nn.Module:
-    block = torchvision.models.resnet.BasicBlock
-    return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=10)
-
-
-def mobilenet() -> nn.Module:
-    settings = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
-    return torchvision.models.MobileNetV2(num_classes=10, inverted_residual_setting=settings)
-
-
-def float_file(make: Callable[[], nn.Module], path: Path) -> Path:
-    torch.manual_seed(0)
-    torch.onnx.export(
-        make().eval(), (torch.randn(1, 3, 32, 32),), str(path), dynamo=False, opset_version=17,
-        input_names=["x"], dynamic_axes={"x": {0: "n"}},
-    )  # fmt: skip
-    return path
-
-
-def calibration() -> list[dict[str, np.ndarray]]:
-    return [{"x": images((4, 3, 32, 32), seed)} for seed in range(4)]
-
-
 def near(path: Path, step: float | None) -> None:
     """The module answers as the file says, but for numbers halfway between two integers."""
-    x = images((4, 3, 32, 32), 9)
-    y, want = answer(load_onnx(path), x), as_the_file_says(path, x)
-    assert np.linalg.norm(y - want) < 0.01 * np.linalg.norm(want)
-    assert step is None or np.abs(y - want).max() < 1.01 * step
-    assert (y.argmax(1) == want.argmax(1)).all()
+    x = smooth_images(4, seed=9)
+    (want,) = of_onnxruntime(path, x)
+    with torch.inference_mode():
+        y = load_onnx(path)(x)
+    assert relative_error(y, want) < 0.01
+    assert step is None or float((y - want).abs().max()) < 1.01 * step
+    assert torch.equal(y.argmax(1), want.argmax(1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [resnet, mobilenet])
+@pytest.mark.parametrize("name", ["ResNet", "MobileNetV2's blocks"])
 @pytest.mark.parametrize("activations", ["QUInt8", "QInt8"])
-def test_a_file_of_onnxruntimes_quantizer(
-    make: Callable[[], nn.Module], activations: str, path: Path
-) -> None:
-    from onnxruntime import quantization
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.rest: Iterator[dict[str, np.ndarray]] = iter(calibration())
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.rest, None)
-
-    logging.getLogger().setLevel(logging.ERROR)
-    quantization.quantize_static(
-        str(float_file(make, path.with_name("float.onnx"))), str(path), Reader(),
-        quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-        activation_type=quantization.QuantType[activations],
-        weight_type=quantization.QuantType.QInt8,
-    )  # fmt: skip
+def test_a_file_of_onnxruntimes_quantizer(name: str, activations: str, path: Path) -> None:
+    by_onnxruntime(name, path, activations)
     last = [each for each in load_onnx(path).modules() if isinstance(each, FakeQuantize)][-1]
     near(path, last.scale)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [resnet, mobilenet])
-def test_a_file_of_nncf(make: Callable[[], nn.Module], path: Path) -> None:
-    nncf = pytest.importorskip("nncf")
-    given = onnx.load(float_file(make, path.with_name("float.onnx")))
-    quantised = nncf.quantize(given, nncf.Dataset(calibration()), subset_size=4)
-    onnx.save(quantised, path)
+@pytest.mark.parametrize("name", ["ResNet", "MobileNetV2's blocks"])
+def test_a_file_of_nncf(name: str, path: Path) -> None:
+    pytest.importorskip("nncf")
+    by_nncf(name, path)
     near(path, None)
 
 

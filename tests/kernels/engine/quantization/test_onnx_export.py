@@ -1,23 +1,29 @@
 """`engine.export_onnx(path)`: other runtimes give the engine's answers, by the engine's scales."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import onnx
-import onnxruntime
 
+from quantized_networks import (
+    NETWORKS,
+    listed,
+    network,
+    of_onnxruntime,
+    relative_error,
+    smooth_images,
+)
 from resfuse.kernels import Engine, build_engine, load_onnx
-from resfuse.kernels.engine.export.onnx_export import export_onnx
+from resfuse.kernels.engine.export.onnx_writer import export_onnx
 from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Graph,
@@ -33,100 +39,9 @@ from resfuse.kernels.engine.tactics import eager
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 
-class Gated(nn.Module):
-    """Blocks of MobileNetV3 and EfficientNet: hard-swish, SiLU, and gates from means of maps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.Hardswish())
-        self.deep = nn.Sequential(
-            nn.Conv2d(16, 16, 5, padding=2, groups=16), nn.BatchNorm2d(16), nn.SiLU()
-        )
-        self.down, self.up = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
-        self.last, self.head = nn.Conv2d(16, 16, 1), nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        y = self.deep(x)
-        gate = F.hardsigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(y, 1)))))
-        x = x + self.last(y * gate)
-        return self.head(x.mean((2, 3)))
-
-
-class Joined(nn.Module):
-    """Concatenations, a shuffle, pools of all kinds, slopes, odd channels, a sum behind an
-    activation, and two outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.slope = nn.Conv2d(3, 24, 3, 2, 1), nn.PReLU(24)
-        nn.init.uniform_(self.slope.weight, 0.1, 0.4)
-        self.left, self.right = nn.Conv2d(24, 12, 1), nn.Conv2d(24, 36, 3, padding=1, groups=2)
-        self.norm = nn.BatchNorm2d(72)
-        self.odd, self.same = nn.Conv2d(72, 37, (1, 3), padding=(0, 1)), nn.Conv2d(37, 37, 1)
-        self.whole = nn.Linear(37 * 8 * 8, 10)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.slope(self.first(x))
-        inner = torch.cat([F.relu6(self.left(y)), torch.sigmoid(self.right(y))], 1)
-        z = F.channel_shuffle(torch.cat([inner, F.max_pool2d(y, 3, 1, 1)], 1), 4)
-        z = F.leaky_relu(self.odd(self.norm(z)), 0.2)
-        z = F.max_pool2d(z + F.relu(self.same(z)), 3, 2, 0, ceil_mode=True)
-        z = F.avg_pool2d(z, 3, 2, 1, count_include_pad=False)
-        maps = F.interpolate(z[:, :, 1:7:2], scale_factor=2, mode="nearest")
-        return maps, F.softmax(self.whole(z.flatten(1)), 1)
-
-
-def resnet() -> nn.Module:
-    block = torchvision.models.resnet.BasicBlock
-    return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=10)
-
-
-def mobilenet() -> nn.Module:
-    settings = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
-    return torchvision.models.MobileNetV2(num_classes=10, inverted_residual_setting=settings)
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "ResNet": resnet,
-    "MobileNetV2's blocks": mobilenet,
-    "gates": Gated,
-    "concatenations": Joined,
-}
-
-
-def images(count: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(count, 3, 5, 5, generator=generator)
-    return F.interpolate(coarse, (32, 32), mode="bicubic")
-
-
 def int8_engine(name: str, count: int = 4) -> Engine:
-    torch.manual_seed(0)
-    model = NETWORKS[name]().train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        model(images(16, seed=5))
-    calibration = images(40, seed=1)
-    return build_engine(model.eval(), images(count), precision="int8", calibration=calibration)
-
-
-def listed(y: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [y] if isinstance(y, Tensor) else list(y)
-
-
-def of_onnxruntime(path: Path, x: Tensor, optimised: bool = False) -> list[Tensor]:
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads, settings.log_severity_level = 1, 4
-    if not optimised:
-        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        settings.graph_optimization_level = level
-    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    return [
-        torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    ]
+    given = smooth_images(40, seed=1)
+    return build_engine(network(name), smooth_images(count), precision="int8", calibration=given)
 
 
 def of_openvino(path: Path, x: Tensor) -> list[Tensor]:
@@ -137,16 +52,12 @@ def of_openvino(path: Path, x: Tensor) -> list[Tensor]:
     return [torch.from_numpy(np.array(y)) for y in compiled(x.numpy()).values()]
 
 
-def relative_error(y: Tensor, want: Tensor) -> float:
-    return float((y.double() - want.double()).norm() / want.double().norm())
-
-
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_other_runtimes_answer_as_the_engine_does(
     name: str, activations: str, tmp_path: Path
 ) -> None:
-    path, engine, x = tmp_path / "net.onnx", int8_engine(name), images(4, seed=7)
+    path, engine, x = tmp_path / "net.onnx", int8_engine(name), smooth_images(4, seed=7)
     engine.export_onnx(path, activations)
     onnx.checker.check_model(onnx.load(path), full_check=True)
     want = listed(engine(x))
@@ -167,7 +78,7 @@ def test_other_runtimes_answer_as_the_engine_does(
 
 
 def test_both_ways_to_store_activations_give_the_same_numbers(tmp_path: Path) -> None:
-    engine, x = int8_engine("gates"), images(4, seed=7)
+    engine, x = int8_engine("gates"), smooth_images(4, seed=7)
     for activations in ("uint8", "int8"):
         engine.export_onnx(tmp_path / activations, activations)
     (unsigned,), (signed,) = (of_onnxruntime(tmp_path / a, x) for a in ("uint8", "int8"))
@@ -187,7 +98,7 @@ def test_both_ways_to_store_activations_give_the_same_numbers(tmp_path: Path) ->
 def test_the_batch_is_free_where_nothing_needs_it(tmp_path: Path) -> None:
     path, engine = tmp_path / "net.onnx", int8_engine("ResNet", count=2)
     engine.export_onnx(path)
-    x = images(5, seed=7)
+    x = smooth_images(5, seed=7)
     (y,) = of_onnxruntime(path, x)
     want = torch.cat([engine(x[:2]), engine(x[2:4]), engine(x[3:])[1:]])
     assert relative_error(y, want) < 0.004
@@ -213,8 +124,8 @@ class Rolled(nn.Module):
 
 
 def test_what_mixes_images_has_a_fixed_batch(tmp_path: Path) -> None:
-    path, x = tmp_path / "net.onnx", images(2)
-    given = images(40, seed=1)
+    path, x = tmp_path / "net.onnx", smooth_images(2)
+    given = smooth_images(40, seed=1)
     engine = build_engine(AcrossImages().eval(), x, precision="int8", calibration=given)
     engine.export_onnx(path)
     assert load_onnx(path).meta["batch_size"] == 2
@@ -223,8 +134,8 @@ def test_what_mixes_images_has_a_fixed_batch(tmp_path: Path) -> None:
 
 
 def test_an_operation_of_torchs_is_refused_by_name(tmp_path: Path) -> None:
-    path, given = tmp_path / "net.onnx", images(40, seed=1)
-    engine = build_engine(Rolled().eval(), images(1), precision="int8", calibration=given)
+    path, given = tmp_path / "net.onnx", smooth_images(40, seed=1)
+    engine = build_engine(Rolled().eval(), smooth_images(1), precision="int8", calibration=given)
     path.write_text("an earlier file")
     with pytest.raises(ValueError, match=r"the network runs aten\.roll\.default"):
         engine.export_onnx(path)
@@ -235,9 +146,9 @@ def test_an_operation_of_torchs_is_refused_by_name(tmp_path: Path) -> None:
 def test_engines_and_arguments_that_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
     with pytest.raises(ValueError, match="this engine computes in fp32; accepted: one in int8"):
-        build_engine(model, images(1)).export_onnx(tmp_path / "net.onnx")
-    given = images(40, seed=1)
-    engine = build_engine(model, images(1), precision="int8", calibration=given)
+        build_engine(model, smooth_images(1)).export_onnx(tmp_path / "net.onnx")
+    given = smooth_images(40, seed=1)
+    engine = build_engine(model, smooth_images(1), precision="int8", calibration=given)
     with pytest.raises(ValueError, match="argument activations: 'int4'; accepted: uint8, int8"):
         engine.export_onnx(tmp_path / "net.onnx", "int4")  # type: ignore[arg-type]
     with pytest.raises(OSError, match="No such file"):
