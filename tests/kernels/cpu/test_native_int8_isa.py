@@ -4,6 +4,7 @@ $RESFUSE_CPU_ISA chooses among those that the processor has."""
 import platform
 
 import pytest
+import test_native_int8_maps as maps
 from torch import Tensor
 
 from int8_steps import random_conv
@@ -11,16 +12,6 @@ from native_problems import PROBLEMS, every_config
 from resfuse.kernels.cpu import library as native_library
 from resfuse.kernels.cpu.library import bf16_isa, int8_isa, library
 from resfuse.kernels.cpu.program import lanes
-from test_native_int8_maps import (
-    FINE,
-    SHAPES,
-    test_average_pools,
-    test_every_value_converts_to_float32_and_back,
-    test_float32_is_rounded_half_to_even_and_clipped,
-    test_max_pools_of_any_number_of_channels,
-    test_means,
-    test_norms_activations_and_sums,
-)
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
@@ -66,13 +57,13 @@ def test_narrower_vectors_give_the_twins_bits(
     assert lanes() == width
     assert answers()
     for channels in (33, 64):
-        test_max_pools_of_any_number_of_channels(channels)
-    test_every_value_converts_to_float32_and_back(3)
-    test_float32_is_rounded_half_to_even_and_clipped((2, 3, 5, 71), 1, FINE)
-    test_float32_is_rounded_half_to_even_and_clipped((3, 17, 4, 4), 5, FINE)
-    test_means(SHAPES[0], FINE)
-    test_average_pools(SHAPES[0], True)
-    test_norms_activations_and_sums("prelu", "after", FINE)
+        maps.test_max_pools_of_any_number_of_channels(channels)
+    maps.test_every_value_converts_to_float32_and_back(3)
+    maps.test_float32_is_rounded_half_to_even_and_clipped((2, 3, 5, 71), 1, maps.FINE)
+    maps.test_float32_is_rounded_half_to_even_and_clipped((3, 17, 4, 4), 5, maps.FINE)
+    maps.test_means(maps.SHAPES[0], maps.FINE)
+    maps.test_average_pools(maps.SHAPES[0], True)
+    maps.test_norms_activations_and_sums("prelu", "after", maps.FINE)
 
 
 def test_a_name_for_each_storage_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,5 +112,5 @@ def test_problems_in_int8_are_saved_and_cost_what_they_move(mode: str, output: t
     assert problem.read_bytes == 2 * 8 * 16 + 8 * 16 + 4 * 16  # the bias is float32
     assert problem.least_bytes == problem.read_bytes + output.itemsize * 2 * 16 * 16
     for dtype in (torch.uint8, torch.int8):
-        with pytest.raises(ValueError, match="accepted: torch.float32"):
+        with pytest.raises(ValueError, match=r"accepted: torch\.float32"):
             math_mode_of(dtype)
