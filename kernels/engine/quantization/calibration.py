@@ -1,8 +1,7 @@
 """calibrate: runs a model on images in float32 and finds the ranges of its values, for int8."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,9 @@ from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.quantization.calibration_images import (
     ImageCheck,
+    Images,
     feed_forwards,
+    is_loop,
     items_of,
 )
 from resfuse.kernels.engine.quantization.methods import METHODS, NEED_NO_HISTOGRAM, PERCENTILE
@@ -28,7 +29,7 @@ _FEW, _USUAL = 32, 300  # images
 @without_meta()
 def calibrate(
     model: nn.Module,
-    images: Tensor | Iterable[Any] | Callable[[nn.Module], object],
+    images: Images,
     *,
     method: str = "minmax",
     samples: int | None = None,
@@ -65,7 +66,7 @@ def calibrate(
     _require_model(model)
     found = _Calibration(model, samples, batch_size, method not in NEED_NO_HISTOGRAM)
     with torch.autocast("cpu", enabled=False):
-        if callable(images) and not hasattr(images, "__iter__") and not hasattr(images, "__len__"):
+        if is_loop(images):
             feed_forwards(model, images, found.take)
         else:
             for item in items_of(images):

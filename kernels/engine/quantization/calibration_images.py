@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# A tensor, a list, a data set or a DataLoader; or a function that calls the model it is given.
+Images = Tensor | Iterable[Any] | Callable[[nn.Module], object]
+
 _ACCEPTED = (
     "accepted: a tensor [N, C, H, W]; a list, a data set or a DataLoader of tensors [C, H, W] or "
     "[N, C, H, W], or of tuples that begin with one; or a function that calls the model"
@@ -27,6 +30,28 @@ def items_of(images: Any) -> Iterator[object]:
     if not isinstance(images, Iterable):
         raise ValueError(f"argument images: {type(images).__name__}; {_ACCEPTED}")
     return iter(images)
+
+
+def first_images(images: Images, count: int) -> Tensor | None:
+    """Returns the first images [N, C, H, W], at most `count` of them; None where to look at them
+    would use them up: of an iterator, or a function that calls the model.
+
+    Raises:
+        ValueError: as ImageCheck.batch.
+    """
+    if is_loop(images) or iter(items_of(images)) is images:
+        return None
+    check, found = ImageCheck(), list[Tensor]()
+    for item in items_of(images):
+        found.append(check.batch(item))
+        if sum(map(len, found)) >= count:
+            break
+    return torch.cat(found)[:count].clone() if found else None
+
+
+def is_loop(images: Images) -> bool:
+    """Returns whether images are a function that calls the model."""
+    return callable(images) and not hasattr(images, "__iter__") and not hasattr(images, "__len__")
 
 
 class ImageCheck:

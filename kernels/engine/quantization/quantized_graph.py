@@ -48,7 +48,7 @@ def quantized(
     Raises:
         ValueError: the ranges are those of another model.
     """
-    ranges.require_fit(graph)
+    ranges.require_fits(graph)
     chosen = _computed_in_int8(graph, kept)
     scales = _shared_scales(graph, chosen, ranges)
     corrections: dict[str, Tensor] = {}
@@ -58,13 +58,12 @@ def quantized(
         inputs, value = {name: values[name] for name in node.inputs}, values[node.name]
         if node.name in chosen:
             inputs = {name: _as_u8(values[name], scales[name]) for name in node.inputs}
-            wide = isinstance(op, Conv | Mean | Affine)  # these can store float32
-            stored = not wide or _is_read_in_int8(graph, node, chosen)
+            stored = not _may_store_float32(node) or _is_read_in_int8(graph, node, chosen)
             if stored:
                 value = _as_u8(value, scales[node.name])
             if isinstance(op, Conv):
                 correction = f"{node.name}:correction"
-                corrections[correction] = bias_correction(graph, state, ranges, node)
+                corrections[correction] = bias_correction(graph, state, ranges, node.name).float()
                 dtypes = dtypes_of("int8" if stored else "int8_fp32")
                 problem = replace(op.problem, dtypes=dtypes)
                 op = replace(op, problem=problem, correction=correction)
@@ -96,6 +95,12 @@ def _computed_in_int8(graph: Graph, kept: Collection[str]) -> set[str]:
     return chosen
 
 
+def _may_store_float32(node: Node) -> bool:
+    """Returns whether a node on quantised values may have a float32 result: there are native steps
+    for it, but none that add a residual."""
+    return isinstance(node.op, Conv | Mean | Affine) and node.residual is None
+
+
 def _is_read_in_int8(graph: Graph, node: Node, chosen: Collection[str]) -> bool:
     return any(node.name in other.inputs for other in graph.nodes if other.name in chosen)
 
@@ -112,5 +117,5 @@ def _shared_scales(
                 related.add_edges_from((name, node.name) for name in node.inputs)
     scales: dict[str, Quantization] = {}
     for names in networkx.connected_components(related):
-        scales |= dict.fromkeys(names, ranges.quantization(names))
+        scales |= dict.fromkeys(names, ranges.shared_quantization(names))
     return scales

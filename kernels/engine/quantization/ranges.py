@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,14 +69,23 @@ class Ranges:
         Raises:
             ValueError: there is no range for it.
         """
-        if name not in self.values:
-            raise ValueError(
-                f"argument name: {name!r} has no range; the ranges are of another model"
-            )
-        found = self.values[name]
+        found = self._range(name)
         low = max(found.low, 0.0) if non_negative else found.low
         both = torch.tensor([low, max(found.high, low)], dtype=torch.float64, device="cpu")
         scale, zero_point = u8_grid(*both)
+        return Quantization(float(scale), int(zero_point))
+
+    def shared_quantization(self, names: Collection[str]) -> Quantization:
+        """Returns how several values are stored that share one scale: the union of their ranges.
+
+        Raises:
+            ValueError: there is no range for one of them.
+        """
+        found = [self._range(name) for name in names]
+        low, high = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (
+            min(each.low for each in found), max(each.high for each in found)
+        ))  # fmt: skip
+        scale, zero_point = u8_grid(low, high)
         return Quantization(float(scale), int(zero_point))
 
     def require_fits(self, graph: Graph) -> None:
@@ -107,6 +116,13 @@ class Ranges:
                 f"nodes, and this one {len(found)}"
             )
         self._require_values(graph)
+
+    def _range(self, name: str) -> ValueRange:
+        if name not in self.values:
+            raise ValueError(
+                f"argument name: {name!r} has no range; the ranges are of another model"
+            )
+        return self.values[name]
 
     def _require_values(self, graph: Graph) -> None:
         for name, value in graph.values.items():

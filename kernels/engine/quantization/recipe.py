@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Conv
-from resfuse.kernels.engine.quantization.calibrate import Images, batches, calibrate
+from resfuse.kernels.engine.quantization.calibration import calibrate
+from resfuse.kernels.engine.quantization.calibration_images import Images, first_images
 from resfuse.kernels.engine.quantization.ranges import Ranges
 from resfuse.kernels.engine.quantization.sensitivity import LayerError, layer_errors, least_kept
 from resfuse.kernels.ops.asked_precision import Precision
@@ -61,17 +62,15 @@ def quantization_recipe(
         )
     if max_error is not None and not 0 < max_error < float("inf"):
         raise ValueError(f"argument max_error: {max_error}; accepted: a number above 0")
-    ranges, images = calibration, None
-    if not isinstance(ranges, Ranges):
-        ranges = calibrate(model, calibration)
-        images = _first(batches(calibration), _JUDGED)
-    elif max_error is not None:
+    images = None if isinstance(calibration, Ranges) else first_images(calibration, _JUDGED)
+    if images is None and max_error is not None:
         raise ValueError(
-            "argument max_error: given with ranges, on which no error can be measured; accepted: "
-            "with images as the calibration"
+            "argument max_error: given with ranges, or images that can be had only once; accepted: "
+            "with a tensor, a list, a data set or a DataLoader as the calibration"
         )
+    ranges = calibration if isinstance(calibration, Ranges) else calibrate(model, calibration)
     graph, state = capture(model, example if images is None else images)
-    ranges.require_fit(graph)
+    ranges.require_fits(graph)
     layers = [node.op.weight for node in graph.nodes if isinstance(node.op, Conv)]
     asked = frozenset(precision.kept(layers))
     if images is None:

@@ -50,7 +50,7 @@ def layer_errors(
         answer, stored = function(*read), narrow.values[node.name].quantization
         if stored is not None:
             answer = dequantize(answer, stored)
-        one = LayerError(sqnr_db(answer, y), ranges.clipped(node.name))
+        one = LayerError(sqnr_db(answer, y), ranges.values[node.name].clipped)
         before = errors.get(node.op.weight, one)
         errors[node.op.weight] = min(before, one, key=lambda error: error.sqnr_db)
 

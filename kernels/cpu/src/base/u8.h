@@ -35,6 +35,7 @@
 
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
+typedef uint16_t UnsignedShorts __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 // Units
@@ -74,11 +75,30 @@ static ALWAYS_INLINE Ints multiply_add(Ints sum, uint32_t x, Words w) {
 // of which there are too few.
 #define KEEP_ORDER() __asm__ volatile("" ::: "memory")
 
+// Keeps GCC from computing with scalars what has been broadcast, and from adding up products before
+// they are added to a sum, for which it stored them all.
+template <class Vector>
+static ALWAYS_INLINE Vector opaque(Vector v) {
+  __asm__("" : "+x"(v));
+  return v;
+}
+
 // The even (HALF 0) or odd channels of units, in 16 bits.
 template <long HALF>
 static ALWAYS_INLINE Shorts half_of_values(uint32_t x) {
-  const Words units = x - Words{};
-  return (Shorts)((HALF ? units >> 8 : units) & 0x00ff00ffu);
+  const Words units = opaque(x - Words{});
+  if constexpr (HALF) return (Shorts)((UnsignedShorts)units >> 8);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // The mask stays in memory: it would be the 17th register, and convolutions of a ResNet-50 take
+  // 1.01 to 1.25 times as long where GCC keeps it in one (a Zen 3).
+  alignas(4 * LANES) static const uint32_t even[] = {
+      0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff};
+  Shorts values;
+  __asm__("vpand %2, %1, %0" : "=x"(values) : "x"(units), "m"(*(const uint32_t(*)[8])even));
+  return values;
+#else
+  return (Shorts)(units & 0x00ff00ffu);
+#endif
 }
 template <long HALF>
 static ALWAYS_INLINE Shorts half_of_weights(Words w) {
@@ -87,11 +107,11 @@ static ALWAYS_INLINE Shorts half_of_weights(Words w) {
 }
 static ALWAYS_INLINE Ints multiply_add(Ints sum, Shorts x, Shorts w) {
 #if defined(__AVX512BW__)
-  return sum + (Ints)_mm512_madd_epi16((__m512i)x, (__m512i)w);
+  return opaque(sum + (Ints)_mm512_madd_epi16((__m512i)x, (__m512i)w));
 #elif defined(__AVX2__)
-  return sum + (Ints)_mm256_madd_epi16((__m256i)x, (__m256i)w);
+  return opaque(sum + (Ints)_mm256_madd_epi16((__m256i)x, (__m256i)w));
 #else
-  return sum + (Ints)_mm_madd_epi16((__m128i)x, (__m128i)w);
+  return opaque(sum + (Ints)_mm_madd_epi16((__m128i)x, (__m128i)w));
 #endif
 }
 #else

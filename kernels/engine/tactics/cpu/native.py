@@ -23,7 +23,7 @@ from resfuse.kernels.cpu.program import (
     storage_number,
     whole_vectors,
 )
-from resfuse.kernels.cpu.weight_layout import per_channel, slopes
+from resfuse.kernels.cpu.weight_layout import integers_per_channel, per_channel, slopes
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift, slope_of
 from resfuse.kernels.engine.ir.graph import (
@@ -157,7 +157,7 @@ def conv_step(
             sums = []
         else:
             weight, how = quantized_weights(op, state, x)
-            bias, sums = how.bias, [per_channel(how.scale), per_channel(how.offset)]
+            bias, sums = how.bias, [per_channel(how.scale), integers_per_channel(how.offset)]
         groups = op.problem.groups
         laid_out = conv_candidates.layout_weight(config.form, weight, groups, storage)
         return [laid_out, per_channel(bias), *sums, *_slopes(op, op.problem.k, state)]

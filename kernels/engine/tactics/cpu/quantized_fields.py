@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from resfuse.kernels.engine.ir.graph import Graph, Node
+from resfuse.kernels.engine.ir.graph import Conv, Graph, Node
 
 
 def quantized_fields(graph: Graph, node: Node) -> dict[str, Any]:
@@ -11,7 +11,9 @@ def quantized_fields(graph: Graph, node: Node) -> dict[str, Any]:
     added = None if node.residual is None else graph.values[node.residual].quantization
     fields: dict[str, Any] = {}
     if x is not None:
-        fields |= {"x_zero": x.zero_point, "x_scale": x.scale, "y_fp32": y is None}
+        fields |= {"x_zero": x.zero_point, "x_scale": x.scale}
+        if not isinstance(node.op, Conv):  # whose problem says so
+            fields["y_fp32"] = y is None
     if y is not None:
         fields |= {"y_zero": y.zero_point, "y_inverse_scale": y.inverse_scale}
     if added is not None:

@@ -207,7 +207,7 @@ def test_a_file_whose_values_make_no_sense_is_refused(
     engine.save(path)
     with safe_open(path, "pt") as file:
         metadata = dict(file.metadata())
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     plan = json.loads(metadata["plan"])
     values = plan["plans"][0]["graph"]["values"]
     name = next(name for name, value in values.items() if "scale" in value)
