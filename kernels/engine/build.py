@@ -35,7 +35,6 @@ from resfuse.kernels.engine.planning.candidates import find_candidates
 from resfuse.kernels.engine.planning.chunking import chunk_stages, with_chunks
 from resfuse.kernels.engine.planning.liveness import with_memory
 from resfuse.kernels.engine.planning.planner import Plan, Segment, plan
-from resfuse.kernels.engine.quantization.calibrate import Images
 from resfuse.kernels.engine.quantization.calibration_images import Images
 from resfuse.kernels.engine.quantization.given_scales import with_given_scales
 from resfuse.kernels.engine.quantization.quantized_graph import quantized
