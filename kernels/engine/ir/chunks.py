@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Torch, Value
+from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Torch
 
 
 def chunked(tactic: str, candidates: Sequence[Candidate], count: int) -> Candidate:
@@ -41,7 +41,8 @@ def chunk_of(graph: Graph, candidate: Candidate) -> Graph:
     part = graph.part(candidate.start, candidate.stop)
     images = next(iter(part.values.values())).shape[0] // candidate.settings["count"]
     values = {
-        name: Value((images, *value.shape[1:]), value.dtype) for name, value in part.values.items()
+        name: replace(value, shape=(images, *value.shape[1:]))
+        for name, value in part.values.items()
     }
     return replace(part, nodes=tuple(_of_batch(node, images) for node in part.nodes), values=values)
 
