@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from resfuse.kernels import Engine, build_engine, calibrate, load_engine
 from resfuse.kernels.cpu import library as native_library
 from resfuse.kernels.cpu.library import NativeUnavailable
+from resfuse.kernels.engine.frontend.conversions import moves
 from resfuse.kernels.engine.ir.graph import Concat, Conv, Convert, MaxPool, Torch
 from resfuse.kernels.engine.saving.engine_file import _digest
 from resfuse.kernels.engine.tactics import eager
@@ -165,7 +166,7 @@ def test_convolutions_compute_in_int8_and_what_torch_computes_sees_float32() -> 
         dtypes = {graph.values[name].dtype for name in node.inputs}
         if isinstance(node.op, Conv):
             assert dtypes == {torch.uint8}
-        elif isinstance(node.op, Torch):
+        elif isinstance(node.op, Torch) and not moves(node):
             assert dtypes == {torch.float32}
         elif isinstance(node.op, Concat | MaxPool):
             scales = {graph.values[name].quantization for name in (*node.inputs, node.name)}
@@ -192,30 +193,29 @@ def test_a_saved_engine_answers_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    "changed",
     [
-        ({"scale": 0.0, "zero_point": 0}, "scale"),
-        ({"scale": 0.1, "zero_point": 256}, "zero_point"),
-        ({}, "without a scale"),
+        {"scale": 0.0, "zero_point": 0},
+        {"scale": 1e300, "zero_point": 0},
+        {"scale": 0.1, "zero_point": 256},
+        {},
     ],
 )
 def test_a_file_whose_values_make_no_sense_is_refused(
-    tmp_path: Path, changed: dict[str, float], said: str
+    tmp_path: Path, changed: dict[str, float]
 ) -> None:
-    path = tmp_path / "engine.safetensors"
-    _, engine = int8_engine("ResNet", images(1))
-    engine.save(path)
+    path = tmp_path / "engine"
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1)), images(1)
+    build_engine(model.eval(), x, precision="int8", calibration=images(32)).save(path)
     with safe_open(path, "pt") as file:
-        metadata = dict(file.metadata())
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    plan = json.loads(metadata["plan"])
-    values = plan["plans"][0]["graph"]["values"]
+        plan = json.loads(file.metadata()["resfuse"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    values = plan["plans"]["1x3x64x64"]["graph"]["values"]
     name = next(name for name, value in values.items() if "scale" in value)
     values[name] = {k: v for k, v in values[name].items() if k in ("shape", "dtype")} | changed
-    metadata["plan"] = json.dumps(plan)
-    metadata["digest"] = _digest(metadata["plan"], tensors)
-    save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match=said):
+    text = json.dumps(plan)
+    save_file(tensors, path, {"resfuse": text, "sha256": _digest(text, tensors)})
+    with pytest.raises(ValueError, match="no plan that can be run"):
         load_engine(path)
 
 
@@ -233,7 +233,7 @@ def test_layers_to_keep_are_computed_in_float32() -> None:
 def test_the_layers_that_quantisation_harms_most_are_kept_for_a_small_error() -> None:
     x = images(4, seed=7)
     model, coarse = int8_engine("MobileNetV2's blocks", x)
-    _, fine = int8_engine("MobileNetV2's blocks", x, max_error=0.06)
+    _, fine = int8_engine("MobileNetV2's blocks", x, max_error=0.03)
     kept = [line for line in fine.quantization().splitlines() if line.endswith("max_error")]
     layers = sum(isinstance(node.op, Conv) for node in fine.graphs[0].nodes)
     assert 0 < len(kept) < layers
@@ -244,7 +244,7 @@ def test_the_layers_that_quantisation_harms_most_are_kept_for_a_small_error() ->
         y = torch.cat([engine(part) for part in images(16, seed=1).split(4)])
         return float((y - want).norm() / want.norm())
 
-    assert error(fine) <= 0.065 < error(coarse)
+    assert error(fine) <= 0.035 < error(coarse)
 
 
 def test_ranges_serve_other_batches(tmp_path: Path) -> None:
