@@ -431,7 +431,7 @@ class Engine:
             OSError: the file cannot be written; an earlier one stays unchanged.
             ModuleNotFoundError: the package onnx is not installed.
         """
-        from resfuse.kernels.engine.export.onnx_writer import export_onnx  # onnx is optional
+        from resfuse.kernels.engine.saving.onnx.onnx_writer import export_onnx  # onnx is optional
 
         if self.precision != "int8":
             raise ValueError(

@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kernels/engine": (
         ("ir",),
         ("frontend", "memory"),
-        ("tactics", "export"),
+        ("tactics",),
         ("planning", "runtime", "cost"),
         ("tuning", "saving", "quantization"),
         ("torch_compile",),

@@ -46,7 +46,7 @@ class Joined(nn.Module):
         self.left, self.right = nn.Conv2d(24, 12, 1), nn.Conv2d(24, 36, 3, padding=1, groups=2)
         self.norm = nn.BatchNorm2d(72)
         self.odd, self.same = nn.Conv2d(72, 37, (1, 3), padding=(0, 1)), nn.Conv2d(37, 37, 1)
-        self.whole = nn.Linear(37 * 8 * 8, 10)
+        self.whole = nn.Linear(37 * 4 * 4, 10)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = self.slope(self.first(x))
@@ -55,7 +55,7 @@ class Joined(nn.Module):
         z = F.leaky_relu(self.odd(self.norm(z)), 0.2)
         z = F.max_pool2d(z + F.relu(self.same(z)), 3, 2, 0, ceil_mode=True)
         z = F.avg_pool2d(z, 3, 2, 1, count_include_pad=False)
-        maps = F.interpolate(z[:, :, 1:7:2], scale_factor=2, mode="nearest")
+        maps = F.interpolate(z[:, :, 1:4:2], scale_factor=2, mode="nearest")
         return maps, F.softmax(self.whole(z.flatten(1)), 1)
 
 

@@ -23,7 +23,7 @@ from quantized_networks import (
     smooth_images,
 )
 from resfuse.kernels import fuse, load_onnx
-from resfuse.kernels.onnx_reader.operators.quantization import FakeQuantize
+from resfuse.kernels.onnx_reader.operators.quantize_linear import FakeQuantize
 
 U8, S8 = np.uint8, np.int8
 SHAPE = ("n", 4, 8, 8)
@@ -176,11 +176,17 @@ def test_a_file_of_onnxruntimes_quantizer(name: str, activations: str, path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ResNet", "MobileNetV2's blocks"])
-def test_a_file_of_nncf(name: str, path: Path) -> None:
+def test_a_file_of_nncf(path: Path) -> None:
     pytest.importorskip("nncf")
-    by_nncf(name, path)
+    by_nncf("ResNet", path)
     near(path, None)
+
+
+@pytest.mark.slow
+def test_nncfs_scales_for_each_channel_of_a_depthwise_convolution(path: Path) -> None:
+    pytest.importorskip("nncf")
+    by_nncf("MobileNetV2's blocks", path)
+    refused(path, r"an activation with 32 scales, one a channel, is not read")
 
 
 # What is refused: whatever it is, in a sentence.

@@ -25,7 +25,7 @@ from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Torch
 from resfuse.kernels.engine.quantization.given_scales import with_given_scales
 from resfuse.kernels.engine.tactics import eager
-from resfuse.kernels.onnx_reader.operators.quantization import FakeQuantize
+from resfuse.kernels.onnx_reader.operators.quantize_linear import FakeQuantize
 from resfuse.kernels.ops.quantization import Quantization, quantize_weights
 
 pytestmark = [pytest.mark.usefixtures("own_cache")]
@@ -40,10 +40,12 @@ def rewritten(model: nn.Module, x: Tensor) -> tuple[Graph, Tensor, Tensor]:
     """The graph of a model on integers, its answer by the twins of the kernels, and the model's."""
     graph, state = capture(model.eval(), x)
     narrow = with_given_scales(graph, state)
+    values = {narrow.input: x}
     with torch.inference_mode():
-        (y,) = eager.exact(narrow, state, [x])
-        want = model(x)
-    return narrow, y, want
+        for node in narrow.nodes:
+            function = eager.function_of(node, narrow.values, state)
+            values[node.name] = function(*(values[name] for name in node.inputs))
+        return narrow, values[narrow.outputs[0]], model(x)
 
 
 def require_near(engine: Engine, path: Path, x: Tensor) -> None:
@@ -63,7 +65,8 @@ def test_a_file_of_onnxruntimes_quantizer(name: str, activations: str, tmp_path:
     assert engine.precision == "int8"
     (graph,) = engine.graphs
     assert set(convolutions(graph)) == {torch.uint8}
-    assert not any(isinstance(node.op, Torch) for node in graph.nodes)
+    calls = {node.op.target for node in graph.nodes if isinstance(node.op, Torch)}
+    assert calls <= {"aten.reshape.default"}  # rounded before and behind it, it is no part of fc
     require_near(engine, path, x)
     with pytest.raises(ValueError, match="takes no new weights"):
         engine.refresh({})
@@ -169,15 +172,18 @@ def test_integers_from_minus_128_are_stored_128_larger() -> None:
 
 
 @pytest.mark.parametrize("most", [127, 63, 64, 100])
-def test_weights_that_are_integers_keep_their_scale(most: int) -> None:
+def test_weights_that_are_integers_are_not_rounded_again(most: int) -> None:
     """NNCF's are of seven bits where the CPU saturates; others do not reach 127 by chance."""
     draw = torch.Generator().manual_seed(0)
     whole = torch.randint(-most, most + 1, (6, 5, 3, 3), generator=draw)
     whole[:, 0, 0, 0], whole[5] = most, 0
     scale = torch.tensor([0.1, 0.013, 7e-5, 1.0, 0.3, 1.0])
-    narrow, found = quantize_weights((whole * scale.view(-1, 1, 1, 1)).float().double())
-    assert torch.equal(narrow, whole.to(torch.int8))
-    torch.testing.assert_close(found.float(), scale)
+    weight = (whole * scale.view(-1, 1, 1, 1)).float().double()
+    narrow, found = quantize_weights(weight)
+    again = narrow * found.view(-1, 1, 1, 1)
+    torch.testing.assert_close(again, weight, rtol=1e-6, atol=0)
+    if most > 63:  # half the scale is as exact
+        assert torch.equal(narrow, whole.to(torch.int8))
 
 
 def test_a_model_that_rounds_nothing_stays_as_it_is() -> None:

@@ -23,7 +23,6 @@ from quantized_networks import (
     smooth_images,
 )
 from resfuse.kernels import Engine, build_engine, load_onnx
-from resfuse.kernels.engine.export.onnx_writer import export_onnx
 from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Graph,
@@ -34,6 +33,7 @@ from resfuse.kernels.engine.ir.graph import (
     Pick,
     Value,
 )
+from resfuse.kernels.engine.saving.onnx.onnx_writer import export_onnx
 from resfuse.kernels.engine.tactics import eager
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]

@@ -30,7 +30,7 @@ class OnnxBuilder:
         self.graph, self.state = graph, state
         self.names = {graph.input: graph.input}
         self.opset, self.any_batch = LEAST_OPSET, True
-        self._stored, self._shift = (np.int8, 128) if signed else (np.uint8, 0)
+        self._signed = signed
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, np.ndarray] = {}
         self._used = {graph.input}
@@ -49,7 +49,7 @@ class OnnxBuilder:
         inputs: Sequence[str],
         *,
         opset: int = LEAST_OPSET,
-        **attributes: int | float | str | list[int],
+        **attributes: Any,
     ) -> str:
         """Adds an operator with one output, which has come with `opset`; returns its name."""
         self.opset = max(self.opset, opset)
@@ -78,7 +78,8 @@ class OnnxBuilder:
     def quantized(self, x: str, to: Quantization) -> str:
         """Adds the pair that rounds `x` to what `to` can store; returns the name of the result."""
         scale = self.constant(np.float32(to.scale), "scale")
-        zero_point = self.constant(self._stored(to.zero_point - self._shift), "zero_point")
+        shifted = np.int8(to.zero_point - 128) if self._signed else np.uint8(to.zero_point)
+        zero_point = self.constant(shifted, "zero_point")
         narrow = self.add("QuantizeLinear", [x, scale, zero_point])
         return self.add("DequantizeLinear", [narrow, scale, zero_point])
 

@@ -4,8 +4,8 @@ runtimes differ in what `ceil_mode` means."""
 import torch
 import torch.nn.functional as F
 
-from resfuse.kernels.engine.export.onnx_builder import OnnxBuilder
 from resfuse.kernels.engine.ir.graph import AveragePool, MaxPool, Node
+from resfuse.kernels.engine.saving.onnx.onnx_builder import OnnxBuilder
 
 
 def max_pool(build: OnnxBuilder, node: Node, op: MaxPool) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from resfuse.kernels.engine.export.onnx_builder import OnnxBuilder
 from resfuse.kernels.engine.ir.graph import Node, Torch
+from resfuse.kernels.engine.saving.onnx.onnx_builder import OnnxBuilder
 
 
 def torch_operation(build: OnnxBuilder, node: Node, op: Torch) -> None:

@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from resfuse.kernels.engine.export.onnx_builder import OnnxBuilder
-from resfuse.kernels.engine.export.onnx_operations import OPERATIONS
 from resfuse.kernels.engine.ir.graph import Graph, State
+from resfuse.kernels.engine.saving.onnx.onnx_builder import OnnxBuilder
+from resfuse.kernels.engine.saving.onnx.onnx_operations import OPERATIONS
 
 Activations = Literal["uint8", "int8"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resfuse.kernels.engine.export.onnx_builder import OnnxBuilder
+from resfuse.kernels.engine.saving.onnx.onnx_builder import OnnxBuilder
 from resfuse.kernels.ops.activation import Slope
 
 

@@ -1,14 +1,11 @@
 """What each operation of a graph is in ONNX."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from resfuse.kernels.engine.export.onnx_activations import activated
-from resfuse.kernels.engine.export.onnx_builder import OnnxBuilder
-from resfuse.kernels.engine.export.onnx_pools import average_pool, max_pool
-from resfuse.kernels.engine.export.onnx_torch import torch_operation
 from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift, slope_of
 from resfuse.kernels.engine.ir.graph import (
     Affine,
@@ -20,10 +17,13 @@ from resfuse.kernels.engine.ir.graph import (
     MaxPool,
     Mean,
     Node,
-    Operation,
     Pick,
     Torch,
 )
+from resfuse.kernels.engine.saving.onnx.onnx_activations import activated
+from resfuse.kernels.engine.saving.onnx.onnx_builder import OnnxBuilder
+from resfuse.kernels.engine.saving.onnx.onnx_pools import average_pool, max_pool
+from resfuse.kernels.engine.saving.onnx.onnx_torch import torch_operation
 from resfuse.kernels.ops.quantization import quantize_weights
 
 
@@ -147,7 +147,8 @@ def _ints(build: OnnxBuilder, numbers: Sequence[int], name: str) -> str:
     return build.constant(np.array(list(numbers), np.int64), name)
 
 
-OPERATIONS: dict[type[Operation], Callable[[OnnxBuilder, Node, Operation], None]] = {
+# Each function takes the operation that it stands beside.
+OPERATIONS: dict[type, Callable[[OnnxBuilder, Node, Any], None]] = {
     Conv: _conv,
     Affine: _affine,
     MaxPool: max_pool,
@@ -158,4 +159,4 @@ OPERATIONS: dict[type[Operation], Callable[[OnnxBuilder, Node, Operation], None]
     Convert: _convert,
     LayerNorm: _layer_norm,
     Torch: torch_operation,
-}  # type: ignore[dict-item]  # each takes the operation it stands beside
+}
