@@ -21,10 +21,9 @@ def minmax(histogram: Histogram, percentile: float = PERCENTILE) -> Range:
 
 
 def percentile_range(histogram: Histogram, percentile: float = PERCENTILE) -> Range:
-    """Returns the range that leaves out, at either end, the numbers beyond a percentile: 0.01 %
-    for 99.99. An end where all numbers are of one sign stays at zero or beyond, where the grid
-    begins anyway."""
-    tail = histogram.total * (1 - percentile / 100)
+    """Returns the range that leaves out, at either end, the numbers beyond a percentile: for 99.99
+    one in 10,000, and none of fewer."""
+    tail = math.floor(histogram.total * (1 - percentile / 100))
     low = _quantile(histogram, tail)
     return low, max(low, _quantile(histogram, histogram.total - tail))
 

@@ -189,7 +189,7 @@ def test_memory_does_not_grow_with_the_images(model: nn.Module) -> None:
 def test_an_output_and_a_map_have_ranges() -> None:
     model = made(maps)
     found = calibrate(model, images(*SHAPE))
-    assert len(found.values) == 3 and all(value.means for value in found.values.values())
+    assert len(found.values) == 4 and all(value.means for value in found.values.values())
 
 
 def test_values_without_channels_have_no_means() -> None:

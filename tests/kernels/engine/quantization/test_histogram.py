@@ -73,7 +73,9 @@ def test_bins_are_used_well() -> None:
 
 @given(
     st.lists(
-        st.lists(st.floats(-1e30, 1e30, width=32), min_size=1, max_size=20), min_size=1, max_size=8
+        st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=20),
+        min_size=1,
+        max_size=8,
     )
 )
 def test_no_number_is_lost(parts: list[list[float]]) -> None:
