@@ -230,7 +230,9 @@ def values_of(
 
 def _chosen(value: ObservedValue, method: str, percentile: float) -> ValueRange:
     low, high = map(rounded, METHODS[method](value.histogram, percentile))
-    clipped = 0.0 if method in NEED_NO_HISTOGRAM else value.histogram.share_beyond(low, high)
+    clipped = 0.0
+    if method not in NEED_NO_HISTOGRAM:  # zero is always stored
+        clipped = value.histogram.share_beyond(min(low, 0.0), max(high, 0.0))
     means = value.means
     return ValueRange(
         low, high, rounded(clipped), None if means is None else tuple(map(rounded, means))
