@@ -94,7 +94,7 @@ def function_of(
     if quantized_eager.is_quantized(node, values):
         function = quantized_eager.function_of(node, values, state, keep)
         if function is not None:
-            return function
+            return function if dtype is None else _with_floats_in(dtype, function)
     if isinstance(op, Conv):
         return _conv(op, values[node.name].shape, state, dtype, keep)
     if isinstance(op, Affine):
@@ -118,6 +118,16 @@ def function_of(
         to = dtype or getattr(torch, op.dtype)
         return lambda x: x.to(to)
     return _torch(op, state, dtype, keep)
+
+
+def _with_floats_in(dtype: torch.dtype, function: Function) -> Function:
+    """Returns a function whose result, where it is no quantised one, is in `dtype`."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        y = function(*inputs)
+        return y.to(dtype) if y.is_floating_point() else y
+
+    return run
 
 
 def _uncached(key: Hashable, make: Callable[[], list[Tensor]]) -> list[Tensor]:
