@@ -66,7 +66,8 @@ def storage_number(storage: Storage) -> int:
 
 def storage_of(step: Step) -> Storage:
     """Returns the type that a step's values are stored in."""
-    return _STORAGES[step.storage]
+    storage: Storage = _STORAGES[step.storage]
+    return storage
 
 
 VALUE_BYTES: dict[Storage, int] = {"fp32": 4, "bf16": 2, "u8": 1}

@@ -10,7 +10,7 @@ activations that call exp, whose last place may move a result by one.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -254,7 +254,7 @@ def average_pool_ref(
     return quantize(sums.float() / divisors * stored.scale, output)
 
 
-def max_pool_ref(x: Tensor, *window: Sequence[int] | bool) -> Tensor:
+def max_pool_ref(x: Tensor, *window: Any) -> Tensor:
     """Returns the max-pool of x [N, C, H, W], uint8, stored as x is; the further arguments are
     those of F.max_pool2d: kernel, stride, padding, dilation, ceil."""
     pooled: Tensor = F.max_pool2d(x.float(), *window)
