@@ -126,7 +126,8 @@ def feed_forwards(
         assert handle is not None
         handle.remove()  # the model is captured while it takes the first images
         try:
-            take(args[0])
+            with torch.inference_mode(False):
+                take(args[0])
         finally:
             handle = model.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -119,18 +119,20 @@ def entropy(histogram: Histogram, percentile: float = PERCENTILE) -> Range:
     last = first + len(counts)
     width = histogram.width
 
-    def best(ends: list[tuple[int, int]]) -> tuple[int, int]:
-        divergences = [_divergence(counts, start - first, stop - first) for start, stop in ends]
-        return ends[divergences.index(min(divergences))]  # of equals the widest, which comes first
+    def best(starts: list[int], stops: list[int]) -> int:
+        both = (torch.tensor(ends, device="cpu") - first for ends in (starts, stops))
+        return int(_divergences(counts, *both).argmin())  # of equals the widest, which comes first
 
     def best_low(_: float, high: float) -> float:
         stop = last if high == histogram.high else round(high / width)
-        start, _ = best([(start, stop) for start in _drawn_in(first, min(stop - LEVELS, 0))])
+        starts = _drawn_in(first, min(stop - LEVELS, 0))
+        start = starts[best(starts, [stop] * len(starts))]
         return low if start == first else start * width
 
     def best_high(low: float, _: float) -> float:
         start = first if low == histogram.low else round(low / width)
-        _, stop = best([(start, stop) for stop in _drawn_in(last, max(start + LEVELS, 0))])
+        stops = _drawn_in(last, max(start + LEVELS, 0))
+        stop = stops[best([start] * len(stops), stops)]
         return high if stop == last else stop * width
 
     return _by_turns(histogram, best_low, best_high)
@@ -155,25 +157,42 @@ def _from_zero(histogram: Histogram) -> tuple[Tensor, int]:
     return counts, first
 
 
-def _divergence(counts: Tensor, start: int, stop: int) -> float:
+def _divergences(counts: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
     """Returns the divergence of bins [start, stop), to whose ends all beyond is clipped, from the
-    same in 256 levels; infinity where numbers are clipped to a level that is empty."""
-    inside = counts[start:stop]
-    if not len(inside):
-        return math.inf
-    wanted = inside.clone()
-    wanted[0] += counts[:start].sum()
-    wanted[-1] += counts[stop:].sum()
-    used = wanted > 0
-    level = torch.arange(len(inside), device="cpu") * LEVELS // len(inside)
-    sums = torch.bincount(level, inside, minlength=LEVELS)
-    shared = torch.bincount(level, used.double(), minlength=LEVELS)
-    stored = (sums / shared.clamp(min=1))[level]
-    wanted, stored = wanted[used], stored[used]
-    if not len(wanted) or bool((stored <= 0).any()):
-        return math.inf
-    wanted, stored = wanted / wanted.sum(), stored / stored.sum()
-    return float((wanted * (wanted / stored).log()).sum())
+    same in 256 levels, for each start and stop [T]; infinity where numbers are clipped to a level
+    that is empty.
+
+    P is the share of each bin, the clipped numbers in the bins at the ends, and Q that of its
+    level without them, spread over the level's bins that are in use. The sum over bins of
+    P * log(P / Q) takes only sums of P, of P * log P and of bins in use over each level, which are
+    differences of running sums.
+    """
+    length = (stops - starts)[:, None]
+    edges = starts[:, None] - torch.arange(LEVELS + 1, device="cpu") * -length // LEVELS  # ceil
+    inside, weighted, used = (
+        _running(each)[edges].diff(dim=1)
+        for each in (counts, _xlogx(counts), (counts > 0).double())
+    )
+    clipped = torch.zeros_like(inside)
+    below, above = _running(counts)[starts], counts.sum() - _running(counts)[stops]
+    for level, at, beyond in ((0, starts, below), (-1, stops - 1, above)):
+        own = counts[at]
+        clipped[:, level] = beyond
+        weighted[:, level] += _xlogx(own + beyond) - _xlogx(own)
+        used[:, level] += ((own == 0) & (beyond > 0)).double()
+    wanted, total = inside + clipped, counts.sum()
+    stored = inside / used.clamp(min=1)  # of each bin of the level that is in use
+    crossed = torch.where(wanted > 0, wanted * stored.log(), torch.zeros_like(wanted)).sum(1)
+    return (weighted.sum(1) - crossed) / total - total.log() + inside.sum(1).log()
+
+
+def _running(numbers: Tensor) -> Tensor:
+    """Returns the sums of the first 0, 1, 2, ... numbers."""
+    return torch.cat([numbers.new_zeros(1), numbers.cumsum(0)])
+
+
+def _xlogx(numbers: Tensor) -> Tensor:
+    return torch.where(numbers > 0, numbers * numbers.clamp(min=1).log(), torch.zeros_like(numbers))
 
 
 # By the name that `calibrate` takes: (histogram, percentile) -> (low, high).

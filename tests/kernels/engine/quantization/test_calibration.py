@@ -111,6 +111,9 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
     "a data set": Pictures,
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "a function": lambda x: lambda m: [m(part) for part in x.split(11)],
+    "a function in inference mode": lambda x: torch.inference_mode()(
+        lambda m: [m(part.clone()) for part in x.split(11)]
+    ),
     "a function with gradients": lambda x: lambda m: [m(x.clone().requires_grad_())],
 }
 
@@ -209,6 +212,11 @@ def test_values_of_other_dtypes_have_no_range() -> None:
 def test_autocast_changes_nothing(model: nn.Module, photos: Tensor, expected: Ranges) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         close(expected, calibrate(model, photos), 1e-6)
+
+
+def test_inference_mode_changes_nothing(model: nn.Module, photos: Tensor, expected: Ranges) -> None:
+    with torch.inference_mode():
+        close(expected, calibrate(model, [part.clone() for part in photos.split(9)]), 1e-6)
 
 
 def test_the_model_is_left_as_it_was(model: nn.Module, photos: Tensor) -> None:
