@@ -10,6 +10,7 @@ from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.cost.cost import cost_of
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.chunks import inner_candidates
+from resfuse.kernels.engine.ir.constant_nodes import constant_nodes
 from resfuse.kernels.engine.ir.graph import (
     Affine,
     AveragePool,
@@ -80,12 +81,18 @@ def table(
             f"Ceilings: {ceilings.gflops:.0f} GFLOP/s, {ceilings.gb_per_s:.1f} GB/s copied. "
             "Winograd needs 2.25 times fewer multiplications than the floor counts."
         )
+    constant = constant_nodes(graph)
     opaque = [s for s in segments if any(isinstance(n.op, Torch) for n in _nodes(graph, s))]
     if opaque:
         operations = [n.op for s in opaque for n in _nodes(graph, s)]
         names = sorted({op.target for op in operations if isinstance(op, Torch)})
         lines.append(f"Run by torch, {len(opaque)} segments: {', '.join(names)}.")
-    if untimed := sum(segment.ms == 0 for segment in segments):
+    once = [s for s in segments if constant.issuperset(n.name for n in _nodes(graph, s))]
+    if once:
+        lines.append(
+            f"Computed once, from weights alone: {len(once)} segments, which take no time."
+        )
+    if untimed := sum(segment.ms == 0 for segment in segments) - len(once):
         lines.append(
             f"Neither timed nor checked: {untimed}, which torch alone computes, and not from any "
             "numbers: indices, probabilities or the like."

@@ -48,11 +48,12 @@ _ANY_NUMBERS = _names(
     upsample_nearest2d upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact1d
     _upsample_nearest_exact2d
 
-    alias broadcast_to cat channel_shuffle chunk constant_pad_nd diagonal expand flatten flip glu
-    hstack lift_fresh_copy meshgrid movedim narrow pad permute pixel_shuffle pixel_unshuffle
-    reflection_pad1d reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d
-    reshape roll rot90 select slice sort split split_with_sizes squeeze stack t topk transpose
-    unbind unflatten unfold unsafe_split unsqueeze view _unsafe_view view_as vstack
+    alias broadcast_to cat channel_shuffle chunk constant_pad_nd copy diagonal diagonal_scatter
+    expand flatten flip glu hstack lift_fresh_copy meshgrid movedim narrow pad permute pixel_shuffle
+    pixel_unshuffle reflection_pad1d reflection_pad2d repeat repeat_interleave replication_pad1d
+    replication_pad2d reshape roll rot90 select select_scatter slice slice_scatter sort split
+    split_with_sizes squeeze stack t topk transpose unbind unflatten unfold unsafe_split unsqueeze
+    view _unsafe_view view_as vstack
     """
 )
 # Those that accept any floats; integers are indices and must be in range.
