@@ -47,6 +47,7 @@ class Executor:
         self._copies: list[Item] = []  # those of the items that bring values into the arena
         self._steps: list[Step] = []
         self._copied: set[str] = set()
+        self._freed: set[str] = set()
         self._constant, self._constants = constant_nodes(graph), Values()
         for candidate in candidates:
             self._lower(candidate, state)
@@ -98,7 +99,7 @@ class Executor:
                 lowered.run(self._constants)
         else:
             self._flush()
-            self._items.append(self._call(lowered, [node.name for node in nodes], candidate.stop))
+            self._items.append(self._call(lowered, nodes, candidate.stop))
 
     def _is_constant(self, nodes: Sequence[Node]) -> bool:
         """Returns whether nodes that torch computes read nothing but what has been computed."""
@@ -127,16 +128,19 @@ class Executor:
         self._items.append(copy)
         self._copies.append(copy)
 
-    def _call(self, call: Call, outputs: list[str], stop: int) -> Item:
+    def _call(self, call: Call, nodes: Sequence[Node], stop: int) -> Item:
         """Returns a function that runs `call`, copies results that are views into the arena, and
         frees values after their last use."""
         arena = self.arena.pointer
+        reads = {name for node in nodes for name in node.inputs}
+        results = [node.name for node in nodes] if reads & self._native else []
         last = self.graph.last_read
-        dead = [n for n, at in last.items() if at < stop and n not in self._native]
+        dead = [n for n, at in last.items() if at < stop and n not in self._native | self._freed]
+        self._freed.update(dead)
 
         def run(values: Values) -> None:
             call.run(values)
-            for name in outputs:
+            for name in results:
                 if name in values and values[name].untyped_storage().data_ptr() == arena:
                     values[name] = values[name].clone()
             for name in dead:
