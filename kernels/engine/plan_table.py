@@ -76,6 +76,11 @@ def table(
         + (f": {batch / total * 1e3:.0f} samples/s." if total else ".")
     )
     lines.append(times)
+    if any(s.runner_up_ms is not None and s.runner_up_ms < s.ms for s in segments):
+        lines.append(
+            "Where the next best took less by itself, it would have needed more memory, or values "
+            "would have crossed between native steps and torch."
+        )
     if ceilings:
         lines.append(
             f"Ceilings: {ceilings.gflops:.0f} GFLOP/s, {ceilings.gb_per_s:.1f} GB/s copied. "

@@ -17,6 +17,7 @@ from resfuse.kernels.cpu.program import lanes
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Affine, Graph, Node, Torch, Value
+from resfuse.kernels.engine.plan_table import table
 from resfuse.kernels.engine.planning.candidates import find_candidates
 from resfuse.kernels.engine.planning.crossings import (
     ALIKE_MS,
@@ -75,6 +76,7 @@ def test_a_native_step_between_torchs_has_to_save_what_crossing_costs(
     assert tactics_of(found)[2] == ("native" if native else "eager")
     assert found.crossing_ms == pytest.approx(costs if native else 0.0)
     assert found.ms == pytest.approx(sum(s.ms for s in found.segments) + found.crossing_ms)
+    assert ("took less by itself" in table(graph, found.segments)) == (not native)
 
 
 def test_maps_that_lie_alike_are_copied_in_and_read_for_nothing() -> None:
