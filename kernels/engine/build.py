@@ -36,6 +36,7 @@ from resfuse.kernels.engine.planning.chunking import chunk_stages, with_chunks
 from resfuse.kernels.engine.planning.liveness import with_memory
 from resfuse.kernels.engine.planning.planner import Plan, Segment, plan
 from resfuse.kernels.engine.quantization.calibration_images import Images
+from resfuse.kernels.engine.quantization.given_scales import with_given_scales
 from resfuse.kernels.engine.quantization.quantized_graph import quantized
 from resfuse.kernels.engine.quantization.ranges import Ranges
 from resfuse.kernels.engine.quantization.recipe import QuantizationRecipe, quantization_recipe
@@ -106,7 +107,9 @@ def build_engine(
             rounded; biases, slopes and norms stay float32. With "int8" convolutions, linear layers
             and what lies between them compute on 8-bit integers, whose scales come from
             `calibration`; the engine takes no other weights later (`refresh`), and where an input
-            is NaN its output is some number.
+            is NaN its output is some number. A model that rounds to 8-bit integers itself, as
+            `load_onnx` reads a quantised file, is computed in int8 on a CPU, by its own scales,
+            unless a precision is asked for.
         keep: with "bf16" or "int8", patterns as fnmatch has them ("layer4.*") of names of modules
             or parameters, whose convolutions and linear layers are computed in float32.
         calibration: with "int8", images like those that the engine will see, or the ranges that
@@ -185,6 +188,8 @@ class _Planner:
         """Returns the graph of a model in the precision asked for, and its state by name."""
         graph, state = capture(model, example)
         if self.recipe is None:
+            if self.precision.name is None and example.device.type == "cpu":
+                graph = with_given_scales(graph, state)
             return in_precision(graph, self.precision), state
         graph, corrections = quantized(graph, state, self.recipe.ranges, self.recipe.kept)
         return graph, state | corrections

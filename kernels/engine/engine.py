@@ -410,6 +410,37 @@ class Engine:
                 self.other_shapes, self.cuda_graph, self.threads,
             )  # fmt: skip
 
+    def export_onnx(
+        self, path: str | Path, activations: Literal["uint8", "int8"] = "uint8"
+    ) -> None:
+        """Writes an engine in int8 as an ONNX file of operator set 13, or the lowest later one that
+        has its operations, with the engine's weights and scales: QuantizeLinear and
+        DequantizeLinear around each value that is quantised, weights as int8 with a scale for each
+        output channel. It is written for the largest of the engine's shapes; its batch is free,
+        unless the network moves numbers across the batch.
+
+        Args:
+            activations: how values are stored. "uint8" is what ONNX Runtime and OpenVINO compute
+                fastest in on x86. "int8" has the same numbers less 128, hence the same answers.
+                TensorRT reads int8 only, and only with zero points of 0: for it, ranges would have
+                to be symmetric, which `calibrate` does not make them.
+
+        Raises:
+            ValueError: the engine does not compute in int8, was built with keep_weights=False, or
+                runs an operation of torch's that is not written; or `activations` is neither.
+            OSError: the file cannot be written; an earlier one stays unchanged.
+            ModuleNotFoundError: the package onnx is not installed.
+        """
+        from resfuse.kernels.engine.saving.onnx.onnx_writer import export_onnx  # onnx is optional
+
+        if self.precision != "int8":
+            raise ValueError(
+                f"this engine computes in {self.precision}; accepted: one in int8, since "
+                "torch.onnx.export writes other models"
+            )
+        with self._no_builds():
+            export_onnx(self._built.find().graph, self._weights(), Path(path), activations)
+
     def _originals(self) -> list[Tensor]:
         """Returns the copies of the original weights, and those of the model for other batches and
         shapes."""

@@ -98,7 +98,8 @@ def dequantize(x: Tensor, of: Quantization) -> Tensor:
 
 def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns weights [K, C / groups, R, S] as int8 in -127..127 and the scale [K], float64, of
-    each output channel: 1 where all its weights are zero.
+    each output channel: 1 where all its weights are zero. Weights that are whole multiples of a
+    larger scale, as those of a quantised model, have that one, and are not rounded again.
 
     Args:
         weight: float64, folded with the norm behind it.
@@ -110,9 +111,30 @@ def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not weight.isfinite().all():
         raise ValueError("argument weight: NaN or infinity in it; accepted: finite weights")
     most = weight.flatten(1).abs().amax(1)
-    scale = torch.where(most > 0, most / LARGEST_WEIGHT, torch.ones_like(most))
+    scale = torch.where(most > 0, most / _largest_multiples(weight, most), torch.ones_like(most))
     in_steps = weight / scale.view(-1, *(1,) * (weight.dim() - 1))
     return in_steps.round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).to(torch.int8), scale
+
+
+def _largest_multiples(weight: Tensor, most: Tensor) -> Tensor:
+    """Returns the integer [K] that stands for the largest weight of each channel: the largest up to
+    127 with which all weights are integers, but for float32's roundings, and 127 where none is."""
+    rows = weight.flatten(1) / torch.where(most > 0, most, torch.ones_like(most))[:, None]
+    largest = torch.full_like(most, LARGEST_WEIGHT)
+    multiples = torch.arange(LARGEST_WEIGHT, 0, -1, dtype=torch.float64, device=weight.device)
+    some = rows[:, :: max(1, rows.shape[1] // 4)]
+    possible = _whole(some[:, None] * multiples[:, None])
+    for channel in possible.any(1).nonzero().flatten().tolist():
+        for multiple in multiples[possible[channel]].tolist():
+            if _whole(rows[channel] * multiple):
+                largest[channel] = multiple
+                break
+    return largest
+
+
+def _whole(numbers: Tensor) -> Tensor:
+    """Returns whether the last dimension's numbers are integers, but for float32's roundings."""
+    return ((numbers - numbers.round()).abs() < 1e-4).all(-1)
 
 
 def requantization(

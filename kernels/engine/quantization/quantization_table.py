@@ -52,7 +52,7 @@ def _row(
     ]
     why = ""
     if stored[0] is None:
-        why = "asked for" if weight in asked else "max_error"
+        why = "asked for" if weight in asked else "max_error" * (error is not None)
     return (
         weight.removesuffix(".weight"),
         "fp32" if stored[0] is None else "int8",

@@ -11,6 +11,7 @@ from resfuse.kernels.onnx_reader.operators.linear import LINEAR
 from resfuse.kernels.onnx_reader.operators.norms import NORMS
 from resfuse.kernels.onnx_reader.operators.padding import PADDING
 from resfuse.kernels.onnx_reader.operators.pools import POOLS
+from resfuse.kernels.onnx_reader.operators.quantize_linear import QUANTIZATION
 from resfuse.kernels.onnx_reader.operators.reductions import REDUCTIONS
 from resfuse.kernels.onnx_reader.operators.resizing import RESIZING
 from resfuse.kernels.onnx_reader.operators.selections import SELECTIONS
@@ -29,4 +30,5 @@ OPERATORS: Operators = {
     **SELECTIONS,
     **PADDING,
     **RESIZING,
+    **QUANTIZATION,
 }

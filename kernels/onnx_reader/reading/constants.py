@@ -13,6 +13,7 @@ from resfuse.kernels.onnx_reader.reading.values import Computed, Constant, Value
 
 # Of all that is computed so; shapes and masks need little, and a few nodes could ask for anything.
 MOST_BYTES = 2**30
+MOST_WEIGHTS = 2**31  # numbers that weights in integers stand for, of all nodes together
 # Arithmetic on shapes, and what turns a number into a tensor. What is not here runs in the network.
 FOLDED = {
     "Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConstantOfShape", "Cos",
@@ -29,6 +30,7 @@ class Folding:
         self._opsets = [onnx.helper.make_opsetid("", opset)]
         self._batches = batches
         self._bytes = 0
+        self._weights = 0
 
     def fold(self, node: OnnxNode, inputs: Sequence[Value | None]) -> tuple[Constant, ...] | None:
         """A node's outputs where they are known; None where the network computes them."""
@@ -53,6 +55,13 @@ class Folding:
             Constant(name, tuple(each[which] for each in found))
             for which, name in enumerate(node.outputs)
         )
+
+    def charge_weights(self, count: int) -> None:
+        """Raises ValueError before more numbers are unpacked than any network has weights: a weight
+        of the file may be read by any number of nodes."""
+        self._weights += count
+        if self._weights > MOST_WEIGHTS:
+            raise ValueError(f"more than {MOST_WEIGHTS} quantised weights would be unpacked")
 
     def _constant(self, node: OnnxNode) -> np.ndarray:
         for name in ("value", "value_float", "value_floats", "value_int", "value_ints"):

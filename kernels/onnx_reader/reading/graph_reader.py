@@ -27,7 +27,13 @@ from resfuse.kernels.onnx_reader.reading.model_file import (
 )
 from resfuse.kernels.onnx_reader.reading.node import OnnxNode, Operators, scalar
 from resfuse.kernels.onnx_reader.reading.patterns import merge_patterns
-from resfuse.kernels.onnx_reader.reading.values import Computed, Constant, NeedsBatch, Value
+from resfuse.kernels.onnx_reader.reading.values import (
+    Computed,
+    Constant,
+    NeedsBatch,
+    Quantized,
+    Value,
+)
 
 DYNAMIC = ("Loop", "Scan", "SequenceMap")
 BATCHES = (1, 2, 5)  # one is special (squeezing, broadcasting); two are special to nothing
@@ -134,6 +140,11 @@ class Reader:
         value = self._values[name]
         if isinstance(value, Missing):
             raise ValueError(f"{value.node.says}: its output {name!r} is not read")
+        if isinstance(value, Quantized):
+            raise ValueError(
+                f"{self.file.path}: the output {name!r} is quantised; accepted: real numbers, "
+                "behind a DequantizeLinear"
+            )
         try:
             return self.operand(value)
         except NeedsBatch:
@@ -186,6 +197,8 @@ class Reader:
         read = self._operators.get(node.op)
         if read is None:
             raise ValueError(f"{node.says} is an operator that is not read")
+        if node.op != "DequantizeLinear" and any(isinstance(x, Quantized) for x in inputs):
+            raise node.refusal("a quantised activation without a DequantizeLinear before it")
         found = read(self, node, *inputs)
         node.require_all_read()
         return found if isinstance(found, tuple) else (found,)

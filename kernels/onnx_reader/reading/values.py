@@ -6,6 +6,7 @@ same for all of them does not depend on it, and what is not is found out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch.fx as fx
@@ -61,6 +62,22 @@ class Computed:
         if found is None:
             raise NeedsBatch
         return found
+
+
+class QuantizedAs(NamedTuple):
+    """Integers of a type stand for scale * (q - zero_point)."""
+
+    scale: float
+    zero_point: int
+    dtype: np.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized(Computed):
+    """A quantised activation: `node` has the real numbers that its integers stand for, and only a
+    DequantizeLinear may read it."""
+
+    stored: QuantizedAs
 
 
 Value = Constant | Computed

@@ -1,0 +1,1 @@
+"""An engine's graph as a file for other runtimes."""

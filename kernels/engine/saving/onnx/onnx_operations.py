@@ -1,0 +1,162 @@
+"""What each operation of a graph is in ONNX."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift, slope_of
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    AveragePool,
+    Concat,
+    Conv,
+    Convert,
+    LayerNorm,
+    MaxPool,
+    Mean,
+    Node,
+    Pick,
+    Torch,
+)
+from resfuse.kernels.engine.saving.onnx.onnx_activations import activated
+from resfuse.kernels.engine.saving.onnx.onnx_builder import OnnxBuilder
+from resfuse.kernels.engine.saving.onnx.onnx_pools import average_pool, max_pool
+from resfuse.kernels.engine.saving.onnx.onnx_torch import torch_operation
+from resfuse.kernels.ops.quantization import quantize_weights
+
+
+def _conv(build: OnnxBuilder, node: Node, op: Conv) -> None:
+    """A convolution, or Gemm where it is a linear layer.
+
+    The bias stays float32: it is exact then, TensorRT reads no other, and ONNX Runtime makes the
+    int32 that its integer kernels want by itself.
+    """
+    x, of_x, of_y = build.names[node.inputs[0]], build.value(node.inputs[0]), build.value(node.name)
+    weight, bias = conv_weights(op, build.state, torch.float64)
+    if op.correction is not None:
+        bias = bias + build.state[op.correction]
+    linear = len(of_y.shape) == 2
+    if linear:
+        weight = weight.flatten(1)
+    if of_x.quantization is None:
+        w = build.constant(weight.float(), "weight")
+    else:
+        w = build.weight(*quantize_weights(weight))
+    b = build.constant(bias.float(), "bias")
+    if linear:
+        if len(of_x.shape) > 2:
+            x = build.add("Flatten", [x], axis=1)
+            if of_x.quantization is not None:  # integer kernels want the pair next to the layer
+                x = build.quantized(x, of_x.quantization)
+        y = build.add("Gemm", [x, w, b], transB=1)
+    else:
+        g = op.problem.geometry
+        y = build.add(
+            "Conv", [x, w, b], kernel_shape=[op.problem.r, op.problem.s], strides=list(g.stride),
+            pads=[*g.padding, *g.padding], dilations=list(g.dilation), group=g.groups,
+        )  # fmt: skip
+    build.store(node, _finished(build, node, op, y))
+
+
+def _affine(build: OnnxBuilder, node: Node, op: Affine) -> None:
+    y = build.names[node.inputs[0]]
+    shape = build.value(node.name).shape
+    if op.gate:
+        y = build.add("Mul", [y, build.names[node.inputs[1]]])
+    if op.norm is not None:
+        scale, shift = scale_and_shift(op, shape[1], build.state)
+        around = (-1, *(1,) * (len(shape) - 2))
+        y = build.add("Mul", [y, build.constant(scale.view(around), "scale")])
+        y = build.add("Add", [y, build.constant(shift.view(around), "shift")])
+    build.store(node, _finished(build, node, op, y))
+
+
+def _finished(build: OnnxBuilder, node: Node, op: Conv | Affine, y: str) -> str:
+    """Adds residual and activation in the operation's order."""
+    dims = len(build.value(node.name).shape)
+    added = None if node.residual is None else build.names[node.residual]
+    if added is not None and not op.residual_last:
+        y = build.add("Add", [y, added])
+    y = activated(build, y, op.activation, slope_of(op, build.state), dims)
+    return build.add("Add", [y, added]) if added is not None and op.residual_last else y
+
+
+def _pick(build: OnnxBuilder, node: Node, op: Pick) -> None:
+    """A slice of all dimensions that are picked in equal steps, a gather of each other one."""
+    y, shape = build.names[node.inputs[0]], build.value(node.inputs[0]).shape
+    picked = {2: op.rows, 3: op.columns} | ({} if op.channels is None else {1: op.channels})
+    picked = {dim: at for dim, at in picked.items() if at != tuple(range(shape[dim]))}
+    even = {dim: at for dim, at in picked.items() if _step(at)}
+    if even:
+        starts, steps = [at[0] for at in even.values()], [_step(at) for at in even.values()]
+        ends = [at[-1] + 1 for at in even.values()]
+        told = {"starts": starts, "ends": ends, "axes": list(even), "steps": steps}
+        y = build.add("Slice", [y, *(_ints(build, each, name) for name, each in told.items())])
+    for dim, at in picked.items():
+        if dim not in even:
+            y = build.add("Gather", [y, _ints(build, at, "indices")], axis=dim)
+    if op.zeros:
+        y = build.add("Pad", [y, _ints(build, [0, 0, 0, 0, 0, op.zeros, 0, 0], "pads")])
+    build.store(node, y)
+
+
+def _step(at: Sequence[int]) -> int:
+    """Returns the distance of indices that ascend in equal steps, 0 where they do not."""
+    step = at[1] - at[0] if len(at) > 1 else 1
+    return step if step > 0 and tuple(at) == tuple(range(at[0], at[-1] + 1, step)) else 0
+
+
+def _mean(build: OnnxBuilder, node: Node, op: Mean) -> None:
+    y = build.add("GlobalAveragePool", [build.names[node.inputs[0]]])
+    value = build.value(node.name)
+    if len(value.shape) == 2:
+        if value.quantization is not None:
+            y = build.quantized(y, value.quantization)
+        y = build.add("Flatten", [y], axis=1)
+    build.store(node, y)
+
+
+def _concat(build: OnnxBuilder, node: Node, op: Concat) -> None:
+    build.store(node, build.add("Concat", [build.names[name] for name in node.inputs], axis=1))
+
+
+def _convert(build: OnnxBuilder, node: Node, op: Convert) -> None:
+    """Nothing but the pair that a value in uint8 gets: the others are real numbers already."""
+    if op.dtype not in ("uint8", "float32"):
+        raise ValueError(f"{node.name!r} is in {op.dtype}; accepted: float32 and int8")
+    build.store(node, build.names[node.inputs[0]])
+
+
+def _layer_norm(build: OnnxBuilder, node: Node, op: LayerNorm) -> None:
+    y, shape = build.names[node.inputs[0]], build.value(node.name).shape
+    maps, channels = len(shape) == 4, shape[1]
+    if maps:
+        y = build.add("Transpose", [y], perm=[0, 2, 3, 1])
+    ones, zeros = torch.ones(channels), torch.zeros(channels)
+    tensors = [
+        build.constant((other if name is None else build.state[name]).float(), what)
+        for name, other, what in ((op.weight, ones, "weight"), (op.bias, zeros, "bias"))
+    ]
+    y = build.add("LayerNormalization", [y, *tensors], opset=17, axis=-1, epsilon=op.eps)
+    build.store(node, build.add("Transpose", [y], perm=[0, 3, 1, 2]) if maps else y)
+
+
+def _ints(build: OnnxBuilder, numbers: Sequence[int], name: str) -> str:
+    return build.constant(np.array(list(numbers), np.int64), name)
+
+
+# Each function takes the operation that it stands beside.
+OPERATIONS: dict[type, Callable[[OnnxBuilder, Node, Any], None]] = {
+    Conv: _conv,
+    Affine: _affine,
+    MaxPool: max_pool,
+    AveragePool: average_pool,
+    Pick: _pick,
+    Mean: _mean,
+    Concat: _concat,
+    Convert: _convert,
+    LayerNorm: _layer_norm,
+    Torch: torch_operation,
+}
