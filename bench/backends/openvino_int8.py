@@ -21,8 +21,13 @@ MULTIPLIED = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 
 
 def quantized(network: Any, calibration: Tensor, batch_size: int) -> Any:
-    """Returns an openvino.Model quantized by `nncf.quantize` with NNCF's own defaults: symmetric
-    values (its preset "performance"), weights per output channel, fast bias correction.
+    """Returns an openvino.Model quantized by `nncf.quantize` with NNCF's own defaults, symmetric
+    values (its preset "performance"), weights per output channel and fast bias correction, but for
+    two.
+
+    Ranges are from the least to the greatest value of all images, as those of other backends. By
+    default they end at the mean of the images' own, which clips: seeded ResNet-18 at 64 pixels is
+    then off by 0.16 and not by 0.07, where 0.09 was allowed, and no slower.
 
     Where the processor has no VNNI, OpenVINO's kernels add pairs of products in 16 bits, which
     saturate: weights then have half of their range (NNCF's `OverflowFix.ENABLE`).
@@ -36,6 +41,7 @@ def quantized(network: Any, calibration: Tensor, batch_size: int) -> Any:
         ModuleNotFoundError: NNCF is not installed.
     """
     nncf = importlib.import_module("nncf")
+    estimator = importlib.import_module("nncf.quantization.range_estimator")
     is_free = network.inputs[0].partial_shape[0].is_dynamic
     batches = windows(calibration, 1 if is_free else batch_size)
     network.reshape(list(batches[0].shape))
@@ -45,7 +51,10 @@ def quantized(network: Any, calibration: Tensor, batch_size: int) -> Any:
             network,
             nncf.Dataset([images.numpy() for images in batches]),
             subset_size=len(batches),
-            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                overflow_fix=fix,
+                activations_range_estimator_params=estimator.RangeEstimatorParametersSet.MINMAX,
+            ),
         )
 
 

@@ -82,6 +82,40 @@ class Everything(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Sums(nn.Module):
+    """A shortcut, added in a way; a bias and a number are none."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = 2 * x + 1
+        if self.how == "operator":
+            y = branch + x
+        elif self.how == "function":
+            y = torch.add(branch, x)
+        elif self.how == "in place":
+            branch += x
+            y = branch
+        else:
+            branch.add_(x)
+            y = branch
+        return y + torch.zeros(1)
+
+
+@pytest.mark.parametrize("how", ["operator", "function", "in place", "method"])
+def test_a_sum_of_maps_reads_rounded_values(how: str) -> None:
+    """Steps of 0.1 for x in [0, 25.5], and of 52 / 255 for the branch in [0, 52]."""
+    lower = FakeQuantized(Sums(how), torch.tensor([25.5, 0.0]).reshape(1, 2, 1, 1), 1)
+    assert [(one.low, one.high) for one in lower._ranges] == [(0, 52), (0, 25.5)]
+    x = torch.tensor([1.26, 0.52]).reshape(1, 2, 1, 1)
+    step = 52 / 255
+    wanted = [round(3.52 / step) * step + 1.3, round(2.04 / step) * step + 0.5]
+    assert lower(x).flatten().tolist() == pytest.approx(wanted)
+    assert x.flatten().tolist() == pytest.approx([1.26, 0.52])
+
+
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_every_layer_is_rounded_once_by_ranges_of_its_own(size: int) -> None:
     torch.manual_seed(0)
