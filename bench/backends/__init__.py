@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.common.selection import pick
+from resfuse.bench.records.case import PRECISIONS
 
 if TYPE_CHECKING:
     import torch
@@ -178,6 +179,13 @@ def computes_in(name: str, compute: "Compute | None") -> "Compute | None":
     int8 and it has none. Then it stays in fp32."""
     is_quantized = compute is not None and compute.calibration is not None
     return None if is_quantized and not backend(name).takes_calibration else compute
+
+
+def stays_in_fp32(name: str, precision: str) -> bool:
+    """Returns whether a baseline computes in fp32 beside cases in a precision, as rows name both:
+    in int8, where it has none."""
+    known, found = BACKENDS.get(name), PRECISIONS.get(precision)
+    return bool(known and found and found.is_quantized and not known.takes_calibration)
 
 
 def _told(name: str, compute: "Compute") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from resfuse.bench.backends.compute import windows
-from resfuse.bench.common.processor import saturates
+from resfuse.bench.common.vnni import saturates
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resfuse.bench.backends.compute import windows
 from resfuse.bench.common.errors import Unavailable
-from resfuse.bench.common.processor import saturates
+from resfuse.bench.common.vnni import saturates
 
 if TYPE_CHECKING:
     from openvino import CompiledModel

@@ -15,7 +15,7 @@ from resfuse.bench.backends import BACKENDS, Backend, computes_in, load_build
 from resfuse.bench.backends.compute import Compute
 from resfuse.bench.backends.openvino_int8 import require_integers
 from resfuse.bench.cli import main
-from resfuse.bench.common import processor
+from resfuse.bench.common import vnni
 from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.measuring import correctness, measure_case, network
 from resfuse.bench.measuring.fake_quantization import FakeQuantized
@@ -237,9 +237,9 @@ def test_openvino_is_asked_what_it_computes_in_int8() -> None:
 def test_processors_without_vnni_add_in_16_bits(
     machine: str, flags: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processor.platform, "machine", lambda: machine)
-    monkeypatch.setattr(processor, "processor", lambda: flags)
-    assert processor.saturates() is narrow
+    monkeypatch.setattr(vnni.platform, "machine", lambda: machine)
+    monkeypatch.setattr(vnni, "processor", lambda: flags)
+    assert vnni.saturates() is narrow
 
 
 def test_a_row_says_what_it_is(tmp_path: Path) -> None:
