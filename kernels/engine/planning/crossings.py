@@ -21,9 +21,9 @@ from resfuse.kernels.engine.ir.graph import Affine, Concat, Graph, Torch
 # ConViT-tiny at 64 pixels 1.2 ms longer than without them (one thread of an EPYC Milan), while in a
 # loop of its own a copy takes 2 us.
 CHANGE_MS = COPY_MS = 12e-3
-# ms a byte, on one and two cores there: a copy between maps that lie alike takes 0.04 to 0.27 ns, from 16 KB to 26 MB; one that
-# transposes 0.12 to 0.5, as one to or from padded channels does; torch's reading of a map in
-# channels_last where it would have had another 0.2 to 0.9.
+# ms a byte, on one and two cores there: a copy between maps that lie alike takes 0.04 to 0.27 ns,
+# from 16 KB to 26 MB; one that transposes 0.12 to 0.5, as one to or from padded channels does;
+# torch's reading of a map in channels_last where it would have had another 0.2 to 0.9.
 ALIKE_MS, TRANSPOSED_MS, READ_MS = 0.15e-6, 0.3e-6, 0.4e-6
 
 
