@@ -16,13 +16,14 @@ from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.constant_nodes import constant_nodes
 from resfuse.kernels.engine.ir.graph import Affine, Concat, Graph, Torch
 
-# Measured on one and two cores of an EPYC Milan beside other work, in the least of many runs.
-# Python's items and the call of a native run, of which a segment's own time has most.
-CHANGE_MS = 3e-3
-COPY_MS = 3e-3  # a copy into the arena, of any size
-# ms a byte: a copy between maps that lie alike takes 0.04 to 0.27 ns, from 16 KB to 26 MB; one that
-# transposes 0.12 to 0.5, as one to or from padded channels does; torch's reading of a map in
-# channels_last where it would have had another 0.2 to 0.9.
+# What each change of side and each copy takes whatever its size, above all Python in caches that
+# torch's operations have filled: 21 lone native steps with 42 changes and 42 small copies took
+# ConViT-tiny at 64 pixels 1.2 ms longer than without them (one thread of an EPYC Milan), while in a
+# loop of its own a copy takes 2 us.
+CHANGE_MS = COPY_MS = 12e-3
+# ms a byte, on one and two cores there: a copy between maps that lie alike takes 0.04 to 0.27 ns,
+# from 16 KB to 26 MB; one that transposes 0.12 to 0.5, as one to or from padded channels does;
+# torch's reading of a map in channels_last where it would have had another 0.2 to 0.9.
 ALIKE_MS, TRANSPOSED_MS, READ_MS = 0.15e-6, 0.3e-6, 0.4e-6
 
 

@@ -133,7 +133,7 @@ def mixed(draw: st.DrawFn) -> tuple[Graph, list[TimedCandidate]]:
     graph = graph_of(ATTENTION, *nodes)
     last = set(names) - {name for node in nodes for name in node.inputs} - {"x"}
     graph = replace(graph, outputs=tuple(sorted(last)))
-    ms = st.integers(1, 40).map(lambda n: n * 1.37e-3)
+    ms = st.integers(1, 40).map(lambda n: n * 3.7e-3)
     timed = [offer(at, draw(ms), False) for at in range(count)]
     for at in range(count):
         for stop in range(at + 1, min(count, at + 3) + 1):
