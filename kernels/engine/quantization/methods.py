@@ -183,7 +183,8 @@ def _divergences(counts: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
     wanted, total = inside + clipped, counts.sum()
     stored = inside / used.clamp(min=1)  # of each bin of the level that is in use
     crossed = torch.where(wanted > 0, wanted * stored.log(), torch.zeros_like(wanted)).sum(1)
-    return (weighted.sum(1) - crossed) / total - total.log() + inside.sum(1).log()
+    found = (weighted.sum(1) - crossed) / total - total.log() + inside.sum(1).log()
+    return found.where(inside.sum(1) > 0, torch.full_like(found, math.inf))
 
 
 def _running(numbers: Tensor) -> Tensor:
