@@ -5,7 +5,8 @@ compilation); `run(images)` is what gets timed. `trainable(model, example) -> mo
 counterpart for training, where it has one, and `streams(model, example, cores) -> Streams` for many
 batches at a time on a CPU (streams.py). Where an fp32 network is to be computed in another dtype
 (precision bf16), a backend is given the network converted (converted.py); one with a way of its own
-takes `compute_dtype=` in both functions. On a CPU each is called for a small network first, so
+takes `compute_dtype=` in both functions, and one that quantizes (precision int8) `calibration=`,
+the photographs to take ranges from. On a CPU each is called for a small network first, so
 that the code it loads is not counted as memory. What cannot run here raises `Unavailable` with the
 reason. The strings are imported when the backend is used, so that an optional package that is not
 installed costs nothing.
@@ -20,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.common.selection import pick
+from resfuse.bench.records.case import PRECISIONS
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from resfuse.bench.backends.compute import Compute
     from resfuse.bench.backends.converted import Build, Run
     from resfuse.bench.backends.streams import Streams
 
@@ -49,6 +52,9 @@ class Backend:
     # `build` and `streams` take `compute_dtype`, None or what an fp32 network is computed in;
     # without, they are given the network and its images in that dtype.
     takes_compute_dtype: bool = False
+    # With compute_dtype=torch.int8 they also take `calibration`, photographs [N, C, H, W] that the
+    # network is quantized with; without, the backend has no int8.
+    takes_calibration: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
@@ -95,6 +101,7 @@ BACKENDS: dict[str, Backend] = {
         require="resfuse.bench.backends.fused:require",
         streams="resfuse.bench.backends.engine:streams",
         takes_compute_dtype=True,
+        takes_calibration=True,
     ),
     "cudnn_fused": Backend(
         "resfuse.bench.backends.cudnn_fused:build",
@@ -108,6 +115,7 @@ BACKENDS: dict[str, Backend] = {
         require="resfuse.bench.backends.onnxrt:require",
         streams="resfuse.bench.backends.onnxrt:streams",
         takes_compute_dtype=True,
+        takes_calibration=True,
     ),
     "onnxrt_tensorrt": Backend(
         "resfuse.bench.backends.onnxrt:build_tensorrt",
@@ -125,6 +133,7 @@ BACKENDS: dict[str, Backend] = {
         package="resfuse[openvino]",
         streams="resfuse.bench.backends.openvino:streams",
         takes_compute_dtype=True,
+        takes_calibration=True,
     ),
     "tensorrt": Backend(
         "resfuse.bench.backends.tensorrt:build",
@@ -145,21 +154,51 @@ def backend(name: str, argument: str = "--backend") -> Backend:
     return BACKENDS[pick(argument, [name], list(BACKENDS))[0]]
 
 
-def load_build(name: str, compute_dtype: "torch.dtype | None" = None) -> "Build":
+def load_build(name: str, compute: "Compute | None" = None) -> "Build":
     """Returns a backend's `build`.
 
     Args:
-        compute_dtype: what it computes the fp32 network in that it is given; None for the
-            network's own.
+        compute: what it computes the fp32 network in that it is given; None for the network's own
+            type.
+
+    Raises:
+        Unavailable: it quantizes no network, and is asked to.
     """
     build: Callable[..., Run] = load(backend(name).build)
-    if compute_dtype is None:
+    if compute is None:
         return build
-    if backend(name).takes_compute_dtype:
-        return partial(build, compute_dtype=compute_dtype)
+    if told := _told(name, compute):
+        return partial(build, **told)
     from resfuse.bench.backends.converted import converted
 
-    return converted(build, compute_dtype)
+    return converted(build, compute.dtype)
+
+
+def computes_in(name: str, compute: "Compute | None") -> "Compute | None":
+    """Returns what a baseline computes in beside a case in `compute`: the same, unless that is
+    int8 and it has none. Then it stays in fp32."""
+    is_quantized = compute is not None and compute.calibration is not None
+    return None if is_quantized and not backend(name).takes_calibration else compute
+
+
+def stays_in_fp32(name: str, precision: str) -> bool:
+    """Returns whether a baseline computes in fp32 beside cases in a precision, as rows name both:
+    in int8, where it has none."""
+    known, found = BACKENDS.get(name), PRECISIONS.get(precision)
+    return bool(known and found and found.is_quantized and not known.takes_calibration)
+
+
+def _told(name: str, compute: "Compute") -> dict[str, Any]:
+    """Returns the further arguments of a backend's functions; none where it is given the network
+    converted."""
+    found = backend(name)
+    told: dict[str, Any] = {"compute_dtype": compute.dtype} if found.takes_compute_dtype else {}
+    if compute.calibration is None:
+        return told
+    if not found.takes_calibration:
+        able = [other for other, one in BACKENDS.items() if one.takes_calibration]
+        raise Unavailable(f"{name} has no int8 here; {', '.join(able)} have")
+    return told | {"calibration": compute.calibration}
 
 
 def why_unavailable(name: str, device: "torch.device") -> str | None:
@@ -191,25 +230,25 @@ def load_streams(
     model: "nn.Module",
     example: "Tensor",
     cores: int,
-    compute_dtype: "torch.dtype | None" = None,
+    compute: "Compute | None" = None,
 ) -> "Streams":
-    """Returns a backend's streams on so many cores, ready to serve; `compute_dtype` as in
+    """Returns a backend's streams on so many cores, ready to serve; `compute` as in
     `load_build`."""
     target = backend(name).streams
     if target is None:
         from resfuse.bench.backends.streams import CallerStreams
 
-        build = load_build(name, compute_dtype)
+        build = load_build(name, compute)
         return CallerStreams([build(deepcopy(model), example) for _ in range(cores)])
     streams: Callable[..., Streams] = load(target)
-    if compute_dtype is None:
+    if compute is None:
         return streams(model, example, cores)
-    if backend(name).takes_compute_dtype:
-        return streams(model, example, cores, compute_dtype=compute_dtype)
+    if told := _told(name, compute):
+        return streams(model, example, cores, **told)
     from resfuse.bench.backends.converted import ConvertedStreams
 
-    inner = streams(model.to(compute_dtype), example.to(compute_dtype), cores)
-    return ConvertedStreams(inner, compute_dtype)
+    dtype = compute.dtype
+    return ConvertedStreams(streams(model.to(dtype), example.to(dtype), cores), dtype)
 
 
 def load(target: str) -> Any:

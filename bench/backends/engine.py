@@ -2,36 +2,48 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends.converted import converted
 from resfuse.bench.backends.streams import CallerStreams, Streams
-from resfuse.bench.common.errors import CannotTake
+from resfuse.bench.common.errors import CannotTake, Unavailable
 from resfuse.kernels import build_engine
 
 # What build_engine calls the dtypes that it computes an fp32 network in.
-PRECISIONS = {None: None, torch.bfloat16: "bf16"}
+PRECISIONS = {None: None, torch.bfloat16: "bf16", torch.int8: "int8"}
 
 
 def build(
-    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+    model: nn.Module,
+    example: Tensor,
+    compute_dtype: torch.dtype | None = None,
+    calibration: Tensor | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """The engine; it has the weights laid out its own way, and the model's are let go of.
 
     Raises:
         CannotTake: the network is one that engines are not built of.
+        Unavailable: int8 on a GPU.
     """
     if compute_dtype is not None and example.is_cuda:  # only a CPU's engine has its own way
+        if calibration is not None:
+            raise Unavailable("the engine computes in int8 on a CPU only")
         return converted(build, compute_dtype)(model, example)
     with _refusals():
-        precision = PRECISIONS[compute_dtype]
-        return build_engine(model, example, keep_weights=False, precision=precision)
+        return build_engine(
+            model, example, keep_weights=False, **_inside(compute_dtype, calibration)
+        )
 
 
 def streams(
-    model: nn.Module, example: Tensor, cores: int, compute_dtype: torch.dtype | None = None
+    model: nn.Module,
+    example: Tensor,
+    cores: int,
+    compute_dtype: torch.dtype | None = None,
+    calibration: Tensor | None = None,
 ) -> Streams:
     """An engine planned for one thread, and clones of it that share its weights.
 
@@ -39,8 +51,14 @@ def streams(
         CannotTake: the network is one that engines are not built of.
     """
     with _refusals():
-        first = build_engine(model, example, threads=1, precision=PRECISIONS[compute_dtype])
+        first = build_engine(model, example, threads=1, **_inside(compute_dtype, calibration))
     return CallerStreams([first, *(first.clone() for _ in range(cores - 1))])
+
+
+def _inside(compute_dtype: torch.dtype | None, calibration: Tensor | None) -> dict[str, Any]:
+    """The arguments of build_engine that say what is computed in."""
+    told: dict[str, Any] = {"precision": PRECISIONS[compute_dtype]}
+    return told if calibration is None else told | {"calibration": calibration}
 
 
 @contextmanager

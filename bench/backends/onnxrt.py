@@ -6,10 +6,12 @@ exhaustive search for convolution algorithms, and a CUDA graph over static buffe
 would be a straw man.
 
 In another precision than the network's it runs a file that converts the images, computes in that
-precision and converts the answers; TensorRT's provider is told the precision instead.
+precision and converts the answers; TensorRT's provider is told the precision instead. In int8 it
+runs a file that ONNX Runtime's quantization has made (onnxrt_int8.py), on a CPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from resfuse.bench.backends.converted import in_dtype
 from resfuse.bench.backends.onnx_export import exported, require_exporter
+from resfuse.bench.backends.onnxrt_int8 import quantized
 from resfuse.bench.backends.output_tree import OutputTree, output_tree
 from resfuse.bench.backends.streams import CallerStreams, Streams
 from resfuse.bench.common.errors import CannotTake, Unavailable
@@ -38,7 +41,10 @@ CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "Tensorrt
 
 
 def build(
-    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+    model: nn.Module,
+    example: Tensor,
+    compute_dtype: torch.dtype | None = None,
+    calibration: Tensor | None = None,
 ) -> Callable[[Tensor], Any]:
     """The provider of the example's device.
 
@@ -47,7 +53,11 @@ def build(
             precision.
     """
     provider = CUDA if example.is_cuda else CPU
-    return _build(in_dtype(model, compute_dtype), example, provider, compute_dtype or example.dtype)
+    precision = compute_dtype or example.dtype
+    if calibration is not None:
+        _require_cpu(example)
+        return _build(model, example, provider, precision, calibration)
+    return _build(in_dtype(model, compute_dtype), example, provider, precision)
 
 
 def require(device: torch.device) -> None:
@@ -75,7 +85,11 @@ def build_tensorrt(
 
 
 def streams(
-    model: nn.Module, example: Tensor, cores: int, compute_dtype: torch.dtype | None = None
+    model: nn.Module,
+    example: Tensor,
+    cores: int,
+    compute_dtype: torch.dtype | None = None,
+    calibration: Tensor | None = None,
 ) -> Streams:
     """A session for each core, on one thread.
 
@@ -85,9 +99,11 @@ def streams(
         Unavailable: as `build`.
     """
     _require(CPU)
-    model, precision = in_dtype(model, compute_dtype), compute_dtype or example.dtype
+    precision = compute_dtype or example.dtype
+    if calibration is None:
+        model = in_dtype(model, compute_dtype)
     tree = output_tree(model, example)
-    with exported(model, example) as file:
+    with _file(model, example, calibration) as file:
         sessions = [_session(file, precision, CPU, {}, threads=1) for _ in range(cores)]
     outputs = _outputs(sessions[0], tree, len(example))
     return CallerStreams([_bound(session, example, tree, outputs) for session in sessions])
@@ -115,6 +131,22 @@ def provider_options(
     }
 
 
+def _require_cpu(example: Tensor) -> None:
+    if example.is_cuda:
+        raise Unavailable(f"onnxruntime runs quantized networks with its {CPU} here")
+
+
+@contextmanager
+def _file(model: nn.Module, example: Tensor, calibration: Tensor | None) -> Iterator[Path]:
+    """The network's file, quantized where there is a calibration."""
+    with exported(model, example) as file:
+        if calibration is None:
+            yield file
+            return
+        with quantized(file, calibration, len(example)) as made:
+            yield made
+
+
 def _require(provider: str) -> None:
     require_exporter()
     import onnxruntime
@@ -124,14 +156,18 @@ def _require(provider: str) -> None:
 
 
 def _build(
-    model: nn.Module, example: Tensor, provider: str, precision: torch.dtype
+    model: nn.Module,
+    example: Tensor,
+    provider: str,
+    precision: torch.dtype,
+    calibration: Tensor | None = None,
 ) -> Callable[[Tensor], Any]:
     _require(provider)
     device_index = example.device.index or 0
     stream = torch.cuda.current_stream().cuda_stream if example.is_cuda else 0
     options = provider_options(provider, device_index, stream, precision)
     tree = output_tree(model, example)
-    with exported(model, example) as file:
+    with _file(model, example, calibration) as file:
         session = _session(file, precision, provider, options, torch.get_num_threads())
     outputs = _outputs(session, tree, len(example))
     if example.is_cuda:

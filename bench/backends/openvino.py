@@ -3,7 +3,9 @@ for throughput with as many streams as it chooses.
 
 Left to itself OpenVINO runs fp32 networks in bfloat16 on processors with AMX or AVX512-BF16: the
 precision hint decides. It is only a hint, which the compiled network is asked about: on those
-processors OpenVINO computes in bfloat16 where fp16 was asked for, and on others in fp32.
+processors OpenVINO computes in bfloat16 where fp16 was asked for, and on others in fp32. In int8
+the network is one that NNCF has quantized (openvino_int8.py), and what is not quantized of it stays
+in fp32.
 """
 
 import importlib
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends.onnx_export import exported, require_exporter
+from resfuse.bench.backends.openvino_int8 import quantized, require_integers
 from resfuse.bench.backends.output_tree import OutputTree, output_tree
 from resfuse.bench.backends.streams import Answer, Query, Streams, Take
 from resfuse.bench.common.errors import Unavailable
@@ -21,7 +24,12 @@ from resfuse.bench.common.errors import Unavailable
 if TYPE_CHECKING:
     from openvino import CompiledModel
 
-HINTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+HINTS = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int8: "f32",  # what is not quantized
+}
 HINT = "INFERENCE_PRECISION_HINT"
 
 
@@ -34,15 +42,18 @@ def require(device: torch.device) -> None:
 
 
 def build(
-    model: nn.Module, example: Tensor, compute_dtype: torch.dtype | None = None
+    model: nn.Module,
+    example: Tensor,
+    compute_dtype: torch.dtype | None = None,
+    calibration: Tensor | None = None,
 ) -> Callable[[Tensor], Any]:
     """The CPU plugin, tuned for latency, on as many threads as torch uses.
 
     Raises:
-        Unavailable: another device or precision, or openvino is not installed.
+        Unavailable: another device or precision, or openvino (for int8 nncf) is not installed.
     """
     threads = torch.get_num_threads()
-    compiled, tree = _compiled(model, example, "LATENCY", threads, compute_dtype)
+    compiled, tree = _compiled(model, example, "LATENCY", threads, compute_dtype, calibration)
     import openvino
 
     request = compiled.create_infer_request()
@@ -62,7 +73,11 @@ def build(
 
 
 def streams(
-    model: nn.Module, example: Tensor, cores: int, compute_dtype: torch.dtype | None = None
+    model: nn.Module,
+    example: Tensor,
+    cores: int,
+    compute_dtype: torch.dtype | None = None,
+    calibration: Tensor | None = None,
 ) -> Streams:
     """The CPU plugin with the throughput hint, in asynchronous requests: as many as it calls the
     optimal number.
@@ -70,7 +85,8 @@ def streams(
     Raises:
         Unavailable: as `build`.
     """
-    return _AsyncStreams(*_compiled(model, example, "THROUGHPUT", cores, compute_dtype))
+    made = _compiled(model, example, "THROUGHPUT", cores, compute_dtype, calibration)
+    return _AsyncStreams(*made)
 
 
 def _compiled(
@@ -79,6 +95,7 @@ def _compiled(
     tuned_for: str,
     threads: int,
     compute_dtype: torch.dtype | None,
+    calibration: Tensor | None,
 ) -> "tuple[CompiledModel, OutputTree]":
     require(example.device)
     if example.dtype == torch.bfloat16:  # images and answers, not what is computed in
@@ -100,12 +117,25 @@ def _compiled(
     }
     with exported(model, example) as file:
         network = core.read_model(file)
+        if calibration is not None:
+            network = _quantized(network, calibration, len(example))
         network.reshape(list(example.shape))  # a fixed shape, as torch.compile has it
         compiled = core.compile_model(network, "CPU", settings)
     used = compiled.get_property(HINT).get_type_name()
     if used != hint:
         raise Unavailable(f"openvino computes in {used} on this processor, not in {hint}")
+    if calibration is not None:
+        require_integers(compiled)
     return compiled, tree
+
+
+def _quantized(network: Any, calibration: Tensor, batch_size: int) -> Any:
+    try:
+        return quantized(network, calibration, batch_size)
+    except ModuleNotFoundError as error:
+        raise Unavailable(
+            f"the package {error.name} is not installed, by which OpenVINO quantizes"
+        ) from None
 
 
 class _AsyncStreams:

@@ -85,7 +85,7 @@ def facts(engine: Engine, model: nn.Module, case: Case, options: Options) -> Eng
         ValueError: the engine does not take such images.
     """
     batches = network.batches(case)
-    expected = answers(model, batches, case.math_mode, network.compute_dtype(case))
+    expected = answers(model, batches, case.math_mode, network.compute(case))
     found: list[Accuracy] = []
     speed, error = None, ""
     try:
@@ -122,7 +122,7 @@ def _speed(
     saw: Callable[[Accuracy], None],
 ) -> Speed:
     candidate = Checked(lambda _: engine, FORMAT, batches)
-    eager = Inference("eager", FORMAT, deepcopy(model), batches, network.compute_dtype(case))
+    eager = Inference("eager", FORMAT, deepcopy(model), batches, network.compute(case))
     for subject in (candidate, eager):
         subject.set_up()
         subject.expect(expected)

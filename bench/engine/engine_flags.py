@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from resfuse.bench.records.case import PRECISIONS
+from resfuse.bench.records.precision_names import FLOATING
 from resfuse.bench.running.shared_flags import (
     MODEL_HELP,
     add_device,
@@ -27,7 +27,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="images; several with commas (default: 1, or those of the file)",
     )
     parser.add_argument(
-        "--precision", default="float32", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: "
+        "--precision", default="float32", metavar="NAME", help=f"{', '.join(FLOATING)} (default: "
         "float32)"
     )  # fmt: skip
     add_img_size(parser)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from resfuse.bench.records.case import PRECISIONS
+from resfuse.bench.records.precision_names import FLOATING
 from resfuse.bench.running.shared_flags import (
     MODELS_HELP,
     add_device,
@@ -34,7 +34,7 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=[],
         metavar="NAMES",
-        help=f"{', '.join(PRECISIONS)} (default: float16, on a CPU float32)",
+        help=f"{', '.join(FLOATING)} (default: float16, on a CPU float32)",
     )
     add_img_size(parser)
     add_model_kwargs(parser)

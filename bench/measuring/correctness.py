@@ -8,6 +8,7 @@ away. A network may return several tensors, in lists, tuples or dictionaries: ea
 itself, with eager's error in that tensor as its yardstick.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -89,9 +90,10 @@ def accuracy(output: Output, reference: Output, eager: Output) -> Accuracy:
     """All accuracy metrics of one batch, of the worst output; the top class is that of the first,
     where it is [N, classes]."""
     got, want = outputs(output), outputs(reference)
-    top1 = None
+    top1 = kl = None
     if got[0].dim() == 2 and got[0].shape[1] > 1:
         top1 = float((got[0].argmax(1) == want[0].argmax(1)).double().mean())
+        kl = _divergence(got[0], want[0])
     return Accuracy(
         rel_l2=_most(relative_errors(got, want)),
         max_abs=_most(
@@ -99,7 +101,23 @@ def accuracy(output: Output, reference: Output, eager: Output) -> Accuracy:
         ),
         err_vs_eager=_most(relative_errors(got, eager)),
         top1_agree=top1,
+        sqnr_db=_decibels(relative_error(got[0], want[0])),
+        kl=kl,
     )
+
+
+def _decibels(error: float) -> float | None:
+    """The signal-to-noise ratio of an output with that relative error; None without noise, and
+    where the error is no number."""
+    return -20 * math.log10(error) if 0 < error < math.inf else None
+
+
+def _divergence(logits: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """The Kullback-Leibler divergence of the softmax of `logits` [N, classes] from that of the
+    reference, in nats, of the worst row; None where one is not finite."""
+    got, want = (each.double().log_softmax(1) for each in (logits, reference))
+    worst = float((want.exp() * (want - got)).sum(1).max())
+    return max(worst, 0.0) if math.isfinite(worst) else None
 
 
 def _most(errors: Sequence[float]) -> float:
@@ -110,11 +128,15 @@ def _most(errors: Sequence[float]) -> float:
 def worst(accuracies: list[Accuracy]) -> Accuracy:
     """The worst of each figure over several batches."""
     agree = [a.top1_agree for a in accuracies if a.top1_agree is not None]
+    sqnr = [a.sqnr_db for a in accuracies if a.sqnr_db is not None]
+    kl = [a.kl for a in accuracies if a.kl is not None]
     return Accuracy(
         rel_l2=max(a.rel_l2 for a in accuracies),
         max_abs=max(a.max_abs for a in accuracies),
         err_vs_eager=max(a.err_vs_eager for a in accuracies),
         top1_agree=sum(agree) / len(agree) if agree else None,
+        sqnr_db=min(sqnr, default=None),
+        kl=max(kl, default=None),
     )
 
 

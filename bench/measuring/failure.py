@@ -74,6 +74,8 @@ def _errors(accuracy: Accuracy | None) -> dict[str, Value]:
         "rel_l2_err": accuracy.rel_l2,
         "max_abs_err": accuracy.max_abs,
         "err_vs_eager": accuracy.err_vs_eager,
+        "sqnr_db": accuracy.sqnr_db,
+        "kl": accuracy.kl,
     }
 
 

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends import load_build
+from resfuse.bench.backends.compute import Compute
 from resfuse.bench.backends.converted import in_dtype
 from resfuse.bench.common.errors import CannotTake
 from resfuse.bench.measuring import correctness as check
 from resfuse.bench.measuring.clock.timing import Step
 from resfuse.bench.measuring.correctness import Output
+from resfuse.bench.measuring.fake_quantization import FakeQuantized
 from resfuse.bench.measuring.network import MEMORY_FORMATS, TIMED_BATCHES, in_format
 from resfuse.bench.records.sample import Accuracy
 
@@ -21,7 +23,7 @@ Run = Callable[[Tensor], Output]
 IN_A_ROUND = "in a timed round"
 # Where an error is so many times smaller than eager's, nothing was rounded as eager rounds. That of
 # bfloat16 is some 10,000 times that of fp32, and one layer in it costs more than a 100th of what
-# all layers do.
+# all layers do. That of int8 is larger still.
 FINER = 100
 
 
@@ -30,10 +32,16 @@ class Answers:
     """The right outputs and the largest error an output may have, one entry a batch."""
 
     reference: Sequence[Output]  # fp64
-    eager: Sequence[Output]  # the case's precision
+    eager: Sequence[Output]  # the case's precision; int8 is simulated
     limit: check.Limit
     # An error below this is that of a finer arithmetic than the case's.
     least: float = 0.0
+    # What a baseline is held to that computes in fp32 beside a case in int8.
+    in_fp32: "Answers | None" = None
+
+    def of_baseline(self, compute: Compute | None) -> "Answers":
+        """The answers that a baseline is held to which computes in `compute`."""
+        return self.in_fp32 if compute is None and self.in_fp32 is not None else self
 
     def constant(self) -> list[bool]:
         """For each output, whether it is the same for all inputs, as anchors are."""
@@ -54,8 +62,8 @@ class Answers:
         if found.rel_l2 < self.least:
             raise CannotTake(
                 f"it computed in a finer precision than was asked for: a relative error of "
-                f"{found.rel_l2:.2g} against fp64, where rounding alone costs eager "
-                f"{FINER * self.least:.2g}"
+                f"{found.rel_l2:.2g} against fp64, where rounding alone costs "
+                f"{'eager' if self.in_fp32 is None else 'int8'} {FINER * self.least:.2g}"
             )
         return found
 
@@ -79,18 +87,19 @@ def answers(
     model: nn.Module,
     batches: Sequence[Tensor],
     math_mode: str,
-    compute_dtype: torch.dtype | None = None,
+    compute: Compute | None = None,
 ) -> Answers:
     """Runs eager and the fp64 reference of the same weights on all batches.
 
     Args:
-        compute_dtype: what eager computes in; None for the network's own dtype.
+        compute: what eager computes in; None for the network's own dtype. Its int8 is simulated
+            (fake_quantization.py), as torch has none.
 
     Raises:
         WrongAnswer: the network answers all batches alike, or with nothing that could be checked.
     """
     with torch.inference_mode():
-        plain = model if compute_dtype is None else in_dtype(deepcopy(model), compute_dtype)
+        plain = _in(compute, model, len(batches[0]))
         eager = [plain(images) for images in batches]
         del plain
         if not check.outputs(eager[0]):
@@ -99,12 +108,32 @@ def answers(
             )
         twin = deepcopy(model).double()
         reference = [check.in_chunks(twin, images.double()) for images in batches]
+        del twin
+        in_fp32 = None
+        if compute is not None and compute.calibration is not None:
+            in_fp32 = _judged([model(images) for images in batches], reference, "ieee")
+    found = _judged(eager, reference, math_mode)
+    check.require_telling(reference, found.limit)
+    if compute is None:
+        return found
+    errors = (check.relative_errors(y, ref) for y, ref in zip(eager, reference, strict=True))
+    return replace(found, least=max(map(max, errors)) / FINER, in_fp32=in_fp32)
+
+
+def _in(compute: Compute | None, model: nn.Module, batch_size: int) -> nn.Module:
+    """The network as eager computes it in `compute`."""
+    if compute is None:
+        return model
+    if compute.calibration is not None:
+        return FakeQuantized(model, compute.calibration, batch_size)
+    return in_dtype(deepcopy(model), compute.dtype)
+
+
+def _judged(eager: Sequence[Output], reference: Sequence[Output], math_mode: str) -> Answers:
+    """Answers whose limit is by eager's own errors, in all batches."""
     errors = [check.relative_errors(y, ref) for y, ref in zip(eager, reference, strict=True)]
     first, *further = map(max, zip(*errors, strict=True))
-    limit = check.Limit.from_eager(first, math_mode, *further)
-    check.require_telling(reference, limit)
-    least = 0.0 if compute_dtype is None else max(first, *further, 0.0) / FINER
-    return Answers(reference, eager, limit, least)
+    return Answers(reference, eager, check.Limit.from_eager(first, math_mode, *further))
 
 
 class Checked:
@@ -122,6 +151,7 @@ class Checked:
         build: Callable[[Tensor], Run],
         memory_format: str,
         batches: Sequence[Tensor],
+        example: Tensor | None = None,
     ) -> None:
         """Keeps the arguments; nothing runs yet.
 
@@ -129,10 +159,13 @@ class Checked:
             build: makes what runs, given an example of its input.
             memory_format: of that input.
             batches: inputs [N, ...]: the timed ones, and one more for afterwards.
+            example: what is built with and run on until the first check, of the shape of a batch;
+                None for the first batch. What adapts to images must not see the measured ones.
         """
         self._build = build
         self._batches = batches
-        self._images = batches[0].clone(memory_format=MEMORY_FORMATS[memory_format])
+        first = batches[0] if example is None else example
+        self._images = first.clone(memory_format=MEMORY_FORMATS[memory_format])
         self._output: Output | None = None
         self._turn = 0
         self._rolled = 0
@@ -149,6 +182,15 @@ class Checked:
         """Returns what the backend says of its own plan, as an engine can, or ""."""
         told = getattr(self._run, "explain", None)
         return str(told(self._images.shape[0])) if callable(told) else ""
+
+    def weights_bytes(self) -> int | None:
+        """Returns the bytes of the weights as the backend keeps them, None where it does not say,
+        as an engine does."""
+        told = getattr(self._run, "memory", None)
+        if not callable(told):
+            return None
+        held = told(self._images.shape[0])
+        return int(held.weights_bytes + held.originals_bytes)
 
     def expect(self, answers: Answers) -> None:
         self._answers = answers
@@ -233,7 +275,8 @@ class Inference(Checked):
         memory_format: str,
         model: nn.Module,
         batches: Sequence[Tensor],
-        compute_dtype: torch.dtype | None = None,
+        compute: Compute | None = None,
     ) -> None:
-        build = partial(load_build(backend, compute_dtype), in_format(model, memory_format))
-        super().__init__(build, memory_format, batches)
+        build = partial(load_build(backend, compute), in_format(model, memory_format))
+        example = None if compute is None else compute.example(batches[0])
+        super().__init__(build, memory_format, batches, example)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from resfuse.bench.backends import BACKENDS, Backend
+from resfuse.bench.backends import BACKENDS, Backend, computes_in
+from resfuse.bench.backends.compute import Compute
 from resfuse.bench.common.errors import CannotTake, Unavailable
 from resfuse.bench.common.precision import set_math_mode
 from resfuse.bench.measuring import correctness, network
@@ -93,24 +94,30 @@ def _measure(
     model = build(case.model, options.seed, case.weights)
     weights_sha256 = state_hash(model)
     model, batches = network.prepared(model, case, options.seed), network.batches(case)
+    compute = network.compute(case)
     before = peak_memory.held(device)
-    candidate = subject(case, case.backend, case.memory_format, model, batches, cores)
+    candidate = subject(
+        case, case.backend, case.memory_format, model, batches, cores, compute=compute
+    )
     watch = timing.Watch()
     candidate.set_up()
     synchronize(device)
     setup_s = timing.seconds(watch.elapsed())
     peak = peak_of(candidate, device, before)
 
-    baseline = subject(case, case.baseline, case.baseline_memory_format, model, batches, cores)
+    beside = computes_in(case.baseline, compute)
+    baseline = subject(
+        case, case.baseline, case.baseline_memory_format, model, batches, cores, compute=beside
+    )
     watch = timing.Watch()
     baseline.set_up()
     synchronize(device)
     baseline_setup_s = timing.seconds(watch.elapsed())
     if not isinstance(candidate, Training) and not isinstance(baseline, Training):
         with torch_threads(cores) if case.is_served else nullcontext():
-            expected = answers(model, batches, case.math_mode, network.compute_dtype(case))
+            expected = answers(model, batches, case.math_mode, compute)
         candidate.expect(expected)
-        baseline.expect(expected)
+        baseline.expect(expected.of_baseline(beside))
     checks = [candidate.check(i, "before timing") for i in range(network.TIMED_BATCHES)]
     with blame(case.baseline):
         baseline.check(0, "before timing")
@@ -171,6 +178,7 @@ def _measure(
         weights_sha256=weights_sha256,
         streams=candidate.count if isinstance(candidate, ServedNetwork) else None,
         latencies_ms=tuple(candidate.latencies_ms) if isinstance(candidate, ServedNetwork) else (),
+        weights_bytes=candidate.weights_bytes() if isinstance(candidate, Inference) else None,
     )
     told = "" if isinstance(candidate, Training) else candidate.explain()
     return replace(conclude(measured, floor), explanation=told), span_s
@@ -217,10 +225,14 @@ def rehearse(case: Case, device: str, cores: int = 1) -> None:
     layers = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 10)).eval().to(network.dtype(case))
     images = [torch.randn(2, 3, 8, 8, dtype=network.dtype(case))]
-    backends = (case.backend, case.memory_format), (case.baseline, case.baseline_memory_format)
-    for backend, memory_format in backends:
+    compute = network.rehearsal(case)
+    backends = (
+        (case.backend, case.memory_format, compute),
+        (case.baseline, case.baseline_memory_format, computes_in(case.baseline, compute)),
+    )
+    for backend, memory_format, inside in backends:
         with suppress(Exception):  # what stands in the way of this will be told of the case itself
-            subject(case, backend, memory_format, model, images, cores).set_up()
+            subject(case, backend, memory_format, model, images, cores, compute=inside).set_up()
 
 
 def conclude(measured: Measured, floor: roofline.Floor | None) -> Outcome:
@@ -301,16 +313,17 @@ def subject(
     batches: list[torch.Tensor],
     cores: int = 1,
     training: type[Training] = Training,
+    compute: Compute | None = None,
 ) -> Subject:
-    """Returns a copy of the model as a backend runs it in the case's mode."""
+    """Returns a copy of the model as a backend runs it in the case's mode; `compute` is what
+    inference computes in, None for the network's own type."""
     copy = deepcopy(model)
     if case.mode == "train":
         require_logits(copy, batches[0][:2])
         return training(backend, memory_format, copy, batches, case)
-    compute_dtype = network.compute_dtype(case)
     if case.is_served:
-        return ServedNetwork(backend, memory_format, copy, batches, cores, compute_dtype)
-    return Inference(backend, memory_format, copy, batches, compute_dtype)
+        return ServedNetwork(backend, memory_format, copy, batches, cores, compute)
+    return Inference(backend, memory_format, copy, batches, compute)
 
 
 def require_logits(model: nn.Module, images: torch.Tensor) -> None:

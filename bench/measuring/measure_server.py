@@ -52,15 +52,18 @@ def _measure(
     model = build(case.model, options.seed, case.weights)
     weights_sha256 = state_hash(model)
     model, batches = network.prepared(model, case, options.seed), network.batches(case)
+    compute = network.compute(case)
     before = peak_memory.held(device)
-    served = measure_case.subject(case, case.backend, case.memory_format, model, batches, cores)
+    served = measure_case.subject(
+        case, case.backend, case.memory_format, model, batches, cores, compute=compute
+    )
     assert isinstance(served, ServedNetwork)
     watch = timing.Watch()
     served.set_up()
     setup_s = timing.seconds(watch.elapsed())
     peak = measure_case.peak_of(served, device, before)
     with torch_threads(cores):
-        served.expect(answers(model, batches, case.math_mode, network.compute_dtype(case)))
+        served.expect(answers(model, batches, case.math_mode, compute))
     checks = [served.check(i, "before timing") for i in range(network.TIMED_BATCHES)]
 
     quiet = wait_for_quiet(limit_s(device))

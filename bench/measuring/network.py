@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from resfuse.bench.backends.compute import Compute
 from resfuse.bench.measuring import photographs as inputs
 from resfuse.bench.models import onnx_file, random_weights
 from resfuse.bench.models.model_builder import OWN, SEEDED, build
@@ -13,6 +14,10 @@ from resfuse.resnet_ref import calibrate, shrink_branches
 
 CALIBRATION_IMAGES = 16
 CALIBRATION_SEED = 1000  # none of the measured batches
+# What quantized networks take their ranges from, in every backend alike: NNCF and others ask for
+# 300 of a data set, these are crops of some ten photographs. Others than batch norms see.
+QUANTIZATION_IMAGES = 64
+QUANTIZATION_SEED = 2000
 # Of each measured batch, for other people's networks: see random_weights.calibrate.
 SEEN_IMAGES = 8
 RANK_SEEDS = 10_000  # from one process's batches to the next one's
@@ -30,9 +35,9 @@ def prepared(model: nn.Module, case: Case, seed: int) -> nn.Module:
 
     Seeded weights of our own networks get residual branches that add little (`shrink_branches`) and
     batch-norm statistics from photographs (`calibrate`), those of others as random_weights says:
-    branches that add little only where an fp32 network is computed in bfloat16. As they are drawn,
-    a deep network's rounding errors grow until any tolerance would let another image's answer
-    pass. A function's own weights are taken for random where no batch norm has seen
+    branches that add little only where an fp32 network is computed in bfloat16 or int8. As they
+    are drawn, a deep network's rounding errors grow until any tolerance would let another image's
+    answer pass. A function's own weights are taken for random where no batch norm has seen
     an image yet; those of an ONNX file stay, as other runtimes read them from there.
     """
     fresh = case.weights == OWN and random_weights.is_fresh(model)
@@ -64,6 +69,25 @@ def compute_dtype(case: Case) -> torch.dtype | None:
     found = None if name is None else getattr(torch, name)
     assert found is None or isinstance(found, torch.dtype)
     return found
+
+
+def compute(case: Case) -> Compute | None:
+    """Returns what backends are told to compute in, with the photographs that a quantized network
+    is calibrated on; None where that is the dtype of the network."""
+    found = compute_dtype(case)
+    if found is None:
+        return None
+    if not PRECISIONS[case.precision].is_quantized:
+        return Compute(found)
+    return Compute(found, _photographs(case, QUANTIZATION_IMAGES, QUANTIZATION_SEED))
+
+
+def rehearsal(case: Case) -> Compute | None:
+    """Returns the same for a small network of 8x8 images, whose calibration is noise."""
+    found = compute_dtype(case)
+    if found is None or not PRECISIONS[case.precision].is_quantized:
+        return None if found is None else Compute(found)
+    return Compute(found, torch.randn(QUANTIZATION_IMAGES, 3, 8, 8))
 
 
 def element_bytes(case: Case) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends import load_streams
+from resfuse.bench.backends.compute import Compute
 from resfuse.bench.measuring import correctness
 from resfuse.bench.measuring.clock.timing import Step, Watch, seconds
 from resfuse.bench.measuring.correctness import Output
@@ -53,16 +54,16 @@ class ServedNetwork:
         model: nn.Module,
         batches: Sequence[Tensor],
         cores: int,
-        compute_dtype: torch.dtype | None = None,
+        compute: Compute | None = None,
     ) -> None:
         """Keeps the arguments; nothing runs yet.
 
         Args:
             batches: as Checked takes them.
             cores: that the streams share.
-            compute_dtype: what the backend computes in; None for the model's own dtype.
+            compute: what the backend computes in; None for the model's own dtype.
         """
-        self._backend, self._cores, self._compute_dtype = backend, cores, compute_dtype
+        self._backend, self._cores, self._compute = backend, cores, compute
         self._format = MEMORY_FORMATS[memory_format]
         self._model: nn.Module | None = in_format(model, memory_format)
         self._batches = batches
@@ -81,9 +82,11 @@ class ServedNetwork:
     def set_up(self) -> None:
         """Everything that happens once, each stream's first run included."""
         assert self._model is not None
-        example = self._batches[0].clone(memory_format=self._format)
+        own = None if self._compute is None else self._compute.example(self._batches[0])
+        self._first = self._batches[0] if own is None else own
+        example = self._first.clone(memory_format=self._format)
         self._streams = load_streams(
-            self._backend, self._model, example, self._cores, self._compute_dtype
+            self._backend, self._model, example, self._cores, self._compute
         )
         self._model = None
         self._buffers = [torch.empty_like(example) for _ in range(self.count)]
@@ -99,7 +102,7 @@ class ServedNetwork:
 
     def step_once(self) -> None:
         """Every stream answers a batch."""
-        self._serve(self._of_each(0, lambda batch, output: None))
+        self._serve(self._of_each(0, self._first, lambda batch, output: None))
 
     def check(self, batch: int, when: str) -> Accuracy:
         """Lets every stream answer a batch; returns how accurate the worst answer was.
@@ -113,7 +116,7 @@ class ServedNetwork:
         def verify(number: int, output: Output) -> None:
             found.append(answers.accuracy(output, number, when))
 
-        self._serve(self._of_each(batch, verify)).settle()
+        self._serve(self._of_each(batch, self._batches[batch], verify)).settle()
         return correctness.worst(found)
 
     def settle_round(self, least_s: float = ROUND_S) -> float:
@@ -188,9 +191,11 @@ class ServedNetwork:
         self._streams.serve(exchange.take, exchange.answer)
         return exchange
 
-    def _of_each(self, batch: int, verify: Callable[[int, Output], None]) -> Exchange:
-        """The same batch for every stream."""
-        asked = [Asked(batch, self._batches[batch])] * self.count
+    def _of_each(
+        self, batch: int, images: Tensor, verify: Callable[[int, Output], None]
+    ) -> Exchange:
+        """The same images for every stream."""
+        asked = [Asked(batch, images)] * self.count
         share = self.count // self._streams.takers
         return Exchange(asked, self._buffers, verify, self._poisoned, share=share)
 

@@ -40,6 +40,11 @@ class Precision:
         """Returns the type of weights and of what lies between layers."""
         return self.compute or self.dtype
 
+    @property
+    def is_quantized(self) -> bool:
+        """True where a network is computed in integers, which takes calibration."""
+        return self.compute == "int8"
+
 
 # timm's names on the command line. Rows of different math modes are never compared.
 PRECISIONS = {
@@ -49,6 +54,8 @@ PRECISIONS = {
     "bfloat16": Precision("bfloat16", "bf16"),
     # OpenVINO's name, and ours in build_engine: an fp32 network, computed in bfloat16 inside.
     "bf16": Precision("float32", "bf16", compute="bfloat16"),
+    # The same in 8-bit integers, whose ranges come from photographs that no case measures.
+    "int8": Precision("float32", "int8", compute="int8"),
     # Weights, gradients and optimizer in fp32; fp16's gradients are scaled (GradScaler).
     "amp_bf16": Precision("float32", "amp_bf16", "bfloat16"),
     "amp_fp16": Precision("float32", "amp_fp16", "float16"),

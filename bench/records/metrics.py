@@ -181,7 +181,24 @@ METRICS: dict[str, Metric] = {
         lambda m: m.accuracy.top1_agree, "", "share of images with the reference's top class"
     ),
     "err_vs_eager": Metric(
-        lambda m: m.accuracy.err_vs_eager, "", "relative L2 distance to eager in the same precision"
+        lambda m: m.accuracy.err_vs_eager,
+        "",
+        "relative L2 distance to eager in the same precision; int8: to its simulation",
+    ),
+    "sqnr_db": Metric(
+        lambda m: m.accuracy.sqnr_db,
+        "dB",
+        "signal-to-noise ratio of the first output against fp64, worst image",
+    ),
+    "kl": Metric(
+        lambda m: m.accuracy.kl,
+        "nats",
+        "Kullback-Leibler divergence of the softmax from the reference's, worst image",
+    ),
+    "weights_mb": Metric(
+        lambda m: _megabytes(m.weights_bytes),
+        "MB",
+        "weights as the backend keeps them, where it can tell",
     ),
     "baseline_p50_ms": Metric(
         lambda m: median(m.baseline_ms) if m.baseline_ms else None,

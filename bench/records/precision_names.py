@@ -9,29 +9,38 @@ from resfuse.bench.records.case import PRECISIONS
 SPELLINGS = {"fp32": "float32"}
 # What users will ask for, and what there is instead.
 NOT_YET = {
-    "int8": "int8 is not measured yet: nothing here quantises a network; bf16 is the lowest "
-    "precision of an fp32 network",
     "fp16": "fp16, an fp32 network computed in fp16, is not measured yet; float16 is a network "
     "given in fp16",
 }
+QUANTIZED = tuple(name for name, precision in PRECISIONS.items() if precision.is_quantized)
+FLOATING = tuple(name for name in PRECISIONS if name not in QUANTIZED)
 
 
-def pick_precisions(patterns: Sequence[str]) -> list[str]:
+def pick_precisions(patterns: Sequence[str], quantized: bool = False) -> list[str]:
     """Returns the names in PRECISIONS that the patterns of a `--precision` stand for.
 
+    Args:
+        quantized: whether the command measures quantized networks, too.
+
     Raises:
-        UsageError: one is unknown, or is not measured yet.
+        UsageError: one is unknown, is not measured yet, or not by this command.
     """
-    return pick("--precision", [_spelled(pattern) for pattern in patterns], list(PRECISIONS))
+    spelled = [_spelled(pattern, quantized) for pattern in patterns]
+    return pick("--precision", spelled, list(PRECISIONS if quantized else FLOATING))
 
 
 def pick_precision(name: str) -> str:
-    """Returns the one name in PRECISIONS that `name` stands for; raises UsageError as
-    `pick_precisions`, and for several."""
-    return pick_one("--precision", _spelled(name), list(PRECISIONS))
+    """Returns the one name in PRECISIONS that `name` stands for, of those that are not quantized;
+    raises UsageError as `pick_precisions`, and for several."""
+    return pick_one("--precision", _spelled(name, False), list(FLOATING))
 
 
-def _spelled(pattern: str) -> str:
+def _spelled(pattern: str, quantized: bool) -> str:
     if pattern in NOT_YET:
         raise UsageError(f"argument --precision: {NOT_YET[pattern]}")
+    if pattern in QUANTIZED and not quantized:
+        raise UsageError(
+            f"argument --precision: {pattern} is measured by `resfuse bench` and `resfuse sweep`; "
+            f"accepted here: {', '.join(FLOATING)}"
+        )
     return SPELLINGS.get(pattern, pattern)

@@ -28,6 +28,11 @@ class Accuracy:
     max_abs: float
     err_vs_eager: float
     top1_agree: float | None  # None where the first output is not [N, classes], and in training
+    # Of the first output: its signal-to-noise ratio, None where there is no noise, or a training;
+    sqnr_db: float | None = None
+    # and, where it is [N, classes], the Kullback-Leibler divergence of its softmax from the
+    # reference's, in nats.
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,3 +71,4 @@ class Measured:
     qps: float | None = None  # scenario server: at which they were taken
     answered_per_s: float | None = None  # likewise: batches
     arrival_seed: int | None = None  # likewise: of the arrivals
+    weights_bytes: int | None = None  # as the backend keeps them; None where it does not say

@@ -41,6 +41,15 @@ GUIDE = (
     "Set-up is everything before the first answer, with caches as they were (an engine's first "
     "build measures its candidates and takes longer).",
 )
+OF_INT8 = (
+    "int8: each backend quantizes the network in its own way on the same 64 photographs; eager has "
+    "no int8 and is timed in fp32. An error may be twice that of a simulation in fp32. SQNR is the "
+    "signal-to-noise ratio of the worst photograph, top-1 the share with fp64's top class."
+)
+OF_A_ROW = {"peak, MB": "peak_mem_mb", "error": "rel_l2_err", "set-up, s": "setup_s"}
+OF_A_ROW_IN_INT8 = {
+    "images/s": "infer_samples_per_sec", "SQNR, dB": "sqnr_db", "top-1": "top1_agree", **OF_A_ROW,
+}  # fmt: skip
 FACTS = (
     "cpu",
     "cpu_model",
@@ -76,7 +85,7 @@ def short_report(
         f"# resfuse on {_device(environment)}",
         f"{opening(environment)} {_measured(every)}".strip(),
         "## How to read this",
-        "\n".join(_bullets(GUIDE)),
+        "\n".join(_bullets([*GUIDE, *[OF_INT8] * any(n.setting.is_quantized for n in found)])),
         images.get("headline", ""),
     ]
     after = [
@@ -132,14 +141,10 @@ def table(network: Network, batches: Sequence[int] | None = None) -> str:
     lines = [line for line in network.lines if batches is None or line.result.batch_size in batches]
     beside_eager = any(line.is_beside_eager for line in lines)
     columns = [("batch", True), ("backend", False), ("ms", True)]
-    columns += [(f"than {name}", True) for name in network.baselines]
-    columns += [
-        ("peak, MB", True),
-        ("error", True),
-        ("set-up, s", True),
-        ("other load, cores", True),
-    ]
-    columns[3] = (f"faster {columns[3][0]}", True) if network.baselines else columns[3]
+    columns += [(f"than {network.setting.baseline_text(name)}", True) for name in network.baselines]
+    columns[3:4] = [(f"faster {title}", right) for title, right in columns[3:4]]
+    metrics = OF_A_ROW_IN_INT8 if network.setting.is_quantized else OF_A_ROW
+    columns += [*((title, True) for title in metrics), ("other load, cores", True)]
     rows = []
     for line in lines:
         result = line.result
@@ -147,7 +152,7 @@ def table(network: Network, batches: Sequence[int] | None = None) -> str:
         ms = _number(result, "p50_ms") if comparable else cells.EMPTY
         row = [str(result.batch_size), escape(line.label), ms]
         row += [_ratio(line, name) for name in network.baselines]
-        row += [_number(result, name) for name in ("peak_mem_mb", "rel_l2_err", "setup_s")]
+        row += [_number(result, name) for name in metrics.values()]
         rows.append([*row, other_load(result)])
     if all(row[-1] == cells.EMPTY for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from resfuse.bench.backends import stays_in_fp32
 from resfuse.bench.measuring.probes.idle import BUSY_CORES
 from resfuse.bench.records.case import MOST, SERVER, THROUGHPUT, Case
 from resfuse.bench.records.outcome import Outcome
@@ -74,9 +75,14 @@ def _title(measured: Measured) -> str:
     if load.scenario == SERVER:
         found = "" if load.requested_qps == MOST else ": ms from arrival to answer, p50 / p90 / p99"
         return f"{load.text().capitalize()}{found}"
-    baselines = dict.fromkeys(label(c.baseline, c.baseline_memory_format) for c, _ in measured)
+    baselines = dict.fromkeys(map(_baseline, (case for case, _ in measured)))
     what = "Throughput, times that of" if load.scenario == THROUGHPUT else "Times faster than"
     return f"{what} {' or '.join(baselines)} (±: half of the 95 % interval)"
+
+
+def _baseline(case: Case) -> str:
+    in_fp32 = " in fp32" * stays_in_fp32(case.baseline, case.precision)
+    return f"{label(case.baseline, case.baseline_memory_format)}{in_fp32}"
 
 
 def beside_other_work(measured: Measured) -> str:

@@ -50,7 +50,7 @@ def expand(request: Request) -> list[Case]:
     default = profile(request)
     models = models_of(request, default)
     backends = pick("--backend", request.backends or default.backends, list(BACKENDS))
-    precisions = pick_precisions(request.precisions or default.precisions)
+    precisions = pick_precisions(request.precisions or default.precisions, quantized=True)
     formats = pick("--memory-format", request.memory_formats or MEMORY_FORMATS, MEMORY_FORMATS)
     modes = pick("--bench", request.modes, MODES)
     if request.scenario != LATENCY and "train" in modes:

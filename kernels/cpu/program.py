@@ -18,7 +18,7 @@ ACTIVATIONS = (
     "identity", "relu", "relu6", "silu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu",
     "prelu", "gelu", "gelu_tanh",
 )  # fmt: skip
-STORAGES: tuple[Storage, ...] = ("fp32", "bf16", "u8")  # by their numbers, storage.h's
+_STORAGES: tuple[Storage, ...] = ("fp32", "bf16", "u8")  # by their numbers, storage.h's
 _POINTERS = ("x", "w", "bias", "slope", "residual", "y", "scratch")
 _NUMBERS = (
     "N", "H", "W", "C", "K", "R", "S", "P", "Q",
@@ -66,7 +66,8 @@ def storage_number(storage: Storage) -> int:
 
 def storage_of(step: Step) -> Storage:
     """Returns the type that a step's values are stored in."""
-    return STORAGES[step.storage]
+    number: int = step.storage
+    return _STORAGES[number]
 
 
 VALUE_BYTES: dict[Storage, int] = {"fp32": 4, "bf16": 2, "u8": 1}

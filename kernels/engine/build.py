@@ -160,12 +160,18 @@ def build_engine(
             max_shapes=max_shapes,
             model=own_model,
             planner=planner if other_shapes == "build" else None,
-            ceilings=Ceilings(example.device, plans.find().graph.dtype, planner.cache),
+            ceilings=_ceilings(example.device, plans.find().graph.dtype, planner.cache),
             keep_weights=keep_weights,
             cuda_graph=cuda_graph,
             threads=threads,
             recipe=recipe,
         )
+
+
+def _ceilings(device: torch.device, dtype: torch.dtype, cache: TimingCache) -> Ceilings | None:
+    """Returns the ceilings of a device; None for int8, in which torch multiplies no matrices at a
+    speed that would tell anything (1 GFLOP/s on a Zen 3)."""
+    return Ceilings(device, dtype, cache) if dtype.is_floating_point else None
 
 
 @dataclass(frozen=True)

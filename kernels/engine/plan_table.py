@@ -10,6 +10,7 @@ from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.cost.cost import cost_of
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.chunks import inner_candidates
+from resfuse.kernels.engine.ir.constant_nodes import constant_nodes
 from resfuse.kernels.engine.ir.graph import (
     Affine,
     AveragePool,
@@ -77,17 +78,28 @@ def table(
         + (f": {batch / total * 1e3:.0f} samples/s." if total else ".")
     )
     lines.append(times)
+    if any(s.runner_up_ms is not None and s.runner_up_ms < s.ms for s in segments):
+        lines.append(
+            "Where the next best took less by itself, it would have needed more memory, or values "
+            "would have crossed between native steps and torch."
+        )
     if ceilings:
         lines.append(
             f"Ceilings: {ceilings.gflops:.0f} GFLOP/s, {ceilings.gb_per_s:.1f} GB/s copied. "
             "Winograd needs 2.25 times fewer multiplications than the floor counts."
         )
+    constant = constant_nodes(graph)
     opaque = [s for s in segments if any(isinstance(n.op, Torch) for n in _nodes(graph, s))]
     if opaque:
         operations = [n.op for s in opaque for n in _nodes(graph, s)]
         names = sorted({op.target for op in operations if isinstance(op, Torch)})
         lines.append(f"Run by torch, {len(opaque)} segments: {', '.join(names)}.")
-    if untimed := sum(segment.ms == 0 for segment in segments):
+    once = [s for s in segments if constant.issuperset(n.name for n in _nodes(graph, s))]
+    if once:
+        lines.append(
+            f"Computed once, from weights alone: {len(once)} segments, which take no time."
+        )
+    if untimed := sum(segment.ms == 0 for segment in segments) - len(once):
         lines.append(
             f"Neither timed nor checked: {untimed}, which torch alone computes, and not from any "
             "numbers: indices, probabilities or the like."

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
-from resfuse.kernels.ops.conv_problem import Geometry
+from resfuse.kernels.ops.conv_problem import Geometry, Pair
 
 LARGEST = 255  # of a value; the least is 0
 LARGEST_WEIGHT = 127  # either sign
@@ -276,11 +276,11 @@ def average_pool_ref(
     return quantize(sums.float() / divisors * stored.scale, output)
 
 
-def max_pool_ref(x: Tensor, *window: Sequence[int] | bool) -> Tensor:
-    """Returns the max-pool of x [N, C, H, W], uint8, stored as x is; the further arguments are
-    those of F.max_pool2d: kernel, stride, padding, dilation, ceil."""
-    pooled: Tensor = F.max_pool2d(x.float(), *window)
-    return pooled.to(torch.uint8)
+def max_pool_ref(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil: bool = False
+) -> Tensor:
+    """Returns the max-pool of x [N, C, H, W], uint8, stored as x is."""
+    return F.max_pool2d(x.float(), kernel, stride, padding, dilation, ceil).to(torch.uint8)
 
 
 def _by_channel(v: Tensor, like: Tensor) -> Tensor:

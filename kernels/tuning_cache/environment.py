@@ -9,7 +9,7 @@ import sys
 import torch
 
 from resfuse.kernels.cpu.cpus import threads
-from resfuse.kernels.cpu.library import bf16_isa, fingerprint, processor
+from resfuse.kernels.cpu.library import bf16_isa, fingerprint, int8_isa, processor
 
 
 def device_name(device: torch.device) -> str:
@@ -32,8 +32,13 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        **(_gpu() if on_gpu else {"native": fingerprint(), "bf16 arithmetic": bf16_isa()}),
+        **(_gpu() if on_gpu else _cpu()),
     }
+
+
+def _cpu() -> dict[str, str]:
+    arithmetic = {"bf16 arithmetic": bf16_isa(), "int8 arithmetic": int8_isa()}
+    return {"native": fingerprint(), **arithmetic}
 
 
 def _gpu() -> dict[str, str]:

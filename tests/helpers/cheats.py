@@ -231,6 +231,32 @@ def fp8_behind_bf16(
     return lambda images: lower(images.bfloat16()).float()
 
 
+def fp32_behind_int8(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype, calibration: Tensor
+) -> Run:
+    """Computes in fp32 whatever it is asked for."""
+    return _honest(model)
+
+
+def example_behind_int8(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype, calibration: Tensor
+) -> Run:
+    """Answers everything with what it found for the example."""
+    found = _honest(model)(example)
+    return lambda images: found.clone()
+
+
+def int5_behind_int8(
+    model: nn.Module, example: Tensor, compute_dtype: torch.dtype, calibration: Tensor
+) -> Run:
+    """Weights of five bits."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            scale = parameter.data.abs().max() / 15
+            parameter.data = (parameter.data / scale).round() * scale
+    return _honest(model)
+
+
 def wrong_dtype(model: nn.Module, example: Tensor) -> Run:
     half = _honest(model.half())
     return lambda images: half(images.half())

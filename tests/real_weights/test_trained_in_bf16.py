@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends import load_build
+from resfuse.bench.backends.compute import Compute
 from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.measuring.correctness import Limit, relative_error, require_right
 from resfuse.kernels import load_onnx
@@ -58,7 +59,7 @@ def test_the_top_class_is_that_of_fp32(name: str, backend: str) -> None:
         fp32, exact = model(images), deepcopy(model).double()(images.double())
 
     def answer(backend: str) -> Tensor:
-        return load_build(backend, torch.bfloat16)(deepcopy(model), images)(images)
+        return load_build(backend, Compute(torch.bfloat16))(deepcopy(model), images)(images)
 
     try:
         y = answer(backend)

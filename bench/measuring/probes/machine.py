@@ -154,6 +154,8 @@ def ceilings(
         precision = PRECISIONS[name]
         if precision.math_mode == "tf32" and kind != "cuda":
             continue
+        if precision.is_quantized:  # torch's product of integers is no ceiling on any CPU
+            continue
         key = f"ceiling_{precision.math_mode}_tflops"
         if key in known:
             found[key] = known[key]

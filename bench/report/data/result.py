@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from resfuse.bench.records.case import LATENCY, Load
+from resfuse.bench.backends import stays_in_fp32
+from resfuse.bench.records.case import LATENCY, PRECISIONS, Load
 from resfuse.bench.report.data.experiments import Experiment
 from resfuse.bench.report.data.palette import backend_rank
 from resfuse.bench.report.data.workload import Workload
@@ -76,6 +77,17 @@ class Setting:
     @property
     def load(self) -> Load:
         return Load(self.scenario, self.requested_qps, self.latency_bound_ms)
+
+    @property
+    def is_quantized(self) -> bool:
+        """True for int8, whose rows are read by signal-to-noise ratio and agreement, too."""
+        precision = PRECISIONS.get(self.precision)
+        return precision is not None and precision.is_quantized
+
+    def baseline_text(self, backend: str) -> str:
+        """Returns a baseline's name for the columns of this setting: `eager in fp32` where it
+        computes in another precision than the rows."""
+        return f"{backend} in fp32" if stays_in_fp32(backend, self.precision) else backend
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ IDENTITY = (
 # What a row that did not pass may still say; a speed without a right answer is none.
 KEPT_WITHOUT_PASS = (
     "param_count", "infer_gmacs", "infer_macts", "peak_mem_mb", "reserved_mem_mb", "setup_s",
-    "rel_l2_err", "max_abs_err", "top1_agree", "err_vs_eager",
+    "rel_l2_err", "max_abs_err", "top1_agree", "err_vs_eager", "sqnr_db",
+    "kl",
 )  # fmt: skip
 PLACE = "place"  # beside a row's columns: where it stands
 

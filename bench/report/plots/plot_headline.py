@@ -23,9 +23,10 @@ NAMES = {
 
 
 def headline_network(found: Sequence[Network]) -> Network | None:
-    """Returns the network of the picture: one in inference with ratios over eager, preferably
-    MODEL, then the one that most backends were measured on."""
-    able = [n for n in found if n.setting.mode == "inference" and bars(n)]
+    """Returns the network of the picture: one in inference with ratios over eager in the same
+    precision, preferably MODEL, then the one that most backends were measured on."""
+    able = [n for n in found if n.setting.mode == "inference" and not n.setting.is_quantized]
+    able = [n for n in able if bars(n)]
     return max(able, key=lambda n: (n.model == MODEL, len(n.lines)), default=None)
 
 

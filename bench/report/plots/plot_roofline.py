@@ -19,7 +19,7 @@ from resfuse.bench.report.data.result import Comparison, Result, labels, model_n
 from resfuse.bench.report.plots.figure import key, line_look, wrapped
 from resfuse.bench.report.tables.depth import gflop_per_s
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of an element
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # of an element
 CHANNELS = 3
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from resfuse.bench.backends import stays_in_fp32
 from resfuse.bench.report.data.ladder import EAGER
 from resfuse.bench.report.data.palette import Look
 from resfuse.bench.report.data.result import Comparison, Setting
@@ -115,8 +116,10 @@ def title(setting: Setting) -> str:
 
 def _introduction(comparison: Comparison) -> str:
     setting = comparison.setting
+    backend = setting.baseline.rpartition(" ")[0]
+    in_fp32 = ", in fp32" * stays_in_fp32(backend, setting.precision)
     shared = (
-        f"Baseline: {escape(setting.baseline)}. Weights: {escape(setting.weights)}. "
+        f"Baseline: {escape(setting.baseline)}{in_fp32}. Weights: {escape(setting.weights)}. "
         f"Images: {escape(setting.images)}. Device: {escape(setting.device_name)}."
     )
     if comparison.measured:

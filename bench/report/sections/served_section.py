@@ -3,6 +3,7 @@ ratio over one of another."""
 
 from collections.abc import Callable, Sequence
 
+from resfuse.bench.backends import stays_in_fp32
 from resfuse.bench.records.case import SERVER, THROUGHPUT
 from resfuse.bench.report.data import cells
 from resfuse.bench.report.data.result import Comparison, Environment, Result
@@ -92,7 +93,9 @@ def title(comparison: Comparison, escape: Callable[[str], str] = escape) -> str:
 def note(comparison: Comparison, escape: Callable[[str], str] = escape) -> str:
     """Returns what all rows of a load share, in sentences."""
     setting = comparison.setting
-    shared = [f"Baseline: {escape(setting.baseline)}."] if setting.baseline else []
+    backend = setting.baseline.rpartition(" ")[0]
+    in_fp32 = ", in fp32" * stays_in_fp32(backend, setting.precision)
+    shared = [f"Baseline: {escape(setting.baseline)}{in_fp32}."] if setting.baseline else []
     shared += [f"Weights: {escape(setting.weights)}.", f"Images: {escape(setting.images)}."]
     return " ".join(shared)
 

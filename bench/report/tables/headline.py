@@ -33,6 +33,8 @@ COLUMNS: tuple[Column, ...] = (
     THROTTLE,
     STATUS,
 )
+# In front of the set-up's, for int8.
+OF_INT8 = (of_metric("SQNR, dB", "sqnr_db"), of_metric("top-1 agree", "top1_agree", optional=True))
 
 
 def headline(comparison: Comparison) -> list[str]:
@@ -41,11 +43,14 @@ def headline(comparison: Comparison) -> list[str]:
     Cases that are unavailable never ran; they are listed with the failures only.
     """
     ran = [result for result in comparison.results if result.status != "unavailable"]
+    place = next(i for i, column in enumerate(COLUMNS) if column.metrics == ("setup_s",))
+    more = OF_INT8 if comparison.setting.is_quantized else ()
+    columns = *COLUMNS[:place], *more, *COLUMNS[place:]
     blocks = []
     for (model, size), group in groupby(ran, key=lambda r: (r.model, r.img_size)):
         results = sorted(group, key=_fastest_first)
         blocks += [f"### {markdown.escape(model)}, {size} px", _facts(results)]
-        blocks.append(render(COLUMNS, results))
+        blocks.append(render(columns, results))
     return [block for block in blocks if block]
 
 

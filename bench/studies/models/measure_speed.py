@@ -85,7 +85,7 @@ def measure(
     try:
         case, model = _case(name, batch_size, img_size, options, precision)
         batches = network.batches(case)
-        expected = answers(model, batches, case.math_mode, network.compute_dtype(case))
+        expected = answers(model, batches, case.math_mode, network.compute(case))
         if precision == USUAL_PRECISION:
             require_yardstick(_own_error(expected))
     except Exception as error:  # eager itself cannot run it, or not twice alike
@@ -158,7 +158,8 @@ def _get_ready(case: Case, model: nn.Module, batches: list[Tensor], expected: An
 
 
 def _set_up(case: Case, model: nn.Module, batches: list[Tensor]) -> tuple[Inference, float]:
-    one = subject(case, case.backend, case.memory_format, model, batches)
+    compute = network.compute(case)
+    one = subject(case, case.backend, case.memory_format, model, batches, compute=compute)
     assert isinstance(one, Inference)
     watch = timing.Watch()
     one.set_up()

@@ -30,6 +30,8 @@ constexpr long PIXELS_OF_IMAGE = 64;
 // values are converted, and then shared out to pixels.
 static void image_to_u8(const Step& s, const Range& pixels, const Quantizer& stored) {
   Value all[(PIXELS_OF_IMAGE + 1) * LANES];
+  const uint32_t taken = s.C < UNIT ? (1u << 8 * s.C) - 1 : ~0u;
+  const uint32_t behind = static_cast<uint32_t>(s.y_zero) * 0x01010101u & ~taken;
   for (long from = pixels.from; from < pixels.to; from += PIXELS_OF_IMAGE) {
     const long count = min(PIXELS_OF_IMAGE, pixels.to - from), values = count * s.C;
     const float* const x = reinterpret_cast<const float*>(s.x) + from * s.C;
@@ -38,7 +40,12 @@ static void image_to_u8(const Step& s, const Range& pixels, const Quantizer& sto
     }
     Value* y = s.y + from * s.y_pitch;
     for (long i = 0; i < count; i++, y += s.y_pitch) {
-      for (long k = 0; k < s.K; k++) y[k].bits = k < s.C ? all[i * s.C + k].bits : s.y_zero;
+      if (s.K == UNIT) {
+        const uint32_t unit = (read(as_units(all + i * s.C)) & taken) | behind;
+        std::memcpy(y, &unit, sizeof unit);
+      } else {
+        for (long k = 0; k < s.K; k++) y[k].bits = k < s.C ? all[i * s.C + k].bits : s.y_zero;
+      }
     }
   }
 }

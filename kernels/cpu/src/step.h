@@ -7,7 +7,7 @@
 //   grouped convolutions; those of Winograd are values, those of direct ones units of channels
 //   (storage.h).
 // - K counts whole vectors of output channels in convolutions, and per-channel parameters (bias,
-//   slope, scale) are padded to whole vectors. Where the channels of other steps, and those of a
+//   slope, scale, offset) are padded to whole vectors. Where the channels of other steps, and those of a
 //   convolution without `unstored`, are no whole vectors, pitches have room for the rest of the last
 //   one, which is read and written, too.
 // - x and y may overlap only where they are the same pixels of a step without windows; y may be the

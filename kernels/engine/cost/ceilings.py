@@ -56,9 +56,6 @@ def _multiply(device: torch.device, dtype: torch.dtype) -> float:
         torch.randn(_SIDE[device.type], _SIDE[device.type], dtype=torch.float32, device=device)
         for _ in range(2)
     )
-    if dtype == torch.uint8:
-        whole = [(31 * t).to(torch.int8) for t in (a, b)]
-        return _least(lambda: torch._int_mm(*whole), device)
     a, b = a.to(dtype), b.to(dtype)
     return _least(lambda: torch.mm(a, b), device)
 

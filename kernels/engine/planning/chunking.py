@@ -98,10 +98,11 @@ def _in_chunks(stage: Stage, times: Mapping[Candidate, TimedCandidate]) -> Itera
     whole = times.get(stage.whole)
     for chunks in filter(None, map(times.get, stage.chunks)):
         if whole is not None:
-            ms = stage.early.ms * chunks.ms / whole.ms
-            segment = Segment(chunks.candidate, ms, stage.whole, stage.early.ms)
+            once = stage.early.ms - stage.early.crossing_ms
+            segment = Segment(chunks.candidate, once * chunks.ms / whole.ms, stage.whole, once)
             most = max(chunks.arena_bytes, stage.rest.arena_bytes)
-            yield Plan((segment, *stage.rest.segments), most)
+            crossing = stage.early.crossing_ms + stage.rest.crossing_ms
+            yield Plan((segment, *stage.rest.segments), most, crossing)
 
 
 def stage_ends(graph: Graph, images: int | None = None) -> list[int]:

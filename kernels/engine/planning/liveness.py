@@ -24,7 +24,12 @@ def with_memory(
         return [TimedCandidate(candidate, ms) for candidate, ms in times.items()]
     liveness = Liveness(graph, lanes())
     return [
-        TimedCandidate(candidate, ms, liveness.bytes_of(candidate, tactics[candidate.tactic]))
+        TimedCandidate(
+            candidate,
+            ms,
+            liveness.bytes_of(candidate, tactics[candidate.tactic]),
+            TACTICS[candidate.tactic].in_arena,
+        )
         for candidate, ms in times.items()
     ]
 

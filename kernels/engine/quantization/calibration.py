@@ -65,7 +65,8 @@ def calibrate(
     _require_settings(method, samples, batch_size, percentile)
     _require_model(model)
     found = _Calibration(model, samples, batch_size, method not in NEED_NO_HISTOGRAM)
-    with torch.autocast("cpu", enabled=False):
+    # Tensors of inference mode cannot be captured.
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         if is_loop(images):
             feed_forwards(model, images, found.take)
         else:
@@ -229,9 +230,14 @@ def values_of(
 
 
 def _chosen(value: ObservedValue, method: str, percentile: float) -> ValueRange:
-    low, high = map(rounded, METHODS[method](value.histogram, percentile))
-    clipped = 0.0 if method in NEED_NO_HISTOGRAM else value.histogram.share_beyond(low, high)
+    low, high = METHODS[method](value.histogram, percentile)
+    clipped = 0.0
+    if method not in NEED_NO_HISTOGRAM:  # zero is always stored
+        clipped = value.histogram.share_beyond(min(low, 0.0), max(high, 0.0))
     means = value.means
     return ValueRange(
-        low, high, rounded(clipped), None if means is None else tuple(map(rounded, means))
+        rounded(low),
+        rounded(high),
+        rounded(clipped),
+        None if means is None else tuple(map(rounded, means)),
     )

@@ -1,7 +1,7 @@
 """The images that `calibrate` is given: what each item holds, and what is refused."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def first_images(images: Images, count: int) -> Tensor | None:
     return torch.cat(found)[:count].clone() if found else None
 
 
-def is_loop(images: Images) -> bool:
+def is_loop(images: Images) -> TypeGuard[Callable[[nn.Module], object]]:
     """Returns whether images are a function that calls the model."""
     return callable(images) and not hasattr(images, "__iter__") and not hasattr(images, "__len__")
 
@@ -126,7 +126,8 @@ def feed_forwards(
         assert handle is not None
         handle.remove()  # the model is captured while it takes the first images
         try:
-            take(args[0])
+            with torch.inference_mode(False):
+                take(args[0])
         finally:
             handle = model.register_forward_pre_hook(hook, with_kwargs=True)
 

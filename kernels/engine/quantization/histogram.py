@@ -110,7 +110,8 @@ class Histogram:
         if number > self.high:
             return float(self.total)
         counts, edges = self.nonzero_counts().double(), self.edges()
-        share = ((number - edges[:-1]) / self.width).clamp_(0, 1)
+        first, last = edges[:-1].clamp(min=self.low), edges[1:].clamp(max=self.high)
+        share = ((number - first) / (last - first).clamp(min=1e-9 * self.width)).clamp_(0, 1)
         return float((counts * share).sum()) + self.zeros * (number > 0)
 
     def share_beyond(self, low: float, high: float) -> float:

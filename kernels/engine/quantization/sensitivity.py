@@ -3,7 +3,7 @@ float32 for a network's error to be small enough.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -91,8 +91,10 @@ def least_kept(
 
 def relative_error(answers: list[Tensor], exact: list[Tensor]) -> float:
     """Returns the largest relative error of an output, in norm."""
-    pairs = zip(answers, exact, strict=True)
-    return max(((y - want).norm() / want.norm().clamp_min(1e-30)).item() for y, want in pairs)
+    return max(
+        float((y - want).norm() / want.norm().clamp_min(1e-30))
+        for y, want in zip(answers, exact, strict=True)
+    )
 
 
 def sqnr_db(answer: Tensor, exact: Tensor) -> float:
@@ -102,7 +104,12 @@ def sqnr_db(answer: Tensor, exact: Tensor) -> float:
     return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
 
-def _run(graph: Graph, state: State, images: Tensor, observe=None) -> list[Tensor]:
+Observe = Callable[[Node, Mapping[str, Tensor], Tensor], None]
+
+
+def _run(
+    graph: Graph, state: State, images: Tensor, observe: Observe | None = None
+) -> list[Tensor]:
     """Returns a graph's outputs in torch's own operations.
 
     Args:

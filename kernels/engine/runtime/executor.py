@@ -8,7 +8,8 @@ from torch import Tensor
 from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.program import Program, Step
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.graph import Graph, State
+from resfuse.kernels.engine.ir.constant_nodes import constant_nodes
+from resfuse.kernels.engine.ir.graph import Graph, Node, State
 from resfuse.kernels.engine.ir.lowered import Call, Native, Values
 from resfuse.kernels.engine.memory.buffers import Arena, WeightStore
 from resfuse.kernels.engine.runtime.placement import native_values, place
@@ -21,7 +22,8 @@ class Executor:
     """Runs a graph on values of fixed shapes.
 
     Values that native steps write are in one arena, and so are copies of the other values that they
-    read. All remaining values are torch tensors, freed after their last use.
+    read. All remaining values are torch tensors, freed after their last use, but for those that
+    depend on the weights alone: torch computes them once, when the executor is made.
     """
 
     def __init__(
@@ -45,16 +47,20 @@ class Executor:
         self._copies: list[Item] = []  # those of the items that bring values into the arena
         self._steps: list[Step] = []
         self._copied: set[str] = set()
+        self._freed: set[str] = set()
+        self._constant, self._constants = constant_nodes(graph), Values()
         for candidate in candidates:
             self._lower(candidate, state)
         self._flush()
-        self._native_views = {name: self._views[name] for name in self._native}
+        self._keep_constants()
+        native = {name: self._views[name] for name in self._native}
+        self._at_first = native | self._constants  # values that are there before a run
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Returns the outputs, which may lie in the arena; inputs are in the order of
         `graph.reads`."""
-        values = self._native_views | dict(zip(self.graph.reads, inputs, strict=True))
+        values = self._at_first | dict(zip(self.graph.reads, inputs, strict=True))
         for item in self._items:
             item(values)
         return [values[name] for name in self.graph.outputs]
@@ -67,7 +73,7 @@ class Executor:
     def repeat(self, *inputs: Tensor) -> Callable[[], list[Tensor]]:
         """Returns a function that runs the graph on `inputs` without copying them into the arena,
         for timing: a call with the same inputs must have come before."""
-        values = self._native_views | dict(zip(self.graph.reads, inputs, strict=True))
+        values = self._at_first | dict(zip(self.graph.reads, inputs, strict=True))
         items = [item for item in self._items if item not in self._copies]
 
         @torch.inference_mode()
@@ -88,9 +94,26 @@ class Executor:
                 if name not in self._native | inner and name not in self._copied:
                     self._copy_in(name)
             self._steps += lowered.steps
+        elif self._is_constant(nodes):
+            with torch.inference_mode():
+                lowered.run(self._constants)
         else:
             self._flush()
-            self._items.append(self._call(lowered, [node.name for node in nodes], candidate.stop))
+            self._items.append(self._call(lowered, nodes, candidate.stop))
+
+    def _is_constant(self, nodes: Sequence[Node]) -> bool:
+        """Returns whether nodes that torch computes read nothing but what has been computed."""
+        made = {node.name for node in nodes}
+        reads = {name for node in nodes for name in node.inputs}
+        return made <= self._constant and reads <= made | self._constants.keys()
+
+    def _keep_constants(self) -> None:
+        """Drops the constants that only other constants read."""
+        read = set(self.graph.outputs)
+        read.update(name for node in self.graph.nodes for name in node.inputs
+                    if node.name not in self._constants)  # fmt: skip
+        self._constants = {name: t for name, t in self._constants.items() if name in read}
+        self.weight_store.track(self._constants.values())
 
     def _copy_in(self, name: str) -> None:
         self._flush()
@@ -105,16 +128,19 @@ class Executor:
         self._items.append(copy)
         self._copies.append(copy)
 
-    def _call(self, call: Call, outputs: list[str], stop: int) -> Item:
+    def _call(self, call: Call, nodes: Sequence[Node], stop: int) -> Item:
         """Returns a function that runs `call`, copies results that are views into the arena, and
         frees values after their last use."""
         arena = self.arena.pointer
+        reads = {name for node in nodes for name in node.inputs}
+        results = [node.name for node in nodes] if reads & self._native else []
         last = self.graph.last_read
-        dead = [n for n, at in last.items() if at < stop and n not in self._native]
+        dead = [n for n, at in last.items() if at < stop and n not in self._native | self._freed]
+        self._freed.update(dead)
 
         def run(values: Values) -> None:
             call.run(values)
-            for name in outputs:
+            for name in results:
                 if name in values and values[name].untyped_storage().data_ptr() == arena:
                     values[name] = values[name].clone()
             for name in dead:

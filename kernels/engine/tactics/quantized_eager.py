@@ -3,6 +3,7 @@ for those, and the fallback where there are none.
 """
 
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +70,10 @@ def function_of(node: Node, values: dict[str, Value], state: State, keep: Keep) 
     if isinstance(op, Concat):
         return lambda *parts: torch.cat(parts, 1)  # they share a scale
     if isinstance(op, MaxPool):
-        window = op.kernel, op.stride, op.padding, op.dilation, op.ceil
-        return lambda given: max_pool_ref(given, *window)
+        return partial(
+            max_pool_ref, kernel=op.kernel, stride=op.stride, padding=op.padding,
+            dilation=op.dilation, ceil=op.ceil,
+        )  # fmt: skip
     if not isinstance(op, Conv | Affine | Mean | AveragePool):
         return None
     assert x is not None
@@ -83,8 +86,9 @@ def function_of(node: Node, values: dict[str, Value], state: State, keep: Keep) 
         return lambda given: mean_ref(given, x, output).view(shape)
     assert output is not None
     divisors = _divisors(op, values[node.inputs[0]].shape)
-    window = op.kernel, op.stride, op.padding
-    return lambda given: average_pool_ref(given, x, output, *window, divisors)
+    return lambda given: average_pool_ref(
+        given, x, output, op.kernel, op.stride, op.padding, divisors
+    )
 
 
 def quantized_weights(op: Conv, state: State, x: Quantization) -> tuple[Tensor, Requantization]:
@@ -117,11 +121,12 @@ def _conv(node: Node, op: Conv, values: dict[str, Value], state: State, keep: Ke
     how = Requantization(*rest)
     slope = slope_of(op, state)
 
-    def run(given: Tensor, *residual: Tensor) -> Tensor:
+    def run(given: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:
+            residual = residual.reshape(problem.output_shape)
         y = conv_ref(
             given.reshape(problem.input_shape), weight, how, x, output, problem.geometry,
-            op.activation, slope, *(r.reshape(problem.output_shape) for r in residual),
-            residual_stored=added, residual_last=op.residual_last,
+            op.activation, slope, residual, added, op.residual_last,
         )  # fmt: skip
         return y.reshape(shape)
 
@@ -134,26 +139,25 @@ def _affine(node: Node, op: Affine, values: dict[str, Value], state: State, keep
     added = None if node.residual is None else values[node.residual].quantization
     slope = slope_of(op, state)
     assert x is not None
-    ends = {"residual_stored": added, "residual_last": op.residual_last}
+    ends = output, op.activation, slope
     if op.gate:
         factor = values[node.inputs[1]].quantization
         assert factor is not None
-        nothing = torch.zeros(())
-        return lambda given, gate, *residual: affine_ref(
-            given, dequantize(gate, factor), nothing, x, output, op.activation, slope, *residual,
-            **ends,
-        )  # fmt: skip
+        nothing = torch.zeros((), device="cpu")
+        return lambda given, gate, residual=None: affine_ref(
+            given, dequantize(gate, factor), nothing, x, *ends, residual, added, op.residual_last
+        )
     both = keep(("int8", op.norm, channels), lambda: list(scale_and_shift(op, channels, state)))
     scale, shift = (t.view(around) for t in both)
-    return lambda given, *residual: affine_ref(
-        given, scale, shift, x, output, op.activation, slope, *residual, **ends
+    return lambda given, residual=None: affine_ref(
+        given, scale, shift, x, *ends, residual, added, op.residual_last
     )
 
 
 def _pick(op: Pick, x: Quantization | None) -> Function:
     """Returns a function that picks channels and pixels; channels of zeros are of zero points."""
     picked = {2: op.rows, 3: op.columns} | ({} if op.channels is None else {1: op.channels})
-    indices = {dim: torch.tensor(at, dtype=torch.int64) for dim, at in picked.items()}
+    indices = {dim: torch.tensor(at, device="cpu") for dim, at in picked.items()}
 
     def run(given: Tensor) -> Tensor:
         y = given
@@ -168,7 +172,7 @@ def _pick(op: Pick, x: Quantization | None) -> Function:
 
 def _divisors(op: AveragePool, shape: tuple[int, ...]) -> Tensor:
     """Returns the divisor of each window [P, Q]: the values that torch's own pool counts in it."""
-    ones = torch.ones(1, 1, *shape[2:], dtype=torch.float64)
+    ones = torch.ones(1, 1, *shape[2:], dtype=torch.float64, device="cpu")
     window = op.kernel, op.stride, op.padding, op.ceil
     sums = F.avg_pool2d(ones, *window, True, 1)
     means = F.avg_pool2d(ones, *window, op.count_padding, op.divisor)

@@ -8,12 +8,13 @@ import contextlib
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from resfuse.kernels.engine.ir.candidate import Candidate, key_of
+from resfuse.kernels.engine.ir.constant_nodes import constant_nodes
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.ir.torch_operations import accepts_random_inputs
 from resfuse.kernels.engine.memory.buffers import WeightStore
@@ -27,7 +28,8 @@ from resfuse.kernels.gpu.common.graph_capture import replayed
 from resfuse.kernels.tuning_cache.denylist import NONE, Barred
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
-NOT_TIMED = 0.0  # ms of candidates that random inputs would make fail: indices out of range
+# ms of candidates that random inputs would make fail, indices out of range, or that run only once
+NOT_TIMED = 0.0
 Key = tuple[str, str]  # of the timing cache: a part of a graph, and the candidate that computes it
 
 # The share of its own time that a tactic outside the arena costs in addition, because native steps
@@ -62,6 +64,7 @@ class Tuner:
         self._warned: set[str] = set()
         self._confirmed: set[Key] = set()
         self._arena = any(TACTICS[name].in_arena for name in tactics)
+        self._constant = constant_nodes(graph)
         self._graph, self._state, self._device, self._cache = graph, state, device, cache
         self.measured = 0  # the number of candidates that were not in the cache
         self._warmth = warmth_of(graph, state, device)
@@ -111,12 +114,14 @@ class Tuner:
         """
         if self._is_barred(candidate):
             return None
+        if self._is_constant(candidate):
+            return NOT_TIMED
         part, key = self._part(candidate)
         if not self._has(key, candidate):
             self.measured += 1
             self._measure(part, key, candidate)
         ms = self._cache.get(key)
-        return ms and ms * (1 + NATIVE_EXIT_PENALTY * self._is_copied(candidate))
+        return ms and ms * (1 + NATIVE_EXIT_PENALTY * self._leaves_arena(candidate))
 
     def in_turns(self, candidates: Sequence[Candidate]) -> list[float | None]:
         """Returns the ms of candidates for the same nodes, timed in turns, since the speed of a
@@ -126,7 +131,7 @@ class Tuner:
             BrokenDevice: a candidate has broken the device for this process; the next one avoids
                 it.
         """
-        allowed = [candidate for candidate in candidates if not self._is_barred(candidate)]
+        allowed = [c for c in candidates if not (self._is_barred(c) or self._is_constant(c))]
         keys = [self._part(candidate)[1] for candidate in allowed]
         if not all(map(self._has, keys, allowed)):
             part, weight_store = self._part(allowed[0])[0], WeightStore()
@@ -145,7 +150,8 @@ class Tuner:
 
     def knows(self, candidate: Candidate) -> bool:
         """Returns whether the time of a candidate is known without a measurement."""
-        return self._is_barred(candidate) or self._has(self._part(candidate)[1], candidate)
+        known = self._is_barred(candidate) or self._is_constant(candidate)
+        return known or self._has(self._part(candidate)[1], candidate)
 
     def confirm(self, candidates: Iterable[Candidate]) -> bool:
         """Checks the answer of each candidate that this build has not checked yet, since the timing
@@ -217,8 +223,7 @@ class Tuner:
         """Returns the part of the graph that a candidate computes, and the cache key of its
         time."""
         part = self._graph.part(candidate.start, candidate.stop)
-        copied = ", copied" * self._is_copied(candidate)
-        return part, (key_of(part), candidate.label() + copied + self._warmth.label)
+        return part, (key_of(part), candidate.label() + self._warmth.label)
 
     def _is_barred(self, candidate: Candidate) -> bool:
         configuration = getattr(TACTICS[candidate.tactic].load(), "configuration", None)
@@ -323,7 +328,7 @@ class Tuner:
         if self._device.type == "cuda":  # kernels without the Python that launches them
             timed = replayed(self._in_a_row(part, run, inputs, candidate), self._device)
         else:
-            timed = _copying(run) if self._is_copied(candidate) else run
+            timed = run
         timed()
         return timed
 
@@ -352,14 +357,14 @@ class Tuner:
             self._copied = names, copies(names, self._state, self._warmth)
         return self._copied[1]
 
-    def _is_copied(self, candidate: Candidate) -> bool:
-        """Returns whether a candidate's outputs would have to be copied into the arena.
-
-        Most nodes are native where there are native steps at all. Without the copies in the time,
-        ResNet-50 at batch 8 was planned with ten of oneDNN's convolutions, each a few percent
-        faster, and the whole was slower.
-        """
+    def _leaves_arena(self, candidate: Candidate) -> bool:
+        """Returns whether native steps would stop for a candidate, on a device that has them."""
         return self._arena and not TACTICS[candidate.tactic].in_arena
+
+    def _is_constant(self, candidate: Candidate) -> bool:
+        """Returns whether a candidate computes what depends on the weights alone, once."""
+        nodes = self._graph.nodes[candidate.start : candidate.stop]
+        return self._constant.issuperset(node.name for node in nodes)
 
     def _exact_answer(self, part: Graph, key: str) -> ExactAnswer:
         """Returns the part's answer in fp64; the last one is cached."""
@@ -380,14 +385,3 @@ def _usable(
     candidates: Sequence[Candidate], times: Sequence[float | None]
 ) -> dict[Candidate, float]:
     return {c: ms for c, ms in zip(candidates, times, strict=True) if ms is not None}
-
-
-def _copying(run: Callable[[], list[Tensor]]) -> Run:
-    """Returns a function that runs `run` and copies its results."""
-    targets = [torch.empty_like(y) for y in run()]
-
-    def again() -> None:
-        for target, y in zip(targets, run(), strict=True):
-            target.copy_(y)
-
-    return again

@@ -46,8 +46,11 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["-m", "dense*"], "--model: unknown name 'dense*'; `resfuse list models` shows the "),
         (["--backend", "eager,onnx"], "--backend: unknown name 'onnx'; did you mean onnxrt"),
         (["--precision", "fp8"], "--precision: unknown name 'fp8'; "),
-        (["--precision", "fp8"], "known: float32, tf32, float16, bfloat16, bf16"),
-        (["--precision", "float32,int8"], "--precision: int8 is not measured yet: nothing here "),
+        (["--precision", "fp8"], "known: float32, tf32, float16, bfloat16, bf16, int8"),
+        (
+            ["--precision", "float32,fp16"],
+            "--precision: fp16, an fp32 network computed in fp16, is ",
+        ),
         (["--precision", "fp16"], "is not measured yet; float16 is a network given in fp16"),
         (["--memory-format", "nhwc"], "known: contiguous, channels_last"),
         (["--bench", "inference,fit"], "--bench: unknown name 'fit'; "),

@@ -98,7 +98,10 @@ def test_another_network_in_the_file_is_wrong(
         (["engine", "resnet*"], "MODEL: 'resnet*' stands for"),
         (["engine", "resnet18", "-b", "0"], "--batch-size: 0; accepted: whole numbers from 1"),
         (["engine", "resnet18", "-b", "1,x"], "--batch-size: 'x' is not a whole number"),
-        (["engine", "resnet18", "--precision", "int8"], "--precision: int8 is not measured yet"),
+        (
+            ["engine", "resnet18", "--precision", "int8"],
+            "--precision: int8 is measured by `resfuse bench`",
+        ),
         (["engine", "resnet18", "--img-size", "0"], "--img-size: 0"),
         (["engine", "resnet18", "--device", "gpu"], "--device: 'gpu' cannot be used"),
         (["engine", "resnet18", "--time", "0"], "--time: '0'; accepted: numbers above 0"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.bench.backends import BACKENDS, Backend
+from resfuse.bench.backends.compute import Compute
 from resfuse.bench.cli import main
 from resfuse.bench.measuring import correctness, measure_case, network
 from resfuse.bench.measuring.inference import answers
@@ -86,7 +87,7 @@ def test_weights_images_and_answers_are_fp32_and_the_yardstick_is_bf16() -> None
     model, batches = prepared()
     kinds = {tensor.dtype for tensor in (*model.parameters(), *batches)}
     assert kinds == {torch.float32}
-    expected = answers(model, batches, "bf16", torch.bfloat16)
+    expected = answers(model, batches, "bf16", Compute(torch.bfloat16))
     with torch.inference_mode():
         lower = nn.Sequential(network.master(CASE, 0).bfloat16())(batches[0].bfloat16())
         exact = network.master(CASE, 0).double()(batches[0].double())
@@ -100,8 +101,8 @@ def test_weights_images_and_answers_are_fp32_and_the_yardstick_is_bf16() -> None
 def test_the_least_time_counts_two_bytes_a_number() -> None:
     found = {name: network.element_bytes(replace(CASE, precision=name)) for name in PRECISIONS}
     assert found == {
-        "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "bf16": 2, "amp_bf16": 4,
-        "amp_fp16": 4,
+        "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "bf16": 2, "int8": 1,
+        "amp_bf16": 4, "amp_fp16": 4,
     }  # fmt: skip
 
 
@@ -163,8 +164,8 @@ def test_a_seeded_mobilenet_tells_photographs_apart() -> None:
     batches = network.batches(case)
     with pytest.raises(correctness.WrongAnswer, match="cannot tell inputs apart"):
         model = network.master(replace(case, precision="float32"), 0)
-        answers(model, batches, "bf16", torch.bfloat16)
-    expected = answers(network.master(case, 0), batches, "bf16", torch.bfloat16)
+        answers(model, batches, "bf16", Compute(torch.bfloat16))
+    expected = answers(network.master(case, 0), batches, "bf16", Compute(torch.bfloat16))
     assert expected.limit.rel_l2 < 0.1
     other = expected.reference[1]
     with pytest.raises(correctness.WrongAnswer, match="relative error"):

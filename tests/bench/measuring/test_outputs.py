@@ -1,6 +1,7 @@
 """Networks that return several tensors, of other images than photographs of three channels: each
 output is checked by itself."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,23 @@ def test_twelve_bands_go_from_a_file_to_rows_and_are_resumed(
     Path("net.py").write_text(NET + "\n# another version\n")
     assert main([*command, "--resume", "--dry-run"]) == 0
     assert "2 cases" in capsys.readouterr().out
+
+
+def test_signal_to_noise_and_divergence_of_the_worst_image() -> None:
+    """Errors of a tenth and a hundredth: 20 and 40 dB. Softmaxes of 1/2, 1/2 and 3/4, 1/4."""
+    reference = torch.tensor([[3.0, 4.0], [0.0, 10.0]], dtype=torch.float64)
+    found = correctness.accuracy(torch.tensor([[3.3, 4.4], [0.0, 10.1]]), reference, reference)
+    assert found.sqnr_db == pytest.approx(20, abs=1e-4)
+    even, uneven = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
+    found = correctness.accuracy(even, uneven.double(), uneven)
+    assert found.kl == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+
+
+def test_what_has_no_noise_or_no_classes_has_no_such_number() -> None:
+    same = correctness.accuracy(torch.ones(2, 3), torch.ones(2, 3).double(), torch.ones(2, 3))
+    assert (same.sqnr_db, same.kl) == (None, 0)
+    maps = correctness.accuracy(torch.ones(1, 2, 2), torch.zeros(1, 2, 2).double(), torch.ones(1))
+    assert (maps.sqnr_db, maps.kl) == (None, None)
+    worse = correctness.Accuracy(0.1, 0.1, 0.1, 1.0, 20.0, 0.5)
+    worst = correctness.worst([same, worse, correctness.Accuracy(0.01, 0.1, 0.1, 1.0, 40.0, 0.1)])
+    assert (worst.sqnr_db, worst.kl) == (20, 0.5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from report_rows import CASE, STAMP, add, add_failed, build_many, tables
+from report_rows import CASE, STAMP, add, add_failed, build_many, tables, text_of
 from resfuse.bench.report import report_page as pages
 from resfuse.bench.report import write_report
 from resfuse.bench.report.data.ladder import Ratio, divided, networks
@@ -69,6 +69,31 @@ def test_a_ratio_that_took_turns_is_preferred_to_a_quotient(ladder: Path) -> Non
     engine, fused, *_ = network.lines
     assert engine.ratios["onnxrt"] == Ratio(1.3, 1.27, 1.33)
     assert fused.ratios["onnxrt"] == divided(Ratio(1.8, 1.74, 1.86), Ratio(1.6, 1.56, 1.64))
+
+
+def test_int8_stands_by_itself_beside_eager_in_fp32(ladder: Path) -> None:
+    """Other rows of the same network are float32's: no ratio is over one of those."""
+    for backend, rate, ratio in ("engine", 80.0, 4.0), ("openvino", 60.0, 3.0), ("onnxrt", 40, 2.0):
+        add(
+            ladder, replace(CASE, backend=backend, precision="int8"), rate=rate, speedup=ratio,
+            speedup_ci_low=ratio - 0.1, speedup_ci_high=ratio + 0.1, rel_l2_err=0.05,
+            sqnr_db=26.0, top1_agree=0.875,
+        )  # fmt: skip
+    page = short(ladder)
+    found = [rows for title, rows in tables(page) if title == "resnet18, 224 px"]
+    assert len(found) == 2 and "## Inference, int8 (int8 arithmetic)" in page
+    engine, openvino, onnxrt = found[1]
+    assert "sqnr" not in str(found[0]).lower()
+    assert [engine["backend"], openvino["backend"], onnxrt["backend"]] == [
+        "engine", "openvino", "onnxrt",
+    ]  # fmt: skip
+    assert engine["faster than eager in fp32"] == "4.00 ±0.10"
+    assert engine["than openvino"].startswith("~1.33") and engine["than onnxrt"].startswith("~2.00")
+    assert (engine["images/s"], engine["SQNR, dB"], engine["top-1"]) == ("80.0", "26.0", "0.875")
+    text = text_of(ladder)
+    assert "Baseline: eager contiguous, in fp32. Weights" in text
+    lines = [rows for title, rows in tables(text) if title == "resnet18, 224 px"][-1]
+    assert {line["SQNR, dB"] for line in lines} == {"26.0"}
 
 
 def test_a_quotient_is_less_certain_than_its_parts() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fake_cuda import Freed, fake_graphs
 from resfuse.bench.backends import BACKENDS, cudnn_fused, load_build, load_trainable, onnxrt
+from resfuse.bench.backends.compute import Compute
 from resfuse.bench.backends.onnx_export import exported
 from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.common.precision import set_math_mode
@@ -95,7 +96,7 @@ def test_openvino_computes_in_what_the_row_says_or_says_what_it_computes_in(
             run = load_build("openvino")(model.half(), images.half())
             y = run(images.half())
         else:
-            y = load_build("openvino", dtype)(model, images)(images)
+            y = load_build("openvino", Compute(dtype))(model, images)(images)
     except Unavailable as reason:
         assert re.fullmatch(rf"openvino computes in (bf16|f32) on this processor, not in {hint}",
                             str(reason))  # fmt: skip
@@ -109,7 +110,7 @@ def test_openvino_says_what_it_computes_in_instead(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(openvino.CompiledModel, "get_property", lambda *_: answered, raising=False)
     model, images = calibrated("cifar_resnet20", 32), photographs.batch("bundled", 2, 32, 0)
     with pytest.raises(Unavailable, match="openvino computes in f32 on this processor, not in bf1"):
-        load_build("openvino", torch.bfloat16)(model, images)
+        load_build("openvino", Compute(torch.bfloat16))(model, images)
     load_build("openvino")(model, images)
 
 

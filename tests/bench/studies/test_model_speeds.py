@@ -93,7 +93,7 @@ def test_the_same_networks_in_bf16(
     assert main([*mine, "--resume"]) == 0
     assert len(results.read_rows(home, SPEEDS)) == fp32 + 2
     assert main([*arguments, "--precision", "int8"]) == 2
-    assert "argument --precision: int8 is not measured yet" in capsys.readouterr().err
+    assert "argument --precision: int8 is measured by `resfuse bench`" in capsys.readouterr().err
 
 
 def test_rows_of_older_versions_are_of_float32() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from guarded_pages import GuardedPages
-from int8_steps import Int8Conv, random_conv
+from int8_steps import Int8Conv, random_conv, whole
 from native_problems import problem_of
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.conv_candidates import NativeConfig
@@ -53,12 +53,17 @@ def one_behind_the_other(*problems: ConvProblem, zero_point: int = 7) -> list[In
 def joined(
     convs: list[Int8Conv], configs: list[NativeConfig], pages: GuardedPages
 ) -> tuple[list[Step], Tensor, list[object]]:
-    """Returns steps whose inner values have whole vectors of channels, and the last one's y."""
+    """Returns steps whose inner values, and what is added to them, have whole vectors of channels;
+    the last one's y [N, P, Q, K]; and what they read."""
     steps, kept = [], []
     for conv, config in zip(convs, configs, strict=True):
         step, y, read = conv.step(config, pages)
         steps.append(step)
         kept += [y, *read]
+        if conv.residual is not None and conv is not convs[-1]:
+            residual = pages.place(whole(conv.residual))
+            step.residual, step.residual_pitch = residual.data_ptr(), residual.shape[-1]
+            kept.append(residual)
     for before, behind, conv in zip(steps, steps[1:], convs, strict=False):
         before.y_pitch = behind.x_pitch = whole_vectors(conv.problem.k)
         before.unstored = 0

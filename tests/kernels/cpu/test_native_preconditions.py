@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from guarded_pages import GuardedPages
+from int8_steps import random_conv
 from native_problems import problem_of
 from resfuse.kernels.cpu import library as native_library
 from resfuse.kernels.cpu.conv_candidates import NativeConfig, conv_step
-from resfuse.kernels.cpu.library import library
+from resfuse.kernels.cpu.library import Storage, library
 from resfuse.kernels.cpu.program import Step, activation, kind, lanes, runner, storage_number
 from resfuse.kernels.cpu.weight_layout import direct_weights
 
@@ -24,8 +26,9 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def debug_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    debug = "-O1", "-DRESFUSE_DEBUG"
     monkeypatch.setattr(
-        native_library, "library", lambda: library("native", "-O1", "-DRESFUSE_DEBUG")
+        native_library, "library", lambda _="native", *flags: library("native", *debug, *flags)
     )
 
 
@@ -54,9 +57,9 @@ def bound() -> Bound:
     return Bound(step, memory)
 
 
-def run_in_a_child(step: Step) -> tuple[int, str]:
+def run_in_a_child(step: Step, storage: Storage = "fp32") -> tuple[int, str]:
     """How it ended (a signal's number, negative), and what it said."""
-    run = runner()
+    run = runner(storage)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -121,3 +124,40 @@ def test_a_step_that_breaks_one_ends_the_process(how: str) -> None:
     ended, said = run_in_a_child(step)
     assert ended == -signal.SIGABRT
     assert "precondition does not hold" in said and BROKEN[how] in said
+
+
+BROKEN_INT8 = {
+    "none": "",
+    "no scales": "s.scale && s.offset",
+    "Winograd's": "s.kind != WINOGRAD",
+    "a zero point that is no value": "is_value(s.x_zero)",
+    "no scale of y": "is_positive(s.y_inverse_scale)",
+    "an infinite scale of the residual": "is_positive(s.residual_scale)",
+    "float32 over the residual": "s.residual != s.y",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_INT8)
+def test_likewise_of_uint8(how: str) -> None:
+    conv = random_conv(problem_of(1, 16, 5, 5, 32, 3, 3, padding=(1, 1), residual=True))
+    config, pages = NativeConfig("direct", False, 6), GuardedPages()
+    step, _y, _kept = conv.step(config, pages, in_place=True)
+    match how:
+        case "no scales":
+            step.scale = 0
+        case "Winograd's":
+            step.kind = kind("winograd")
+        case "a zero point that is no value":
+            step.x_zero = 256
+        case "no scale of y":
+            step.y_inverse_scale = 0
+        case "an infinite scale of the residual":
+            step.residual_scale = float("inf")
+        case "float32 over the residual":
+            step.y_fp32 = 1
+    ended, said = run_in_a_child(step, "u8")
+    if how == "none":
+        assert (ended, said) == (0, "")
+    else:
+        assert ended == -signal.SIGABRT
+        assert "precondition does not hold" in said and BROKEN_INT8[how] in said
