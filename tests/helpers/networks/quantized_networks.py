@@ -169,7 +169,8 @@ def of_onnxruntime(path: Path, x: Tensor, optimised: bool = False) -> list[Tenso
 
 
 def relative_error(y: Tensor, want: Tensor) -> float:
-    return float((y.double() - want.double()).norm() / want.double().norm())
+    y, want = y.detach().double(), want.double()
+    return float((y - want).norm() / want.norm())
 
 
 def listed(y: Tensor | Sequence[Tensor]) -> list[Tensor]:
