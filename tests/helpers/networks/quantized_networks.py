@@ -55,7 +55,7 @@ class Joined(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = self.slope(self.first(x))
-        inner = torch.cat([F.relu6(self.left(y)), torch.sigmoid(self.right(y))], 1)
+        inner = torch.cat([F.hardtanh(self.left(y), 0, 6), torch.sigmoid(self.right(y))], 1)
         z = F.channel_shuffle(torch.cat([inner, F.max_pool2d(y, 3, 1, 1)], 1), 4)
         z = F.leaky_relu(self.odd(self.norm(z)), 0.2)
         z = F.max_pool2d(z + F.relu(self.same(z)), 3, 2, 0, ceil_mode=True)
