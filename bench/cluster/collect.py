@@ -45,5 +45,7 @@ def _rows(folder: Path) -> list[Cells]:
 
 
 def _content(row: Cells) -> frozenset[tuple[str, str]]:
-    """Returns what a row says, whichever columns its file has."""
-    return frozenset((name, cell) for name, cell in row.items() if cell)
+    """Returns what a row says, whichever columns its file has; of columns that rows do not have,
+    as a later version's may, nothing is copied."""
+    columns = results.CASES.columns
+    return frozenset((name, cell) for name, cell in row.items() if cell and name in columns)
