@@ -218,4 +218,4 @@ def require_each_step_alike(path: Path, x: Tensor) -> None:
 
     with torch.inference_mode():
         Steps(module).run(x)
-    assert compared > 10
+    assert compared > 5

@@ -49,6 +49,12 @@ def _transpose(build: OnnxBuilder, node: Node, x: str, args: tuple[Any, ...]) ->
     return _permute(build, node, x, (order,))
 
 
+def _channel_shuffle(build: OnnxBuilder, node: Node, x: str, args: tuple[Any, ...]) -> str:
+    channels = np.arange(build.value(node.name).shape[1], dtype=np.int64)
+    order = channels.reshape(args[0], -1).T.reshape(-1)
+    return build.add("Gather", [x, build.constant(order, "indices")], axis=1)
+
+
 def _softmax(build: OnnxBuilder, node: Node, x: str, args: tuple[Any, ...]) -> str:
     if len(args) > 1 and args[1]:
         raise ValueError(f"softmax ({node.name!r}) converts to {args[1]}, which is not written")
@@ -65,6 +71,7 @@ _TORCH: dict[str, Callable[[OnnxBuilder, Node, str, tuple[Any, ...]], str]] = {
     "aten.unsqueeze.default": _reshape,
     "aten.permute.default": _permute,
     "aten.transpose.int": _transpose,
+    "aten.channel_shuffle.default": _channel_shuffle,
     "aten.softmax.int": _softmax,
     "aten._softmax.default": _softmax,
 }
