@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from resfuse.bench.records import results
+from resfuse.bench.records.case_row import CASES
 from resfuse.bench.records.sheet import ENDED
 
 Cells = dict[str, str]
@@ -45,5 +46,7 @@ def _rows(folder: Path) -> list[Cells]:
 
 
 def _content(row: Cells) -> frozenset[tuple[str, str]]:
-    """Returns what a row says, whichever columns its file has."""
-    return frozenset((name, cell) for name, cell in row.items() if cell)
+    """Returns what a row says, whichever columns its file has; of columns that rows do not have,
+    as a later version's may, nothing is copied."""
+    columns = CASES.columns
+    return frozenset((name, cell) for name, cell in row.items() if cell and name in columns)

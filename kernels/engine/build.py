@@ -37,9 +37,12 @@ from resfuse.kernels.engine.planning.liveness import with_memory
 from resfuse.kernels.engine.planning.planner import Plan, Segment, plan
 from resfuse.kernels.engine.quantization.calibration_images import Images
 from resfuse.kernels.engine.quantization.given_scales import with_given_scales
+from resfuse.kernels.engine.quantization.quantization_recipe import (
+    QuantizationRecipe,
+    quantization_recipe,
+)
 from resfuse.kernels.engine.quantization.quantized_graph import quantized
 from resfuse.kernels.engine.quantization.ranges import Ranges
-from resfuse.kernels.engine.quantization.recipe import QuantizationRecipe, quantization_recipe
 from resfuse.kernels.engine.runtime.default_device import without_meta
 from resfuse.kernels.engine.runtime.fallback import with_weights
 from resfuse.kernels.engine.runtime.own_weights import copied_names, copies, require_usable

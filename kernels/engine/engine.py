@@ -24,8 +24,8 @@ from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.memory.storage_bytes import storages
 from resfuse.kernels.engine.plan_table import table
 from resfuse.kernels.engine.planning.planner import Segment
+from resfuse.kernels.engine.quantization.quantization_recipe import QuantizationRecipe
 from resfuse.kernels.engine.quantization.quantization_table import quantization_table
-from resfuse.kernels.engine.quantization.recipe import QuantizationRecipe
 from resfuse.kernels.engine.runtime.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.runtime.default_device import without_meta
 from resfuse.kernels.engine.runtime.fallback import tensors_of, with_weights

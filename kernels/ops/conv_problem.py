@@ -12,16 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-# math mode -> (storage, bytes of an element); accumulation is fp32 in all of them but int8's
+# math mode -> (storage, bytes of an element); accumulation is fp32 in all of them
 MATH_MODES: dict[str, tuple[torch.dtype, int]] = {
     "ieee": (torch.float32, 4),
     "tf32": (torch.float32, 4),
     "fp16": (torch.float16, 2),
     "bf16": (torch.bfloat16, 2),
-    "int8": (torch.uint8, 1),
-    "int8_fp32": (torch.uint8, 1),  # the output is float32
 }
-FLOAT_MODES = {mode: MATH_MODES[mode] for mode in ("ieee", "tf32", "fp16", "bf16")}
 
 Pair = tuple[int, int]  # (vertical, horizontal)
 Residual = Literal["none", "before", "after"]  # added before or after the activation
@@ -102,7 +99,7 @@ class Dtypes(NamedTuple):
 
     @property
     def math_mode(self) -> str:
-        """How the operands are multiplied, a name in MATH_MODES."""
+        """How the operands are multiplied, a name in MATH_MODES or QUANTIZED_MODES."""
         if self.weight == torch.int8:
             return "int8" if self.output == torch.uint8 else "int8_fp32"
         return "tf32" if self.tf32 else _mode_of(self.weight)
@@ -110,7 +107,7 @@ class Dtypes(NamedTuple):
 
 def _mode_of(dtype: torch.dtype) -> str:
     """The first math mode of floats that stores `dtype`."""
-    for mode, (stored, _) in FLOAT_MODES.items():
+    for mode, (stored, _) in MATH_MODES.items():
         if stored == dtype:
             return mode
     raise ValueError(
@@ -135,11 +132,14 @@ def math_mode_of(dtype: torch.dtype, device: torch.device | None = None) -> str:
 
 _DTYPES = {
     mode: Dtypes(stored, stored, stored, torch.float32, mode == "tf32")
-    for mode, (stored, _) in FLOAT_MODES.items()
-} | {
+    for mode, (stored, _) in MATH_MODES.items()
+}
+# Of values in uint8 (quantization.py); accumulation is in int32.
+QUANTIZED_MODES = {
     "int8": Dtypes(torch.uint8, torch.int8, torch.uint8, torch.int32),
     "int8_fp32": Dtypes(torch.uint8, torch.int8, torch.float32, torch.int32),
 }
+_DTYPES |= QUANTIZED_MODES
 
 
 def dtypes_of(math_mode: str) -> Dtypes:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import prod
 
 from resfuse.kernels.engine.ir.graph import Conv, Graph
-from resfuse.kernels.ops.conv_problem import MATH_MODES
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ def cost_of(part: Graph) -> Cost:
     for node in part.nodes:
         if isinstance(node.op, Conv):
             problem = node.op.problem
-            size = MATH_MODES[problem.math_mode][1]
+            size = problem.dtypes.weight.itemsize
             flops += problem.flops
             weights += size * problem.k * (problem.c // problem.groups * problem.r * problem.s + 1)
     read = sum(_read_bytes(part, name) for name in part.reads)

@@ -7,9 +7,9 @@ import torch.fx as fx
 from torch import Tensor
 
 from resfuse.kernels.engine.ir.graph import Node, Operation, Torch, Value
-from resfuse.kernels.ops.conv_problem import FLOAT_MODES
+from resfuse.kernels.ops.conv_problem import MATH_MODES
 
-_COMPUTED = tuple(dtype for dtype, _ in FLOAT_MODES.values())
+_COMPUTED = tuple(dtype for dtype, _ in MATH_MODES.values())
 
 
 @dataclass

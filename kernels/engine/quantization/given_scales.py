@@ -83,7 +83,7 @@ def _roundings(graph: Graph) -> dict[str, _Rounding]:
 
 def _rounding(graph: Graph, last: Node, producers: Mapping[str, Node]) -> _Rounding | None:
     chain = [last]
-    while len(chain) < len(_ROUNDING) and chain[0].inputs[0] in producers:
+    while len(chain) < len(_ROUNDING) and chain[0].inputs[:1] and chain[0].inputs[0] in producers:
         chain.insert(0, producers[chain[0].inputs[0]])
         if graph.readers[chain[0].name] != 1:
             return None

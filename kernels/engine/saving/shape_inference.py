@@ -152,8 +152,8 @@ class ShapeInference:
             self._require_state(node, op.bias, [(p.k,)], folded)
         if op.correction is not None:
             self._require_state(node, op.correction, [(p.k,)], {torch.float32})
-        if (op.correction is not None) != (dtype == torch.uint8):
-            raise Unsound(f"{node.name} has a correction, or none, in {dtype}")
+        if op.correction is not None and dtype != torch.uint8:
+            raise Unsound(f"{node.name} has a correction in {dtype}")
         self._require_epilogue(node, op, p.k, p.residual)
         shape: tuple[int, ...] = (p.n, p.k, p.p, p.q)
         accepted = [shape, shape[:2]] if (p.p, p.q) == (1, 1) else [shape]

@@ -11,6 +11,7 @@ from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Value
 from resfuse.kernels.engine.saving.plan_json import graph_from_json, graph_to_json
 from resfuse.kernels.ops.conv_problem import (
     MATH_MODES,
+    QUANTIZED_MODES,
     ConvProblem,
     Dtypes,
     Epilogue,
@@ -68,6 +69,13 @@ def test_a_residual_added_last_must_be_one() -> None:
     told["nodes"][0]["residual_last"] = True
     with pytest.raises(ValueError, match="adds last"):
         graph_from_json(told)
+
+
+@pytest.mark.parametrize("math_mode", QUANTIZED_MODES)
+def test_modes_of_integers_come_back_from_their_dtypes(math_mode: str) -> None:
+    assert dtypes_of(math_mode).math_mode == math_mode
+    plain = replace(PROBLEM, dtypes=dtypes_of(math_mode)).to_plain()
+    assert ConvProblem.from_plain(plain).dtypes == dtypes_of(math_mode)
 
 
 def test_geometry_is_in_the_order_of_torch() -> None:

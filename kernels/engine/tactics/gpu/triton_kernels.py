@@ -18,7 +18,7 @@ from resfuse.kernels.engine.ir.lowered import Call, Values
 from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.gpu.common.arguments import channels_last, empty_channels_last
 from resfuse.kernels.ops.activation import Slope
-from resfuse.kernels.ops.conv_problem import FLOAT_MODES
+from resfuse.kernels.ops.conv_problem import MATH_MODES
 
 if TYPE_CHECKING:
     from resfuse.kernels.gpu.common.launch import Launch
@@ -31,7 +31,7 @@ _written: "ContextVar[list[Launch] | None]" = ContextVar("written", default=None
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Returns why no Triton kernel can run on a device in a dtype, None where they can. On the CPU
     they run in Triton's interpreter, for tests."""
-    if dtype not in {stored for stored, _ in FLOAT_MODES.values()}:
+    if dtype not in {stored for stored, _ in MATH_MODES.values()}:
         return f"Triton kernels compute in float32, float16 and bfloat16, not in {dtype}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

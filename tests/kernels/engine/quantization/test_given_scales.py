@@ -20,7 +20,7 @@ from quantized_networks import (
     relative_error,
     smooth_images,
 )
-from resfuse.kernels import Engine, build_engine, load_onnx
+from resfuse.kernels import Engine, build_engine, load_engine, load_onnx
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Torch
 from resfuse.kernels.engine.quantization.given_scales import with_given_scales
@@ -98,6 +98,9 @@ def test_an_exported_engine_comes_back(name: str, tmp_path: Path) -> None:
     pairs = zip(listed(again(x)), listed(engine(x)), strict=True)
     for y, want in pairs:
         assert relative_error(y, want) < 0.05
+    again.save(tmp_path / "engine")
+    for y, want in zip(listed(load_engine(tmp_path / "engine")(x)), listed(again(x)), strict=True):
+        assert torch.equal(y, want)
 
 
 @pytest.mark.slow
