@@ -33,9 +33,8 @@ def build(
             raise Unavailable("the engine computes in int8 on a CPU only")
         return converted(build, compute_dtype)(model, example)
     with _refusals():
-        return build_engine(
-            model, example, keep_weights=False, **_inside(compute_dtype, calibration)
-        )
+        told = _inside(example, compute_dtype, calibration)
+        return build_engine(model, example, keep_weights=False, **told)
 
 
 def streams(
@@ -51,14 +50,20 @@ def streams(
         CannotTake: the network is one that engines are not built of.
     """
     with _refusals():
-        first = build_engine(model, example, threads=1, **_inside(compute_dtype, calibration))
+        told = _inside(example, compute_dtype, calibration)
+        first = build_engine(model, example, threads=1, **told)
     return CallerStreams([first, *(first.clone() for _ in range(cores - 1))])
 
 
-def _inside(compute_dtype: torch.dtype | None, calibration: Tensor | None) -> dict[str, Any]:
-    """The arguments of build_engine that say what is computed in."""
-    told: dict[str, Any] = {"precision": PRECISIONS[compute_dtype]}
-    return told if calibration is None else told | {"calibration": calibration}
+def _inside(
+    example: Tensor, compute_dtype: torch.dtype | None, calibration: Tensor | None
+) -> dict[str, Any]:
+    """The arguments of build_engine that say what is computed in. A float32 row says so: left to
+    itself an engine computes a quantised file in int8."""
+    precision = PRECISIONS[compute_dtype]
+    if precision is None and example.dtype == torch.float32:
+        precision = "fp32"
+    return {"precision": precision} | ({} if calibration is None else {"calibration": calibration})
 
 
 @contextmanager

@@ -40,6 +40,7 @@ _ACTIVATIONS: dict[Any, str] = {
     aten.hardsigmoid.default: "hardsigmoid",
     aten.leaky_relu.default: "leaky_relu",
     aten.hardtanh.default: "relu6",
+    aten.relu6.default: "relu6",
     aten.prelu.default: "prelu",
     aten._prelu_kernel.default: "prelu",
     aten.gelu.default: "gelu",
@@ -109,7 +110,7 @@ def _activation(read: Captured, node: fx.Node) -> bool:
     if name == "gelu" and (node.kwargs.get("approximate") or [*rest, "none"][0]) == "tanh":
         name = "gelu_tanh"
     slope: str | float | None = None
-    if name == "relu6" and [float(limit) for limit in rest] != [0, 6]:
+    if node.target is aten.hardtanh.default and [float(limit) for limit in rest] != [0, 6]:
         return False
     if name == "leaky_relu":
         slope = float(rest[0]) if rest else 0.01
