@@ -270,8 +270,8 @@ def small() -> nn.Module:
 X = torch.zeros(1, 3, 8, 8)
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "an unknown precision": (
-        lambda: build_engine(small(), X, precision="int8"),
-        "argument precision: 'int8'; accepted: fp32, bf16",
+        lambda: build_engine(small(), X, precision="int4"),
+        "argument precision: 'int4'; accepted: fp32, bf16, int8",
     ),
     "fp32 of a narrower model": (
         lambda: build_engine(small().to(BF16), X.to(BF16), precision="fp32"),
