@@ -22,24 +22,9 @@ from resfuse.kernels.engine.frontend.conversions import moves
 from resfuse.kernels.engine.ir.graph import Concat, Conv, Convert, MaxPool, Torch
 from resfuse.kernels.engine.saving.engine_file import _digest
 from resfuse.kernels.engine.tactics import eager
+from test_engine_bf16 import gated, mobilenet
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
-
-
-class SqueezeExcite(nn.Module):
-    """A block of MobileNetV3: hard-swish, depthwise, and a gate from the mean of each map."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv2d(c, c, 5, padding=2, groups=c, bias=False)
-        self.norm = nn.BatchNorm2d(c)
-        self.down, self.up = nn.Conv2d(c, 8, 1), nn.Conv2d(8, c, 1)
-        self.last = nn.Conv2d(c, c, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.hardswish(self.norm(self.depthwise(x)))
-        gate = F.hardsigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(y, 1)))))
-        return x + self.last(y * gate)
 
 
 class Joined(nn.Module):
@@ -61,17 +46,6 @@ class Joined(nn.Module):
         z = F.avg_pool2d(F.leaky_relu(self.odd(z), 0.2), 3, 2, 1)
         maps = F.interpolate(self.last(z), scale_factor=2, mode="bilinear")
         return maps, F.softmax(maps.mean((2, 3)), 1)
-
-
-def gated() -> nn.Module:
-    first = nn.Conv2d(3, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24), nn.Hardswish()
-    last = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)
-    return nn.Sequential(*first, SqueezeExcite(24), SqueezeExcite(24), *last)
-
-
-def mobilenet() -> nn.Module:
-    settings = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2], [6, 64, 2, 1]]
-    return torchvision.models.MobileNetV2(num_classes=10, inverted_residual_setting=settings)
 
 
 def resnet() -> nn.Module:
