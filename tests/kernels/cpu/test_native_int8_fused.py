@@ -133,7 +133,7 @@ def test_a_stem_and_its_pool() -> None:
     (conv,) = one_behind_the_other(
         problem_of(2, 3, 20, 18, 64, 7, 7, stride=(2, 2), padding=(3, 3))
     )
-    want = max_pool_ref(conv.expected(), 3, 2, 1)
+    want = max_pool_ref(conv.expected(), (3, 3), (2, 2), (1, 1), (1, 1))
     pages = GuardedPages()
     n, k, p, q = want.shape
     y = pages.place(torch.zeros(n, p, q, k, dtype=torch.uint8))
