@@ -10,6 +10,7 @@ precision and converts the answers; TensorRT's provider is told the precision in
 runs a file that ONNX Runtime's quantization has made (onnxrt_int8.py), on a CPU.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,6 +164,8 @@ def _build(
     calibration: Tensor | None = None,
 ) -> Callable[[Tensor], Any]:
     _require(provider)
+    if provider == CPU:
+        _require_convolution(precision)
     device_index = example.device.index or 0
     stream = torch.cuda.current_stream().cuda_stream if example.is_cuda else 0
     options = provider_options(provider, device_index, stream, precision)
@@ -175,8 +178,22 @@ def _build(
     return _bound(session, example, tree, outputs)
 
 
+@functools.cache
+def _require_convolution(precision: torch.dtype) -> None:
+    """Raises Unavailable where the CPU's provider does not convolve in a precision, before a
+    network is exported, which may take a minute."""
+    from onnx import TensorProto, helper
+
+    kind = TensorProto.FLOAT if precision == torch.int8 else ELEMENT_TYPES[precision]
+    x, w, y = (helper.make_tensor_value_info(name, kind, [1, 1, 1, 1]) for name in "xwy")
+    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "conv", [x, w], [y])
+    opset = helper.make_opsetid("", 22)  # the first whose Conv takes bfloat16
+    file = helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    _session(file.SerializeToString(), precision, CPU, {}, 1)
+
+
 def _session(
-    file: Path, precision: torch.dtype, provider: str, options: dict[str, str], threads: int
+    file: Path | bytes, precision: torch.dtype, provider: str, options: dict[str, str], threads: int
 ) -> "InferenceSession":
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as state

@@ -31,6 +31,7 @@ HINTS = {
     torch.int8: "f32",  # what is not quantized
 }
 HINT = "INFERENCE_PRECISION_HINT"
+_OTHER_PRECISION = "openvino computes in {used} on this processor, not in {hint}"
 
 
 def require(device: torch.device) -> None:
@@ -108,8 +109,10 @@ def _compiled(
         raise Unavailable(f"openvino is not asked for {compute_dtype or example.dtype} here")
     import openvino
 
-    tree = output_tree(model, example)
     core = openvino.Core()
+    if hint == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise Unavailable(_OTHER_PRECISION.format(used="f32", hint=hint))  # no export for nothing
+    tree = output_tree(model, example)
     settings = {
         HINT: hint,
         "PERFORMANCE_HINT": tuned_for,
@@ -123,7 +126,7 @@ def _compiled(
         compiled = core.compile_model(network, "CPU", settings)
     used = compiled.get_property(HINT).get_type_name()
     if used != hint:
-        raise Unavailable(f"openvino computes in {used} on this processor, not in {hint}")
+        raise Unavailable(_OTHER_PRECISION.format(used=used, hint=hint))
     if calibration is not None:
         require_integers(compiled)
     return compiled, tree

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.kernels.engine.frontend.export import capture
-from resfuse.kernels.engine.ir.graph import Graph
+from resfuse.kernels.engine.ir.graph import Graph, State
 from resfuse.kernels.engine.quantization.calibration_images import (
     ImageCheck,
     Images,
@@ -62,9 +62,27 @@ def calibrate(
     Warns:
         UserWarning: there are fewer than 32 images.
     """
+    return observe(model, images, method, samples, batch_size, percentile).ranges(
+        method, percentile
+    )
+
+
+def observe(
+    model: nn.Module,
+    images: Images,
+    method: str,
+    samples: int | None,
+    batch_size: int,
+    percentile: float = PERCENTILE,
+) -> "Calibration":
+    """Runs a model on images, as `calibrate` does, and returns what was seen.
+
+    Raises:
+        ValueError: as `calibrate`.
+    """
     _require_settings(method, samples, batch_size, percentile)
     _require_model(model)
-    found = _Calibration(model, samples, batch_size, method not in NEED_NO_HISTOGRAM)
+    found = Calibration(model, samples, batch_size, method not in NEED_NO_HISTOGRAM)
     # Tensors of inference mode cannot be captured.
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         if is_loop(images):
@@ -74,7 +92,8 @@ def calibrate(
                 found.take(item)
                 if found.full:
                     break
-        return found.ranges(method, percentile)
+        found.finish()
+    return found
 
 
 def _require_settings(method: str, samples: int | None, batch_size: int, percentile: float) -> None:
@@ -101,14 +120,22 @@ def _require_model(model: nn.Module) -> None:
             raise ValueError(f"argument model: {name} is {tensor.dtype}; accepted: torch.float32")
 
 
-class _Calibration:
-    """Takes images as they come, runs the model on `batch_size` at a time, and observes."""
+class Calibration:
+    """Takes images as they come, runs the model on `batch_size` at a time, and observes.
+
+    Attributes:
+        images: how many were taken.
+        observed: what was seen of each value, by its name.
+        first: the graph for the first batch, and the model's state by name; None before there was
+            one.
+    """
 
     def __init__(
         self, model: nn.Module, samples: int | None, batch_size: int, distribution: bool
     ) -> None:
         self.observed: dict[str, ObservedValue] = {}
         self.images = 0
+        self.first: tuple[Graph, State] | None = None
         self._model, self._samples, self._batch_size = model, samples, batch_size
         self._distribution = distribution
         self._check = ImageCheck()
@@ -139,8 +166,8 @@ class _Calibration:
         if self._waiting:  # a loader may write its next batch into the memory of this one
             self._waiting[-1] = self._waiting[-1].clone()
 
-    def ranges(self, method: str, percentile: float) -> Ranges:
-        """Returns the ranges, once the last image has been taken."""
+    def finish(self) -> None:
+        """Runs the model on what is left, once the last image has been taken."""
         if not self.images:
             raise ValueError("argument images: there is none; accepted: one or more, 300 are usual")
         if not self._check.varied:
@@ -156,8 +183,11 @@ class _Calibration:
                 f"argument images: {self.images} of them; ranges are usually found on about "
                 f"{_USUAL}, and other images may be clipped",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
+
+    def ranges(self, method: str, percentile: float) -> Ranges:
+        """Returns the ranges of what was seen, once it is finished."""
         assert self._digests is not None and self._check.image is not None
         values = {name: _chosen(value, method, percentile) for name, value in self.observed.items()}
         return Ranges(
@@ -195,6 +225,7 @@ class _Calibration:
                 f"than for {self._batch_size}; accepted: a multiple of batch_size"
             )
         self._digests = digests
+        self.first = self.first or (graph, state)
         functions = [eager.function_of(node, graph.values, state) for node in graph.nodes]
         if len(batch) == self._batch_size:
             self._whole = graph, functions

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Conv
-from resfuse.kernels.engine.quantization.calibration import calibrate
+from resfuse.kernels.engine.quantization.calibration import observe
 from resfuse.kernels.engine.quantization.calibration_images import Images, first_images
+from resfuse.kernels.engine.quantization.methods import PERCENTILE
 from resfuse.kernels.engine.quantization.ranges import Ranges
 from resfuse.kernels.engine.quantization.sensitivity import LayerError, layer_errors, least_kept
 from resfuse.kernels.ops.asked_precision import Precision
 
-_JUDGED = 16  # images that the errors of layers are measured on
+_JUDGED = 16  # images that the errors of layers are measured on, and run at a time before
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,15 @@ def quantization_recipe(
             "argument max_error: given with ranges, or images that can be had only once; accepted: "
             "with a tensor, a list, a data set or a DataLoader as the calibration"
         )
-    ranges = calibration if isinstance(calibration, Ranges) else calibrate(model, calibration)
-    graph, state = capture(model, example if images is None else images)
-    ranges.require_fits(graph)
+    if isinstance(calibration, Ranges):
+        ranges = calibration
+        graph, state = capture(model, example)
+        ranges.require_fits(graph)
+    else:
+        seen = observe(model, calibration, "minmax", None, _JUDGED)
+        ranges = seen.ranges("minmax", PERCENTILE)
+        assert seen.first is not None
+        graph, state = seen.first  # for as many images as the errors of layers are measured on
     layers = [node.op.weight for node in graph.nodes if isinstance(node.op, Conv)]
     asked = frozenset(precision.kept(layers))
     if images is None:

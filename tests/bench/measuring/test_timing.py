@@ -35,7 +35,7 @@ def test_steps_take_turns_and_the_order_turns_around() -> None:
 
 
 def test_rounds_follow_the_budget_between_their_limits() -> None:
-    assert len(interleave([sleeper(0.01)], "cpu", 0.1, 2, 100)[0][0]) in range(4, 11)
+    assert len(interleave([sleeper(0.01)], "cpu", 0.5, 2, 100)[0][0]) in range(4, 51)
     assert len(interleave([sleeper(0.01)], "cpu", 0.0, 4, 100)[0][0]) == 4
     assert len(interleave([sleeper(0.001)], "cpu", 9.0, 2, 7)[0][0]) == 7  # an odd number
 
@@ -49,7 +49,7 @@ def test_phases_become_laps() -> None:
 
     laps, _ = interleave([Step(lambda: None, run, lambda output: None)], "cpu", 0, 2, 2)
     assert [len(lap) for lap in laps[0]] == [2, 2]
-    assert all(second > first for first, second in laps[0])
+    assert all(first >= 1 and second >= 4 for first, second in laps[0])  # a sleep is no shorter
 
 
 def test_clocks_that_disagree_are_an_error() -> None:

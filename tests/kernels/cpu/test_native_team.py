@@ -129,9 +129,9 @@ def test_strips_with_a_1x1_behind_have_the_same_bits_on_any_number_of_threads() 
         require_same_bits(graph, state, choice)
 
 
-def large() -> tuple[Graph, State, list[Candidate]]:
-    """A convolution of some milliseconds."""
-    problem = replace(PROBLEMS["a block's 3x3"], n=4, h=28, w=28)
+def large(side: int = 28) -> tuple[Graph, State, list[Candidate]]:
+    """A convolution of some milliseconds, or of a quarter of that on maps of half the side."""
+    problem = replace(PROBLEMS["a block's 3x3"], n=4, h=side, w=side)
     graph = conv_graph(problem)
     choice = next(iter(native.segments(graph, 0)))
     return graph, conv_state(problem), [choice]
@@ -139,7 +139,7 @@ def large() -> tuple[Graph, State, list[Candidate]]:
 
 @pytest.mark.usefixtures("disturbed", "two_threads")
 def test_callers_in_several_threads_get_what_each_gets_alone() -> None:
-    graph, state, choices = large()
+    graph, state, choices = large(14)  # with sanitizers a hundred calls of the other take 90 s
     executors = [Executor(graph, choices, state) for _ in range(5)]
     inputs = [[t + i for t in inputs_of(graph)] for i in range(5)]
     want = [[y.clone() for y in run(*x)] for run, x in zip(executors, inputs, strict=True)]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from engine_models import conv, images, made, maps, small
 from resfuse.kernels import Ranges, calibrate
 from resfuse.kernels.engine.frontend.export import capture
-from resfuse.kernels.engine.quantization.calibration import _Calibration
+from resfuse.kernels.engine.quantization.calibration import Calibration
 from scope import Scope
 
 SHAPE = (40, 3, 33, 29)
@@ -164,7 +164,7 @@ def test_samples_are_the_first_ones(model: nn.Module, photos: Tensor, expected: 
     assert calibrate(model, endless(), samples=35).images == 35 and len(taken) == 4
 
 
-def stored(calibration: _Calibration) -> int:
+def stored(calibration: Calibration) -> int:
     """The numbers that a calibration keeps of what it saw."""
     count = sum(part.numel() for part in calibration._waiting)
     for value in calibration.observed.values():
@@ -174,7 +174,7 @@ def stored(calibration: _Calibration) -> int:
 
 
 def test_memory_does_not_grow_with_the_images(model: nn.Module) -> None:
-    calibration = _Calibration(model, None, 8, distribution=True)
+    calibration = Calibration(model, None, 8, distribution=True)
     counts, alive = [], []
     for seed in range(6):
         batch = images(16, *SHAPE[1:], seed=seed) * 2.0**seed
