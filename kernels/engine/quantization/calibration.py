@@ -33,7 +33,7 @@ def calibrate(
     *,
     method: str = "minmax",
     samples: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = 16,
     percentile: float = PERCENTILE,
 ) -> Ranges:
     """Returns the ranges of a float32 model's values on images like those it is for.

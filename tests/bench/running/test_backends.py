@@ -201,11 +201,11 @@ REWRITTEN = [
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_rewriting_fuses_everything_and_changes_no_answer(name: str, cudnn_twins: None) -> None:
     size = min(64, input_size(name))
-    model = calibrated(name, size)
-    images = photographs.batch("bundled", 2, size, 0)
+    model = calibrated(name, size).double()  # float32's own rounding is 1e-5 in vgg19_bn
+    images = photographs.batch("bundled", 2, size, 0).double()
     fused = cudnn_fused.rewrite(model, "channel_zeros")
     with torch.inference_mode():
-        assert relative_error(fused(images), model(images)) < 1e-5
+        assert relative_error(fused(images), model(images)) < 1e-12
     kinds = [type(module).__name__ for module in fused.modules()]
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     assert kinds.count("_Conv") == convolutions
