@@ -354,7 +354,7 @@ def narrower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip("this processor has no AVX2")
     level = "x86-64-v3"
     monkeypatch.setattr(
-        native_library, "library", lambda _="native", *flags: library(level, *flags)
+        native_library, "library", lambda _="native", *flags: library(level, *flags, "-O1")
     )
     yield
 

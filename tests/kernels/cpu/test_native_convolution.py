@@ -68,7 +68,7 @@ def narrower(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     needs, lanes = WIDTHS[request.param]
     if needs not in processor():
         pytest.skip(f"this processor has no {needs}")
-    monkeypatch.setattr(native_library, "library", lambda: library(request.param))
+    monkeypatch.setattr(native_library, "library", lambda: library(request.param, "-O1"))
     return lanes
 
 

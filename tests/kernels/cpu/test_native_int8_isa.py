@@ -43,7 +43,9 @@ def test_every_form_gives_the_twins_bits(isa: str, monkeypatch: pytest.MonkeyPat
 def on_vectors_of(level: str, patch: pytest.MonkeyPatch) -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("no x86 processor")
-    patch.setattr(native_library, "library", lambda _="native", *flags: library(level, *flags))
+    patch.setattr(
+        native_library, "library", lambda _="native", *flags: library(level, *flags, "-O1")
+    )
 
 
 @pytest.mark.parametrize(("level", "width"), [("x86-64", 4), ("x86-64-v3", 8)])

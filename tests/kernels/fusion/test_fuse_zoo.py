@@ -156,9 +156,12 @@ def test_everything_with_a_convolution_is_fused_and_answers_stay(name: str) -> N
     if name in BIG:
         return
     shapes = [(1, 3, 96, 160)] if name in SIDES_OF_32 else SIZES
-    for dtype, mode in ((torch.float32, "ieee"), (torch.bfloat16, "bf16")):
+    # Torch's bfloat16 takes minutes where processors have none; several images are below.
+    for dtype, mode, some in (
+        (torch.float32, "ieee", shapes), (torch.bfloat16, "bf16", shapes[:1])
+    ):  # fmt: skip
         model, fused = model.to(dtype), fused.to(dtype)
-        inputs = [torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in shapes]
+        inputs = [torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in some]
         require_same(model, fused, [x.to(dtype) for x in inputs], mode)
 
 
