@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.kernels.engine.frontend.export import capture
-from resfuse.kernels.engine.ir.graph import Graph, State
+from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.quantization.calibration_images import (
     ImageCheck,
     Images,
@@ -135,7 +135,7 @@ class Calibration:
     ) -> None:
         self.observed: dict[str, ObservedValue] = {}
         self.images = 0
-        self.first: tuple[Graph, State] | None = None
+        self.first: tuple[Graph, dict[str, Tensor]] | None = None
         self._model, self._samples, self._batch_size = model, samples, batch_size
         self._distribution = distribution
         self._check = ImageCheck()
