@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -262,14 +263,37 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def resfuse_in() -> Callable[[Path], Resfuse]:
+def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A `python` that has torch loaded; the usual one where a fork of it cannot be."""
+    if sys.platform != "linux" or torch.cuda.is_available():  # a fork cannot use it
+        yield sys.executable
+        return
+    import forked_python
+    from resfuse.bench.measuring.probes import allocator
+
+    folder = tmp_path_factory.mktemp("forks")
+    with forked_python.serving(folder, allocator.keeping(os.environ)) as program:
+        yield str(program)
+
+
+@pytest.fixture
+def forked_workers(forked_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases are measured in forks of a process that has torch loaded, in tests of what is measured;
+    those of how processes begin and end start their own.
+    """
+    runner = "resfuse.bench.running.subprocess_runner.sys"
+    monkeypatch.setattr(runner, SimpleNamespace(executable=forked_python))
+
+
+@pytest.fixture(scope="session")
+def resfuse_in() -> Callable[..., Resfuse]:
     """`resfuse_in(checkout)(*arguments)` runs the command from a copy of the sources."""
 
-    def bind(checkout: Path) -> Resfuse:
+    def bind(checkout: Path, python: str = sys.executable) -> Resfuse:
         environment = {**os.environ, "PYTHONPATH": str(checkout), "COLUMNS": "200"}
 
         def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "resfuse.bench", *map(str, arguments)]
+            command = [python, "-m", "resfuse.bench", *map(str, arguments)]
             return subprocess.run(
                 command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300
             )

@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -41,13 +40,15 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return _BLOCK.findall(page.read_text())
 
 
-def in_bash(script: str, home: Path, sources: Path) -> subprocess.CompletedProcess[str]:
+def in_bash(
+    script: str, home: Path, sources: Path, python: str
+) -> subprocess.CompletedProcess[str]:
     """With `python` and `resfuse` on the path, as in an activated environment; the command is that
-    of `sources`."""
+    of `sources`, run by `python`."""
     folder = home / "bin"
     folder.mkdir(exist_ok=True)
     for name, options in (("python", ""), ("resfuse", "-m resfuse.bench")):
-        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {options} "$@"\n')
+        (folder / name).write_text(f'#!/bin/sh\nexec "{python}" {options} "$@"\n')
         (folder / name).chmod(0o755)
     environment = {
         **os.environ,
@@ -96,6 +97,7 @@ def test_every_command_of_a_page_runs(
     tmp_path: Path,
     checkout: Path,
     own_cache: Path,
+    forked_python: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -105,7 +107,7 @@ def test_every_command_of_a_page_runs(
         if _NEEDS.match(block):
             continue
         if language == "bash":
-            done = in_bash(block, tmp_path, checkout)
+            done = in_bash(block, tmp_path, checkout, forked_python)
             assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
         elif language == "python" and not plant(block, checkout):
             exec(compile(block, str(page), "exec"), names)
@@ -123,13 +125,13 @@ OF_PACKAGES = [
 
 @pytest.mark.parametrize(("package", "block"), OF_PACKAGES)
 def test_commands_that_need_a_package_run(
-    package: str, block: str, tmp_path: Path, checkout: Path, own_cache: Path
+    package: str, block: str, tmp_path: Path, checkout: Path, own_cache: Path, forked_python: str
 ) -> None:
     try:
         metadata.distribution(package)
     except metadata.PackageNotFoundError:
         pytest.skip(f"{package} is not installed (make real-weights)")
-    done = in_bash(block, tmp_path, checkout)
+    done = in_bash(block, tmp_path, checkout, forked_python)
     assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
     said = done.stdout + done.stderr
     assert "fail_accuracy" not in said, said  # a row that failed ends no sweep

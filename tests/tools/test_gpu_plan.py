@@ -359,7 +359,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, in
     """
     root = tmp_path_factory.mktemp("dry-run")
     process = subprocess.Popen(
-        dry_run(root),
+        dry_run(root, sys.executable),
         stderr=subprocess.PIPE,
         text=True,
         # A shell's background jobs ignore Ctrl-C, and so would everything started from one.
@@ -376,15 +376,15 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, in
     yield folder, process.returncode, said.splitlines()
 
 
-def dry_run(root: Path, *more: str) -> list[str]:
+def dry_run(root: Path, python: str, *more: str) -> list[str]:
     steps = ["--steps", "probe,engine-1,fused,check-fp16,onnxrt"]
-    command = [sys.executable, "-m", "resfuse.bench", "gpu-plan", "--dry-run", *steps]
+    command = [python, "-m", "resfuse.bench", "gpu-plan", "--dry-run", *steps]
     archive = ["--archive", str(root.with_suffix(".tar.xz"))]
     return [*command, "--results", str(root), "--budget", "5400", *archive, *more]
 
 
 def test_a_dry_run_that_is_cut_off_keeps_its_rows_and_resumes(
-    cut_off: tuple[Path, int, list[str]], tmp_path: Path
+    cut_off: tuple[Path, int, list[str]], tmp_path: Path, forked_python: str
 ) -> None:
     folder, code, said = cut_off
     assert code == 130
@@ -405,7 +405,10 @@ def test_a_dry_run_that_is_cut_off_keeps_its_rows_and_resumes(
     assert len(results.read_rows(tmp_path / folder.name)) == len(before)
 
     done = subprocess.run(
-        dry_run(folder.parent, "--resume"), stderr=subprocess.PIPE, text=True, check=False
+        dry_run(folder.parent, forked_python, "--resume"),
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "probe:" not in done.stderr  # it is done

@@ -172,6 +172,7 @@ def test_a_subprocess_that_tries_nothing_is_an_error(
         check_configs(["stem"], ["fp16"], tmp_path, FOUND, CONSOLE, resume=False)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_command_writes_rows_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -308,10 +308,10 @@ def planted(checkout: Path) -> Path:
 
 
 def test_a_crash_costs_a_row_and_the_rest_is_measured(
-    planted: Path, resfuse_in: Callable[[Path], Resfuse], tmp_path: Path
+    planted: Path, resfuse_in: Callable[..., Resfuse], forked_python: str, tmp_path: Path
 ) -> None:
     """The command as a user runs it: wildcards, CSV on stdout, rows and report in the folder."""
-    done: subprocess.CompletedProcess[str] = resfuse_in(planted)(
+    done: subprocess.CompletedProcess[str] = resfuse_in(planted, forked_python)(
         "kernels",
         "-m",
         "tw*",

@@ -65,6 +65,7 @@ def test_training_has_precisions_of_its_own() -> None:
     assert outcome.error == "bf16 is a way to infer; amp_bf16 and bfloat16 train"
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_row_says_what_was_computed_in(tmp_path: Path) -> None:
     arguments = [
         "bench", "-m", "cifar_resnet20", "--backend", "eager", "--memory-format", "contiguous",

@@ -242,6 +242,7 @@ def test_processors_without_vnni_add_in_16_bits(
     assert vnni.saturates() is narrow
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_row_says_what_it_is(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     arguments = [

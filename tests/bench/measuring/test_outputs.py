@@ -182,6 +182,7 @@ def test_photographs_have_the_channels_that_are_asked_for(channels: int) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_twelve_bands_go_from_a_file_to_rows_and_are_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

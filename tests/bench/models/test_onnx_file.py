@@ -194,6 +194,7 @@ def test_a_file_without_the_package_that_reads_it(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_a_file_is_measured_by_every_backend(file: str, tmp_path: Path) -> None:
     results = tmp_path / "results"
     backends = ["eager", "onnxrt", "openvino", "fused", "engine"]

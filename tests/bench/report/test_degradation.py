@@ -139,6 +139,7 @@ def test_a_failed_training_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
     assert "cifar_plain8, seed 0: timeout, not done after 3 s" in page
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_command_trains_and_resumes(
     tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

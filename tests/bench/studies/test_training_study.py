@@ -176,6 +176,7 @@ def test_ways_of_one_seed_are_trainings_of_their_own(few: data.Data, tmp_path: P
     assert rows.index.tolist() == [EAGER, TWINS]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """For real, in subprocesses."""
     arguments = ["study", "training", "--device", "cpu", "--depths", "8", "--epochs", "1",
