@@ -71,7 +71,7 @@ def mobilenet_v2(file: Path) -> nn.Module:
     """Returns torchvision's MobileNetV2 (ImageNet, 71.9 %)."""
     from torchvision.models import mobilenet_v2
 
-    model = mobilenet_v2()
+    model: nn.Module = mobilenet_v2()
     model.load_state_dict(read_state(file))
     return model.eval()
 

@@ -34,7 +34,6 @@ class Quantized:
     status: str
     error: str
     commit: str
-    timestamp: str
     numbers: Mapping[str, float]
     layers: tuple[Layer, ...]
 
@@ -105,27 +104,37 @@ def _network(
         own = layers.get((*_key(row), str(row["commit"])), {}) if passed else {}
         ways.append(_way(row, list(own.values())))
     return QuantizedNetwork(
-        *(str(first[name]) for name in ("device_name", "model", "origin", "data")),
-        *(int(float(str(first[name]))) for name in ("calibration_images", "test_images")),
+        device_name=str(first["device_name"]),
+        model=str(first["model"]),
+        origin=str(first["origin"]),
+        data=str(first["data"]),
+        calibration_images=int(float(str(first["calibration_images"]))),
+        test_images=int(float(str(first["test_images"]))),
         ways=tuple(ways),
     )
 
 
 def _way(row: Row, layers: Sequence[Row]) -> Quantized:
-    passed = row["status"] == "pass"
-    texts = (str(row[name]) for name in ("tool", "method", "status", "error", "commit"))
     numbers = {
         name: float(value)
         for name, value in row.items()
-        if passed and isinstance(value, int | float) and math.isfinite(value)
+        if row["status"] == "pass" and isinstance(value, int | float) and math.isfinite(value)
     }
-    found = [
-        Layer(
-            str(layer["layer"]),
-            int(float(str(layer["depth"]))),
-            *(float(str(layer[name])) for name in ("sqnr_db", "clipped_pct")),
-        )
-        for layer in layers
-    ]
-    found.sort(key=lambda layer: layer.depth)
-    return Quantized(*texts, str(row["timestamp"]), numbers, tuple(found))
+    return Quantized(
+        tool=str(row["tool"]),
+        method=str(row["method"]),
+        status=str(row["status"]),
+        error=str(row["error"]),
+        commit=str(row["commit"]),
+        numbers=numbers,
+        layers=tuple(sorted(map(_layer, layers), key=lambda layer: layer.depth)),
+    )
+
+
+def _layer(row: Row) -> Layer:
+    return Layer(
+        name=str(row["layer"]),
+        depth=int(float(str(row["depth"]))),
+        sqnr_db=float(str(row["sqnr_db"])),
+        clipped_pct=float(str(row["clipped_pct"])),
+    )

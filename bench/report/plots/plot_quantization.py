@@ -1,6 +1,7 @@
 """The quantization study's plot: the signal-to-noise ratio of each layer, by method."""
 
 from math import isfinite
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,7 +28,7 @@ def layers(network: QuantizedNetwork) -> Figure | None:
     for way in sorted(ways, key=lambda way: names.index(way.method)):
         look = found[f"method {way.method}"]
         shown = [layer for layer in way.layers if isfinite(layer.sqnr_db)]
-        style = {"color": look.colour, "marker": look.marker, "linewidth": 1.2}
+        style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linewidth": 1.2}
         ax.plot([one.depth for one in shown], [one.sqnr_db for one in shown], alpha=0.85, **style)
         handles.append(Line2D([], [], label=way.method, **style))
     ax.set_title(f"{network.model}: each layer quantised alone")

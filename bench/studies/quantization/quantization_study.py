@@ -53,11 +53,12 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     facts = machine.facts("cpu", torch.get_num_threads())
-    here = {"facts": facts, "env_id": machine.env_id(facts), "commit": machine.commit()}
+    env_id = machine.env_id(facts)
+    here = {"facts": facts, "env_id": env_id, "commit": machine.commit()}
     home: Path = args.results / machine.folder_name(facts)
     for sheet in (NETWORKS, LAYERS):
         results.check_writable(home, sheet)
-    results.record_environment(home, here["env_id"], facts)
+    results.record_environment(home, env_id, facts)
     failed = False
     for subject in wanted:
         for sheet, asked, outcome in measure(subject, ways):

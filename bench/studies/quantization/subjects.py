@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.measuring import photographs
 from resfuse.bench.models import sources
-from resfuse.bench.models.model_builder import SEEDED, Description, build, describe
+from resfuse.bench.models.model_builder import NO_FILE, SEEDED, Description, build, describe
 from resfuse.bench.models.trained_packages import TRAINED
+from resfuse.bench.models.weights_file import read_state
 from resfuse.bench.trainings import data, recipe
 from resfuse.bench.trainings.training_run import Run, runs_of
 
@@ -60,6 +61,15 @@ def subjects(args: argparse.Namespace) -> list[Subject]:
         UsageError: an unknown network, one that is not trained, or a package that is missing.
     """
     asked = args.model or [DIGITS, *TRAINED]
+    if args.weights != SEEDED and not {*asked} - {DIGITS, *TRAINED}:
+        raise UsageError(
+            "argument --weights: given without a model that they are of; accepted: with -m NAME"
+        )
+    if args.weights not in NO_FILE:
+        try:
+            read_state(args.weights)  # a damaged file is found before the first minute is spent
+        except UsageError as error:
+            raise UsageError(f"argument --weights: {error}") from None
     found: list[Subject] = []
     for name in asked:
         if name == DIGITS:
