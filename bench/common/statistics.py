@@ -32,6 +32,19 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     return mean, mean - half, mean + half
 
 
+def mcnemar(lost: int, gained: int) -> float:
+    """Returns the p-value of McNemar's exact test, two-sided: how likely a split at least as uneven
+    is where each answer that changed was as likely to get right as to get wrong. 1 without any.
+
+    Args:
+        lost: answers that were right and are not any more.
+        gained: answers that were wrong and are right now.
+    """
+    from scipy.special import bdtr  # the binomial distribution; scipy.stats takes a second to load
+
+    return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
+
+
 def paired_speedup(
     baseline: Sequence[float], candidate: Sequence[float]
 ) -> tuple[float, float, float]:

@@ -35,13 +35,19 @@ _BUNDLED_FILES = {
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
 MOST_FILES = 256  # of the user's folder, in name order; more would only cost memory
 BAND_SEEDS = 100_000_000  # from one photograph of an image with many bands to its next
+ALL = slice(None)
 # ImageNet's channel statistics, as torchvision and timm normalise with.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
 def batch(
-    source: str, count: int, size: int | tuple[int, int], seed: int, channels: int = 3
+    source: str,
+    count: int,
+    size: int | tuple[int, int],
+    seed: int,
+    channels: int = 3,
+    share: slice = ALL,
 ) -> torch.Tensor:
     """A batch of normalised photographs.
 
@@ -51,6 +57,8 @@ def batch(
         size: pixels a side, or height and width.
         seed: which crops; another seed gives other images.
         channels: 1 is the mean of the colours; more than three are those of several photographs.
+        share: which of the photographs are cropped, in order; crops of other shares have no pixel
+            in common with them.
 
     Returns:
         float32 tensor of [count, channels, height, width] on the CPU.
@@ -59,12 +67,15 @@ def batch(
         UsageError: the folder is missing or has no images, or a file in it is not one.
     """
     if channels == 1:
-        return batch(source, count, size, seed).mean(1, keepdim=True)
+        return batch(source, count, size, seed, share=share).mean(1, keepdim=True)
     if channels != 3:
         several = range(-(-channels // 3))
-        bands = [batch(source, count, size, seed + BAND_SEEDS * band) for band in several]
+        seeds = [seed + BAND_SEEDS * band for band in several]
+        bands = [batch(source, count, size, each, share=share) for each in seeds]
         return torch.cat(bands, 1)[:, :channels].contiguous()
-    photographs = _bundled() if source == BUNDLED else _folder(Path(source))
+    photographs = (_bundled() if source == BUNDLED else _folder(Path(source)))[share]
+    if not photographs:
+        raise UsageError(f"argument --images: {source} holds too few photographs to be shared out")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(photographs))
     height, width = (size, size) if isinstance(size, int) else size

@@ -37,13 +37,14 @@ SETTLED = ("pass", "unavailable", "oom", "fail_accuracy")
 COUNTS = frozenset(
     ("requested_batch_size", "infer_img_size", "train_img_size", "img_size", "world_size",
      "rounds", "streams", "queries", "count", "depth", "seed", "epochs", "batch_size", "threads",
-     "train_images", "test_images", "schema_version", "requested_img_size")
+     "train_images", "test_images", "schema_version", "requested_img_size", "calibration_images",
+     "answers_changed", "answers_lost", "answers_gained")
 )  # fmt: skip
 ASKED = frozenset(  # without which a row does not say what was measured
     ("requested_batch_size", "count", "depth", "seed", "epochs", "batch_size", "learning_rate",
      "requested_img_size")
 )  # fmt: skip
-SIGNED = frozenset(("train_comm_time",))
+SIGNED = frozenset(("train_comm_time", "sqnr_db"))
 MOST_COUNT = 2.0**31
 MOST_CEILING = 1e6  # TFLOP/s or GB/s
 

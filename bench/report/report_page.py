@@ -19,12 +19,14 @@ from resfuse.bench.report.data.experiments import Experiment
 from resfuse.bench.report.data.lacking import DRAWING, PAGE, lacking
 from resfuse.bench.report.data.ladder import EAGER, baseline_rows, networks
 from resfuse.bench.report.data.palette import looks
+from resfuse.bench.report.data.quantized_networks import QuantizedNetwork
 from resfuse.bench.report.data.result import Comparison, Environment
 from resfuse.bench.report.data.select import read_folders
 from resfuse.bench.report.sections.agreement_section import agreement_sections
 from resfuse.bench.report.sections.comparison_section import GROWTH, PLOTS, section, title
 from resfuse.bench.report.sections.convolutions_section import convolution_sections
 from resfuse.bench.report.sections.degradation_section import degradation_sections
+from resfuse.bench.report.sections.quantization_section import quantization_sections
 from resfuse.bench.report.sections.served_section import served_sections
 from resfuse.bench.report.short_report import short_report
 from resfuse.bench.report.tables import markdown
@@ -215,8 +217,13 @@ def _environment(environment: Environment, gallery: _Gallery, prefix: str) -> li
         ("training", agreement_sections, "plot_agreement", environment.training),
     ):
         stem = f"{prefix}{study}"
-        drawn = [_draw_experiment(one, plots, gallery, stem) for one in experiments]
+        drawn = [_draw_study(one, plots, gallery, stem, one.data) for one in experiments]
         blocks += sections(experiments, drawn)
+    drawn = [
+        _draw_study(one, "plot_quantization", gallery, f"{prefix}quantization", one.model)
+        for one in environment.quantized
+    ]
+    blocks += quantization_sections(environment.quantized, drawn)
     return blocks
 
 
@@ -251,23 +258,22 @@ def _draw(comparison: Comparison, gallery: _Gallery, prefix: str) -> dict[str, s
     return images
 
 
-def _draw_experiment(
-    experiment: Experiment, module: str, gallery: _Gallery, stem: str
+def _draw_study(
+    studied: Experiment | QuantizedNetwork, module: str, gallery: _Gallery, stem: str, end: str
 ) -> dict[str, str]:
-    """Draws the PLOTS of a study that trains, as `_draw` does; their files' names begin with
-    `stem`."""
+    """Draws the PLOTS of a study, as `_draw` does; their files' names begin with `stem`."""
     if lacking(DRAWING):
         return {}
     from matplotlib import style
 
     from resfuse.bench.report.plots import figure
 
-    plots: Mapping[str, tuple[Callable[[Experiment], Figure | None], str]]
+    plots: Mapping[str, tuple[Callable[[object], Figure | None], str]]
     plots = import_module(f"resfuse.bench.report.plots.{module}").PLOTS
     images = {}
     for name, (draw, alt) in plots.items():
         with style.context(figure.STYLE):
-            drawn = draw(experiment)
+            drawn = draw(studied)
             if drawn is not None:
-                images[name] = gallery.add(drawn, f"{stem}-{name}-{experiment.data}", alt)
+                images[name] = gallery.add(drawn, f"{stem}-{name}-{end}", alt)
     return images

@@ -9,6 +9,7 @@ import argparse
 from resfuse.bench.common.subcommand import Subcommand
 from resfuse.bench.studies.contention.contention_flags import add_contention
 from resfuse.bench.studies.models.models_flags import add_models
+from resfuse.bench.studies.quantization.quantization_flags import add_quantization
 from resfuse.bench.studies.study_flags import (
     add_degradation,
     add_depth,
@@ -52,6 +53,11 @@ STUDIES: dict[str, Subcommand] = {
         "resfuse.bench.studies.contention.contention_study:run",
         add_contention,
         "what is left of each backend's speed beside busy processes, or in several threads?",
+    ),
+    "quantization": Subcommand(
+        "resfuse.bench.studies.quantization.quantization_study:run",
+        add_quantization,
+        "what do trained networks lose in int8, by calibration method and by tool?",
     ),
 }
 

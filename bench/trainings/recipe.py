@@ -52,7 +52,15 @@ class Trained:
 
 
 def train(run: Run, data: Data, device: str, tell: Tell = lambda share: None) -> Trained:
-    """Trains a network; on one CPU thread the same run gives the same bits.
+    """Returns the result of `train_network` without the network."""
+    return train_network(run, data, device, tell)[1]
+
+
+def train_network(
+    run: Run, data: Data, device: str, tell: Tell = lambda share: None
+) -> tuple[nn.Module, Trained]:
+    """Trains a network and returns it, in training mode, with the result; on one CPU thread the
+    same run gives the same bits.
 
     Args:
         run: which, and for how long.
@@ -63,7 +71,7 @@ def train(run: Run, data: Data, device: str, tell: Tell = lambda share: None) ->
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     model = build(run).to(device).to(memory_format=torch.channels_last)
     with run_as(run.way, model):
-        return _train(run, model, data, device, tell)
+        return model, _train(run, model, data, device, tell)
 
 
 def _train(run: Run, model: nn.Module, data: Data, device: str, tell: Tell) -> Trained:

