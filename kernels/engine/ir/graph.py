@@ -251,8 +251,8 @@ class Graph:
         """Returns the dtype that most is computed in: the narrowest of the values'."""
         found = [self.values[node.name] for node in self.nodes]
         found = [value for value in found if is_computed(value)]
-        dtypes = [value.dtype for value in found] or [self.given_dtype]
-        return min(dtypes, key=lambda dtype: dtype.itemsize)
+        given = self.given_dtype if self.input in self.values else torch.float32
+        return min((value.dtype for value in found), key=lambda t: t.itemsize, default=given)
 
     @property
     def given_dtype(self) -> torch.dtype:
