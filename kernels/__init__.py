@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resfuse.kernels.engine.build import build_engine
     from resfuse.kernels.engine.engine import Engine
+    from resfuse.kernels.engine.frontend.pixels import Pixels
     from resfuse.kernels.engine.load import load_engine
     from resfuse.kernels.engine.predict import plan_for
     from resfuse.kernels.engine.quantization.calibration import calibrate
@@ -26,6 +27,7 @@ __all__ = [
     "FusedBasicBlock",
     "FusedBottleneck",
     "FusedConvBNAct",
+    "Pixels",
     "Ranges",
     "build_engine",
     "calibrate",
@@ -46,6 +48,7 @@ _MODULES = {
     "FusedBasicBlock": "fusion.modules",
     "FusedBottleneck": "fusion.modules",
     "FusedConvBNAct": "fusion.modules",
+    "Pixels": "engine.frontend.pixels",
     "Ranges": "engine.quantization.ranges",
     "build_engine": "engine.build",
     "calibrate": "engine.quantization.calibration",

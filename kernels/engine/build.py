@@ -29,6 +29,7 @@ from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.frontend.graph_precision import in_precision
+from resfuse.kernels.engine.frontend.pixels import Pixels, from_pixels
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.candidates import find_candidates
@@ -72,6 +73,7 @@ def build_engine(
     keep: Sequence[str] = (),
     calibration: Ranges | Images | None = None,
     max_error: float | None = None,
+    pixels: Pixels | None = None,
 ) -> Engine:
     """Compiles a model in eval mode for the shape, dtype and device of `example`, or for several
     shapes that share their weights.
@@ -120,12 +122,16 @@ def build_engine(
         max_error: with "int8" and images, the largest relative error of the outputs that is
             accepted on them, as a share of their norm in float32. The layers that quantisation
             harms most are computed in float32 until it is met.
+        pixels: how images in uint8 are normalised, Pixels(mean=(0.485, ...), std=(0.229, ...)): the
+            engine then takes pixels, and answers what the model answers for (x / 255 - mean) / std.
+            `example` and the images of `calibration` are uint8, too. CPU only.
 
     Raises:
         ValueError: the model is in training mode, cannot be captured or recorded as a CUDA graph,
             or has a weight that is not finite; a batch size, a shape, `max_shapes` or `threads` is
             below one; or the precision is unknown, or not for this model or device, or a pattern of
-            `keep` matches no layer; or there is no calibration for "int8", or one of another model.
+            `keep` matches no layer; or there is no calibration for "int8", or one of another model;
+            or `pixels` does not fit the example.
     """
     require_threads(threads)
     usable = isinstance(example, Tensor) and example.layout == torch.strided
@@ -140,17 +146,25 @@ def build_engine(
     if type(max_shapes) is not int or max_shapes < 1:
         raise ValueError(f"argument max_shapes: {max_shapes!r}; accepted: 1 and more")
     wanted = Precision.asked(precision, keep, ("fp32", "bf16", "int8"))
-    wanted.require_fit(model, example.dtype, example.device)
+    as_given = example
+    if pixels is not None:
+        if not isinstance(pixels, Pixels):
+            raise ValueError(f"argument pixels: {type(pixels).__name__}; accepted: Pixels")
+        pixels.require_fit(example)
+        as_given, calibration = pixels.normalized(example), pixels.calibration(calibration)
+    wanted.require_fit(model, as_given.dtype, example.device)
     recipe = None
     if precision == "int8" or calibration is not None or max_error is not None:
-        recipe = quantization_recipe(model, example, wanted, calibration, max_error)
-    planner = _Planner(TimingCache(example.device, timings), tiling, keep_weights, wanted, recipe)
+        recipe = quantization_recipe(model, as_given, wanted, calibration, max_error)
+    planner = _Planner(
+        TimingCache(example.device, timings), tiling, keep_weights, wanted, recipe, pixels
+    )
     with asking(threads):
         state, plans = _planned(planner, model, _examples(example, batch_sizes, shapes))
         if other_batches == "pad":
             for image in plans.images:
                 first = plans[plans.batch_sizes(image)[0], *image]
-                given = _resized(example, first.shape)
+                given = _resized(as_given, first.shape)
                 require_paddable(model, given, plans.graphs(image), state, planner.capture)
         own_model = None
         if other_batches == "eager" or other_shapes == "build":
@@ -168,6 +182,7 @@ def build_engine(
             cuda_graph=cuda_graph,
             threads=threads,
             recipe=recipe,
+            pixels=pixels,
         )
 
 
@@ -186,9 +201,23 @@ class _Planner:
     keep_weights: bool
     precision: Precision
     recipe: QuantizationRecipe | None
+    pixels: Pixels | None
 
     def capture(self, model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]]:
-        """Returns the graph of a model in the precision asked for, and its state by name."""
+        """Returns the graph of a model in the precision asked for, and its state by name.
+
+        Args:
+            example: an input of the model, or pixels.
+        """
+        if self.pixels is None:
+            return self._computed(model, example)
+        if example.dtype == torch.uint8:
+            example = self.pixels.normalized(example)
+        graph, state = self._computed(model, example)
+        graph, more = from_pixels(graph, self.pixels)
+        return graph, state | more
+
+    def _computed(self, model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]]:
         graph, state = capture(model, example)
         if self.recipe is None:
             if self.precision.name is None and example.device.type == "cpu":
@@ -272,7 +301,7 @@ def tuned_plan(
     Args:
         tiling: see `build_engine`.
     """
-    tactics = tactics_on(device, graph.values[graph.input].dtype)
+    tactics = tactics_on(device, graph.given_dtype)
     groups = find_candidates(graph, tactics)
     tuner = Tuner(graph, state, device, tactics, cache, known(device))
     tiled = tiling if tiling is not None else device.type != "cuda"

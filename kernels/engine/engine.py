@@ -19,6 +19,7 @@ from resfuse.kernels.engine.engine_memory import Memory
 from resfuse.kernels.engine.frontend.batching.any_batch import require_paddable
 from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.layout_questions import require_layout
+from resfuse.kernels.engine.frontend.pixels import Pixels
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.memory.storage_bytes import storages
@@ -81,6 +82,7 @@ class Engine:
         cuda_graph: bool = True,
         threads: int | None = None,
         recipe: QuantizationRecipe | None = None,
+        pixels: Pixels | None = None,
     ) -> None:
         """
         Args:
@@ -88,8 +90,9 @@ class Engine:
             model: a copy of the engine's own, for batches and shapes without a plan.
             planner: plans `model` for other shapes, if such are to be built.
             recipe: how the plans' graphs were quantised, where they were here.
+            pixels: what makes `model`'s input of the engine's, where that is pixels.
         """
-        self.threads, self._recipe = threads, recipe
+        self.threads, self._recipe, self._pixels = threads, recipe, pixels
         self._built = ShapePlans(plans)
         self._added: dict[Shape, None] = {}  # shapes built by calls, the one used last at the end
         self._constants = self._built.constants()
@@ -120,7 +123,9 @@ class Engine:
     def __repr__(self) -> str:
         """Returns one line with the engine's input, batch sizes or shapes, segments and time."""
         dtype = str(self._input.dtype).removeprefix("torch.")
-        if self._input.dtype == torch.float32 and self.precision != "fp32":
+        if self._input.quantization is not None:
+            dtype += f" pixels, computed in {self.precision},"
+        elif self._input.dtype == torch.float32 and self.precision != "fp32":
             dtype += f", computed in {self.precision},"
         largest = self._built.find()
         ms = sum(segment.ms for segment in largest.segments)
@@ -202,7 +207,7 @@ class Engine:
             return self._run(filled, padded, count)
         if sizes and self.other_batches == "eager" and model is not None:
             with torch.no_grad():
-                return model(x)
+                return model(x if self._pixels is None else self._pixels.normalized(x))
         if planner is not None and model is not None and x.numel():
             self._build(planner, model, x)
             return self(x)
@@ -262,6 +267,8 @@ class Engine:
                 if self.other_batches == "pad":
                     graphs = {**self._built.graphs(shape[1:]), shape[0]: graph}
                     example = x.detach().clone()
+                    if self._pixels is not None:
+                        example = self._pixels.normalized(example)
                     require_paddable(model, example, graphs, state, planner.capture)
                     images = images_at_all_sizes(graphs, state)
                 plan = bind(graph, segments, state, self._built.find().executor.weight_store)
@@ -322,7 +329,7 @@ class Engine:
             plans, state, other_batches=self.other_batches, other_shapes=self.other_shapes,
             max_shapes=self.max_shapes, model=model, planner=self._planner,
             ceilings=self._ceilings, cuda_graph=self.cuda_graph, threads=self.threads,
-            recipe=self._recipe,
+            recipe=self._recipe, pixels=self._pixels,
         )  # fmt: skip
         made._added = added
         return made

@@ -39,11 +39,12 @@ def checked_plans(
     for shape, (graph, segments) in plans.items():
         require_wired(graph)
         value, other = graph.values[graph.input], first.values[first.input]
-        same = value.dtype == other.dtype and len(shape) == len(other.shape) and min(shape) > 0
+        alike = (value.dtype, value.quantization) == (other.dtype, other.quantization)
+        same = alike and len(shape) == len(other.shape) and min(shape) > 0
         if shape != value.shape or not same:
             raise Unsound(f"the plan for {'x'.join(map(str, shape))} takes something else")
         require_spec(graph.spec, len(graph.outputs))
         ShapeInference(graph, state, device, allow).require()
-        tactics = tactics_on(device, graph.values[graph.input].dtype)
+        tactics = tactics_on(device, graph.given_dtype)
         checked[shape] = graph, tuple(offered_segments(graph, segments, tactics))
     return checked

@@ -35,6 +35,11 @@ class OnnxBuilder:
         self._constants: dict[str, np.ndarray] = {}
         self._used = {graph.input}
         self._at = graph.input
+        pixels = self.value(graph.input).quantization
+        if pixels is not None:
+            scale, zero = np.float32(pixels.scale), np.uint8(pixels.zero_point)
+            stored = [self.constant(scale, "scale"), self.constant(zero, "zero_point")]
+            self.names[graph.input] = self.add("DequantizeLinear", [graph.input, *stored])
 
     def begin(self, node: Node) -> None:
         """What is added from here on belongs to `node`, and is named after it."""
@@ -116,10 +121,12 @@ class OnnxBuilder:
 
     def _described(self, name: str, of: str) -> onnx.ValueInfoProto:
         value = self.value(of)
-        if value.dtype != torch.float32:
+        pixels = name == self.graph.input and value.quantization is not None
+        if value.dtype != torch.float32 and not pixels:
             raise ValueError(f"{of!r} is {value.dtype}; an ONNX file takes and returns float32")
         first = "N" if self.any_batch else value.shape[0]
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [first, *value.shape[1:]])
+        dtype = TensorProto.UINT8 if pixels else TensorProto.FLOAT
+        return helper.make_tensor_value_info(name, dtype, [first, *value.shape[1:]])
 
     def _unique(self, name: str) -> str:
         unique, n = name, 1
