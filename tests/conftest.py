@@ -136,11 +136,12 @@ def _no_networks_left() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The engine's times are kept in a folder of this process. Its libraries, whose names are
     hashes of all that they are made from, stay in the checkout for the next run: each takes 12 to
-    16 CPU seconds to compile, and there are half a dozen.
+    20 CPU seconds to compile, and there are half a dozen. For every test: one without would compile
+    them once more, into the user's folder.
     """
     folder, libraries = tmp_path_factory.mktemp("cache"), ROOT / "build" / "native"
     libraries.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """`build_engine(model, example, precision="bf16")`: float32 in and out, bfloat16 between."""
 
 import copy
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.saving.engine_file import _digest
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("own_cache", "kept_exports"), pytest.mark.slow]
 
 BF16 = torch.bfloat16
 
@@ -81,14 +82,21 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def made(name: str, size: int = 32) -> tuple[nn.Module, Tensor]:
+@functools.cache
+def made(name: str) -> tuple[nn.Module, Tensor]:
     """With statistics of batch norms that fit the network, so that values stay of unit size."""
     torch.manual_seed(0)
     model = NETWORKS[name]()
     with torch.no_grad():
         for _ in range(4):
-            model.train()(torch.randn(8, 3, size, size))
-    return model.eval(), torch.randn(2, 3, size, size)
+            model.train()(torch.randn(8, 3, 32, 32))
+    return model.eval(), torch.randn(2, 3, 32, 32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    made.cache_clear()
 
 
 def leaves(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -212,7 +220,7 @@ def test_without_native_steps_torch_computes_in_bfloat16(
 
 def test_saved_cloned_and_refreshed_it_stays_in_bfloat16(timings: Path, tmp_path: Path) -> None:
     model, x = made("squeeze and excitation")
-    other, _ = made("squeeze and excitation")
+    other = copy.deepcopy(model)
     engine = build_engine(model, x, precision="bf16", keep=["0"], timings=timings)
     engine.save(tmp_path / "engine")
     loaded = load_engine(tmp_path / "engine")
@@ -228,7 +236,7 @@ def test_saved_cloned_and_refreshed_it_stays_in_bfloat16(timings: Path, tmp_path
 
 @pytest.mark.parametrize("how", ["pad", "eager"])
 def test_other_batches(how: str, timings: Path) -> None:
-    model, x = made("MobileNetV2's blocks")
+    model, x = made("squeeze and excitation")
     engine = build_engine(
         model, x, batch_sizes=[2, 4], other_batches=how, precision="bf16", timings=timings,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -242,7 +250,7 @@ def test_other_batches(how: str, timings: Path) -> None:
 
 
 def test_other_shapes_are_built_in_bfloat16(timings: Path) -> None:
-    model, x = made("MobileNetV2's blocks")
+    model, x = made("squeeze and excitation")
     engine = build_engine(
         model, x, shapes=[(1, 3, 32, 32)], other_shapes="build", precision="bf16", timings=timings
     )

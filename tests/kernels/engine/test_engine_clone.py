@@ -16,7 +16,7 @@ from resfuse.kernels.engine.tactics import TACTICS
 
 Segments = Callable[[Graph, int], Iterable[Candidate]]
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "kept_exports")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from resfuse.kernels.engine.planning.planner import Plan, Segment
 from resfuse.kernels.engine.tactics.cpu import native
 from scope import Scope
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("kept_exports"), pytest.mark.slow]
 
 SMALL, WIDE, TALL = (2, 3, 8, 9), (2, 3, 8, 14), (1, 3, 15, 9)
 BEYOND = (2, 3, 10, 10)

@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from resfuse.kernels.cpu.packed_conv import NativeConv
 from resfuse.kernels.ops.conv_problem import Geometry
 from resfuse.resnet_ref import create
 
-pytestmark = [
-    pytest.mark.usefixtures("own_cache"),
-    pytest.mark.skipif(why_unavailable() is not None, reason=f"{why_unavailable()}"),
-]
+
+@pytest.fixture(scope="module", autouse=True)
+def _native(own_cache: Path) -> None:
+    """Here, and not while tests are collected, the library is compiled where there is none yet."""
+    if (reason := why_unavailable()) is not None:
+        pytest.skip(reason)
 
 
 class Inverted(nn.Module):

@@ -1,0 +1,42 @@
+"""Fixtures of the engine's tests."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resfuse.kernels.engine.frontend import export
+from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
+
+Program = torch.export.ExportedProgram
+
+
+@pytest.fixture(scope="module")
+def kept_exports() -> Iterator[None]:
+    """A module is exported once for each shape, in each mode of torch's: two thirds of the seconds
+    that a build of a small engine takes. For files whose modules only ever change the values of
+    their parameters; of an equal module, or a copy of one, nothing is kept.
+    """
+    exported, kept = export._exported, {}
+
+    def once(model: nn.Module, example: Tensor, questions: LayoutQuestions) -> Program:
+        key = id(model), *_facts(example)
+        if key not in kept:
+            program = exported(model, example, questions)
+            kept[key] = model, program, questions.asked, questions.offset
+        _, program, questions.asked, questions.offset = kept[key]
+        return program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_exported", once)
+        yield
+
+
+def _facts(example: Tensor) -> tuple[Any, ...]:
+    lies = example.shape, example.stride(), example.storage_offset()
+    kind = example.dtype, example.device, example.is_inference(), example.requires_grad
+    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device()
+    return *lies, *kind, *autocast, *modes
