@@ -88,7 +88,8 @@ class Pixels:
         if given is None or isinstance(given, Ranges):
             return given
         if isinstance(given, Tensor):
-            return self._item(given)
+            normalized: Tensor = self._item(given)
+            return normalized
         if is_loop(given):
             raise ValueError(
                 "argument calibration: a function that calls the model, with pixels=; accepted: "
