@@ -1,5 +1,6 @@
 """Fixtures shared by the tests, and the machine's facts for pytest-benchmark."""
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -18,6 +19,7 @@ import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from resfuse.bench.trainings import data
@@ -223,6 +225,29 @@ def few() -> "data.Data":
     return replace(every, train=train, test=test)
 
 
+@pytest.fixture(scope="module")
+def one_export_a_network() -> Iterator[None]:
+    """Backends of ONNX get one file for all builds of a network in a file of tests: torch takes 5
+    to 15 CPU seconds to export one, and leaves its batch free.
+    """
+    from resfuse.bench.backends import onnx_export, onnxrt, openvino
+    from resfuse.bench.models.weights_file import state_hash
+
+    files: dict[object, Path] = {}
+    with contextlib.ExitStack() as exports, pytest.MonkeyPatch.context() as patch:
+
+        @contextlib.contextmanager
+        def exported(model: nn.Module, example: Tensor) -> Iterator[Path]:
+            of = (str(model), state_hash(model), example.shape[1:], example.dtype, example.device)
+            if of not in files:
+                files[of] = exports.enter_context(onnx_export.exported(model, example))
+            yield files[of]
+
+        for backend in (onnxrt, openvino):
+            patch.setattr(backend, "exported", exported)
+        yield
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -266,13 +291,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A `python` that has torch loaded; the usual one where a fork of it cannot be."""
-    if sys.platform != "linux" or torch.cuda.is_available():  # a fork cannot use it
+    folder = tmp_path_factory.mktemp("forks")
+    # No fork can use a GPU, and no address of a server is longer.
+    if sys.platform != "linux" or torch.cuda.is_available() or len(str(folder)) > 90:
         yield sys.executable
         return
     import forked_python
     from resfuse.bench.measuring.probes import allocator
 
-    folder = tmp_path_factory.mktemp("forks")
     with forked_python.serving(folder, allocator.keeping(os.environ)) as program:
         yield str(program)
 

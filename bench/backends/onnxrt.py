@@ -27,6 +27,7 @@ from resfuse.bench.backends.output_tree import OutputTree, output_tree
 from resfuse.bench.backends.streams import CallerStreams, Streams
 from resfuse.bench.common.errors import CannotTake, Unavailable
 from resfuse.bench.common.precision import tf32_allowed
+from resfuse.bench.models.onnx_file import file_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -164,7 +165,7 @@ def _build(
     calibration: Tensor | None = None,
 ) -> Callable[[Tensor], Any]:
     _require(provider)
-    if provider == CPU:
+    if provider == CPU and file_of(model, example.dtype) is None:
         _require_convolution(precision)
     device_index = example.device.index or 0
     stream = torch.cuda.current_stream().cuda_stream if example.is_cuda else 0

@@ -42,6 +42,7 @@ WAYS = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("one_export_a_network")
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("backend", "memory_format"), WAYS, ids=lambda way: way)

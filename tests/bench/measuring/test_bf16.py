@@ -40,6 +40,7 @@ def measure(backend: str, **changes: object) -> Outcome:
     return measure_case.measure(case, OPTIONS, {}, lambda event: None)[0]
 
 
+@pytest.mark.usefixtures("one_export_a_network")
 @pytest.mark.parametrize("scenario", ["latency", "throughput"])
 @pytest.mark.parametrize("backend", ["eager", "compiled", "openvino", "fused", "engine"])
 def test_every_backend_answers_as_well_as_eager_in_bf16(backend: str, scenario: str) -> None:

@@ -52,7 +52,7 @@ def measure(backend: str, **changes: object) -> Outcome:
     return measure_case.measure(case, OPTIONS, {}, lambda event: None)[0]
 
 
-@pytest.mark.usefixtures("few_photographs")
+@pytest.mark.usefixtures("few_photographs", "one_export_a_network")
 @pytest.mark.parametrize("scenario", ["latency", "throughput"])
 @pytest.mark.parametrize("backend", ["onnxrt", "openvino", "engine"])
 def test_backends_answer_as_well_as_the_simulation(backend: str, scenario: str) -> None:
@@ -195,7 +195,7 @@ def test_what_is_built_sees_no_measured_image_before_the_first_check(
     assert float(torch.cdist(torch.cat(own_size).flatten(1), measured).min()) > 1
 
 
-@pytest.mark.usefixtures("few_photographs")
+@pytest.mark.usefixtures("few_photographs", "one_export_a_network")
 def test_a_baseline_quantizes_if_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     asked: list[tuple[str, bool]] = []

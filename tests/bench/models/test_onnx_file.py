@@ -152,6 +152,7 @@ def test_image_sizes_that_the_file_leaves_open(
         (["--model-kwargs", "height=32"], "height=32, but the file says 16"),
     ],
 )
+@pytest.mark.usefixtures("forked_workers")
 def test_arguments_that_do_not_fit(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
