@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resfuse.kernels.engine.build import build_engine
     from resfuse.kernels.engine.engine import Engine
-    from resfuse.kernels.engine.frontend.pixels import Pixels
     from resfuse.kernels.engine.load import load_engine
     from resfuse.kernels.engine.predict import plan_for
     from resfuse.kernels.engine.quantization.calibration import calibrate
+    from resfuse.kernels.engine.quantization.pixels import Pixels
     from resfuse.kernels.engine.quantization.ranges import Ranges
     from resfuse.kernels.engine.torch_compile.compile_backend import compile_backend
     from resfuse.kernels.fusion.explain import explain
@@ -48,7 +48,7 @@ _MODULES = {
     "FusedBasicBlock": "fusion.modules",
     "FusedBottleneck": "fusion.modules",
     "FusedConvBNAct": "fusion.modules",
-    "Pixels": "engine.frontend.pixels",
+    "Pixels": "engine.quantization.pixels",
     "Ranges": "engine.quantization.ranges",
     "build_engine": "engine.build",
     "calibrate": "engine.quantization.calibration",

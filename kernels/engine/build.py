@@ -29,7 +29,6 @@ from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.frontend.graph_precision import in_precision
-from resfuse.kernels.engine.frontend.pixels import Pixels, from_pixels
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.candidates import find_candidates
@@ -38,6 +37,7 @@ from resfuse.kernels.engine.planning.liveness import with_memory
 from resfuse.kernels.engine.planning.planner import Plan, Segment, plan
 from resfuse.kernels.engine.quantization.calibration_images import Images
 from resfuse.kernels.engine.quantization.given_scales import with_given_scales
+from resfuse.kernels.engine.quantization.pixels import Pixels, from_pixels
 from resfuse.kernels.engine.quantization.quantization_recipe import (
     QuantizationRecipe,
     quantization_recipe,

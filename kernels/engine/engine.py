@@ -19,12 +19,12 @@ from resfuse.kernels.engine.engine_memory import Memory
 from resfuse.kernels.engine.frontend.batching.any_batch import require_paddable
 from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.layout_questions import require_layout
-from resfuse.kernels.engine.frontend.pixels import Pixels
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.memory.storage_bytes import storages
 from resfuse.kernels.engine.plan_table import table
 from resfuse.kernels.engine.planning.planner import Segment
+from resfuse.kernels.engine.quantization.pixels import Pixels
 from resfuse.kernels.engine.quantization.quantization_recipe import QuantizationRecipe
 from resfuse.kernels.engine.quantization.quantization_table import quantization_table
 from resfuse.kernels.engine.runtime.cuda_graph import Recorded, Turns
