@@ -5,6 +5,7 @@ It needs no GPU, but a process that does not interpret kernels, so this file is 
 in a subprocess.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -36,11 +37,15 @@ SAMPLE = {"triton_conv": 8, "triton_conv1x1": 8, "projection": 2, "split_k": 4}
 GPU = GPUTarget("cuda", 90, 32)
 
 
+@functools.cache
+def captured(batch: int) -> tuple[Graph, State]:
+    model = create("resnet50", device="meta").eval().half()
+    return capture(model, torch.empty(batch, 3, 224, 224, dtype=torch.float16, device="meta"))
+
+
 def offered(batch: int, tactic: str) -> list[Launch]:
     """What the tactic would launch for ResNet-50 in fp16, one launch for each tile."""
-    model = create("resnet50", device="meta").eval().half()
-    x = torch.empty(batch, 3, 224, 224, dtype=torch.float16, device="meta")
-    graph, state = capture(model, x)
+    graph, state = captured(batch)
     return list({_tile(at): at for at in _launches(graph, state, tactic)}.values())
 
 

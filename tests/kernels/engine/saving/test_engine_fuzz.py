@@ -17,7 +17,7 @@ from scope import Scope
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
-CHANGES, AT_ONCE = 200, 50
+CHANGES, AT_ONCE = 200, 100
 FUZZER = Path(__file__).parents[3] / "helpers/engine_fuzz.py"
 OUTCOMES = ("refused", "answers as torch does", "torch refuses when it runs")
 

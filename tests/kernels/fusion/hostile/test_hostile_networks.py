@@ -2,13 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import densenet121, resnet18, vgg11_bn
+from torchvision.models import densenet121, vgg11_bn
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from hostile import images, is_fused, require_alike, require_same, spread
 from resfuse.kernels import fuse
@@ -28,9 +30,20 @@ def pair(make: Callable[[], nn.Module]) -> tuple[Any, Any]:
     return plain, fused
 
 
+def resnet() -> nn.Module:
+    """ResNet-18 with one block in all stages but the third."""
+    return ResNet(BasicBlock, [1, 1, 2, 1], num_classes=4)
+
+
+@pytest.fixture(scope="module")
+def resnets() -> tuple[Any, Any]:
+    """A pair that no test changes."""
+    return pair(resnet)
+
+
 @pytest.mark.parametrize("first", range(1, 9))
-def test_children_made_into_a_sequence(first: int) -> None:
-    plain, fused = pair(lambda: resnet18(num_classes=4))
+def test_children_made_into_a_sequence(first: int, resnets: tuple[Any, Any]) -> None:
+    plain, fused = resnets
     wanted = nn.Sequential(*list(plain.children())[:first])
     cut = nn.Sequential(*list(fused.children())[:first])
     require_alike(wanted, cut, images(shape=PICTURE))
@@ -74,10 +87,10 @@ def test_activations_read_by_hooks() -> None:
     require_same(read[1], read[0])
 
 
-def test_gradients_of_an_activation() -> None:
+def test_gradients_of_an_activation(resnets: tuple[Any, Any]) -> None:
     """Grad-CAM."""
     found = []
-    for model in pair(lambda: resnet18(num_classes=4)):
+    for model in resnets:
         kept: list[Tensor] = []
         hook = model.layer4[-1].register_forward_hook(lambda m, i, o, to=kept: to.append(o))
         (gradient,) = torch.autograd.grad(model(images(shape=PICTURE))[:, 3].sum(), kept)
@@ -86,8 +99,8 @@ def test_gradients_of_an_activation() -> None:
     require_same(found[1], found[0])
 
 
-def test_intermediate_layers_are_got() -> None:
-    plain, fused = pair(lambda: resnet18(num_classes=4))
+def test_intermediate_layers_are_got(resnets: tuple[Any, Any]) -> None:
+    plain, fused = resnets
     layers = {"layer1": "a", "layer3": "b"}
     require_alike(
         IntermediateLayerGetter(plain, layers), IntermediateLayerGetter(fused, layers),
@@ -162,7 +175,7 @@ OPERATIONS = [
 
 @pytest.mark.parametrize("change", OPERATIONS, ids=lambda change: change.__name__)
 def test_surgery(change: Callable[[Any], None]) -> None:
-    plain, fused = pair(lambda: resnet18(num_classes=4))
+    plain, fused = pair(resnet)
     for model in (plain, fused):
         change(model)
     require_alike(plain, fused, images(shape=PICTURE))
@@ -190,10 +203,22 @@ def test_parts_of_timms_networks() -> None:
     require_alike(plain, fused, x)
 
 
+def branched(name: str) -> nn.Module:
+    """The first two blocks of each stage of one of timm's networks."""
+    import timm
+
+    if name == "fastvit_t8":
+        return timm.create_model(name, num_classes=4, layers=(2, 1, 1, 1))
+    whole = timm.models.byobnet.model_cfgs[name]
+    stages = [stage if isinstance(stage, list) else [stage] for stage in whole.blocks]
+    short = [[replace(block, d=min(block.d, 2)) for block in stage[:2]] for stage in stages]
+    return timm.models.byobnet.ByobNet(replace(whole, blocks=short), num_classes=4)
+
+
 @pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0", "fastvit_t8"])
 def test_branches_are_merged_after_fuse(name: str) -> None:
     timm = pytest.importorskip("timm")
-    plain, fused = pair(lambda: timm.create_model(name, num_classes=4))
+    plain, fused = pair(lambda: branched(name))
     merged = timm.utils.model.reparameterize_model(plain)
     require_alike(merged, fuse(merged), images(shape=PICTURE))
     require_alike(merged, timm.utils.model.reparameterize_model(fused), images(shape=PICTURE))

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from hostile import Block, images, is_fused, pair_of, plans_run, require_alike, require_same, spread
 from resfuse.kernels import explain, fuse, unfuse
@@ -24,8 +24,9 @@ pytestmark = pytest.mark.slow
 
 
 def network() -> nn.Module:
+    """ResNet-18 with one block in all stages but the last."""
     torch.manual_seed(0)
-    return spread(torchvision.models.resnet18(num_classes=5))
+    return spread(ResNet(BasicBlock, [1, 1, 1, 2], num_classes=5))
 
 
 PHOTO = images(shape=(1, 3, 40, 33))
