@@ -209,6 +209,15 @@ def _composite_operators_are_listed_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def kept_exports() -> Iterator[None]:
+    """For files whose modules only ever change the values of their parameters."""
+    from kept_exports import keeping_exports
+
+    with keeping_exports():
+        yield
+
+
+@pytest.fixture(scope="module")
 def timings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder of the engine's times for all tests of a file."""
     return tmp_path_factory.mktemp("timings")

@@ -1,6 +1,7 @@
-"""Fixtures of the engine's tests."""
+"""Exports of one module that are made once for a file of tests."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
 Program = torch.export.ExportedProgram
 
 
-@pytest.fixture(scope="module")
-def kept_exports() -> Iterator[None]:
+@contextmanager
+def keeping_exports() -> Iterator[None]:
     """A module is exported once for each shape, in each mode of torch's: two thirds of the seconds
     that a build of a small engine takes. For files whose modules only ever change the values of
     their parameters; of an equal module, or a copy of one, nothing is kept.
