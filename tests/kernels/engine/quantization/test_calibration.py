@@ -297,7 +297,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "meta": (lambda: made(small).to("meta"), "argument model: .* is on meta; accepted: on the CPU"),
     "overflow": (
         overflowing,
-        "argument model: its value .*, on images 0 to 7: it holds NaN or inf",
+        "argument model: its value .*, on images 0 to 15: it holds NaN or inf",
     ),
     "no export": (
         lambda: made(lambda: Scope(lambda s, x: s.c(x) if x.sum() > 0 else x, c=conv())),
