@@ -27,8 +27,8 @@ class Pixels:
         std: likewise.
 
     Raises:
-        ValueError: the two differ in length or are empty, a number is not finite, or a standard
-            deviation is no positive normal float32.
+        ValueError: the two differ in length or are empty, or a number is not finite, a mean beyond
+            1e6 either way, or a standard deviation outside 1e-6..1e6.
     """
 
     mean: Sequence[float]

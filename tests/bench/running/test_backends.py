@@ -47,7 +47,7 @@ def calibrated(name: str, size: int) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet152"])
 def test_one_exported_file_serves_every_batch(name: str, tmp_path: Path) -> None:
     """ONNX Runtime agrees with eager to 1e-5 relative L2 at batches 1, 2, 3 and 8.
 

@@ -1,6 +1,6 @@
 """Random modules made of the habits people have, fused, called, changed, and called again: what a
-fused one answers, raises, or leaves behind is what a plain one does. 255 examples here, 225 of fuse
-and 30 of engines. With tests/helpers and tests/helpers/networks on PYTHONPATH,
+fused one answers, raises, or leaves behind is what a plain one does. 500 examples here, 450 of fuse
+and 50 of engines. With tests/helpers and tests/helpers/networks on PYTHONPATH,
 `python tests/kernels/fusion/hostile/test_hostile_fuzz.py fuse 100 200` tries 100 other seeds.
 """
 
@@ -28,8 +28,8 @@ from resfuse.kernels import build_engine, explain, fuse
 
 pytestmark = pytest.mark.slow
 
-SEEDS_OF_FUSE, EXAMPLES_OF_FUSE = 9, 25
-SEEDS_OF_ENGINES, EXAMPLES_OF_ENGINES = 3, 10
+SEEDS_OF_FUSE, EXAMPLES_OF_FUSE = 9, 50
+SEEDS_OF_ENGINES, EXAMPLES_OF_ENGINES = 5, 10
 STORES = ("self.kept", "self.cache", "self.last", "self.count")
 LOST_IN_COPIES = ("of inference mode", "hook of a weight")  # and fuse makes one
 # What torch raises for some float16 convolutions whose weight is an inference tensor; a fused one
