@@ -251,14 +251,15 @@ class Graph:
         """Returns the dtype that most is computed in: the narrowest of the values'."""
         found = [self.values[node.name] for node in self.nodes]
         found = [value for value in found if is_computed(value)]
-        given = self.given_dtype if self.input in self.values else torch.float32
-        return min((value.dtype for value in found), key=lambda t: t.itemsize, default=given)
+        dtypes = (value.dtype for value in found)
+        return min(dtypes, key=lambda dtype: dtype.itemsize, default=self.given_dtype)
 
     @property
     def given_dtype(self) -> torch.dtype:
-        """Returns the dtype of the numbers that the input stands for: float32 for pixels."""
-        value = self.values[self.input]
-        return value.dtype if value.quantization is None else torch.float32
+        """Returns the dtype of the numbers that the input stands for: float32 for pixels, for
+        integers, and where a part has no input."""
+        value = self.values.get(self.input)
+        return value.dtype if value and value.dtype.is_floating_point else torch.float32
 
     def part(self, start: int, stop: int) -> "Graph":
         """Returns nodes [start, stop) as a graph. Values from outside are its `reads`, and dead
