@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.kernels.cpu.cpus import asking, require_threads
-from resfuse.kernels.engine.bound_plan import bind
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
@@ -47,7 +46,8 @@ from resfuse.kernels.engine.quantization.ranges import Ranges
 from resfuse.kernels.engine.runtime.default_device import without_meta
 from resfuse.kernels.engine.runtime.fallback import with_weights
 from resfuse.kernels.engine.runtime.own_weights import copied_names, copies, require_usable
-from resfuse.kernels.engine.shape_plans import ShapePlans
+from resfuse.kernels.engine.shapes.bound_plan import bind
+from resfuse.kernels.engine.shapes.shape_plans import ShapePlans
 from resfuse.kernels.engine.tactics import tactics_on
 from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.ops.asked_precision import Precision

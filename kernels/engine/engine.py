@@ -2,56 +2,36 @@
 or `load_engine` (load.py).
 """
 
-import contextlib
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from resfuse.kernels.cpu.cpus import asking
-from resfuse.kernels.engine.bound_plan import BoundPlan, bind
 from resfuse.kernels.engine.cost.ceilings import Ceilings
-from resfuse.kernels.engine.engine_memory import Memory
-from resfuse.kernels.engine.frontend.batching.any_batch import require_paddable
+from resfuse.kernels.engine.engine_memory import Memory, memory_of
 from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.layout_questions import require_layout
 from resfuse.kernels.engine.ir.graph import Graph
-from resfuse.kernels.engine.memory.buffers import WeightStore
-from resfuse.kernels.engine.memory.storage_bytes import storages
-from resfuse.kernels.engine.plan_table import table
-from resfuse.kernels.engine.planning.planner import Segment
+from resfuse.kernels.engine.plan_table import summary, table
 from resfuse.kernels.engine.quantization.pixels import Pixels
 from resfuse.kernels.engine.quantization.quantization_recipe import QuantizationRecipe
 from resfuse.kernels.engine.quantization.quantization_table import quantization_table
-from resfuse.kernels.engine.runtime.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.runtime.default_device import without_meta
 from resfuse.kernels.engine.runtime.fallback import tensors_of, with_weights
-from resfuse.kernels.engine.runtime.forks import forks, watch
 from resfuse.kernels.engine.runtime.input_check import require_input
 from resfuse.kernels.engine.runtime.own_weights import refreshed, require_usable
 from resfuse.kernels.engine.saving.engine_file import save
-from resfuse.kernels.engine.shape_plans import Shape, ShapePlans, written
+from resfuse.kernels.engine.shapes.bound_plan import BoundPlan
+from resfuse.kernels.engine.shapes.new_shape import Planner, plan_new_shape
+from resfuse.kernels.engine.shapes.plan_runner import PlanRunner, filled_up
+from resfuse.kernels.engine.shapes.shape_plans import Shape, ShapePlans
 
 OtherBatches = Literal["error", "pad", "eager"]
 OtherShapes = Literal["error", "build"]
-
-
-class Planner(Protocol):
-    """Plans a model for the shape of an input."""
-
-    def __call__(
-        self, model: nn.Module, example: Tensor, state: Mapping[str, Tensor]
-    ) -> tuple[Graph, Sequence[Segment], dict[str, Tensor]]:
-        """Returns a graph and its segments, and the weights with its constants."""
-        ...
-
-    def capture(self, model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]]:
-        """Returns the graph alone, and its weights."""
-        ...
 
 
 class Engine:
@@ -93,54 +73,27 @@ class Engine:
             pixels: what makes `model`'s input of the engine's, where that is pixels.
         """
         self.threads, self._recipe, self._pixels = threads, recipe, pixels
-        self._built = ShapePlans(plans)
-        self._added: dict[Shape, None] = {}  # shapes built by calls, the one used last at the end
-        self._constants = self._built.constants()
-        weights = [*(t for n, t in state.items() if n not in self._constants), *state.values()]
-        first = next(iter(self._built.values())).graph
-        self._input = first.values[first.input]
-        devices = [*(tensor.device for tensor in weights), first.device, torch.device("cpu")]
-        self._device = next(device for device in devices if device is not None)
-        self._state = dict(state) if keep_weights else None
         self.other_batches, self.other_shapes = other_batches, other_shapes
         self.max_shapes = max_shapes
-        self._images = {
-            image: images_at_all_sizes(self._built.graphs(image), state)
-            for image in self._built.images
+        self._model, self._planner, self._ceilings = model, planner, ceilings
+        self._state = dict(state) if keep_weights else None
+        built = ShapePlans(plans)
+        self._input, self._device = built.input, built.device(state)
+        self.cuda_graph = cuda_graph and self._device.type == "cuda"
+        images = {
+            image: images_at_all_sizes(built.graphs(image), state)
+            for image in built.images
             if other_batches == "pad"
         }
-        self._model, self._planner = model, planner
-        self._ceilings = ceilings
-        watch()
-        self._new_locks()
-        on_gpu = self._device.type == "cuda"
-        self._turns = Turns(self._device) if on_gpu else contextlib.nullcontext()
-        self.cuda_graph = cuda_graph and on_gpu
-        self._recorded = self._record(self._built)
-        if isinstance(self._turns, Turns):
-            self._turns.finish()  # weights are laid out before a call on any stream
+        self._runner = PlanRunner(built, self._device, images, cuda_graph=self.cuda_graph)
 
     def __repr__(self) -> str:
         """Returns one line with the engine's input, batch sizes or shapes, segments and time."""
-        dtype = str(self._input.dtype).removeprefix("torch.")
-        if self._input.quantization is not None:
-            dtype += f" pixels, computed in {self.precision},"
-        elif self._input.dtype == torch.float32 and self.precision != "fp32":
-            dtype += f", computed in {self.precision},"
-        largest = self._built.find()
-        ms = sum(segment.ms for segment in largest.segments)
-        took = f"{len(largest.segments)} segments, {ms:.3f} ms one by one at"
-        if len(self._built.images) > 1:
-            shapes = ", ".join(map(written, self._built))
-            return (
-                f"Engine({dtype} on {self._device.type}, shapes {shapes}; {took} "
-                f"{written(largest.shape)})"
-            )
-        sizes = ", ".join(map(str, self.batch_sizes))
-        return (
-            f"Engine(N x {written(self._input.shape[1:])} {dtype} on {self._device.type}, "
-            f"batch sizes {sizes}; {took} batch {largest.shape[0]})"
-        )
+        return f"Engine({summary(self._built, self._device.type, self.precision)})"
+
+    @property
+    def _built(self) -> ShapePlans:
+        return self._runner.plans
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -197,14 +150,10 @@ class Engine:
             return self._run(shape, x)
         sizes = plans.batch_sizes(shape[1:])
         larger = [size for size in sizes if size > count]
-        if self._images.get(shape[1:]) and larger and count:
+        if self._runner.images.get(shape[1:]) and larger and count:
             filled = larger[0], *shape[1:]
             require_layout(x, plans[filled].graph.layout)
-            padded = x.new_zeros(filled)
-            if _is_channels_last(x):
-                padded = padded.contiguous(memory_format=torch.channels_last)
-            padded[:count] = x
-            return self._run(filled, padded, count)
+            return self._run(filled, filled_up(x, larger[0]), count)
         if sizes and self.other_batches == "eager" and model is not None:
             with torch.no_grad():
                 return model(x if self._pixels is None else self._pixels.normalized(x))
@@ -218,101 +167,36 @@ class Engine:
             f"{', '.join(map(str, sizes))} and other_batches={self.other_batches!r}{without}"
         )
 
-    def _record(self, plans: Mapping[Shape, BoundPlan]) -> dict[Shape, Recorded]:
-        if not self.cuda_graph:
-            return {}
-        executors = {shape: plan.executor for shape, plan in plans.items()}
-        return dict.fromkeys(plans, Recorded(executors, self._device))
-
     def _run(self, shape: Shape, x: Tensor, count: int | None = None) -> Any:
         """Runs a batch of a shape that there is a plan for, and returns the outputs for the first
         `count` images, by default for all."""
-        if x.requires_grad:  # an output may be the input
-            x = x.detach()
-        in_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        if forks() != self._forks:
-            self._settle_after_fork()
-        with self._lock, self._turns:
-            plan = self._built.get(shape)
-            if plan is not None:
-                if shape in self._added:
-                    self._added[shape] = self._added.pop(shape)
-                with torch.inference_mode():
-                    run = self._recorded.get(shape)
-                    results = run(shape, x) if run else plan.executor(x)
-                images = self._images.get(shape[1:])
-                if count is not None and images:
-                    pairs = zip(results, images, strict=True)
-                    results = [y.narrow(at.dim, 0, count * at.each) for y, at in pairs]
-                # outside of inference mode: autograd may save these
-                outputs = [
-                    y.clone(memory_format=in_format if y.dim() == 4 else torch.contiguous_format)
-                    for y in results
-                ]
-                return pytree.tree_unflatten(outputs, plan.spec)
-        return self(x if count is None else x[:count])  # another thread has just dropped the plan
+        answer = self._runner.run(shape, x, count)
+        if answer is None:  # another thread has just dropped the plan
+            return self(x if count is None else x[:count])
+        return pytree.tree_unflatten(*answer)
 
     @without_meta()
     def _build(self, planner: Planner, model: nn.Module, x: Tensor) -> None:
-        """Adds a plan for the shape of `x`. Of those that calls have added, the one not used for
-        longest makes room."""
+        """Adds a plan for the shape of `x`."""
         shape = tuple(x.shape)
         no_autocast = torch.autocast(x.device.type, enabled=False)
-        with self._no_builds(), asking(self.threads), torch.inference_mode(False), no_autocast:
+        changing = self._runner.changing
+        with changing, asking(self.threads), torch.inference_mode(False), no_autocast:
             if shape in self._built:  # by another thread
                 return
-            images = None
             try:
-                graph, segments, state = planner(model, x.detach().clone(), self._state or {})
-                if self.other_batches == "pad":
-                    graphs = {**self._built.graphs(shape[1:]), shape[0]: graph}
-                    example = x.detach().clone()
-                    if self._pixels is not None:
-                        example = self._pixels.normalized(example)
-                    require_paddable(model, example, graphs, state, planner.capture)
-                    images = images_at_all_sizes(graphs, state)
-                plan = bind(graph, segments, state, self._built.find().executor.weight_store)
-                recorded = self._record({shape: plan})
+                plan, images, state = plan_new_shape(
+                    planner, model, x, self._state or {}, self._built,
+                    pad=self.other_batches == "pad", pixels=self._pixels,
+                )  # fmt: skip
+                self._runner.add(plan, images, most=self.max_shapes, cuda_graph=self.cuda_graph)
             except ValueError as error:
                 raise ValueError(
                     f"argument x: there can be no plan for shape {shape}: {error}"
                 ) from error
-            with self._lock:
-                room = self.max_shapes - 1
-                dropped = list(self._added)[: max(0, len(self._added) - room)]
-                if isinstance(self._turns, Turns):
-                    self._turns.finish()  # another stream may still replay a graph to be dropped
-                kept = [p for s, p in self._built.items() if s not in dropped]
-                self._built = ShapePlans([*kept, plan])
-                self._added = dict.fromkeys([s for s in self._added if s not in dropped] + [shape])
-                self._recorded = {s: r for s, r in self._recorded.items() if s not in dropped}
-                self._recorded |= recorded
-                self._images[shape[1:]] = images
-                self._constants = self._built.constants()
-                if self._state is not None:
-                    needed = self._built.state_names()
-                    self._state = {name: t for name, t in state.items() if name in needed}
-
-    def _settle_after_fork(self) -> None:
-        """Makes new locks and sets torch to one thread, since a forked process has none of its
-        parent's threads: neither the one that may own a lock, nor OpenMP's, for which torch would
-        wait for ever."""
-        if self._device.type == "cuda":
-            raise RuntimeError(
-                "this engine is on a GPU, which a forked process cannot use; start it by spawn and "
-                "load the engine there"
-            )
-        self._new_locks()
-        torch.set_num_threads(1)
-
-    def _no_builds(self) -> threading.Lock:
-        """Returns the lock under which plans are added and weights replaced."""
-        if forks() != self._forks:
-            self._settle_after_fork()
-        return self._building
-
-    def _new_locks(self) -> None:
-        self._lock, self._building, self._forks = threading.Lock(), threading.Lock(), forks()
+            if self._state is not None:
+                needed = self._built.state_names()
+                self._state = {name: t for name, t in state.items() if name in needed}
 
     def clone(self) -> "Engine":
         """Returns an engine of the same plans that shares this one's weights and may run at the
@@ -322,8 +206,8 @@ class Engine:
         Raises:
             ValueError: the engine was built with keep_weights=False.
         """
-        with self._no_builds(), asking(self.threads):
-            state, model, added = self._weights(), self._model, dict(self._added)
+        with self._runner.changing, asking(self.threads):
+            state, model, added = self._weights(), self._model, dict(self._runner.added)
             plans = [plan.bound_again(state) for plan in self._built.values()]
         made = Engine(
             plans, state, other_batches=self.other_batches, other_shapes=self.other_shapes,
@@ -331,7 +215,7 @@ class Engine:
             ceilings=self._ceilings, cuda_graph=self.cuda_graph, threads=self.threads,
             recipe=self._recipe, pixels=self._pixels,
         )  # fmt: skip
-        made._added = added
+        made._runner.added = added
         return made
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -346,17 +230,9 @@ class Engine:
     ) -> Memory:
         """Returns the bytes that the engine uses for a batch size or a shape, by default the
         largest."""
-        plan = self._built.find(batch_size, shape)
-        recorded = set(self._recorded.values())
-        originals = self._originals()
-        return Memory(
-            arena_bytes=plan.executor.arena.size,
-            least_arena_bytes=plan.executor.arena.least_size,
-            weights_bytes=plan.executor.weight_bytes(excluding=originals),
-            originals_bytes=sum(storages(originals).values()),
-            graph_pool_bytes=sum(each.pool_bytes for each in recorded),
-            graph_inputs_bytes=sum(each.input_bytes for each in recorded),
-        )
+        fallback = [t for _, t in tensors_of(self._model)] if self._model is not None else []
+        originals = [*(self._state or {}).values(), *fallback]
+        return memory_of(self._built.find(batch_size, shape), originals, self._runner)
 
     def explain(self, batch_size: int | None = None, *, shape: Sequence[int] | None = None) -> str:
         """Returns a table of the segments for a batch size or a shape, by default the largest:
@@ -382,26 +258,17 @@ class Engine:
                 "an engine in int8 takes no new weights: its scales were calibrated with those it "
                 "has; accepted: build_engine(model, ..., precision='int8', calibration=...) again"
             )
-        with self._no_builds():
-            fresh = refreshed(self._weights(), self._constants, state_dict)
-            graphs = [plan.graph for plan in self._built.values()]
-            require_usable(graphs, fresh, self._constants, "state_dict")
-            model = self._model
+        with self._runner.changing:
+            constants, model = self._built.constants(), self._model
+            fresh = refreshed(self._weights(), constants, state_dict)
+            require_usable(self.graphs, fresh, constants, "state_dict")
             if model is not None:
                 unread = {name: t for name, t in tensors_of(model) if name not in fresh}
                 model = with_weights(model, refreshed(unread, unread, state_dict) | fresh)
-            weight_store = WeightStore()
             with asking(self.threads):
-                built = ShapePlans(
-                    bind(plan.graph, plan.segments, fresh, weight_store)
-                    for plan in self._built.values()
-                )
-            recorded = self._record(built)
-            with self._lock:
-                if isinstance(self._turns, Turns):
-                    self._turns.finish()  # another stream may still replay the old graphs
-                self._state, self._built, self._recorded = fresh, built, recorded
-                self._model = model
+                built = self._built.with_weights(fresh)
+            self._runner.replace(built, cuda_graph=self.cuda_graph)
+            self._state, self._model = fresh, model
 
     def save(self, path: str | Path) -> None:
         """Writes the plans (as JSON) and the weights to one safetensors file. See `load_engine`.
@@ -410,7 +277,7 @@ class Engine:
             OSError: the file cannot be written; an earlier one stays unchanged.
             ValueError: the engine was built with keep_weights=False.
         """
-        with self._no_builds():
+        with self._runner.changing:
             plans = {shape: (p.graph, p.segments) for shape, p in self._built.items()}
             save(
                 Path(path), self._device, plans, self._weights(), self.other_batches,
@@ -445,24 +312,10 @@ class Engine:
                 f"this engine computes in {self.precision}; accepted: one in int8, since "
                 "torch.onnx.export writes other models"
             )
-        with self._no_builds():
+        with self._runner.changing:
             export_onnx(self._built.find().graph, self._weights(), Path(path), activations)
-
-    def _originals(self) -> list[Tensor]:
-        """Returns the copies of the original weights, and those of the model for other batches and
-        shapes."""
-        fallback = [t for _, t in tensors_of(self._model)] if self._model is not None else []
-        return [*(self._state or {}).values(), *fallback]
 
     def _weights(self) -> dict[str, Tensor]:
         if self._state is None:
             raise ValueError("this engine was built with keep_weights=False; build it with True")
         return self._state
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return (
-        x.dim() == 4
-        and not x.is_contiguous()
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )

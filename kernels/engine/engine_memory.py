@@ -1,7 +1,14 @@
 """Memory: the bytes that an engine uses, as `Engine.memory` reports them."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
+
+from resfuse.kernels.engine.memory.storage_bytes import storages
+from resfuse.kernels.engine.shapes.bound_plan import BoundPlan
+from resfuse.kernels.engine.shapes.plan_runner import PlanRunner
 
 
 @dataclass(frozen=True)
@@ -59,3 +66,19 @@ class Memory:
     def _renamed(self, old: str, new: str) -> int:
         warnings.warn(f"Memory.{old} is now Memory.{new}", DeprecationWarning, stacklevel=3)
         return int(getattr(self, new))
+
+
+def memory_of(plan: BoundPlan, originals: Sequence[Tensor], runner: PlanRunner) -> Memory:
+    """Returns the bytes that a plan uses, and those that all plans of its engine share.
+
+    Args:
+        originals: the copies of the original weights.
+    """
+    return Memory(
+        arena_bytes=plan.executor.arena.size,
+        least_arena_bytes=plan.executor.arena.least_size,
+        weights_bytes=plan.executor.weight_bytes(excluding=originals),
+        originals_bytes=sum(storages(originals).values()),
+        graph_pool_bytes=runner.graph_pool_bytes(),
+        graph_inputs_bytes=runner.graph_inputs_bytes(),
+    )

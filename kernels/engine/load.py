@@ -4,11 +4,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from resfuse.kernels.cpu.cpus import asking
-from resfuse.kernels.engine.bound_plan import bind
 from resfuse.kernels.engine.engine import Engine
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.runtime.default_device import without_meta
 from resfuse.kernels.engine.saving.engine_file import Saved, cannot_run, read
+from resfuse.kernels.engine.shapes.bound_plan import bind
 
 
 @without_meta()

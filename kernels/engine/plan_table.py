@@ -27,6 +27,7 @@ from resfuse.kernels.engine.ir.graph import (
 )
 from resfuse.kernels.engine.memory.arena_planner import MB
 from resfuse.kernels.engine.planning.planner import Segment
+from resfuse.kernels.engine.shapes.shape_plans import ShapePlans, written
 
 _HEADINGS = (
     "segment", "tactic", "precision", "ms", "%", "floor, ms", "% of floor", "MB", "next best",
@@ -45,6 +46,28 @@ _PRECISIONS = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "int8",
 }  # fmt: skip
 _MEASURED = "Times were measured on this device, each segment by itself."
+
+
+def summary(plans: ShapePlans, device: str, precision: str) -> str:
+    """Returns a line with the input of an engine, the batch sizes or shapes that it has plans for,
+    and the segments and the time of the largest."""
+    largest = plans.find()
+    takes = largest.graph.values[largest.graph.input]
+    dtype = str(takes.dtype).removeprefix("torch.")
+    if takes.quantization is not None:
+        dtype += f" pixels, computed in {precision},"
+    elif takes.dtype == torch.float32 and precision != "fp32":
+        dtype += f", computed in {precision},"
+    ms = sum(segment.ms for segment in largest.segments)
+    took = f"{len(largest.segments)} segments, {ms:.3f} ms one by one at"
+    if len(plans.images) > 1:
+        shapes = ", ".join(map(written, plans))
+        return f"{dtype} on {device}, shapes {shapes}; {took} {written(largest.shape)}"
+    sizes = ", ".join(map(str, plans.batch_sizes()))
+    return (
+        f"N x {written(largest.shape[1:])} {dtype} on {device}, batch sizes {sizes}; "
+        f"{took} batch {largest.shape[0]}"
+    )
 
 
 def table(

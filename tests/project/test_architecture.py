@@ -32,6 +32,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("tactics",),
         ("planning", "runtime", "cost"),
         ("tuning", "saving", "quantization"),
+        ("shapes",),
         ("torch_compile",),
     ),
     "kernels/fusion": (("tracing",), ("matching",), ("layers",), ("planning",), ("training",)),

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fake_cuda import GPU, Fake, fake_cuda
 from kernel_inputs import DEVICE
 from resfuse.kernels.engine import build
-from resfuse.kernels.engine.bound_plan import BoundPlan, bind
 from resfuse.kernels.engine.build import tuned_plan
 from resfuse.kernels.engine.engine import Engine
 from resfuse.kernels.engine.frontend.export import capture
@@ -26,6 +25,7 @@ from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.planner import Plan, Segment
 from resfuse.kernels.engine.runtime.cuda_graph import Recorded, Turns
 from resfuse.kernels.engine.runtime.executor import Executor
+from resfuse.kernels.engine.shapes.bound_plan import BoundPlan, bind
 from resfuse.kernels.engine.tactics.gpu import (
     triton_block_tail,
     triton_conv,
@@ -148,8 +148,8 @@ def test_from_capture_to_call(
 
 def on_the_gpu(made: Engine) -> Engine:
     """An engine whose weights lie on the CPU, as if they did not."""
-    made._turns, made.cuda_graph = Turns(GPU), True
-    made._recorded = made._record(made._built)
+    runner, made.cuda_graph = made._runner, True
+    runner._turns, runner._recorded = Turns(GPU), runner._record(runner.plans, True)
     return made
 
 
@@ -234,7 +234,8 @@ def test_a_shape_that_a_call_adds_is_a_graph_with_a_pool_of_its_own(
         with torch.no_grad():
             torch.testing.assert_close(engine(x), model(x))
         assert gpu.said[-2:] == ["replay", "a run ends"]
-        assert len({id(recorded) for recorded in engine._recorded.values()}) == len(engine.shapes)
+        graphs_of = engine._runner._recorded.values()
+        assert len({id(recorded) for recorded in graphs_of}) == len(engine.shapes)
     assert engine.batch_sizes == (2, 3)
 
 

@@ -3,8 +3,11 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from resfuse.kernels.engine.bound_plan import BoundPlan
-from resfuse.kernels.engine.ir.graph import Graph, state_names
+import torch
+
+from resfuse.kernels.engine.ir.graph import Graph, State, Value, state_names
+from resfuse.kernels.engine.memory.buffers import WeightStore
+from resfuse.kernels.engine.shapes.bound_plan import BoundPlan, bind
 
 Shape = tuple[int, ...]
 
@@ -27,6 +30,19 @@ class ShapePlans(Mapping[Shape, BoundPlan]):
         return len(self._plans)
 
     @property
+    def input(self) -> Value:
+        """Returns the input of the first plan, of the dtype and the dimensions of all."""
+        graph = next(iter(self.values())).graph
+        return graph.values[graph.input]
+
+    def device(self, state: State) -> torch.device:
+        """Returns the device of the model's weights; without any, that of the constants."""
+        constants = self.constants()
+        weights = [*(t for n, t in state.items() if n not in constants), *state.values()]
+        known = next(iter(self.values())).graph.device
+        return next((tensor.device for tensor in weights), known or torch.device("cpu"))
+
+    @property
     def images(self) -> tuple[Shape, ...]:
         """Returns the shapes without the batch."""
         return tuple(dict.fromkeys(shape[1:] for shape in self))
@@ -46,6 +62,13 @@ class ShapePlans(Mapping[Shape, BoundPlan]):
     def state_names(self) -> set[str]:
         """Returns the names of the weights that some plan needs."""
         return {name for plan in self.values() for name in state_names(plan.graph)}
+
+    def with_weights(self, state: State) -> "ShapePlans":
+        """Returns the plans bound to other weights and arenas of their own."""
+        weight_store = WeightStore()
+        return ShapePlans(
+            bind(plan.graph, plan.segments, state, weight_store) for plan in self.values()
+        )
 
     def find(self, batch_size: int | None = None, shape: Sequence[int] | None = None) -> BoundPlan:
         """Returns the plan for a shape, or the one for the largest images of a batch size, or for

@@ -1,0 +1,1 @@
+"""The plans of an engine, one for each shape of its input: kept, run in turns, added to."""
