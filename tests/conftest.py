@@ -265,6 +265,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["native", "onednn"])
 def conv_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
     """What computes convolutions on this CPU: native steps, or oneDNN where there are none."""

@@ -3,7 +3,7 @@
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 from resfuse.resnet_ref import create
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -227,14 +227,6 @@ def test_engines_run_side_by_side(engine: Engine, model: nn.Module, timings: Pat
     other = made(maps)
     beside = build_engine(other, images(*SHAPE), timings=timings)
     in_threads([calling(engine, model, 100), calling(beside, other, 200)])
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -4,7 +4,6 @@ import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from resfuse.resnet_ref import create
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _native(own_cache: Path) -> None:
+def _native() -> None:
     """Here, and not while tests are collected, the library is compiled where there is none yet."""
     if (reason := why_unavailable()) is not None:
         pytest.skip(reason)

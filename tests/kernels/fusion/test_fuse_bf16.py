@@ -26,7 +26,7 @@ from resfuse.kernels.ops.bn_folding import fold_conv_bn
 from resfuse.kernels.ops.conv_problem import Geometry
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 BF16 = torch.bfloat16
 

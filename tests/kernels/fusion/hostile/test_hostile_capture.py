@@ -20,7 +20,7 @@ from resfuse.kernels import Engine, build_engine
 from resfuse.kernels.engine.load import load_engine
 from scope import Scope
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 SHAPE = (2, 3, 9, 10)
 CALLS = 0

@@ -264,7 +264,6 @@ def test_habits(number: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("number", range(SEEDS_OF_ENGINES))
 def test_engines_of_habits(number: int) -> None:
     examples(run_engine, number, EXAMPLES_OF_ENGINES)
