@@ -96,7 +96,6 @@ def test_every_command_of_a_page_runs(
     page: Path,
     tmp_path: Path,
     checkout: Path,
-    own_cache: Path,
     forked_python: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -125,7 +124,7 @@ OF_PACKAGES = [
 
 @pytest.mark.parametrize(("package", "block"), OF_PACKAGES)
 def test_commands_that_need_a_package_run(
-    package: str, block: str, tmp_path: Path, checkout: Path, own_cache: Path, forked_python: str
+    package: str, block: str, tmp_path: Path, checkout: Path, forked_python: str
 ) -> None:
     try:
         metadata.distribution(package)

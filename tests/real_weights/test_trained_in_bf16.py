@@ -24,7 +24,7 @@ from trained_networks import (
     photographs,
 )
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 PHOTOGRAPHS = (
     "chelsea", "coffee", "rocket", "astronaut", "motorcycle_left", "hubble_deep_field", "retina",
     "ihc",

@@ -27,7 +27,7 @@ from trained_networks import (
     photographs,
 )
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 PHOTOGRAPHS = ("chelsea", "coffee", "rocket", "astronaut")
 AS_THEY_ARE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 

@@ -14,7 +14,7 @@ from resfuse.bench.common.finding import BROKEN, NOTE, Finding, Part, looked
 from resfuse.bench.doctor import doctor_page, processors, software
 from resfuse.bench.measuring.probes.noise import judged
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 RUN = (
     "import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"

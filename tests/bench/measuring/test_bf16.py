@@ -21,7 +21,7 @@ from resfuse.bench.records.outcome import Outcome
 from resfuse.resnet_ref import models
 from resfuse.resnet_ref.cifar import cifar_resnet
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 CASE = Case("cifar_resnet8", "eager", "inference", "cpu", "bf16", "contiguous", 4, 32)
 OPTIONS = Options(seconds=0.05, min_rounds=6, max_rounds=12)

@@ -224,7 +224,6 @@ def test_a_row_of_throughput(threads: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("name", [n for n, one in BACKENDS.items() if one.streams is not None])
 def test_the_streams_of_every_backend_answer_rightly(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -264,7 +263,6 @@ class Pair(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("name", ["onnxrt", "openvino", "engine"])
 def test_streams_of_a_network_with_several_outputs(name: str) -> None:
     pytest.importorskip(

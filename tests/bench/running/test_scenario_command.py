@@ -274,7 +274,6 @@ def test_the_plan_shows_the_load_and_guesses_longer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_cache")
 @pytest.mark.usefixtures("forked_workers")
 def test_rows_through_a_process_of_their_own_resume_and_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

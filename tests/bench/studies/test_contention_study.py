@@ -20,11 +20,11 @@ from resfuse.bench.studies.contention import contention_study, contention_table,
 from resfuse.bench.studies.contention.neighbours import busy
 from resfuse.bench.studies.contention.scenarios import SCENARIOS, Scenario
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> tuple[int, Path]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """The exit code of a small run, and the folder of its results."""
     folder = tmp_path_factory.mktemp("results")
     code = main(

@@ -17,7 +17,7 @@ from resfuse.bench.records.sample import Value
 from resfuse.bench.report.study_pages import MODELS
 from resfuse.bench.studies.models import compare_answers, models_study, models_table, networks
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def deadly(network: str, img_size: int, kinds: Sequence[str]) -> dict[str, Value]:

@@ -136,7 +136,7 @@ def tiny() -> tuple[nn.Module, Images]:
 
 
 @pytest.mark.slow  # an engine is built twice: 10 s where nothing is compiled yet
-def test_a_tiny_network_in_our_engine(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiny_network_in_our_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve images in batches of five, by two methods; another tool that fails costs its row."""
 
     def broken(*_: object) -> tools.Run:

@@ -14,8 +14,6 @@ from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.packed_conv import NativeConv
 from resfuse.kernels.ops.conv_problem import Geometry
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 class Layer:
     """A convolution in native code, and the same in torch's fp64."""

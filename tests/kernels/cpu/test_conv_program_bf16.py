@@ -20,7 +20,7 @@ from resfuse.kernels.cpu.stem_pool import StemPool
 from resfuse.kernels.cpu.weight_layout import paired_from, paired_weights
 from resfuse.kernels.ops.conv_problem import Geometry
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 BF16 = torch.bfloat16
 

@@ -54,7 +54,7 @@ from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.engine.tactics.cpu import native, native_rows
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def single(config: NativeConfig) -> Candidate:

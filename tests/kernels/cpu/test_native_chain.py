@@ -22,8 +22,6 @@ from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.engine.tactics.cpu import native, native_chain
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 def bottleneck(
     *,

@@ -49,7 +49,7 @@ from resfuse.kernels.ops.conv_problem import (
     dtypes_of,
 )
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 WIDTHS = {"x86-64-v3": ("avx2", 8), "x86-64-v2": ("sse4_2", 4)}  # -march: what it takes, lanes
 

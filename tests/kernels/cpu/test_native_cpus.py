@@ -19,8 +19,6 @@ from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.fusion.fuse import fuse
 from resfuse.kernels.tuning_cache.environment import device_name
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

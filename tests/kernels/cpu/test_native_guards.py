@@ -22,8 +22,6 @@ from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics.cpu import native, native_chain, native_rows
 from resfuse.kernels.ops.conv_problem import Epilogue
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 def require_guarded(graph: Graph, state: State, choice: Candidate) -> None:
     with guarded() as guards:

@@ -15,7 +15,7 @@ from resfuse.kernels.cpu.program import ACTIVATIONS, lanes
 from resfuse.kernels.ops.conv_problem import ConvProblem
 from resfuse.kernels.ops.quantization import Quantization, dequantize, quantize_weights
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 INT8_FORMS = {name: form for name, form in FORMS.items() if form[0] != "winograd"}
 

@@ -28,7 +28,7 @@ from resfuse.kernels.cpu.row_fusion import RowLayout
 from resfuse.kernels.ops.conv_problem import ConvProblem
 from resfuse.kernels.ops.quantization import max_pool_ref
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def run_steps(steps: list[Step], threads: int) -> None:

@@ -13,7 +13,7 @@ from resfuse.kernels.cpu import library as native_library
 from resfuse.kernels.cpu.library import bf16_isa, int8_isa, library
 from resfuse.kernels.cpu.program import lanes
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 NAMES = (
     "ResNet's stem", "no whole vectors", "two uneven slices", "three slices of a 1x1",

@@ -33,7 +33,7 @@ from resfuse.kernels.ops.quantization import (
     quantize,
 )
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 FINE, COARSE = Quantization(0.0123, 7), Quantization(0.31, 200)
 SHAPES = [(3, 10, 13, 5), (2, 16, 1, 1), (1, 130, 2, 3), (2, 3, 7, 7), (1, 64, 9, 9)]

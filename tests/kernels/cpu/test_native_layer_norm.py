@@ -14,8 +14,6 @@ from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.engine.tactics.cpu import native
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 # ConvNeXt's first, a prime one, less than a vector, one channel; a pooled map; a row
 SHAPES = [(2, 96, 5, 4), (3, 37, 3, 3), (2, 3, 4, 5), (2, 1, 3, 2), (3, 768, 1, 1), (3, 70)]
 

@@ -14,8 +14,6 @@ from resfuse.kernels.engine.ir.graph import Affine, MaxPool
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import eager
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 def awkward(x: Tensor) -> Tensor:
     """With NaN and both infinities, far apart."""

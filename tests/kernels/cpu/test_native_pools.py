@@ -13,8 +13,6 @@ from resfuse.kernels.engine.ir.graph import Affine, AveragePool, Mean, Pick
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics.cpu import native
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 AVERAGES = {
     "DenseNet's": AveragePool((2, 2), (2, 2), (0, 0)),
     "padded": AveragePool((3, 3), (2, 2), (1, 1)),

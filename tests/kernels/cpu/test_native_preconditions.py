@@ -18,10 +18,7 @@ from resfuse.kernels.cpu.library import Storage, library
 from resfuse.kernels.cpu.program import Step, activation, kind, lanes, runner, storage_number
 from resfuse.kernels.cpu.weight_layout import direct_weights
 
-pytestmark = [
-    pytest.mark.usefixtures("own_cache"),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
-]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 @pytest.fixture(autouse=True)

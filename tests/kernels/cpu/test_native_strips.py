@@ -19,8 +19,6 @@ from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.engine.tactics.cpu import native, native_rows
 from resfuse.kernels.ops.conv_problem import ConvProblem
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 RESNETS = MaxPool((3, 3), (2, 2), (1, 1), (1, 1))
 
 

@@ -30,7 +30,7 @@ from resfuse.kernels.engine.ir.graph import Graph, MaxPool, Mean, State
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics.cpu import native, native_chain, native_rows
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 DISTURBED = "-DRESFUSE_DISTURBED"
 WATCHDOG_S = 120
@@ -230,7 +230,7 @@ while True:
 """
 
 
-def test_an_interrupt_ends_a_process_whose_helpers_compute(own_cache: Path) -> None:
+def test_an_interrupt_ends_a_process_whose_helpers_compute() -> None:
     """Signals go to the thread that Python listens on."""
     process = subprocess.Popen(
         [sys.executable, "-c", CALLS_UNTIL_KILLED],

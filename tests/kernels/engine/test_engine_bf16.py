@@ -23,7 +23,7 @@ from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.saving.engine_file import _digest
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR
 
-pytestmark = [pytest.mark.usefixtures("own_cache", "kept_exports"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("kept_exports"), pytest.mark.slow]
 
 BF16 = torch.bfloat16
 

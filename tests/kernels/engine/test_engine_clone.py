@@ -16,11 +16,11 @@ from resfuse.kernels.engine.tactics import TACTICS
 
 Segments = Callable[[Graph, int], Iterable[Candidate]]
 
-pytestmark = pytest.mark.usefixtures("own_cache", "kept_exports")
+pytestmark = pytest.mark.usefixtures("kept_exports")
 
 
 @pytest.fixture(scope="module")
-def network(own_cache: object) -> nn.Module:
+def network() -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).eval()

@@ -19,7 +19,7 @@ from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Conv
 from scope import Scope
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 FORWARDS: dict[str, Callable[[], nn.Module]] = {

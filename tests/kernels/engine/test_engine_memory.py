@@ -23,8 +23,6 @@ from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.engine.tactics.cpu import native, onednn_conv
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 # A value that was overwritten is off by about one; roundings of a dozen layers by 1e-6.
 CLOSE = 1e-4
 

@@ -15,7 +15,7 @@ from graphs import error
 from resfuse.kernels import build_engine, fuse
 from resfuse.resnet_ref import calibrate
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 AS_EAGER = 1e-5  # twenty convolutions in a row, by other algorithms than eager's
 

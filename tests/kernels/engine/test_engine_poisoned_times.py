@@ -18,7 +18,7 @@ from resfuse.kernels.engine.ir.lowered import Call
 from resfuse.kernels.engine.tactics.cpu import onednn_conv
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
-pytestmark = [pytest.mark.usefixtures("own_cache", "kept_exports"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("kept_exports"), pytest.mark.slow]
 
 CPU = torch.device("cpu")
 Row = dict[str, Any]

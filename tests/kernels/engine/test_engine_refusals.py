@@ -13,7 +13,7 @@ from engine_models import SHAPE, conv, images, made, small
 from resfuse.kernels import Engine, build_engine
 from scope import Scope
 
-pytestmark = pytest.mark.usefixtures("own_cache", "kept_exports")
+pytestmark = pytest.mark.usefixtures("kept_exports")
 
 
 @pytest.fixture(scope="module")

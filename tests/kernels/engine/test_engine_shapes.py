@@ -29,7 +29,7 @@ BEYOND = (2, 3, 10, 10)
 
 
 @pytest.fixture(autouse=True)
-def by_eager(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> dict[tuple[int, ...], str]:
+def by_eager(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], str]:
     """Nothing is timed: plans are torch's operations, or native steps for the shapes in the dict
     that this returns."""
     tactics: dict[tuple[int, ...], str] = {}
@@ -341,7 +341,7 @@ def test_a_forked_process_builds_shapes(model: nn.Module, tmp_path: Path) -> Non
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_a_child, args=(engine, tmp_path / "forked.engine", queue))
-    with engine._building:
+    with engine._runner.changing:
         child.start()
     child.join(60)
     hangs = child.is_alive()

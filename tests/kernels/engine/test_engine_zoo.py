@@ -27,7 +27,7 @@ from resfuse.kernels.engine.tactics.cpu import native, onednn_conv
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 from resfuse.resnet_ref import create
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 RESNET50 = {"Conv": 54, "MaxPool": 1, "Mean": 1}  # 53 convolutions and the linear layer
 ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {

@@ -31,7 +31,6 @@ class Activated(nn.Module):
         return self.activation(self.conv(x))
 
 
-@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_an_activation_is_the_convolutions_own(spelling: str) -> None:
     activation, name = SPELLINGS[spelling]
@@ -44,7 +43,6 @@ def test_an_activation_is_the_convolutions_own(spelling: str) -> None:
         assert error(engine(x), model.double()(x.double())) < 1e-6
 
 
-@pytest.mark.usefixtures("own_cache")
 def test_another_clamp_is_no_relu6() -> None:
     x = 10 * torch.randn(2, 8, 9, 7)
     model = Activated(nn.Hardtanh(-1.0, 6.0)).eval()

@@ -36,7 +36,7 @@ from resfuse.kernels.tuning_cache import timing_cache
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 from resfuse.resnet_ref import create
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def first_native(graph: Graph) -> list[Candidate]:

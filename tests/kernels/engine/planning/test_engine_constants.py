@@ -21,8 +21,6 @@ from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import tactics_for
 from scope import Scope
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 class Table(nn.Module):
     """Attention over pixels with a bias for each difference of places, as LeViT has it."""

@@ -32,8 +32,6 @@ from resfuse.kernels.engine.tactics import TACTICS, tactics_for
 from resfuse.resnet_ref import create
 from scope import Scope
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 HEADS, TOKENS = 4, 32
 MAP, ATTENTION = (1, 2 * lanes(), 8, 8), (1, HEADS, TOKENS, TOKENS)
 

@@ -31,8 +31,6 @@ from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry, dtypes_of
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 CPU = torch.device("cpu")
 
 

@@ -24,7 +24,7 @@ from resfuse.kernels.engine.saving.engine_file import _digest
 from resfuse.kernels.engine.tactics import eager
 from test_engine_bf16 import gated, mobilenet
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 class Joined(nn.Module):

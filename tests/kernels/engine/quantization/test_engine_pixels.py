@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from resfuse.kernels import Engine, Pixels, build_engine, load_engine
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 PIXELS = Pixels(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 STEMS = {"7x7/2": (7, 2, 3), "3x3": (3, 1, 1), "no padding": (3, 2, 0)}
 

@@ -28,8 +28,6 @@ from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.onnx_reader.operators.quantize_linear import FakeQuantize
 from resfuse.kernels.ops.quantization import Quantization, quantize_weights
 
-pytestmark = [pytest.mark.usefixtures("own_cache")]
-
 
 def convolutions(graph: Graph) -> list[torch.dtype]:
     """The dtype that each convolution and linear layer reads."""

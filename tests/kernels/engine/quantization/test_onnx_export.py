@@ -36,7 +36,7 @@ from resfuse.kernels.engine.ir.graph import (
 from resfuse.kernels.engine.saving.onnx.onnx_writer import export_onnx
 from resfuse.kernels.engine.tactics import eager
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def int8_engine(name: str, count: int = 4) -> Engine:

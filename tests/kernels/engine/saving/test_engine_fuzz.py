@@ -15,7 +15,7 @@ from engine_models import SHAPE, images, made, small
 from resfuse.kernels import build_engine
 from scope import Scope
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 CHANGES, AT_ONCE = 200, 100
 FUZZER = Path(__file__).parents[3] / "helpers/engine_fuzz.py"

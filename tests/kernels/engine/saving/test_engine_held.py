@@ -20,7 +20,7 @@ from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.planning.planner import Plan, TimedCandidate, plan
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 AS_EAGER = 1e-6
 SHAPE = (2, 3, 20, 18)

@@ -19,7 +19,7 @@ from resfuse.kernels import Engine, build_engine
 from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.saving.engine_file import _digest
 
-pytestmark = [pytest.mark.usefixtures("own_cache", "kept_exports"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("kept_exports"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.tuning_cache import timing_cache
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 TIMES = {("conv 1", "native"): 0.5, ("conv 1", "onednn"): None, ("conv 2", "eager"): 3.0}

@@ -33,7 +33,7 @@ from graphs import error
 from resfuse.kernels import Engine, build_engine, compile_backend
 from scope import Scope
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
