@@ -1,17 +1,10 @@
 """The flags of `resfuse doctor`."""
 
 import argparse
-from pathlib import Path
 
-from resfuse.bench.running.shared_flags import add_device
+from resfuse.bench.running.shared_flags import add_device, add_results
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
-    parser.add_argument(
-        "--results",
-        metavar="DIR",
-        type=Path,
-        default=Path("results"),
-        help="where `resfuse bench` would write (default: results)",
-    )
+    add_results(parser, "where `resfuse bench` would write (default: results)")

@@ -6,26 +6,19 @@ from pathlib import Path
 from resfuse.bench.records.precision_names import FLOATING
 from resfuse.bench.running.shared_flags import (
     MODEL_HELP,
+    add_batch_sizes,
     add_device,
     add_img_size,
     add_model_kwargs,
     add_seed,
     add_weights,
-    numbers,
     positive,
 )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "-b",
-        "--batch-size",
-        type=numbers,
-        default=[],
-        metavar="N",
-        help="images; several with commas (default: 1, or those of the file)",
-    )
+    add_batch_sizes(parser, "images; several with commas (default: 1, or those of the file)")
     parser.add_argument(
         "--precision", default="float32", metavar="NAME", help=f"{', '.join(FLOATING)} (default: "
         "float32)"

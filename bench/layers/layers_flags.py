@@ -2,19 +2,21 @@
 
 import argparse
 
-from resfuse.bench.records.case import PRECISIONS, Options
+from resfuse.bench.records.case import PRECISIONS
 from resfuse.bench.running.shared_flags import (
     MODEL_HELP,
+    add_batch_sizes,
     add_device,
+    add_dry_run_and_no_report,
     add_img_size,
     add_model_kwargs,
+    add_model_names,
     add_precisions,
     add_results,
+    add_seconds,
     add_threads,
-    model_names,
+    add_timeout,
     names,
-    numbers,
-    positive,
     rounds,
     whole,
 )
@@ -22,48 +24,25 @@ from resfuse.bench.running.shared_flags import (
 
 def add_kernels(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure: y = relu(conv(x) + b), one by one")
-    what.add_argument(
-        "-m",
-        "--model",
-        type=model_names,
-        default=["resnet50"],
-        metavar="NAMES",
-        help="networks whose convolutions are measured; wildcards allowed (default: resnet50)",
+    add_model_names(
+        what,
+        "networks whose convolutions are measured; wildcards allowed (default: resnet50)",
+        ["resnet50"],
     )
-    what.add_argument(
-        "--providers",
-        type=names,
-        default=[],
-        metavar="NAMES",
-        help="ways to compute one; see `resfuse list providers` (default: all)",
-    )
-    what.add_argument(
-        "-b",
-        "--batch-size",
-        type=numbers,
-        default=[],
-        metavar="N",
-        help="images (default: 1,8 on a CPU, 1,256 on a GPU)",
-    )
+    _add_providers(what, "one")
+    add_batch_sizes(what, "images (default: 1,8 on a CPU, 1,256 on a GPU)")
     add_precisions(what)
     add_img_size(what)
     add_model_kwargs(what)
     add_device(what)
     how = parser.add_argument_group("how")
     _add_rounds(how)
-    how.add_argument(
-        "--timeout",
-        type=positive,
-        default=Options.timeout_s,
-        metavar="S",
-        help="limit of a convolution, set-up included (default: %(default)g)",
-    )
+    add_timeout(how, "limit of a convolution, set-up included (default: %(default)g)")
     add_threads(how)
     out = parser.add_argument_group("results")
     add_results(out)
     out.add_argument("--csv", action="store_true", help="print the rows as CSV, too")
-    out.add_argument("--dry-run", action="store_true", help="show the convolutions and stop")
-    out.add_argument("--no-report", action="store_true", help="append rows only")
+    add_dry_run_and_no_report(out, "convolutions")
 
 
 def add_layers(parser: argparse.ArgumentParser) -> None:
@@ -76,33 +55,25 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
         help="images (default: 8 on a CPU, 256 on a GPU)",
     )
     parser.add_argument("--precision", metavar="NAME", help=", ".join(PRECISIONS))
+    _add_providers(parser, "a convolution")
+    add_img_size(parser)
+    add_model_kwargs(parser)
+    add_device(parser)
+    _add_rounds(parser)
+    add_seconds(parser, "timed seconds of each whole network (default: %(default)g)", 2.0)
+    add_timeout(parser, "limit of a convolution or network, set-up included (default: %(default)g)")
+    add_threads(parser)
+    add_results(parser)
+
+
+def _add_providers(parser: argparse._ActionsContainer, what: str) -> None:
     parser.add_argument(
         "--providers",
         type=names,
         default=[],
         metavar="NAMES",
-        help="ways to compute a convolution; see `resfuse list providers` (default: all)",
+        help=f"ways to compute {what}; see `resfuse list providers` (default: all)",
     )
-    add_img_size(parser)
-    add_model_kwargs(parser)
-    add_device(parser)
-    _add_rounds(parser)
-    parser.add_argument(
-        "--seconds",
-        type=positive,
-        default=2.0,
-        metavar="S",
-        help="timed seconds of each whole network (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=positive,
-        default=Options.timeout_s,
-        metavar="S",
-        help="limit of a convolution or network, set-up included (default: %(default)g)",
-    )
-    add_threads(parser)
-    add_results(parser)
 
 
 def _add_rounds(parser: argparse._ActionsContainer) -> None:

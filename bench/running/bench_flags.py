@@ -2,22 +2,24 @@
 
 import argparse
 
-from resfuse.bench.records.case import LATENCY, MEMORY_FORMATS, MODES, SCENARIOS, Options
+from resfuse.bench.records.case import LATENCY, MEMORY_FORMATS, MODES, SCENARIOS
 from resfuse.bench.running.profiles import NAMES
 from resfuse.bench.running.shared_flags import (
-    MODELS_HELP,
+    add_backends,
+    add_batch_sizes,
     add_device,
     add_img_size,
     add_model_kwargs,
+    add_model_names,
     add_precisions,
     add_results,
     add_resumable,
+    add_seconds,
     add_seed,
     add_threads,
+    add_timeout,
     add_weights,
-    model_names,
     names,
-    numbers,
     pair,
     positive,
     rate,
@@ -34,31 +36,11 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         default="quick",
         help="a ready-made sweep; the flags below replace its parts (default: quick)",
     )
-    what.add_argument(
-        "-m",
-        "--model",
-        type=model_names,
-        default=[],
-        metavar="NAMES",
-        help=MODELS_HELP,
-    )
+    add_model_names(what)
     backends = what.add_mutually_exclusive_group()
-    backends.add_argument(
-        "--backend",
-        type=names,
-        default=[],
-        metavar="NAMES",
-        help="ways to run them; see `resfuse list backends`",
-    )
+    add_backends(backends, "ways to run them; see `resfuse list backends`")
     _add_ab(backends)
-    what.add_argument(
-        "-b",
-        "--batch-size",
-        type=numbers,
-        default=[],
-        metavar="N",
-        help="images; never changed behind your back",
-    )
+    add_batch_sizes(what, "images; never changed behind your back")
     add_precisions(what)
     formats = what.add_mutually_exclusive_group()
     formats.add_argument(
@@ -104,20 +86,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--baseline-memory-format", default="contiguous", metavar="NAME", help="default: contiguous"
     )
-    how.add_argument(
-        "--seconds",
-        type=positive,
-        metavar="S",
-        help="timed seconds a case (default: the profile's; at most 60 with --ci)",
-    )
+    add_seconds(how, "timed seconds a case (default: the profile's; at most 60 with --ci)")
     _add_ci(how)
-    how.add_argument(
-        "--timeout",
-        type=positive,
-        default=Options.timeout_s,
-        metavar="S",
-        help="limit of a case, set-up included (default: %(default)g)",
-    )
+    add_timeout(how)
     add_threads(how)
     add_seed(how, "of the seeded weights, and of when batches arrive")
     out = parser.add_argument_group("results")

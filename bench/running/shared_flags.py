@@ -1,4 +1,5 @@
-"""Flags that several commands share, word for word, and the types that flags of any command take.
+"""Flags that several commands share, at most with another default and another help, and the types
+that flags of any command take.
 
 A flag of one command is in the `..._flags.py` beside that command. None of these files imports
 torch, so that `resfuse --help` answers at once.
@@ -7,9 +8,10 @@ A type raises argparse.ArgumentTypeError; argparse puts the name of the flag in 
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from resfuse.bench.records.case import MOST, PRECISIONS
+from resfuse.bench.records.case import MOST, PRECISIONS, Options
 
 _MODELS = (
     "resnet50, timm:resnet50d, torchvision:mobilenet_v2, smp:Unet, PATH.py:FUNCTION, "
@@ -17,6 +19,7 @@ _MODELS = (
 )
 MODELS_HELP = f"networks, wildcards allowed: {_MODELS}"
 MODEL_HELP = f"a network: {_MODELS}"
+PEERS = ("eager", "compiled", "onnxrt", "openvino", "fused", "engine")  # on a CPU
 
 
 def names(text: str) -> list[str]:
@@ -107,9 +110,53 @@ def pair(text: str) -> list[str]:
     return found
 
 
-def add_precisions(parser: argparse._ActionsContainer) -> None:
+def add_model_names(
+    parser: argparse._ActionsContainer, help: str = MODELS_HELP, default: Sequence[str] = ()
+) -> None:
     parser.add_argument(
-        "--precision", type=names, default=[], metavar="NAMES", help=", ".join(PRECISIONS)
+        "-m", "--model", type=model_names, default=list(default), metavar="NAMES", help=help
+    )
+
+
+def add_backends(
+    parser: argparse._ActionsContainer, help: str, default: Sequence[str] = ()
+) -> None:
+    parser.add_argument("--backend", type=names, default=list(default), metavar="NAMES", help=help)
+
+
+def add_batch_sizes(
+    parser: argparse._ActionsContainer, help: str, default: Sequence[int] = ()
+) -> None:
+    parser.add_argument(
+        "-b", "--batch-size", type=numbers, default=list(default), metavar="N", help=help
+    )
+
+
+def add_precisions(parser: argparse._ActionsContainer, help: str = ", ".join(PRECISIONS)) -> None:
+    parser.add_argument("--precision", type=names, default=[], metavar="NAMES", help=help)
+
+
+def add_seconds(
+    parser: argparse._ActionsContainer, help: str, default: float | None = None
+) -> None:
+    parser.add_argument("--seconds", type=positive, default=default, metavar="S", help=help)
+
+
+def add_timeout(
+    parser: argparse._ActionsContainer,
+    help: str = "limit of a case, set-up included (default: %(default)g)",
+    default: float = Options.timeout_s,
+) -> None:
+    parser.add_argument("--timeout", type=positive, default=default, metavar="S", help=help)
+
+
+def add_budget(parser: argparse._ActionsContainer, default: float, said: str) -> None:
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        default=default,
+        metavar="S",
+        help=f"seconds for all of it; --resume goes on where they ended (default: {said})",
     )
 
 
@@ -153,10 +200,11 @@ def add_weights(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_device(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
-    )
+def add_device(
+    parser: argparse._ActionsContainer,
+    help: str = "cpu, cuda, cuda:N (default: cuda where there is one)",
+) -> None:
+    parser.add_argument("--device", default="auto", help=help)
 
 
 def add_threads(parser: argparse._ActionsContainer) -> None:
@@ -173,14 +221,11 @@ def add_seed(parser: argparse._ActionsContainer, what: str = "of the seeded weig
     parser.add_argument("--seed", type=int, default=0, help=f"{what} (default: 0)")
 
 
-def add_results(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--results",
-        metavar="DIR",
-        type=Path,
-        default=Path("results"),
-        help="a folder for this environment is made in it (default: results)",
-    )
+def add_results(
+    parser: argparse._ActionsContainer,
+    help: str = "a folder for this environment is made in it (default: results)",
+) -> None:
+    parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"), help=help)
 
 
 def add_resume(parser: argparse._ActionsContainer) -> None:
@@ -193,6 +238,10 @@ def add_resume(parser: argparse._ActionsContainer) -> None:
 
 def add_resumable(parser: argparse._ActionsContainer, what: str) -> None:
     add_resume(parser)
+    add_dry_run_and_no_report(parser, what)
+
+
+def add_dry_run_and_no_report(parser: argparse._ActionsContainer, what: str) -> None:
     parser.add_argument("--dry-run", action="store_true", help=f"show the {what} and stop")
     parser.add_argument("--no-report", action="store_true", help="append rows only")
 

@@ -3,15 +3,19 @@
 import argparse
 
 from resfuse.bench.running.shared_flags import (
+    add_backends,
+    add_batch_sizes,
+    add_budget,
     add_device,
     add_precisions,
     add_results,
     add_resumable,
+    add_seconds,
     add_seed,
     add_threads,
+    add_timeout,
     names,
     numbers,
-    positive,
     rounds,
 )
 
@@ -34,45 +38,16 @@ def add_depth(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="some of the study's networks; wildcards allowed (cifar*)",
     )
-    parser.add_argument(
-        "--backend",
-        type=names,
-        default=[],
-        metavar="NAMES",
-        help="ways to run every network (default: eager, fused, engine; and compiled up to 56 "
-        "layers)",
+    add_backends(
+        parser,
+        "ways to run every network (default: eager, fused, engine; and compiled up to 56 layers)",
     )
-    parser.add_argument(
-        "-b",
-        "--batch-size",
-        type=numbers,
-        default=[],
-        metavar="N",
-        help="images (default: 8 small or 1 large one on a CPU, 128 or 32 on a GPU)",
-    )
+    add_batch_sizes(parser, "images (default: 8 small or 1 large one on a CPU, 128 or 32 on a GPU)")
     add_precisions(parser)
     add_device(parser)
-    parser.add_argument(
-        "--seconds",
-        type=positive,
-        default=1.0,
-        metavar="S",
-        help="timed seconds a case (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=positive,
-        default=240.0,
-        metavar="S",
-        help="limit of a case, set-up included (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=positive,
-        default=840.0,
-        metavar="S",
-        help="seconds for all of it; --resume goes on where they ended (default: %(default)g)",
-    )
+    add_seconds(parser, "timed seconds a case (default: %(default)g)", 1.0)
+    add_timeout(parser, default=240.0)
+    add_budget(parser, 840.0, "%(default)g")
     add_threads(parser)
     add_seed(parser)
     parser.set_defaults(ab=None, ci=None)  # of `resfuse bench`, whose options these are, too
@@ -121,13 +96,7 @@ def add_degradation(parser: argparse.ArgumentParser) -> None:
         "GPU)",
     )
     add_device(parser)
-    parser.add_argument(
-        "--timeout",
-        type=positive,
-        default=86400.0,
-        metavar="S",
-        help="limit of one training (default: a day)",
-    )
+    add_timeout(parser, "limit of one training (default: a day)", 86400.0)
     add_results(parser)
     add_resumable(parser, "trainings")
 

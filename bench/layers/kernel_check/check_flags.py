@@ -2,7 +2,13 @@
 
 import argparse
 
-from resfuse.bench.running.shared_flags import add_kernel, add_results, add_resume, names
+from resfuse.bench.running.shared_flags import (
+    add_device,
+    add_kernel,
+    add_results,
+    add_resume,
+    names,
+)
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -14,11 +20,10 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="ieee, tf32, fp16, bf16; wildcards allowed (default: all)",
     )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="cuda, cuda:N, or cpu: tiny problems in Triton's interpreter (default: cuda where "
-        "there is one)",
+    add_device(
+        parser,
+        "cuda, cuda:N, or cpu: tiny problems in Triton's interpreter (default: cuda where there is "
+        "one)",
     )
     add_results(parser)
     add_resume(parser)

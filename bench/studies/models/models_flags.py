@@ -4,25 +4,24 @@ import argparse
 
 from resfuse.bench.records.case import USUAL_PRECISION
 from resfuse.bench.running.shared_flags import (
+    PEERS,
+    add_backends,
+    add_batch_sizes,
+    add_budget,
+    add_model_names,
     add_results,
     add_resume,
-    model_names,
+    add_seconds,
+    add_timeout,
     names,
-    numbers,
-    positive,
     rounds,
 )
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m",
-        "--model",
-        type=model_names,
-        default=[],
-        metavar="NAMES",
-        help="some of the study's networks, wildcards allowed ('timm rep*'), or others "
-        "(timm:resnet50d)",
+    add_model_names(
+        parser,
+        "some of the study's networks, wildcards allowed ('timm rep*'), or others (timm:resnet50d)",
     )
     parser.add_argument("--list", action="store_true", help="show the networks and stop")
     parser.add_argument(
@@ -39,13 +38,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pixels a side, more where a network needs them (default: 64, and 224 for speed)",
     )
-    parser.add_argument(
-        "--timeout",
-        type=positive,
-        default=240.0,
-        metavar="S",
-        help="CPU seconds for one network, or seconds for one network, batch and all backends "
+    add_timeout(
+        parser,
+        "CPU seconds for one network, or seconds for one network, batch and all backends "
         "(default: %(default)g)",
+        240.0,
     )
     parser.add_argument(
         "-j",
@@ -56,13 +53,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         help="networks at a time, which share the CPU's cores (default: %(default)s)",
     )
     speed = parser.add_argument_group("speed")
-    speed.add_argument(
-        "--backend",
-        type=names,
-        default=["eager", "compiled", "onnxrt", "openvino", "fused", "engine"],
-        metavar="NAMES",
-        help="default: eager,compiled,onnxrt,openvino,fused,engine",
-    )
+    add_backends(speed, f"default: {','.join(PEERS)}", PEERS)
     speed.add_argument(
         "--precision",
         default=USUAL_PRECISION,
@@ -70,27 +61,12 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         help="float32, or bf16: the same fp32 networks, computed in bfloat16 (default: "
         "%(default)s)",
     )
-    speed.add_argument(
-        "-b",
-        "--batch-size",
-        type=numbers,
-        default=[1, 8],
-        metavar="N",
-        help="images; one batch size after the other (default: 1,8)",
+    add_batch_sizes(speed, "images; one batch size after the other (default: 1,8)", [1, 8])
+    add_seconds(
+        speed,
+        "timed seconds for a network and batch, all backends together (default: %(default)g)",
+        5.0,
     )
-    speed.add_argument(
-        "--seconds",
-        type=positive,
-        default=5.0,
-        metavar="S",
-        help="timed seconds for a network and batch, all backends together (default: %(default)g)",
-    )
-    speed.add_argument(
-        "--budget",
-        type=positive,
-        default=float("inf"),
-        metavar="S",
-        help="seconds for all of it; --resume goes on where they ended (default: no limit)",
-    )
+    add_budget(speed, float("inf"), "no limit")
     add_results(parser)
     add_resume(parser)

@@ -3,12 +3,13 @@
 import argparse
 
 from resfuse.bench.running.shared_flags import (
+    add_dry_run_and_no_report,
     add_img_size,
+    add_model_names,
     add_results,
     add_seed,
     add_threads,
     add_weights,
-    model_names,
     names,
     numbers,
     rounds,
@@ -16,13 +17,9 @@ from resfuse.bench.running.shared_flags import (
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m",
-        "--model",
-        type=model_names,
-        default=[],
-        metavar="NAMES",
-        help="digits (ResNets trained here), mobilenet_v2, efficientnet_lite0, thin_resnet50 "
+    add_model_names(
+        parser,
+        "digits (ResNets trained here), mobilenet_v2, efficientnet_lite0, thin_resnet50 "
         "(`make real-weights`), or others with --weights or --pretrained (timm:resnet50d) or "
         "weights of their own (PATH.onnx); default: the first four, as far as installed",
     )
@@ -77,5 +74,4 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     )
     add_threads(parser)
     add_results(parser)
-    parser.add_argument("--dry-run", action="store_true", help="show the measurements and stop")
-    parser.add_argument("--no-report", action="store_true", help="append rows only")
+    add_dry_run_and_no_report(parser, "measurements")
