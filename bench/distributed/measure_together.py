@@ -138,10 +138,7 @@ def _measure(
     laps, span = timing.interleave(steps, device, options.seconds, rounds, rounds)
     tell("timed")
     span_s = timing.seconds(span)
-    clock = nvml.sm_clock_mhz() if device == "cuda" else None
-    throttle = nvml.throttle() if device == "cuda" else None
-    if not quiet:
-        throttle = " + ".join(filter(None, (throttle, "other processes")))
+    clock, throttle = nvml.clock_and_throttle(device, quiet)
     checks.append(candidate.check(network.TIMED_BATCHES, "after timing, on a new batch"))
 
     cost = measure_case.cost_of(case, model)

@@ -161,9 +161,7 @@ def _measured(
     """Returns this device's rates and the precisions asked for, by default one that suits it."""
     request = Request(
         profile="quick", device=args.device, models=models[:1], backends=["eager"],
-        batch_sizes=[1], precisions=precisions, memory_formats=[], modes=["inference"],
-        img_size=None, baseline="eager", baseline_memory_format="contiguous", weights="seeded",
-        images="bundled",
+        batch_sizes=[1], precisions=precisions, memory_formats=[],
     )  # fmt: skip
     found = survey.survey(request, args.threads, ceilings=True)
     kind = str(found["device"]).split(":")[0]

@@ -139,13 +139,7 @@ def _request(args: argparse.Namespace) -> Request:
         backends=["eager"],
         batch_sizes=args.batch_size,
         precisions=args.precision,
-        memory_formats=["contiguous"],
-        modes=["inference"],
         img_size=args.img_size,
-        baseline="eager",
-        baseline_memory_format="contiguous",
-        weights="seeded",
-        images="bundled",
         model_kwargs=tuple(args.model_kwargs),
         input_shape=args.input_shape,
     )

@@ -80,13 +80,7 @@ def _request(args: argparse.Namespace) -> Request:
         backends=["eager"],
         batch_sizes=[] if args.batch_size is None else [args.batch_size],
         precisions=[pick_precision(args.precision)] if args.precision else [],
-        memory_formats=["contiguous"],
-        modes=["inference"],
         img_size=args.img_size,
-        baseline="eager",
-        baseline_memory_format="contiguous",
-        weights="seeded",
-        images="bundled",
         input_shape=args.input_shape,
     )
 

@@ -165,10 +165,7 @@ def _time(
     )
     tell("timed")
     span_s = timing.seconds(span)
-    clock = nvml.sm_clock_mhz() if kind == "cuda" else None
-    throttle = nvml.throttle() if kind == "cuda" else None
-    if not quiet:
-        throttle = " + ".join(filter(None, (throttle, "other processes")))
+    clock, throttle = nvml.clock_and_throttle(kind, quiet)
     times = [tuple(sum(lap) for lap in step_laps) for step_laps in laps]
     outcomes = {}
     for (name, one), times_ms in zip(ready.items(), times[1:], strict=True):

@@ -45,9 +45,9 @@ from resfuse.bench.records.sample import Measured, Memory, Value
 from resfuse.kernels.cpu.cpus import usable
 
 Subject = Inference | ServedNetwork | Training
-Tell = Callable[
-    [str], None
-]  # the parent process's own watch starts at "timing" and stops at "timed"
+# The parent process's own watch starts at "timing" and stops at "timed".
+Tell = Callable[[str], None]
+Measure = Callable[[Case, Options, Mapping[str, float], Tell], tuple[Outcome, float]]
 
 # The least time of an input that was not seen before over that of one that was, after so many turns
 # at least and at most. Without memory it is about 1, within the first turns on an idle machine and
@@ -78,10 +78,15 @@ def measure(
 
 def measure_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     """`measure` for a worker; what it returns goes through JSON."""
+    return run_job(measure, job, tell)
+
+
+def run_job(way: Measure, job: dict[str, Any], tell: Any) -> dict[str, Any]:
+    """Runs `measure` or a function like it on a job from JSON, and returns the results for JSON."""
     for name, target in job["backends"].items():
         BACKENDS[name] = Backend(target, "a study's own")
     case, options = Case(**job["case"]), Options(**job["options"])
-    outcome, span_s = measure(case, options, job["ceilings"], tell)
+    outcome, span_s = way(case, options, job["ceilings"], tell)
     return {"outcome": asdict(outcome), "span_s": span_s}
 
 
@@ -143,10 +148,7 @@ def _measure(
     tell("timed")
     span_s = timing.seconds(span)
     other_load = others.cores(span_s)
-    clock = nvml.sm_clock_mhz() if device == "cuda" else None
-    throttle = nvml.throttle() if device == "cuda" else None
-    if not quiet:
-        throttle = " + ".join(filter(None, (throttle, "other processes")))
+    clock, throttle = nvml.clock_and_throttle(device, quiet)
     if not isinstance(candidate, Training):
         require_no_memory(candidate, device)
     checks.append(candidate.check(network.TIMED_BATCHES, "after timing, on a new batch"))

@@ -4,10 +4,8 @@ another's.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
-from resfuse.bench.backends import BACKENDS, Backend
 from resfuse.bench.measuring import correctness, measure_case, network
 from resfuse.bench.measuring.clock import timing
 from resfuse.bench.measuring.failure import outcome_of
@@ -36,11 +34,7 @@ def measure_server(
 
 def measure_server_task(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     """`measure_server` for a worker; what it returns goes through JSON."""
-    for name, target in job["backends"].items():
-        BACKENDS[name] = Backend(target, "a study's own")
-    case, options = Case(**job["case"]), Options(**job["options"])
-    outcome, span_s = measure_server(case, options, job["ceilings"], tell)
-    return {"outcome": asdict(outcome), "span_s": span_s}
+    return measure_case.run_job(measure_server, job, tell)
 
 
 def _measure(

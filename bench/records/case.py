@@ -5,7 +5,7 @@ that measures it, and compared with the rows that are already there (`--resume`)
 file: `resfuse --help` stays quick.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from resfuse.bench.models.source import shape_text
 
@@ -208,7 +208,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """The command line of a sweep; an empty list means the profile's."""
+    """The command line of a sweep; an empty list means the profile's. What has a default here is
+    what a study or a survey asks for that measures plain inference."""
 
     profile: str
     device: str
@@ -216,13 +217,13 @@ class Request:
     backends: list[str]
     batch_sizes: list[int]
     precisions: list[str]
-    memory_formats: list[str]
-    modes: list[str]
-    img_size: int | None
-    baseline: str
-    baseline_memory_format: str
-    weights: str
-    images: str
+    memory_formats: list[str] = field(default_factory=lambda: ["contiguous"])
+    modes: list[str] = field(default_factory=lambda: ["inference"])
+    img_size: int | None = None
+    baseline: str = "eager"
+    baseline_memory_format: str = "contiguous"
+    weights: str = "seeded"
+    images: str = "bundled"
     parallel: str = ""
     world_size: int = 1
     model_kwargs: tuple[str, ...] = ()  # "key=value", for every model

@@ -93,6 +93,5 @@ def _request(
     return Request(
         profile="quick", device=device, models=list(models), backends=list(backends),
         batch_sizes=args.batch_size or [batch], precisions=args.precision,
-        memory_formats=["channels_last"], modes=["inference"], img_size=None, baseline="eager",
-        baseline_memory_format="contiguous", weights="seeded", images="bundled",
+        memory_formats=["channels_last"],
     )  # fmt: skip

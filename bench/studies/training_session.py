@@ -216,7 +216,5 @@ def _request(device: str) -> Request:
     """Returns a request for the survey: the device, and none of the user's files."""
     return Request(
         profile="quick", device=device, models=["cifar_resnet20"], backends=["eager"],
-        batch_sizes=[1], precisions=["float32"], memory_formats=["contiguous"],
-        modes=["inference"], img_size=None, baseline="eager", baseline_memory_format="contiguous",
-        weights="seeded", images="bundled",
+        batch_sizes=[1], precisions=["float32"],
     )  # fmt: skip

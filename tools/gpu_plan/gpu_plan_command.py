@@ -240,8 +240,6 @@ def _request(device: str, steps: Sequence[Step]) -> Request:
     request = Request(
         profile="quick", device=device, models=["resnet50"], backends=backends or ["eager"],
         batch_sizes=[1], precisions=["float32"] if device == "cpu" else precisions or ["float16"],
-        memory_formats=["contiguous"], modes=["inference"], img_size=None, baseline="eager",
-        baseline_memory_format="contiguous", weights="seeded", images="bundled",
     )  # fmt: skip
     sweep.expand(request)
     return request

@@ -160,6 +160,5 @@ def _settled(folder: Path, found: dict[str, Any]) -> set[str]:
 def _request(device: str) -> Request:
     return Request(
         profile="quick", device=device, models=["resnet18"], backends=["eager"], batch_sizes=[1],
-        precisions=["float32"], memory_formats=["contiguous"], modes=["inference"], img_size=None,
-        baseline="eager", baseline_memory_format="contiguous", weights="seeded", images="bundled",
+        precisions=["float32"],
     )  # fmt: skip

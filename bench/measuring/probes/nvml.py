@@ -45,3 +45,14 @@ def throttle() -> str | None:
     unknown = bits & ~HARMLESS & ~sum(THROTTLE_REASONS)
     reasons += [f"reason {unknown:#x}"] * bool(unknown)
     return " + ".join(reasons) or "none"
+
+
+def clock_and_throttle(kind: str, quiet: bool) -> tuple[int | None, str | None]:
+    """Returns the GPU's clock in MHz, and all that slows this machine down now.
+
+    Args:
+        kind: of device; a CPU has neither.
+        quiet: whether no other process was at work.
+    """
+    clock, why = (sm_clock_mhz(), throttle()) if kind == "cuda" else (None, None)
+    return clock, why if quiet else " + ".join(filter(None, (why, "other processes")))

@@ -4,7 +4,6 @@ The latest row of a training stands. Numbers only; the words are in degradation_
 agreement_section.py.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from resfuse.bench.common.statistics import mean_interval
 from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.records.results import read_rows
 from resfuse.bench.records.sheet import Sheet
+from resfuse.bench.report.data.row_values import Row, finite_numbers, whole
 from resfuse.bench.trainings.training_row import CURVES, IDENTITY
 from resfuse.bench.trainings.training_run import PLAIN, SHORTCUTS
 from resfuse.bench.trainings.variants import EAGER, WAYS
@@ -24,8 +24,6 @@ from resfuse.bench.trainings.variants import EAGER, WAYS
 NETWORKS = (PLAIN, *SHORTCUTS)  # what tells the networks of one depth apart, in order
 SHARED = ("device_name", "data", "epochs", "batch_size", "learning_rate")
 MOST = 100.0  # percent
-
-Row = Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -172,33 +170,29 @@ def _experiment(rows: Sequence[Row]) -> Experiment:
     return Experiment(
         device_name=str(first["device_name"]),
         data=str(first["data"]),
-        epochs=_whole(first["epochs"]),
-        batch_size=_whole(first["batch_size"]),
+        epochs=whole(first["epochs"]),
+        batch_size=whole(first["batch_size"]),
         learning_rate=float(str(first["learning_rate"])),
         trainings=tuple(trainings),
     )
 
 
 def _training(row: Row) -> Training:
-    numbers, curves = {}, {}
-    for name, value in row.items():
-        if name in CURVES:
-            curves[name] = tuple(float(number) for number in str(value).split())
-        elif isinstance(value, int | float) and math.isfinite(value):
-            numbers[name] = float(value)
+    numbers = finite_numbers(row, (name for name in row if name not in CURVES))
+    curves = {
+        name: tuple(float(number) for number in str(row[name]).split())
+        for name in CURVES
+        if name in row
+    }
     return Training(
         model=str(row["model"]),
         way=str(row.get("way", EAGER)),
         shortcut=str(row["shortcut"]),
-        depth=_whole(row["depth"]),
-        seed=_whole(row["seed"]),
+        depth=whole(row["depth"]),
+        seed=whole(row["seed"]),
         status=str(row["status"]),
         error=str(row["error"]),
         commit=str(row["commit"]),
         numbers=numbers,
         curves=curves,
     )
-
-
-def _whole(value: object) -> int:
-    return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0

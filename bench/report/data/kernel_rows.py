@@ -1,7 +1,6 @@
 """Turns kernels.csv into workloads: the latest row of a provider on a convolution counts."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from resfuse.bench.records.case import PRECISIONS
@@ -10,6 +9,7 @@ from resfuse.bench.records.layer_row import SHEET
 from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.records.results import read_rows
 from resfuse.bench.report.data.families import depth, family
+from resfuse.bench.report.data.row_values import Row, finite_numbers, whole
 from resfuse.bench.report.data.workload import KernelResult, Workload
 
 WORKLOAD = (
@@ -19,8 +19,6 @@ IDENTITY = (*WORKLOAD, "op", "shape", "provider")
 # What a row that did not pass may still say; a speed without a right answer is none.
 KEPT_WITHOUT_PASS = ("rel_l2_err", "max_abs_err", "err_vs_eager", "gmacs", "least_mb")
 NUMBERS = (*KERNEL_METRICS, "gmacs", "least_mb")
-
-Row = Mapping[str, object]
 
 
 def read_kernel_rows(folder: Path) -> dict[str, list[Row]]:
@@ -54,8 +52,8 @@ def _workload(rows: list[Row]) -> Workload:
     return Workload(
         device_name=str(first["device_name"]),
         model=str(first["model"]),
-        img_size=_whole(first["infer_img_size"]),
-        batch_size=_whole(first["requested_batch_size"]),
+        img_size=whole(first["infer_img_size"]),
+        batch_size=whole(first["requested_batch_size"]),
         precision=str(first["precision"]),
         math_mode=str(first["math_mode"]),
         results=tuple(_result(row) for row in rows),
@@ -63,27 +61,19 @@ def _workload(rows: list[Row]) -> Workload:
 
 
 def _result(row: Row) -> KernelResult:
-    numbers = {}
-    for name in NUMBERS:
-        value = row.get(name)
-        if isinstance(value, int | float) and math.isfinite(value):
-            numbers[name] = float(value)
+    numbers = finite_numbers(row, NUMBERS)
     if row["status"] != "pass":
         numbers = {name: value for name, value in numbers.items() if name in KEPT_WITHOUT_PASS}
     return KernelResult(
         shape=str(row["shape"]),
         layer=str(row["layer"]),
         provider=str(row["provider"]),
-        count=_whole(row["count"]),
+        count=whole(row["count"]),
         status=str(row["status"]),
         error=str(row["error"]),
         commit=str(row["commit"]),
         numbers=numbers,
     )
-
-
-def _whole(value: object) -> int:
-    return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0
 
 
 def _order(workload: Workload) -> tuple[str | int, ...]:

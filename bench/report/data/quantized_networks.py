@@ -1,7 +1,6 @@
 """Turns quantization.csv and quantization_layers.csv into networks; the latest row of a way counts,
 and layers are those of the same ways."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from resfuse.bench.records.outcome import STATUSES
 from resfuse.bench.records.quantization_sheet import ASKED, LAYERS, NETWORKS
 from resfuse.bench.records.results import read_rows
 from resfuse.bench.records.sheet import Sheet
+from resfuse.bench.report.data.row_values import Row, finite_numbers
 
-Row = Mapping[str, object]
 SHARED = ("model", "origin", "data", "calibration_images", "test_images")
 
 
@@ -115,11 +114,7 @@ def _network(
 
 
 def _way(row: Row, layers: Sequence[Row]) -> Quantized:
-    numbers = {
-        name: float(value)
-        for name, value in row.items()
-        if row["status"] == "pass" and isinstance(value, int | float) and math.isfinite(value)
-    }
+    numbers = finite_numbers(row, row if row["status"] == "pass" else ())
     return Quantized(
         tool=str(row["tool"]),
         method=str(row["method"]),

@@ -8,7 +8,7 @@ are kept apart from all others.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from resfuse.bench.report.data.quantized_networks import (
     read_quantization_rows,
 )
 from resfuse.bench.report.data.result import Comparison, Environment, Result, Setting
+from resfuse.bench.report.data.row_values import Row, finite_numbers, whole
 from resfuse.bench.trainings.degradation_sheet import SHEET as DEGRADATION
 from resfuse.bench.trainings.training_sheet import SHEET as TRAINING
 
@@ -43,8 +44,6 @@ KEPT_WITHOUT_PASS = (
     "kl",
 )  # fmt: skip
 PLACE = "place"  # beside a row's columns: where it stands
-
-Row = Mapping[str, object]
 
 
 @dataclass
@@ -136,11 +135,7 @@ def _environment(env_id: str, entry: _Gathered) -> Environment:
 
 def _result(row: Row) -> Result:
     mode, status = _text(row["mode"]), _text(row["status"])
-    numbers = {}
-    for name in METRICS:
-        value = row.get(name)
-        if isinstance(value, int | float) and math.isfinite(value):
-            numbers[name] = float(value)
+    numbers = finite_numbers(row, METRICS)
     if status != "pass":
         numbers = {name: value for name, value in numbers.items() if name in KEPT_WITHOUT_PASS}
     return Result(
@@ -148,8 +143,8 @@ def _result(row: Row) -> Result:
         backend=_text(row["backend"]),
         memory_format=_text(row["memory_format"]),
         mode=mode,
-        batch_size=_whole(row["requested_batch_size"]),
-        img_size=_whole(row[IMG_SIZE[mode]]),
+        batch_size=whole(row["requested_batch_size"]),
+        img_size=whole(row[IMG_SIZE[mode]]),
         baseline=_text(row["baseline"]),
         status=status,
         error=_text(row["error"]),
@@ -172,10 +167,6 @@ def _model(row: Row) -> str:
 
 def _text(value: object) -> str:
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
-
-
-def _whole(value: object) -> int:
-    return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0
 
 
 def _result_order(result: Result) -> tuple[str | int, ...]:
