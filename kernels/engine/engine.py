@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from resfuse.kernels.cpu.cpus import asking
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine_memory import Memory, memory_of
-from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.layout_questions import require_layout
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.plan_table import summary, table
@@ -80,20 +79,12 @@ class Engine:
         built = ShapePlans(plans)
         self._input, self._device = built.input, built.device(state)
         self.cuda_graph = cuda_graph and self._device.type == "cuda"
-        images = {
-            image: images_at_all_sizes(built.graphs(image), state)
-            for image in built.images
-            if other_batches == "pad"
-        }
+        images = built.images_of_outputs(state) if other_batches == "pad" else {}
         self._runner = PlanRunner(built, self._device, images, cuda_graph=self.cuda_graph)
 
     def __repr__(self) -> str:
         """Returns one line with the engine's input, batch sizes or shapes, segments and time."""
         return f"Engine({summary(self._built, self._device.type, self.precision)})"
-
-    @property
-    def _built(self) -> ShapePlans:
-        return self._runner.plans
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -314,6 +305,10 @@ class Engine:
             )
         with self._runner.changing:
             export_onnx(self._built.find().graph, self._weights(), Path(path), activations)
+
+    @property
+    def _built(self) -> ShapePlans:
+        return self._runner.plans
 
     def _weights(self) -> dict[str, Tensor]:
         if self._state is None:

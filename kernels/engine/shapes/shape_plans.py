@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+from resfuse.kernels.engine.frontend.batching.image_dimension import Images
+from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.ir.graph import Graph, State, Value, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.shapes.bound_plan import BoundPlan, bind
@@ -54,6 +56,14 @@ class ShapePlans(Mapping[Shape, BoundPlan]):
     def graphs(self, image: Shape) -> dict[int, Graph]:
         """Returns the graphs for images of a shape by batch size."""
         return {size: self[size, *image].graph for size in self.batch_sizes(image)}
+
+    def images_of_outputs(self, state: State) -> dict[Shape, tuple[Images, ...] | None]:
+        """Returns where the images are in the outputs, for each shape of an image.
+
+        Raises:
+            ValueError: as `images_at_all_sizes`.
+        """
+        return {image: images_at_all_sizes(self.graphs(image), state) for image in self.images}
 
     def constants(self) -> set[str]:
         """Returns the names of the weights that are not in the model's state_dict."""
