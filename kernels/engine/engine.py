@@ -19,6 +19,7 @@ from resfuse.kernels.engine.engine_memory import Memory
 from resfuse.kernels.engine.frontend.batching.any_batch import require_paddable
 from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.layout_questions import require_layout
+from resfuse.kernels.engine.ir.derived_state import with_derived
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.memory.storage_bytes import storages
@@ -446,7 +447,8 @@ class Engine:
                 "torch.onnx.export writes other models"
             )
         with self._no_builds():
-            export_onnx(self._built.find().graph, self._weights(), Path(path), activations)
+            graph = self._built.find().graph
+            export_onnx(graph, with_derived(graph, self._weights()), Path(path), activations)
 
     def _originals(self) -> list[Tensor]:
         """Returns the copies of the original weights, and those of the model for other batches and

@@ -20,7 +20,8 @@ class Captured:
     """
 
     state: dict[str, Tensor]
-    states: dict[fx.Node, str] = field(default_factory=dict)  # placeholders: names in the state
+    # placeholders, and what is derived from them alone: names in the state
+    states: dict[fx.Node, str] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)  # values, under the name they go by
     values: dict[str, Value] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
@@ -80,8 +81,13 @@ class Captured:
         return isinstance(arg, fx.Node) and arg in self.pixels
 
     def state_of(self, arg: Any) -> str | None:
-        """Returns the name of a placeholder in the state, None for any other argument."""
-        return self.states.get(arg) if isinstance(arg, fx.Node) else None
+        """Returns the name of an argument in the state, None for one that is not, and where what is
+        derived is not finite: only torch computes with that."""
+        name = self.states.get(arg) if isinstance(arg, fx.Node) else None
+        if name is not None and arg.op != "placeholder":
+            tensor = self.state[name]
+            return name if tensor.is_meta or tensor.isfinite().all() else None
+        return name
 
     def is_map(self, arg: Any) -> bool:
         """Returns whether an argument is a value [N, C, H, W] or [N, C] of a dtype that tactics
