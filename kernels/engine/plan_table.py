@@ -21,6 +21,7 @@ from resfuse.kernels.engine.ir.graph import (
     MaxPool,
     Mean,
     Node,
+    Norm,
     Pick,
     Torch,
 )
@@ -110,8 +111,7 @@ def name_of(node: Node) -> str:
         words += ["+ residual"] * op.problem.residual
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Affine):
-        named = op.norm and (op.norm.mean or op.norm.weight)
-        words = [named.removesuffix(".running_mean")] if named else []
+        words = [_norm_name(op.norm)] if op.norm is not None else []
         words += ["gate"] * op.gate + ["+ residual"] * op.residual
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Torch):
@@ -124,6 +124,13 @@ def name_of(node: Node) -> str:
 
 def _layer_of(weight: str) -> str:
     return weight.partition(":")[0].removesuffix(".weight")
+
+
+def _norm_name(norm: Norm) -> str:
+    """Returns the layer's name, or what it does where its factor is a number in the forward."""
+    name = (norm.mean or norm.weight or norm.bias or "").partition(":")[0]
+    plain = "shift" if norm.weight is None else "scale"
+    return plain if name.startswith("aten.") else name.removesuffix(".running_mean")
 
 
 def _row(

@@ -18,7 +18,7 @@ from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.frontend.merge import merge
 from resfuse.kernels.engine.frontend.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
 from resfuse.kernels.engine.frontend.side_effects import SideEffects, Unreadable
-from resfuse.kernels.engine.ir.derived_state import derive, derived_name, is_derivable, needed
+from resfuse.kernels.engine.ir.derived_state import is_derivable, needed
 from resfuse.kernels.engine.ir.graph import Graph, Node, Torch
 from resfuse.kernels.observation.engine_capture import capturing
 from resfuse.kernels.observation.observer import undrawn
@@ -50,7 +50,7 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
     reader = _Reader(program)
     layout = questions.layout_of(example)
     graph = merge(replace(reader.graph(), device=example.device, layout=layout))
-    return replace(graph, derived=needed(graph.nodes, reader.derived)), reader.read.state
+    return replace(graph, derived=needed(graph.nodes, reader.read.derived)), reader.read.state
 
 
 def _exported(
@@ -134,7 +134,6 @@ class _Reader:
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         self.read = Captured({name: t.detach() for name, t in program.state_dict.items()})
-        self.derived: list[Node] = []
         self._several: dict[fx.Node, Torch] = {}  # of several results each, derived from the state
         self._constants: list[str] = []
         self._program = program
@@ -186,7 +185,7 @@ class _Reader:
 
     def _returned(self, item: Any) -> str:
         name = self.read.states.get(item) if isinstance(item, fx.Node) else None
-        if name in [node.name for node in self.derived]:
+        if name in [node.name for node in self.read.derived]:
             self.read.add(item, Torch("aten.clone.default", ({"state": name},)))
         known = (*self.read.names, *self.read.pixels)
         if not isinstance(item, fx.Node) or item not in known:
@@ -200,7 +199,8 @@ class _Reader:
         read, target, args = self.read, node.target, arguments(node)
         if target is operator.getitem:
             if args[0] in self._several:
-                self._derive(node, replace(self._several[args[0]], result=int(args[1])))
+                one = replace(self._several[args[0]], result=int(args[1]))
+                read.states[node] = read.derive(one)
             elif args[1] == 0 and read.names[args[0]] in read.values:
                 read.same(node, args[0])  # the result of a batch norm; its statistics are not read
             elif not add_part(read, node):
@@ -254,7 +254,10 @@ class _Reader:
         meta = node.meta.get("val")
         op = Torch(str(target), args, kwargs)
         if not inputs and isinstance(meta, Tensor | list | tuple) and is_derivable(op):
-            self._derive(node, op) if isinstance(meta, Tensor) else self._several.update({node: op})
+            if isinstance(meta, Tensor):
+                self.read.states[node] = self.read.derive(op)
+            else:
+                self._several[node] = op
             return
         if isinstance(meta, Tensor):
             self.read.add_value(node, node.name)
@@ -266,11 +269,3 @@ class _Reader:
                 "data-dependent control flow"
             )
         self.read.nodes.append(Node(node.name, op, tuple(self.read.names[x] for x in inputs)))
-
-    def _derive(self, node: fx.Node, op: Torch) -> None:
-        """Makes the result of an operation on the state alone a part of the state."""
-        name = derived_name(op)
-        if name not in self.read.state:
-            self.read.state[name] = derive(op, self.read.state)
-            self.derived.append(Node(name, op, ()))
-        self.read.states[node] = name

@@ -6,6 +6,7 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor
 
+from resfuse.kernels.engine.ir.derived_state import derive, derived_name
 from resfuse.kernels.engine.ir.graph import Node, Operation, Torch, Value
 from resfuse.kernels.ops.conv_problem import MATH_MODES
 
@@ -25,6 +26,7 @@ class Captured:
     names: dict[fx.Node, str] = field(default_factory=dict)  # values, under the name they go by
     values: dict[str, Value] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
+    derived: list[Node] = field(default_factory=list)  # of the state: ir/derived_state.py
     # values [N, H, W, C], by the names of the maps [N, C, H, W] that have their numbers
     pixels: dict[fx.Node, str] = field(default_factory=dict)
 
@@ -45,6 +47,22 @@ class Captured:
         """Adds an operation whose result is the value `node`."""
         self.add_value(node, node.name)
         self.nodes.append(Node(node.name, op, tuple(self.names[x] for x in inputs)))
+
+    def derive(self, op: Torch) -> str:
+        """Adds what an operation makes of the state alone to the state, and returns its name."""
+        name = derived_name(op)
+        if name not in self.state:
+            self.state[name] = derive(op, self.state)
+            self.derived.append(Node(name, op, ()))
+        return name
+
+    def is_ours(self, x: fx.Node) -> bool:
+        """Returns whether a value is the input, or made by an operation of resfuse's."""
+        if x.op == "placeholder":
+            return True
+        name = self.names.get(x) or self.pixels.get(x)
+        made = next((node for node in reversed(self.nodes) if node.name == name), None)
+        return made is not None and not isinstance(made.op, Torch)
 
     def add_pixelwise(self, node: fx.Node, op: Operation, *inputs: fx.Node) -> None:
         """Adds an operation that computes a pixel from one pixel of each input: on maps, or on

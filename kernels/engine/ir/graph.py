@@ -33,7 +33,8 @@ class Value:
 @dataclass(frozen=True)
 class Norm:
     """An inference batch norm, by the names of its tensors in the state; without mean and variance
-    a layer scale: x times `weight`, which may be [C, 1, 1] and the like."""
+    a layer scale: x times `weight` plus `bias`, either of which may be missing, and [C, 1, 1] and
+    the like."""
 
     mean: str | None
     var: str | None

@@ -31,6 +31,7 @@ from resfuse.kernels.engine.ir.graph import (
     Value,
     state_read_by,
 )
+from resfuse.kernels.engine.ir.torch_call import torch_call
 from resfuse.kernels.engine.ir.torch_operations import is_pure
 from resfuse.kernels.engine.saving.graph_structure import Unsound, memory_bytes
 from resfuse.kernels.engine.saving.quantized_values import require_quantized
@@ -219,7 +220,8 @@ class ShapeInference:
         many."""
         shapes: list[tuple[int, ...]] = [(channels,)]
         if norm.mean is None or norm.var is None:
-            if norm != Norm(None, None, norm.weight, None, 0.0) or norm.weight is None:
+            factors = norm.weight, norm.bias
+            if norm != Norm(None, None, *factors, 0.0) or factors == (None, None):
                 raise Unsound(f"{node.name} has {norm}")
             ones = [((1,) * i, (1,) * j) for i in range(4) for j in range(4 - i)]
             shapes += [(*before, channels, *behind) for before, behind in ones]
@@ -270,7 +272,7 @@ class ShapeInference:
                 for name in state_read_by(op)
             }
             given = [torch.empty(v.shape, dtype=v.dtype, device=self._device) for v in inputs]
-            result = eager.function_of(node, self._graph.values, state)(*given)
+            result = torch_call(op, state)(*given)
         if not isinstance(result, Tensor) or result.layout != torch.strided:
             raise Unsound(f"{node.name} is no tensor")
         if result.device.type != self._device.type:
