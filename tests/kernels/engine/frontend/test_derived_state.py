@@ -230,7 +230,7 @@ def test_a_batch_may_be_filled_up_beside_what_is_expanded_to_it() -> None:
 
     def forward(s: Any, x: Tensor) -> Tensor:
         tokens = s.c(x).flatten(2).transpose(1, 2)
-        first = s.t.weight[None].expand(len(x), -1, -1)
+        first = s.t.weight[None].expand(x.shape[0], -1, -1)
         return torch.cat([first, tokens], 1).softmax(-1)
 
     model = made(lambda: Scope(forward, c=nn.Conv2d(3, 16, 3), t=nn.Linear(16, 1)))
