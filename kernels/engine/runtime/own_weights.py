@@ -104,7 +104,8 @@ def _require_dense(name: str, tensor: object) -> None:
 def require_usable(
     graphs: Iterable[Graph], state: Mapping[str, Tensor], constants: Collection[str], argument: str
 ) -> None:
-    """Raises ValueError for weights that cannot be folded or are not finite.
+    """Raises ValueError for weights that cannot be folded or are not finite, or of which nothing
+    can be derived.
 
     Weights of convolutions and norms must be finite: each form of a convolution adds and multiplies
     in an order of its own, where infinity may become NaN. Tensors that only torch reads may be
@@ -112,7 +113,14 @@ def require_usable(
     """
     graphs = list(graphs)
     for graph in graphs:
-        state = {**state, **with_derived(graph, state)}
+        try:
+            state = {**state, **with_derived(graph, state)}
+        except RuntimeError as error:  # a matrix that cannot be inverted, say
+            said = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"argument {argument}: what the forward makes of its weights cannot be computed of "
+                f"these: {said}"
+            ) from error
     nodes = [node for graph in graphs for node in graph.nodes]
     folded = {name for node in nodes for name in _folded(node)}
     derived = {node.name for graph in graphs for node in graph.derived}

@@ -192,6 +192,33 @@ def test_convolutions_of_derived_weights_are_native(forward: Any, tmp_path: Path
         assert torch.equal(engine(X), before)
 
 
+def test_a_view_of_the_models_weights_is_not_kept() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.c(x).flatten(2).transpose(1, 2) @ s.t.weight.t().reshape(4, 2, 2).flatten(1).t()
+
+    model = made(lambda: Scope(forward, c=nn.Conv2d(3, 4, 3), t=nn.Linear(4, 4)))
+    engine = build_engine(model, X, keep_weights=False)
+    before = engine(X)
+    with torch.no_grad():
+        model.t.weight.mul_(2)
+    assert torch.equal(engine(X), before)
+
+
+def test_weights_that_nothing_can_be_made_of_are_refused() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return F.conv2d(x, torch.linalg.inv(s.t.weight)[:, :, None, None])
+
+    model = made(lambda: Scope(forward, t=nn.Linear(3, 3)))
+    engine = build_engine(model, X)
+    require_answers(engine, model, X)
+    before = engine(X)
+    with torch.no_grad():
+        model.t.weight.zero_()
+    with pytest.raises(ValueError, match="what the forward makes of its weights cannot be"):
+        engine.refresh(model.state_dict())
+    assert torch.equal(engine(X), before)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_derived_weights_are_rounded_like_others(precision: str) -> None:
     model = made(lambda: Gained(standardised))
