@@ -28,6 +28,7 @@ from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.frontend.graph_precision import in_precision
+from resfuse.kernels.engine.ir.derived_state import with_derived
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.candidates import find_candidates
@@ -233,7 +234,8 @@ class _Planner:
         new = {name: captured[name] for name in sorted(state_names(graph)) if name not in state}
         known = {**state, **copies(new, copied_names(graph, self.keep_weights))}
         require_usable([graph], known, graph.constants, "model")
-        segments = tuned_plan(graph, known, example.device, self.cache, self.tiling).segments
+        whole = with_derived(graph, known)
+        segments = tuned_plan(graph, whole, example.device, self.cache, self.tiling).segments
         return graph, tuple(segments), known
 
 

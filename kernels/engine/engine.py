@@ -14,6 +14,7 @@ from resfuse.kernels.cpu.cpus import asking
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine_memory import Memory, memory_of
 from resfuse.kernels.engine.frontend.layout_questions import require_layout
+from resfuse.kernels.engine.ir.derived_state import with_derived
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.plan_table import summary, table
 from resfuse.kernels.engine.quantization.pixels import Pixels
@@ -304,7 +305,8 @@ class Engine:
                 "torch.onnx.export writes other models"
             )
         with self._runner.changing:
-            export_onnx(self._built.find().graph, self._weights(), Path(path), activations)
+            graph = self._built.find().graph
+            export_onnx(graph, with_derived(graph, self._weights()), Path(path), activations)
 
     @property
     def _built(self) -> ShapePlans:

@@ -10,7 +10,6 @@ from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.cost.cost import cost_of
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.chunks import inner_candidates
-from resfuse.kernels.engine.ir.constant_nodes import constant_nodes
 from resfuse.kernels.engine.ir.graph import (
     Affine,
     AveragePool,
@@ -22,6 +21,7 @@ from resfuse.kernels.engine.ir.graph import (
     MaxPool,
     Mean,
     Node,
+    Norm,
     Pick,
     Torch,
 )
@@ -111,18 +111,14 @@ def table(
             f"Ceilings: {ceilings.gflops:.0f} GFLOP/s, {ceilings.gb_per_s:.1f} GB/s copied. "
             "Winograd needs 2.25 times fewer multiplications than the floor counts."
         )
-    constant = constant_nodes(graph)
     opaque = [s for s in segments if any(isinstance(n.op, Torch) for n in _nodes(graph, s))]
     if opaque:
         operations = [n.op for s in opaque for n in _nodes(graph, s)]
         names = sorted({op.target for op in operations if isinstance(op, Torch)})
         lines.append(f"Run by torch, {len(opaque)} segments: {', '.join(names)}.")
-    once = [s for s in segments if constant.issuperset(n.name for n in _nodes(graph, s))]
-    if once:
-        lines.append(
-            f"Computed once, from weights alone: {len(once)} segments, which take no time."
-        )
-    if untimed := sum(segment.ms == 0 for segment in segments) - len(once):
+    if graph.derived:
+        lines.append(f"Computed once, from weights alone: {len(graph.derived)} operations.")
+    if untimed := sum(segment.ms == 0 for segment in segments):
         lines.append(
             f"Neither timed nor checked: {untimed}, which torch alone computes, and not from any "
             "numbers: indices, probabilities or the like."
@@ -134,20 +130,30 @@ def name_of(node: Node) -> str:
     """Returns a name such as `layer1.0.conv1 1x64x56x56 k64 3x3 relu`."""
     op = node.op
     if isinstance(op, Conv):
-        words = [op.weight.removesuffix(".weight"), op.problem.label()]
+        words = [_layer_of(op.weight), op.problem.label()]
         words += ["+ residual"] * op.problem.residual
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Affine):
-        named = op.norm and (op.norm.mean or op.norm.weight)
-        words = [named.removesuffix(".running_mean")] if named else []
+        words = [_norm_name(op.norm)] if op.norm is not None else []
         words += ["gate"] * op.gate + ["+ residual"] * op.residual
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Torch):
         return op.target
     if isinstance(op, Convert):
         return f"to {op.dtype}"
-    words = [op.weight.removesuffix(".weight")] if isinstance(op, LayerNorm) and op.weight else []
+    words = [_layer_of(op.weight)] if isinstance(op, LayerNorm) and op.weight else []
     return " ".join([*words, _NAMES[type(op)]])
+
+
+def _layer_of(weight: str) -> str:
+    return weight.partition(":")[0].removesuffix(".weight")
+
+
+def _norm_name(norm: Norm) -> str:
+    """Returns the layer's name, or what it does where its factor is a number in the forward."""
+    name = (norm.mean or norm.weight or norm.bias or "").partition(":")[0]
+    plain = "shift" if norm.weight is None else "scale"
+    return plain if name.startswith("aten.") else name.removesuffix(".running_mean")
 
 
 def _row(

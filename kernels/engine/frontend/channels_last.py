@@ -4,13 +4,14 @@ name for its map, and a linear layer behind it a 1x1 convolution of it. Where an
 only torch knows reads such a permuted value, the permute becomes a node after all.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from resfuse.kernels.engine.frontend.graph_builder import Captured
-from resfuse.kernels.engine.ir.graph import LayerNorm, Norm
+from resfuse.kernels.engine.ir.graph import LayerNorm, Torch
 
 aten = torch.ops.aten
 
@@ -54,13 +55,24 @@ def add_layer_norm(read: Captured, node: fx.Node) -> bool:
     return True
 
 
-def layer_scale(read: Captured, factor: Any, channels: int, behind: int) -> Norm | None:
-    """Returns the norm that multiplies each channel by its own number of a tensor of the state,
-    None if `factor` is nothing of the kind.
+def repeated(read: Captured, number: float, count: int, device: torch.device) -> str:
+    """Returns the name of a tensor of the state that holds a number `count` times."""
+    kind = {"dtype": {"dtype": "float32"}, "device": {"device": str(device)}}
+    return read.derive(Torch("aten.full.default", ([count], number), tuple(kind.items())))
 
-    Args:
-        behind: how many dimensions stand behind that of the channels.
+
+def factor_of_channels(read: Captured, x: fx.Node, factor: Any) -> str | None:
+    """Returns the name of a tensor of the state that has a number for each channel of the maps or
+    pixels `x`, as `factor` has when it is broadcast to them; None if it is nothing of the kind. One
+    number for all channels is repeated, where `x` is not torch's.
     """
+    of_x = x.meta["val"]
+    last = read.is_pixels(x) or of_x.dim() == 2
+    channels, behind = of_x.shape[-1 if last else 1], 0 if last else 2
+    if isinstance(factor, int | float) and not isinstance(factor, bool):
+        if not math.isfinite(factor) or not read.is_ours(x):
+            return None
+        return repeated(read, float(factor), channels, of_x.device)
     source = factor
     while isinstance(source, fx.Node) and source.target in _VIEWS:
         source = source.args[0]
@@ -68,10 +80,14 @@ def layer_scale(read: Captured, factor: Any, channels: int, behind: int) -> Norm
     if name is None:
         return None
     shape, tensor = tuple(factor.meta["val"].shape), read.state[name]
+    if tensor.numel() == 1 != channels and len(shape) <= of_x.dim() and tensor.is_floating_point():
+        one = read.derive(Torch("aten.reshape.default", ({"state": name}, [1])))
+        each = Torch("aten.expand.default", ({"state": one}, [channels]))
+        return read.derive(each) if read.is_ours(x) else None
     ones = (1,) * behind
     broadcast = shape in [(*(1,) * before, channels, *ones) for before in range(4 - behind)]
     if not broadcast or tensor.dim() > 4 or not tensor.is_floating_point():
         return None
     if max(tensor.shape, default=0) != tensor.numel():
         return None
-    return Norm(None, None, name, None, 0.0)
+    return name

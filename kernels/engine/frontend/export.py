@@ -18,6 +18,7 @@ from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.frontend.merge import merge
 from resfuse.kernels.engine.frontend.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
 from resfuse.kernels.engine.frontend.side_effects import SideEffects, Unreadable
+from resfuse.kernels.engine.ir.derived_state import is_derivable, needed
 from resfuse.kernels.engine.ir.graph import Graph, Node, Torch
 from resfuse.kernels.observation.engine_capture import capturing
 from resfuse.kernels.observation.observer import undrawn
@@ -26,7 +27,8 @@ aten = torch.ops.aten
 
 
 def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]]:
-    """Returns the graph of `model` in eval mode for inputs like `example`, and its state by name.
+    """Returns the graph of `model` in eval mode for inputs like `example`, and its state by name,
+    with what the graph derives.
 
     Raises:
         ValueError: the model cannot be exported, most often because its control flow depends on
@@ -48,7 +50,7 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
     reader = _Reader(program)
     layout = questions.layout_of(example)
     graph = merge(replace(reader.graph(), device=example.device, layout=layout))
-    return graph, reader.read.state
+    return replace(graph, derived=needed(graph.nodes, reader.read.derived)), reader.read.state
 
 
 def _exported(
@@ -132,6 +134,7 @@ class _Reader:
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         self.read = Captured({name: t.detach() for name, t in program.state_dict.items()})
+        self._several: dict[fx.Node, Torch] = {}  # of several results each, derived from the state
         self._constants: list[str] = []
         self._program = program
 
@@ -181,6 +184,9 @@ class _Reader:
         return name
 
     def _returned(self, item: Any) -> str:
+        name = self.read.states.get(item) if isinstance(item, fx.Node) else None
+        if name in [node.name for node in self.read.derived]:
+            self.read.add(item, Torch("aten.clone.default", ({"state": name},)))
         known = (*self.read.names, *self.read.pixels)
         if not isinstance(item, fx.Node) or item not in known:
             raise ValueError(
@@ -192,7 +198,10 @@ class _Reader:
     def _call(self, node: fx.Node) -> None:
         read, target, args = self.read, node.target, arguments(node)
         if target is operator.getitem:
-            if args[1] == 0 and read.names[args[0]] in read.values:
+            if args[0] in self._several:
+                one = replace(self._several[args[0]], result=int(args[1]))
+                read.states[node] = read.derive(one)
+            elif args[1] == 0 and read.names[args[0]] in read.values:
                 read.same(node, args[0])  # the result of a batch norm; its statistics are not read
             elif not add_part(read, node):
                 self._one_of_several(node)
@@ -243,6 +252,13 @@ class _Reader:
                 "data-dependent control flow"
             )
         meta = node.meta.get("val")
+        op = Torch(str(target), args, kwargs)
+        if not inputs and isinstance(meta, Tensor | list | tuple) and is_derivable(op):
+            if isinstance(meta, Tensor):
+                self.read.states[node] = self.read.derive(op)
+            else:
+                self._several[node] = op
+            return
         if isinstance(meta, Tensor):
             self.read.add_value(node, node.name)
         elif isinstance(meta, list | tuple):
@@ -252,5 +268,4 @@ class _Reader:
                 f"argument model: {target} returns no tensor; accepted: models without "
                 "data-dependent control flow"
             )
-        op = Torch(str(target), args, kwargs)
         self.read.nodes.append(Node(node.name, op, tuple(self.read.names[x] for x in inputs)))

@@ -6,6 +6,7 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor
 
+from resfuse.kernels.engine.ir.derived_state import derive, derived_name
 from resfuse.kernels.engine.ir.graph import Node, Operation, Torch, Value
 from resfuse.kernels.ops.conv_problem import MATH_MODES
 
@@ -20,10 +21,12 @@ class Captured:
     """
 
     state: dict[str, Tensor]
-    states: dict[fx.Node, str] = field(default_factory=dict)  # placeholders: names in the state
+    # placeholders, and what is derived from them alone: names in the state
+    states: dict[fx.Node, str] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)  # values, under the name they go by
     values: dict[str, Value] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
+    derived: list[Node] = field(default_factory=list)  # of the state: ir/derived_state.py
     # values [N, H, W, C], by the names of the maps [N, C, H, W] that have their numbers
     pixels: dict[fx.Node, str] = field(default_factory=dict)
 
@@ -44,6 +47,22 @@ class Captured:
         """Adds an operation whose result is the value `node`."""
         self.add_value(node, node.name)
         self.nodes.append(Node(node.name, op, tuple(self.names[x] for x in inputs)))
+
+    def derive(self, op: Torch) -> str:
+        """Adds what an operation makes of the state alone to the state, and returns its name."""
+        name = derived_name(op)
+        if name not in self.state:
+            self.state[name] = derive(op, self.state)
+            self.derived.append(Node(name, op, ()))
+        return name
+
+    def is_ours(self, x: fx.Node) -> bool:
+        """Returns whether a value is the input, or made by an operation of resfuse's."""
+        if x.op == "placeholder":
+            return True
+        name = self.names.get(x) or self.pixels.get(x)
+        made = next((node for node in reversed(self.nodes) if node.name == name), None)
+        return made is not None and not isinstance(made.op, Torch)
 
     def add_pixelwise(self, node: fx.Node, op: Operation, *inputs: fx.Node) -> None:
         """Adds an operation that computes a pixel from one pixel of each input: on maps, or on
@@ -80,8 +99,13 @@ class Captured:
         return isinstance(arg, fx.Node) and arg in self.pixels
 
     def state_of(self, arg: Any) -> str | None:
-        """Returns the name of a placeholder in the state, None for any other argument."""
-        return self.states.get(arg) if isinstance(arg, fx.Node) else None
+        """Returns the name of an argument in the state, None for one that is not, and where what is
+        derived is not finite: only torch computes with that."""
+        name = self.states.get(arg) if isinstance(arg, fx.Node) else None
+        if name is not None and arg.op != "placeholder":
+            tensor = self.state[name]
+            return name if tensor.is_meta or tensor.isfinite().all() else None
+        return name
 
     def is_map(self, arg: Any) -> bool:
         """Returns whether an argument is a value [N, C, H, W] or [N, C] of a dtype that tactics

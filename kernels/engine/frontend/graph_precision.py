@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from resfuse.kernels.engine.frontend.conversions import MOVE, Rewriter
-from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Torch, Value
+from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Torch, Value, state_read_by
 from resfuse.kernels.ops.asked_precision import Precision
 from resfuse.kernels.ops.conv_problem import dtypes_of
 
@@ -56,6 +56,7 @@ def _in_bf16(rewriter: Rewriter, node: Node, kept: Collection[str]) -> bool:
         return node.op.weight not in kept
     if isinstance(node.op, Torch):
         namespace, name, *_ = node.op.target.split(".")
-        if namespace != "aten" or name not in _FOLLOW or len(node.inputs) != 1:
+        of_one = len(node.inputs) == 1 and not state_read_by(node.op)  # which may be in float32
+        if namespace != "aten" or name not in _FOLLOW or not of_one:
             return False
     return any(rewriter.values[name].dtype == torch.bfloat16 for name in node.inputs)

@@ -6,7 +6,7 @@ other reader; picks of picks become one.
 from collections.abc import Callable
 from dataclasses import replace
 
-from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Node, Pick
+from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Node, Norm, Pick
 
 
 def merge(graph: Graph) -> Graph:
@@ -68,13 +68,24 @@ def _joined(first: Node, second: Node) -> Conv | Affine | None:
         return None
     ended = op.activation != "identity"
     if then.norm is not None:
-        plain = isinstance(op, Conv) and op.norm is None and first.residual is None and not ended
-        return replace(op, norm=then.norm) if plain else None
+        if first.residual is not None or ended:
+            return None
+        if isinstance(op, Affine):
+            norm = None if op.gate or op.norm is None else _scale_and_shift(op.norm, then.norm)
+            return None if norm is None else replace(op, norm=norm)
+        return replace(op, norm=then.norm) if op.norm is None else None
     if then.residual:
         return None if first.residual is not None else op.with_residual()
     if ended:
         return None
     return op.with_activation(then.activation, then.slope)
+
+
+def _scale_and_shift(first: Norm, second: Norm) -> Norm | None:
+    """Returns a scale and the shift behind it as one norm, None for other norms."""
+    scales = first == Norm(None, None, first.weight, None, 0.0)
+    shifts = second == Norm(None, None, None, second.bias, 0.0)
+    return replace(first, bias=second.bias) if scales and shifts else None
 
 
 def join_picks(graph: Graph) -> Graph:

@@ -8,7 +8,12 @@ import torch.fx as fx
 from torch import Tensor
 
 from resfuse.kernels.engine.frontend.channel_picks import add_shuffle
-from resfuse.kernels.engine.frontend.channels_last import add_layer_norm, add_permute, layer_scale
+from resfuse.kernels.engine.frontend.channels_last import (
+    add_layer_norm,
+    add_permute,
+    factor_of_channels,
+    repeated,
+)
 from resfuse.kernels.engine.frontend.decomposed_batch_norm import spelled_norm
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.ir.graph import (
@@ -129,12 +134,30 @@ def _sum(read: Captured, node: fx.Node) -> bool:
         read.add(node, Affine(norm), x)
         return True
     a, b = arguments(node)
+    if _shifted(read, node, a, b) or _shifted(read, node, b, a):
+        return True
     both = all(map(read.is_pixels, (a, b))) or all(map(read.is_map, (a, b)))
     if not both or node.kwargs:
         return False
     if a.meta["val"].shape != b.meta["val"].shape or a.meta["val"].dtype != b.meta["val"].dtype:
         return False
     read.add_pixelwise(node, Affine(residual=True), a, b)
+    return True
+
+
+def _difference(read: Captured, node: fx.Node) -> bool:
+    """Adds a - b as a sum of a and b times -1, which is exact."""
+    a, b = arguments(node)
+    if isinstance(b, int | float) and _shifted(read, node, a, -b):
+        return True
+    both = all(map(read.is_pixels, (a, b))) or all(map(read.is_map, (a, b)))
+    if not both or not _keeps(read, node, a) or not _keeps(read, node, b):
+        return False
+    if not (read.is_ours(a) or read.is_ours(b)):
+        return False
+    of_b = b.meta["val"]
+    scale = repeated(read, -1.0, of_b.shape[-1 if read.is_pixels(b) else 1], of_b.device)
+    read.add_pixelwise(node, Affine(Norm(None, None, scale, None, 0.0), residual=True), b, a)
     return True
 
 
@@ -224,16 +247,32 @@ def _product(read: Captured, node: fx.Node) -> bool:
 
 def _scaled(read: Captured, node: fx.Node, x: Any, factor: Any) -> bool:
     """Adds maps, or pixels, times one number of the state for each channel as a norm."""
+    if not _keeps(read, node, x) or x.target is aten.clamp.default:  # a quantised file's rounding
+        return False
+    scale = factor_of_channels(read, x, factor)
+    if scale is None:
+        return False
+    read.add_pixelwise(node, Affine(Norm(None, None, scale, None, 0.0)), x)
+    return True
+
+
+def _shifted(read: Captured, node: fx.Node, x: Any, shift: Any) -> bool:
+    """Adds maps, or pixels, plus one number of the state for each channel as a norm."""
+    if not _keeps(read, node, x):
+        return False
+    name = factor_of_channels(read, x, shift)
+    if name is None:
+        return False
+    read.add_pixelwise(node, Affine(Norm(None, None, None, name, 0.0)), x)
+    return True
+
+
+def _keeps(read: Captured, node: fx.Node, x: Any) -> bool:
+    """Returns whether a node makes of maps or pixels others of the same shape and dtype."""
     if not (read.is_pixels(x) or read.is_map(x)) or node.kwargs:
         return False
-    of_x = x.meta["val"]
-    last = read.is_pixels(x) or of_x.dim() == 2
-    scale = layer_scale(read, factor, of_x.shape[-1 if last else 1], 0 if last else 2)
-    result = node.meta["val"]
-    if scale is None or (result.shape, result.dtype) != (of_x.shape, of_x.dtype):
-        return False
-    read.add_pixelwise(node, Affine(scale), x)
-    return True
+    of_x, result = x.meta["val"], node.meta["val"]
+    return (result.shape, result.dtype) == (of_x.shape, of_x.dtype)
 
 
 def _mean(read: Captured, node: fx.Node) -> bool:
@@ -276,6 +315,7 @@ OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
     aten.linear.default: _linear,
     aten._native_batch_norm_legit_no_training.default: _norm,
     aten.add.Tensor: _sum,
+    aten.sub.Tensor: _difference,
     aten.max_pool2d.default: _max_pool,
     aten.avg_pool2d.default: _average_pool,
     aten.upsample_nearest2d.vec: _nearest,

@@ -43,14 +43,18 @@ def slope_of(op: Conv | Affine, state: State) -> Tensor | float | None:
 def _exact(norm: Norm, state: State) -> tuple[Tensor, Tensor]:
     """Returns the scale and shift of a norm, [C] both, in fp64."""
     if norm.mean is None or norm.var is None:
-        assert norm.weight is not None
-        scale = state[norm.weight].detach().double().reshape(-1)
-        shift = torch.zeros_like(scale)
-    else:
-        scale = (state[norm.var].double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * state[norm.weight].detach().double()
-        shift = -state[norm.mean].double() * scale
+        scale, shift = (
+            None if name is None else state[name].detach().double().reshape(-1)
+            for name in (norm.weight, norm.bias)
+        )
+        if scale is None:
+            assert shift is not None
+            return torch.ones_like(shift), shift
+        return scale, torch.zeros_like(scale) if shift is None else shift
+    scale = (state[norm.var].double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * state[norm.weight].detach().double()
+    shift = -state[norm.mean].double() * scale
     if norm.bias is not None:
         shift = shift + state[norm.bias].detach().double()
     return scale, shift

@@ -5,7 +5,7 @@ a 1x1 map, or of the whole map behind a flatten. Every other operation is a `Tor
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -33,7 +33,8 @@ class Value:
 @dataclass(frozen=True)
 class Norm:
     """An inference batch norm, by the names of its tensors in the state; without mean and variance
-    a layer scale: x times `weight`, which may be [C, 1, 1] and the like."""
+    a layer scale: x times `weight` plus `bias`, either of which may be missing, and [C, 1, 1] and
+    the like."""
 
     mean: str | None
     var: str | None
@@ -228,6 +229,7 @@ class Graph:
     spec: str = ""  # the containers of the model's result (torch.utils._pytree, as JSON)
     constants: tuple[str, ...] = ()  # names of the state that are not in the model's state_dict
     layout: tuple[int, ...] | None = None  # strides and offset that inputs must have, if any
+    derived: tuple[Node, ...] = ()  # make names of the state from others: derived_state.py
     dead_inputs: frozenset[str] = frozenset()  # of `reads`, those that are not read afterwards
     device: torch.device | None = field(default=None, compare=False)  # where it was captured
 
@@ -303,8 +305,10 @@ def is_computed(value: Value) -> bool:
 
 
 def state_names(graph: Graph) -> set[str]:
-    """Returns the names of the state that the graph needs."""
-    return {name for node in graph.nodes for name in node_state(node)}
+    """Returns the names of the state that the graph needs, without those that it derives."""
+    nodes = (*graph.nodes, *graph.derived)
+    derived = {node.name for node in graph.derived}
+    return {name for node in nodes for name in node_state(node)} - derived
 
 
 def node_state(node: Node) -> set[str]:
@@ -316,27 +320,27 @@ def node_state(node: Node) -> set[str]:
         names.update((op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias))
     if isinstance(op, LayerNorm):
         names.update((op.weight, op.bias))
-    return {name for name in names if name is not None} | state_read_by(op)
+    return {name for name in names if name is not None}.union(state_read_by(op))
 
 
 def read_at_calls(graph: Graph) -> set[str]:
-    """Returns the names of the state that is read as it is when the graph runs; the rest is folded
-    and laid out."""
-    return {name for node in graph.nodes for name in state_read_by(node.op)}
+    """Returns the names of the state that is read as it is when the graph runs, or by what is
+    derived, which may be a view; the rest is folded and laid out."""
+    return {name for node in (*graph.nodes, *graph.derived) for name in state_read_by(node.op)}
 
 
-def state_read_by(op: Operation) -> set[str]:
-    """Returns the names of the state that an operation reads whenever it runs."""
+def state_read_by(op: Operation) -> tuple[str, ...]:
+    """Returns the names of the state that an operation reads whenever it runs, in its order."""
     if isinstance(op, Conv | Affine):
-        return {op.slope} if isinstance(op.slope, str) else set()
-    return _named_in([*op.args, *dict(op.kwargs).values()]) if isinstance(op, Torch) else set()
+        return (op.slope,) if isinstance(op.slope, str) else ()
+    return _named_in([*op.args, *dict(op.kwargs).values()]) if isinstance(op, Torch) else ()
 
 
-def _named_in(args: list[Any]) -> set[str]:
-    found: set[str] = set()
+def _named_in(args: Sequence[Any]) -> tuple[str, ...]:
+    found: list[str] = []
     for arg in args:
         if isinstance(arg, dict) and "state" in arg:
-            found.add(arg["state"])
+            found.append(arg["state"])
         elif isinstance(arg, list | tuple):
-            found |= _named_in(list(arg))
-    return found
+            found += _named_in(arg)
+    return tuple(found)

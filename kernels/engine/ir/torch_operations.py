@@ -39,7 +39,7 @@ _ANY_NUMBERS = _names(
 
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution
     batch_norm group_norm instance_norm layer_norm rms_norm native_batch_norm native_group_norm
-    native_layer_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+    native_layer_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _weight_norm
 
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
     adaptive_max_pool1d adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d

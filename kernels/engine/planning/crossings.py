@@ -13,7 +13,6 @@ from math import prod
 
 from resfuse.kernels.cpu.program import lanes
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.constant_nodes import constant_nodes
 from resfuse.kernels.engine.ir.graph import Affine, Concat, Graph, Torch
 
 # What each change of side and each copy takes whatever its size, above all Python in caches that
@@ -48,10 +47,9 @@ class Crossings:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._last = {name: at for at, node in enumerate(graph.nodes) for name in node.inputs}
-        self._constant = constant_nodes(graph)
         self._into: dict[str, float] = {}
         self._out: dict[str, float] = {}
-        self._spans: dict[tuple[int, int], tuple[frozenset[str], frozenset[str], bool]] = {}
+        self._spans: dict[tuple[int, int], tuple[frozenset[str], frozenset[str]]] = {}
         vector, pixels = lanes(), _in_channels_last(graph)
         for node in graph.nodes:
             value = graph.values[node.name]
@@ -69,22 +67,18 @@ class Crossings:
     def after(self, sides: Sides, candidate: Candidate, native: bool) -> tuple[Sides, float]:
         """Returns the sides once a candidate has run behind `sides`, and the ms that values cost
         which cross for it, with the change of side."""
-        reads, made, constant = self._span(candidate.start, candidate.stop)
+        reads, made = self._span(candidate.start, candidate.stop)
         prices, others = (self._into, sides.in_torch) if native else (self._out, sides.in_arena)
         crossing = reads & others
         ms = sum(prices[name] for name in crossing)
-        if constant:  # torch computes it once, and no run of native steps ends there
-            last = sides.native
-        else:
-            last = native
-            ms += CHANGE_MS * (sides.native is not None and sides.native != native)
+        ms += CHANGE_MS * (sides.native is not None and sides.native != native)
         in_arena, in_torch = sides.in_arena - crossing, sides.in_torch - crossing
         if native:
             in_arena |= made
         else:
             in_torch |= made
         stop = candidate.stop
-        return Sides(self._read_from(stop, in_arena), self._read_from(stop, in_torch), last), ms
+        return Sides(self._read_from(stop, in_arena), self._read_from(stop, in_torch), native), ms
 
     def most_ms(self, sides: Sides) -> float:
         """Returns what it costs at most that values lie on these sides and not on any others."""
@@ -92,15 +86,15 @@ class Crossings:
         copies = sum(into[name] for name in sides.in_torch) + sum(out[n] for n in sides.in_arena)
         return copies + CHANGE_MS
 
-    def _span(self, start: int, stop: int) -> tuple[frozenset[str], frozenset[str], bool]:
-        """Returns what nodes [start, stop) read from before, what they make that is read after
-        them, and whether they are all constant."""
+    def _span(self, start: int, stop: int) -> tuple[frozenset[str], frozenset[str]]:
+        """Returns what nodes [start, stop) read from before, and what they make that is read after
+        them."""
         if (start, stop) not in self._spans:
             nodes = self._graph.nodes[start:stop]
             made = {node.name for node in nodes}
             reads = {name for node in nodes for name in node.inputs} - made
             later = frozenset(name for name in made if self._is_read(name, stop))
-            self._spans[start, stop] = frozenset(reads), later, made <= self._constant
+            self._spans[start, stop] = frozenset(reads), later
         return self._spans[start, stop]
 
     def _read_from(self, at: int, names: Iterable[str]) -> frozenset[str]:

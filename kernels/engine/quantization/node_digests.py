@@ -16,7 +16,7 @@ _DIGITS = 16  # of each node's SHA-256
 def node_digests(graph: Graph) -> dict[str, str]:
     """Returns a digest for each node, by name and in the graph's order: of what it computes, the
     size of images included, what it reads, and the names of its weights."""
-    constants = frozenset(graph.constants)
+    constants = {*graph.constants, *(node.name for node in graph.derived)}
     return {node.name: _digest(node, constants) for node in graph.nodes}
 
 
@@ -46,8 +46,8 @@ def _norm(norm: Norm | None) -> Mapping[str, Any] | None:
 
 
 def _plain(item: Any, constants: Collection[str]) -> Any:
-    """Returns nested data with the names of constants cut before the hash of their content, which
-    may depend on the batch."""
+    """Returns nested data with the names of constants, and of what is derived, cut before the hash,
+    which may depend on the batch."""
     if isinstance(item, Mapping):
         return {str(key): _plain(value, constants) for key, value in item.items()}
     if isinstance(item, list | tuple):

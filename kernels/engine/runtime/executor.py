@@ -8,7 +8,6 @@ from torch import Tensor
 from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.program import Program, Step
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.constant_nodes import constant_nodes
 from resfuse.kernels.engine.ir.graph import Graph, Node, State
 from resfuse.kernels.engine.ir.lowered import Call, Native, Values
 from resfuse.kernels.engine.memory.buffers import Arena, WeightStore
@@ -22,8 +21,7 @@ class Executor:
     """Runs a graph on values of fixed shapes.
 
     Values that native steps write are in one arena, and so are copies of the other values that they
-    read. All remaining values are torch tensors, freed after their last use, but for those that
-    depend on the weights alone: torch computes them once, when the executor is made.
+    read. All remaining values are torch tensors, freed after their last use.
     """
 
     def __init__(
@@ -48,19 +46,16 @@ class Executor:
         self._steps: list[Step] = []
         self._copied: set[str] = set()
         self._freed: set[str] = set()
-        self._constant, self._constants = constant_nodes(graph), Values()
         for candidate in candidates:
             self._lower(candidate, state)
         self._flush()
-        self._keep_constants()
-        native = {name: self._views[name] for name in self._native}
-        self._at_first = native | self._constants  # values that are there before a run
+        self._in_arena = {name: self._views[name] for name in self._native}
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Returns the outputs, which may lie in the arena; inputs are in the order of
         `graph.reads`."""
-        values = self._at_first | dict(zip(self.graph.reads, inputs, strict=True))
+        values = self._in_arena | dict(zip(self.graph.reads, inputs, strict=True))
         for item in self._items:
             item(values)
         return [values[name] for name in self.graph.outputs]
@@ -73,7 +68,7 @@ class Executor:
     def repeat(self, *inputs: Tensor) -> Callable[[], list[Tensor]]:
         """Returns a function that runs the graph on `inputs` without copying them into the arena,
         for timing: a call with the same inputs must have come before."""
-        values = self._at_first | dict(zip(self.graph.reads, inputs, strict=True))
+        values = self._in_arena | dict(zip(self.graph.reads, inputs, strict=True))
         items = [item for item in self._items if item not in self._copies]
 
         @torch.inference_mode()
@@ -94,26 +89,9 @@ class Executor:
                 if name not in self._native | inner and name not in self._copied:
                     self._copy_in(name)
             self._steps += lowered.steps
-        elif self._is_constant(nodes):
-            with torch.inference_mode():
-                lowered.run(self._constants)
         else:
             self._flush()
             self._items.append(self._call(lowered, nodes, candidate.stop))
-
-    def _is_constant(self, nodes: Sequence[Node]) -> bool:
-        """Returns whether nodes that torch computes read nothing but what has been computed."""
-        made = {node.name for node in nodes}
-        reads = {name for node in nodes for name in node.inputs}
-        return made <= self._constant and reads <= made | self._constants.keys()
-
-    def _keep_constants(self) -> None:
-        """Drops the constants that only other constants read."""
-        read = set(self.graph.outputs)
-        read.update(name for node in self.graph.nodes for name in node.inputs
-                    if node.name not in self._constants)  # fmt: skip
-        self._constants = {name: t for name, t in self._constants.items() if name in read}
-        self.weight_store.track(self._constants.values())
 
     def _copy_in(self, name: str) -> None:
         self._flush()

@@ -10,6 +10,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from resfuse.kernels.engine.ir.derived_state import with_derived
 from resfuse.kernels.engine.ir.graph import (
     Affine,
     Conv,
@@ -103,22 +104,35 @@ def _require_dense(name: str, tensor: object) -> None:
 def require_usable(
     graphs: Iterable[Graph], state: Mapping[str, Tensor], constants: Collection[str], argument: str
 ) -> None:
-    """Raises ValueError for weights that cannot be folded or are not finite.
+    """Raises ValueError for weights that cannot be folded or are not finite, or of which nothing
+    can be derived.
 
     Weights of convolutions and norms must be finite: each form of a convolution adds and multiplies
     in an order of its own, where infinity may become NaN. Tensors that only torch reads may be
-    infinite (an attention mask), and NaN if they are not in the state_dict.
+    infinite (an attention mask), and NaN if they are not in the state_dict or derived from it.
     """
+    graphs = list(graphs)
+    for graph in graphs:
+        try:
+            state = {**state, **with_derived(graph, state)}
+        except RuntimeError as error:  # a matrix that cannot be inverted, say
+            said = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"argument {argument}: what the forward makes of its weights cannot be computed of "
+                f"these: {said}"
+            ) from error
     nodes = [node for graph in graphs for node in graph.nodes]
     folded = {name for node in nodes for name in _folded(node)}
+    derived = {node.name for graph in graphs for node in graph.derived}
     for name in sorted({name for node in nodes for name in node_state(node)}):
         tensor = state[name]
         broken = tensor.is_floating_point() and (
             (name in folded and not tensor.isfinite().all())
-            or (name not in constants and tensor.isnan().any())
+            or (name not in constants and name not in derived and tensor.isnan().any())
         )
         if broken:
-            raise ValueError(f"argument {argument}: {name} holds values that are not finite")
+            what = f"what is computed of {name.partition(':')[0]}" if name in derived else name
+            raise ValueError(f"argument {argument}: {what} holds values that are not finite")
     for norm in dict.fromkeys(filter(None, map(_norm_of, nodes))):
         if norm.var is not None and not (state[norm.var].float() + norm.eps > 0).all():
             raise ValueError(

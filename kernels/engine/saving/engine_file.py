@@ -33,7 +33,9 @@ from resfuse.kernels.tuning_cache.environment import environment
 
 Plans = Mapping[tuple[int, ...], tuple[Graph, tuple[Segment, ...]]]  # by the input's shape
 
-SCHEMA = 6  # 1: no digest, 2: plans by batch size, 3: no conversions, 4: no layer norms, 5: no int8
+# 1: no digest, 2: plans by batch size, 3: no conversions, 4: no layer norms, 5: no int8, 6: nothing
+# derived
+SCHEMA = 7
 _MOST_PLAN = 64 << 20  # bytes of JSON: ResNet-152's has 0.3 million
 
 

@@ -10,7 +10,7 @@ import typing
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from resfuse.kernels.engine.ir.graph import Graph
+from resfuse.kernels.engine.ir.graph import Graph, Torch
 
 _MOST_NODES = 10_000  # ResNet-1202 has 1,900 once merged
 _MOST = 2**31  # of any size, stride, padding
@@ -24,8 +24,8 @@ class Unsound(ValueError):
 def require_wired(graph: Graph) -> None:
     """Raises Unsound unless fields have the types that graph.py declares, values fit in memory, and
     every node reads only the input and results of earlier nodes."""
-    if len(graph.nodes) > _MOST_NODES:
-        raise Unsound(f"{len(graph.nodes)} nodes; at most {_MOST_NODES}")
+    if (count := len(graph.nodes) + len(graph.derived)) > _MOST_NODES:
+        raise Unsound(f"{count} nodes; at most {_MOST_NODES}")
     names = (graph.input, *graph.outputs, *graph.constants, graph.spec)
     if not all(isinstance(name, str) for name in names) or not graph.input:
         raise Unsound("names that are no text")
@@ -34,12 +34,16 @@ def require_wired(graph: Graph) -> None:
         numbers = all(type(n) is int and n >= 0 for n in graph.layout)
         if not numbers or len(graph.layout) not in (rank, rank + 1):
             raise Unsound(f"an input that lies as {graph.layout}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory_bytes()
     for name, value in graph.values.items():
         if not all(type(n) is int and 0 <= n < _MOST for n in value.shape):
             raise Unsound(f"value {name} has shape {value.shape}")
         if math.prod(value.shape) * value.dtype.itemsize > memory:
             raise Unsound(f"value {name} is larger than this machine's memory")
+    for node in graph.derived:
+        _require_types(str(node.name), node.op)
+        if not isinstance(node.op, Torch) or node.inputs or not isinstance(node.name, str):
+            raise Unsound(f"{node.name} is not derived from the state alone")
     computed = {graph.input}
     for node in graph.nodes:
         for part in (node.op, *_parts_of(node.op)):
@@ -51,6 +55,11 @@ def require_wired(graph: Graph) -> None:
         computed.add(node.name)
     if not computed.issuperset(graph.outputs) or computed != set(graph.values) or not graph.outputs:
         raise Unsound("values that no node makes, or outputs that are no values")
+
+
+def memory_bytes() -> int:
+    """Returns the size of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _parts_of(op: Any) -> list[Any]:

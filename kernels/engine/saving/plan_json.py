@@ -53,16 +53,18 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         "spec": graph.spec,
         "constants": list(graph.constants),
         "values": {name: _value_to_json(value) for name, value in graph.values.items()},
-        "nodes": [
-            {
-                "name": node.name,
-                "inputs": list(node.inputs),
-                "operation": type(node.op).__name__,
-                **_operation_to_json(node.op),
-            }
-            for node in graph.nodes
-        ],
+        "derived": list(map(_node_to_json, graph.derived)),
+        "nodes": list(map(_node_to_json, graph.nodes)),
         **({"layout": list(graph.layout)} if graph.layout is not None else {}),
+    }
+
+
+def _node_to_json(node: Node) -> dict[str, Any]:
+    return {
+        "name": node.name,
+        "inputs": list(node.inputs),
+        "operation": type(node.op).__name__,
+        **_operation_to_json(node.op),
     }
 
 
@@ -101,6 +103,7 @@ def graph_from_json(data: dict[str, Any]) -> Graph:
         data["spec"],
         tuple(data.get("constants", [])),
         tuple(data["layout"]) if "layout" in data else None,
+        tuple(_node(dict(node)) for node in data["derived"]),
     )
 
 

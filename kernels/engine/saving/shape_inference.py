@@ -4,6 +4,7 @@ what the file says, so that no number in it reaches memory that is not there.
 
 import contextlib
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from resfuse.kernels.engine.ir.derived_state import derive, derived_name, is_derivable
 from resfuse.kernels.engine.ir.graph import (
     Affine,
     AveragePool,
@@ -29,8 +31,9 @@ from resfuse.kernels.engine.ir.graph import (
     Value,
     state_read_by,
 )
+from resfuse.kernels.engine.ir.torch_call import torch_call
 from resfuse.kernels.engine.ir.torch_operations import is_pure
-from resfuse.kernels.engine.saving.graph_structure import Unsound
+from resfuse.kernels.engine.saving.graph_structure import Unsound, memory_bytes
 from resfuse.kernels.engine.saving.quantized_values import require_quantized
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.ops.activation import ACTIVATIONS
@@ -46,11 +49,12 @@ class ShapeInference:
         device: torch.device,
         allow: Collection[str],
     ) -> None:
-        self._graph, self._state, self._device, self._allow = graph, state, device, allow
+        self._graph, self._state, self._device, self._allow = graph, dict(state), device, allow
         self._fake = FakeTensorMode()
 
     def require(self) -> None:
         """Raises Unsound unless every value has the shape and dtype that the graph says."""
+        self._derive()
         for node in self._graph.nodes:
             value = self._graph.values[node.name]
             inputs = [self._graph.values[name] for name in node.inputs]
@@ -67,6 +71,26 @@ class ShapeInference:
             require_quantized(node, value, inputs)
             if replace(value, quantization=None) not in accepted:
                 raise Unsound(f"{node.name} is said to be {value}, and is {accepted}")
+
+    def _derive(self) -> None:
+        """Adds what the graph derives to the state.
+
+        Raises:
+            Unsound: some of it is no function of the state alone, has another's name, or is larger
+                than this machine's memory.
+        """
+        room = memory_bytes()
+        for node in self._graph.derived:
+            op = node.op
+            if not isinstance(op, Torch) or not is_derivable(op) or derived_name(op) != node.name:
+                raise Unsound(f"{node.name} is not what is derived from the state")
+            if node.name in self._state:
+                raise Unsound(f"{node.name} is there twice")
+            value = self._of_torch(node, op, [])
+            room -= math.prod(value.shape) * value.dtype.itemsize
+            if room < 0:
+                raise Unsound("what is derived is larger than this machine's memory")
+            self._state[node.name] = derive(op, self._state)
 
     @staticmethod
     def _stored(node: Node, inputs: list[Value]) -> list[torch.dtype]:
@@ -196,7 +220,8 @@ class ShapeInference:
         many."""
         shapes: list[tuple[int, ...]] = [(channels,)]
         if norm.mean is None or norm.var is None:
-            if norm != Norm(None, None, norm.weight, None, 0.0) or norm.weight is None:
+            factors = norm.weight, norm.bias
+            if norm != Norm(None, None, *factors, 0.0) or factors == (None, None):
                 raise Unsound(f"{node.name} has {norm}")
             ones = [((1,) * i, (1,) * j) for i in range(4) for j in range(4 - i)]
             shapes += [(*before, channels, *behind) for before, behind in ones]
@@ -247,7 +272,7 @@ class ShapeInference:
                 for name in state_read_by(op)
             }
             given = [torch.empty(v.shape, dtype=v.dtype, device=self._device) for v in inputs]
-            result = eager.function_of(node, self._graph.values, state)(*given)
+            result = torch_call(op, state)(*given)
         if not isinstance(result, Tensor) or result.layout != torch.strided:
             raise Unsound(f"{node.name} is no tensor")
         if result.device.type != self._device.type:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch.utils._pytree as pytree
 
+from resfuse.kernels.engine.ir.derived_state import with_derived
 from resfuse.kernels.engine.ir.graph import Graph, State
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.planner import Segment
@@ -44,5 +45,6 @@ def bind(
         weight_store: what tactics have laid out of the same weights for other shapes, to share.
     """
     candidates = [segment.candidate for segment in segments]
-    executor = Executor(graph, candidates, state, WeightStore(weight_store))
+    known = with_derived(graph, state)
+    executor = Executor(graph, candidates, known, WeightStore(weight_store))
     return BoundPlan(graph, tuple(segments), executor)

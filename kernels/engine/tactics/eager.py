@@ -3,7 +3,6 @@ the fallback where no other tactic applies.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ from resfuse.kernels.engine.ir.graph import (
     state_read_by,
 )
 from resfuse.kernels.engine.ir.lowered import Call, Values
-from resfuse.kernels.engine.ir.torch_operations import function_named
+from resfuse.kernels.engine.ir.torch_call import torch_call
 from resfuse.kernels.engine.memory.buffers import Arena
 from resfuse.kernels.engine.tactics import quantized_eager
 from resfuse.kernels.ops.activation import ACTIVATIONS
@@ -171,6 +170,10 @@ def _affine(
         lambda: list(scale_and_shift(op, shape[1], state, dtype or torch.float32)),
     )
     scale, shift = (t.view(around) for t in both)
+    if op.norm.mean is None and op.norm.bias is None:
+        return lambda x, *residual: finish((x * scale).to(x.dtype), residual)
+    if op.norm.mean is None and op.norm.weight is None:
+        return lambda x, *residual: finish((x + shift).to(x.dtype), residual)
     return lambda x, *residual: finish((x * scale + shift).to(x.dtype), residual)
 
 
@@ -234,49 +237,11 @@ def _pick(op: Pick) -> Function:
 
 
 def _torch(op: Torch, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
-    target = function_named(op.target)
     fixed = {name: _as_it_is(name, state, keep) for name in state_read_by(op)}
     if dtype is not None:
         fixed = {name: _widened(t) for name, t in fixed.items()}
-
-    # What no input is in is decoded once: each call's Python was a fifth of LeViT-128S's time.
-    given = [None if _reads_value(arg) else _decode(arg, (), fixed) for arg in op.args]
-    named = {key: _decode(arg, (), fixed) for key, arg in op.kwargs if not _reads_value(arg)}
-    varied = [(at, arg) for at, arg in enumerate(op.args) if _reads_value(arg)]
-    varied_named = [(key, arg) for key, arg in op.kwargs if _reads_value(arg)]
-
-    def run(*inputs: Tensor) -> Tensor:
-        args, kwargs = given.copy(), named
-        for at, arg in varied:
-            args[at] = _decode(arg, inputs, fixed)
-        if varied_named:
-            kwargs = named | {key: _decode(arg, inputs, fixed) for key, arg in varied_named}
-        result = target(*args, **kwargs)
-        part: Tensor = result if op.result is None else result[op.result]
-        return part
-
-    return run
-
-
-def _reads_value(arg: Any) -> bool:
-    """Returns whether an encoded argument has one of the node's inputs in it."""
-    if isinstance(arg, list | tuple):
-        return any(map(_reads_value, arg))
-    return isinstance(arg, dict) and "value" in arg
+    return torch_call(op, fixed)
 
 
 def _widened(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
-
-
-def _decode(arg: Any, inputs: tuple[Tensor, ...], state: State) -> Any:
-    if isinstance(arg, dict) and "value" in arg:
-        return inputs[arg["value"]]
-    if isinstance(arg, list | tuple):
-        return [_decode(item, inputs, state) for item in arg]
-    if not isinstance(arg, dict):
-        return arg
-    ((kind, what),) = arg.items()
-    if kind == "state":
-        return state[what]
-    return torch.device(what) if kind == "device" else getattr(torch, what)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.engine.ir.candidate import Candidate, key_of
-from resfuse.kernels.engine.ir.constant_nodes import constant_nodes
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
 from resfuse.kernels.engine.ir.torch_operations import accepts_random_inputs
 from resfuse.kernels.engine.memory.buffers import WeightStore
@@ -64,7 +63,6 @@ class Tuner:
         self._warned: set[str] = set()
         self._confirmed: set[Key] = set()
         self._arena = any(TACTICS[name].in_arena for name in tactics)
-        self._constant = constant_nodes(graph)
         self._graph, self._state, self._device, self._cache = graph, state, device, cache
         self.measured = 0  # the number of candidates that were not in the cache
         self._warmth = warmth_of(graph, state, device)
@@ -114,8 +112,6 @@ class Tuner:
         """
         if self._is_barred(candidate):
             return None
-        if self._is_constant(candidate):
-            return NOT_TIMED
         part, key = self._part(candidate)
         if not self._has(key, candidate):
             self.measured += 1
@@ -131,7 +127,7 @@ class Tuner:
             BrokenDevice: a candidate has broken the device for this process; the next one avoids
                 it.
         """
-        allowed = [c for c in candidates if not (self._is_barred(c) or self._is_constant(c))]
+        allowed = [c for c in candidates if not self._is_barred(c)]
         keys = [self._part(candidate)[1] for candidate in allowed]
         if not all(map(self._has, keys, allowed)):
             part, weight_store = self._part(allowed[0])[0], WeightStore()
@@ -150,8 +146,7 @@ class Tuner:
 
     def knows(self, candidate: Candidate) -> bool:
         """Returns whether the time of a candidate is known without a measurement."""
-        known = self._is_barred(candidate) or self._is_constant(candidate)
-        return known or self._has(self._part(candidate)[1], candidate)
+        return self._is_barred(candidate) or self._has(self._part(candidate)[1], candidate)
 
     def confirm(self, candidates: Iterable[Candidate]) -> bool:
         """Checks the answer of each candidate that this build has not checked yet, since the timing
@@ -360,11 +355,6 @@ class Tuner:
     def _leaves_arena(self, candidate: Candidate) -> bool:
         """Returns whether native steps would stop for a candidate, on a device that has them."""
         return self._arena and not TACTICS[candidate.tactic].in_arena
-
-    def _is_constant(self, candidate: Candidate) -> bool:
-        """Returns whether a candidate computes what depends on the weights alone, once."""
-        nodes = self._graph.nodes[candidate.start : candidate.stop]
-        return self._constant.issuperset(node.name for node in nodes)
 
     def _exact_answer(self, part: Graph, key: str) -> ExactAnswer:
         """Returns the part's answer in fp64; the last one is cached."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resfuse.kernels.engine.frontend.batching.image_dimension import Images
 from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.side_effects import SideEffects
-from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Operation, State, Torch
+from resfuse.kernels.engine.ir.graph import Conv, Graph, Operation, State, Torch, state_read_by
 
 aten = torch.ops.aten
 # (model, input) -> its graph, and the weights by name
@@ -119,8 +119,7 @@ def _has_symbols(value: object) -> bool:
 def require_same_for_one(one: Graph, several: Graph, images: Sequence[Images]) -> None:
     """Raises ValueError unless the graph for one image equals that for several except in sizes:
     torch treats a size of one specially (squeeze, broadcasting)."""
-    same = len(one.nodes) == len(several.nodes) and one.spec == several.spec
-    same = same and all(map(_alike, one.nodes, several.nodes))
+    same = one.spec == several.spec and _without_sizes(one) == _without_sizes(several)
     for a, b, where in zip(one.outputs, several.outputs, images, strict=True):
         shape = several.values[b].shape
         shape = (*shape[: where.dim], where.each, *shape[where.dim + 1 :])
@@ -129,8 +128,15 @@ def require_same_for_one(one: Graph, several: Graph, images: Sequence[Images]) -
         raise ValueError(f"{_NOT_POSSIBLE}for a single image the forward computes something else")
 
 
-def _alike(a: Node, b: Node) -> bool:
-    return a.name == b.name and a.inputs == b.inputs and unsized(a.op) == unsized(b.op)
+def _without_sizes(graph: Graph) -> str:
+    """Returns all operations of a graph as text. Those that make what is derived go by their
+    order: their names tell sizes, too."""
+    nodes = [replace(node, name="") for node in graph.derived] + [*graph.nodes]
+    lines = [(node.name, unsized(node.op), node.inputs, state_read_by(node.op)) for node in nodes]
+    text = "\n".join(map(str, lines))
+    for at, node in enumerate(graph.derived):
+        text = text.replace(node.name, f"derived {at}")
+    return text
 
 
 def unsized(op: Operation) -> Operation | str:

@@ -3,11 +3,11 @@
 The images of a value lie along one dimension, in order, with the same number of entries each.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resfuse.kernels.engine.ir.graph import State, Torch
+from resfuse.kernels.engine.ir.graph import Torch
 from resfuse.kernels.engine.ir.torch_operations import operation_named
 
 
@@ -41,7 +41,12 @@ class TorchCall:
     """A torch operation with its arguments by name; tensors among them are operands."""
 
     def __init__(
-        self, op: Torch, inputs: list[Operand], shape: tuple[int, ...], batch: int, state: State
+        self,
+        op: Torch,
+        inputs: list[Operand],
+        shape: tuple[int, ...],
+        batch: int,
+        weights: Mapping[str, Operand],
     ) -> None:
         self.name = op.target.split(".")[1] if op.target.startswith("aten.") else op.target
         self.shape, self.batch = shape, batch
@@ -51,7 +56,7 @@ class TorchCall:
             if isinstance(arg, list | tuple):
                 return [read(item) for item in arg]
             if isinstance(arg, dict) and ("value" in arg or "state" in arg):
-                own = inputs[arg["value"]] if "value" in arg else _of_state(state, arg["state"])
+                own = inputs[arg["value"]] if "value" in arg else weights[arg["state"]]
                 self.operands.append(own)
                 return own
             return arg
@@ -75,10 +80,6 @@ class TorchCall:
         if given is None or given == []:
             return None
         return [d % max(1, len(of.shape)) for d in (given if isinstance(given, list) else [given])]
-
-
-def _of_state(state: State, name: str) -> Operand:
-    return Operand(tuple(state[name].shape), None)
 
 
 def broadcast(operands: Iterable[Operand], shape: tuple[int, ...]) -> Images:

@@ -17,6 +17,7 @@ from resfuse.kernels.engine.frontend.batching.image_dimension import (
     Unproved,
     broadcast,
 )
+from resfuse.kernels.engine.ir.derived_state import with_derived
 from resfuse.kernels.engine.ir.graph import Graph, Node, State, Torch
 
 
@@ -29,9 +30,10 @@ def images_of_outputs(graph: Graph, state: State) -> tuple[Images, ...]:
     proofs: dict[str, Operand | Unproved] = {
         graph.input: Operand(graph.values[graph.input].shape, Images(0, 1))
     }
+    weights = _weights(graph, state)
     for node in graph.nodes:
         try:
-            proofs[node.name] = _of_node(graph, node, proofs, state)
+            proofs[node.name] = _of_node(graph, node, proofs, weights)
         except Unproved as why:
             proofs[node.name] = why
     found = []
@@ -58,8 +60,23 @@ def images_at_all_sizes(graphs: Mapping[int, Graph], state: State) -> tuple[Imag
     return found[0] if found else None
 
 
+def _weights(graph: Graph, state: State) -> dict[str, Operand]:
+    """Returns the state, with what is derived from it, as operands."""
+    known = with_derived(graph, state)
+    found = {name: Operand(tuple(tensor.shape), None) for name, tensor in known.items()}
+    for node in graph.derived:
+        assert isinstance(node.op, Torch)
+        shape = found[node.name].shape
+        call = TorchCall(node.op, [], shape, graph.batch_size, found)
+        found[node.name] = Operand(shape, None, _same(call))
+    return found
+
+
 def _of_node(
-    graph: Graph, node: Node, proofs: Mapping[str, Operand | Unproved], state: State
+    graph: Graph,
+    node: Node,
+    proofs: Mapping[str, Operand | Unproved],
+    weights: Mapping[str, Operand],
 ) -> Operand:
     inputs = []
     for name in node.inputs:
@@ -70,7 +87,7 @@ def _of_node(
     shape = graph.values[node.name].shape
     if not isinstance(node.op, Torch):
         return Operand(shape, _of_ours(node, inputs, shape))
-    call = TorchCall(node.op, inputs, shape, graph.batch_size, state)
+    call = TorchCall(node.op, inputs, shape, graph.batch_size, weights)
     filled = call.name in _FILLED  # with one number, whatever the operand
     if filled or not any(operand.images for operand in call.operands):
         return Operand(shape, None, _same(call))
