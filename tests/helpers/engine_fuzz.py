@@ -23,6 +23,7 @@ from torch import Tensor
 
 from resfuse.kernels import Engine
 from resfuse.kernels.engine.ir.candidate import Candidate
+from resfuse.kernels.engine.ir.derived_state import with_derived
 from resfuse.kernels.engine.load import load_engine
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.saving.engine_file import _digest
@@ -231,7 +232,7 @@ def by_torch(engine: Engine, x: Tensor) -> list[Tensor]:
     built = engine._built[tuple(x.shape)]
     choices = [Candidate("eager", at, at + 1) for at in range(len(built.graph.nodes))]
     assert engine._state is not None
-    return Executor(built.graph, choices, engine._state)(x)
+    return Executor(built.graph, choices, with_derived(built.graph, engine._state))(x)
 
 
 def outcome(path: Path, source: Path, renewed: bool) -> str:

@@ -57,7 +57,7 @@ def add_layer_norm(read: Captured, node: fx.Node) -> bool:
 
 def repeated(read: Captured, number: float, count: int, device: torch.device) -> str:
     """Returns the name of a tensor of the state that holds a number `count` times."""
-    kind = {"dtype": {"dtype": "float32"}, "device": {"device": str(device)}}
+    kind = {"dtype": {"dtype": "float64"}, "device": {"device": str(device)}}
     return read.derive(Torch("aten.full.default", ([count], number), tuple(kind.items())))
 
 
@@ -77,16 +77,20 @@ def factor_of_channels(read: Captured, x: fx.Node, factor: Any) -> str | None:
     while isinstance(source, fx.Node) and source.target in _VIEWS:
         source = source.args[0]
     name = read.state_of(source)
-    if name is None:
+    if name is None or not read.state[name].is_floating_point():
         return None
     shape, tensor = tuple(factor.meta["val"].shape), read.state[name]
-    if tensor.numel() == 1 != channels and len(shape) <= of_x.dim() and tensor.is_floating_point():
+    if source.op != "placeholder":
+        if tensor.dim() == of_x.dim():  # for one image it may have been made for the batch
+            return None
+    elif tensor.numel() == 1 != channels and len(shape) <= of_x.dim():
+        if not read.is_ours(x):
+            return None
         one = read.derive(Torch("aten.reshape.default", ({"state": name}, [1])))
-        each = Torch("aten.expand.default", ({"state": one}, [channels]))
-        return read.derive(each) if read.is_ours(x) else None
+        return read.derive(Torch("aten.expand.default", ({"state": one}, [channels])))
     ones = (1,) * behind
     broadcast = shape in [(*(1,) * before, channels, *ones) for before in range(4 - behind)]
-    if not broadcast or tensor.dim() > 4 or not tensor.is_floating_point():
+    if not broadcast or tensor.dim() > 4:
         return None
     if max(tensor.shape, default=0) != tensor.numel():
         return None

@@ -70,10 +70,10 @@ def _joined(first: Node, second: Node) -> Conv | Affine | None:
     if then.norm is not None:
         if first.residual is not None or ended:
             return None
-        if isinstance(op, Affine):
-            norm = None if op.gate or op.norm is None else _scale_and_shift(op.norm, then.norm)
-            return None if norm is None else replace(op, norm=norm)
-        return replace(op, norm=then.norm) if op.norm is None else None
+        if op.norm is None:
+            return replace(op, norm=then.norm) if isinstance(op, Conv) else None
+        norm = _scale_and_shift(op.norm, then.norm)
+        return None if norm is None else replace(op, norm=norm)
     if then.residual:
         return None if first.residual is not None else op.with_residual()
     if ended:

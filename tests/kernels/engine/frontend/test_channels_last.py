@@ -18,6 +18,7 @@ from engine_models import images, made, require_answers
 from graphs import error
 from resfuse.kernels import build_engine, load_engine
 from resfuse.kernels.engine.frontend.export import capture
+from resfuse.kernels.engine.ir.derived_state import with_derived
 from resfuse.kernels.engine.ir.graph import Torch
 from resfuse.kernels.engine.tactics import eager
 from scope import Scope
@@ -142,7 +143,8 @@ def require_exact(model: nn.Module, x: Tensor) -> Counter[str]:
     """The graph answers as the model in fp64, to the last digits; returns how many nodes of each
     kind it has."""
     graph, state = capture(model, x)
-    got = eager.exact(graph, state, [x])
+    exact = {name: t.double() if t.is_floating_point() else t for name, t in state.items()}
+    got = eager.exact(graph, with_derived(graph, exact), [x])
     with torch.no_grad():
         want = model.double()(x.double())
     for y, w in zip(got, want if isinstance(want, tuple) else [want], strict=True):

@@ -103,15 +103,6 @@ def test_the_input_and_earlier_stages_cost_nothing() -> None:
     assert tactics_of(plan(graph, timed, 1)) == ["native"]
 
 
-def test_what_is_computed_once_ends_no_run_of_native_steps() -> None:
-    ones = Node("ones", Torch("aten.ones.default", (list(MAP),)), ())
-    last = Node("y", Affine(None, residual=True), ("a", "ones"))
-    graph = graph_of(MAP, Node("a", Affine(None, "relu"), ("x",)), ones, last)
-    timed = [offer(0, 1.0, True), offer(1, 0.0, False), offer(2, 1.0, True)]
-    size = 4 * MAP[1] * MAP[2] * MAP[3]
-    assert plan(graph, timed).crossing_ms == pytest.approx(COPY_MS + TRANSPOSED_MS * size)
-
-
 # Against every cover
 
 

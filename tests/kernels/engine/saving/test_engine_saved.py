@@ -76,7 +76,7 @@ def test_a_loaded_engine_can_be_saved_and_refreshed(saved: Path, tmp_path: Path)
 def test_nothing_is_unpickled(saved: Path) -> None:
     with safe_open(saved, framework="pt") as file:
         told = json.loads(file.metadata()["resfuse"])
-    assert told["schema"] == 6 and list(told["plans"]) == ["2x3x33x29"]
+    assert told["schema"] == 7 and list(told["plans"]) == ["2x3x33x29"]
 
 
 def told_in(path: Path) -> str:
