@@ -5,6 +5,7 @@ import argparse
 from resfuse.bench.running.shared_flags import (
     add_img_size,
     add_results,
+    add_resumable,
     add_seed,
     add_threads,
     add_weights,
@@ -77,5 +78,4 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     )
     add_threads(parser)
     add_results(parser)
-    parser.add_argument("--dry-run", action="store_true", help="show the measurements and stop")
-    parser.add_argument("--no-report", action="store_true", help="append rows only")
+    add_resumable(parser, "measurements")

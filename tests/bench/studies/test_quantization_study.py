@@ -144,7 +144,7 @@ def test_a_tiny_network_in_our_engine(own_cache: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setitem(tools.OTHERS, "openvino", broken)
     monkeypatch.setattr(tools, "why_unavailable", lambda *_: None)
-    subject = Subject("tiny", "here", "noise", tiny, batch_size=5)
+    subject = Subject("tiny", "here", "noise", 32, 12, tiny, batch_size=5)
     ways = [("engine", "minmax"), ("engine", "percentile"), ("openvino", "minmax")]
     rows = list(quantization_study.measure(subject, ways))
     networks = [(asked, out) for sheet, asked, out in rows if sheet is NETWORKS]
@@ -157,6 +157,53 @@ def test_a_tiny_network_in_our_engine(own_cache: Path, monkeypatch: pytest.Monke
     assert [asked["layer"] for asked, _ in own] == ["0", "4"] * 2
     assert [asked["depth"] for asked, _ in own] == [1, 2] * 2
     assert all(float(out.metrics["sqnr_db"] or 0) > 20 for _, out in own)
+
+
+def test_resume_measures_what_is_not_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is interrupted at its third way, and a second way that failed."""
+    measured, made = list[str](), list[int]()
+    broken, stopped = {"percentile"}, {"mse"}
+
+    def make() -> tuple[nn.Module, Images]:
+        made.append(1)
+        return tiny()
+
+    def stub(tool: str, method: str, *rest: object) -> dict[str, Value]:
+        measured.append(method)
+        if method in stopped:
+            raise KeyboardInterrupt
+        if method in broken:
+            raise RuntimeError("no such luck")
+        layers = rest[-1]
+        assert isinstance(layers, list)
+        layers.append({"layer": "0", "sqnr_db": 30.0, "clipped_pct": 0.0})
+        return {"sqnr_db": 30.0, "top1_agree_pct": 100.0, "answers_changed": 0}
+
+    def run(*more: str, calibration: int = 32) -> list[str]:
+        subject = Subject("tiny", "here", "noise", calibration, 12, make, batch_size=5)
+        monkeypatch.setattr(quantization_study, "subjects", lambda args: [subject])
+        measured.clear()
+        command = ["study", "quantization", "--tool", "engine", "--no-report"]
+        main([*command, "--results", str(tmp_path), *more])
+        return list(measured)
+
+    monkeypatch.setattr(quantization_study, "_measure", stub)
+    assert run() == ["minmax", "percentile", "mse"]
+    (layers,) = tmp_path.glob(f"*/{LAYERS.file}")
+    assert len(layers.read_text().splitlines()) == 2
+    capsys.readouterr()
+    assert run("--resume", "--dry-run") == []
+    assert "3 measurements, 1 already settled" in capsys.readouterr().out
+    broken.clear()
+    stopped.clear()
+    assert run("--resume") == ["percentile", "mse", "entropy"]
+    made.clear()
+    assert run("--resume") == [] and not made
+    assert run("--resume", calibration=16) == ["minmax", "percentile", "mse", "entropy"]
+    assert run("--method", "mse") == ["mse"]
+    assert len(layers.read_text().splitlines()) == 1 + 4 + 4 + 1
 
 
 def planted(folder: Path) -> None:
