@@ -137,6 +137,7 @@ def test_a_file_whose_pool_pads_one_side_computes_in_int8(tmp_path: Path) -> Non
     given = {"w": weights(20, 3, 3, 3), "v": weights(10, 20, 1, 1)}
     shape = (2, 3, 12, 14)
     model = load_onnx(file_of(tmp_path / "tf.onnx", nodes, ["n", *shape[1:]], given))
+    assert not any(node.target is F.pad for node in model.graph.nodes)
     require_int8(model, images(*shape))
 
 
