@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +138,8 @@ def _packaged(name: str, args: argparse.Namespace) -> Subject:
         return network.build(path), Images(calibrated, measured)
 
     images = f"photographs: {args.images}"
-    return Subject(name, network.package, images, args.calibration, args.samples, make)
+    origin = f"{network.package} {metadata.version(network.package)}"
+    return Subject(name, origin, images, args.calibration, args.samples, make)
 
 
 def _of_user(name: str, args: argparse.Namespace) -> Subject:

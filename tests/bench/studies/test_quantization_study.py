@@ -206,7 +206,7 @@ def test_resume_measures_what_is_not_settled(
     assert len(layers.read_text().splitlines()) == 1 + 4 + 4 + 1
 
 
-def planted(folder: Path) -> None:
+def planted(folder: Path, labels: bool = True) -> None:
     """Three ways, one of them twice and one that failed, and the layers of one."""
 
     def keep(sheet: Sheet, more: dict[str, Value], outcome: Outcome) -> None:
@@ -219,6 +219,9 @@ def planted(folder: Path) -> None:
         "sqnr_db": 27.25, "top1_agree_pct": 98.75, "fp32_top1_pct": 97.5, "top1_pct": 97.0,
         "answers_changed": 4, "answers_lost": 3, "answers_gained": 1, "p_value": 0.625,
     }  # fmt: skip
+    if not labels:
+        known = ("sqnr_db", "top1_agree_pct", "answers_changed")
+        numbers = {name: numbers[name] for name in known}
     for sqnr in (11.125, 27.25):
         keep(
             NETWORKS,
@@ -228,7 +231,7 @@ def planted(folder: Path) -> None:
     keep(
         NETWORKS,
         {"tool": "onnxrt", "method": "minmax"},
-        Outcome("pass", "", numbers | {"sqnr_db": -3.5, "p_value": 0.0001}),
+        Outcome("pass", "", numbers | {"sqnr_db": -3.5} | ({"p_value": 0.0001} if labels else {})),
     )
     keep(NETWORKS, {"tool": "openvino", "method": "minmax"}, Outcome("unavailable", "no nncf"))
     for depth, (layer, sqnr) in enumerate((("conv1", 33.0), ("fc", -1.5)), 1):
@@ -254,8 +257,22 @@ def test_the_report_of_planted_rows(tmp_path: Path) -> None:
     assert shown == ["engine", "mse", "27.2", "98.75", "97.00", "4", "3", "1", "0.62"]
     assert "-3.5" in page and "11.1" not in page
     assert "- openvino, minmax: unavailable: no nncf" in page
-    assert "fc (-1.5 dB) and conv1 (33.0 dB)" in page
+    assert "and the SQNR of what it computes: fc (-1.5 dB) and conv1 (33.0 dB)." in page
+    assert "Photographs have no labels" not in page and "rows in rows.csv" not in page
     assert (tmp_path / "details/quantization-layers-cifar_resnet8.png").is_file()
+    short = (tmp_path / "REPORT.md").read_text()
+    assert "- cifar_resnet8: engine 27.2 dB (mse) and onnxrt -3.5 dB (minmax)." in short
+    assert "No network was timed in this environment." in short and "How to read" not in short
+
+
+def test_without_labels_nothing_is_said_of_them(tmp_path: Path) -> None:
+    planted(tmp_path, labels=False)
+    write_report(tmp_path)
+    page = (tmp_path / "DETAILS.md").read_text()
+    part = page[page.index("## Trained networks in int8") : page.index("## How to read")]
+    assert "| tool   | ranges | SQNR, dB | agree, % | changed |" in part
+    assert "Photographs have no labels" in part
+    assert "gained" not in part and "McNemar" not in part and "top-1" not in part
 
 
 def test_a_dry_run_trains_nothing(
