@@ -266,8 +266,9 @@ def test_the_report_of_planted_rows(tmp_path: Path) -> None:
 
 
 def test_without_labels_nothing_is_said_of_them(tmp_path: Path) -> None:
+    """`resfuse report` makes the page of a folder with no other rows."""
     planted(tmp_path, labels=False)
-    write_report(tmp_path)
+    assert main(["report", "--results", str(tmp_path)]) == 0
     page = (tmp_path / "DETAILS.md").read_text()
     part = page[page.index("## Trained networks in int8") : page.index("## How to read")]
     assert "| tool   | ranges | SQNR, dB | agree, % | changed |" in part
