@@ -10,6 +10,7 @@ from resfuse.bench.common.selection import pick
 from resfuse.bench.records import results
 from resfuse.bench.records.case_row import CASES
 from resfuse.bench.records.layer_row import SHEET as KERNEL_SHEET
+from resfuse.bench.records.quantization_sheet import NETWORKS
 from resfuse.bench.running.listing import LISTS, models_of
 from resfuse.bench.trainings.degradation_sheet import SHEET as DEGRADATION_SHEET
 from resfuse.bench.trainings.training_sheet import SHEET as TRAINING_SHEET
@@ -80,7 +81,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def _results_folders(given: list[Path]) -> list[Path]:
     """Folders with rows of any kind: each given one, or else those in it."""
-    kinds = (CASES, KERNEL_SHEET, DEGRADATION_SHEET, TRAINING_SHEET)
+    kinds = (CASES, KERNEL_SHEET, DEGRADATION_SHEET, TRAINING_SHEET, NETWORKS)
     sheets = [sheet.file for sheet in kinds]
     folders = []
     for folder in given:

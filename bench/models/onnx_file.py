@@ -113,14 +113,21 @@ def _signature(name: str) -> tuple[int | None, ...]:
     try:
         from resfuse.kernels.onnx_reader.reading.model_file import read_model
 
-        shape = read_model(Path(name)).input.shape
+        given = read_model(Path(name)).input
     except ModuleNotFoundError as error:
         raise UsageError(f"{name}: the package {error.name} is not installed") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if len(shape) != 4:
-        raise UsageError(f"{name} takes {len(shape)} dimensions; accepted: one batch of images")
-    return shape
+    if given.dtype.kind != "f":
+        raise UsageError(
+            f"{name} takes images in {given.dtype}; accepted: files that take floating-point "
+            "numbers, as the images are that backends are compared on"
+        )
+    if len(given.shape) != 4:
+        raise UsageError(
+            f"{name} takes {len(given.shape)} dimensions; accepted: one batch of images"
+        )
+    return given.shape
 
 
 @cache

@@ -205,7 +205,7 @@ def _environment(environment: Environment, gallery: _Gallery, prefix: str) -> li
     blocks = [
         f"# resfuse on {devices}{environment_name}",
         opening(environment),
-        made_from(environment),
+        *[made_from(environment)] * bool(environment.rows_read),
         facts_table(environment),
     ]
     for comparison in environment.comparisons:

@@ -14,6 +14,7 @@ from resfuse.bench.report.data import cells
 from resfuse.bench.report.data.ladder import Line, Network, baseline_rows, networks
 from resfuse.bench.report.data.result import Environment, Result
 from resfuse.bench.report.sections.comparison_section import title
+from resfuse.bench.report.sections.quantization_section import quantization_summary
 from resfuse.bench.report.sections.served_section import served_sections
 from resfuse.bench.report.tables import markdown
 from resfuse.bench.report.tables.headline import noise
@@ -84,13 +85,13 @@ def short_report(
     before = [
         f"# resfuse on {_device(environment)}",
         f"{opening(environment)} {_measured(every)}".strip(),
-        "## How to read this",
-        "\n".join(_bullets([*GUIDE, *[OF_INT8] * any(n.setting.is_quantized for n in found)])),
+        *(["## How to read this", _guide(found)] if every else []),
         images.get("headline", ""),
     ]
     after = [
         images.get("growth", ""),
         *served_sections(environment, SERVED_LINES),
+        *quantization_summary(environment.quantized),
         *studies,
         *_conditions(environment),
         *_not_passed(environment.results),
@@ -100,6 +101,11 @@ def short_report(
     ]
     room = LONGEST - _lines([*before, *after])
     return [block for block in (*before, *_tables(found, room), *after) if block]
+
+
+def _guide(found: Sequence[Network]) -> str:
+    int8 = any(network.setting.is_quantized for network in found)
+    return "\n".join(_bullets([*GUIDE, *[OF_INT8] * int8]))
 
 
 def _tables(found: Sequence[Network], room: int) -> list[str]:

@@ -20,8 +20,9 @@ def load_onnx(path: str | Path, input_shape: Sequence[int | None] | None = None)
     the only one it takes. `module.meta["input_shape"]` is what it was read for; it refuses others.
 
     Args:
-        path: an .onnx file of operator set 7 or later with one floating-point input. Nothing in it
-            is executed; external data must lie in its folder.
+        path: an .onnx file of operator set 7 or later with one input of floating-point numbers, or
+            of uint8 that a Cast or DequantizeLinear makes such of; the module takes that dtype.
+            Nothing in it is executed; external data must lie in its folder.
         input_shape: of the input, where the file leaves sizes open; None as the first size demands
             that the batch stays free.
 

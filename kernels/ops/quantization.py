@@ -277,9 +277,22 @@ def average_pool_ref(
 
 
 def max_pool_ref(
-    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil: bool = False
+    x: Tensor,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil: bool = False,
+    after: Pair | None = None,
 ) -> Tensor:
-    """Returns the max-pool of x [N, C, H, W], uint8, stored as x is."""
+    """Returns the max-pool of x [N, C, H, W], uint8, stored as x is.
+
+    Args:
+        after: the padding below and on the right, where it is another than `padding`.
+    """
+    if after is not None:
+        x = F.pad(x, (padding[1], after[1], padding[0], after[0]))  # 0 is the least of all
+        padding = (0, 0)
     return F.max_pool2d(x.float(), kernel, stride, padding, dilation, ceil).to(torch.uint8)
 
 

@@ -3,20 +3,32 @@
 from collections.abc import Mapping, Sequence
 
 from resfuse.bench.records.quantization_sheet import LAYERS, NETWORKS
-from resfuse.bench.report.data.quantized_networks import Quantized, QuantizedNetwork
+from resfuse.bench.report.data.quantized_networks import QuantizedNetwork
 from resfuse.bench.report.tables import markdown
 from resfuse.bench.report.tables.markdown import escape
 
+TITLE = "## Trained networks in int8"
 WORST = 5  # layers that a table names
 MEANING = (
     "Every tool takes ranges from the same images, none of which is measured. SQNR is the ratio of "
     "signal to noise of all scores, beside the network in fp32; *agree*, the images of which both "
-    "say the same class. *Lost* and *gained* are images whose label int8 misses and fp32 does not, "
-    "and the other way round; p is McNemar's exact test of the two (1: int8 gains as many as it "
-    "loses; below 0.05: a difference that chance seldom makes). Photographs have no labels here, "
-    "and crops of one photograph are not independent of each other."
+    "say the same class, and *changed* the others."
 )
-TITLES = ("tool", "ranges", "SQNR, dB", "agree, %", "top-1, %", "changed", "lost", "gained", "p")
+OF_LABELS = (
+    "*Lost* and *gained* are images whose label int8 misses and fp32 does not, and the other way "
+    "round; p is McNemar's exact test of the two (1: int8 gains as many as it loses; below 0.05: a "
+    "difference that chance seldom makes)."
+)
+OF_PHOTOGRAPHS = (
+    "Photographs have no labels here, so nothing is said of accuracy, and crops of one photograph "
+    "are not independent of each other."
+)
+# Title -> column and format; the columns that no row has a number in are left out.
+NUMBERS = {
+    "SQNR, dB": ("sqnr_db", ".1f"), "agree, %": ("top1_agree_pct", ".2f"),
+    "top-1, %": ("top1_pct", ".2f"), "changed": ("answers_changed", ".0f"),
+    "lost": ("answers_lost", ".0f"), "gained": ("answers_gained", ".0f"), "p": ("p_value", ".2g"),
+}  # fmt: skip
 
 
 def quantization_sections(
@@ -29,12 +41,13 @@ def quantization_sections(
     """
     if not networks:
         return []
-    blocks = ["## Trained networks in int8", MEANING]
+    labelled = {_has_labels(network) for network in networks if network.passed}
+    texts = [MEANING, *[OF_LABELS] * (True in labelled), *[OF_PHOTOGRAPHS] * (False in labelled)]
+    blocks = [TITLE, " ".join(texts)]
     for network, pictures in zip(networks, images, strict=True):
         blocks += [f"### {escape(network.model)} in int8", _about(network)]
         if network.passed:
-            right = (False, False, *[True] * 7)
-            blocks.append(markdown.table(TITLES, right, [_cells(way) for way in network.passed]))
+            blocks.append(_table(network))
         blocks += pictures.values()
         if worst := _worst(network):
             blocks.append(worst)
@@ -44,6 +57,30 @@ def quantization_sections(
                     f"- {escape(way.tool)}, {escape(way.method)}: {way.status}: {escape(way.error)}"
                 )
     return blocks
+
+
+def quantization_summary(networks: Sequence[QuantizedNetwork]) -> list[str]:
+    """Returns the blocks of the short page: the best that each tool gets of each network."""
+    lines = []
+    for network in networks:
+        best: dict[str, tuple[float, str]] = {}
+        for way in network.passed:
+            if "sqnr_db" in way.numbers:
+                found = way.numbers["sqnr_db"], way.method
+                best[way.tool] = max(found, best.get(way.tool, found))
+        if best:
+            tools = [
+                f"{escape(tool)} {ratio:.1f} dB ({escape(method)})"
+                for tool, (ratio, method) in best.items()
+            ]
+            lines.append(f"- {escape(network.model)}: {markdown.listing(tools)}.")
+    if not lines:
+        return []
+    about = (
+        "Signal to noise of the scores beside fp32, with the best ranges of each tool, by "
+        "`resfuse study quantization`; DETAILS.md has all ways, layers and answers that changed."
+    )
+    return [TITLE, about, "\n".join(lines)]
 
 
 def _about(network: QuantizedNetwork) -> str:
@@ -57,16 +94,29 @@ def _about(network: QuantizedNetwork) -> str:
     )
 
 
-def _cells(way: Quantized) -> list[str]:
-    shown = (
-        ("sqnr_db", ".1f"), ("top1_agree_pct", ".2f"), ("top1_pct", ".2f"),
-        ("answers_changed", ".0f"), ("answers_lost", ".0f"), ("answers_gained", ".0f"),
-        ("p_value", ".2g"),
-    )  # fmt: skip
-    numbers = [
-        format(way.numbers[name], digits) if name in way.numbers else "" for name, digits in shown
+def _has_labels(network: QuantizedNetwork) -> bool:
+    return any("top1_pct" in way.numbers for way in network.passed)
+
+
+def _table(network: QuantizedNetwork) -> str:
+    shown = {
+        title: column
+        for title, column in NUMBERS.items()
+        if any(column[0] in way.numbers for way in network.passed)
+    }
+    rows = [
+        [
+            escape(way.tool),
+            escape(way.method),
+            *(
+                format(way.numbers[name], digits) if name in way.numbers else ""
+                for name, digits in shown.values()
+            ),
+        ]
+        for way in network.passed
     ]
-    return [escape(way.tool), escape(way.method), *numbers]
+    right = (False, False, *[True] * len(shown))
+    return markdown.table(("tool", "ranges", *shown), right, rows)
 
 
 def _worst(network: QuantizedNetwork) -> str:
@@ -78,6 +128,7 @@ def _worst(network: QuantizedNetwork) -> str:
     layers = sorted(best.layers, key=lambda layer: layer.sqnr_db)[:WORST]
     named = markdown.listing([f"{escape(each.name)} ({each.sqnr_db:.1f} dB)" for each in layers])
     return (
-        f"Least, quantised alone with {escape(best.method)}: {named}. All layers: {LAYERS.file}; "
-        'those may stay in float32 by `build_engine(..., keep=["NAME"])`.'
+        "Layers that int8 harms most, each quantised alone in our engine with ranges by "
+        f"{escape(best.method)}, and the SQNR of what it computes: {named}. All layers: "
+        f'{LAYERS.file}. `build_engine(..., keep=["NAME"])` leaves layers in float32.'
     )

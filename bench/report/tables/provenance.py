@@ -31,6 +31,8 @@ def opening(environment: Environment, escape: Callable[[str], str] = markdown.es
     if not results:
         partly = environment.workloads or environment.experiments
         what = "network was measured as a whole" if partly else "case was measured"
+        if environment.quantized and not partly:
+            what = "network was timed"
         return f"No {what} in this environment."
     settings = [comparison.setting for comparison in environment.comparisons]
     modes = listing([MODE_NAMES[mode] for mode in _distinct(s.mode for s in settings)])

@@ -3,10 +3,10 @@
 import argparse
 
 from resfuse.bench.running.shared_flags import (
-    add_dry_run_and_no_report,
     add_img_size,
     add_model_names,
     add_results,
+    add_resumable,
     add_seed,
     add_threads,
     add_weights,
@@ -74,4 +74,4 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     )
     add_threads(parser)
     add_results(parser)
-    add_dry_run_and_no_report(parser, "measurements")
+    add_resumable(parser, "measurements")

@@ -6,7 +6,7 @@ which it is compared with itself in fp32. Nothing is timed.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ from resfuse.bench.studies.quantization.tools import (
 from resfuse.kernels.engine.quantization.methods import METHODS
 
 Row = tuple[Sheet, dict[str, Value], Outcome]
+Way = tuple[str, str]  # a tool and a method
+# What tells two measurements by the same tool and method apart.
+SHARED = ("model", "origin", "data", "calibration_images", "test_images", "threads")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,22 +49,29 @@ def run(args: argparse.Namespace) -> int:
         UsageError: an unknown name, an untrained network, or a folder that cannot be written.
     """
     ways = ways_of(args)
-    wanted = subjects(args)
-    if args.dry_run:
-        stdout().print(_table(wanted, ways))
-        return 0
+    wanted = [(subject, ways) for subject in subjects(args)]
     if args.threads:
         torch.set_num_threads(args.threads)
     facts = machine.facts("cpu", torch.get_num_threads())
-    env_id = machine.env_id(facts)
-    here = {"facts": facts, "env_id": env_id, "commit": machine.commit()}
+    env_id, commit = machine.env_id(facts), machine.commit()
+    here = {"facts": facts, "env_id": env_id, "commit": commit}
     home: Path = args.results / machine.folder_name(facts)
+    skipped = 0
+    if args.resume:
+        known = settled(home, env_id, commit)
+        wanted = [(subject, unsettled(subject, ways, known)) for subject, _ in wanted]
+        skipped = sum(len(ways) - len(left) for _, left in wanted)
+    if args.dry_run:
+        stdout().print(_table(wanted, skipped))
+        return 0
+    if skipped:
+        stderr().print(f"{skipped} measurements already settled")
     for sheet in (NETWORKS, LAYERS):
         results.check_writable(home, sheet)
     results.record_environment(home, env_id, facts)
     failed = False
-    for subject in wanted:
-        for sheet, asked, outcome in measure(subject, ways):
+    for subject, left in wanted:
+        for sheet, asked, outcome in measure(subject, left):
             results.append_row(home, sheet.record(asked, outcome, stamp_of(here)), sheet)
             failed |= outcome.status not in ("pass", "unavailable")
             if sheet is NETWORKS:
@@ -73,7 +83,42 @@ def run(args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def ways_of(args: argparse.Namespace) -> list[tuple[str, str]]:
+def settled(home: Path, env_id: str, commit: str) -> set[tuple[str, ...]]:
+    """Returns the identities of the measurements that this environment and commit have finished;
+    see `unsettled`."""
+    if not results.has_rows(home, NETWORKS):
+        return set()
+    rows = results.read_rows(home, NETWORKS, only_whole=True)
+    here = rows[(rows.env_id == env_id) & (rows.commit == commit)]
+    here = here[here.status.isin(results.SETTLED)]
+    return {_identity(row, str(row["tool"]), str(row["method"])) for row in here.to_dict("records")}
+
+
+def unsettled(
+    subject: Subject, ways: Sequence[Way], known: Collection[tuple[str, ...]]
+) -> list[Way]:
+    """Returns the tools and methods by which a network has not been quantised yet."""
+    return [way for way in ways if _identity(_known(subject), *way) not in known]
+
+
+def _identity(row: Mapping[Any, Any], tool: str, method: str) -> tuple[str, ...]:
+    return (tool, method, *(_plain(row[name]) for name in SHARED))
+
+
+def _plain(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+def _known(subject: Subject) -> dict[str, Value]:
+    """Returns the columns that all rows of a network have alike."""
+    return {
+        "model": subject.model, "origin": subject.origin, "data": subject.data,
+        "calibration_images": subject.calibration_images, "test_images": subject.test_images,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def ways_of(args: argparse.Namespace) -> list[Way]:
     """Returns the tools and methods that are asked for, as far as the tool has the method.
 
     Raises:
@@ -90,17 +135,16 @@ def ways_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     return ways
 
 
-def measure(subject: Subject, ways: list[tuple[str, str]]) -> Iterator[Row]:
-    """Yields a network's row for each way, and behind those of our engine the rows of its layers.
+def measure(subject: Subject, ways: Sequence[Way]) -> Iterator[Row]:
+    """Yields a network's row for each way; before those of our engine the rows of its layers, so
+    that they are kept where its own row is. Without a way the network is not made.
 
     What one way fails at is its own row's.
     """
+    if not ways:
+        return
     model, images = subject.make()
-    known: dict[str, Value] = {
-        "model": subject.model, "origin": subject.origin, "data": subject.data,
-        "calibration_images": len(images.calibration), "test_images": len(images.measured),
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    known = _known(subject)
     exact: Tensor | None = None
     for tool, method in ways:
         asked = {**known, "tool": tool, "method": method}
@@ -113,13 +157,13 @@ def measure(subject: Subject, ways: list[tuple[str, str]]) -> Iterator[Row]:
         except Exception as error:
             outcome = outcome_of(error)
             layers.clear()
-        yield NETWORKS, asked, outcome
         for depth, layer in enumerate(layers, 1):
             yield (
                 LAYERS,
                 {**asked, "layer": layer.pop("layer"), "depth": depth},
                 Outcome("pass", "", layer),
             )
+        yield NETWORKS, asked, outcome
 
 
 def _measure(
@@ -165,13 +209,15 @@ def _line(asked: Mapping[str, Value], outcome: Outcome) -> str:
     return line
 
 
-def _table(wanted: list[Subject], ways: list[tuple[str, str]]) -> Table:
+def _table(wanted: Sequence[tuple[Subject, Sequence[Way]]], skipped: int) -> Table:
     """Returns the table that `--dry-run` shows."""
-    title = f"{len(wanted) * len(ways)} measurements"
+    title = f"{sum(len(ways) for _, ways in wanted)} measurements"
+    if skipped:
+        title += f", {skipped} already settled"
     table = Table(title=title, title_justify="left", title_style="bold", box=None)
     for heading in ("network", "weights", "images", "tool", "method"):
         table.add_column(heading, no_wrap=heading == "network")
-    for subject in wanted:
+    for subject, ways in wanted:
         for tool, method in ways:
             table.add_row(subject.model, subject.origin, subject.data, tool, method)
     return table

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from resfuse.bench.common.errors import UsageError
 from resfuse.bench.measuring import photographs
 from resfuse.bench.models import sources
 from resfuse.bench.models.model_builder import NO_FILE, SEEDED, Description, build, describe
+from resfuse.bench.models.source import shape_text
 from resfuse.bench.models.trained_packages import TRAINED
 from resfuse.bench.models.weights_file import read_state
 from resfuse.bench.trainings import data, recipe
@@ -49,6 +51,8 @@ class Subject:
     model: str
     origin: str
     data: str
+    calibration_images: int
+    test_images: int
     make: Callable[[], tuple[nn.Module, Images]]
     batch_size: int = BATCH_SIZE
 
@@ -95,7 +99,9 @@ def _runs(args: argparse.Namespace) -> list[Run]:
 
 def _digits(run: Run, calibration: int) -> Subject:
     origin = f"trained here, seed {run.seed}, {run.epochs} epochs"
-    return Subject(run.model, origin, data.DIGITS, partial(_trained, run, calibration))
+    loaded = data.load(data.DIGITS)
+    counts = len(loaded.train.images[:calibration]), len(loaded.test.images)
+    return Subject(run.model, origin, data.DIGITS, *counts, partial(_trained, run, calibration))
 
 
 def _trained(run: Run, calibration: int) -> tuple[nn.Module, Images]:
@@ -131,7 +137,9 @@ def _packaged(name: str, args: argparse.Namespace) -> Subject:
         )
         return network.build(path), Images(calibrated, measured)
 
-    return Subject(name, network.package, f"photographs: {args.images}", make)
+    images = f"photographs: {args.images}"
+    origin = f"{network.package} {metadata.version(network.package)}"
+    return Subject(name, origin, images, args.calibration, args.samples, make)
 
 
 def _of_user(name: str, args: argparse.Namespace) -> Subject:
@@ -142,8 +150,9 @@ def _of_user(name: str, args: argparse.Namespace) -> Subject:
             "with --weights FILE or --pretrained, or a model with weights of its own"
         )
     make = partial(_users, of, args)
+    images = f"photographs: {args.images}, {shape_text(of.channels, of.height, of.width)}"
     size = of.batch_size or BATCH_SIZE
-    return Subject(of.name, of.origin, f"photographs: {args.images}", make, size)
+    return Subject(of.name, of.origin, images, args.calibration, args.samples, make, size)
 
 
 def _users(of: Description, args: argparse.Namespace) -> tuple[nn.Module, Images]:

@@ -1,11 +1,12 @@
 """Passes over a captured graph, which leave the nodes that the engine plans with. Convolutions and
 batch norms take in the norm, activation or sum that follows them, where the value between has no
-other reader; picks of picks become one.
+other reader; picks of picks become one, and max-pools take in the padding before them.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
+from resfuse.kernels.engine.frontend.pool_padding import pad_in_pools
 from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Node, Norm, Pick
 
 
@@ -151,6 +152,7 @@ def drop_values(graph: Graph) -> Graph:
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     join_picks,
+    pad_in_pools,
     drop_unread,
     merge_followers,
     move_projections,

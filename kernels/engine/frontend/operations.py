@@ -1,6 +1,7 @@
 """Translates ATen operations into the graph's own, where the graph has one for them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     MaxPool,
     Mean,
+    Node,
     Norm,
     Pick,
 )
@@ -155,9 +157,14 @@ def _difference(read: Captured, node: fx.Node) -> bool:
         return False
     if not (read.is_ours(a) or read.is_ours(b)):
         return False
-    of_b = b.meta["val"]
-    scale = repeated(read, -1.0, of_b.shape[-1 if read.is_pixels(b) else 1], of_b.device)
-    read.add_pixelwise(node, Affine(Norm(None, None, scale, None, 0.0), residual=True), b, a)
+    pixels, of_b = all(map(read.is_pixels, (a, b))), b.meta["val"]
+    names = read.pixels if pixels else read.names
+    minus = repeated(read, -1.0, of_b.shape[-1 if pixels else 1], of_b.device)
+    negated = Node(f"{node.name}:negated", Affine(Norm(None, None, minus, None, 0.0)), (names[b],))
+    read.values[negated.name] = read.values[names[b]]
+    read.nodes.append(negated)
+    read.add_pixelwise(node, Affine(residual=True), a, b)
+    read.nodes[-1] = replace(read.nodes[-1], inputs=(names[a], negated.name))
     return True
 
 

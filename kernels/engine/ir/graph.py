@@ -106,6 +106,7 @@ class MaxPool:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     ceil: bool = False  # whether a last window may reach beyond the far edge
+    padding_after: tuple[int, int] | None = None  # below and on the right; None: as `padding`
 
 
 @dataclass(frozen=True)

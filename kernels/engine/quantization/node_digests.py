@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from resfuse.kernels.engine.frontend.batching.any_batch import unsized
-from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Norm
+from resfuse.kernels.engine.ir.graph import Conv, Graph, MaxPool, Node, Norm
 
 _DIGITS = 16  # of each node's SHA-256
 
@@ -38,6 +38,8 @@ def _described(node: Node, constants: Collection[str]) -> Any:
                   "bias": op.bias, "slope": op.slope, "norm": _norm(op.norm)}  # fmt: skip
     else:
         plain |= asdict(op)
+        if isinstance(op, MaxPool) and op.padding_after is None:
+            del plain["padding_after"]  # as before there was any
     return _plain(plain, constants)
 
 

@@ -248,8 +248,13 @@ class ShapeInference:
 
     def _pooled(self, node: Node, op: MaxPool | AveragePool, x: tuple[int, ...]) -> tuple[int, ...]:
         dilation = op.dilation if isinstance(op, MaxPool) else (1, 1)
+        pads: tuple[int, ...] = op.padding
+        most = [kernel // 2 for kernel in op.kernel]
+        if isinstance(op, MaxPool) and op.padding_after is not None:
+            pads = (*op.padding, *op.padding_after)
+            most = [d * (k - 1) for d, k in zip(dilation, op.kernel, strict=True)] * 2
         sound = min(*op.kernel, *op.stride, *dilation) > 0 and all(
-            0 <= pad <= kernel // 2 for pad, kernel in zip(op.padding, op.kernel, strict=True)
+            0 <= pad <= limit for pad, limit in zip(pads, most, strict=True)
         )
         if not sound or (isinstance(op, AveragePool) and op.divisor == 0):
             raise Unsound(f"{node.name} is no pool")

@@ -2,6 +2,7 @@
 the fallback where no other tactic applies.
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
@@ -99,8 +100,7 @@ def function_of(
     if isinstance(op, Affine):
         return _affine(op, values[node.name].shape, state, dtype, keep)
     if isinstance(op, MaxPool):
-        window = op.kernel, op.stride, op.padding, op.dilation, op.ceil
-        return lambda x: F.max_pool2d(x, *window)
+        return _max_pool(op)
     if isinstance(op, AveragePool):
         own = op.kernel, op.stride, op.padding, op.ceil, op.count_padding, op.divisor
         return lambda x: F.avg_pool2d(x, *own)
@@ -175,6 +175,15 @@ def _affine(
     if op.norm.mean is None and op.norm.weight is None:
         return lambda x, *residual: finish((x + shift).to(x.dtype), residual)
     return lambda x, *residual: finish((x * scale + shift).to(x.dtype), residual)
+
+
+def _max_pool(op: MaxPool) -> Function:
+    if op.padding_after is None:
+        own = op.kernel, op.stride, op.padding, op.dilation, op.ceil
+        return lambda x: F.max_pool2d(x, *own)
+    (top, left), (bottom, right) = op.padding, op.padding_after
+    window = op.kernel, op.stride, 0, op.dilation
+    return lambda x: F.max_pool2d(F.pad(x, (left, right, top, bottom), value=-math.inf), *window)
 
 
 def _layer_norm(op: LayerNorm, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:

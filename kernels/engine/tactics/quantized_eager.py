@@ -72,7 +72,7 @@ def function_of(node: Node, values: dict[str, Value], state: State, keep: Keep) 
     if isinstance(op, MaxPool):
         return partial(
             max_pool_ref, kernel=op.kernel, stride=op.stride, padding=op.padding,
-            dilation=op.dilation, ceil=op.ceil,
+            dilation=op.dilation, ceil=op.ceil, after=op.padding_after,
         )  # fmt: skip
     if not isinstance(op, Conv | Affine | Mean | AveragePool):
         return None

@@ -39,7 +39,9 @@ def _max_pool(reader: "Reader", node: OnnxNode, x: Value) -> Computed:
     window = _window(node, x)
     node.attribute("storage_order")  # of the indices
     dims = len(window.kernel)
-    if not _as_torch(window):
+    if _as_torch_rounding_up(window, x):
+        window = replace(window, after=window.before, ceil=True)
+    elif not _as_torch(window):
         x = reader.call(F.pad, x, _whole_windows(window, x), "constant", float("-inf"))
         window = replace(window, before=(0,) * dims, after=(0,) * dims, ceil=False)
     return reader.layer(
@@ -93,20 +95,42 @@ def _as_torch(window: Window) -> bool:
     return window.is_symmetric and all(side <= size // 2 for side, size in sides)
 
 
+def _as_torch_rounding_up(window: Window, x: Computed) -> bool:
+    """Whether torch's max-pool with ceil_mode places the windows that padding behind alone, as
+    TensorFlow's "same" has it, asks for."""
+    sides = zip(window.before, window.kernel, strict=True)
+    if window.is_symmetric or any(side > size // 2 for side, size in sides):
+        return False
+    for dim in range(len(window.kernel)):
+        size, before, stride = x.size(2 + dim), window.before[dim], window.stride[dim]
+        room = size + 2 * before - window.reach(dim)
+        count = -(-room // stride) + 1
+        if (count - 1) * stride >= size + before:
+            count -= 1
+        if room < 0 or count != _count(window, x, dim):
+            return False
+    return True
+
+
+def _count(window: Window, x: Computed, dim: int) -> int:
+    """How many windows ONNX places. The last one starts in front of the padding at the end."""
+    size, stride = x.size(2 + dim), window.stride[dim]
+    room = size + window.before[dim] + window.after[dim] - window.reach(dim)
+    if room < 0:
+        raise ValueError(f"a window of {window.reach(dim)} over {size} pixels")
+    count = (-(-room // stride) if window.ceil else room // stride) + 1
+    if window.ceil and (count - 1) * stride >= size + window.before[dim]:
+        count -= 1
+    return count
+
+
 def _whole_windows(window: Window, x: Computed) -> list[int]:
-    """The sides to pad so that exactly the windows fit that ONNX places. The last one starts in
-    front of the padding at the end."""
+    """The sides to pad so that exactly the windows fit that ONNX places."""
     sides = []
     for dim in reversed(range(len(window.kernel))):
-        size, before, after = x.size(2 + dim), window.before[dim], window.after[dim]
-        stride, reach = window.stride[dim], window.reach(dim)
-        room = size + before + after - reach
-        if room < 0:
-            raise ValueError(f"a window of {reach} over {size} pixels")
-        count = (-(-room // stride) if window.ceil else room // stride) + 1
-        if window.ceil and (count - 1) * stride >= size + before:
-            count -= 1
-        sides += [before, (count - 1) * stride + reach - size - before]
+        size, before = x.size(2 + dim), window.before[dim]
+        last = (_count(window, x, dim) - 1) * window.stride[dim]
+        sides += [before, last + window.reach(dim) - size - before]
     return sides
 
 

@@ -4,7 +4,8 @@ Weights become the real numbers that their integers stand for. A pair around an 
 one FakeQuantize, so all that is computed between pairs stays in floating point, as the file says.
 """
 
-from typing import TYPE_CHECKING
+import operator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def _quantize(
     array = x.array
     if array.dtype != scales.dtype or np.isnan(array).any():
         raise node.refusal(f"a weight of {array.dtype}, or with NaN in it,")
-    scales, zeros = _along(node, array, axis, scales, zeros)
+    scales, zeros = _along(node, array.shape, axis, scales, zeros)
     reader.folding.charge_weights(array.size)
     limits = np.iinfo(stored)
     with np.errstate(over="ignore"):
@@ -111,17 +112,39 @@ def _dequantize(
         if not same:
             raise node.refusal("another scale or zero point than that of its QuantizeLinear")
         return Computed(x.node, x.metas)
+    if isinstance(x, Computed) and x.metas[0].dtype == torch.uint8:
+        return _of_bytes(
+            reader, node, x, axis, *_scales(node, scale, zero_point, np.dtype(np.uint8))
+        )
     if not isinstance(x, Constant):
         raise node.refusal("an activation that no QuantizeLinear computes")
     array = x.array
     if array.dtype not in (np.int8, np.uint8, np.int32):
         raise node.refusal(f"a weight of {array.dtype}")
-    scales, zeros = _along(node, array, axis, *_scales(node, scale, zero_point, array.dtype))
+    how = _scales(node, scale, zero_point, array.dtype)
+    scales, zeros = _along(node, array.shape, axis, *how)
     if array.dtype == np.int32 and zeros.any():
         raise node.refusal("a zero point of int32 other than 0")
     reader.folding.charge_weights(array.size)
     whole = array.astype(np.int64) - zeros
     return reader.constant(node.outputs[0], np.asarray(whole.astype(scales.dtype) * scales))
+
+
+def _of_bytes(
+    reader: "Reader", node: OnnxNode, x: Computed, axis: int, scales: np.ndarray, zeros: np.ndarray
+) -> Value:
+    """The real numbers that the bytes of the input stand for."""
+    scales, zeros = _along(node, x.shapes[0], axis, scales, zeros)
+    y = reader.method("to", x, torch.from_numpy(np.empty(0, scales.dtype)).dtype)
+    if zeros.any():
+        y = reader.call(operator.sub, y, _number(reader, zeros.astype(scales.dtype)))
+    if (scales != 1).any():
+        y = reader.call(operator.mul, y, _number(reader, scales))
+    return y
+
+
+def _number(reader: "Reader", array: np.ndarray) -> Any:
+    return reader.constant("scale", array) if array.ndim else scalar(array)
 
 
 def _scales(
@@ -153,14 +176,14 @@ def _scales(
 
 
 def _along(
-    node: OnnxNode, array: np.ndarray, axis: int, scales: np.ndarray, zeros: np.ndarray
+    node: OnnxNode, shape: tuple[int, ...], axis: int, scales: np.ndarray, zeros: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both shaped so that they broadcast over the weight: one, or one an index of `axis`."""
+    """Both shaped so that they broadcast over a tensor: one, or one an index of `axis`."""
     if scales.size == 1:
         return scales.reshape(()), zeros.reshape(())
-    if not -array.ndim <= axis < array.ndim or array.shape[axis] != scales.size:
-        raise node.refusal(f"{scales.size} scales along axis {axis} of {list(array.shape)}")
-    around = [1] * array.ndim
+    if not -len(shape) <= axis < len(shape) or shape[axis] != scales.size:
+        raise node.refusal(f"{scales.size} scales along axis {axis} of {list(shape)}")
+    around = [1] * len(shape)
     around[axis] = scales.size
     return scales.reshape(around), zeros.reshape(around)
 

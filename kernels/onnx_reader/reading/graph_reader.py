@@ -38,6 +38,12 @@ from resfuse.kernels.onnx_reader.reading.values import (
 DYNAMIC = ("Loop", "Scan", "SequenceMap")
 BATCHES = (1, 2, 5)  # one is special (squeezing, broadcasting); two are special to nothing
 MOST_ELEMENTS = 2**31  # of one value
+# What may read the bytes of an input in uint8: what makes floats of them, or moves them. Arithmetic
+# in 8 bits, resizing above all, is rounded differently by each runtime.
+READ_BYTES = (
+    "Cast", "DequantizeLinear", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze",
+    "Unsqueeze", "Slice", "Gather", "Split", "Concat", "DepthToSpace", "SpaceToDepth",
+)  # fmt: skip
 Shape = tuple[int | None, ...]
 
 
@@ -96,6 +102,7 @@ class Reader:
         self.graph = fx.Graph()
         self.root = nn.Module()
         self._shape = shape
+        self._takes_bytes = file.input.dtype == np.uint8
         self._batches = BATCHES if shape[0] is None else (shape[0],)
         self.folding = Folding(file.opset, len(self._batches))
         self._values: dict[str, Value | Missing] = {
@@ -120,7 +127,8 @@ class Reader:
         return module.eval()
 
     def _input(self) -> Computed:
-        """The input, and a check of its shape, as all shapes behind it were read for this one."""
+        """The input, and a check of its shape, as all shapes behind it were read for this one, and
+        of its dtype where that is uint8."""
         shape, dtype = self._shape, _meta(np.empty(0, self.file.input.dtype)).dtype
         self._require_bounded((self._batches[-1], *(size or 1 for size in shape[1:])), "the input")
         x = self.graph.placeholder("x")  # what the file calls it may be no name in Python
@@ -131,6 +139,11 @@ class Reader:
         same = self.graph.call_function(operator.eq, (asked, known))
         says = f"the network was read for inputs of [{_text(shape)}]; load_onnx reads it for others"
         self.graph.call_function(torch._assert, (same, says))
+        if self._takes_bytes:  # floats would be read without a sign that they are no pixels
+            given = self.graph.call_function(getattr, (x, "dtype"))
+            same = self.graph.call_function(operator.eq, (given, dtype))
+            says = "the network takes images in torch.uint8, as its file says"
+            self.graph.call_function(torch._assert, (same, says))
         sizes = [tuple(n if size is None else size for size in shape) for n in self._batches]
         return Computed(x, tuple(torch.empty(s, dtype=dtype, device="meta") for s in sizes))
 
@@ -199,6 +212,10 @@ class Reader:
             raise ValueError(f"{node.says} is an operator that is not read")
         if node.op != "DequantizeLinear" and any(isinstance(x, Quantized) for x in inputs):
             raise node.refusal("a quantised activation without a DequantizeLinear before it")
+        if self._takes_bytes and node.op not in READ_BYTES and any(map(_is_bytes, inputs)):
+            raise node.refusal(
+                f"an operator on numbers in uint8 other than {', '.join(READ_BYTES)}"
+            )
         found = read(self, node, *inputs)
         node.require_all_read()
         return found if isinstance(found, tuple) else (found,)
@@ -341,6 +358,10 @@ class Reader:
             n += 1
             unique = f"{name}_{n}"
         return unique
+
+
+def _is_bytes(value: Value | None) -> bool:
+    return isinstance(value, Computed) and value.metas[0].dtype == torch.uint8
 
 
 def _meta(array: np.ndarray) -> Tensor:

@@ -22,6 +22,7 @@ TYPES = {
     TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BOOL, TensorProto.UINT8,
     TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64,
 }  # fmt: skip
+INPUT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.UINT8)
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,13 @@ def _input(value: onnx.ValueInfoProto, path: Path) -> Input:
     if not value.type.HasField("tensor_type"):
         raise ValueError(f"{path}: the input {value.name!r} is no tensor")
     type_ = value.type.tensor_type
-    if type_.elem_type not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
+    if type_.elem_type not in INPUT_TYPES:
         known = type_.elem_type in TensorProto.DataType.values()
         name = TensorProto.DataType.Name(type_.elem_type) if known else str(type_.elem_type)
-        raise ValueError(f"{path}: the input {value.name!r} is of type {name}; accepted: FLOAT, "
-                         "FLOAT16, DOUBLE")  # fmt: skip
+        accepted = ", ".join(map(TensorProto.DataType.Name, INPUT_TYPES))
+        raise ValueError(
+            f"{path}: the input {value.name!r} is of type {name}; accepted: {accepted}"
+        )
     if not type_.HasField("shape") or not type_.shape.dim:
         raise ValueError(f"{path}: the input {value.name!r} has no shape")
     shape = tuple(

@@ -209,3 +209,13 @@ def test_a_file_is_measured_by_every_backend(file: str, tmp_path: Path) -> None:
     assert set(rows["input_shape"]) == {"3x16x16"}
     assert rows["origin"].str.startswith("net.onnx sha256:").all()
     assert (rows["rel_l2_err"] < 1e-5).all()
+
+
+def test_a_file_of_pixels_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`load_onnx` reads it, but the images that backends are compared on are floats."""
+    nodes = [node("Cast", ["x"], ["f"], to=1), node("GlobalAveragePool", ["f"], ["scores"])]
+    path = tmp_path / "bytes.onnx"
+    file_of(path, nodes, ("n", 3, 16, 16), outputs=["scores"], dtype=2, out_dtype=1)
+    for command in (["bench", "-m"], ["engine"], ["study", "quantization", "-m"]):
+        said = refused(capsys, *command, str(path))
+        assert "bytes.onnx takes images in uint8; accepted: files that take floating" in said

@@ -144,7 +144,7 @@ def test_a_tiny_network_in_our_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(tools.OTHERS, "openvino", broken)
     monkeypatch.setattr(tools, "why_unavailable", lambda *_: None)
-    subject = Subject("tiny", "here", "noise", tiny, batch_size=5)
+    subject = Subject("tiny", "here", "noise", 32, 12, tiny, batch_size=5)
     ways = [("engine", "minmax"), ("engine", "percentile"), ("openvino", "minmax")]
     rows = list(quantization_study.measure(subject, ways))
     networks = [(asked, out) for sheet, asked, out in rows if sheet is NETWORKS]
@@ -159,7 +159,54 @@ def test_a_tiny_network_in_our_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(float(out.metrics["sqnr_db"] or 0) > 20 for _, out in own)
 
 
-def planted(folder: Path) -> None:
+def test_resume_measures_what_is_not_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is interrupted at its third way, and a second way that failed."""
+    measured, made = list[str](), list[int]()
+    broken, stopped = {"percentile"}, {"mse"}
+
+    def make() -> tuple[nn.Module, Images]:
+        made.append(1)
+        return tiny()
+
+    def stub(tool: str, method: str, *rest: object) -> dict[str, Value]:
+        measured.append(method)
+        if method in stopped:
+            raise KeyboardInterrupt
+        if method in broken:
+            raise RuntimeError("no such luck")
+        layers = rest[-1]
+        assert isinstance(layers, list)
+        layers.append({"layer": "0", "sqnr_db": 30.0, "clipped_pct": 0.0})
+        return {"sqnr_db": 30.0, "top1_agree_pct": 100.0, "answers_changed": 0}
+
+    def run(*more: str, calibration: int = 32) -> list[str]:
+        subject = Subject("tiny", "here", "noise", calibration, 12, make, batch_size=5)
+        monkeypatch.setattr(quantization_study, "subjects", lambda args: [subject])
+        measured.clear()
+        command = ["study", "quantization", "--tool", "engine", "--no-report"]
+        main([*command, "--results", str(tmp_path), *more])
+        return list(measured)
+
+    monkeypatch.setattr(quantization_study, "_measure", stub)
+    assert run() == ["minmax", "percentile", "mse"]
+    (layers,) = tmp_path.glob(f"*/{LAYERS.file}")
+    assert len(layers.read_text().splitlines()) == 2
+    capsys.readouterr()
+    assert run("--resume", "--dry-run") == []
+    assert "3 measurements, 1 already settled" in capsys.readouterr().out
+    broken.clear()
+    stopped.clear()
+    assert run("--resume") == ["percentile", "mse", "entropy"]
+    made.clear()
+    assert run("--resume") == [] and not made
+    assert run("--resume", calibration=16) == ["minmax", "percentile", "mse", "entropy"]
+    assert run("--method", "mse") == ["mse"]
+    assert len(layers.read_text().splitlines()) == 1 + 4 + 4 + 1
+
+
+def planted(folder: Path, labels: bool = True) -> None:
     """Three ways, one of them twice and one that failed, and the layers of one."""
 
     def keep(sheet: Sheet, more: dict[str, Value], outcome: Outcome) -> None:
@@ -172,6 +219,9 @@ def planted(folder: Path) -> None:
         "sqnr_db": 27.25, "top1_agree_pct": 98.75, "fp32_top1_pct": 97.5, "top1_pct": 97.0,
         "answers_changed": 4, "answers_lost": 3, "answers_gained": 1, "p_value": 0.625,
     }  # fmt: skip
+    if not labels:
+        known = ("sqnr_db", "top1_agree_pct", "answers_changed")
+        numbers = {name: numbers[name] for name in known}
     for sqnr in (11.125, 27.25):
         keep(
             NETWORKS,
@@ -181,7 +231,7 @@ def planted(folder: Path) -> None:
     keep(
         NETWORKS,
         {"tool": "onnxrt", "method": "minmax"},
-        Outcome("pass", "", numbers | {"sqnr_db": -3.5, "p_value": 0.0001}),
+        Outcome("pass", "", numbers | {"sqnr_db": -3.5} | ({"p_value": 0.0001} if labels else {})),
     )
     keep(NETWORKS, {"tool": "openvino", "method": "minmax"}, Outcome("unavailable", "no nncf"))
     for depth, (layer, sqnr) in enumerate((("conv1", 33.0), ("fc", -1.5)), 1):
@@ -207,8 +257,23 @@ def test_the_report_of_planted_rows(tmp_path: Path) -> None:
     assert shown == ["engine", "mse", "27.2", "98.75", "97.00", "4", "3", "1", "0.62"]
     assert "-3.5" in page and "11.1" not in page
     assert "- openvino, minmax: unavailable: no nncf" in page
-    assert "fc (-1.5 dB) and conv1 (33.0 dB)" in page
+    assert "and the SQNR of what it computes: fc (-1.5 dB) and conv1 (33.0 dB)." in page
+    assert "Photographs have no labels" not in page and "rows in rows.csv" not in page
     assert (tmp_path / "details/quantization-layers-cifar_resnet8.png").is_file()
+    short = (tmp_path / "REPORT.md").read_text()
+    assert "- cifar_resnet8: engine 27.2 dB (mse) and onnxrt -3.5 dB (minmax)." in short
+    assert "No network was timed in this environment." in short and "How to read" not in short
+
+
+def test_without_labels_nothing_is_said_of_them(tmp_path: Path) -> None:
+    """`resfuse report` makes the page of a folder with no other rows."""
+    planted(tmp_path, labels=False)
+    assert main(["report", "--results", str(tmp_path)]) == 0
+    page = (tmp_path / "DETAILS.md").read_text()
+    part = page[page.index("## Trained networks in int8") : page.index("## How to read")]
+    assert "| tool   | ranges | SQNR, dB | agree, % | changed |" in part
+    assert "Photographs have no labels" in part
+    assert "gained" not in part and "McNemar" not in part and "top-1" not in part
 
 
 def test_a_dry_run_trains_nothing(

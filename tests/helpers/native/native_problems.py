@@ -80,6 +80,11 @@ POOLS = {
     "padded and rounding up": (MaxPool((3, 3), (2, 2), (1, 1), (1, 1), True), (1, 32, 14, 9)),
     "dilated": (MaxPool((2, 3), (1, 2), (1, 1), (3, 2)), (1, 16, 9, 8)),
     "of one pixel": (MaxPool((3, 3), (2, 2), (1, 1), (1, 1)), (1, 16, 1, 1)),
+    "Darknet's": (MaxPool((2, 2), (1, 1), (0, 0), (1, 1), padding_after=(1, 1)), (2, 32, 6, 7)),
+    "padded widely": (
+        MaxPool((3, 3), (1, 2), (2, 0), (1, 1), padding_after=(2, 1)),
+        (1, 70, 5, 8),
+    ),
 }
 
 

@@ -42,7 +42,11 @@ def affine_graph(op: Affine, shape: tuple[int, ...]) -> Graph:
 def pool_graph(op: MaxPool | Mean, shape: tuple[int, ...]) -> Graph:
     x = torch.zeros(shape)
     if isinstance(op, MaxPool):
-        y = torch.max_pool2d(x, op.kernel, op.stride, op.padding, op.dilation, op.ceil)
+        padding = op.padding
+        if op.padding_after is not None:
+            (top, left), (bottom, right), padding = padding, op.padding_after, (0, 0)
+            x = torch.nn.functional.pad(x, (left, right, top, bottom))
+        y = torch.max_pool2d(x, op.kernel, op.stride, padding, op.dilation, op.ceil)
     else:
         y = x.mean((2, 3))
     return one_node(op, {"x": shape, "y": tuple(y.shape)}, ("x",))

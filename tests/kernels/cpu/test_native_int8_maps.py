@@ -75,7 +75,8 @@ def test_max_pools_of_any_number_of_channels(channels: int) -> None:
 
 def require_max_pool(op: MaxPool, shape: tuple[int, ...], threads: int) -> None:
     x = random_values(shape)
-    want = max_pool_ref(x, op.kernel, op.stride, op.padding, op.dilation, op.ceil)
+    window = op.kernel, op.stride, op.padding, op.dilation, op.ceil
+    want = max_pool_ref(x, *window, op.padding_after)
     (r, s), (stride_h, stride_w) = op.kernel, op.stride
     (pad_h, pad_w), (dilation_h, dilation_w) = op.padding, op.dilation
     got = run(

@@ -35,6 +35,8 @@ def _below(
     build: OnnxBuilder, node: Node, op: MaxPool | AveragePool, dilation: tuple[int, int]
 ) -> list[int]:
     """Returns the rows and columns beyond the far edge that the last windows reach."""
+    if isinstance(op, MaxPool) and op.padding_after is not None:
+        return list(op.padding_after)
     if not op.ceil:
         return list(op.padding)
     lengths, windows = build.value(node.inputs[0]).shape[2:], build.value(node.name).shape[2:]

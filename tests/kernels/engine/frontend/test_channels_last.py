@@ -96,6 +96,18 @@ NATIVE: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[int, ...], dict[str,
     "a norm without weights": (
         lambda s, x: to_map(F.layer_norm(to_pixels(x), (C,))), (), {"LayerNorm": 1},
     ),
+    "a scale that is computed": (lambda s, x: s.c(x) * s.g.exp(), (C, 1, 1), {"Conv": 1}),
+    "a scale and a shift by all": (
+        lambda s, x: s.c(x).relu() * s.g + s.g, (1,), {"Conv": 1, "Affine": 1},
+    ),
+    "numbers in the forward": (
+        lambda s, x: s.c(x).relu() * 1.7 - 0.3, (1,), {"Conv": 1, "Affine": 1},
+    ),
+    "a difference": (lambda s, x: s.c(x) - x, (1,), {"Affine": 1, "Conv": 1}),
+    "a difference of pixels": (
+        lambda s, x: to_map(to_pixels(s.c(x)) - to_pixels(x)), (1,), {"Affine": 1, "Conv": 1},
+    ),
+    "a difference from the input": (lambda s, x: x - s.c(x), (1,), {"Conv": 1}),
     "a scale in front of everything": (
         lambda s, x: s.c(x * s.g), (C, 1, 1), {"Affine": 1, "Conv": 1},
     ),
@@ -118,8 +130,10 @@ LEFT: dict[str, Callable[[Any, Tensor], Any]] = {
     "pixels plus other pixels": lambda s, x: s.n(to_pixels(x)) + x.permute(0, 3, 2, 1),
     "pixels times a number a row": lambda s, x: to_pixels(s.c(x)) * s.g,
     "a map times a number a column": lambda s, x: s.c(x) * s.g.flatten(),
-    "a map times a number a channel that is computed": lambda s, x: s.c(x) * s.g.exp(),
-    "a map times all": lambda s, x: s.c(x) * (s.g * s.g),
+    "a map times numbers that may be made for the batch": (
+        lambda s, x: s.c(x) * s.g.exp().expand(1, -1, 1, 1)
+    ),
+    "a map times one that may be": lambda s, x: s.c(x) * torch.ones(x.shape[0] - 1, 1, 1),
     "pixels gated": lambda s, x: to_pixels(s.c(x)) * x.mean((2, 3), keepdim=True),
     "PReLU of pixels": lambda s, x: F.prelu(to_pixels(s.c(x)), s.g.flatten()),
     "PReLU of pixels that torch reads": lambda s, x: (
