@@ -28,6 +28,7 @@ from resfuse.kernels.engine.ir.graph import (
 from resfuse.kernels.engine.memory.arena_planner import MB
 from resfuse.kernels.engine.planning.planner import Segment
 from resfuse.kernels.engine.shapes.shape_plans import ShapePlans, written
+from resfuse.kernels.ops.asked_precision import layer_name
 
 _HEADINGS = (
     "segment", "tactic", "precision", "ms", "%", "floor, ms", "% of floor", "MB", "next best",
@@ -130,7 +131,7 @@ def name_of(node: Node) -> str:
     """Returns a name such as `layer1.0.conv1 1x64x56x56 k64 3x3 relu`."""
     op = node.op
     if isinstance(op, Conv):
-        words = [_layer_of(op.weight), op.problem.label()]
+        words = [layer_name(op.weight), op.problem.label()]
         words += ["+ residual"] * op.problem.residual
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Affine):
@@ -141,12 +142,8 @@ def name_of(node: Node) -> str:
         return op.target
     if isinstance(op, Convert):
         return f"to {op.dtype}"
-    words = [_layer_of(op.weight)] if isinstance(op, LayerNorm) and op.weight else []
+    words = [layer_name(op.weight)] if isinstance(op, LayerNorm) and op.weight else []
     return " ".join([*words, _NAMES[type(op)]])
-
-
-def _layer_of(weight: str) -> str:
-    return weight.partition(":")[0].removesuffix(".weight")
 
 
 def _norm_name(norm: Norm) -> str:

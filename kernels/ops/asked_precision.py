@@ -96,7 +96,7 @@ class Precision:
         """
         for pattern in self.keep:
             if not any(_matches(pattern, layer) for layer in layers):
-                some = ", ".join(layer.removesuffix(".weight") for layer in list(layers)[:4])
+                some = ", ".join(map(layer_name, list(layers)[:4]))
                 more = ", ..." * (len(layers) > 4)
                 raise ValueError(
                     f"argument keep: {pattern!r} matches no convolution or linear layer; accepted: "
@@ -105,8 +105,15 @@ class Precision:
         return {layer for layer in layers if any(_matches(p, layer) for p in self.keep)}
 
 
+def layer_name(weight: str) -> str:
+    """Returns the name of the layer that a weight belongs to, or that of the parameter from which
+    the weight is computed, without the hash of how ("conv1.weight:0c630406a344")."""
+    return weight.partition(":")[0].removesuffix(".weight")
+
+
 def _matches(pattern: str, weight: str) -> bool:
-    """Returns whether a pattern matches a parameter, its module or one around it."""
-    parts = weight.split(".")
+    """Returns whether a pattern matches a parameter, its module or one around it; of weights that
+    are computed, the parameter that they are computed from."""
+    parts = weight.partition(":")[0].split(".")
     names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     return any(fnmatchcase(name, pattern) for name in names)

@@ -49,10 +49,21 @@ class Captured:
         self.nodes.append(Node(node.name, op, tuple(self.names[x] for x in inputs)))
 
     def derive(self, op: Torch) -> str:
-        """Adds what an operation makes of the state alone to the state, and returns its name."""
+        """Adds what an operation makes of the state alone to the state, and returns its name.
+
+        Raises:
+            ValueError: it cannot be computed, as the inverse of a singular matrix.
+        """
         name = derived_name(op)
         if name not in self.state:
-            self.state[name] = derive(op, self.state)
+            try:
+                self.state[name] = derive(op, self.state)
+            except RuntimeError as error:
+                said = str(error).strip().splitlines()[0]
+                raise ValueError(
+                    f"argument model: what its forward makes of its weights cannot be computed: "
+                    f"{said}"
+                ) from error
             self.derived.append(Node(name, op, ()))
         return name
 

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Node
 from resfuse.kernels.engine.quantization.sensitivity import LayerError
+from resfuse.kernels.ops.asked_precision import layer_name
 
 _HEADINGS = (
     "layer", "precision", "reads: scale", "zero", "stores: scale", "zero", "clipped, %", "SQNR, dB",
@@ -54,7 +55,7 @@ def _row(
     if stored[0] is None:
         why = "asked for" if weight in asked else "max_error" * (error is not None)
     return (
-        weight.removesuffix(".weight"),
+        layer_name(weight),
         "fp32" if stored[0] is None else "int8",
         *scales,
         f"{100 * error.clipped:.3f}" if error else "",
