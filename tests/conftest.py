@@ -184,53 +184,19 @@ def _ceilings_are_small() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _composite_operators_are_listed_once() -> Iterator[None]:
-    """torch asks every operator of its own whether it is composite, each time that a program is
-    decomposed: half of the time in which three layers are captured. The answers are the same as
-    long as the dispatcher knows as many.
-    """
+def _programs_are_decomposed_in_less_time() -> Iterator[None]:
     from torch.export import exported_program
 
-    if not (listed := getattr(exported_program, "_collect_all_valid_cia_ops", None)):
-        yield  # another version of torch
-        return
-    found: dict[int, set[Any]] = {}
+    from quick_decompositions import listed_once, overridden_once
 
-    def listed_once() -> set[Any]:
-        key = "CompositeImplicitAutograd"
-        known = len(torch._C._dispatch_get_registrations_for_dispatch_key(key))
-        if known not in found:
-            found[known] = listed()
-        return set(found[known])
-
+    quick = {
+        "_collect_all_valid_cia_ops": listed_once,
+        "_override_composite_implicit_decomp": overridden_once,
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exported_program, "_collect_all_valid_cia_ops", listed_once)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _kernels_are_overridden_in_less_time() -> Iterator[None]:
-    """While a program is decomposed torch overrides ten kernels of each composite operator, and for
-    each evaluates annotations anew: a third of the time in which three layers are captured."""
-    from torch._ops import OperatorBase
-
-    original = OperatorBase.py_impl
-
-    def py_impl(self: Any, key: Any) -> Any:
-        if not isinstance(key, torch._C.DispatchKey) or key == torch._C.DispatchKey.Python:
-            return original(self, key)
-
-        def register(kernel: Any) -> Any:
-            if key in self.py_kernels:
-                return original(self, key)(kernel)  # which raises
-            self.py_kernels[key] = kernel
-            self._dispatch_cache.clear()
-            return kernel
-
-        return register
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OperatorBase, "py_impl", py_impl)
+        for name, made in quick.items():
+            if (original := getattr(exported_program, name, None)) is not None:  # of this torch
+                patch.setattr(exported_program, name, made(original))
         yield
 
 
