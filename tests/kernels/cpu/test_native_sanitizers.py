@@ -21,6 +21,8 @@ FLAGS = (
     "--param=asan-instrumentation-with-call-threshold=0",  # checks inline take a third longer
     "-DRESFUSE_DEBUG",
 )
+# Undefined behaviour ends the process without a word: a fifth less to compile.
+QUICK = (*FLAGS, "-fsanitize-undefined-trap-on-error")
 TESTS = (
     "test_native_pools.py",
     "test_native_layer_norm.py",
@@ -83,10 +85,15 @@ def test_native_steps_stay_in_their_memory_and_within_the_language(tmp_path: Pat
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    tests = [str(HERE / test) for test in TESTS]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, " ".join(FLAGS), *tests],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+    def run(flags: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", RUN, " ".join(flags), *(str(HERE / test) for test in TESTS)],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    done = run(QUICK)
+    if done.returncode != 0:
+        said = run(FLAGS)  # where, and why
+        pytest.fail("".join(f"{r.stdout}\n{r.stderr}"[-4000:] for r in (done, said)))
     assert "passed" in done.stdout
