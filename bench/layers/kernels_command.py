@@ -86,7 +86,7 @@ def run_convolutions(
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     done: list[Row] = []
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(convolutions))
 
         def started(convolution: Convolution) -> None:

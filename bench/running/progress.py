@@ -112,10 +112,11 @@ class _LeftColumn(ProgressColumn):
 
 
 def bar(console: Any) -> Progress:
-    """Returns the progress bar; its tasks have a field `left`, a function that returns seconds."""
+    """Returns the progress bar; its tasks have a field `left`, a function that returns seconds.
+    Where the console is no terminal, but a log, nothing is drawn."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        _LeftColumn(), console=console,
+        _LeftColumn(), console=console, disable=not console.is_terminal,
     )  # fmt: skip
 
 

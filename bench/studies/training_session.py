@@ -128,6 +128,7 @@ def train_all(
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), console=console, speed_estimate_period=600,
+        disable=not console.is_terminal,
     )  # fmt: skip
     with bar as progress, ExitStack() as stack:
         # In layers times epochs, as time goes; a bar that counts trainings would crawl and jump.

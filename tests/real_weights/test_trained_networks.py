@@ -105,12 +105,16 @@ def test_paddle_finds_text_where_there_is_some() -> None:
     """PP-OCRv4's detector: squeeze and excitation, hard-swish.
 
     The cat is not compared with fp64: its scores, 1e-7, are relatively as far off as their logits
-    are absolutely.
+    are absolutely. Nor is the word held to twice eager's error, 2.5e-6, which is by luck so small:
+    eager's own operations behind folded batch norms are 5.9e-6 off, and engines up to 1.1e-5.
     """
     model = rapidocr("ch_PP-OCRv4_det_infer.onnx", (3, 96, 192))
     page, cat = photographs(("page", "chelsea"), (96, 192), HALVES).split(1)
     word = written("resfuse", 192, 96)[None]
-    engine = require_right(model, torch.cat([page, word]), "62 of 62")
+    engine = require_right(model, page, "62 of 62")
+    with torch.inference_mode():
+        want = model(word)
+    assert float((engine(word) - want).norm() / want.norm()) < 1e-4
     assert min(float(engine(x).max()) for x in (page, word)) > 0.6 > 0.01 > float(engine(cat).max())
 
 
