@@ -31,8 +31,10 @@ def derived_name(op: Torch) -> str:
 
 
 def derive(op: Torch, state: State) -> Tensor:
-    """Returns what an operation makes of the state."""
-    with torch.no_grad():
+    """Returns what an operation makes of the state, also where the caller is under autocast, which
+    would round it."""
+    on_cpu, on_gpu = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
+    with torch.no_grad(), on_cpu, on_gpu:
         return torch_call(op, state)()
 
 

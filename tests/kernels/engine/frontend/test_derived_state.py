@@ -232,6 +232,17 @@ def test_derived_weights_are_rounded_like_others(precision: str) -> None:
     assert "c " in (kept.quantization() if kept.precision == "int8" else kept.explain())
 
 
+def test_autocast_does_not_round_what_is_derived() -> None:
+    model = made(lambda: Scope(
+        lambda s, x: F.conv2d(x, (s.a.weight @ s.b.weight)[:, :, None, None]),
+        a=nn.Linear(8, 16), b=nn.Linear(3, 8),
+    ))  # fmt: skip
+    engine = build_engine(model, X)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine.refresh(model.state_dict())
+    require_answers(engine, model, X)
+
+
 def test_parametrized_convolutions_are_native() -> None:
     model = made(lambda: nn.Sequential(
         nn.utils.parametrizations.orthogonal(nn.Conv2d(3, 16, 3)), nn.ReLU(),
