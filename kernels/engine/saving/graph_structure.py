@@ -7,7 +7,7 @@ import math
 import os
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 from resfuse.kernels.engine.ir.graph import Graph, Torch
@@ -46,8 +46,7 @@ def require_wired(graph: Graph) -> None:
             raise Unsound(f"{node.name} is not derived from the state alone")
     computed = {graph.input}
     for node in graph.nodes:
-        for part in (node.op, *_parts_of(node.op)):
-            _require_types(node.name, part)
+        _require_types(node.name, node.op)
         if node.name in computed or not isinstance(node.name, str):
             raise Unsound(f"node {node.name} is there twice")
         if not computed.issuperset(node.inputs):
@@ -62,15 +61,13 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _parts_of(op: Any) -> list[Any]:
-    return [getattr(op, f.name) for f in fields(op) if is_dataclass(getattr(op, f.name))]
-
-
 def _require_types(name: str, op: Any) -> None:
-    hints = typing.get_type_hints(type(op))
-    for field in fields(op):
-        if not fits(getattr(op, field.name), hints[field.name]):
-            raise Unsound(f"{name} has {field.name} {getattr(op, field.name)!r}")
+    for field, hint in typing.get_type_hints(type(op)).items():
+        value = getattr(op, field)
+        if not fits(value, hint):
+            raise Unsound(f"{name} has {field} {value!r}")
+        if is_dataclass(value) or hasattr(value, "_fields"):
+            _require_types(name, value)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -87,6 +84,8 @@ def fits(value: Any, hint: Any) -> bool:
         return len(value) == len(inner) and all(map(fits, value, inner))
     if hint is Any:
         return True
+    if origin is typing.Literal:
+        return type(value) is str and value in inner
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is hint and (hint is not int or abs(value) < _MOST)

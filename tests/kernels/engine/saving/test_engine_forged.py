@@ -33,6 +33,10 @@ def graph_in(told: Any) -> Any:
     return plan["graph"]
 
 
+def conv_in(told: Any) -> Any:
+    return next(n for n in graph_in(told)["nodes"] if n["operation"] == "Conv")
+
+
 FORGED: dict[str, tuple[Callable[[Any], object], str]] = {
     "an operation that reads memory": (
         lambda t: graph_in(t)["nodes"][-1].update(target="aten.as_strided.default"),
@@ -46,6 +50,9 @@ FORGED: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "a spec without an end": (
         lambda t: graph_in(t).update(spec="[" * 100_000), "made up of nothing",
+    ),
+    "a padding that is no number": (
+        lambda t: conv_in(t)["problem"].update(padding=[True, 1]), r"has padding \(True, 1\)",
     ),
     "a map of terabytes": (
         lambda t: graph_in(t)["values"]["input"].update(shape=[2, 3, 10**6, 10**6]),
