@@ -218,9 +218,13 @@ def fits_row(values: int) -> bool:
 
 
 def fits_grouped(c: int, k: int, groups: int, taps: int) -> bool:
-    """Returns whether the grouped form computes a convolution from `c` to `k` channels."""
-    whole_groups = groups > 1 and c == k and c % lanes() == 0 and lanes() % (c // groups) == 0
-    return whole_groups and taps <= constant("MAX_TAPS") and c <= constant("MAX_ROW")
+    """Returns whether the grouped form computes a convolution from `c` to `k` channels. It reads
+    and writes whole vectors of channels: where `c` are none, pixels need room for the rest of the
+    last one."""
+    whole_groups = groups > 1 and c == k and lanes() % (c // groups) == 0
+    return (
+        whole_groups and taps <= constant("MAX_TAPS") and whole_vectors(c) <= constant("MAX_ROW")
+    )
 
 
 def _fills_vectors(problem: ConvProblem) -> bool:

@@ -56,7 +56,8 @@ def refusal(
         return reason
     if geometry.groups > 1:
         c, groups = of_each * geometry.groups, geometry.groups
-        fits = conv_candidates.fits_grouped(c, k, groups, r * s)
+        # pixels of a tensor have no room behind their channels
+        fits = c % lanes() == 0 and conv_candidates.fits_grouped(c, k, groups, r * s)
         return None if fits else "groups that fill no vector"
     row = of_each * s
     fits = conv_candidates.fits_row(row)

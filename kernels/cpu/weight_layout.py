@@ -87,16 +87,16 @@ def winograd_weights(w: Tensor) -> Tensor:
 
 def grouped_weights(w: Tensor) -> Tensor:
     """Packs [K, C / groups, R, S] as [R, S, i, lanes] for each vector of channels: the factors by
-    which lane l multiplies input channel l ^ i of its vector."""
-    by_lane = w[_shuffled(w.shape, w.device)]
+    which lane l multiplies input channel l ^ i of its vector; zeros behind the last channel."""
+    by_lane = _to_lanes(w[_shuffled(w.shape, w.device)])
     by_vector: Tensor = by_lane.unflatten(0, (-1, lanes()))
     return by_vector.permute(0, 3, 4, 2, 1).reshape(-1)
 
 
 def grouped_from(laid_out: Tensor, shape: torch.Size) -> Tensor:
     """Returns the weight [K, C / groups, R, S] that grouped_weights has packed."""
-    _, of_each, r, s = shape
-    by_lane = laid_out.view(-1, r, s, of_each, lanes()).permute(0, 4, 3, 1, 2).flatten(0, 1)
+    k, of_each, r, s = shape
+    by_lane = laid_out.view(-1, r, s, of_each, lanes()).permute(0, 4, 3, 1, 2).flatten(0, 1)[:k]
     weight = by_lane[_shuffled(shape, laid_out.device)]  # its own inverse
     return weight.contiguous(memory_format=torch.channels_last)
 

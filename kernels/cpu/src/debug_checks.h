@@ -22,18 +22,19 @@ static void convolution(const Step& s) {
   DCHECK(s.pad_h >= 0 && s.pad_w >= 0);
   DCHECK(s.P == windows(s.H, s.pad_h, s.R, s.stride_h, s.dilation_h) && s.P > 0);
   DCHECK(s.Q == windows(s.W, s.pad_w, s.S, s.stride_w, s.dilation_w) && s.Q > 0);
-  DCHECK(s.groups > 0 && s.C % s.groups == 0 && s.K % s.groups == 0);
+  DCHECK(s.groups > 0 && s.C % s.groups == 0);
   DCHECK(s.K % LANES == 0);
   DCHECK(s.w && s.bias);
   if (STORAGE == U8) DCHECK(s.kind != WINOGRAD && s.scale && s.offset);
   DCHECK(0 <= s.unstored && s.unstored < LANES && (s.unstored == 0 || s.groups == 1));
   DCHECK(s.x_pitch >= s.C && s.y_pitch >= s.K - s.unstored);
   if (s.kind == DIRECT) {
-    DCHECK(s.groups == 1 || s.K / s.groups % LANES == 0);
+    DCHECK(s.groups == 1 || (s.K % s.groups == 0 && s.K / s.groups % LANES == 0));
     DCHECK(s.C / s.groups <= MAX_ROW);
     DCHECK(s.block > 0);
   } else if (s.kind == GROUPED) {
-    DCHECK(s.groups > 1 && s.C == s.K && LANES % (s.C / s.groups) == 0);
+    DCHECK(s.groups > 1 && s.K == whole_vectors(s.C) && LANES % (s.C / s.groups) == 0);
+    DCHECK(s.x_pitch >= s.K);
     DCHECK(s.R * s.S <= MAX_TAPS);
     DCHECK(s.K <= MAX_ROW);
   } else {
@@ -46,8 +47,9 @@ static void convolution(const Step& s) {
 
 static void map(const Step& s) {
   const long vectors = whole_vectors(s.K);
-  DCHECK(s.unstored == 0);
-  DCHECK(s.K > 0 && s.y_pitch >= vectors);
+  DCHECK(0 <= s.unstored && s.unstored < LANES);
+  DCHECK(s.unstored == 0 || (s.kind == AFFINE && s.K == vectors));
+  DCHECK(s.K > 0 && s.y_pitch >= vectors - s.unstored);
   DCHECK(s.kind == PICK ? s.x_pitch >= s.C : s.x_pitch >= vectors);
   if (s.kind == MEAN) {
     DCHECK(s.N > 0 && s.H > 0 && s.W > 0);

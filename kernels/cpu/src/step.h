@@ -6,10 +6,11 @@
 //   values apart. Bias, slope, scale and the tables of pools are float32, and so are the weights of
 //   grouped convolutions; those of Winograd are values, those of direct ones units of channels
 //   (storage.h).
-// - K counts whole vectors of output channels in convolutions, and per-channel parameters (bias,
-//   slope, scale, offset) are padded to whole vectors. Where the channels of other steps, and those of a
-//   convolution without `unstored`, are no whole vectors, pitches have room for the rest of the last
-//   one, which is read and written, too.
+// - K counts whole vectors of output channels in convolutions and in steps with `unstored`, and
+//   per-channel parameters (bias, slope, scale, offset) are padded to whole vectors. Where the channels
+//   of other steps, those that a grouped convolution reads, and those of a convolution without
+//   `unstored`, are no whole vectors, pitches have room for the rest of the last one, which is read and
+//   written, too.
 // - x and y may overlap only where they are the same pixels of a step without windows; y may be the
 //   residual.
 // - Each thread has `scratch_pitch` floats of scratch memory, undefined before a step.
@@ -60,7 +61,8 @@ struct Step {
   long N, H, W, C, K, R, S, P, Q;
   long stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
   long x_pitch, residual_pitch, y_pitch;  // values from one pixel to the next
-  long unstored;  // channels of the last vector that neither y nor the residual of a convolution has
+  // Of convolutions and AFFINE: channels of the last vector that neither y nor the residual has
+  long unstored;
   Activation activation;
   long residual_last;   // whether the residual is added after the activation
   long by_channel;      // whether threads divide the output channels and not the pixels

@@ -223,7 +223,8 @@ def max_pool_step(
 
 
 def _concat(graph: Graph, node: Node, arena: Arena) -> Native:
-    """Returns the steps that copy each part that does not lie in its place in the whole."""
+    """Returns the steps that copy each part that does not lie in its place in the whole. What lies
+    behind a part's last vector there is another's, and is not written."""
     steps = []
     to, pitch = arena.address(node.name), arena.pitch(node.name)
     for part in node.inputs:
@@ -232,7 +233,8 @@ def _concat(graph: Graph, node: Node, arena: Arena) -> Native:
             one, zero = arena.weights((None, None, channels), partial(_same, channels))
             steps.append(
                 Step(
-                    kind=kind("affine"), N=1, P=1, Q=pixels_of(graph, part), K=channels,
+                    kind=kind("affine"), N=1, P=1, Q=pixels_of(graph, part),
+                    K=whole_vectors(channels), unstored=-channels % lanes(),
                     x=arena.address(part), x_pitch=arena.pitch(part), y=to, y_pitch=pitch,
                     w=one.data_ptr(), bias=zero.data_ptr(), storage=_number(graph, node),
                     **quantized_fields(graph, node),
@@ -274,9 +276,7 @@ def _is_supported(graph: Graph, node: Node) -> bool:
         return len(graph.values[node.name].shape) in (2, 4)
     if isinstance(op, Affine):
         return op.activation in ACTIVATIONS
-    if isinstance(op, Concat):
-        return _in_whole_vectors(graph, node)
-    return isinstance(op, MaxPool | AveragePool | Pick | Mean | LayerNorm)
+    return isinstance(op, MaxPool | AveragePool | Pick | Mean | Concat | LayerNorm)
 
 
 def _is_available(graph: Graph, node: Node) -> bool:
@@ -292,7 +292,3 @@ def _is_available(graph: Graph, node: Node) -> bool:
     if not dtypes <= _STORAGES.keys() or not alike:
         return False
     return all(why_unavailable(_STORAGES[dtype]) is None for dtype in dtypes)
-
-
-def _in_whole_vectors(graph: Graph, node: Node) -> bool:
-    return all(channels_of(graph, part) % lanes() == 0 for part in node.inputs)
