@@ -13,7 +13,7 @@ from resfuse.kernels.tuning_cache.denylist import NONE, Barred, allowed
 # The least of the GPUs we compile for: sm_80's 163 KB, with room for what the epilogue needs.
 SHARED_BYTES = 160 << 10
 # 255 registers a thread at most; the rest holds addresses and, for ieee, the operands themselves.
-ACCUMULATORS = {"ieee": 64, "tf32": 128, "fp16": 128, "bf16": 128, "int8": 128, "int8_fp32": 128}
+ACCUMULATORS = {"ieee": 64, "tf32": 128, "fp16": 128, "bf16": 128, "int8": 64, "int8_fp32": 64}
 # Packed groups keep a second sum, and find the group of every address. Tiles within a quarter of
 # the above spill nothing, or 16 bytes where ptxas aims for one more CTA; larger ones hundreds.
 PACKED_SHARE = 4
@@ -178,18 +178,20 @@ IEEE = (
 )
 BY_MATH_MODE = {"fp16": HALF, "bf16": HALF, "tf32": TF32, "ieee": IEEE}
 CONFIGS = HALF + TF32 + IEEE
-# bytes: twice as many a step, and 32 at least, as an instruction takes
+# A step of 32 bytes at least, as an instruction takes. No more than 64 accumulators a thread: of
+# larger tiles most spill on sm_80, for the epilogue holds them as integers and as numbers.
 INT8 = (
-    Config(128, 256, 128, num_warps=8, num_stages=3),
-    Config(128, 128, 128, num_warps=8, num_stages=3),
-    Config(128, 128, 128, num_warps=4, num_stages=3, loop=TAPS_INNER),
-    Config(128, 128, 64, num_warps=4, num_stages=3, loop=FLAT),
+    Config(128, 128, 64, num_warps=8, num_stages=4),
+    Config(128, 128, 64, num_warps=8, num_stages=4, loop=FLAT),
+    Config(256, 64, 64, num_warps=8, num_stages=4),
+    Config(256, 64, 64, num_warps=8, num_stages=4, loop=FLAT),
     Config(128, 64, 128, num_warps=4, num_stages=3),
     Config(128, 64, 64, num_warps=4, num_stages=4, loop=TAPS_INNER),
-    Config(64, 128, 128, num_warps=4, num_stages=3),
+    Config(128, 64, 64, num_warps=4, num_stages=4, loop=FLAT),
     Config(64, 64, 128, num_warps=4, num_stages=4),
     Config(64, 64, 64, num_warps=4, num_stages=4, loop=TAPS_INNER),
-    Config(64, 32, 64, num_warps=4, num_stages=4),
+    Config(64, 32, 128, num_warps=4, num_stages=4),
+    Config(64, 32, 128, num_warps=4, num_stages=4, loop=TAPS_INNER),
     # few channels, narrow groups
     Config(128, 64, 32, num_warps=4, num_stages=4, loop=TAPS_INNER),
     Config(64, 32, 32, num_warps=4, num_stages=4, loop=TAPS_INNER),

@@ -257,9 +257,11 @@ def launch_chosen(
     residual: Quantization | None = None,
     output: Quantization | None = None,
 ) -> Launch:
-    """The launch of the configuration that suits the problem."""
+    """The launch of the configuration that suits the problem; one that is wrong in int8 is not
+    taken for float32 outputs either."""
     device = tensors.x.device
-    config = choose(problem, multiprocessors(device), known(device), "conv_int8")
+    in_int8 = replace(problem, dtypes=dtypes_of("int8"))
+    config = choose(in_int8, multiprocessors(device), known(device), "conv_int8")
     return launch(problem, tensors, config, residual, output)
 
 
