@@ -30,9 +30,7 @@ def conv_int8(place: Place) -> Iterator[Trial]:
         y = torch.full_like(_bytes(place, problem.output_shape), 99)
         table = conv_int8_kernel.offsets(given[1], _STORED, problem.geometry)
         x, weight, how, residual = given
-        tensors = conv_int8_kernel.Tensors(
-            x, weight, table, how.scale, how.bias, residual, None, y
-        )
+        tensors = conv_int8_kernel.Tensors(x, weight, table, how.scale, how.bias, residual, None, y)
         stored = None if residual is None else _STORED
         made = conv_int8_kernel.launch(problem, tensors, config, stored, _OUTPUT)
         label = f"{problem.label()} {config.label()}"

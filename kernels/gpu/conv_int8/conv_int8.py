@@ -2,10 +2,11 @@
 
     y = quantise(act((sum(x - zero point) * w) * scale + bias + residual))     or + residual last
 
-x [N, C, H, W], w [K, C / groups, R, S] in int8, scale and bias [K], residual and y [N, K, P, Q]; all
-NHWC in memory. The specification is kernels/ops/quantization.py's conv_ref: sums are integers, so y
-has the same bits, but for activations that call exp or divide, whose last place may move it by one
-step. FLOPs 2*N*K*P*Q*C/groups*R*S in int8; bytes at best: x, w, residual and y once each.
+x [N, C, H, W] in uint8, w [K, C / groups, R, S] in int8, scale and bias [K], residual and y
+[N, K, P, Q]; all NHWC in memory. The specification is kernels/ops/quantization.py's conv_ref. Sums
+are integers, so y has the same bits, but for activations that call exp or divide, whose last place
+may move it by one step. FLOPs 2*N*K*P*Q*C/groups*R*S in int8; bytes at best: x, w, residual and y
+once each, one an element.
 
 conv_int8_kernel.py reads values less 128, in int8, and writes such. A network would keep them so
 between its layers; what is in uint8 takes a pass here, and y one back.
@@ -32,6 +33,8 @@ from resfuse.kernels.ops.activation import Slope, require_activation
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 from resfuse.kernels.ops.quantization import Quantization, Requantization, conv_ref
 
+_DENSE = Geometry()
+
 
 def less_128(values: Tensor) -> Tensor:
     """Returns uint8 values less 128 as int8, in the same memory format."""
@@ -49,7 +52,7 @@ def conv_int8_ref(
     how: Requantization,
     stored: Quantization,
     output: Quantization | None,
-    geometry: Geometry = Geometry(),
+    geometry: Geometry = _DENSE,
     activation: str = "identity",
     slope: Slope = None,
     residual: Tensor | None = None,
@@ -142,7 +145,7 @@ def conv_int8(
     how: Requantization,
     stored: Quantization,
     output: Quantization | None,
-    geometry: Geometry = Geometry(),
+    geometry: Geometry = _DENSE,
     activation: str = "identity",
     slope: Slope = None,
     residual: Tensor | None = None,

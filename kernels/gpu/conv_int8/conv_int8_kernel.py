@@ -1,18 +1,19 @@
 """The kernel of `conv_int8`, and its launch: an implicit GEMM (implicit_gemm.py) in int8.
 
-    y = requantise(act((sum + offset) * scale + bias + residual))
+    y = quantise(act((sum + offset) * scale + bias + residual))
 
-x [N, C, H, W] and residual [N, K, P, Q] hold uint8 values less 128, as int8: NVIDIA's tensor cores
-multiply int8 by int8 as it lies in shared memory, where the subtraction while loading would lead
-every operand through registers, which ptxas before 13.3 may corrupt on Hopper (ptxas.py).
+x [N, C, H, W] and residual [N, K, P, Q] hold uint8 values less 128, as int8. Triton's dot takes no
+other pair of integers; subtracting while loading would lead x through registers, whence ptxas
+before 13.3 may corrupt it on Hopper (inspect/ptxas.py), where it now goes from memory to tensor
+cores by shared memory alone.
 
 A window that reaches over an edge must read zero points, and a masked load gives zeros, which stand
-for 128. Both are constants, so what they change is known before: `offsets` has it for each number of
-taps that lie outside above, below, on the left and on the right, and the epilogue looks it up, in
-one row for all pixels inside, and elsewhere by pixel.
+for 128. What this changes is known before: `offsets` has it for each number of taps that lie
+outside above, below, on the left and on the right, and the epilogue looks it up: one row for all
+pixels whose window is inside, and by pixel at edges.
 
-Sums saturate on Ampere (IMMA.SAT), so the offset is added after them: |sum| is at most 128 * 127 for
-each product.
+Sums saturate on Ampere (IMMA.SAT), so the offset, which may be as large as they, is added behind
+them, where integers wrap: what fits an int32 in the end is right.
 """
 
 from collections.abc import Iterator, Sequence

@@ -2,7 +2,10 @@
 operation of torch's. Sizes are tiny, as in test_kernel_conv.py, and ragged in every direction.
 """
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +22,10 @@ from resfuse.kernels.gpu.conv_int8 import conv_int8 as module
 from resfuse.kernels.gpu.conv_int8 import conv_int8_kernel as kernel
 from resfuse.kernels.gpu.conv_int8.conv_int8 import conv_int8, conv_int8_ref, less_128, plus_128
 from resfuse.kernels.gpu.conv_int8.conv_int8_kernel import Tensors, offsets, resnet50_problems
+from resfuse.kernels.gpu.inspect import inspect
+from resfuse.kernels.gpu.inspect.disassembly import disassemble
+from resfuse.kernels.gpu.inspect.inspect import compile_launch, inspect_launch
+from resfuse.kernels.gpu.inspect.targets import DEFAULT_TARGETS, TARGETS
 from resfuse.kernels.ops.activation import ACTIVATIONS
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 from resfuse.kernels.ops.quantization import (
@@ -28,6 +35,7 @@ from resfuse.kernels.ops.quantization import (
     conv_ref,
     requantization,
 )
+from without_interpreter import printed_by
 
 pytestmark = pytest.mark.slow
 EXACT = {"identity", "relu", "relu6", "leaky_relu", "prelu"}  # neither exp nor a division
@@ -233,9 +241,7 @@ def test_any_shape(
     stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], zero_point: int,
 ) -> None:  # fmt: skip
     # large enough for the filter, whichever was drawn
-    h, w = (
-        max(size[i], dilation[i] * (window[i] - 1) + 1 - 2 * padding[i], 1) for i in (0, 1)
-    )
+    h, w = (max(size[i], dilation[i] * (window[i] - 1) + 1 - 2 * padding[i], 1) for i in (0, 1))
     given = quantised((n, c * groups, h, w), k * groups, window, zero_point, groups)
     geometry = Geometry(stride, padding, dilation, groups)
     output = Quantization(0.02, 100)
@@ -342,6 +348,35 @@ def test_what_it_cannot_take_is_named(case: str) -> None:
     given = {"x": BYTES, "weight": WEIGHT, "how": HOW, "stored": stored, "output": None} | changed
     with pytest.raises(ValueError, match=message):
         conv_int8(**given)
+
+
+def inspect_some() -> None:
+    """Prints what is wrong with launches of a 3x3, a 1x1 with a residual and the stem for every
+    GPU, which of its instructions multiply matrices, and how many contract a product and a sum."""
+    dtypes = dtypes_of("int8")
+    problems = [
+        ConvProblem(32, 64, 56, 56, 64, 3, 3, SAME, dtypes=dtypes),
+        ConvProblem(32, 128, 28, 28, 512, 1, 1, epilogue=Epilogue("relu", "before"), dtypes=dtypes),
+        ConvProblem(32, 3, 224, 224, 64, 7, 7, Geometry((2, 2), (3, 3)), dtypes=dtypes),
+    ]
+    told = []
+    for problem in problems:
+        config = choose(problem, 132, kernel="conv_int8")
+        launch = kernel.launch(problem, kernel.stand_ins(problem), config)
+        for target in DEFAULT_TARGETS:
+            found = inspect_launch("conv_int8", problem.label(), launch, target)
+            gpu = TARGETS[target].gpu
+            (listing,) = disassemble([compile_launch(launch, gpu).asm["cubin"]], gpu.arch)
+            wrong = [*inspect.problems(found), *["register operand"] * found.register_operands]
+            used = sorted(set(re.findall(r"\b(IMMA\.16832\.S8|IGMMA|UTCIMMA)", listing)))
+            told.append([wrong, used, len(re.findall(r"\bFFMA", listing))])
+    print(json.dumps(told))
+
+
+def test_it_compiles_to_integer_tensor_cores_and_sums_after_rounding(tmp_path: Path) -> None:
+    told = json.loads(printed_by("test_kernel_conv_int8", "inspect_some", tmp_path))
+    wanted = [["IMMA.16832.S8"], ["IGMMA"], ["UTCIMMA"]]
+    assert told == [[[], used, 0] for used in wanted * 3]
 
 
 @pytest.mark.gpu
