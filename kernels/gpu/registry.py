@@ -58,7 +58,7 @@ KERNELS: dict[str, KernelSpec] = {
     "conv_int8": KernelSpec(
         "resfuse.kernels.gpu.conv_int8.conv_int8:conv_int8",
         "resfuse.kernels.gpu.conv_int8.conv_int8:conv_int8_ref",
-        "resfuse.kernels.gpu.conv_int8.conv_int8_kernel:shipped",
+        "resfuse.kernels.gpu.conv_int8.conv_int8:shipped",
         "any convolution of quantised values, in int8; requantised",
     ),
     "conv1x1": KernelSpec(

@@ -1,41 +1,59 @@
 """Trials of the convolution of quantised values: its answers are integers, and compared as such."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resfuse.bench.layers.kernel_check.trial import Place, Trial
 from resfuse.kernels.gpu.common.arguments import channels_last
-from resfuse.kernels.gpu.conv.conv_config import INT8, candidates
-from resfuse.kernels.gpu.conv_int8 import conv_int8_kernel
+from resfuse.kernels.gpu.common.launch import Launch
+from resfuse.kernels.gpu.conv import conv_config
+from resfuse.kernels.gpu.conv1x1 import conv1x1_config
+from resfuse.kernels.gpu.conv_int8 import conv1x1_int8_kernel, conv_int8_kernel
 from resfuse.kernels.gpu.conv_int8.conv_int8 import conv_int8_ref
-from resfuse.kernels.ops.conv_problem import ConvProblem, Geometry, dtypes_of
+from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 from resfuse.kernels.ops.quantization import Quantization, Requantization
 
 _STORED, _OUTPUT = Quantization(0.02, 3), Quantization(0.02, 0)
 
 
 def conv_int8(place: Place) -> Iterator[Trial]:
-    """Every configuration, on a convolution of ResNet-50 that has it; residuals too."""
+    """Every configuration of both kernels, on a convolution of ResNet-50 that has it."""
     problems = [p for p in conv_int8_kernel.resnet50_problems() if p.n == 32]
     if place.small:
         same = Geometry(padding=(1, 1))
-        problems = [ConvProblem(1, 16, 5, 7, 24, 3, 3, same, dtypes=dtypes_of("int8"))]
-    usable = {problem: candidates(problem) for problem in problems}
-    for config in place.some(c for c in INT8 if any(c in u for u in usable.values())):
+        tiny = ConvProblem(1, 16, 5, 7, 24, 3, 3, same, dtypes=dtypes_of("int8"))
+        added = Epilogue("relu", "before")
+        problems = [tiny, replace(tiny, k=32, r=1, s=1, geometry=Geometry(), epilogue=added)]
+    usable = {problem: conv_config.candidates(problem) for problem in problems}
+    for config in place.some(c for c in conv_config.INT8 if _any(c, usable)):
         problem = next(problem for problem in problems if config in usable[problem])
-        given = _operands(place, problem)
-        y = torch.full_like(_bytes(place, problem.output_shape), 99)
-        table = conv_int8_kernel.offsets(given[1], _STORED, problem.geometry)
-        x, weight, how, residual = given
-        tensors = conv_int8_kernel.Tensors(x, weight, table, how.scale, how.bias, residual, None, y)
-        stored = None if residual is None else _STORED
-        made = conv_int8_kernel.launch(problem, tensors, config, stored, _OUTPUT)
-        label = f"{problem.label()} {config.label()}"
-        # Of reduction 1, since sums have no roundings.
-        yield Trial(label, "int8", config, 1, made, (y,), partial(_exact, place, problem))
+        yield _trial(place, problem, config, partial(conv_int8_kernel.launch, config=config))
+    pointwise = [conv1x1_config.gemm_of(p) for p in problems if p.r == 1 and p.residual]
+    tiles = {problem: conv1x1_config.candidates(problem) for problem in pointwise}
+    for tile in place.some(c for c in conv1x1_config.INT8 if _any(c, tiles)):
+        gemm = next(problem for problem in pointwise if tile in tiles[problem])
+        yield _trial(place, gemm, tile, partial(conv1x1_int8_kernel.launch, config=tile))
+
+
+def _any(config: object, usable: Mapping[Any, Sequence[object]]) -> bool:
+    return any(config in configs for configs in usable.values())
+
+
+def _trial(place: Place, problem: ConvProblem, config: Any, launch: Callable[..., Launch]) -> Trial:
+    x, weight, how, residual = _operands(place, problem)
+    y = torch.full_like(_bytes(place, problem.output_shape), 99)
+    table = conv_int8_kernel.offsets(weight, _STORED, problem.geometry)
+    tensors = conv_int8_kernel.Tensors(x, weight, table, how.scale, how.bias, residual, None, y)
+    stored = None if residual is None else _STORED
+    made = launch(problem, tensors, residual=stored, output=_OUTPUT)
+    label = f"{problem.label()} {config.label()}"
+    # Of reduction 1, since sums have no roundings.
+    return Trial(label, "int8", config, 1, made, (y,), partial(_exact, place, problem))
 
 
 @cache

@@ -8,11 +8,13 @@ are integers, so y has the same bits, but for activations that call exp or divid
 may move it by one step. FLOPs 2*N*K*P*Q*C/groups*R*S in int8; bytes at best: x, w, residual and y
 once each, one an element.
 
-conv_int8_kernel.py reads values less 128, in int8, and writes such. A network would keep them so
+conv_int8_kernel.py computes any of them, conv1x1_int8_kernel.py those of 1x1 on Hopper and newer.
+Both read values less 128, in int8, and write such. A network would keep them so
 between its layers; what is in uint8 takes a pass here, and y one back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,18 +22,22 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from resfuse.kernels.gpu.common.arguments import channels_last, empty_channels_last, require_like
-from resfuse.kernels.gpu.common.launch import runs_triton
+from resfuse.kernels.gpu.common.launch import Launch, capability, multiprocessors, runs_triton
+from resfuse.kernels.gpu.conv import conv_config
 from resfuse.kernels.gpu.conv.conv_arguments import require_convolution, split_slope
+from resfuse.kernels.gpu.conv1x1 import conv1x1_config
+from resfuse.kernels.gpu.conv_int8 import conv1x1_int8_kernel, conv_int8_kernel
 from resfuse.kernels.gpu.conv_int8.conv_int8_kernel import (
     SIGNED,
     Tensors,
-    launch_chosen,
     offsets,
     require_summable,
 )
 from resfuse.kernels.ops.activation import Slope, require_activation
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 from resfuse.kernels.ops.quantization import Quantization, Requantization, conv_ref
+from resfuse.kernels.tuning_cache.denylist import key_of
+from resfuse.kernels.tuning_cache.timing_cache import known
 
 _DENSE = Geometry()
 
@@ -68,6 +74,33 @@ def conv_int8_ref(
     given = plus_128(x), weight, how, stored, output, geometry, activation, slope
     y = channels_last(conv_ref(*given, added, residual_stored, residual_last))
     return y if output is None else less_128(y)
+
+
+def launch_chosen(
+    problem: ConvProblem,
+    tensors: Tensors,
+    residual: Quantization | None = None,
+    output: Quantization | None = None,
+) -> Launch:
+    """The launch of the kernel and configuration that suit the problem; one that is wrong in int8
+    is not taken for float32 outputs either."""
+    device = tensors.x.device
+    sms, newest, barred = multiprocessors(device), capability(device), known(device)
+    in_int8 = replace(problem, dtypes=dtypes_of("int8"))
+    gemm = conv1x1_int8_kernel.gemm(in_int8, tensors)
+    by_descriptors = conv1x1_config.candidates(gemm) if newest >= (9, 0) else []
+    if any(key_of("conv_int8", "int8", config) not in barred for config in by_descriptors):
+        tile = conv1x1_config.choose(gemm, sms, newest, barred, "conv_int8")
+        gemm = replace(gemm, dtypes=problem.dtypes)
+        return conv1x1_int8_kernel.launch(gemm, tensors, tile, residual, output)
+    config = conv_config.choose(in_int8, sms, barred, "conv_int8")
+    return conv_int8_kernel.launch(problem, tensors, config, residual, output)
+
+
+def shipped() -> Iterator[tuple[str, Launch]]:
+    """Every configuration of both kernels, on problems that they are meant for."""
+    yield from conv_int8_kernel.shipped()
+    yield from conv1x1_int8_kernel.shipped()
 
 
 @torch.library.custom_op("resfuse::conv_int8", mutates_args=())

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from resfuse.kernels.gpu.common.arguments import empty_channels_last
 from resfuse.kernels.gpu.common.epilogue import activate
-from resfuse.kernels.gpu.common.launch import Launch, multiprocessors
+from resfuse.kernels.gpu.common.launch import Launch
 from resfuse.kernels.gpu.conv import conv_arguments
 from resfuse.kernels.gpu.conv.conv_arguments import gemm_arguments, gemm_constants
 from resfuse.kernels.gpu.conv.conv_config import (
@@ -42,7 +42,6 @@ from resfuse.kernels.gpu.conv.implicit_gemm import multiply, output_channels, sw
 from resfuse.kernels.ops.activation import Slope
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, Pair, dtypes_of
 from resfuse.kernels.ops.quantization import INT32_PRODUCTS, Quantization
-from resfuse.kernels.tuning_cache.timing_cache import known
 
 SIGNED = 128  # what a uint8 value is more than the int8 that is stored for it
 # Added to a float32 of magnitude below 2**22 it leaves no bits for a fraction: they are rounded to
@@ -131,6 +130,35 @@ def _offset(
     return offset
 
 
+@triton.jit
+def finish(
+    sums, offs_k, mask_k, scale_ptr, bias_ptr, residual, slope_ptr,
+    negative_slope, residual_scale, residual_zero_point, inverse_scale, zero_point,
+    ACTIVATION: tl.constexpr, RESIDUAL_LAST: tl.constexpr, OUTPUT: tl.constexpr,
+):  # fmt: skip
+    """What is stored for sums [pixels, channels] in int32, offset included: act(sums * scale + bias
+    + residual), or act(sums * scale + bias) + residual, in float32 or, if OUTPUT is int8, as uint8
+    less 128. The residual is such, too, or None; zero points, in float32, are those of uint8."""
+    z = sums.to(tl.float32) * tl.load(scale_ptr + offs_k, mask=mask_k, other=0.0)[None, :]
+    z += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0)[None, :]
+    if residual is not None:
+        added = (residual.to(tl.float32) - (residual_zero_point - 128)) * residual_scale
+        if not RESIDUAL_LAST:
+            z += added
+    slope = negative_slope
+    if slope_ptr is not None:
+        slope = tl.load(slope_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    z = activate(z, slope, ACTIVATION)
+    if residual is not None and RESIDUAL_LAST:
+        z += added
+    if OUTPUT == tl.int8:  # noqa: SIM300 - OUTPUT is the one that varies
+        z *= inverse_scale
+        z = tl.where(z == z, z, 0.0)  # NaN is stored as the zero point
+        z = tl.minimum(tl.maximum(z, -zero_point), 255 - zero_point)
+        z = ((z + ROUNDING) - ROUNDING + (zero_point - 128)).to(tl.int32).to(tl.int8)
+    return z
+
+
 @triton.jit(do_not_specialize=["tiles_m", "tiles_n"])  # so another batch is the same kernel
 def conv_int8_kernel(
     x_ptr, w_ptr, offset_ptr, scale_ptr, bias_ptr, residual_ptr, slope_ptr, y_ptr,
@@ -147,8 +175,8 @@ def conv_int8_kernel(
     PACK: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y: BLOCK_M pixels by BLOCK_N channels of PACK groups. Zero points, in float32,
-    are those of uint8. `taps` and `channels` as conv_kernel's."""
+    """One tile of y: BLOCK_M pixels by BLOCK_N channels of PACK groups. `taps` and `channels` are
+    as conv_kernel's."""
     pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     acc = multiply(
         x_ptr, w_ptr, M, H, W, P, Q, pid_m, pid_n, 0, taps, 0, channels, 0,
@@ -167,31 +195,18 @@ def conv_int8_kernel(
         OUTSIDE_H, OUTSIDE_W,
     )  # fmt: skip
 
-    z = acc.to(tl.float32) * tl.load(scale_ptr + offs_k, mask=mask_k, other=0.0)[None, :]
-    z += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0)[None, :]
     offs = offs_m[:, None] * K + offs_k[None, :]
     mask = (offs_m < M - first_m)[:, None] & mask_k[None, :]
     tile = first_m.to(tl.int64) * K
+    residual = None
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + tile + offs, mask=mask, other=0).to(tl.float32)
-        residual = (residual - (residual_zero_point - 128)) * residual_scale
-        if not RESIDUAL_LAST:
-            z += residual
-    if slope_ptr is not None:
-        slope = tl.load(slope_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
-        z = activate(z, slope, ACTIVATION)
-    else:
-        z = activate(z, negative_slope, ACTIVATION)
-    if residual_ptr is not None and RESIDUAL_LAST:
-        z += residual
-    if y_ptr.dtype.element_ty == tl.int8:
-        z *= inverse_scale
-        z = tl.where(z == z, z, 0.0)  # as quantize has it
-        z = tl.minimum(tl.maximum(z, -zero_point), 255 - zero_point)
-        z = (z + ROUNDING) - ROUNDING + (zero_point - 128)
-        tl.store(y_ptr + tile + offs, z.to(tl.int32).to(tl.int8), mask=mask)
-    else:
-        tl.store(y_ptr + tile + offs, z, mask=mask)
+        residual = tl.load(residual_ptr + tile + offs, mask=mask, other=0)
+    z = finish(
+        acc, offs_k, mask_k, scale_ptr, bias_ptr, residual, slope_ptr,
+        negative_slope, residual_scale, residual_zero_point, inverse_scale, zero_point,
+        ACTIVATION, RESIDUAL_LAST, y_ptr.dtype.element_ty,
+    )  # fmt: skip
+    tl.store(y_ptr + tile + offs, z, mask=mask)
 
 
 def launch(
@@ -217,7 +232,6 @@ def launch(
     shared = conv_arguments.Tensors(x, weight, bias, added, slope, y)
     one_class = table.shape[0] == 1
     most = (0, 0) if one_class else most_outside((problem.r, problem.s), problem.geometry)
-    of_residual, of_y = residual or UNUSED, output or UNUSED
     return Launch(
         conv_int8_kernel,
         (pixels * channels,),
@@ -225,10 +239,7 @@ def launch(
             **gemm_arguments(problem, shared, config),
             "offset_ptr": table,
             "scale_ptr": scale,
-            "residual_scale": of_residual.scale,
-            "residual_zero_point": float(of_residual.zero_point),
-            "inverse_scale": of_y.inverse_scale,
-            "zero_point": float(of_y.zero_point),
+            **scalars(residual, output),
         },
         {
             **gemm_constants(problem, config),
@@ -243,6 +254,17 @@ def launch(
     )
 
 
+def scalars(residual: Quantization | None, output: Quantization | None) -> dict[str, float]:
+    """How residual and y are stored, as `finish` takes it."""
+    residual, output = residual or UNUSED, output or UNUSED
+    return {
+        "residual_scale": residual.scale,
+        "residual_zero_point": float(residual.zero_point),
+        "inverse_scale": output.inverse_scale,
+        "zero_point": float(output.zero_point),
+    }
+
+
 def require_summable(problem: ConvProblem) -> None:
     """Raises ValueError where a sum of products may pass 2**31."""
     products = problem.r * problem.s * problem.c // problem.groups
@@ -252,32 +274,18 @@ def require_summable(problem: ConvProblem) -> None:
         )
 
 
-def launch_chosen(
-    problem: ConvProblem,
-    tensors: Tensors,
-    residual: Quantization | None = None,
-    output: Quantization | None = None,
-) -> Launch:
-    """The launch of the configuration that suits the problem; one that is wrong in int8 is not
-    taken for float32 outputs either."""
-    device = tensors.x.device
-    in_int8 = replace(problem, dtypes=dtypes_of("int8"))
-    config = choose(in_int8, multiprocessors(device), known(device), "conv_int8")
-    return launch(problem, tensors, config, residual, output)
-
-
 def shipped() -> Iterator[tuple[str, Launch]]:
     """Every configuration on the convolution of ResNet-50 or ResNeXt-50 for which it comes closest
     to being chosen, which has padding or a residual or neither; then the stem, and the float32
     output."""
     for config, problem in closest_to_chosen(INT8, list(resnet50_problems()), candidates):
-        yield _shipped(problem, config)
+        yield _labelled(problem, config)
     stem = ConvProblem(
         32, 3, 224, 224, 64, 7, 7, Geometry((2, 2), (3, 3)), dtypes=dtypes_of("int8")
     )
-    yield _shipped(stem, choose(stem, 132))
+    yield _labelled(stem, choose(stem, 132))
     last = ConvProblem(32, 512, 7, 7, 2048, 1, 1, dtypes=dtypes_of("int8_fp32"))
-    yield _shipped(last, choose(last, 132))
+    yield _labelled(last, choose(last, 132))
 
 
 def resnet50_problems() -> Iterator[ConvProblem]:
@@ -290,7 +298,7 @@ def resnet50_problems() -> Iterator[ConvProblem]:
             yield replace(reducing, c=c, k=4 * c, epilogue=Epilogue("relu", "before"))
 
 
-def _shipped(problem: ConvProblem, config: Config) -> tuple[str, Launch]:
+def _labelled(problem: ConvProblem, config: Config) -> tuple[str, Launch]:
     label = f"{problem.label()} {problem.math_mode} {config.label()}"
     return label, launch(problem, stand_ins(problem), config)
 

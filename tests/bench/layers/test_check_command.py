@@ -26,6 +26,7 @@ from resfuse.kernels.gpu.bn_act import bn_act
 from resfuse.kernels.gpu.common import launch
 from resfuse.kernels.gpu.common.launch import refusal_of_interpreter
 from resfuse.kernels.gpu.conv import conv_config, depthwise
+from resfuse.kernels.gpu.conv1x1 import conv1x1_config
 from resfuse.kernels.gpu.registry import KERNELS
 from resfuse.kernels.gpu.stem import stem_config
 from resfuse.kernels.ops.conv_problem import MATH_MODES
@@ -53,7 +54,7 @@ def test_every_configuration_of_every_kernel_is_tried() -> None:
         assert len(set(keys)) == len(keys), kernel
     modes = conv_config.BY_MATH_MODE.values()
     assert len(every_trial("conv_bn_act")) == sum(map(len, modes)) + 4 * len(depthwise.CONFIGS)
-    assert len(every_trial("conv_int8")) == len(conv_config.INT8)
+    assert len(every_trial("conv_int8")) == len(conv_config.INT8) + len(conv1x1_config.INT8)
     assert len(every_trial("bn_act")) == 3 * len(bn_act.CONFIGS)
     stems = {(t.math_mode, t.launch.constants["BLOCK_M"]) for t in every_trial("stem")}
     assert {block for _, block in stems} == {c.block_m for c in stem_config.CONFIGS}

@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernel_inputs import DEVICE, NEEDS_GPU
 from resfuse.kernels.gpu.common.arguments import channels_last
 from resfuse.kernels.gpu.conv.conv_config import LOOPS, Config, candidates, choose
+from resfuse.kernels.gpu.conv1x1 import conv1x1_config
+from resfuse.kernels.gpu.conv_int8 import conv1x1_int8_kernel
 from resfuse.kernels.gpu.conv_int8 import conv_int8 as module
 from resfuse.kernels.gpu.conv_int8 import conv_int8_kernel as kernel
 from resfuse.kernels.gpu.conv_int8.conv_int8 import conv_int8, conv_int8_ref, less_128, plus_128
@@ -39,7 +41,7 @@ from without_interpreter import printed_by
 
 pytestmark = pytest.mark.slow
 EXACT = {"identity", "relu", "relu6", "leaky_relu", "prelu"}  # neither exp nor a division
-SAME = Geometry(padding=(1, 1))
+DENSE, SAME = Geometry(), Geometry(padding=(1, 1))
 
 
 class Given(NamedTuple):
@@ -96,6 +98,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, tuple[int, int], Geometry]] = {
     "one pixel": ((1, 40, 1, 1), 16, (3, 3), SAME),  # taps lie outside on all sides at once
     "one of everything": ((1, 1, 1, 1), 1, (1, 1), Geometry()),
     "1x1": ((1, 40, 5, 7), 24, (1, 1), Geometry()),
+    "1x1, descriptors": ((2, 80, 5, 7), 96, (1, 1), Geometry()),
+    "1x1, one tile": ((1, 16, 3, 3), 16, (1, 1), Geometry()),
     "1x1 / 2": ((1, 40, 5, 7), 24, (1, 1), Geometry((2, 2))),
     "dilation 2": ((1, 16, 7, 6), 16, (3, 3), Geometry((1, 1), (2, 2), (2, 2))),
     "no two alike": ((1, 16, 9, 11), 16, (3, 2), Geometry((2, 3), (2, 1), (1, 3))),
@@ -117,13 +121,15 @@ def test_it_is_its_twin_on_every_kind_of_shape(shape: str, zero_point: int) -> N
     require_same(got, channels_last(want))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("place", ["none", "before", "after"])
 @pytest.mark.parametrize("output", [Quantization(0.03, 90), None], ids=["int8", "fp32"])
+@pytest.mark.parametrize("channels", [40, 48], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_with_the_residual_in_every_place(
-    activation: str, output: Quantization | None, place: str
+    activation: str, channels: int, output: Quantization | None, place: str
 ) -> None:
-    given = quantised((1, 40, 5, 8), 32, (1, 1), 5)
+    given = quantised((1, channels, 5, 8), 32, (1, 1), 5)
     slope = {"leaky_relu": 0.2, "prelu": torch.linspace(-1, 1, 32, device=DEVICE)}.get(activation)
     residual = None if place == "none" else drawn((1, 32, 5, 8), 1)
     stored = None if residual is None else Quantization(0.011, 140)
@@ -196,7 +202,9 @@ def test_an_empty_batch_gives_an_empty_answer() -> None:
     assert conv_int8(*given, Quantization(1.0, 0)).shape == (0, 16, 3, 3)
 
 
-def launched(given: Given, config: Config, geometry: Geometry, output: Quantization) -> Tensor:
+def launched(
+    given: Given, config: Config | conv1x1_config.Config, geometry: Geometry, output: Quantization
+) -> Tensor:
     """y as one configuration fills it, with bytes before and behind it that must stay."""
     x, weight, how, stored = given
     (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
@@ -207,7 +215,11 @@ def launched(given: Given, config: Config, geometry: Geometry, output: Quantizat
     y = memory[guard:-guard].view(problem.n, problem.p, problem.q, problem.k).permute(0, 3, 1, 2)
     table = offsets(weight, stored, geometry)
     tensors = Tensors(less_128(x), weight, table, how.scale, how.bias, None, None, y)
-    kernel.launch(problem, tensors, config, output=output).run()
+    if isinstance(config, Config):
+        kernel.launch(problem, tensors, config, output=output).run()
+    else:
+        gemm = conv1x1_int8_kernel.gemm(problem, tensors)
+        conv1x1_int8_kernel.launch(gemm, tensors, config, output=output).run()
     assert (memory[:guard] == 99).all() and (memory[-guard:] == 99).all()
     return plus_128(y)
 
@@ -221,6 +233,32 @@ def test_every_element_is_written_and_none_beyond(loop: str, group_m: int) -> No
     output = Quantization(0.02, 0)
     got = launched(given, config, SAME, output)
     require_same(got, channels_last(conv_ref(*given, output, SAME, "relu")))
+
+
+def test_every_element_is_written_by_descriptors_and_none_beyond() -> None:
+    given = quantised((1, 80, 5, 7), 48, (1, 1), 30)
+    config = conv1x1_config.Config(16, 32, 32, 4, 2, descriptors=True)
+    output = Quantization(0.02, 0)
+    got = launched(given, config, Geometry(), output)
+    require_same(got, channels_last(conv_ref(*given, output, Geometry(), "relu")))
+
+
+def test_descriptors_are_chosen_where_rows_are_aligned_and_hopper_runs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def chosen(c: int, k: int, window: int = 1, geometry: Geometry = DENSE) -> str:
+        dtypes = dtypes_of("int8")
+        problem = ConvProblem(1, c, 8, 8, k, window, window, geometry, dtypes=dtypes)
+        launch = module.launch_chosen(problem, kernel.stand_ins(problem))
+        return launch.kernel.fn.__name__
+
+    assert chosen(64, 256) == chosen(16, 16) == "conv1x1_int8_kernel"
+    for other in (chosen(40, 64), chosen(64, 40), chosen(64, 64, 3)):
+        assert other == "conv_int8_kernel"
+    assert chosen(64, 64, geometry=Geometry((2, 2))) == "conv_int8_kernel"
+    assert chosen(64, 64, geometry=SAME) == "conv_int8_kernel"
+    monkeypatch.setattr(module, "capability", lambda device: (8, 0))
+    assert chosen(64, 256) == "conv_int8_kernel"
 
 
 @settings(max_examples=15)
@@ -351,21 +389,23 @@ def test_what_it_cannot_take_is_named(case: str) -> None:
 
 
 def inspect_some() -> None:
-    """Prints what is wrong with launches of a 3x3, a 1x1 with a residual and the stem for every
-    GPU, which of its instructions multiply matrices, and how many contract a product and a sum."""
+    """Prints what is wrong with a few launches for every GPU, which of their instructions multiply
+    matrices, and how many contract a product and a sum."""
     dtypes = dtypes_of("int8")
     problems = [
         ConvProblem(32, 64, 56, 56, 64, 3, 3, SAME, dtypes=dtypes),
         ConvProblem(32, 128, 28, 28, 512, 1, 1, epilogue=Epilogue("relu", "before"), dtypes=dtypes),
+        ConvProblem(32, 512, 28, 28, 1024, 1, 1, Geometry((2, 2)), dtypes=dtypes),
         ConvProblem(32, 3, 224, 224, 64, 7, 7, Geometry((2, 2), (3, 3)), dtypes=dtypes),
     ]
     told = []
     for problem in problems:
-        config = choose(problem, 132, kernel="conv_int8")
-        launch = kernel.launch(problem, kernel.stand_ins(problem), config)
+        launch = module.launch_chosen(problem, kernel.stand_ins(problem))
         for target in DEFAULT_TARGETS:
-            found = inspect_launch("conv_int8", problem.label(), launch, target)
             gpu = TARGETS[target].gpu
+            if launch.least_capability > gpu.arch:
+                continue
+            found = inspect_launch("conv_int8", problem.label(), launch, target)
             (listing,) = disassemble([compile_launch(launch, gpu).asm["cubin"]], gpu.arch)
             wrong = [*inspect.problems(found), *["register operand"] * found.register_operands]
             used = sorted(set(re.findall(r"\b(IMMA\.16832\.S8|IGMMA|UTCIMMA)", listing)))
@@ -376,7 +416,8 @@ def inspect_some() -> None:
 def test_it_compiles_to_integer_tensor_cores_and_sums_after_rounding(tmp_path: Path) -> None:
     told = json.loads(printed_by("test_kernel_conv_int8", "inspect_some", tmp_path))
     wanted = [["IMMA.16832.S8"], ["IGMMA"], ["UTCIMMA"]]
-    assert told == [[[], used, 0] for used in wanted * 3]
+    wanted = [*wanted, *wanted[1:], *wanted, *wanted]  # there are descriptors from Hopper on
+    assert told == [[[], used, 0] for used in wanted]
 
 
 @pytest.mark.gpu
