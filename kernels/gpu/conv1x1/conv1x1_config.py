@@ -130,8 +130,8 @@ CONFIGS: tuple[Config, ...] = tuple(
     for config in (Config(*tile, descriptors) for tile in _TILES)
     if config != _SPILLING
 )
-# By descriptors alone, as conv_int8's other kernel has pointers; not measured. 64 bytes a step for 64
-# channels. With 64 accumulators a thread and 128 bytes a step a residual spills on sm_100.
+# By descriptors alone, as conv_int8's other kernel has pointers; not measured. 64 bytes a step for
+# 64 channels. With 64 accumulators a thread and 128 bytes a step a residual spills on sm_100.
 INT8: tuple[Config, ...] = tuple(
     Config(*tile, descriptors=True)
     for tile in (
