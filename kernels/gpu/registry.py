@@ -55,6 +55,12 @@ KERNELS: dict[str, KernelSpec] = {
         "resfuse.kernels.gpu.split_k.split_k:shipped",
         "the same for small batches: the reduction split over CTAs",
     ),
+    "conv_int8": KernelSpec(
+        "resfuse.kernels.gpu.conv_int8.conv_int8:conv_int8",
+        "resfuse.kernels.gpu.conv_int8.conv_int8:conv_int8_ref",
+        "resfuse.kernels.gpu.conv_int8.conv_int8:shipped",
+        "any convolution of quantised values, in int8; requantised",
+    ),
     "conv1x1": KernelSpec(
         "resfuse.kernels.gpu.conv1x1.conv1x1:conv1x1",
         "resfuse.kernels.gpu.conv1x1.conv1x1:conv1x1_ref",

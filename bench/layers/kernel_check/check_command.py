@@ -66,7 +66,7 @@ def math_modes_of(args: argparse.Namespace) -> list[str]:
     """Returns the math modes that the flags name, and raises UsageError for an unknown one."""
     from resfuse.kernels.ops.conv_problem import MATH_MODES
 
-    return pick("--math-mode", args.math_mode, list(MATH_MODES))
+    return pick("--math-mode", args.math_mode, [*MATH_MODES, "int8"])
 
 
 def check_configs(

@@ -18,7 +18,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=["*"],
         metavar="NAMES",
-        help="ieee, tf32, fp16, bf16; wildcards allowed (default: all)",
+        help="ieee, tf32, fp16, bf16, int8; wildcards allowed (default: all)",
     )
     add_device(
         parser,

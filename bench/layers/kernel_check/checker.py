@@ -13,7 +13,7 @@ from multiprocessing import get_context
 
 import torch
 
-from resfuse.bench.layers.kernel_check.trials import TRIALS, Place, Trial
+from resfuse.bench.layers.kernel_check.trials import Place, Trial, trials_of
 from resfuse.bench.measuring.failure import outcome_of
 from resfuse.bench.measuring.measure_case import synchronize
 from resfuse.bench.records.outcome import Outcome
@@ -23,7 +23,7 @@ from resfuse.kernels.tuning_cache.denylist import key_of
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
 
 MOST_COMPILERS = 12
-SMALL_MODES = ("ieee", "fp16")  # numpy, which interprets, has no tf32 and imitates bf16
+SMALL_MODES = ("ieee", "fp16", "int8")  # numpy, which interprets, has no tf32 and imitates bf16
 # A sum of n products in the accumulator's precision is off by about sqrt(n) roundings, of which the
 # table of tolerances grants four.
 ROUNDINGS_IN_TABLE = 4
@@ -121,7 +121,7 @@ def _trials(
     small = torch.device(device).type == "cpu"
     for kernel in kernels:
         for mode in (mode for mode in modes if mode in SMALL_MODES or not small):
-            for trial in TRIALS[kernel](Place(device, mode, small)):
+            for trial in trials_of(kernel, Place(device, mode, small)):
                 if key(kernel, trial) not in skip:
                     yield kernel, trial
 
@@ -138,7 +138,7 @@ def _compile_ahead(
         (kernel, mode, index, 10 * major + minor)
         for kernel in kernels
         for mode in modes
-        for index, trial in enumerate(TRIALS[kernel](Place("meta", mode, False)))
+        for index, trial in enumerate(trials_of(kernel, Place("meta", mode, False)))
         if key(kernel, trial) not in skip
     ]
     try:
@@ -156,7 +156,7 @@ def compile_trial(job: tuple[str, str, int, int]) -> None:
     from resfuse.kernels.gpu.inspect.inspect import compile_launch
 
     kernel, mode, index, arch = job
-    trial = list(TRIALS[kernel](Place("meta", mode, False)))[index]
+    trial = list(trials_of(kernel, Place("meta", mode, False)))[index]
     try:
         compile_launch(trial.launch, GPUTarget("cuda", arch, 32))
     except Exception:

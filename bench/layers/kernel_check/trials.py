@@ -1,4 +1,5 @@
-"""TRIALS: every configuration of every kernel, on a problem of a ResNet it must get right.
+"""TRIALS: every configuration of every kernel, on a problem of a ResNet it must get right; of
+those that `trials_of` yields, the math mode is one that the kernel computes in.
 
 Problems are those `shipped` compiles, at a smaller batch; `small` ones, for Triton's interpreter,
 are tiny, and one configuration stands for all of its math mode.
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from resfuse.bench.layers.kernel_check.quantized_trials import conv_int8
 from resfuse.bench.layers.kernel_check.training_trials import (
     bn_add_relu,
     bn_conv1x1,
@@ -31,9 +33,15 @@ from resfuse.kernels.gpu.conv1x1 import conv1x1_config, conv1x1_kernel
 from resfuse.kernels.gpu.conv1x1.conv1x1 import Shortcut, conv1x1_ref
 from resfuse.kernels.gpu.split_k import split_k, split_k_config
 from resfuse.kernels.gpu.stem import stem, stem_config, stem_kernel
-from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
+from resfuse.kernels.ops.conv_problem import (
+    QUANTIZED_MODES,
+    ConvProblem,
+    Epilogue,
+    Geometry,
+    dtypes_of,
+)
 
-__all__ = ["TRIALS", "Place", "Trial"]
+__all__ = ["TRIALS", "Place", "Trial", "trials_of"]
 
 
 _SAME = Geometry(padding=(1, 1))  # of a 3x3 whose output is as large as its input
@@ -200,6 +208,7 @@ def _any(config: object, usable: dict[ConvProblem, list[Any]]) -> bool:
 TRIALS: dict[str, Callable[[Place], Iterator[Trial]]] = {
     "conv_bn_act": _conv,
     "conv_bn_act_split_k": _split_k,
+    "conv_int8": conv_int8,
     "conv1x1": _conv1x1,
     "stem": _stem,
     "bn_act": _bn_act,
@@ -209,3 +218,9 @@ TRIALS: dict[str, Callable[[Place], Iterator[Trial]]] = {
     "conv_statistics": conv_statistics,
     "bn_conv1x1": bn_conv1x1,
 }
+
+
+def trials_of(kernel: str, place: Place) -> Iterator[Trial]:
+    """Yields a kernel's trials in the place's math mode, if it computes in that."""
+    if (kernel == "conv_int8") == (place.math_mode in QUANTIZED_MODES):
+        yield from TRIALS[kernel](place)

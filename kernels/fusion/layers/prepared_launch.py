@@ -157,10 +157,7 @@ class Prepared:
         return y
 
     def _through_front_door(self, values: list[Any]) -> None:
-        launch = self._launch
-        launch.kernel[launch.grid](
-            *values, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+        self._launch.kernel[self._launch.grid](*values, **self._launch.options)
 
     def _bind(self, x: Tensor, other: Tensor | None, stream: int) -> tuple[Tensor, list[Any]]:
         """A new y, and the arguments in the kernel's order."""

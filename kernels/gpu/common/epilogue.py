@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, acc, MATH_MODE: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a @ b in fp32. UPCAST is for the interpreter, whose bf16 dot returns garbage (error 1e9
-    with triton 3.6 and 3.8)."""
+    """acc + a @ b in fp32, of int8 in int32. UPCAST is for the interpreter, whose bf16 dot returns
+    garbage (error 1e9 with triton 3.6 and 3.8)."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -22,6 +22,8 @@ class Launch:
 
     scratch: the arguments that are memory for this run alone, with anything in it.
     counters: those that are zero before each run, and after it.
+    rounds_products: a product is rounded before something is added to it, as torch does, and never
+        contracted with the sum into one instruction.
     """
 
     kernel: Any  # triton.JITFunction, or InterpretedFunction under TRITON_INTERPRET
@@ -33,6 +35,13 @@ class Launch:
     least_capability: int = 80  # the oldest NVIDIA GPU it is for, as in sm_80
     scratch: tuple[str, ...] = ()
     counters: tuple[str, ...] = ()
+    rounds_products: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's compiler is told, beside arguments and constants."""
+        told: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return told | {"enable_fp_fusion": False} if self.rounds_products else told
 
     @property
     def device(self) -> torch.device:
@@ -53,12 +62,7 @@ class Launch:
         """
         try:
             with on(self.device):
-                return self.kernel[self.grid](
-                    **self.args,
-                    **self.constants,
-                    num_warps=self.num_warps,
-                    num_stages=self.num_stages,
-                )
+                return self.kernel[self.grid](**self.args, **self.constants, **self.options)
         except InterpreterError as error:
             if "0-dimensional" in str(error) and (reason := refusal_of_interpreter()):
                 raise RuntimeError(reason) from error

@@ -48,6 +48,26 @@ def require_arguments(
     """Raises ValueError naming the argument that no fused convolution can take."""
     assert (residual is not None) == (epilogue.residual != "none")
     math_mode_of(x.dtype)
+    shape = require_convolution(x, weight, geometry, x)
+    k = weight.shape[0]
+    require_like("bias", bias, (k,), x, or_fp32=True)
+    require_like("residual", residual, shape, x)
+    require_activation(epilogue.activation, slope, k)
+    if epilogue.activation == "prelu" and isinstance(slope, Tensor):
+        require_like("slope", slope, (k,), x, or_fp32=True)
+
+
+def require_convolution(
+    x: Tensor, weight: Tensor, geometry: Geometry, like: Tensor
+) -> tuple[int, int, int, int]:
+    """Returns y's shape.
+
+    Args:
+        like: of the dtype and device that the weight must have.
+
+    Raises:
+        ValueError: the geometry is none, or the weight is not one of x.
+    """
     require_4d("x", x)
     require_4d("weight", weight)
     for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
@@ -59,18 +79,14 @@ def require_arguments(
         raise ValueError(
             f"argument groups: {groups}; accepted: a divisor of {channels} channels in, {k} out"
         )
-    require_like("weight", weight, (k, channels // groups, *weight.shape[2:]), x)
+    require_like("weight", weight, (k, channels // groups, *weight.shape[2:]), like)
     shape = geometry.output_shape(x.shape, weight.shape)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(
             f"argument weight: a filter of {weight.shape[2]} x {weight.shape[3]}; accepted: one "
             f"that fits the padded image of x, {tuple(x.shape)}"
         )
-    require_like("bias", bias, (k,), x, or_fp32=True)
-    require_like("residual", residual, shape, x)
-    require_activation(epilogue.activation, slope, k)
-    if epilogue.activation == "prelu" and isinstance(slope, Tensor):
-        require_like("slope", slope, (k,), x, or_fp32=True)
+    return shape
 
 
 def _is_pair(value: Any, least: int) -> bool:

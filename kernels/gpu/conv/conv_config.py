@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from resfuse.kernels.ops.conv_problem import MATH_MODES, ConvProblem, Geometry, dtypes_of
+from resfuse.kernels.ops.conv_problem import QUANTIZED_MODES, ConvProblem, Geometry, dtypes_of
 from resfuse.kernels.tuning_cache.denylist import NONE, Barred, allowed
 
 # The least of the GPUs we compile for: sm_80's 163 KB, with room for what the epilogue needs.
 SHARED_BYTES = 160 << 10
 # 255 registers a thread at most; the rest holds addresses and, for ieee, the operands themselves.
-ACCUMULATORS = {"ieee": 64, "tf32": 128, "fp16": 128, "bf16": 128}
+ACCUMULATORS = {"ieee": 64, "tf32": 128, "fp16": 128, "bf16": 128, "int8": 64, "int8_fp32": 64}
 # Packed groups keep a second sum, and find the group of every address. Tiles within a quarter of
 # the above spill nothing, or 16 bytes where ptxas aims for one more CTA; larger ones hundreds.
 PACKED_SHARE = 4
@@ -23,7 +23,9 @@ INT32 = 1 << 31
 # from NVIDIA's data sheet, bytes from L2 as CUDA's tuning guide has them. Of 16 tiles in fp16 timed
 # on an H200 they pick the fastest for six of ResNet-50's 3x3 convolutions at batch 256, and one 5 %
 # behind for the seventh; as times they are too short, 0.6 of what was measured.
-MACS_PER_CYCLE = {"ieee": 128, "tf32": 1024, "fp16": 2048, "bf16": 2048}
+MACS_PER_CYCLE = {
+    "ieee": 128, "tf32": 1024, "fp16": 2048, "bf16": 2048, "int8": 4096, "int8_fp32": 4096,
+}  # fmt: skip
 L2_BYTES_PER_CYCLE = 64
 FILL_CYCLES = 500  # until the first loads of a pipelined loop have arrived
 
@@ -80,7 +82,12 @@ class Config:
                 f"argument config: {accumulators} accumulators a thread; accepted: {most} at most "
                 f"with {problem.math_mode} ({self})"
             )
-        size = MATH_MODES[problem.math_mode][1]
+        size = problem.dtype.itemsize
+        if self.block_k * size < 32:
+            raise ValueError(
+                f"argument config: {self.block_k * size} bytes a step with {problem.math_mode}; "
+                f"accepted: 32 and more ({self})"
+            )
         shared = self.num_stages * (self.block_m + self.block_n) * self.block_k * size
         if shared > SHARED_BYTES:
             raise ValueError(
@@ -171,6 +178,25 @@ IEEE = (
 )
 BY_MATH_MODE = {"fp16": HALF, "bf16": HALF, "tf32": TF32, "ieee": IEEE}
 CONFIGS = HALF + TF32 + IEEE
+# A step of 32 bytes at least, as an instruction takes. No more than 64 accumulators a thread: of
+# larger tiles most spill on sm_80, for the epilogue holds them as integers and as numbers.
+INT8 = (
+    Config(128, 128, 64, num_warps=8, num_stages=4),
+    Config(128, 128, 64, num_warps=8, num_stages=4, loop=FLAT),
+    Config(256, 64, 64, num_warps=8, num_stages=4),
+    Config(256, 64, 64, num_warps=8, num_stages=4, loop=FLAT),
+    Config(128, 64, 128, num_warps=4, num_stages=3),
+    Config(128, 64, 64, num_warps=4, num_stages=4, loop=TAPS_INNER),
+    Config(128, 64, 64, num_warps=4, num_stages=4, loop=FLAT),
+    Config(64, 64, 128, num_warps=4, num_stages=4),
+    Config(64, 64, 64, num_warps=4, num_stages=4, loop=TAPS_INNER),
+    Config(64, 32, 128, num_warps=4, num_stages=4),
+    Config(64, 32, 128, num_warps=4, num_stages=4, loop=TAPS_INNER),
+    # few channels, narrow groups
+    Config(128, 64, 32, num_warps=4, num_stages=4, loop=TAPS_INNER),
+    Config(64, 32, 32, num_warps=4, num_stages=4, loop=TAPS_INNER),
+)
+_OFFERED = BY_MATH_MODE | dict.fromkeys(QUANTIZED_MODES, INT8)
 
 
 def candidates(problem: ConvProblem) -> list[Config]:
@@ -179,7 +205,7 @@ def candidates(problem: ConvProblem) -> list[Config]:
     taps = problem.r * problem.s
     return [
         config
-        for config in BY_MATH_MODE[problem.math_mode]
+        for config in _OFFERED[problem.math_mode]
         if _fits(config, problem) and not (config.loop != CHANNELS_INNER and taps == 1)
     ]
 
@@ -193,16 +219,21 @@ def _fits(config: Config, problem: ConvProblem) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: ConvProblem, multiprocessors: int, barred: Barred = NONE) -> Config:
+def choose(
+    problem: ConvProblem, multiprocessors: int, barred: Barred = NONE, kernel: str = "conv_bn_act"
+) -> Config:
     """The proven candidate with the least estimated time; the first of equals.
+
+    Args:
+        kernel: the name in KERNELS by which configurations are barred.
 
     Raises:
         ValueError: none fits, for a reason given by Config.check, or all that fit are barred.
     """
     proven = [config for config in candidates(problem) if config.is_proven]
-    fitting = allowed("conv_bn_act", problem.math_mode, proven, barred)
+    fitting = allowed(kernel, problem.math_mode, proven, barred)
     if not fitting:
-        BY_MATH_MODE[problem.math_mode][-1].check(problem)
+        _OFFERED[problem.math_mode][-1].check(problem)
     return min(fitting, key=lambda config: cycles(problem, config, multiprocessors))
 
 
@@ -218,7 +249,7 @@ def cycles(problem: ConvProblem, config: Config, multiprocessors: int) -> float:
 
 def tile_cycles(problem: ConvProblem, config: Config, channel_blocks: int, taps: int) -> float:
     """Estimated time of one tile over so many blocks of channels and taps."""
-    size = MATH_MODES[problem.math_mode][1]
+    size = problem.dtype.itemsize
     multiplying = config.block_m * config.block_n / MACS_PER_CYCLE[problem.math_mode]
     loading = (config.block_m + config.block_n) * size / L2_BYTES_PER_CYCLE
     fills = {CHANNELS_INNER: taps, TAPS_INNER: channel_blocks, FLAT: 1}[config.loop]

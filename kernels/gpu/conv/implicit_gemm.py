@@ -79,7 +79,7 @@ def multiply(
     PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile's sum over taps [tap_from, tap_to) and over channels [channel_from, channel_to) of
-    its groups: [BLOCK_M, BLOCK_N] in fp32.
+    its groups: [BLOCK_M, BLOCK_N] in fp32, of int8 in int32.
 
     With ISOLATE only channels of `only_group` (counted in the tile) are read from x.
     """
@@ -96,7 +96,7 @@ def multiply(
 
     # One loop nest in two orders, and as a single loop. The innermost loop is the pipelined one: it
     # fills and drains its buffers each time it is run through.
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if MATH_MODE == "int8" else tl.float32)
     if LOOP == "flat":
         blocks = tl.cdiv(channel_to - channel_from, BLOCK_K)
         for step in range((tap_to - tap_from) * blocks):

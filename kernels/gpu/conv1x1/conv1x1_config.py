@@ -130,20 +130,35 @@ CONFIGS: tuple[Config, ...] = tuple(
     for config in (Config(*tile, descriptors) for tile in _TILES)
     if config != _SPILLING
 )
+# By descriptors alone, as conv_int8's other kernel has pointers; not measured. 64 bytes a step for
+# 64 channels. With 64 accumulators a thread and 128 bytes a step a residual spills on sm_100.
+INT8: tuple[Config, ...] = tuple(
+    Config(*tile, descriptors=True)
+    for tile in (
+        (128, 128, 64, 8, 2),
+        (128, 64, 128, 8, 3),
+        (128, 64, 128, 8, 2),
+        (128, 64, 64, 4, 2),
+        (64, 64, 128, 4, 4),
+        (64, 64, 128, 4, 2),
+        (64, 64, 64, 4, 2),
+    )
+)
 
 
 def candidates(problem: Conv1x1Problem) -> list[Config]:
     """The shipped configurations worth trying on `problem`, largest tile first."""
-    wide = problem.dtypes.input.itemsize == 4
+    size = problem.dtypes.input.itemsize
+    wide = size == 4
     found = []
-    for config in CONFIGS:
+    for config in CONFIGS if size > 1 else INT8:
         try:
             config.check(problem)
         except ValueError:
             continue
         fits = config.shared_bytes(problem) <= SHARED_BYTES
-        # a row of the pipeline's buffers is 128 bytes, TMA's widest swizzle
-        fits = fits and config.block_k == (32 if wide else 64)
+        # a row of the pipeline's buffers is 128 bytes, TMA's widest swizzle, if there are as many
+        fits = fits and config.block_k == (64 if size == 1 and problem.c <= 64 else 128 // size)
         # no buffers that stay empty: their memory would be another CTA's
         steps = -(-max(problem.c, problem.shortcut_c) // config.block_k)
         fits = fits and (wide or config.num_stages <= steps + 1)
@@ -163,15 +178,19 @@ def choose(
     multiprocessors: int,
     capability: tuple[int, int] = (9, 0),
     barred: Barred = NONE,
+    kernel: str = "conv1x1",
 ) -> Config:
     """Descriptors where they can be, and the largest tile that gives every multiprocessor one;
     where none does, the smallest. A heuristic: it has not been measured.
+
+    Args:
+        kernel: the name in KERNELS by which configurations are barred.
 
     Raises:
         ValueError: all candidates are barred.
     """
     usable = [c for c in candidates(problem) if not c.descriptors or capability >= (9, 0)]
-    fit = allowed("conv1x1", problem.math_mode, usable, barred)
+    fit = allowed(kernel, problem.math_mode, usable, barred)
     by_descriptors = [c for c in fit if c.descriptors]
     pool = by_descriptors or fit
     return next((c for c in pool if c.tiles(problem) >= multiprocessors), pool[-1])

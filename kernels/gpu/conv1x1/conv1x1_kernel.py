@@ -73,7 +73,7 @@ def _source_rows(
 
 
 @triton.jit
-def _accumulate(
+def accumulate(
     acc,
     x_ptr, weight_ptr,
     rows, mask_m, start_m, offs_n, mask_n, start_n,
@@ -131,13 +131,13 @@ def conv1x1_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     rows = _source_rows(offs_m, H, W, P, Q, stride_h, stride_w, STRIDED)
-    acc = _accumulate(
+    acc = accumulate(
         acc, x_ptr, weight_ptr, rows, mask_m, start_m, offs_n, mask_n, start_n,
         C, MATH_MODE, UPCAST, DESCRIPTORS, BLOCK_K,
     )  # fmt: skip
     if x2_ptr is not None:
         rows = _source_rows(offs_m, H2, W2, P, Q, stride2_h, stride2_w, STRIDED2)
-        acc = _accumulate(
+        acc = accumulate(
             acc, x2_ptr, weight2_ptr, rows, mask_m, start_m, offs_n, mask_n, start_n,
             C2, MATH_MODE, UPCAST, DESCRIPTORS2, BLOCK_K,
         )  # fmt: skip
@@ -189,7 +189,7 @@ def launch(
     x2_ptr, weight2_ptr = _operands(side.x, side.weight, m, config, descriptors2)
     y_ptr: Argument = y
     if config.descriptors:
-        y_ptr = _matrix(y, m, problem.k, config.block_m, config.block_n)
+        y_ptr = matrix(y, m, problem.k, config.block_m, config.block_n)
     return Launch(
         kernel=conv1x1_kernel,
         grid=(config.tiles(problem),),
@@ -229,12 +229,12 @@ def _operands(
         return x, weight
     k, c = weight.shape[:2]
     return (
-        _matrix(x, m, c, config.block_m, config.block_k),
-        _matrix(weight, k, c, config.block_n, config.block_k),
+        matrix(x, m, c, config.block_m, config.block_k),
+        matrix(weight, k, c, config.block_n, config.block_k),
     )
 
 
-def _matrix(
+def matrix(
     tensor: Tensor, rows: int, columns: int, block_rows: int, block_columns: int
 ) -> TensorDescriptor:
     """`tensor` as the matrix it is in memory; its own strides may lie where a size is 1."""

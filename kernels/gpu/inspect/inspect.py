@@ -260,8 +260,7 @@ def specialize(launch: Launch, gpu: GPUTarget) -> Specialized:
     function = launch.kernel
     backend = make_backend(gpu)
     bind = create_function_from_signature(function.signature, function.params, backend)
-    given = {**launch.args, **launch.constants}
-    given |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    given = {**launch.args, **launch.constants, **launch.options}
     bound, specialization, options = bind(**given)
     options, signature, constants, attributes = function._pack_args(
         backend, given, bound, specialization, options

@@ -62,6 +62,11 @@ CHOOSERS: dict[str, tuple[str, Any, Callable[[Barred], Any], Callable[[], list[A
         "conv_bn_act", deep := replace(CONV, geometry=CONV.geometry._replace(groups=64)),
         lambda b: depthwise.choose(deep, 132, b), lambda: depthwise.candidates(deep),
     ),
+    "conv_int8": (
+        "conv_int8", in_int8 := replace(CONV, dtypes=dtypes_of("int8")),
+        lambda b: conv_config.choose(in_int8, 132, b, "conv_int8"),
+        lambda: proven(conv_config.candidates(in_int8)),
+    ),
     "split_k": (
         "conv_bn_act_split_k", late := replace(CONV, n=1, c=512, h=7, w=7, k=512),
         lambda b: split_k_config.choose(late, 132, b), lambda: split_k_config.candidates(late),
@@ -94,13 +99,14 @@ def test_a_kernel_chooses_none_that_is_barred(name: str) -> None:
     kernel, problem, choose, candidates = CHOOSERS[name]
     assert kernel in KERNELS
     barred: Barred = NONE
+    mode = problem.math_mode
     chosen = []
     for _ in candidates():
         config = choose(barred)
         assert config in candidates() and config not in chosen
         chosen.append(config)
-        barred |= {key_of(kernel, problem.math_mode, config)}
-    with pytest.raises(ValueError, match=rf"all {len(chosen)} configurations of {kernel} .*fp16"):
+        barred |= {key_of(kernel, mode, config)}
+    with pytest.raises(ValueError, match=rf"all {len(chosen)} configurations of {kernel} .*{mode}"):
         choose(barred)
     assert choose(NONE) == chosen[0]
     assert choose(frozenset({key_of(kernel, "tf32", chosen[0])})) == chosen[0]
@@ -142,8 +148,8 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Trial]:
     def spoil(kernel: str) -> Trial:
         right = small(kernel)
         wrong = replace(right, expected=lambda: tuple(y + 1 for y in right.expected()))
-        monkeypatch.setitem(checker.TRIALS, kernel, lambda place: iter([wrong]))
-        monkeypatch.setattr(checker, "SMALL_MODES", ("fp16",))
+        monkeypatch.setitem(TRIALS, kernel, lambda place: iter([wrong]))
+        monkeypatch.setattr(checker, "SMALL_MODES", (right.math_mode,))
         return right
 
     return spoil
@@ -152,7 +158,9 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Trial]:
 def run(kernel: str) -> list[str]:
     """Statuses of a kernel's trials."""
     told: list[dict[str, Any]] = []
-    checker.run_trials([kernel], ["ieee", "fp16"], "cpu", set(), lambda **news: told.append(news))
+    checker.run_trials(
+        [kernel], ["ieee", "fp16", "int8"], "cpu", set(), lambda **news: told.append(news)
+    )
     return [news["status"] for news in told if "status" in news]
 
 
@@ -163,10 +171,10 @@ def test_what_is_wrong_is_barred_until_it_is_right(
     trial = spoilt(kernel)
     assert run(kernel) == ["fail_accuracy"]
     cache = TimingCache(CPU)
-    assert cache.barred == {key_of(kernel, "fp16", trial.config)}
+    assert cache.barred == {key_of(kernel, trial.math_mode, trial.config)}
     row = json.loads(cache.path.read_text().splitlines()[-1])
     assert "elements are wrong" in row["why"]
-    monkeypatch.setitem(checker.TRIALS, kernel, lambda place: iter([small(kernel)]))
+    monkeypatch.setitem(TRIALS, kernel, lambda place: iter([small(kernel)]))
     assert run(kernel) == ["pass"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

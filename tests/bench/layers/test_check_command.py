@@ -18,7 +18,7 @@ from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.layers.kernel_check import trials_process
 from resfuse.bench.layers.kernel_check.check_command import SHEET, check_configs
 from resfuse.bench.layers.kernel_check.checker import judge, key
-from resfuse.bench.layers.kernel_check.trials import TRIALS, Place, Trial
+from resfuse.bench.layers.kernel_check.trials import TRIALS, Place, Trial, trials_of
 from resfuse.bench.records import results
 from resfuse.bench.records.outcome import Outcome
 from resfuse.kernels.gpu.block_tail import block_tail_config
@@ -26,6 +26,7 @@ from resfuse.kernels.gpu.bn_act import bn_act
 from resfuse.kernels.gpu.common import launch
 from resfuse.kernels.gpu.common.launch import refusal_of_interpreter
 from resfuse.kernels.gpu.conv import conv_config, depthwise
+from resfuse.kernels.gpu.conv1x1 import conv1x1_config
 from resfuse.kernels.gpu.registry import KERNELS
 from resfuse.kernels.gpu.stem import stem_config
 from resfuse.kernels.ops.conv_problem import MATH_MODES
@@ -42,7 +43,8 @@ CONSOLE = Console(quiet=True)
 
 
 def every_trial(kernel: str) -> list[Trial]:
-    return [t for mode in MATH_MODES for t in TRIALS[kernel](Place("meta", mode, False))]
+    modes = [*MATH_MODES, "int8"]
+    return [t for mode in modes for t in trials_of(kernel, Place("meta", mode, False))]
 
 
 def test_every_configuration_of_every_kernel_is_tried() -> None:
@@ -52,6 +54,7 @@ def test_every_configuration_of_every_kernel_is_tried() -> None:
         assert len(set(keys)) == len(keys), kernel
     modes = conv_config.BY_MATH_MODE.values()
     assert len(every_trial("conv_bn_act")) == sum(map(len, modes)) + 4 * len(depthwise.CONFIGS)
+    assert len(every_trial("conv_int8")) == len(conv_config.INT8) + len(conv1x1_config.INT8)
     assert len(every_trial("bn_act")) == 3 * len(bn_act.CONFIGS)
     stems = {(t.math_mode, t.launch.constants["BLOCK_M"]) for t in every_trial("stem")}
     assert {block for _, block in stems} == {c.block_m for c in stem_config.CONFIGS}
@@ -85,7 +88,8 @@ def small(kernel: str) -> Trial:
 def test_right_answers_pass(kernel: str) -> None:
     outcome = judge(small(kernel))
     assert outcome.status == "pass"
-    assert 0 < float(outcome.metrics["rel_l2_err"] or 0) < 1e-3
+    error = float(outcome.metrics["rel_l2_err"] or 0)
+    assert error == 0 if kernel == "conv_int8" else 0 < error < 1e-3
 
 
 @pytest.mark.parametrize("spoil", ["one element", "not a number"])
