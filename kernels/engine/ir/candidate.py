@@ -11,6 +11,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     Convert,
     Graph,
+    GroupNorm,
     LayerNorm,
     Node,
     Pick,
@@ -89,6 +90,11 @@ def _describe(node: Node) -> str:
         return f"Pick {len(op.rows)}x{len(op.columns)}{channels}{zeros}"
     if isinstance(op, LayerNorm):
         return f"layer_norm{' weight' * bool(op.weight)}{' bias' * bool(op.bias)}"
+    if isinstance(op, GroupNorm):
+        affine = f"{' weight' * bool(op.weight)}{' bias' * bool(op.bias)}"
+        last = " residual_last" * op.residual_last
+        ending = f"{op.activation}{' residual' * op.residual}{last}"
+        return f"group_norm {op.groups}{affine} {ending}"
     if isinstance(op, Torch):
         return f"{op.target} {op.args} {dict(op.kwargs)}"
     settings = " ".join(f"{k} {v}" for k, v in asdict(op).items())

@@ -178,6 +178,29 @@ class LayerNorm:
 
 
 @dataclass(frozen=True)
+class GroupNorm:
+    """y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual), over the pixels and the
+    channels of each of `groups` of an image; the residual is added last if `residual_last`."""
+
+    groups: int
+    weight: str | None
+    bias: str | None
+    eps: float
+    activation: str = "identity"
+    slope: str | float | None = None
+    residual: bool = False
+    residual_last: bool = False
+
+    def with_activation(self, activation: str, slope: str | float | None) -> "GroupNorm":
+        """Returns a copy fused with the activation after it."""
+        return replace(self, activation=activation, slope=slope)
+
+    def with_residual(self) -> "GroupNorm":
+        """Returns a copy fused with a residual, added after the activation if there is one."""
+        return replace(self, residual=True, residual_last=self.activation != "identity")
+
+
+@dataclass(frozen=True)
 class Torch:
     """An operation that torch runs.
 
@@ -192,13 +215,24 @@ class Torch:
 
 
 Operation = (
-    Conv | Affine | MaxPool | AveragePool | Pick | Mean | Concat | Convert | LayerNorm | Torch
+    Conv
+    | Affine
+    | MaxPool
+    | AveragePool
+    | Pick
+    | Mean
+    | Concat
+    | Convert
+    | LayerNorm
+    | GroupNorm
+    | Torch
 )
+Finished = Conv | Affine | GroupNorm  # those that end with an activation, and may add a residual
 
 
 @dataclass(frozen=True)
 class Node:
-    """An operation on values; a residual is the last input of its Conv or Affine."""
+    """An operation on values; a residual is the last input of one that adds it."""
 
     name: str  # of the node and of its output
     op: Operation
@@ -214,7 +248,7 @@ class Node:
     @property
     def inplace_input(self) -> str | None:
         """Returns the name of the input that the output may overwrite if no later node reads it."""
-        if isinstance(self.op, Affine | LayerNorm) and self.residual is None:
+        if isinstance(self.op, Affine | LayerNorm | GroupNorm) and self.residual is None:
             return self.inputs[0]
         return self.residual
 
@@ -319,7 +353,7 @@ def node_state(node: Node) -> set[str]:
         names.update((op.weight, op.bias, op.correction))
     if isinstance(op, Conv | Affine) and op.norm is not None:
         names.update((op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias))
-    if isinstance(op, LayerNorm):
+    if isinstance(op, LayerNorm | GroupNorm):
         names.update((op.weight, op.bias))
     return {name for name in names if name is not None}.union(state_read_by(op))
 
@@ -332,7 +366,7 @@ def read_at_calls(graph: Graph) -> set[str]:
 
 def state_read_by(op: Operation) -> tuple[str, ...]:
     """Returns the names of the state that an operation reads whenever it runs, in its order."""
-    if isinstance(op, Conv | Affine):
+    if isinstance(op, Finished):
         return (op.slope,) if isinstance(op.slope, str) else ()
     return _named_in([*op.args, *dict(op.kwargs).values()]) if isinstance(op, Torch) else ()
 
