@@ -1,13 +1,22 @@
 """Passes over a captured graph, which leave the nodes that the engine plans with. Convolutions and
-batch norms take in the norm, activation or sum that follows them, group norms the activation or sum,
-where the value between has no other reader; picks of picks become one, and max-pools take in the padding before them.
+norms take in the norm, activation or sum that follows them, where the value between has no other
+reader; picks of picks become one, and max-pools take in the padding before them.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from resfuse.kernels.engine.frontend.pool_padding import pad_in_pools
-from resfuse.kernels.engine.ir.graph import Affine, Conv, Finished, Graph, GroupNorm, Node, Norm, Pick
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    Conv,
+    Finished,
+    Graph,
+    GroupNorm,
+    Node,
+    Norm,
+    Pick,
+)
 
 
 def merge(graph: Graph) -> Graph:

@@ -179,8 +179,8 @@ class LayerNorm:
 
 @dataclass(frozen=True)
 class GroupNorm:
-    """y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual), over the pixels and the
-    channels of each of `groups` of an image; the residual is added last if `residual_last`."""
+    """y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual), the mean and variance
+    over the pixels and channels of each of `groups` groups of an image."""
 
     groups: int
     weight: str | None

@@ -1,4 +1,4 @@
-"""Lowers average pools, picks of pixels, gates, norms and conversions to native steps on the CPU."""
+"""Lowers average pools, picks of pixels, gates, norms and conversions to steps on the CPU."""
 
 from torch import Tensor, tensor, uint8
 
