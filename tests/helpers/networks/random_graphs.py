@@ -10,7 +10,9 @@ from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Concat,
     Conv,
+    Finished,
     Graph,
+    GroupNorm,
     MaxPool,
     Mean,
     Node,
@@ -39,7 +41,7 @@ class Builder:
     def __init__(self, draw: st.DrawFn, *, elementary: bool, torch_nodes: bool) -> None:
         self._draw, self._elementary = draw, elementary
         self._kinds = ["conv", "conv", "affine", "affine", "concat", "pool", "mean", "gate", "pick"]
-        self._kinds += ["torch"] * torch_nodes
+        self._kinds += ["group_norm", *["torch"] * torch_nodes]
         self._generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
         size = draw(st.sampled_from([4, 5, 7]))
         self.shapes: dict[str, Shape] = {
@@ -126,9 +128,23 @@ class Builder:
             op = Affine(norm, *self._activation(shape[1]))
             self._with_residual(op, shape, (x,), residual, self._draw(st.booleans()))
 
+    def _group_norm(self) -> None:
+        """Its eps bounds by how much it enlarges what earlier nodes have rounded."""
+        x = self._latest(list(self.shapes))
+        shape = self.shapes[x]
+        groups = self._draw(st.sampled_from([g for g in (1, 2, 5, shape[1]) if shape[1] % g == 0]))
+        name = self._norm(shape[1])
+        op = GroupNorm(groups, f"{name}.weight", f"{name}.bias", 0.1)
+        if self._elementary:
+            self._append(op, shape, x)
+            return
+        residual, last = self._residual(shape), self._draw(st.booleans())
+        ended = op.with_activation(*self._activation(shape[1]))
+        self._with_residual(ended, shape, (x,), residual, last)
+
     def _with_residual(
         self,
-        op: Conv | Affine,
+        op: Finished,
         shape: Shape,
         inputs: tuple[str, ...],
         residual: str | None,

@@ -74,6 +74,9 @@ LEFT: dict[str, Callable[[Any, Tensor], Any]] = {
     "of sequences": lambda s, x: s.l(s.a(x).flatten(2)),
     "groups of sequences": lambda s, x: s.n(s.a(x).flatten(2)),
     "a weight that is computed": lambda s, x: F.group_norm(y := s.a(x), 4, y.mean((0, 2, 3))),
+    "a batch norm whose weight is computed": lambda s, x: F.batch_norm(
+        y := s.a(x), s.tracked.running_mean, s.tracked.running_var, y.mean((0, 2, 3))
+    ),
 }  # fmt: skip
 
 
