@@ -70,8 +70,8 @@ static void map(const Step& s) {
   }
   if (s.kind == MAX_POOL) DCHECK(s.dilation_h > 0 && s.dilation_w > 0);
   if (s.kind == PICK) {
-    for (long p = 0; p < s.P; p++) DCHECK(s.w[p] >= 0 && s.w[p] < s.H);
-    for (long q = 0; q < s.Q; q++) DCHECK(s.slope[q] >= 0 && s.slope[q] < s.W);
+    for (long p = 0; p < s.P; p++) DCHECK(s.w[p] >= -1 && s.w[p] < s.H);
+    for (long q = 0; q < s.Q; q++) DCHECK(s.slope[q] >= -1 && s.slope[q] < s.W);
     for (long k = 0; s.bias && k < s.C; k++) DCHECK(s.bias[k] >= 0 && s.bias[k] < s.x_pitch);
   }
 }

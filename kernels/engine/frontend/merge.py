@@ -1,12 +1,14 @@
 """Passes over a captured graph, which leave the nodes that the engine plans with. Convolutions and
 norms take in the norm, activation or sum that follows them, where the value between has no other
-reader; picks of picks become one, and max-pools take in the padding before them.
+reader; max-pools take in the padding before them, other padding becomes a pick, and picks of picks
+become one.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from resfuse.kernels.engine.frontend.pool_padding import pad_in_pools
+from resfuse.kernels.engine.frontend.zero_padding import pad_by_picks
 from resfuse.kernels.engine.ir.graph import (
     Affine,
     Conv,
@@ -160,8 +162,9 @@ def drop_values(graph: Graph) -> Graph:
 
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
-    join_picks,
     pad_in_pools,
+    pad_by_picks,
+    join_picks,
     drop_unread,
     merge_followers,
     move_projections,

@@ -87,7 +87,8 @@ def _describe(node: Node) -> str:
         if op.channels is not None:
             channels = f" {len(op.channels)} channels{' scattered' * op.scatters}"
         zeros = f" zeros {op.zeros}" * (op.zeros > 0)
-        return f"Pick {len(op.rows)}x{len(op.columns)}{channels}{zeros}"
+        around = f" around {op.around}" * any(op.around)
+        return f"Pick {len(op.rows)}x{len(op.columns)}{channels}{zeros}{around}"
     if isinstance(op, LayerNorm):
         return f"layer_norm{' weight' * bool(op.weight)}{' bias' * bool(op.bias)}"
     if isinstance(op, GroupNorm):

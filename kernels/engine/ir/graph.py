@@ -123,14 +123,15 @@ class AveragePool:
 
 @dataclass(frozen=True)
 class Pick:
-    """y[:, k, p, q] = x[:, channels[k], rows[p], columns[q]], followed by channels of zeros:
-    nearest upsampling, a crop, a ResNet's shortcut without parameters, a split, a channel
-    shuffle."""
+    """y[:, k, p, q] = x[:, channels[k], rows[p], columns[q]], followed by channels of zeros, and
+    with pixels of zeros around it: nearest upsampling, a crop, padding, a ResNet's shortcut without
+    parameters, a split, a channel shuffle."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     zeros: int = 0  # channels behind those of x
     channels: tuple[int, ...] | None = None  # None: all, in order
+    around: tuple[int, int, int, int] = (0, 0, 0, 0)  # zeros on the left, right, top and bottom
 
     @property
     def scatters(self) -> bool:
@@ -141,14 +142,34 @@ class Pick:
     def then(self, other: "Pick") -> "Pick | None":
         """Returns one Pick that equals `other` applied to this one's result, None where there is
         none."""
-        rows, columns = (self.rows[p] for p in other.rows), (self.columns[q] for q in other.columns)
+        left, right, top, bottom = self.around
+        rows = _picked_of((-1,) * top + self.rows + (-1,) * bottom, other.rows)
+        columns = _picked_of((-1,) * left + self.columns + (-1,) * right, other.columns)
+        if rows is None or columns is None:
+            return None
         channels = self.channels
         if other.channels is not None:
             if self.zeros:  # which may be among the channels that the other one picks
                 return None
             own = channels
             channels = other.channels if own is None else tuple(own[k] for k in other.channels)
-        return Pick(tuple(rows), tuple(columns), self.zeros + other.zeros, channels)
+        zeros = (*columns[1:], *rows[1:])
+        left, right, top, bottom = (a + b for a, b in zip(zeros, other.around, strict=True))
+        around = left, right, top, bottom
+        return Pick(rows[0], columns[0], self.zeros + other.zeros, channels, around)
+
+
+def _picked_of(
+    given: tuple[int, ...], at: tuple[int, ...]
+) -> tuple[tuple[int, ...], int, int] | None:
+    """Returns what `at` picks of `given`, where -1 stands for zeros, without the zeros at its ends,
+    and how many those are at either; None if it has others, or nothing else."""
+    found = tuple(given[i] for i in at)
+    inner = tuple(i for i in found if i >= 0)
+    before = next((n for n, i in enumerate(found) if i >= 0), 0)
+    if not inner or found[before : before + len(inner)] != inner:
+        return None
+    return inner, before, len(found) - before - len(inner)
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,11 @@ class ShapeInference:
             inside = all(
                 0 <= i < size for ids, size in zip(picked, (c, h, w), strict=True) for i in ids
             )
-            if not inside or not all(picked) or op.zeros < 0:
+            if not inside or not all(picked) or min(op.zeros, *op.around) < 0:
                 raise Unsound(f"{node.name} picks what is not there")
-            return [(n, len(channels) + op.zeros, len(op.rows), len(op.columns))]
+            left, right, top, bottom = op.around
+            size = top + len(op.rows) + bottom, left + len(op.columns) + right
+            return [(n, len(channels) + op.zeros, *size)]
         assert isinstance(op, MaxPool | AveragePool)
         return [self._pooled(node, op, x)]
 

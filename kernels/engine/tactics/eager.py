@@ -248,18 +248,22 @@ def _pick(op: Pick) -> Function:
     """Returns a function that picks channels and pixels; its result never shares memory with its
     input."""
     picked = {2: op.rows, 3: op.columns} | ({} if op.channels is None else {1: op.channels})
-    indices: dict[torch.device, list[Tensor]] = {}  # of each dimension: a CUDA graph copies none
+    padded = any((op.zeros, *op.around))
+    # of the dimensions that are not copied whole by padding: a CUDA graph copies no indices
+    indices: dict[torch.device, dict[int, Tensor]] = {}
 
     def run(x: Tensor) -> Tensor:
         if x.device not in indices:
-            indices[x.device] = [
-                torch.tensor(at, dtype=torch.int64, device=x.device) for at in picked.values()
-            ]
+            indices[x.device] = {
+                dim: torch.tensor(at, dtype=torch.int64, device=x.device)
+                for dim, at in picked.items()
+                if not padded or at != tuple(range(x.shape[dim]))
+            }
         y = x
-        for dim, index in zip(picked, indices[x.device], strict=True):
+        for dim, index in indices[x.device].items():
             y = y.index_select(dim, index)
-        if op.zeros:
-            y = F.pad(y, (0, 0, 0, 0, 0, op.zeros))
+        if padded:
+            y = F.pad(y, (*op.around, 0, op.zeros))
         return y.contiguous(memory_format=torch.channels_last)
 
     return run

@@ -27,6 +27,7 @@ State = dict[str, Tensor]
 Shape = tuple[int, ...]
 
 FEW = ["identity", "relu", "leaky_relu", "prelu"]
+AROUND = [(0, 0, 0, 0), (0, 0, 0, 0), (1, 2, 0, 1)]
 HALF: Torch = Torch("aten.slice.Tensor", ({"value": 0}, 1, 0, 16))  # a view
 SAME: Torch = Torch("aten.alias.default", ({"value": 0},))  # a view, too
 SIGMOID: Torch = Torch("aten.sigmoid.default", ({"value": 0},))
@@ -181,7 +182,9 @@ class Builder:
         size = self._draw(st.integers(1, 9))
         rows, columns = (tuple(i * side // size for i in range(size)) for side in (h, w))
         zeros = self._draw(st.sampled_from([0, 16, 3]))
-        self._append(Pick(rows, columns, zeros), (n, c + zeros, size, size), x)
+        around = left, right, top, bottom = self._draw(st.sampled_from(AROUND))
+        padded = size + top + bottom, size + left + right
+        self._append(Pick(rows, columns, zeros, None, around), (n, c + zeros, *padded), x)
 
     def _gate(self) -> None:
         """Of a map by one of its own means, or by another's."""

@@ -88,7 +88,7 @@ def test_threads_change_no_bit(groups: int, shape: tuple[int, ...]) -> None:
 def test_a_large_mean_costs_no_digits(
     groups: int, channels: int, mean: float, deviation: float
 ) -> None:
-    """torch's own is off by 0.02 at a mean of 10,000 and deviations of 0.1."""
+    """torch's own is off by up to 0.04 at a mean of 10,000 and deviations of 0.1."""
     shape = (2, channels, 29, 31)
     op, state = norm(groups), state_of(channels)
     x = images(shape) * deviation + mean

@@ -99,8 +99,10 @@ def _pick(build: OnnxBuilder, node: Node, op: Pick) -> None:
     for dim, at in picked.items():
         if dim not in even:
             y = build.add("Gather", [y, _ints(build, at, "indices")], axis=dim)
-    if op.zeros:
-        y = build.add("Pad", [y, _ints(build, [0, 0, 0, 0, 0, op.zeros, 0, 0], "pads")])
+    if op.zeros or any(op.around):
+        left, right, top, bottom = op.around
+        pads = [0, 0, top, left, 0, op.zeros, bottom, right]
+        y = build.add("Pad", [y, _ints(build, pads, "pads")])
     build.store(node, y)
 
 

@@ -1,6 +1,7 @@
 """Lowers average pools, picks of pixels, gates, norms and conversions to steps on the CPU."""
 
 from torch import Tensor, tensor, uint8
+from torch.nn.functional import pad
 
 from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.library import Storage
@@ -36,8 +37,8 @@ def windows(
     graph: Graph, node: Node, op: AveragePool | Pick, arena: Arena, storage: Storage
 ) -> Native:
     """Lowers operations that have a table for the rows of y and one for its columns: divisors of an
-    average pool, or the pixels of x to pick. Channels that are not one after another have a table,
-    too.
+    average pool, or the pixels of x to pick, -1 for zeros. Channels that are not one after another
+    have a table, too.
     """
     n, c, h, w = graph.values[node.inputs[0]].shape
     _, k, p, q = graph.values[node.name].shape
@@ -47,6 +48,7 @@ def windows(
     )  # fmt: skip
     step.x, step.x_pitch = arena.address(node.inputs[0]), arena.pitch(node.inputs[0])
     step.y, step.y_pitch = arena.address(node.name), arena.pitch(node.name)
+    left, right, top, bottom = op.around if isinstance(op, Pick) else (0, 0, 0, 0)
     if isinstance(op, Pick):
         step.kind = kind("pick")
         tables: tuple[tuple[int, ...], ...] = (op.rows, op.columns)
@@ -62,8 +64,10 @@ def windows(
         (step.R, step.S), (step.stride_h, step.stride_w) = op.kernel, op.stride
         step.pad_h, step.pad_w = op.padding
         tables = _counts(op, 0, p, h), _counts(op, 1, q, w)
+    ends = (top, bottom), (left, right), (0, 0)
     rows, columns, *channels = arena.weights(
-        ("tables", *tables), lambda: [tensor(t).float() for t in tables]
+        ("tables", *tables, ends),
+        lambda: [pad(tensor(t).float(), n, value=-1) for t, n in zip(tables, ends, strict=False)],
     )
     step.w, step.slope = rows.data_ptr(), columns.data_ptr()
     if channels:

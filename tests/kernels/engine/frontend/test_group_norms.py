@@ -203,7 +203,7 @@ def test_between_layers_in_int8_it_is_float32(timings: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("resnetv2_50x1_bit", {"Conv": 54, "GroupNorm": 49, "MaxPool": 1, "Mean": 1}),
+        ("resnetv2_50x1_bit", {"Conv": 54, "GroupNorm": 49, "MaxPool": 1, "Mean": 1, "Pick": 1}),
         ("resnet50_gn", {"Conv": 54, "GroupNorm": 53, "MaxPool": 1, "Mean": 1}),
         (
             "poolformer_s12",
@@ -215,4 +215,4 @@ def test_between_layers_in_int8_it_is_float32(timings: Path) -> None:
 def test_networks_need_little_of_torch(name: str, kinds: dict[str, int]) -> None:
     found = require_exact(made(lambda: timm.create_model(name)), images(1, 3, 64, 64))
     assert {kind: n for kind, n in found.items() if not kind.startswith("aten.")} == kinds
-    assert sum(found.values()) - sum(kinds.values()) <= 2  # BiT's padding and its last reshape
+    assert sum(found.values()) - sum(kinds.values()) <= 1  # BiT's last reshape

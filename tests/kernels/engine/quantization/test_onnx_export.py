@@ -177,6 +177,9 @@ OPERATIONS: dict[str, tuple[Operation, tuple[int, ...], tuple[int, ...]]] = {
     "a pick": (
         Pick((0, 2, 4), (6, 6, 0), 3, (4, 1)), (2, 5, 8, 7), (2, 5, 3, 3),
     ),
+    "a pick with zeros around": (
+        Pick((0, 2, 4), (6, 0), 2, (4, 1), (1, 0, 2, 3)), (2, 5, 8, 7), (2, 4, 8, 3),
+    ),
     "a pick of one": (Pick((7,), tuple(range(7))), (2, 5, 8, 7), (2, 5, 1, 7)),
     "a layer norm": (LayerNorm("weight", None, 1e-5), (2, 5, 8, 7), (2, 5, 8, 7)),
     "a group norm and ReLU": (
