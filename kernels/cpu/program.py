@@ -30,14 +30,14 @@ _NUMBERS = (
 # Of values in uint8: step.h.
 _QUANTIZED_POINTERS = ("scale", "offset")
 _QUANTIZED_NUMBERS = ("x_zero", "y_zero", "residual_zero", "y_fp32")
-_SCALES = ("x_scale", "y_inverse_scale", "residual_scale")
+_REALS = ("x_scale", "y_inverse_scale", "residual_scale", "eps")  # eps: of norms
 ABSENT = -1  # the offset into scratch memory of a value that is not there
 
 
 class Step(ctypes.Structure):
     """A native step. Pointers are addresses or 0, numbers count elements, and offsets into scratch
     memory are ABSENT unless given. `storage` says which library runs it, by default float32's.
-    Scales are real numbers, all others whole ones.
+    Scales and eps are real numbers, all others whole ones.
     """
 
     _fields_ = [
@@ -46,7 +46,7 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_long) for name in _NUMBERS),
         *((name, ctypes.c_void_p) for name in _QUANTIZED_POINTERS),
         *((name, ctypes.c_long) for name in _QUANTIZED_NUMBERS),
-        *((name, ctypes.c_float) for name in _SCALES),
+        *((name, ctypes.c_float) for name in _REALS),
     ]
 
     def __init__(self, **fields: float) -> None:
@@ -103,6 +103,12 @@ def scratch_floats(step: Step) -> int:
     """Returns the floats of scratch memory that a thread needs for a step, which is no fused
     run."""
     return _ask("resfuse_scratch_floats", step)
+
+
+def shared_floats(step: Step) -> int:
+    """Returns the floats of memory that the moments of groups take, for either step of a group
+    norm."""
+    return _ask("resfuse_shared_floats", step)
 
 
 def local_pixels(run: Sequence[Step]) -> int:

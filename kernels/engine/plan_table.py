@@ -17,6 +17,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     Convert,
     Graph,
+    GroupNorm,
     LayerNorm,
     MaxPool,
     Mean,
@@ -137,6 +138,10 @@ def name_of(node: Node) -> str:
     if isinstance(op, Affine):
         words = [_norm_name(op.norm)] if op.norm is not None else []
         words += ["gate"] * op.gate + ["+ residual"] * op.residual
+        return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
+    if isinstance(op, GroupNorm):
+        words = [layer_name(op.weight)] if op.weight else []
+        words += ["group norm", *(["+ residual"] * op.residual)]
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
     if isinstance(op, Torch):
         return op.target

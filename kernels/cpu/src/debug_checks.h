@@ -7,6 +7,7 @@
 #include "base/dcheck.h"
 #include "fused_chain.h"
 #include "fused_rows.h"
+#include "group_norm.h"
 #include "scratch.h"
 #include "step.h"
 
@@ -45,11 +46,13 @@ static void convolution(const Step& s) {
   }
 }
 
+static bool is_group_norm(const Step& s) { return s.kind == GROUP_MOMENTS || s.kind == GROUP_NORM; }
+
 static void map(const Step& s) {
   const long vectors = whole_vectors(s.K);
   DCHECK(0 <= s.unstored && s.unstored < LANES);
   DCHECK(s.unstored == 0 || (s.kind == AFFINE && s.K == vectors));
-  DCHECK(s.K > 0 && s.y_pitch >= vectors - s.unstored);
+  DCHECK(s.K > 0 && (s.y_pitch >= vectors - s.unstored || s.kind == GROUP_MOMENTS));
   DCHECK(s.kind == PICK ? s.x_pitch >= s.C : s.x_pitch >= vectors);
   if (s.kind == MEAN) {
     DCHECK(s.N > 0 && s.H > 0 && s.W > 0);
@@ -59,16 +62,18 @@ static void map(const Step& s) {
   if (s.kind == AFFINE) DCHECK(s.w && s.bias);
   if (s.kind == AVERAGE_POOL || s.kind == PICK) DCHECK(s.w && s.slope);
   if (s.kind == LAYER_NORM) {
-    DCHECK(s.w && s.bias && s.slope && s.slope[0] >= 0);
+    DCHECK(s.w && s.bias && s.eps >= 0);
     DCHECK(s.activation == IDENTITY && !s.residual);
   }
+  if (is_group_norm(s)) DCHECK(s.groups > 0 && s.K % s.groups == 0);
+  if (s.kind == GROUP_NORM) DCHECK(s.w && s.bias && s.eps >= 0 && s.scale);
   if (s.kind == MAX_POOL || s.kind == AVERAGE_POOL) {
     DCHECK(s.R > 0 && s.S > 0 && s.stride_h > 0 && s.stride_w > 0 && s.pad_h >= 0 && s.pad_w >= 0);
   }
   if (s.kind == MAX_POOL) DCHECK(s.dilation_h > 0 && s.dilation_w > 0);
   if (s.kind == PICK) {
-    for (long p = 0; p < s.P; p++) DCHECK(s.w[p] >= 0 && s.w[p] < s.H);
-    for (long q = 0; q < s.Q; q++) DCHECK(s.slope[q] >= 0 && s.slope[q] < s.W);
+    for (long p = 0; p < s.P; p++) DCHECK(s.w[p] >= -1 && s.w[p] < s.H);
+    for (long q = 0; q < s.Q; q++) DCHECK(s.slope[q] >= -1 && s.slope[q] < s.W);
     for (long k = 0; s.bias && k < s.C; k++) DCHECK(s.bias[k] >= 0 && s.bias[k] < s.x_pitch);
   }
 }
@@ -95,7 +100,7 @@ static void quantization(const Step& s) {
     DCHECK(scales || s.kind == MEAN || s.kind == AFFINE || s.kind == AVERAGE_POOL);
     DCHECK(s.y_local < 0 && (!s.residual || s.residual != s.y));
   }
-  DCHECK(s.kind != LAYER_NORM);
+  DCHECK(s.kind != LAYER_NORM && !is_group_norm(s));
 }
 
 // Checks a step, fused or not.
@@ -106,7 +111,7 @@ static void kernel(const Step& s) {
   } else if (s.kind == TO_BF16 || s.kind == TO_FP32 || s.kind == TO_U8) {
     conversion(s);
   } else {
-    DCHECK((s.kind >= DIRECT && s.kind <= PICK) || s.kind == LAYER_NORM);
+    DCHECK((s.kind >= DIRECT && s.kind <= PICK) || s.kind == LAYER_NORM || is_group_norm(s));
     map(s);
   }
   quantization(s);

@@ -37,7 +37,7 @@ static ALWAYS_INLINE void each_vector(const Value* x, long channels, const Take&
 }
 
 static void layer_norm(const Step& s, const Range& pixels) {
-  const float eps = s.slope[0], share = 1 / static_cast<float>(s.K);  // shares: no sum overflows
+  const float share = 1 / static_cast<float>(s.K);  // shares: no sum overflows
   for (long pixel = pixels.from; pixel < pixels.to; pixel++) {
     const Value* const x = s.x + pixel * s.x_pitch;
     Value* const y = s.y + pixel * s.y_pitch;
@@ -57,7 +57,7 @@ static void layer_norm(const Step& s, const Range& pixels) {
     const float left = sum_of_lanes(rest[0] + rest[1]) * share;
     const float spread = sum_of_lanes(squares[0] + squares[1]) * share;
     const float variance = spread < HUGE_VALF ? spread - left * left : spread;
-    const float scale = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
+    const float scale = 1 / std::sqrt((variance < 0 ? 0 : variance) + s.eps);
     each_vector(x, s.K, [&](Floats v, long, long k) ALWAYS_INLINE_LAMBDA {
       store(y + k, multiply_add(load(s.bias + k), (v - mean - left) * scale, load(s.w + k)));
     });

@@ -130,7 +130,7 @@ static void average_pool(const Step& s, const Range& rows) {
 }
 
 // Computes y[p, q, k] = x[w[p], slope[q], k], or with a table of channels x[w[p], slope[q], bias[k]];
-// zeros in channels [C, K), of uint8 x's zero points.
+// zeros in channels [C, K), and where w[p] or slope[q] is -1: of uint8 x's zero points.
 static void pick(const Step& s, const Range& rows) {
 #if defined(RESFUSE_U8)
   const Value zero = {static_cast<uint8_t>(s.x_zero)};
@@ -138,10 +138,14 @@ static void pick(const Step& s, const Range& rows) {
   const Value zero = {};
 #endif
   for (long row = rows.from; row < rows.to; row++) {
-    const long h = row / s.P * s.H + static_cast<long>(s.w[row % s.P]);
+    const long picked = static_cast<long>(s.w[row % s.P]), h = row / s.P * s.H + picked;
     for (long q = 0; q < s.Q; q++) {
-      const Value* const x = s.x + (h * s.W + static_cast<long>(s.slope[q])) * s.x_pitch;
       Value* const y = s.y + (row * s.Q + q) * s.y_pitch;
+      if (picked < 0 || s.slope[q] < 0) {
+        for (long k = 0; k < whole_vectors(s.K); k++) y[k] = zero;
+        continue;
+      }
+      const Value* const x = s.x + (h * s.W + static_cast<long>(s.slope[q])) * s.x_pitch;
       if (s.bias) {
         for (long k = 0; k < s.C; k++) y[k] = x[static_cast<long>(s.bias[k])];
         for (long k = s.C; k < whole_vectors(s.K); k++) y[k] = zero;

@@ -5,6 +5,7 @@
 #include "conv_direct.h"
 #include "fused_chain.h"
 #include "fused_rows.h"
+#include "group_norm.h"
 #include "step.h"
 
 // Returns the floats that a thread needs for a step that is no fused run, or for one step in it.
@@ -12,6 +13,8 @@ static inline long scratch_floats(const Step& s) {
   switch (s.kind) {
     case DIRECT: return direct_scratch_floats(s);
     case WINOGRAD: return Workspace::floats(s);
+    case GROUP_MOMENTS:
+    case GROUP_NORM: return group_scratch_floats(s);
     default: return 0;
   }
 }

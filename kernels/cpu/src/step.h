@@ -15,6 +15,8 @@
 //   residual.
 // - Each thread has `scratch_pitch` floats of scratch memory, undefined before a step.
 //   resfuse_scratch_floats returns the floats that a step needs.
+// - What GROUP_MOMENTS writes to y, and GROUP_NORM reads from `scale`, is as many floats as
+//   resfuse_shared_floats returns, at a multiple of eight bytes.
 // - All memory must outlive the call; steps store no pointers.
 // debug_checks.h asserts as much of this as a step shows.
 #pragma once
@@ -34,8 +36,10 @@ enum Kind : long {
   ROW_FUSED = 9,  // the `length` steps behind this one, fused by strips of rows (fused_rows.h)
   TO_BF16 = 10,   // x is float32 (convert.h; in the library for bfloat16 alone)
   TO_FP32 = 11,   // y is float32 (in the libraries for bfloat16 and uint8)
-  LAYER_NORM = 12,  // over the channels of each pixel; slope[0] is its eps
+  LAYER_NORM = 12,  // over the channels of each pixel
   TO_U8 = 13,       // x is float32 (in the library for uint8 alone)
+  GROUP_MOMENTS = 14,  // means and squares for GROUP_NORM (group_norm.h)
+  GROUP_NORM = 15,     // over the pixels and the channels of each of `groups` of an image
 };
 
 enum Activation : long {
@@ -82,6 +86,7 @@ struct Step {
   long x_zero, y_zero, residual_zero;
   long y_fp32;  // whether y is float32: of convolutions, MEAN, AVERAGE_POOL and AFFINE
   float x_scale, y_inverse_scale, residual_scale;
+  float eps;  // of LAYER_NORM and GROUP_NORM
 };
 
 static inline bool is_convolution(const Step& s) { return s.kind <= GROUPED; }
@@ -97,4 +102,4 @@ static inline bool is_convolution(const Step& s) { return s.kind <= GROUPED; }
   FIELD(activation) FIELD(residual_last) FIELD(by_channel) FIELD(block) FIELD(scratch_pitch)  \
   FIELD(length) FIELD(rows) FIELD(x_local) FIELD(residual_local) FIELD(y_local) FIELD(storage)  \
   FIELD(scale) FIELD(offset) FIELD(x_zero) FIELD(y_zero) FIELD(residual_zero) FIELD(y_fp32)     \
-  FIELD(x_scale) FIELD(y_inverse_scale) FIELD(residual_scale)
+  FIELD(x_scale) FIELD(y_inverse_scale) FIELD(residual_scale) FIELD(eps)

@@ -10,6 +10,7 @@
 #include "exports.h"
 #include "fused_chain.h"
 #include "fused_rows.h"
+#include "group_norm.h"
 #include "layer_norm.h"
 #include "pool.h"
 #include "scratch.h"
@@ -51,6 +52,8 @@ class StepWork final : public team::Work {
       case MEAN: return mean_range(s, range, ranges).partition.pieces;
       case AFFINE: return affine_range(s, range, ranges).partition.pieces;
       case LAYER_NORM: return layer_norm_range(s, range, ranges).partition.pieces;
+      case GROUP_MOMENTS: return group_moments_range(s, range, ranges).partition.pieces;
+      case GROUP_NORM: return group_norm_range(s, range, ranges).partition.pieces;
       case MAX_POOL:
       case AVERAGE_POOL:
       case PICK: return pool_range(s, range, ranges).partition.pieces;
@@ -80,6 +83,9 @@ class StepWork final : public team::Work {
       case MEAN: return global_mean(s, mean_range(s, range, ranges).piece(i));
       case AFFINE: return affine(s, affine_range(s, range, ranges).piece(i));
       case LAYER_NORM: return layer_norm(s, layer_norm_range(s, range, ranges).piece(i));
+      case GROUP_MOMENTS:
+        return group_moments(s, group_moments_range(s, range, ranges).piece(i), scratch);
+      case GROUP_NORM: return group_norm(s, group_norm_range(s, range, ranges).piece(i), scratch);
       case AVERAGE_POOL: return average_pool(s, pool_range(s, range, ranges).piece(i));
       case PICK: return pick(s, pool_range(s, range, ranges).piece(i));
       case TO_BF16: return to_bf16(s, convert_range(s, range, ranges).piece(i));
@@ -118,6 +124,9 @@ extern "C" const Constant* resfuse_constants() { return constants; }
 
 // Returns the floats of scratch memory that a thread needs for a step, which is no fused run.
 extern "C" long resfuse_scratch_floats(const Step* step) { return scratch_floats(*step); }
+
+// Returns the floats that GROUP_MOMENTS leaves for GROUP_NORM, for either of the two.
+extern "C" long resfuse_shared_floats(const Step* step) { return group_moments_floats(*step); }
 
 // Returns the most pixels of a value that a fused run has in a thread's scratch memory at a time.
 extern "C" long resfuse_local_pixels(const Step* run) { return local_pixels(run); }

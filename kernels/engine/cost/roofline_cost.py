@@ -10,7 +10,7 @@ from math import prod
 from resfuse.kernels.engine.cost.cost import cost_of
 from resfuse.kernels.engine.cost.gpus import Gpu
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Node
+from resfuse.kernels.engine.ir.graph import Conv, Finished, Graph, GroupNorm, Node
 from resfuse.kernels.engine.tactics import TACTICS
 from resfuse.kernels.ops.conv_problem import math_mode_of
 
@@ -56,9 +56,9 @@ def _passes(tactic: str, node: Node) -> int:
     op = node.op
     if tactic == "cudnn":  # its fused operations take a bias only with a ReLU
         return int(isinstance(op, Conv) and op.activation == "identity")
-    if tactic != "eager" or not isinstance(op, Conv | Affine):
+    if tactic != "eager" or not isinstance(op, Finished):
         return 0
     ending = (op.activation != "identity") + (node.residual is not None)
-    if isinstance(op, Conv):
-        return 1 + ending  # the bias
+    if isinstance(op, Conv | GroupNorm):
+        return 1 + ending  # the bias; what normalises, behind what takes the moments
     return max(2 * (op.norm is not None) + ending - 1, 0)

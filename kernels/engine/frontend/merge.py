@@ -1,13 +1,24 @@
 """Passes over a captured graph, which leave the nodes that the engine plans with. Convolutions and
-batch norms take in the norm, activation or sum that follows them, where the value between has no
-other reader; picks of picks become one, and max-pools take in the padding before them.
+norms take in the norm, activation or sum that follows them, where the value between has no other
+reader; max-pools take in the padding before them, other padding becomes a pick, and picks of picks
+become one.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from resfuse.kernels.engine.frontend.pool_padding import pad_in_pools
-from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Node, Norm, Pick
+from resfuse.kernels.engine.frontend.zero_padding import pad_by_picks
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    Conv,
+    Finished,
+    Graph,
+    GroupNorm,
+    Node,
+    Norm,
+    Pick,
+)
 
 
 def merge(graph: Graph) -> Graph:
@@ -56,20 +67,20 @@ def _merge_at(graph: Graph, at: int) -> tuple[list[Node], int] | None:
     return nodes, at - 1
 
 
-def _joined(first: Node, second: Node) -> Conv | Affine | None:
+def _joined(first: Node, second: Node) -> Finished | None:
     """Returns one operation that computes both nodes, None where there is none."""
     op, then = first.op, second.op
     assert isinstance(then, Affine)
     if then.gate:
         return None
     things = (then.norm is not None) + then.residual + (then.activation != "identity")
-    if things > 1 or not isinstance(op, Conv | Affine):  # several have their own order
+    if things > 1 or not isinstance(op, Finished):  # several have their own order
         return None
     if then.residual and len(set(second.inputs)) == 1:
         return None
     ended = op.activation != "identity"
     if then.norm is not None:
-        if first.residual is not None or ended:
+        if first.residual is not None or ended or isinstance(op, GroupNorm):
             return None
         if op.norm is None:
             return replace(op, norm=then.norm) if isinstance(op, Conv) else None
@@ -151,8 +162,9 @@ def drop_values(graph: Graph) -> Graph:
 
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
-    join_picks,
     pad_in_pools,
+    pad_by_picks,
+    join_picks,
     drop_unread,
     merge_followers,
     move_projections,

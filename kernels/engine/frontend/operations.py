@@ -22,6 +22,7 @@ from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Concat,
     Conv,
+    GroupNorm,
     MaxPool,
     Mean,
     Node,
@@ -101,11 +102,47 @@ def _linear(read: Captured, node: fx.Node) -> bool:
 
 def _norm(read: Captured, node: fx.Node) -> bool:
     x, weight, bias, mean, var, _, eps = arguments(node)
-    names = [read.state_of(arg) for arg in (mean, var)]
-    if None in names or not read.is_map(x):
+    return _add_norm(read, node, x, (mean, var, weight, bias), eps)
+
+
+def _add_norm(read: Captured, node: fx.Node, x: Any, tensors: tuple[Any, ...], eps: float) -> bool:
+    """Adds a batch norm by its mean, variance, weight and bias, the last two of which may be
+    None."""
+    mean, var, weight, bias = names = [read.state_of(tensor) for tensor in tensors]
+    computed = [t for t, name in zip(tensors, names, strict=True) if t is not None and name is None]
+    if mean is None or var is None or computed or not read.is_map(x):
         return False
-    norm = Norm(str(names[0]), str(names[1]), read.state_of(weight), read.state_of(bias), eps)
-    read.add(node, Affine(norm), x)
+    read.add(node, Affine(Norm(mean, var, weight, bias, eps)), x)
+    return True
+
+
+def _group_norm(read: Captured, node: fx.Node) -> bool:
+    x, groups, weight, bias, eps, _ = _with_defaults(node, (None, None, 1e-5, True))
+    return _add_group_norm(read, node, x, groups, weight, bias, eps)
+
+
+def _instance_norm(read: Captured, node: fx.Node) -> bool:
+    """Adds an instance norm as a group norm of a group for each channel or, where it has running
+    statistics, as the batch norm that it is then."""
+    x, weight, bias, mean, var, by_input, _, eps, _ = arguments(node)
+    if by_input:
+        running = mean is not None or var is not None  # which it would update
+        groups = x.meta["val"].shape[1]
+        return not running and _add_group_norm(read, node, x, groups, weight, bias, eps)
+    return _add_norm(read, node, x, (mean, var, weight, bias), eps)
+
+
+def _add_group_norm(
+    read: Captured, node: fx.Node, x: Any, groups: int, weight: Any, bias: Any, eps: float
+) -> bool:
+    """Adds a group norm of maps whose weight and bias are of the state, if it has any."""
+    names = [read.state_of(t) for t in (weight, bias)]
+    for name, tensor in zip(names, (weight, bias), strict=True):
+        if tensor is not None and (name is None or not read.state[name].is_floating_point()):
+            return False
+    if not read.is_map(x) or not _keeps(read, node, x) or eps < 0:
+        return False
+    read.add(node, GroupNorm(groups, names[0], names[1], float(eps)), x)
     return True
 
 
@@ -321,6 +358,8 @@ OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
     aten.conv2d.default: _conv,
     aten.linear.default: _linear,
     aten._native_batch_norm_legit_no_training.default: _norm,
+    aten.group_norm.default: _group_norm,
+    aten.instance_norm.default: _instance_norm,
     aten.add.Tensor: _sum,
     aten.sub.Tensor: _difference,
     aten.max_pool2d.default: _max_pool,

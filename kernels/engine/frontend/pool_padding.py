@@ -38,7 +38,7 @@ def pad_in_pools(graph: Graph) -> Graph:
             if op is not None:
                 node = Node(node.name, op, (x,))
         nodes.append(node)
-        padding = _constant_padding(node)
+        padding = constant_padding(node)
         if padding is None:
             least[node.name] = _least(node, least)
             continue
@@ -54,7 +54,7 @@ def pad_in_pools(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
-def _constant_padding(node: Node) -> tuple[Sides, float] | None:
+def constant_padding(node: Node) -> tuple[Sides, float] | None:
     """Returns the sides that a node pads maps on, and what with; None for any other node."""
     op = node.op
     if not isinstance(op, Torch) or op.target not in _PADS or len(node.inputs) != 1:
@@ -79,7 +79,7 @@ def _least(node: Node, least: Mapping[str, float]) -> float:
     if isinstance(op, Conv | Affine):
         return 0.0 if op.activation in _NOT_NEGATIVE and not op.residual_last else -math.inf
     if isinstance(op, MaxPool | Concat | Pick):
-        zeros = [0.0] if isinstance(op, Pick) and op.zeros else []
+        zeros = [0.0] if isinstance(op, Pick) and any((op.zeros, *op.around)) else []
         return min([*zeros, *(least.get(name, -math.inf) for name in node.inputs)])
     return -math.inf
 

@@ -11,6 +11,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     Convert,
     Graph,
+    GroupNorm,
     LayerNorm,
     Node,
     Pick,
@@ -86,9 +87,15 @@ def _describe(node: Node) -> str:
         if op.channels is not None:
             channels = f" {len(op.channels)} channels{' scattered' * op.scatters}"
         zeros = f" zeros {op.zeros}" * (op.zeros > 0)
-        return f"Pick {len(op.rows)}x{len(op.columns)}{channels}{zeros}"
+        around = f" around {op.around}" * any(op.around)
+        return f"Pick {len(op.rows)}x{len(op.columns)}{channels}{zeros}{around}"
     if isinstance(op, LayerNorm):
         return f"layer_norm{' weight' * bool(op.weight)}{' bias' * bool(op.bias)}"
+    if isinstance(op, GroupNorm):
+        affine = f"{' weight' * bool(op.weight)}{' bias' * bool(op.bias)}"
+        last = " residual_last" * op.residual_last
+        ending = f"{op.activation}{' residual' * op.residual}{last}"
+        return f"group_norm {op.groups}{affine} {ending}"
     if isinstance(op, Torch):
         return f"{op.target} {op.args} {dict(op.kwargs)}"
     settings = " ".join(f"{k} {v}" for k, v in asdict(op).items())

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from resfuse.kernels.engine.ir.graph import Affine, Conv, Norm, State
+from resfuse.kernels.engine.ir.graph import Affine, Conv, Finished, Norm, State
 
 
 def conv_weights(op: Conv, state: State, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def scale_and_shift(
     return scale.to(dtype), shift.to(dtype)
 
 
-def slope_of(op: Conv | Affine, state: State) -> Tensor | float | None:
+def slope_of(op: Finished, state: State) -> Tensor | float | None:
     """Returns the slope of leaky_relu or prelu ([K], or one value for all channels), None without
     one."""
     return state[op.slope].detach() if isinstance(op.slope, str) else op.slope

@@ -123,14 +123,15 @@ class AveragePool:
 
 @dataclass(frozen=True)
 class Pick:
-    """y[:, k, p, q] = x[:, channels[k], rows[p], columns[q]], followed by channels of zeros:
-    nearest upsampling, a crop, a ResNet's shortcut without parameters, a split, a channel
-    shuffle."""
+    """y[:, k, p, q] = x[:, channels[k], rows[p], columns[q]], followed by channels of zeros, and
+    with pixels of zeros around it: nearest upsampling, a crop, padding, a ResNet's shortcut without
+    parameters, a split, a channel shuffle."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     zeros: int = 0  # channels behind those of x
     channels: tuple[int, ...] | None = None  # None: all, in order
+    around: tuple[int, int, int, int] = (0, 0, 0, 0)  # zeros on the left, right, top and bottom
 
     @property
     def scatters(self) -> bool:
@@ -141,14 +142,34 @@ class Pick:
     def then(self, other: "Pick") -> "Pick | None":
         """Returns one Pick that equals `other` applied to this one's result, None where there is
         none."""
-        rows, columns = (self.rows[p] for p in other.rows), (self.columns[q] for q in other.columns)
+        left, right, top, bottom = self.around
+        rows = _picked_of((-1,) * top + self.rows + (-1,) * bottom, other.rows)
+        columns = _picked_of((-1,) * left + self.columns + (-1,) * right, other.columns)
+        if rows is None or columns is None:
+            return None
         channels = self.channels
         if other.channels is not None:
             if self.zeros:  # which may be among the channels that the other one picks
                 return None
             own = channels
             channels = other.channels if own is None else tuple(own[k] for k in other.channels)
-        return Pick(tuple(rows), tuple(columns), self.zeros + other.zeros, channels)
+        zeros = (*columns[1:], *rows[1:])
+        left, right, top, bottom = (a + b for a, b in zip(zeros, other.around, strict=True))
+        around = left, right, top, bottom
+        return Pick(rows[0], columns[0], self.zeros + other.zeros, channels, around)
+
+
+def _picked_of(
+    given: tuple[int, ...], at: tuple[int, ...]
+) -> tuple[tuple[int, ...], int, int] | None:
+    """Returns what `at` picks of `given`, where -1 stands for zeros, without the zeros at its ends,
+    and how many those are at either; None if it has others, or nothing else."""
+    found = tuple(given[i] for i in at)
+    inner = tuple(i for i in found if i >= 0)
+    before = next((n for n, i in enumerate(found) if i >= 0), 0)
+    if not inner or found[before : before + len(inner)] != inner:
+        return None
+    return inner, before, len(found) - before - len(inner)
 
 
 @dataclass(frozen=True)
@@ -178,6 +199,29 @@ class LayerNorm:
 
 
 @dataclass(frozen=True)
+class GroupNorm:
+    """y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual), the mean and variance
+    over the pixels and channels of each of `groups` groups of an image."""
+
+    groups: int
+    weight: str | None
+    bias: str | None
+    eps: float
+    activation: str = "identity"
+    slope: str | float | None = None
+    residual: bool = False
+    residual_last: bool = False
+
+    def with_activation(self, activation: str, slope: str | float | None) -> "GroupNorm":
+        """Returns a copy fused with the activation after it."""
+        return replace(self, activation=activation, slope=slope)
+
+    def with_residual(self) -> "GroupNorm":
+        """Returns a copy fused with a residual, added after the activation if there is one."""
+        return replace(self, residual=True, residual_last=self.activation != "identity")
+
+
+@dataclass(frozen=True)
 class Torch:
     """An operation that torch runs.
 
@@ -192,13 +236,24 @@ class Torch:
 
 
 Operation = (
-    Conv | Affine | MaxPool | AveragePool | Pick | Mean | Concat | Convert | LayerNorm | Torch
+    Conv
+    | Affine
+    | MaxPool
+    | AveragePool
+    | Pick
+    | Mean
+    | Concat
+    | Convert
+    | LayerNorm
+    | GroupNorm
+    | Torch
 )
+Finished = Conv | Affine | GroupNorm  # those that end with an activation, and may add a residual
 
 
 @dataclass(frozen=True)
 class Node:
-    """An operation on values; a residual is the last input of its Conv or Affine."""
+    """An operation on values; a residual is the last input of one that adds it."""
 
     name: str  # of the node and of its output
     op: Operation
@@ -214,7 +269,7 @@ class Node:
     @property
     def inplace_input(self) -> str | None:
         """Returns the name of the input that the output may overwrite if no later node reads it."""
-        if isinstance(self.op, Affine | LayerNorm) and self.residual is None:
+        if isinstance(self.op, Affine | LayerNorm | GroupNorm) and self.residual is None:
             return self.inputs[0]
         return self.residual
 
@@ -319,7 +374,7 @@ def node_state(node: Node) -> set[str]:
         names.update((op.weight, op.bias, op.correction))
     if isinstance(op, Conv | Affine) and op.norm is not None:
         names.update((op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias))
-    if isinstance(op, LayerNorm):
+    if isinstance(op, LayerNorm | GroupNorm):
         names.update((op.weight, op.bias))
     return {name for name in names if name is not None}.union(state_read_by(op))
 
@@ -332,7 +387,7 @@ def read_at_calls(graph: Graph) -> set[str]:
 
 def state_read_by(op: Operation) -> tuple[str, ...]:
     """Returns the names of the state that an operation reads whenever it runs, in its order."""
-    if isinstance(op, Conv | Affine):
+    if isinstance(op, Finished):
         return (op.slope,) if isinstance(op.slope, str) else ()
     return _named_in([*op.args, *dict(op.kwargs).values()]) if isinstance(op, Torch) else ()
 

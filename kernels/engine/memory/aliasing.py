@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from resfuse.kernels.engine.ir.graph import Concat, Conv, Convert, Graph, Node
+from resfuse.kernels.engine.ir.graph import Concat, Conv, Convert, Graph, Node, Pick
 from resfuse.kernels.engine.memory.arena_planner import Buffer
 
 
@@ -206,12 +206,12 @@ class _BufferAssigner:
         return True
 
     def _only_convolved(self, name: str) -> bool:
-        """Tells whether convolutions and conversions alone read a value, which read no channels
-        behind its own, as those do that read it by vectors: as a residual, say.
+        """Tells whether convolutions, conversions and picks alone read a value, which read no
+        channels behind its own, as those do that read it by vectors: as a residual, say.
         """
         readers = [node for node in self._graph.nodes if name in node.inputs]
         return all(
-            isinstance(n.op, Convert)
+            isinstance(n.op, Convert | Pick)
             or (isinstance(n.op, Conv) and n.op.problem.groups == 1 and name != n.residual)
             for n in readers
         )

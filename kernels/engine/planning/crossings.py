@@ -13,7 +13,7 @@ from math import prod
 
 from resfuse.kernels.cpu.program import lanes
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.graph import Affine, Concat, Graph, Torch
+from resfuse.kernels.engine.ir.graph import Affine, Concat, Graph, GroupNorm, Torch
 
 # What each change of side and each copy takes whatever its size, above all Python in caches that
 # torch's operations have filled: 21 lone native steps with 42 changes and 42 small copies took
@@ -115,7 +115,7 @@ def _in_channels_last(graph: Graph) -> set[str]:
             alike = True
         elif isinstance(node.op, Torch):
             alike = n_c_h_w[1] == 1 or prod(n_c_h_w[2:]) == 1
-        elif isinstance(node.op, Affine | Concat):
+        elif isinstance(node.op, Affine | GroupNorm | Concat):
             alike = all(name in found for name in node.inputs)
         else:
             alike = True

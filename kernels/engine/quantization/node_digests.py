@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from resfuse.kernels.engine.frontend.batching.any_batch import unsized
-from resfuse.kernels.engine.ir.graph import Conv, Graph, MaxPool, Node, Norm
+from resfuse.kernels.engine.ir.graph import Conv, Graph, MaxPool, Node, Norm, Pick
 
 _DIGITS = 16  # of each node's SHA-256
 
@@ -40,6 +40,8 @@ def _described(node: Node, constants: Collection[str]) -> Any:
         plain |= asdict(op)
         if isinstance(op, MaxPool) and op.padding_after is None:
             del plain["padding_after"]  # as before there was any
+        if isinstance(op, Pick) and not any(op.around):
+            del plain["around"]  # likewise
     return _plain(plain, constants)
 
 

@@ -15,6 +15,7 @@ from resfuse.kernels.engine.ir.graph import (
     Affine,
     Conv,
     Graph,
+    GroupNorm,
     LayerNorm,
     Node,
     Norm,
@@ -148,4 +149,5 @@ def _norm_of(node: Node) -> Norm | None:
 def _folded(node: Node) -> set[str]:
     """Returns the names of the tensors that are folded into a convolution or norm, or are a
     slope."""
-    return node_state(node) if isinstance(node.op, Conv | Affine | LayerNorm) else set()
+    own = isinstance(node.op, Conv | Affine | LayerNorm | GroupNorm)
+    return node_state(node) if own else set()

@@ -14,6 +14,7 @@ from resfuse.kernels.engine.ir.graph import (
     Conv,
     Convert,
     Graph,
+    GroupNorm,
     LayerNorm,
     MaxPool,
     Mean,
@@ -40,6 +41,7 @@ _OPERATIONS = {
         Concat,
         Convert,
         LayerNorm,
+        GroupNorm,
         Torch,
     )
 }

@@ -20,7 +20,9 @@ from resfuse.kernels.engine.ir.graph import (
     Concat,
     Conv,
     Convert,
+    Finished,
     Graph,
+    GroupNorm,
     LayerNorm,
     MaxPool,
     Mean,
@@ -127,11 +129,13 @@ class ShapeInference:
             return self._conv(node, op, [v.shape for v in inputs], inputs[0].dtype)
         if isinstance(op, Affine):
             return self._affine(node, op, [v.shape for v in inputs])
-        if isinstance(op, LayerNorm):
+        if isinstance(op, LayerNorm | GroupNorm):
             for name in filter(None, (op.weight, op.bias)):
                 self._require_state(node, name, [x[1:2]])
-            if op.eps < 0:
-                raise Unsound(f"{node.name} has eps {op.eps}")
+            if op.eps < 0 or not inputs[0].dtype.is_floating_point:
+                raise Unsound(f"{node.name} has eps {op.eps} and normalises {inputs[0].dtype}")
+            if isinstance(op, GroupNorm):
+                self._require_groups(node, op, [v.shape for v in inputs])
             return [x]
         if isinstance(op, Concat):
             same = all((s[0], *s[2:]) == (x[0], *x[2:]) for s in (v.shape for v in inputs))
@@ -147,9 +151,11 @@ class ShapeInference:
             inside = all(
                 0 <= i < size for ids, size in zip(picked, (c, h, w), strict=True) for i in ids
             )
-            if not inside or not all(picked) or op.zeros < 0:
+            if not inside or not all(picked) or min(op.zeros, *op.around) < 0:
                 raise Unsound(f"{node.name} picks what is not there")
-            return [(n, len(channels) + op.zeros, len(op.rows), len(op.columns))]
+            left, right, top, bottom = op.around
+            size = top + len(op.rows) + bottom, left + len(op.columns) + right
+            return [(n, len(channels) + op.zeros, *size)]
         assert isinstance(op, MaxPool | AveragePool)
         return [self._pooled(node, op, x)]
 
@@ -197,12 +203,19 @@ class ShapeInference:
         self._require_epilogue(node, op, x[1], op.residual)
         return [x]
 
-    def _require_epilogue(
-        self, node: Node, op: Conv | Affine, channels: int, residual: bool
-    ) -> None:
+    def _require_groups(self, node: Node, op: GroupNorm, shapes: list[tuple[int, ...]]) -> None:
+        """Raises Unsound unless groups divide the channels, and a residual has the same shape."""
+        channels = shapes[0][1]
+        if op.groups < 1 or channels % op.groups:
+            raise Unsound(f"{node.name} has {op.groups} groups of {channels} channels")
+        if shapes[-1] != shapes[0]:
+            raise Unsound(f"{node.name} adds {shapes[-1]}")
+        self._require_epilogue(node, op, channels, op.residual)
+
+    def _require_epilogue(self, node: Node, op: Finished, channels: int, residual: bool) -> None:
         """Raises Unsound unless norm, activation and slope fit `channels`, and `residual_last` is
         set only with a residual."""
-        if isinstance(op.norm, Norm):
+        if not isinstance(op, GroupNorm) and op.norm is not None:
             self._require_norm(node, op.norm, channels)
         if op.activation not in ACTIVATIONS or (op.residual_last and not residual):
             raise Unsound(f"{node.name} ends with {op.activation}")

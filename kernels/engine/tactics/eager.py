@@ -17,7 +17,9 @@ from resfuse.kernels.engine.ir.graph import (
     Concat,
     Conv,
     Convert,
+    Finished,
     Graph,
+    GroupNorm,
     LayerNorm,
     MaxPool,
     Mean,
@@ -113,6 +115,8 @@ def function_of(
         return lambda *parts: torch.cat(parts, 1)
     if isinstance(op, LayerNorm):
         return _layer_norm(op, state, dtype, keep)
+    if isinstance(op, GroupNorm):
+        return _group_norm(op, state, dtype, keep)
     if isinstance(op, Convert):
         to = dtype or getattr(torch, op.dtype)
         return lambda x: x.to(to)
@@ -188,15 +192,7 @@ def _max_pool(op: MaxPool) -> Function:
 
 def _layer_norm(op: LayerNorm, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
     """Returns a layer norm over the channels."""
-
-    def copied(name: str | None) -> Tensor | None:
-        if name is None:
-            return None
-        key = "layer norm", name, dtype
-        (tensor,) = keep(key, lambda: [state[name].detach().to(dtype=dtype, copy=True)])
-        return tensor
-
-    weight, bias = map(copied, (op.weight, op.bias))
+    weight, bias = _scale_and_bias(op, state, dtype, keep)
 
     def run(x: Tensor) -> Tensor:
         return F.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, op.eps).movedim(-1, 1)
@@ -204,8 +200,32 @@ def _layer_norm(op: LayerNorm, state: State, dtype: torch.dtype | None, keep: Ke
     return run
 
 
+def _group_norm(op: GroupNorm, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:
+    """Returns a group norm, by ATen's function: torch.nn's refuses groups of one value."""
+    weight, bias = _scale_and_bias(op, state, dtype, keep)
+    finish = _finish(op, state, keep)
+    return lambda x, *residual: finish(
+        torch.group_norm(x, op.groups, weight, bias, op.eps), residual
+    )
+
+
+def _scale_and_bias(
+    op: LayerNorm | GroupNorm, state: State, dtype: torch.dtype | None, keep: Keep
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns copies of a norm's weight and bias, each None if there is none."""
+
+    def copied(name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        key = "of a norm", name, dtype
+        (tensor,) = keep(key, lambda: [state[name].detach().to(dtype=dtype, copy=True)])
+        return tensor
+
+    return copied(op.weight), copied(op.bias)
+
+
 def _finish(
-    op: Conv | Affine, state: State, keep: Keep
+    op: Finished, state: State, keep: Keep
 ) -> Callable[[Tensor, tuple[Tensor, ...]], Tensor]:
     """Returns a function that applies activation and residual in the operation's order."""
     forward = ACTIVATIONS[op.activation].forward
@@ -228,18 +248,22 @@ def _pick(op: Pick) -> Function:
     """Returns a function that picks channels and pixels; its result never shares memory with its
     input."""
     picked = {2: op.rows, 3: op.columns} | ({} if op.channels is None else {1: op.channels})
-    indices: dict[torch.device, list[Tensor]] = {}  # of each dimension: a CUDA graph copies none
+    padded = any((op.zeros, *op.around))
+    # of the dimensions that are not copied whole by padding: a CUDA graph copies no indices
+    indices: dict[torch.device, dict[int, Tensor]] = {}
 
     def run(x: Tensor) -> Tensor:
         if x.device not in indices:
-            indices[x.device] = [
-                torch.tensor(at, dtype=torch.int64, device=x.device) for at in picked.values()
-            ]
+            indices[x.device] = {
+                dim: torch.tensor(at, dtype=torch.int64, device=x.device)
+                for dim, at in picked.items()
+                if not padded or at != tuple(range(x.shape[dim]))
+            }
         y = x
-        for dim, index in zip(picked, indices[x.device], strict=True):
+        for dim, index in indices[x.device].items():
             y = y.index_select(dim, index)
-        if op.zeros:
-            y = F.pad(y, (0, 0, 0, 0, 0, op.zeros))
+        if padded:
+            y = F.pad(y, (*op.around, 0, op.zeros))
         return y.contiguous(memory_format=torch.channels_last)
 
     return run

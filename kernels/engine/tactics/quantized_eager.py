@@ -155,7 +155,7 @@ def _affine(node: Node, op: Affine, values: dict[str, Value], state: State, keep
 
 
 def _pick(op: Pick, x: Quantization | None) -> Function:
-    """Returns a function that picks channels and pixels; channels of zeros are of zero points."""
+    """Returns a function that picks channels and pixels; what is zero is of zero points."""
     picked = {2: op.rows, 3: op.columns} | ({} if op.channels is None else {1: op.channels})
     indices = {dim: torch.tensor(at, device="cpu") for dim, at in picked.items()}
 
@@ -163,8 +163,8 @@ def _pick(op: Pick, x: Quantization | None) -> Function:
         y = given
         for dim, index in indices.items():
             y = y.index_select(dim, index)
-        if op.zeros:
-            y = F.pad(y, (0, 0, 0, 0, 0, op.zeros), value=x.zero_point if x is not None else 0)
+        if op.zeros or any(op.around):
+            y = F.pad(y, (*op.around, 0, op.zeros), value=x.zero_point if x is not None else 0)
         return y.contiguous(memory_format=torch.channels_last)
 
     return run

@@ -10,7 +10,9 @@ from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Concat,
     Conv,
+    Finished,
     Graph,
+    GroupNorm,
     MaxPool,
     Mean,
     Node,
@@ -25,6 +27,7 @@ State = dict[str, Tensor]
 Shape = tuple[int, ...]
 
 FEW = ["identity", "relu", "leaky_relu", "prelu"]
+AROUND = [(0, 0, 0, 0), (0, 0, 0, 0), (1, 2, 0, 1)]
 HALF: Torch = Torch("aten.slice.Tensor", ({"value": 0}, 1, 0, 16))  # a view
 SAME: Torch = Torch("aten.alias.default", ({"value": 0},))  # a view, too
 SIGMOID: Torch = Torch("aten.sigmoid.default", ({"value": 0},))
@@ -39,7 +42,7 @@ class Builder:
     def __init__(self, draw: st.DrawFn, *, elementary: bool, torch_nodes: bool) -> None:
         self._draw, self._elementary = draw, elementary
         self._kinds = ["conv", "conv", "affine", "affine", "concat", "pool", "mean", "gate", "pick"]
-        self._kinds += ["torch"] * torch_nodes
+        self._kinds += ["group_norm", *["torch"] * torch_nodes]
         self._generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
         size = draw(st.sampled_from([4, 5, 7]))
         self.shapes: dict[str, Shape] = {
@@ -126,9 +129,23 @@ class Builder:
             op = Affine(norm, *self._activation(shape[1]))
             self._with_residual(op, shape, (x,), residual, self._draw(st.booleans()))
 
+    def _group_norm(self) -> None:
+        """Its eps bounds by how much it enlarges what earlier nodes have rounded."""
+        x = self._latest(list(self.shapes))
+        shape = self.shapes[x]
+        groups = self._draw(st.sampled_from([g for g in (1, 2, 5, shape[1]) if shape[1] % g == 0]))
+        name = self._norm(shape[1])
+        op = GroupNorm(groups, f"{name}.weight", f"{name}.bias", 0.1)
+        if self._elementary:
+            self._append(op, shape, x)
+            return
+        residual, last = self._residual(shape), self._draw(st.booleans())
+        ended = op.with_activation(*self._activation(shape[1]))
+        self._with_residual(ended, shape, (x,), residual, last)
+
     def _with_residual(
         self,
-        op: Conv | Affine,
+        op: Finished,
         shape: Shape,
         inputs: tuple[str, ...],
         residual: str | None,
@@ -165,7 +182,9 @@ class Builder:
         size = self._draw(st.integers(1, 9))
         rows, columns = (tuple(i * side // size for i in range(size)) for side in (h, w))
         zeros = self._draw(st.sampled_from([0, 16, 3]))
-        self._append(Pick(rows, columns, zeros), (n, c + zeros, size, size), x)
+        around = left, right, top, bottom = self._draw(st.sampled_from(AROUND))
+        padded = size + top + bottom, size + left + right
+        self._append(Pick(rows, columns, zeros, None, around), (n, c + zeros, *padded), x)
 
     def _gate(self) -> None:
         """Of a map by one of its own means, or by another's."""

@@ -218,6 +218,8 @@ def test_means_and_average_pools(shape: tuple[int, ...]) -> None:
 def test_picked_pixels_with_zeros_behind() -> None:
     op = Pick((0, 2, 2, 4), (1, 0, 5), 30)
     require_map(one_node(op, {"x": (2, 70, 5, 6), "y": (2, 100, 4, 3)}, ("x",)), slack=0)
+    op = replace(op, around=(1, 0, 2, 3))
+    require_map(one_node(op, {"x": (2, 70, 5, 6), "y": (2, 100, 9, 4)}, ("x",)), slack=0)
 
 
 @pytest.mark.usefixtures("thread_counts")

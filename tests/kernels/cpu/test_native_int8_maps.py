@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guarded_pages import GuardedPages
@@ -149,6 +150,10 @@ def test_picked_pixels_with_zero_points_behind() -> None:
         c = chosen.shape[1]
         got = run("pick", (2, 100, 4, 3), tensors, C=c, H=5, W=6, x_zero=9)
         assert torch.equal(got[:, :c], chosen) and bool((got[:, c:] == 9).all())
+        tensors["w"] = torch.tensor([-1.0, 0, 2, 2, 4, -1])
+        tensors["slope"] = torch.tensor([1.0, 0, 5, -1, -1])
+        padded = run("pick", (2, 100, 6, 5), tensors, C=c, H=5, W=6, x_zero=9)
+        assert torch.equal(padded, F.pad(got, (0, 2, 1, 1), value=9))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

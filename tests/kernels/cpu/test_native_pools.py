@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graphs import affine_graph, inputs_of, norm_named, norm_state, one_node, pool_graph
+from guarded_memory import guarded
 from native_problems import POOLS, require_native
 from resfuse.kernels.cpu.program import ACTIVATIONS
 from resfuse.kernels.engine.ir.candidate import Candidate
@@ -70,6 +71,27 @@ def test_channels_are_picked_in_any_order(channels: Sequence[int], zeros: int) -
         executor = Executor(graph, [candidate], {})
         for _ in range(2):
             torch.testing.assert_close(executor(x)[0], wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("thread_counts")
+@pytest.mark.parametrize("channels", [3, 16, 70])
+@pytest.mark.parametrize("around", [(0, 1, 0, 1), (2, 0, 3, 1)])
+def test_zeros_around_a_map_and_nothing_beside_them(
+    around: tuple[int, int, int, int], channels: int
+) -> None:
+    """Of a map with NaN in it, whose pixels are as close as channels allow."""
+    x = torch.randn(2, channels, 6, 8, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 2, 4] = torch.nan
+    op = Pick((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5, 6, 7), around=around)
+    wanted = torch.nn.functional.pad(x, around)
+    graph = one_node(op, {"x": tuple(x.shape), "y": tuple(wanted.shape)}, ("x",))
+    for candidate in (*native.segments(graph, 0), Candidate("eager", 0, 1)):
+        with guarded() as guards:
+            executor = Executor(graph, [candidate], {})
+            for _ in range(2):
+                (y,) = executor(x)
+                torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+            guards.require_intact()
 
 
 @pytest.mark.parametrize("size", [(26, 18), (20, 11), (7, 5), (1, 1)])

@@ -25,7 +25,7 @@ FLAGS = (
 QUICK = (*FLAGS, "-fsanitize-undefined-trap-on-error")
 TESTS = (
     "test_native_pools.py",
-    "test_native_layer_norm.py",
+    "test_native_norms.py",
     "test_native_strips.py",
     "test_native_chain.py",
     "test_native_guards.py::test_convolutions",

@@ -55,7 +55,7 @@ def test_gelu_is_as_exact_as_it_says(name: str, of_argument: float, of_result: f
     want = ACTIVATIONS[name].forward(x.double(), None)
     torchs = ACTIVATIONS[name].forward(x, None)
     assert torch.equal(got.isnan(), torchs.isnan())  # gelu(-inf), too
-    assert torch.equal(got.isinf(), torchs.isinf())
+    assert torch.equal(got.isinf(), want.float().isinf())  # torch overflows where AVX-512 is
     finite = torchs.isfinite()
     got, want, x = got[finite].double(), want[finite], x[finite].double()
     off = (got - want).abs()

@@ -13,6 +13,8 @@ from resfuse.kernels.engine.ir.graph import (
     Concat,
     Conv,
     Convert,
+    Finished,
+    GroupNorm,
     LayerNorm,
     MaxPool,
     Mean,
@@ -73,7 +75,7 @@ def _affine(build: OnnxBuilder, node: Node, op: Affine) -> None:
     build.store(node, _finished(build, node, op, y))
 
 
-def _finished(build: OnnxBuilder, node: Node, op: Conv | Affine, y: str) -> str:
+def _finished(build: OnnxBuilder, node: Node, op: Finished, y: str) -> str:
     """Adds residual and activation in the operation's order."""
     dims = len(build.value(node.name).shape)
     added = None if node.residual is None else build.names[node.residual]
@@ -97,8 +99,10 @@ def _pick(build: OnnxBuilder, node: Node, op: Pick) -> None:
     for dim, at in picked.items():
         if dim not in even:
             y = build.add("Gather", [y, _ints(build, at, "indices")], axis=dim)
-    if op.zeros:
-        y = build.add("Pad", [y, _ints(build, [0, 0, 0, 0, 0, op.zeros, 0, 0], "pads")])
+    if op.zeros or any(op.around):
+        left, right, top, bottom = op.around
+        pads = [0, 0, top, left, 0, op.zeros, bottom, right]
+        y = build.add("Pad", [y, _ints(build, pads, "pads")])
     build.store(node, y)
 
 
@@ -134,13 +138,30 @@ def _layer_norm(build: OnnxBuilder, node: Node, op: LayerNorm) -> None:
     maps, channels = len(shape) == 4, shape[1]
     if maps:
         y = build.add("Transpose", [y], perm=[0, 2, 3, 1])
+    tensors = _scale_and_bias(build, op, channels)
+    y = build.add("LayerNormalization", [y, *tensors], opset=17, axis=-1, epsilon=op.eps)
+    build.store(node, build.add("Transpose", [y], perm=[0, 3, 1, 2]) if maps else y)
+
+
+def _group_norm(build: OnnxBuilder, node: Node, op: GroupNorm) -> None:
+    y, shape = build.names[node.inputs[0]], build.value(node.name).shape
+    rows = len(shape) == 2
+    if rows:  # it wants dimensions behind the channels
+        y = build.add("Unsqueeze", [y, _ints(build, [2], "axes")])
+    tensors = _scale_and_bias(build, op, shape[1])
+    y = build.add(
+        "GroupNormalization", [y, *tensors], opset=21, num_groups=op.groups, epsilon=op.eps
+    )
+    y = build.add("Flatten", [y], axis=1) if rows else y
+    build.store(node, _finished(build, node, op, y))
+
+
+def _scale_and_bias(build: OnnxBuilder, op: LayerNorm | GroupNorm, channels: int) -> list[str]:
     ones, zeros = torch.ones(channels), torch.zeros(channels)
-    tensors = [
+    return [
         build.constant((other if name is None else build.state[name]).float(), what)
         for name, other, what in ((op.weight, ones, "weight"), (op.bias, zeros, "bias"))
     ]
-    y = build.add("LayerNormalization", [y, *tensors], opset=17, axis=-1, epsilon=op.eps)
-    build.store(node, build.add("Transpose", [y], perm=[0, 3, 1, 2]) if maps else y)
 
 
 def _ints(build: OnnxBuilder, numbers: Sequence[int], name: str) -> str:
@@ -158,5 +179,6 @@ OPERATIONS: dict[type, Callable[[OnnxBuilder, Node, Any], None]] = {
     Concat: _concat,
     Convert: _convert,
     LayerNorm: _layer_norm,
+    GroupNorm: _group_norm,
     Torch: torch_operation,
 }

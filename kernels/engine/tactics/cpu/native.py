@@ -32,7 +32,9 @@ from resfuse.kernels.engine.ir.graph import (
     Concat,
     Conv,
     Convert,
+    Finished,
     Graph,
+    GroupNorm,
     LayerNorm,
     MaxPool,
     Mean,
@@ -79,6 +81,8 @@ def scratch(graph: Graph, candidate: Candidate) -> int:
     if isinstance(op, Affine) and op.gate and storage_of(graph, node) != "fp32":
         n, channels = graph.values[node.inputs[1]].shape[:2]
         return 4 * n * whole_vectors(channels)
+    if isinstance(op, GroupNorm):
+        return native_maps.group_norm_bytes(graph, node, op, storage_of(graph, node))
     if not isinstance(op, Conv):
         return 0
     config = NativeConfig(**candidate.settings)
@@ -109,6 +113,10 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Nat
         return _concat(graph, node, arena)
     if isinstance(op, LayerNorm):
         return native_maps.layer_norm(graph, node, op, state, arena, storage_of(graph, node))
+    if isinstance(op, GroupNorm):
+        own = _slopes(op, channels_of(graph, node.name), state)
+        storage, memory = storage_of(graph, node), arena.scratch(candidate.start)
+        return native_maps.group_norm(graph, node, op, state, arena, own, storage, memory)
     if isinstance(op, MaxPool):
         return Native([max_pool_step(graph, node, arena)])
     assert isinstance(op, Mean)
@@ -259,7 +267,7 @@ def _places(node: Node, arena: Arena, local: Mapping[str, int] = _NOWHERE) -> di
     return places
 
 
-def _slopes(op: Conv | Affine, channels: int, state: State) -> list[Tensor]:
+def _slopes(op: Finished, channels: int, state: State) -> list[Tensor]:
     """Returns a slope for each channel, if the activation has one."""
     slope = slope_of(op, state)
     if slope is None:
@@ -274,7 +282,7 @@ def _is_supported(graph: Graph, node: Node) -> bool:
         return False
     if isinstance(op, Convert):
         return len(graph.values[node.name].shape) in (2, 4)
-    if isinstance(op, Affine):
+    if isinstance(op, Affine | GroupNorm):
         return op.activation in ACTIVATIONS
     return isinstance(op, MaxPool | AveragePool | Pick | Mean | Concat | LayerNorm)
 

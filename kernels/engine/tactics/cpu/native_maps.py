@@ -1,17 +1,27 @@
-"""Lowers average pools, picks of pixels, gates, layer norms and conversions to native steps on the
-CPU.
-"""
+"""Lowers average pools, picks of pixels, gates, norms and conversions to steps on the CPU."""
 
 from torch import Tensor, tensor, uint8
+from torch.nn.functional import pad
 
+from resfuse.kernels.cpu.cpus import threads
 from resfuse.kernels.cpu.library import Storage
-from resfuse.kernels.cpu.program import Step, activation, kind, storage_number, whole_vectors
+from resfuse.kernels.cpu.program import (
+    Step,
+    activation,
+    kind,
+    scratch_floats,
+    shared_floats,
+    storage_number,
+    whole_lines,
+    whole_vectors,
+)
 from resfuse.kernels.cpu.weight_layout import per_channel
 from resfuse.kernels.engine.ir.graph import (
     Affine,
     AveragePool,
     Convert,
     Graph,
+    GroupNorm,
     LayerNorm,
     Node,
     Pick,
@@ -27,8 +37,8 @@ def windows(
     graph: Graph, node: Node, op: AveragePool | Pick, arena: Arena, storage: Storage
 ) -> Native:
     """Lowers operations that have a table for the rows of y and one for its columns: divisors of an
-    average pool, or the pixels of x to pick. Channels that are not one after another have a table,
-    too.
+    average pool, or the pixels of x to pick, -1 for zeros. Channels that are not one after another
+    have a table, too.
     """
     n, c, h, w = graph.values[node.inputs[0]].shape
     _, k, p, q = graph.values[node.name].shape
@@ -38,6 +48,7 @@ def windows(
     )  # fmt: skip
     step.x, step.x_pitch = arena.address(node.inputs[0]), arena.pitch(node.inputs[0])
     step.y, step.y_pitch = arena.address(node.name), arena.pitch(node.name)
+    left, right, top, bottom = op.around if isinstance(op, Pick) else (0, 0, 0, 0)
     if isinstance(op, Pick):
         step.kind = kind("pick")
         tables: tuple[tuple[int, ...], ...] = (op.rows, op.columns)
@@ -53,8 +64,10 @@ def windows(
         (step.R, step.S), (step.stride_h, step.stride_w) = op.kernel, op.stride
         step.pad_h, step.pad_w = op.padding
         tables = _counts(op, 0, p, h), _counts(op, 1, q, w)
+    ends = (top, bottom), (left, right), (0, 0)
     rows, columns, *channels = arena.weights(
-        ("tables", *tables), lambda: [tensor(t).float() for t in tables]
+        ("tables", *tables, ends),
+        lambda: [pad(tensor(t).float(), n, value=-1) for t, n in zip(tables, ends, strict=False)],
     )
     step.w, step.slope = rows.data_ptr(), columns.data_ptr()
     if channels:
@@ -137,21 +150,74 @@ def layer_norm(
 ) -> Native:
     """Lowers a layer norm over the channels to one step."""
     x, channels = node.inputs[0], channels_of(graph, node.name)
-
-    def lay_out() -> list[Tensor]:
-        weight = tensor([1.0] * channels) if op.weight is None else state[op.weight]
-        bias = tensor([0.0] * channels) if op.bias is None else state[op.bias]
-        return [*(per_channel(t.detach()) for t in (weight, bias)), per_channel(tensor([op.eps]))]
-
-    weight, bias, eps = arena.weights((op, channels), lay_out)
+    weight, bias = arena.weights(
+        ("of a norm", op.weight, op.bias, channels), lambda: _scale_and_bias(op, channels, state)
+    )
     step = Step(
         kind=kind("layer_norm"), N=1, P=1, Q=pixels_of(graph, x), K=channels,
         x=arena.address(x), x_pitch=arena.pitch(x),
         y=arena.address(node.name), y_pitch=arena.pitch(node.name),
-        w=weight.data_ptr(), bias=bias.data_ptr(), slope=eps.data_ptr(),
-        storage=storage_number(storage),
+        w=weight.data_ptr(), bias=bias.data_ptr(), eps=op.eps, storage=storage_number(storage),
     )  # fmt: skip
     return Native([step])
+
+
+def _scale_and_bias(op: LayerNorm | GroupNorm, channels: int, state: State) -> list[Tensor]:
+    weight = tensor([1.0] * channels) if op.weight is None else state[op.weight]
+    bias = tensor([0.0] * channels) if op.bias is None else state[op.bias]
+    return [per_channel(t.detach()) for t in (weight, bias)]
+
+
+def group_norm_bytes(graph: Graph, node: Node, op: GroupNorm, storage: Storage) -> int:
+    """Returns the bytes of scratch memory that a group norm needs: the moments of all groups, and
+    what each thread needs."""
+    step = Step(**_of_groups(graph, node, op, storage), kind=kind("group_moments"))
+    return 4 * (whole_lines(shared_floats(step)) + threads() * whole_lines(scratch_floats(step)))
+
+
+def group_norm(
+    graph: Graph,
+    node: Node,
+    op: GroupNorm,
+    state: State,
+    arena: Arena,
+    slopes: list[Tensor],
+    storage: Storage,
+    memory: int,
+) -> Native:
+    """Lowers a group norm to a step that takes the moments of all groups and one that normalises.
+
+    Args:
+        memory: the address of as much scratch memory as `group_norm_bytes` says.
+    """
+    x, channels = node.inputs[0], channels_of(graph, node.name)
+    weight, bias, *slope = arena.weights(
+        ("of a norm", op.weight, op.bias, op.slope, channels),
+        lambda: [*_scale_and_bias(op, channels, state), *slopes],
+    )
+    moments = Step(**_of_groups(graph, node, op, storage), kind=kind("group_moments"), y=memory)
+    normalised = Step(
+        **_of_groups(graph, node, op, storage), kind=kind("group_norm"), scale=memory,
+        w=weight.data_ptr(), bias=bias.data_ptr(), eps=op.eps,
+        slope=slope[0].data_ptr() if slope else 0,
+        activation=activation(op.activation), residual_last=op.residual_last,
+        y=arena.address(node.name), y_pitch=arena.pitch(node.name),
+    )  # fmt: skip
+    if node.residual is not None:
+        normalised.residual = arena.address(node.residual)
+        normalised.residual_pitch = arena.pitch(node.residual)
+    for step in (moments, normalised):
+        step.x, step.x_pitch = arena.address(x), arena.pitch(x)
+        step.scratch = memory + 4 * whole_lines(shared_floats(step))
+        step.scratch_pitch = whole_lines(scratch_floats(step))
+    return Native([moments, normalised])
+
+
+def _of_groups(graph: Graph, node: Node, op: GroupNorm, storage: Storage) -> dict[str, int]:
+    """Returns the fields that both steps of a group norm have in common, without addresses."""
+    n, channels, h, w = (*graph.values[node.name].shape, 1, 1)[:4]
+    number = storage_number(storage)
+    return {"N": n, "P": h, "Q": w, "K": channels, "groups": op.groups, "storage": number}
 
 
 def convert(graph: Graph, node: Node, op: Convert, arena: Arena) -> Native:

@@ -11,7 +11,7 @@ from graphs import conv_graph, error, inputs_of
 from random_graphs import State, graphs
 from resfuse.kernels.engine.frontend.merge import merge
 from resfuse.kernels.engine.ir.candidate import key_of
-from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, Node, Norm, Value
+from resfuse.kernels.engine.ir.graph import Affine, Conv, Graph, GroupNorm, Node, Norm, Value
 from resfuse.kernels.engine.saving.plan_json import graph_from_json, graph_to_json
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
@@ -134,6 +134,39 @@ def test_different_convolutions_have_different_keys() -> None:
     problems = {base, *(ConvProblem.from_plain(base.to_plain() | change) for change in changes)}
     problems.add(replace(base, epilogue=Epilogue("identity", "after")))
     assert len({key_of(conv_graph(problem)) for problem in problems}) == len(problems)
+
+
+def test_different_group_norms_have_different_keys() -> None:
+    """But not those whose weights have other names."""
+    base = GroupNorm(4, "w", "b", 1e-5)
+    changes = {"groups": 2, "weight": None, "bias": None, "activation": "relu"}
+    others = [replace(base, **{name: value}) for name, value in changes.items()]  # type: ignore[arg-type]
+    others += [base.with_residual(), others[-1].with_residual()]
+
+    def key(op: GroupNorm) -> str:
+        return key_of(chain(Node("y", op, ("x", "x") if op.residual else ("x",))))
+
+    assert len({key(op) for op in (base, *others)}) == 1 + len(others)
+    assert key(replace(base, weight="v", bias="c")) == key(base)
+
+
+def test_a_group_norm_takes_in_sum_and_activation_but_no_norm() -> None:
+    norm = GroupNorm(4, "w", "b", 1e-5)
+    nodes = merge(
+        chain(
+            Node("groups", norm, ("x",)),
+            Node("relu", Affine(None, "relu"), ("groups",)),
+            Node("sum", Affine(residual=True), ("relu", "x")),
+            Node("again", norm, ("sum",)),
+            Node("norm", Affine(NORM), ("again",)),
+        )
+    ).nodes
+    taken = norm.with_activation("relu", None).with_residual()
+    assert taken.residual_last
+    assert nodes == (
+        Node("sum", taken, ("x", "x")), Node("again", norm, ("sum",)),
+        Node("norm", Affine(NORM), ("again",)),
+    )  # fmt: skip
 
 
 def test_keys_do_not_depend_on_names() -> None:

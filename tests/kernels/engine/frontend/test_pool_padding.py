@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine_models import images, made, require_answers
 from resfuse.kernels import build_engine, calibrate, fuse, load_engine, load_onnx
 from resfuse.kernels.engine.frontend.export import capture
-from resfuse.kernels.engine.ir.graph import MaxPool, Torch
+from resfuse.kernels.engine.ir.graph import MaxPool, Pick, Torch
 from resfuse.kernels.engine.tactics import eager
 from scope import Scope
 
@@ -55,8 +55,10 @@ def padded(
 
 def pools_and_pads(model: nn.Module, x: Tensor) -> tuple[list[MaxPool], int]:
     graph, _ = capture(model, x)
-    pads = [n for n in graph.nodes if isinstance(n.op, Torch) and ".pad." in n.op.target]
-    return [n.op for n in graph.nodes if isinstance(n.op, MaxPool)], len(pads)
+    operations = [node.op for node in graph.nodes]
+    pads = [op for op in operations if isinstance(op, Torch) and ".pad." in op.target]
+    picks = [op for op in operations if isinstance(op, Pick) and any(op.around)]
+    return [op for op in operations if isinstance(op, MaxPool)], len(pads) + len(picks)
 
 
 def require_int8(model: nn.Module, x: Tensor) -> None:

@@ -26,6 +26,7 @@ from resfuse.kernels import Engine, build_engine, load_onnx
 from resfuse.kernels.engine.ir.graph import (
     AveragePool,
     Graph,
+    GroupNorm,
     LayerNorm,
     MaxPool,
     Node,
@@ -176,8 +177,16 @@ OPERATIONS: dict[str, tuple[Operation, tuple[int, ...], tuple[int, ...]]] = {
     "a pick": (
         Pick((0, 2, 4), (6, 6, 0), 3, (4, 1)), (2, 5, 8, 7), (2, 5, 3, 3),
     ),
+    "a pick with zeros around": (
+        Pick((0, 2, 4), (6, 0), 2, (4, 1), (1, 0, 2, 3)), (2, 5, 8, 7), (2, 4, 8, 3),
+    ),
     "a pick of one": (Pick((7,), tuple(range(7))), (2, 5, 8, 7), (2, 5, 1, 7)),
     "a layer norm": (LayerNorm("weight", None, 1e-5), (2, 5, 8, 7), (2, 5, 8, 7)),
+    "a group norm and ReLU": (
+        GroupNorm(1, "weight", None, 1e-3, "relu"), (2, 5, 8, 7), (2, 5, 8, 7),
+    ),
+    "an instance norm": (GroupNorm(5, None, "weight", 1e-5), (2, 5, 8, 7), (2, 5, 8, 7)),
+    "a group norm of a row": (GroupNorm(1, "weight", "weight", 1e-5), (2, 5), (2, 5)),
 }  # fmt: skip
 
 
