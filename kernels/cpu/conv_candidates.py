@@ -222,9 +222,7 @@ def fits_grouped(c: int, k: int, groups: int, taps: int) -> bool:
     and writes whole vectors of channels: where `c` are none, pixels need room for the rest of the
     last one."""
     whole_groups = groups > 1 and c == k and lanes() % (c // groups) == 0
-    return (
-        whole_groups and taps <= constant("MAX_TAPS") and whole_vectors(c) <= constant("MAX_ROW")
-    )
+    return whole_groups and taps <= constant("MAX_TAPS") and whole_vectors(c) <= constant("MAX_ROW")
 
 
 def _fills_vectors(problem: ConvProblem) -> bool:

@@ -27,7 +27,7 @@ static void convolution(const Step& s) {
   DCHECK(s.K % LANES == 0);
   DCHECK(s.w && s.bias);
   if (STORAGE == U8) DCHECK(s.kind != WINOGRAD && s.scale && s.offset);
-  DCHECK(0 <= s.unstored && s.unstored < LANES && (s.unstored == 0 || s.groups == 1));
+  DCHECK(0 <= s.unstored && s.unstored < LANES && (s.unstored == 0 || s.groups == 1 || s.kind == GROUPED));
   DCHECK(s.x_pitch >= s.C && s.y_pitch >= s.K - s.unstored);
   if (s.kind == DIRECT) {
     DCHECK(s.groups == 1 || (s.K % s.groups == 0 && s.K / s.groups % LANES == 0));

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guarded_pages import GuardedPages
@@ -71,12 +72,15 @@ class Int8Conv:
         weight, weight_scale = quantize_weights(self.weight)
         how = requantization(weight, weight_scale, self.bias, self.stored)
         laid_out = conv_candidates.layout_weight(config.form, weight, problem.groups, "u8")
+        x = nhwc(self.x)
+        if problem.groups > 1:  # which are read by whole vectors
+            x = F.pad(x, (0, whole_vectors(problem.c) - problem.c), value=99)
         kept = {
             "w": laid_out,
             "bias": per_channel(how.bias),
             "scale": per_channel(how.scale),
             "offset": integers_per_channel(how.offset),
-            "x": nhwc(self.x),
+            "x": x,
         }
         if self.slope is not None:
             kept["slope"] = slopes(self.slope, problem.k)
@@ -98,8 +102,8 @@ class Int8Conv:
             dtype = torch.float32 if self.output is None else torch.uint8
             y = pages.place(torch.full((n, p, q, k), 77, dtype=dtype))
         step = conv_candidates.conv_step(
-            problem, config, x_pitch=problem.c, y_pitch=problem.k, y=y.data_ptr(),
-            unstored=-problem.k % lanes() if problem.groups == 1 else 0,
+            problem, config, x_pitch=x.shape[-1], y_pitch=problem.k, y=y.data_ptr(),
+            unstored=-problem.k % lanes(),
             **{name: t.data_ptr() for name, t in placed.items()}, **numbers,
         )  # fmt: skip
         return step, y, list(placed.values())

@@ -55,6 +55,13 @@ PROBLEMS = {
     "depthwise with stride 2": problem_of(
         1, 32, 9, 7, 32, 5, 5, stride=(2, 2), padding=(2, 2), groups=32
     ),
+    "depthwise of no whole vectors": problem_of(1, 58, 9, 7, 58, 3, 3, padding=(1, 1), groups=58),
+    "depthwise of few channels": problem_of(
+        1, 5, 9, 7, 5, 5, 5, stride=(2, 2), padding=(2, 2), groups=5
+    ),
+    "groups of 4 in no whole vectors": problem_of(
+        1, 20, 7, 7, 20, 3, 3, padding=(1, 1), groups=5, residual=True
+    ),
     "groups of 2": problem_of(1, 32, 7, 7, 32, 3, 3, padding=(1, 1), groups=16),
     "groups of 4": problem_of(1, 128, 7, 7, 128, 3, 3, padding=(1, 1), groups=32),
     "groups of 8": problem_of(1, 64, 7, 7, 64, 3, 3, padding=(1, 1), groups=8),

@@ -14,7 +14,17 @@ from random_graphs import State, graphs
 from resfuse.kernels.cpu.conv_candidates import NativeConfig, candidates
 from resfuse.kernels.cpu.program import lanes
 from resfuse.kernels.engine.ir.candidate import Candidate, key_of
-from resfuse.kernels.engine.ir.graph import Affine, Concat, Conv, Graph, Node, Torch, Value
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    Concat,
+    Conv,
+    Graph,
+    Mean,
+    Node,
+    Pick,
+    Torch,
+    Value,
+)
 from resfuse.kernels.engine.memory.arena_planner import ALIGNMENT, Buffer, arrange, least_size
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.liveness import Liveness
@@ -25,6 +35,7 @@ from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dt
 
 # A value that was overwritten is off by about one; roundings of a dozen layers by 1e-6.
 CLOSE = 1e-4
+ROWS = tuple(range(4))  # of graph_of's maps
 
 
 @st.composite
@@ -186,6 +197,26 @@ def test_a_map_that_is_read_through_windows_is_never_written_over() -> None:
     conv = Candidate("native", 2, 3, tuple(asdict(rows).items()))
     candidates = [Candidate("native", 0, 1), Candidate("native", 1, 2), conv]
     require_as_eager(graph, conv_state(SUM), candidates)
+
+
+@pytest.mark.parametrize("counts", [(5, 58, 17), (58, 58), (17, 16, 1), (15, 33)])
+def test_parts_that_fill_no_vectors_are_copied_next_to_each_other(counts: tuple[int, ...]) -> None:
+    """Where the last part is copied by whole vectors, it reaches into the next pixel."""
+    picks = [
+        Node(f"part {i}", Pick(ROWS, ROWS, channels=tuple(k % 16 for k in range(count))), ("x",))
+        for i, count in enumerate(counts)
+    ]
+    names = tuple(node.name for node in picks)
+    graph = graph_of(
+        *picks,
+        Node("whole", Concat(), names),
+        Node("mean", Mean(), (names[0],)),
+        outputs=("whole", "mean"),
+        channels={"whole": sum(counts)} | dict(zip(names, counts, strict=True)),
+    )
+    values = graph.values | {"mean": Value((1, counts[0], 1, 1), torch.float32)}
+    candidates = [Candidate("native", at, at + 1) for at in range(len(graph.nodes))]
+    require_as_eager(replace(graph, values=values), {}, candidates)
 
 
 def test_one_weight_under_two_batch_norms() -> None:
