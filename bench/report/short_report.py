@@ -174,7 +174,8 @@ def _ratio(line: Line, baseline: str) -> str:
 
 
 def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
-    """Returns the fastest backend of each network and batch, in one table."""
+    """Returns the fastest backend of each network and batch, in one table. A network says how it
+    was measured, unless that is what most were and float32."""
     if not found:
         return []
     baselines = list(dict.fromkeys(name for network in found for name in network.baselines))
@@ -183,7 +184,8 @@ def _rest(found: Sequence[Network], leave_out: int = 0) -> list[str]:
     for network in found:
         for batch in network.batches:
             line = network.at(batch)[0]
-            words = f" ({title(network.setting)})" if network.setting != usual else ""
+            plain = network.setting == usual and usual.precision == "float32"
+            words = "" if plain else f" ({title(network.setting)})"
             rows.append([
                 f"{escape(network.model)}, {network.img_size} px{words}", str(batch),
                 escape(line.label), _number(line.result, "p50_ms"),
