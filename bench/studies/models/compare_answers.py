@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +42,10 @@ def compare(
     calibrate(model, torch.cat([*batches, others]))
     with torch.no_grad():
         nhwc = to_memory_format(deepcopy(model), torch.channels_last)
-        eager = [y for x in batches for y in leaves(model, x)]
-        in_nhwc = [
-            y for x in batches for y in leaves(nhwc, x.to(memory_format=torch.channels_last))
-        ]
-        twin = nhwc.double()
-        exact = [y for x in batches for y in leaves(twin, x.double())]
-    own = max(map(error, [*eager, *in_nhwc], [*exact, *exact]))
+        twin = deepcopy(nhwc).double()
+        eager = [leaves(model, x) for x in batches]
+        exact = [leaves(twin, x.double()) for x in batches]
+        own = max(own_error(model, nhwc, twin, x) for x in [*batches, *others.split(IMAGES)])
     require_yardstick(own)
     allowed = EAGER_FACTOR * own + TOLERANCES["ieee"].rtol
     row: dict[str, Value] = {
@@ -61,20 +59,29 @@ def compare(
         explanation = explain(fused, batches[0])
         row["macs_fused_pct"] = None if explanation.share is None else 100 * explanation.share
         with torch.no_grad():
-            got = [y for x in batches for y in leaves(fused, x)]
-        for answer, wanted in zip(got, eager, strict=True):
+            got = [leaves(fused, x) for x in batches]
+        for answer, wanted in zip(chain(*got), chain(*eager), strict=True):
             if answer.stride() != wanted.stride():
                 raise WrongAnswerError(f"strides {answer.stride()} for eager's {wanted.stride()}")
-        return max(map(error, got, exact))
+        return max(map(worst_error, got, exact))
 
     def by_engine() -> float:
         engine = build_engine(model, batches[0])
-        return max(map(error, leaves(engine, batches[0]), exact))
+        return worst_error(leaves(engine, batches[0]), exact[0])
 
     for kind, answer in (("fuse", by_fuse), ("engine", by_engine)):
         if kind in kinds:
             row |= judged(kind, answer, allowed)
     return row
+
+
+def own_error(model: nn.Module, nhwc: nn.Module, twin: nn.Module, x: Tensor) -> float:
+    """Returns how far a network by itself is off from fp64 at worst, in either memory format. A
+    network that amplifies rounding does so on some images and not on others (EfficientNet-CC by
+    1e-6 to 1e-2), so many are asked."""
+    exact = leaves(twin, x.double())
+    in_nhwc = leaves(nhwc, x.to(memory_format=torch.channels_last))
+    return max(worst_error(leaves(model, x), exact), worst_error(in_nhwc, exact))
 
 
 def require_yardstick(own: float) -> None:
@@ -106,6 +113,10 @@ def judged(what: str, answer: Callable[[], float], allowed: float) -> dict[str, 
 def leaves(run: Run, x: Tensor) -> list[Tensor]:
     """Returns the tensors in an answer."""
     return [leaf.clone() for leaf in tree_leaves(run(x.clone())) if isinstance(leaf, Tensor)]
+
+
+def worst_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    return max(map(error, got, exact))
 
 
 def error(got: Tensor, exact: Tensor) -> float:
