@@ -1,5 +1,6 @@
 """`resfuse study models`: what a row says of a network that is right, wrong, refused or deadly."""
 
+import copy
 import os
 import re
 import time
@@ -287,3 +288,14 @@ def test_nothing_hides_a_branch() -> None:
         assert isinstance(parameter, Tensor)
         assert len(parameter.unique()) == 4 and float(parameter.detach().abs().max()) > 0.05
     assert torch.equal(conv.weight, before)  # drawn at random already
+
+
+def test_the_yardstick_is_eagers_worse_memory_format() -> None:
+    model = nn.Conv2d(3, 4, 1)
+    twin, off = copy.deepcopy(model).double(), copy.deepcopy(model)
+    with torch.no_grad():
+        off.weight *= 1.01
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+        right = compare_answers.own_error(model, model, twin, x)
+        assert right < 1e-6 < 1e-3 < compare_answers.own_error(model, off, twin, x)
+        assert compare_answers.own_error(off, model, twin, x) > 1e-3
