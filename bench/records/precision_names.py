@@ -29,10 +29,11 @@ def pick_precisions(patterns: Sequence[str], quantized: bool = False) -> list[st
     return pick("--precision", spelled, list(PRECISIONS if quantized else FLOATING))
 
 
-def pick_precision(name: str) -> str:
-    """Returns the one name in PRECISIONS that `name` stands for, of those that are not quantized;
-    raises UsageError as `pick_precisions`, and for several."""
-    return pick_one("--precision", _spelled(name, False), list(FLOATING))
+def pick_precision(name: str, quantized: bool = False) -> str:
+    """Returns the one name in PRECISIONS that `name` stands for; raises UsageError as
+    `pick_precisions`, and for several."""
+    known = list(PRECISIONS if quantized else FLOATING)
+    return pick_one("--precision", _spelled(name, quantized), known)
 
 
 def _spelled(pattern: str, quantized: bool) -> str:
@@ -40,7 +41,8 @@ def _spelled(pattern: str, quantized: bool) -> str:
         raise UsageError(f"argument --precision: {NOT_YET[pattern]}")
     if pattern in QUANTIZED and not quantized:
         raise UsageError(
-            f"argument --precision: {pattern} is measured by `resfuse bench` and `resfuse sweep`; "
+            f"argument --precision: {pattern} is measured by `resfuse bench`, `resfuse sweep` and "
+            "`resfuse study models --kinds speed`; "
             f"accepted here: {', '.join(FLOATING)}"
         )
     return SPELLINGS.get(pattern, pattern)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.backends import BACKENDS, why_unavailable
+from resfuse.bench.backends import BACKENDS, computes_in, why_unavailable
+from resfuse.bench.backends.compute import Compute
 from resfuse.bench.common.errors import Unavailable
 from resfuse.bench.common.statistics import paired_speedup
 from resfuse.bench.measuring import correctness, network
@@ -85,7 +86,8 @@ def measure(
     try:
         case, model = _case(name, batch_size, img_size, options, precision)
         batches = network.batches(case)
-        expected = answers(model, batches, case.math_mode, network.compute(case))
+        compute = network.compute(case)
+        expected = answers(model, batches, case.math_mode, compute)
         if precision == USUAL_PRECISION:
             require_yardstick(_own_error(expected))
     except Exception as error:  # eager itself cannot run it, or not twice alike
@@ -98,7 +100,7 @@ def measure(
     for backend in backends:
         tell("news", backend=backend)
         try:
-            ready[backend] = _get_ready(_of(case, backend), model, batches, expected)
+            ready[backend] = _get_ready(_of(case, backend), model, batches, expected, compute)
         except Exception as error:  # costs this backend's row, not the others'
             outcomes[backend] = outcome_of(error)
     tell("news", backend="")
@@ -109,7 +111,8 @@ def measure(
             if backend == "fused":
                 metrics |= {"macs_fused_pct": _fused_pct(case, model, batches[0])}
             if backend == OURS:  # once more, with the measured times of the first build
-                metrics |= {"rebuild_s": _set_up(_of(case, backend), model, batches)[1]}
+                again = _set_up(_of(case, backend), model, batches, compute)
+                metrics |= {"rebuild_s": again[1]}
             outcomes[backend] = Outcome("pass", "", {**known, **metrics})
         except Exception as error:
             outcomes[backend] = outcome_of(error)
@@ -145,20 +148,29 @@ def _of(case: Case, backend: str) -> Case:
     return replace(case, backend=backend, memory_format=BACKENDS[backend].memory_formats[-1])
 
 
-def _get_ready(case: Case, model: nn.Module, batches: list[Tensor], expected: Answers) -> _Ready:
+def _get_ready(
+    case: Case,
+    model: nn.Module,
+    batches: list[Tensor],
+    expected: Answers,
+    compute: Compute | None,
+) -> _Ready:
+    if case.backend == BASELINE:  # of int8 it has none
+        compute = computes_in(case.backend, compute)
     reason = why_unavailable(case.backend, torch.device("cpu"))
     if reason is not None:
         raise Unavailable(reason)
     before = peak_memory.held("cpu")
-    one, setup_s = _set_up(case, model, batches)
+    one, setup_s = _set_up(case, model, batches, compute)
     peak = peak_of(one, "cpu", before).peak
-    one.expect(expected)
+    one.expect(expected.of_baseline(compute))
     checks = tuple(one.check(i, "before timing") for i in range(network.TIMED_BATCHES))
     return _Ready(one, setup_s, peak, checks)
 
 
-def _set_up(case: Case, model: nn.Module, batches: list[Tensor]) -> tuple[Inference, float]:
-    compute = network.compute(case)
+def _set_up(
+    case: Case, model: nn.Module, batches: list[Tensor], compute: Compute | None
+) -> tuple[Inference, float]:
     one = subject(case, case.backend, case.memory_format, model, batches, compute=compute)
     assert isinstance(one, Inference)
     watch = timing.Watch()

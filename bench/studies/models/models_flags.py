@@ -58,8 +58,8 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default=USUAL_PRECISION,
         metavar="NAME",
-        help="float32, or bf16: the same fp32 networks, computed in bfloat16 (default: "
-        "%(default)s)",
+        help="float32; bf16 or int8: the same fp32 networks, computed in that; eager has no int8 "
+        "and stays in fp32 (default: %(default)s)",
     )
     add_batch_sizes(speed, "images; one batch size after the other (default: 1,8)", [1, 8])
     add_seconds(

@@ -72,7 +72,7 @@ def measure_all(
             be written.
     """
     backends = pick("--backend", args.backend, list(BACKENDS), "resfuse list backends")
-    precision = pick_precision(args.precision)
+    precision = pick_precision(args.precision, quantized=True)
     require_positive("--batch-size", args.batch_size)
     results.check_writable(home, SPEEDS)
     facts = {**facts, "malloc": allocator.described(allocator.keeping(os.environ))}  # as run_task

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from resfuse.bench.backends import stays_in_fp32
 from resfuse.bench.measuring.probes.idle import BUSY_CORES
 from resfuse.bench.records.case import USUAL_PRECISION
 from resfuse.bench.report.data.palette import looks
@@ -25,9 +26,9 @@ _SETTING = ("precision", "batch_size", "requested_img_size")
 _HOW = """\
 All backends of a network take turns in one process, in fp32 where no other precision is named, and
 in the memory format that is the fastest each takes, eager in channels_last; every answer is checked
-against fp64. Ratios are of
-images/s, taken round by round: the median, and its 95 % interval. *Best peer*: the fastest of the
-others on that network. *Build*: seconds to the engine's first answer, and of a second build, which
+against fp64, in int8 by the error that a simulation has. Ratios are of images/s, taken round by
+round: the median, and its 95 % interval. *Best peer*: the fastest of the others on that network, in
+the same precision. *Build*: seconds to the engine's first answer, and of a second build, which
 finds the measured times of the first. *Memory*: peak of weights, activations and workspace."""
 _FAMILY_TITLES = (
     "family",
@@ -51,6 +52,10 @@ class Network:
     precision: str = USUAL_PRECISION
 
     @property
+    def commit(self) -> str:
+        return str(next(iter(self.rows.values()))["commit"])
+
+    @property
     def setting(self) -> str:
         named = "" if self.precision == USUAL_PRECISION else f", {self.precision}"
         return f"batch {self.batch_size}, {self.img_size} pixels{named}"
@@ -65,7 +70,9 @@ class Network:
         ratios = {
             backend: ratio
             for backend in self.rows
-            if backend not in OURS and (ratio := self.over(backend)) is not None
+            if backend not in OURS
+            and not stays_in_fp32(backend, self.precision)
+            and (ratio := self.over(backend)) is not None
         }
         return min(ratios, key=ratios.__getitem__) if ratios else None
 
@@ -98,10 +105,11 @@ class Network:
 
 
 def newest(rows: pd.DataFrame) -> list[Network]:
-    """Returns the networks of the newest environment and commit, each backend's last row."""
-    last = rows.iloc[-1]
-    own = rows[(rows.env_id == last.env_id) & (rows.commit == last.commit)]
+    """Returns the networks of the newest environment, each setting's of the newest commit that was
+    measured in it, and each backend's last row."""
+    own = rows[rows.env_id == rows.iloc[-1].env_id]
     own = own.assign(precision=own.precision.replace("", USUAL_PRECISION))
+    own = own[own.commit == own.groupby(list(_SETTING)).commit.transform("last")]
     own = own.drop_duplicates([*_SETTING, "network", "backend"], keep="last")
     return [
         Network(
@@ -117,7 +125,7 @@ def newest(rows: pd.DataFrame) -> list[Network]:
 
 def blocks(rows: pd.DataFrame) -> list[str]:
     """Returns the blocks of the page, from rows of model_speeds.csv, which are not none."""
-    networks, last = newest(rows), rows.iloc[-1]
+    networks = newest(rows)
     found = ["## Speed", "\n".join(f"- {_summary(own)}" for own in _by_setting(networks))]
     if _measured(networks):
         found.append(image(MODELS_PICTURE, "engine / best peer, a dot for each network"))
@@ -130,7 +138,8 @@ def blocks(rows: pd.DataFrame) -> list[str]:
             found += [f"### Families, {setting}", _families(measured), f"### Networks, {setting}"]
             found.append(
                 table(
-                    ("network", "pixels", "best peer", *(f"engine / {peer}" for peer in peers),
+                    ("network", "pixels", "best peer",
+                     *(f"engine / {_named(peer, own[0].precision)}" for peer in peers),
                      "fused / eager", "MACs fused", "build, s", "memory, MB",
                      "of the best peer"),
                     (False, True, False, *[True] * (len(peers) + 5)),
@@ -141,9 +150,20 @@ def blocks(rows: pd.DataFrame) -> list[str]:
         found += ["### What was not measured", "\n".join(failed)]
     found.append(
         f"Written by `resfuse study models --kinds speed` from model_speeds.csv: environment "
-        f"{last.env_id}, commit {last.commit}."
+        f"{rows.iloc[-1].env_id}, {_commits(networks)}."
     )
     return found
+
+
+def _commits(networks: Sequence[Network]) -> str:
+    """Returns "commit 1234", or each commit with its settings where there are several."""
+    settings: dict[str, list[str]] = {}
+    for own in _by_setting(networks):
+        settings.setdefault(own[0].commit, []).append(own[0].setting)
+    if len(settings) == 1:
+        return f"commit {next(iter(settings))}"
+    told = (f"{commit} ({'; '.join(of)})" for commit, of in settings.items())
+    return f"commits {listing(list(told))}"
 
 
 def _by_setting(networks: Sequence[Network]) -> list[list[Network]]:
@@ -212,6 +232,10 @@ def _cells(one: Network, peers: Sequence[str]) -> list[str]:
         ", again ".join(_text(s, ".1f") for s in builds if s is not None),
         *(_text(one.number(name, "peak_mem_mb"), ".0f") for name in ("engine", best)),
     ]
+
+
+def _named(peer: str, precision: str) -> str:
+    return f"{peer} in fp32" if stays_in_fp32(peer, precision) else peer
 
 
 def _text(number: float | None, form: str, unit: str = "") -> str:

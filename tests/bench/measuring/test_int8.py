@@ -86,7 +86,7 @@ def test_training_has_precisions_of_its_own() -> None:
 def test_other_commands_do_not_take_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["roofline", "resnet18", "--precision", "int8"]) == 2
     said = capsys.readouterr().err
-    assert "--precision: int8 is measured by `resfuse bench` and `resfuse sweep`" in said
+    assert "--precision: int8 is measured by `resfuse bench`, `resfuse sweep` and" in said
     assert PRECISIONS["int8"].storage == "int8" and PRECISIONS["int8"].dtype == "float32"
 
 

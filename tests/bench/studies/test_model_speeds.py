@@ -69,8 +69,25 @@ def test_the_same_networks_in_bf16(
     assert "- batch 2, 64 pixels, bf16: 0 networks; fused / eager" in page  # without the engine
     assert main([*mine, "--resume"]) == 0
     assert len(results.read_rows(home, SPEEDS)) == fp32 + 2
-    assert main([*arguments, "--precision", "int8"]) == 2
-    assert "argument --precision: int8 is measured by `resfuse bench`" in capsys.readouterr().err
+    assert main([*arguments, "--precision", "int4"]) == 2
+    assert "argument --precision" in capsys.readouterr().err
+
+
+def test_the_same_networks_in_int8(measured: tuple[list[str], Path]) -> None:
+    """Calibrated on photographs of their own, beside eager in fp32, which is no peer there."""
+    arguments, home = measured
+    known = len(results.read_rows(home, SPEEDS))
+    backends = "eager,fused,onnxrt,engine"
+    assert main([*arguments, "--backend", backends, "--precision", "int8"]) == 0
+    rows = results.read_rows(home, SPEEDS)[known:].set_index("backend")
+    assert set(rows.precision) == {"int8"}
+    assert rows.loc["fused", "status"] == "unavailable" and "int8" in rows.loc["fused", "error"]
+    ours = rows.loc[["engine", "onnxrt"]]
+    assert (ours.status == "pass").all(), list(ours.error)
+    assert ours.rel_l2_err.between(1e-3, 0.5).all() and rows.loc["eager", "rel_l2_err"] < 1e-5
+    page = (home / MODELS).read_text()
+    (line,) = (line for line in page.splitlines() if f"| {TINY} " in line and "onnxrt" in line)
+    assert line.split("|")[3].strip() == "onnxrt" and "engine / eager in fp32" in page
 
 
 def test_the_environment_is_that_of_the_processes_that_measured(

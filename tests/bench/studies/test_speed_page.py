@@ -131,3 +131,28 @@ def test_rows_of_older_versions_are_of_float32() -> None:
     lower = ROWS[ROWS.network == "timm dla34"].assign(precision="bf16")
     both = page_of.newest(pd.concat([ROWS[ROWS.network == "timm dla34"], lower]))
     assert {one.setting for one in both} == {"batch 1, 64 pixels", "batch 1, 64 pixels, bf16"}
+
+
+def test_a_setting_that_was_not_measured_again_keeps_its_commit() -> None:
+    """As the three precisions of a table may take longer than an hour that is quiet."""
+    lower = sheet(*speeds("timm dla34", 1, 1.3, eager=2.0, openvino=1.1)).assign(
+        precision="bf16", commit="d"
+    )
+    rows = pd.concat([ROWS, lower])
+    found = {(one.setting, one.commit) for one in page_of.newest(rows)}
+    assert found == {
+        ("batch 1, 64 pixels", "c"),
+        ("batch 8, 64 pixels", "c"),
+        ("batch 1, 64 pixels, bf16", "d"),
+    }
+    last = page_of.blocks(rows)[-1]
+    assert "commits c (batch 1, 64 pixels; batch 8, 64 pixels) and d (batch 1" in last
+    assert page_of.blocks(ROWS)[-1].endswith("environment e, commit c.")
+
+
+def test_in_int8_eager_is_in_fp32_and_no_peer() -> None:
+    rows = sheet(*speeds("timm dla34", 1, 1.3, eager=0.5, openvino=1.1)).assign(precision="int8")
+    (one,) = page_of.newest(rows)
+    assert one.best_peer == "openvino" and one.over_best == 1.1
+    page = "\n\n".join(page_of.blocks(rows))
+    assert "| engine / eager in fp32 |" in " ".join(page.split())
