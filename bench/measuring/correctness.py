@@ -29,6 +29,10 @@ class WrongAnswer(RuntimeError):
         self.accuracy = accuracy
 
 
+class NotTelling(WrongAnswer):
+    """The answers to different inputs are so close that the check could not fail."""
+
+
 # The answer to another image is as far off as the two right ones are apart, less its own error,
 # which is eager's: half of what is allowed.
 STALE = 1.5
@@ -210,7 +214,7 @@ def require_telling(references: Sequence[Output], limit: Limit) -> None:
     differs by that much.
 
     Raises:
-        WrongAnswer: two batches have nearly the same reference (a network that has collapsed to a
+        NotTelling: two batches have nearly the same reference (a network that has collapsed to a
             constant, or a precision too coarse for it), so that a cached output would pass.
     """
     for one, other in permutations(references, 2):
@@ -224,7 +228,7 @@ def require_telling(references: Sequence[Output], limit: Limit) -> None:
             for most, fewest, allowed in zip(apart, least, limit.each, strict=True)
         )
         if not is_told:
-            raise WrongAnswer(
+            raise NotTelling(
                 f"the check cannot tell inputs apart: their outputs differ by {_most(apart):.3g}, "
                 f"and the error may be {max(limit.each):.3g}; calibrate the network or give other "
                 "weights"

@@ -51,10 +51,16 @@ def prepared(model: nn.Module, case: Case, seed: int) -> nn.Module:
             random_weights.spread(model)
         if compute_dtype(case) is not None:
             random_weights.shrink_branches(model)
-        seen = [_photographs(case, SEEN_IMAGES, n) for n in range(TIMED_BATCHES + 1)]
-        others = _photographs(case, SEEN_IMAGES, CALIBRATION_SEED)
-        random_weights.calibrate(model, torch.cat([*seen, others]))
+        random_weights.calibrate(model, seen(case))
     return model.eval().to(case.device, dtype(case))
+
+
+def seen(case: Case, least: int = 0) -> torch.Tensor:
+    """Returns the photographs [N, C, H, W] that the batch norms of other people's networks have
+    seen, and more of their kind where at least as many are wanted."""
+    seeds = [*range(TIMED_BATCHES + 1), CALIBRATION_SEED]
+    each = max(SEEN_IMAGES, -(-least // len(seeds)))
+    return torch.cat([_photographs(case, each, seed) for seed in seeds])
 
 
 def dtype(case: Case) -> torch.dtype:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import cheats
 from resfuse.bench import backends
 from resfuse.bench.cli import main
+from resfuse.bench.measuring import correctness
 from resfuse.bench.records import results
 from resfuse.bench.records.case import Options
 from resfuse.bench.records.outcome import Outcome
@@ -79,6 +80,31 @@ def test_a_network_without_a_reference_is_no_backends_failure(
     for outcome in found.values():
         assert outcome.status == "unavailable"
         assert re.match("no reference: .*(from fp64|cannot tell inputs apart)", outcome.error)
+
+
+@pytest.mark.parametrize("precision", ("float32", "bf16"))
+def test_photographs_that_are_answered_alike_are_changed_in_low_precision(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """In fp32 such a network has collapsed, and no other photographs would help."""
+    real, asked = measure_speed.answers, []
+
+    def answers(model: nn.Module, batches: list[Tensor], *more: Any) -> Any:
+        asked.append(torch.cat(batches))
+        if len(asked) == 1:
+            raise correctness.NotTelling("the check cannot tell inputs apart")
+        return real(model, batches, *more)
+
+    monkeypatch.setattr(measure_speed, "answers", answers)
+    found, _ = measure_speed.measure(
+        TINY, ["eager"], 2, 64, Options(seconds=0.02), nothing, precision
+    )
+    if precision == "float32":
+        assert found["eager"].error == "no reference: the check cannot tell inputs apart"
+        return
+    assert found["eager"].status == "pass"
+    first, second = asked
+    assert first.shape == second.shape == (6, 3, 64, 64) and not torch.equal(first, second)
 
 
 def answer(backends: list[str], watched_s: float = 1.0) -> dict[str, Any]:
