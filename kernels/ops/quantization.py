@@ -21,6 +21,10 @@ from resfuse.kernels.ops.conv_problem import Geometry, Pair
 
 LARGEST = 255  # of a value; the least is 0
 LARGEST_WEIGHT = 127  # either sign
+SIGNED = 128  # what a uint8 value is more than the int8 that is stored for it on a GPU
+# How values lie between the layers of a network, by the type of device.
+STORED_ON = {"cpu": torch.uint8, "cuda": torch.int8}
+QUANTIZED_DTYPES = tuple(STORED_ON.values())
 # Products of a value and a weight whose sum fits in an int32, and in a float32 without rounding.
 INT32_PRODUCTS = (2**31 - 1) // (LARGEST * LARGEST_WEIGHT)
 FLOAT32_PRODUCTS = 2**24 // (LARGEST * LARGEST_WEIGHT)
@@ -94,6 +98,17 @@ def quantize(x: Tensor, to: Quantization) -> Tensor:
 def dequantize(x: Tensor, of: Quantization) -> Tensor:
     """Returns the float32 numbers that uint8 values stand for."""
     return (x.float() - of.zero_point) * of.scale
+
+
+def less_128(values: Tensor) -> Tensor:
+    """Returns uint8 values less 128 as int8, in the same memory format: as they lie on a GPU, where
+    Triton multiplies int8 by int8 alone."""
+    return (values ^ SIGNED).view(torch.int8)
+
+
+def plus_128(values: Tensor) -> Tensor:
+    """Returns the uint8 values of `less_128`."""
+    return values.view(torch.uint8) ^ SIGNED
 
 
 def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,7 +286,7 @@ def average_pool_ref(
         )
     ]  # the rows and columns that windows reach over beyond the map
     real = F.pad(x.double() - stored.zero_point, (padding[1], below[1], padding[0], below[0]))
-    ones = torch.ones(c, 1, *kernel, dtype=torch.float64)
+    ones = torch.ones(c, 1, *kernel, dtype=torch.float64, device=x.device)
     sums = F.conv2d(real, ones, None, tuple(stride), groups=c)[..., :p, :q]
     return quantize(sums.float() / divisors * stored.scale, output)
 

@@ -40,7 +40,8 @@ def bias_correction(graph: Graph, state: State, ranges: Ranges, name: str) -> Te
             "ranges of this model"
         )
     weight, _ = conv_weights(node.op, state, torch.float64)
-    return -mean_shift(weight, torch.tensor(found.means, dtype=torch.float64), problem.groups)
+    means = torch.tensor(found.means, dtype=torch.float64, device=weight.device)
+    return -mean_shift(weight, means, problem.groups)
 
 
 def mean_shift(weight: Tensor, means: Tensor, groups: int) -> Tensor:

@@ -106,6 +106,11 @@ TACTICS: dict[str, Tactic] = {
         "1x1 convolution with the block's projection shortcut folded in",
         devices=("cuda",),
     ),
+    "int8": Tactic(
+        "resfuse.kernels.engine.tactics.gpu.triton_int8",
+        "any convolution of quantised values, requantised, in int8",
+        devices=("cuda",),
+    ),
     "stem": Tactic(
         "resfuse.kernels.engine.tactics.gpu.triton_stem",
         "7x7/2 convolution, ReLU and max-pool",

@@ -41,9 +41,8 @@ from resfuse.kernels.gpu.conv.conv_config import (
 from resfuse.kernels.gpu.conv.implicit_gemm import multiply, output_channels, swizzle
 from resfuse.kernels.ops.activation import Slope
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, Pair, dtypes_of
-from resfuse.kernels.ops.quantization import INT32_PRODUCTS, Quantization
+from resfuse.kernels.ops.quantization import INT32_PRODUCTS, SIGNED, Quantization
 
-SIGNED = 128  # what a uint8 value is more than the int8 that is stored for it
 # Added to a float32 of magnitude below 2**22 it leaves no bits for a fraction: they are rounded to
 # the nearest integer, halfway to the even.
 ROUNDING = tl.constexpr(float(3 << 22))
