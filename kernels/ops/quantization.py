@@ -266,7 +266,7 @@ def mean_ref(x: Tensor, stored: Quantization, output: Quantization | None) -> Te
 def average_pool_ref(
     x: Tensor,
     stored: Quantization,
-    output: Quantization,
+    output: Quantization | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -275,6 +275,7 @@ def average_pool_ref(
     """Returns the average over windows of x [N, C, H, W], uint8; padding counts as zeros.
 
     Args:
+        output: how y is stored; None: as float32.
         divisors: [P, Q], float32: what the sum of each window is divided by.
     """
     p, q = divisors.shape
@@ -288,7 +289,8 @@ def average_pool_ref(
     real = F.pad(x.double() - stored.zero_point, (padding[1], below[1], padding[0], below[0]))
     ones = torch.ones(c, 1, *kernel, dtype=torch.float64, device=x.device)
     sums = F.conv2d(real, ones, None, tuple(stride), groups=c)[..., :p, :q]
-    return quantize(sums.float() / divisors * stored.scale, output)
+    v = sums.float() / divisors * stored.scale
+    return v if output is None else quantize(v, output)
 
 
 def max_pool_ref(

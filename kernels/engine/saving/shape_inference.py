@@ -183,7 +183,8 @@ class ShapeInference:
             raise Unsound(f"{node.name} convolves {x}")
         quantized = dtype in QUANTIZED_DTYPES
         if p.dtypes.input != (torch.uint8 if quantized else dtype) or (
-            p.math_mode == "tf32" and self._device.type != "cuda"):
+            p.math_mode == "tf32" and self._device.type != "cuda"
+        ):
             raise Unsound(f"{node.name} computes in {p.math_mode}")
         of_each = p.c // p.groups
         folded = {torch.float32} if quantized else {dtype}

@@ -111,6 +111,11 @@ TACTICS: dict[str, Tactic] = {
         "any convolution of quantised values, requantised, in int8",
         devices=("cuda",),
     ),
+    "int8_maps": Tactic(
+        "resfuse.kernels.engine.tactics.gpu.triton_int8_maps",
+        "conversions, pools and means of quantised values",
+        devices=("cuda",),
+    ),
     "stem": Tactic(
         "resfuse.kernels.engine.tactics.gpu.triton_stem",
         "7x7/2 convolution, ReLU and max-pool",

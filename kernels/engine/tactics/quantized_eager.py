@@ -105,7 +105,7 @@ def _on_u8(node: Node, values: dict[str, Value], state: State, keep: Keep) -> Fu
         shape = values[node.name].shape
         return lambda given: mean_ref(given, x, output).view(shape)
     assert output is not None
-    divisors = _OnDevice(_divisors(op, values[node.inputs[0]].shape))
+    divisors = OnDevice(divisors_of(op, values[node.inputs[0]].shape))
     return lambda given: average_pool_ref(
         given, x, output, op.kernel, op.stride, op.padding, divisors(given.device)
     )
@@ -128,9 +128,9 @@ def _convert(x: Quantization | None, output: Quantization | None) -> Function:
     return lambda given: dequantize(given, x)
 
 
-class _OnDevice:
-    """A constant tensor on whichever device it is asked for; kept there, since a CUDA graph may copy
-    nothing from the CPU."""
+class OnDevice:
+    """A constant tensor on whichever device it is asked for; kept there, since a CUDA graph may
+    copy nothing from the CPU."""
 
     def __init__(self, on_cpu: Tensor) -> None:
         self._known = {on_cpu.device: on_cpu}
@@ -194,7 +194,7 @@ def _affine(node: Node, op: Affine, values: dict[str, Value], state: State, keep
 def _pick(op: Pick, x: Quantization | None) -> Function:
     """Returns a function that picks channels and pixels; what is zero is of zero points."""
     picked = {2: op.rows, 3: op.columns} | ({} if op.channels is None else {1: op.channels})
-    indices = {dim: _OnDevice(torch.tensor(at, device="cpu")) for dim, at in picked.items()}
+    indices = {dim: OnDevice(torch.tensor(at, device="cpu")) for dim, at in picked.items()}
 
     def run(given: Tensor) -> Tensor:
         y = given
@@ -207,7 +207,7 @@ def _pick(op: Pick, x: Quantization | None) -> Function:
     return run
 
 
-def _divisors(op: AveragePool, shape: tuple[int, ...]) -> Tensor:
+def divisors_of(op: AveragePool, shape: tuple[int, ...]) -> Tensor:
     """Returns the divisor of each window [P, Q]: the values that torch's own pool counts in it."""
     ones = torch.ones(1, 1, *shape[2:], dtype=torch.float64, device="cpu")
     window = op.kernel, op.stride, op.padding, op.ceil

@@ -130,6 +130,15 @@ def _offset(
 
 
 @triton.jit
+def quantise(z, inverse_scale, zero_point):
+    """float32 numbers as what uint8 would store, less 128; NaN as the zero point."""
+    z *= inverse_scale
+    z = tl.where(z == z, z, 0.0)
+    z = tl.minimum(tl.maximum(z, -zero_point), 255 - zero_point)
+    return ((z + ROUNDING) - ROUNDING + (zero_point - 128)).to(tl.int32).to(tl.int8)
+
+
+@triton.jit
 def finish(
     sums, offs_k, mask_k, scale_ptr, bias_ptr, residual, slope_ptr,
     negative_slope, residual_scale, residual_zero_point, inverse_scale, zero_point,
@@ -151,10 +160,7 @@ def finish(
     if residual is not None and RESIDUAL_LAST:
         z += added
     if OUTPUT == tl.int8:  # noqa: SIM300 - OUTPUT is the one that varies
-        z *= inverse_scale
-        z = tl.where(z == z, z, 0.0)  # NaN is stored as the zero point
-        z = tl.minimum(tl.maximum(z, -zero_point), 255 - zero_point)
-        z = ((z + ROUNDING) - ROUNDING + (zero_point - 128)).to(tl.int32).to(tl.int8)
+        z = quantise(z, inverse_scale, zero_point)
     return z
 
 
