@@ -8,6 +8,7 @@ activations that call exp, whose last place may move a result by one.
 """
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,7 +75,11 @@ class Quantization:
 
 
 def _as_float32(number: float) -> float:
-    return float(torch.tensor(number, dtype=torch.float64).float())
+    """Returns the nearest float32; without a tensor, as kernels are launched with what it gives."""
+    try:
+        return float(struct.unpack("f", struct.pack("f", number))[0])
+    except OverflowError:
+        return math.copysign(math.inf, number)
 
 
 class Requantization(NamedTuple):

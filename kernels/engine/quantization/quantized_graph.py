@@ -31,8 +31,9 @@ from resfuse.kernels.engine.ir.graph import (
 )
 from resfuse.kernels.engine.quantization.bias_correction import bias_correction
 from resfuse.kernels.engine.quantization.ranges import Ranges
+from resfuse.kernels.engine.quantization.unseen_ranges import unseen_ranges
 from resfuse.kernels.ops.conv_problem import dtypes_of
-from resfuse.kernels.ops.quantization import Quantization
+from resfuse.kernels.ops.quantization import STORED_ON, Quantization
 
 
 def quantized(
@@ -75,6 +76,12 @@ def quantized(
         rewriter.add(node, op, inputs, value)
     constants = (*graph.constants, *corrections)
     return replace(rewriter.finished(), constants=constants), corrections
+
+
+def unseen_int8(graph: Graph, state: State) -> tuple[Graph, dict[str, Tensor]]:
+    """Returns what `quantized` makes of a graph for a GPU, with ranges that no image was seen for:
+    to plan and to compile ahead, not to compute."""
+    return quantized(graph, state, unseen_ranges(graph), (), STORED_ON["cuda"])
 
 
 def _computed_in_int8(graph: Graph, kept: Collection[str]) -> set[str]:

@@ -31,6 +31,7 @@ from resfuse.kernels.engine.ir.graph import (
     MaxPool,
     Mean,
     Pick,
+    Torch,
     State,
 )
 from resfuse.kernels.engine.memory.buffers import WeightStore
@@ -168,7 +169,7 @@ def test_what_no_kernel_takes_torch_computes(mixed: Quantised) -> None:
     graph, candidates = mixed[0], chosen(mixed[0], 0)
     by_torch = {type(graph.nodes[c.start].op) for c in candidates if c.tactic == "eager"}
     ours = {type(graph.nodes[c.start].op) for c in candidates if c.tactic != "eager"}
-    assert by_torch == {Affine, Concat, Pick} and ours == {Conv, Convert, AveragePool, Mean}
+    assert by_torch == {Affine, Concat, Pick, Torch} and ours == {Conv, Convert, AveragePool, Mean}
     require_its_twin(mixed, candidates, images(2, size=9, seed=3))
 
 
