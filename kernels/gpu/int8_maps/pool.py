@@ -55,6 +55,9 @@ class PoolProblem:
     def output_shape(self) -> tuple[int, int, int, int]:
         return self.n, self.c, self.p, self.q
 
+    def label(self) -> str:
+        return f"{'x'.join(map(str, self.input_shape))} {self.kernel[0]}x{self.kernel[1]}"
+
     @property
     def least_bytes(self) -> int:
         """x and y once, in int8."""

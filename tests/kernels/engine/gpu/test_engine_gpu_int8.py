@@ -46,6 +46,7 @@ from resfuse.kernels.engine.tuning.exact_answers import exact_answer
 from resfuse.kernels.gpu.common import graph_capture
 from resfuse.kernels.ops.quantization import INT32_PRODUCTS
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
+from test_engine_gpu_branch import on_the_gpu
 
 pytestmark = [
     pytest.mark.slow,
@@ -311,9 +312,7 @@ def test_from_calibration_to_a_replay(
         segments = tuned_plan(graph, state, GPU, cache).segments
     assert ahead and cache._times and None not in cache._times.values()
     assert {s.candidate.tactic for s in segments} == {"int8", "int8_maps"}
-    engine = Engine([bind(graph, segments, state, WeightStore())], state)
-    runner, engine.cuda_graph = engine._runner, True
-    runner._recorded = runner._record(runner.plans, True)
+    engine = on_the_gpu(Engine([bind(graph, segments, state, WeightStore())], state))
     for seed in (1, 2, 1):
         gpu.launched.clear()
         x = images(2, seed=seed)
