@@ -49,7 +49,7 @@ def test_every_step_is_a_command_line_of_resfuse(step: Step, dry_run: bool) -> N
     args = parse(step.line, dry_run)
     if args.command == "check":
         assert kernels_of(args)
-        assert "fp16" in math_modes_of(args)
+        assert ("int8" if step.name == "check-int8" else "fp16") in math_modes_of(args)
         return
     cases = cases_of(step, "cpu" if dry_run else "cuda", dry_run)
     assert args.command == "bench"
@@ -57,7 +57,7 @@ def test_every_step_is_a_command_line_of_resfuse(step: Step, dry_run: bool) -> N
     assert {case.baseline_memory_format for case in cases} == {"channels_last"}
     if dry_run:
         assert {(c.model, c.img_size, c.precision, c.batch_size) for c in cases} == {
-            ("resnet18", 32, "float32", 2)
+            ("resnet18", 32, "int8" if step.name.startswith("int8") else "float32", 2)
         }
 
 

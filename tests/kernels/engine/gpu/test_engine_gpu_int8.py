@@ -3,10 +3,12 @@ none. Values lie there less 128, in int8; the same graph on values in uint8, by 
 twins, is what every answer must equal bit for bit, since no activation here calls exp.
 """
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fake_cuda import GPU, Fake, fake_cuda
-from kernel_inputs import DEVICE
-from resfuse.kernels import calibrate
+from kernel_inputs import DEVICE, NEEDS_GPU
+from resfuse.kernels import build_engine, calibrate
+from resfuse.kernels.engine import build
 from resfuse.kernels.engine.build import tuned_plan
 from resfuse.kernels.engine.engine import Engine
 from resfuse.kernels.engine.frontend.export import capture
@@ -31,12 +34,16 @@ from resfuse.kernels.engine.ir.graph import (
     MaxPool,
     Mean,
     Pick,
-    Torch,
     State,
+    Torch,
 )
 from resfuse.kernels.engine.memory.buffers import WeightStore
+from resfuse.kernels.engine.quantization.quantization_recipe import on_cpu
 from resfuse.kernels.engine.quantization.quantized_graph import quantized
 from resfuse.kernels.engine.runtime.executor import Executor
+from resfuse.kernels.engine.saving.graph_structure import Unsound
+from resfuse.kernels.engine.saving.plan_json import graph_from_json, graph_to_json
+from resfuse.kernels.engine.saving.shape_inference import ShapeInference
 from resfuse.kernels.engine.shapes.bound_plan import bind
 from resfuse.kernels.engine.tactics import eager, tactics_for
 from resfuse.kernels.engine.tactics.gpu import triton_int8, triton_int8_maps
@@ -44,8 +51,10 @@ from resfuse.kernels.engine.tuning import clock, warm_timing
 from resfuse.kernels.engine.tuning.compile_ahead import launches
 from resfuse.kernels.engine.tuning.exact_answers import exact_answer
 from resfuse.kernels.gpu.common import graph_capture
+from resfuse.kernels.ops.asked_precision import Precision
 from resfuse.kernels.ops.quantization import INT32_PRODUCTS
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache
+from resfuse.resnet_ref import create
 from test_engine_gpu_branch import on_the_gpu
 
 pytestmark = [
@@ -150,12 +159,14 @@ def chosen(graph: Graph, which: int = -1) -> list[Candidate]:
 
 
 @torch.inference_mode()
-def require_its_twin(made: Quantised, candidates: Sequence[Candidate], x: Tensor) -> None:
+def require_its_twin(
+    made: Quantised, candidates: Sequence[Candidate], x: Tensor, formats: int = 2
+) -> None:
     """Fails unless candidates answer as the graph on uint8 does by its twins; in both memory
-    formats."""
+    formats, or the first of them."""
     on_gpu, on_cpu, state = made
     run, want = Executor(on_gpu, candidates, moved(state)), eager.exact(on_cpu, state, [x])
-    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+    for given in (x, x.contiguous(memory_format=torch.channels_last))[:formats]:
         for y, exact in zip(run(given.to(DEVICE)), want, strict=True):
             assert torch.equal(y.cpu().double(), exact.double())
 
@@ -164,6 +175,14 @@ def test_a_small_resnet_is_its_twin_bit_for_bit(resnet: Quantised) -> None:
     candidates = chosen(resnet[0])
     assert {c.tactic for c in candidates} == {"int8", "int8_maps"}
     require_its_twin(resnet, candidates, images(2, seed=3))
+
+
+def test_a_whole_resnet20_is_its_twin_bit_for_bit() -> None:
+    """Of 32x32 images, with shortcuts that have no parameters: channels of zero points."""
+    torch.manual_seed(0)
+    made = quantised(create("cifar_resnet20"), images(1, size=32))
+    assert any(isinstance(node.op, Pick) for node in made[0].nodes)
+    require_its_twin(made, chosen(made[0]), images(1, size=32, seed=3), formats=1)
 
 
 def test_what_no_kernel_takes_torch_computes(mixed: Quantised) -> None:
@@ -321,3 +340,99 @@ def test_from_calibration_to_a_replay(
         assert torch.equal(engine(x).double(), want)
         assert not gpu.launched and gpu.said[-2:] == ["replay", "a run ends"]
     assert engine.precision == "int8" and "int8" in engine.quantization()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of machines without a GPU")
+def test_what_cannot_be_in_int8_is_said(gpu: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Conv2d(3, 16, 3).eval()
+    told = []
+    for device, capability in ((GPU, (9, 0)), (GPU, (7, 5)), (torch.device("mps"), (9, 0))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at, c=capability: c)
+        try:
+            Precision("int8").require_fit(model, torch.float32, device)
+            told.append(triton_int8.refusal(device, torch.float32))
+        except ValueError as error:
+            told.append(str(error))
+    assert told[0] is None
+    assert told[1] == "Triton kernels need compute capability 8.0 or newer, not 7.5"
+    assert told[2] == "argument precision: 'int8' is for models on a CPU or an NVIDIA GPU"
+    with pytest.raises(ValueError, match="'bf16' is for models on a CPU; on a GPU convert"):
+        Precision("bf16").require_fit(model, torch.float32, GPU)
+
+
+def test_ranges_are_found_on_the_cpu_by_a_copy() -> None:
+    model, x = nn.Conv2d(3, 16, 3).eval(), images(1)
+    assert on_cpu(model, x) == (model, x)
+    with torch.device("meta"):
+        elsewhere, there = nn.ReLU(), torch.empty(1)
+    copied, _ = on_cpu(elsewhere, SimpleNamespace(device=GPU, cpu=lambda: there))  # type: ignore[arg-type]
+    assert copied is not elsewhere and isinstance(copied, nn.ReLU)
+
+
+def test_a_plan_read_from_a_file_is_of_its_own_device(resnet: Quantised) -> None:
+    """Values of the other device's dtype would be read as other numbers."""
+    on_gpu, on_cpu_graph, state = resnet
+    cpu = torch.device("cpu")
+    again = graph_from_json(json.loads(json.dumps(graph_to_json(on_gpu))))
+    assert again == replace(on_gpu, device=None)
+    ShapeInference(on_cpu_graph, state, cpu, ()).require()
+    ShapeInference(again, state, GPU, ()).require()
+    for graph, device in ((on_gpu, cpu), (on_cpu_graph, GPU)):
+        with pytest.raises(Unsound, match="quantised for another device"):
+            ShapeInference(graph, state, device, ()).require()
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return GPU
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of machines without a GPU")
+def test_build_engine_takes_an_example_on_a_gpu(
+    gpu: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, but that its tensors lie on the CPU and nothing is recorded."""
+    few(monkeypatch)
+    monkeypatch.setattr(
+        "resfuse.kernels.engine.tuning.compile_ahead.compile_ahead", lambda *_: None
+    )
+    model, x = small_resnet().eval(), images(2)
+    ranges = calibrate(model, images(8, seed=6))
+    captured_as: list[torch.device] = []
+
+    def capture_here(model: nn.Module, example: Tensor) -> tuple[Graph, State]:
+        captured_as.append(example.device)
+        return capture(model, example.as_subclass(Tensor))
+
+    monkeypatch.setattr(build, "capture", capture_here)
+    monkeypatch.setattr(build, "on_cpu", lambda model, example: (model, x))
+    there = x.as_subclass(OnGpu)
+    options = {"precision": "int8", "calibration": ranges, "timings": tmp_path}
+    engine = build_engine(model, there, keep=["6"], **options)
+    assert captured_as == [GPU]
+    (graph,) = engine.graphs
+    assert torch.int8 in {value.dtype for value in graph.values.values()}
+    assert torch.uint8 not in {value.dtype for value in graph.values.values()}
+    on_a_cpu = build_engine(model, x, keep=["6"], **options)
+    (want,) = (eager.exact(g, on_a_cpu._weights(), [x])[0] for g in on_a_cpu.graphs)
+    assert (engine(x).double() - want).norm() <= 1e-5 * want.norm()  # its last layer is in float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at=None: (7, 5))
+    with pytest.raises(ValueError, match="'int8' on cuda:0: Triton kernels need compute cap"):
+        build_engine(model, there, **options)
+
+
+@NEEDS_GPU
+@pytest.mark.gpu
+def test_an_engine_in_int8_on_the_device() -> None:
+    model = small_resnet().eval()
+    x = images(4, size=32).to(DEVICE)
+    ranges = calibrate(model, images(8, size=32, seed=6))
+    on_gpu = build_engine(model.to(DEVICE), x, precision="int8", calibration=ranges)
+    on_a_cpu = build_engine(model.cpu(), x.cpu(), precision="int8", calibration=ranges)
+    assert torch.equal(on_gpu(x).cpu(), on_a_cpu(x.cpu()))
+    assert {"int8", "int8_maps"} == {
+        s.candidate.tactic for plan in on_gpu._built.values() for s in plan.segments
+    }
