@@ -102,8 +102,9 @@ def build_engine(
         tiling: whether to run early stages a few images at a time where that is faster, so that
             values between layers stay in a cache (TensorRT's tiling optimization). To find out,
             whole stages are built and timed in four ways each: seconds on a CPU, where it is on by
-            default, and an estimated 10 to 25 s for ResNet-50 at batch 256 on a GPU, where it is
-            off by default.
+            default, and an estimated 15 to 30 s for ResNet-50 at batch 256 on a GPU, where it is
+            off by default, and the whole network is also tried as two halves of the batch on two
+            streams.
         threads: the number of threads for native steps on a CPU; torch's own operations use
             torch's. By default as many as there are CPUs to use (affinity, cgroup quota), but no
             more than torch.get_num_threads() returns now and at each call.
