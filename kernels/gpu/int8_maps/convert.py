@@ -25,6 +25,8 @@ from resfuse.kernels.ops.quantization import (
     plus_128,
     quantize,
 )
+from resfuse.kernels.tuning_cache.denylist import NONE, Barred, allowed
+from resfuse.kernels.tuning_cache.timing_cache import known
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,14 @@ class Config:
 CONFIGS = (Config(4096, 4), Config(1024, 4))  # not measured
 
 
-def choose(elements: int, multiprocessors: int = 132) -> Config:
-    """The largest block that gives every multiprocessor one; the smallest where none does."""
-    fits = (c for c in CONFIGS if elements >= c.block * multiprocessors)
-    return next(fits, CONFIGS[-1])
+def choose(elements: int, multiprocessors: int = 132, barred: Barred = NONE) -> Config:
+    """The largest block that gives every multiprocessor one; the smallest where none does.
+
+    Raises:
+        ValueError: all configurations are barred.
+    """
+    found = allowed("convert_int8", "int8", list(CONFIGS), barred)
+    return next((c for c in found if elements >= c.block * multiprocessors), found[-1])
 
 
 def convert_int8_ref(x: Tensor, how: Quantization) -> Tensor:
@@ -117,7 +123,8 @@ def convert_int8_op(x: Tensor, scale: float, zero_point: int) -> Tensor:
     x = dense(x)
     y = torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.int8 else torch.int8)
     if y.numel():
-        launch(x, y, how, choose(x.numel(), multiprocessors(x.device))).run()
+        config = choose(x.numel(), multiprocessors(x.device), known(x.device))
+        launch(x, y, how, config).run()
     return y
 
 

@@ -28,6 +28,8 @@ from resfuse.kernels.ops.quantization import (
     max_pool_ref,
     plus_128,
 )
+from resfuse.kernels.tuning_cache.denylist import NONE, Barred, allowed
+from resfuse.kernels.tuning_cache.timing_cache import known
 
 INT32 = 1 << 31
 
@@ -101,9 +103,13 @@ def candidates(problem: PoolProblem) -> list[Config]:
     return [c for c in CONFIGS if c.block_c <= max(64, 2 * problem.c - 1)]
 
 
-def choose(problem: PoolProblem, multiprocessors: int = 132) -> Config:
-    """The largest tile that gives every multiprocessor one; the smallest where none does."""
-    found = candidates(problem)
+def choose(problem: PoolProblem, multiprocessors: int = 132, barred: Barred = NONE) -> Config:
+    """The largest tile that gives every multiprocessor one; the smallest where none does.
+
+    Raises:
+        ValueError: all candidates are barred.
+    """
+    found = allowed("pool_int8", "int8", candidates(problem), barred)
     for config in found:
         tiles = config.tiles(problem)
         if tiles[0] * tiles[1] >= multiprocessors:
@@ -280,7 +286,7 @@ def pool_int8_op(
         return pool_int8_ref(x, problem, divisors, of_x, of_y)
     y = empty_channels_last(problem.output_shape, _like(x, divisors, output))
     if y.numel():
-        config = choose(problem, multiprocessors(x.device))
+        config = choose(problem, multiprocessors(x.device), known(x.device))
         launch(problem, channels_last(x), y, config, divisors, of_x, of_y).run()
     return y
 
