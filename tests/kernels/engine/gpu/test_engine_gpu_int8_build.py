@@ -31,7 +31,10 @@ from resfuse.kernels.engine.ir.graph import (
     State,
 )
 from resfuse.kernels.engine.memory.buffers import WeightStore
+from resfuse.kernels.engine.quantization import quantization_recipe
 from resfuse.kernels.engine.quantization.quantization_recipe import on_cpu
+from resfuse.kernels.engine.quantization.quantized_graph import quantized
+from resfuse.kernels.engine.quantization.ranges import Ranges
 from resfuse.kernels.engine.saving.graph_structure import Unsound
 from resfuse.kernels.engine.saving.plan_json import graph_from_json, graph_to_json
 from resfuse.kernels.engine.saving.shape_inference import ShapeInference
@@ -153,38 +156,48 @@ class OnGpu(Tensor):
         return GPU
 
 
+@pytest.fixture(scope="module")
+def captured() -> tuple[nn.Module, Ranges, Graph, State]:
+    """Before there is a stand-in for a GPU, which torch.export would look for."""
+    torch.manual_seed(0)
+    model = small_resnet().eval()
+    return model, calibrate(model, images(8, seed=6)), *capture(model, images(2))
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="of machines without a GPU")
 def test_build_engine_takes_an_example_on_a_gpu(
-    gpu: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    captured: tuple[nn.Module, Ranges, Graph, State], gpu: Fake, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """All of it, but that its tensors lie on the CPU and nothing is recorded."""
     few(monkeypatch)
     monkeypatch.setattr(
         "resfuse.kernels.engine.tuning.compile_ahead.compile_ahead", lambda *_: None
     )
-    model, x = small_resnet().eval(), images(2)
-    ranges = calibrate(model, images(8, seed=6))
+    model, ranges, graph, state = captured
     captured_as: list[torch.device] = []
 
-    def capture_here(model: nn.Module, example: Tensor) -> tuple[Graph, State]:
+    def known(model: nn.Module, example: Tensor) -> tuple[Graph, State]:
         captured_as.append(example.device)
-        return capture(model, example.as_subclass(Tensor))
+        return graph, dict(state)
 
-    monkeypatch.setattr(build, "capture", capture_here)
+    x = images(2, seed=4)
+    monkeypatch.setattr(build, "capture", known)
+    monkeypatch.setattr(quantization_recipe, "capture", known)
     monkeypatch.setattr(build, "on_cpu", lambda model, example: (model, x))
-    there = x.as_subclass(OnGpu)
-    options = {"precision": "int8", "calibration": ranges, "timings": tmp_path}
-    engine = build_engine(model, there, keep=["6"], **options)
-    assert captured_as == [GPU]
-    (graph,) = engine.graphs
-    assert torch.int8 in {value.dtype for value in graph.values.values()}
-    assert torch.uint8 not in {value.dtype for value in graph.values.values()}
-    on_a_cpu = build_engine(model, x, keep=["6"], **options)
-    (want,) = (eager.exact(g, on_a_cpu._weights(), [x])[0] for g in on_a_cpu.graphs)
-    assert (engine(x).double() - want).norm() <= 1e-5 * want.norm()  # its last layer is in float32
+    options = {"precision": "int8", "calibration": ranges, "timings": tmp_path, "keep": ["7"]}
+    engine = build_engine(model, x.as_subclass(OnGpu), **options)
+    assert [device.type for device in captured_as] == ["cpu", "cuda"]
+    dtypes = {value.dtype for value in engine.graphs[0].values.values()}
+    assert dtypes == {torch.float32, torch.int8}
+    on_a_cpu, corrections = quantized(graph, state, ranges, {"7.weight"})
+    with torch.inference_mode():
+        (want,) = eager.exact(on_a_cpu, {**state, **corrections}, [x])
+    error = (engine(x).double() - want).norm()  # of its last layer, in float32
+    assert error <= 1e-5 * want.norm()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at=None: (7, 5))
     with pytest.raises(ValueError, match="'int8' on cuda:0: Triton kernels need compute cap"):
-        build_engine(model, there, **options)
+        build_engine(model, x.as_subclass(OnGpu), **options)
 
 
 @NEEDS_GPU
