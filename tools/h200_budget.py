@@ -172,7 +172,7 @@ def steps() -> list[Step]:
         Step("+ projections folded", projections, "1.25 of the pair's limit; never run"),
         Step("+ stem in one kernel: the plan as it stands", stem, "estimate 0.20 ms; never run"),
         Step("+ tails of stage 1 that keep their weights", tails,
-             "predicted 0.33 and 0.29 ms a tail, where 0.476 was measured without; never run"),
+             "predicted 0.33 and 0.29 ms a tail, 0.476 measured without; candidates, never run"),
         Step("+ chunks of stage 1 only", tails,
              "`tiling=True`; 0 to -0.3 ms expected, none counted"),
         Step("+ cuDNN's own plans timed", plans,
