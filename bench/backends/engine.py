@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resfuse.bench.backends.converted import converted
 from resfuse.bench.backends.streams import CallerStreams, Streams
-from resfuse.bench.common.errors import CannotTake, Unavailable
+from resfuse.bench.common.errors import CannotTake
 from resfuse.kernels import build_engine
 
 # What build_engine calls the dtypes that it computes an fp32 network in.
@@ -26,11 +26,8 @@ def build(
 
     Raises:
         CannotTake: the network is one that engines are not built of.
-        Unavailable: int8 on a GPU.
     """
-    if compute_dtype is not None and example.is_cuda:  # only a CPU's engine has its own way
-        if calibration is not None:
-            raise Unavailable("the engine computes in int8 on a CPU only")
+    if compute_dtype == torch.bfloat16 and example.is_cuda:  # only a CPU's engine has its own way
         return converted(build, compute_dtype)(model, example)
     with _refusals():
         told = _inside(example, compute_dtype, calibration)
@@ -63,7 +60,9 @@ def _inside(
     precision = PRECISIONS[compute_dtype]
     if precision is None and example.dtype == torch.float32:
         precision = "fp32"
-    return {"precision": precision} | ({} if calibration is None else {"calibration": calibration})
+    return {"precision": precision} | (
+        {} if calibration is None else {"calibration": calibration.cpu()}
+    )
 
 
 @contextmanager

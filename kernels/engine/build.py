@@ -40,6 +40,7 @@ from resfuse.kernels.engine.quantization.given_scales import with_given_scales
 from resfuse.kernels.engine.quantization.pixels import Pixels, from_pixels
 from resfuse.kernels.engine.quantization.quantization_recipe import (
     QuantizationRecipe,
+    on_cpu,
     quantization_recipe,
 )
 from resfuse.kernels.engine.quantization.quantized_graph import quantized
@@ -49,9 +50,10 @@ from resfuse.kernels.engine.runtime.fallback import with_weights
 from resfuse.kernels.engine.runtime.own_weights import copied_names, copies, require_usable
 from resfuse.kernels.engine.shapes.bound_plan import bind
 from resfuse.kernels.engine.shapes.shape_plans import ShapePlans
-from resfuse.kernels.engine.tactics import tactics_on
+from resfuse.kernels.engine.tactics import TACTICS, tactics_on
 from resfuse.kernels.engine.tuning.tuner import Tuner
 from resfuse.kernels.ops.asked_precision import Precision
+from resfuse.kernels.ops.quantization import STORED_ON
 from resfuse.kernels.tuning_cache.timing_cache import TimingCache, known
 
 
@@ -100,8 +102,9 @@ def build_engine(
         tiling: whether to run early stages a few images at a time where that is faster, so that
             values between layers stay in a cache (TensorRT's tiling optimization). To find out,
             whole stages are built and timed in four ways each: seconds on a CPU, where it is on by
-            default, and an estimated 10 to 25 s for ResNet-50 at batch 256 on a GPU, where it is
-            off by default.
+            default, and an estimated 15 to 30 s for ResNet-50 at batch 256 on a GPU, where it is
+            off by default, and the whole network is also tried as two halves of the batch on two
+            streams.
         threads: the number of threads for native steps on a CPU; torch's own operations use
             torch's. By default as many as there are CPUs to use (affinity, cgroup quota), but no
             more than torch.get_num_threads() returns now and at each call.
@@ -112,14 +115,16 @@ def build_engine(
             in float32, and round each result once. Batch norms are folded before weights are
             rounded; biases, slopes and norms stay float32. With "int8" convolutions, linear layers
             and what lies between them compute on 8-bit integers, whose scales come from
-            `calibration`; the engine takes no other weights later (`refresh`), and where an input
-            is NaN its output is some number. A model that rounds to 8-bit integers itself, as
+            `calibration`, on a CPU or on an NVIDIA GPU of compute capability 8.0 or newer; the
+            engine takes no other weights later (`refresh`), and where an input is NaN its output is
+            some number. A model that rounds to 8-bit integers itself, as
             `load_onnx` reads a quantised file, is computed in int8 on a CPU, by its own scales,
             unless a precision is asked for.
         keep: with "bf16" or "int8", patterns as fnmatch has them ("layer4.*") of names of modules
             or parameters, whose convolutions and linear layers are computed in float32.
         calibration: with "int8", images like those that the engine will see, or the ranges that
-            `calibrate` has found for them.
+            `calibrate` has found for them. Images are on the CPU, where a copy of the model runs on
+            them, wherever the model is.
         max_error: with "int8" and images, the largest relative error of the outputs that is
             accepted on them, as a share of their norm in float32. The layers that quantisation
             harms most are computed in float32 until it is met.
@@ -154,9 +159,13 @@ def build_engine(
         pixels.require_fit(example)
         as_given, calibration = pixels.normalized(example), pixels.calibration(calibration)
     wanted.require_fit(model, as_given.dtype, example.device)
+    if precision == "int8" and example.device.type == "cuda":
+        refused = TACTICS["int8"].load().refusal(example.device, torch.float32)
+        if refused is not None:
+            raise ValueError(f"argument precision: 'int8' on {example.device}: {refused}")
     recipe = None
     if precision == "int8" or calibration is not None or max_error is not None:
-        recipe = quantization_recipe(model, as_given, wanted, calibration, max_error)
+        recipe = quantization_recipe(*on_cpu(model, as_given), wanted, calibration, max_error)
     planner = _Planner(
         TimingCache(example.device, timings), tiling, keep_weights, wanted, recipe, pixels
     )
@@ -224,7 +233,9 @@ class _Planner:
             if self.precision.name is None and example.device.type == "cpu":
                 graph = with_given_scales(graph, state)
             return in_precision(graph, self.precision), state
-        graph, corrections = quantized(graph, state, self.recipe.ranges, self.recipe.kept)
+        stored_as = STORED_ON[example.device.type]
+        ranges, kept = self.recipe.ranges, self.recipe.kept
+        graph, corrections = quantized(graph, state, ranges, kept, stored_as)
         return graph, state | corrections
 
     def __call__(

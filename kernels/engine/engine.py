@@ -29,6 +29,7 @@ from resfuse.kernels.engine.shapes.bound_plan import BoundPlan
 from resfuse.kernels.engine.shapes.new_shape import Planner, plan_new_shape
 from resfuse.kernels.engine.shapes.plan_runner import PlanRunner, filled_up
 from resfuse.kernels.engine.shapes.shape_plans import Shape, ShapePlans
+from resfuse.kernels.ops.quantization import QUANTIZED_DTYPES
 
 OtherBatches = Literal["error", "pad", "eager"]
 OtherShapes = Literal["error", "build"]
@@ -101,7 +102,8 @@ class Engine:
     @property
     def precision(self) -> str:
         """Returns what most is computed in: "fp32", "bf16", "fp16" or "int8"."""
-        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "int8"}
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        names |= dict.fromkeys(QUANTIZED_DTYPES, "int8")
         return names.get(self._built.find().graph.dtype, "fp32")
 
     def quantization(self) -> str:
@@ -306,7 +308,8 @@ class Engine:
             )
         with self._runner.changing:
             graph = self._built.find().graph
-            export_onnx(graph, with_derived(graph, self._weights()), Path(path), activations)
+            state = {name: tensor.cpu() for name, tensor in self._weights().items()}
+            export_onnx(graph, with_derived(graph, state), Path(path), activations)
 
     @property
     def _built(self) -> ShapePlans:

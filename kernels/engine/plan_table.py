@@ -46,6 +46,7 @@ _NAMES = {
 }
 _PRECISIONS = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "int8",
+    torch.int8: "int8",
 }  # fmt: skip
 _MEASURED = "Times were measured on this device, each segment by itself."
 

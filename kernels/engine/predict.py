@@ -12,8 +12,10 @@ from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.plan_table import table
 from resfuse.kernels.engine.planning.candidates import find_candidates
 from resfuse.kernels.engine.planning.planner import Segment, TimedCandidate, plan
+from resfuse.kernels.engine.quantization.quantized_graph import unseen_int8
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule, tactics_for
 from resfuse.kernels.ops.conv_problem import math_mode_of
+from resfuse.kernels.ops.quantization import QUANTIZED_DTYPES
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Prediction:
     def explain(self) -> str:
         """Returns a table of the segments like Engine.explain's, with predicted times."""
         dtype = self.graph.values[self.graph.input].dtype
-        mode = math_mode_of(dtype)
+        mode = "int8" if self.graph.dtype in QUANTIZED_DTYPES else math_mode_of(dtype)
         source = (
             f"Times are predicted by the roofline, not measured: {self.gpu.name}'s data sheet, "
             f"{self.gpu.tflops[mode]:g} TFLOP/s in {mode} and {self.gpu.tb_per_s:g} TB/s, as if "
@@ -47,6 +49,7 @@ def plan_for(
     gpu: str = "h200",
     *,
     tactics: Collection[str] | None = None,
+    precision: str | None = None,
 ) -> Prediction:
     """Plans a model in eval mode for a GPU from GPUS, at the shape and dtype of `example`.
 
@@ -57,15 +60,21 @@ def plan_for(
         example: an input [N, C, H, W] on any device.
         gpu: a name in GPUS.
         tactics: names in TACTICS of tactics for GPUs, by default all of them.
+        precision: "int8" for a float32 model's plan in int8, which needs no calibration: times do
+            not depend on ranges. By default the model's own.
 
     Raises:
-        ValueError: the GPU or a tactic is unknown, the model cannot be captured or is in training
-            mode, or none of `tactics` computes some node.
+        ValueError: the GPU, a tactic or the precision is unknown, the model cannot be captured or
+            is in training mode, or none of `tactics` computes some node.
     """
     device = gpu_named(gpu)
     if any(module.training for module in model.modules()):
         raise ValueError("argument model: it is in training mode; call model.eval() first")
-    graph, _ = capture(model, example)
+    if precision not in (None, "int8"):
+        raise ValueError(f"argument precision: {precision!r}; accepted: int8")
+    graph, state = capture(model, example)
+    if precision == "int8":
+        graph = unseen_int8(graph, state)[0]
     offered = _offered(tactics)
     timed = predicted(graph, offered, RooflineCost(graph, device))
     return Prediction(device, graph, plan(graph, timed).segments)

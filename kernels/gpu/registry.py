@@ -61,6 +61,18 @@ KERNELS: dict[str, KernelSpec] = {
         "resfuse.kernels.gpu.conv_int8.conv_int8:shipped",
         "any convolution of quantised values, in int8; requantised",
     ),
+    "convert_int8": KernelSpec(
+        "resfuse.kernels.gpu.int8_maps.convert:convert_int8",
+        "resfuse.kernels.gpu.int8_maps.convert:convert_int8_ref",
+        "resfuse.kernels.gpu.int8_maps.convert:shipped",
+        "float32 to quantised values, and back",
+    ),
+    "pool_int8": KernelSpec(
+        "resfuse.kernels.gpu.int8_maps.pool:pool_int8",
+        "resfuse.kernels.gpu.int8_maps.pool:pool_int8_ref",
+        "resfuse.kernels.gpu.int8_maps.pool:shipped",
+        "max-pools, average pools and means of quantised values",
+    ),
     "conv1x1": KernelSpec(
         "resfuse.kernels.gpu.conv1x1.conv1x1:conv1x1",
         "resfuse.kernels.gpu.conv1x1.conv1x1:conv1x1_ref",

@@ -67,10 +67,11 @@ class Precision:
             )
         if self.name not in ("bf16", "int8"):
             return
-        if device.type != "cpu":
+        if device.type != "cpu" and (self.name, device.type) != ("int8", "cuda"):
             instead = "; on a GPU convert the model and its inputs: model.bfloat16()"
             raise ValueError(
                 f"argument precision: {self.name!r} is for models on a CPU"
+                f"{' or an NVIDIA GPU' * (self.name == 'int8')}"
                 f"{instead * (self.name == 'bf16')}"
             )
         if self.keep and dtype == torch.bfloat16:

@@ -235,6 +235,11 @@ class ConvProblem:
         return self.dtypes.math_mode
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether values and weights are 8-bit integers."""
+        return self.dtypes.weight == torch.int8
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of x."""
         return self.dtypes.input

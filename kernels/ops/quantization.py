@@ -8,6 +8,7 @@ activations that call exp, whose last place may move a result by one.
 """
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +22,10 @@ from resfuse.kernels.ops.conv_problem import Geometry, Pair
 
 LARGEST = 255  # of a value; the least is 0
 LARGEST_WEIGHT = 127  # either sign
+SIGNED = 128  # what a uint8 value is more than the int8 that is stored for it on a GPU
+# How values lie between the layers of a network, by the type of device.
+STORED_ON = {"cpu": torch.uint8, "cuda": torch.int8}
+QUANTIZED_DTYPES = tuple(STORED_ON.values())
 # Products of a value and a weight whose sum fits in an int32, and in a float32 without rounding.
 INT32_PRODUCTS = (2**31 - 1) // (LARGEST * LARGEST_WEIGHT)
 FLOAT32_PRODUCTS = 2**24 // (LARGEST * LARGEST_WEIGHT)
@@ -70,7 +75,11 @@ class Quantization:
 
 
 def _as_float32(number: float) -> float:
-    return float(torch.tensor(number, dtype=torch.float64).float())
+    """Returns the nearest float32; without a tensor, as kernels are launched with what it gives."""
+    try:
+        return float(struct.unpack("f", struct.pack("f", number))[0])
+    except OverflowError:
+        return math.copysign(math.inf, number)
 
 
 class Requantization(NamedTuple):
@@ -94,6 +103,17 @@ def quantize(x: Tensor, to: Quantization) -> Tensor:
 def dequantize(x: Tensor, of: Quantization) -> Tensor:
     """Returns the float32 numbers that uint8 values stand for."""
     return (x.float() - of.zero_point) * of.scale
+
+
+def less_128(values: Tensor) -> Tensor:
+    """Returns uint8 values less 128 as int8, in the same memory format: as they lie on a GPU, where
+    Triton multiplies int8 by int8 alone."""
+    return (values ^ SIGNED).view(torch.int8)
+
+
+def plus_128(values: Tensor) -> Tensor:
+    """Returns the uint8 values of `less_128`."""
+    return values.view(torch.uint8) ^ SIGNED
 
 
 def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +271,7 @@ def mean_ref(x: Tensor, stored: Quantization, output: Quantization | None) -> Te
 def average_pool_ref(
     x: Tensor,
     stored: Quantization,
-    output: Quantization,
+    output: Quantization | None,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -260,6 +280,7 @@ def average_pool_ref(
     """Returns the average over windows of x [N, C, H, W], uint8; padding counts as zeros.
 
     Args:
+        output: how y is stored; None: as float32.
         divisors: [P, Q], float32: what the sum of each window is divided by.
     """
     p, q = divisors.shape
@@ -271,9 +292,10 @@ def average_pool_ref(
         )
     ]  # the rows and columns that windows reach over beyond the map
     real = F.pad(x.double() - stored.zero_point, (padding[1], below[1], padding[0], below[0]))
-    ones = torch.ones(c, 1, *kernel, dtype=torch.float64)
+    ones = torch.ones(c, 1, *kernel, dtype=torch.float64, device=x.device)
     sums = F.conv2d(real, ones, None, tuple(stride), groups=c)[..., :p, :q]
-    return quantize(sums.float() / divisors * stored.scale, output)
+    v = sums.float() / divisors * stored.scale
+    return v if output is None else quantize(v, output)
 
 
 def max_pool_ref(

@@ -297,6 +297,17 @@ def test_a_target_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_engine_in_int8_has_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed on a network without numbers, hence without ranges."""
+    monkeypatch.setattr(carried_kernels, "create", tiny)
+    monkeypatch.setattr(carried_kernels, "input_size", lambda name: 32)
+    found = list(carried_kernels.engine_launches(Wanted.parse("resnet18:2:int8")))
+    assert {launch.kernel.__name__ for launch in found} == {
+        "conv_int8_kernel", "conv1x1_int8_kernel", "convert_int8_kernel", "pool_int8_kernel"
+    }  # fmt: skip
+    assert all(launch.device.type == "meta" for launch in found)
+
+
 def test_a_read_only_target_is_said(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     told = carried.unpack(tmp_path / "any.tar.xz", tmp_path)

@@ -49,7 +49,7 @@ def test_every_step_is_a_command_line_of_resfuse(step: Step, dry_run: bool) -> N
     args = parse(step.line, dry_run)
     if args.command == "check":
         assert kernels_of(args)
-        assert "fp16" in math_modes_of(args)
+        assert ("int8" if step.name == "check-int8" else "fp16") in math_modes_of(args)
         return
     cases = cases_of(step, "cpu" if dry_run else "cuda", dry_run)
     assert args.command == "bench"
@@ -57,7 +57,7 @@ def test_every_step_is_a_command_line_of_resfuse(step: Step, dry_run: bool) -> N
     assert {case.baseline_memory_format for case in cases} == {"channels_last"}
     if dry_run:
         assert {(c.model, c.img_size, c.precision, c.batch_size) for c in cases} == {
-            ("resnet18", 32, "float32", 2)
+            ("resnet18", 32, "int8" if step.name.startswith("int8") else "float32", 2)
         }
 
 
@@ -81,12 +81,13 @@ def test_lists_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gpu-plan", "--list", "--steps", "cudnn-1,engine-1,training"]) == 0
     said = capsys.readouterr().out
     assert said.count("; given up after ") == 3
-    assert "   18    23  cudnn-1 (first): the best peer at batch 1; given up after 60" in said
+    peer = "the best peer at batch 1; predicted 0.4 to 0.6 ms; given up after 60"
+    assert f"   18    23  cudnn-1 (first): {peer}" in said
     assert "   40    63  engine-1 (first)" in said
     assert "resfuse bench -m resnet50 --precision float16" in said
     assert main(["gpu-plan", "--list", "--part", "first"]) == 0
     said = capsys.readouterr().out
-    assert "training" not in said
+    assert "training" not in said and "int8" not in said
     assert f"  506  {'autotune-256'}" in said
 
 
@@ -377,7 +378,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, in
 
 
 def dry_run(root: Path, python: str, *more: str) -> list[str]:
-    steps = ["--steps", "probe,engine-1,fused,check-fp16,onnxrt"]
+    steps = ["--steps", "probe,engine-1,fused,int8-256,check-fp16,onnxrt"]
     command = [python, "-m", "resfuse.bench", "gpu-plan", "--dry-run", *steps]
     archive = ["--archive", str(root.with_suffix(".tar.xz"))]
     return [*command, "--results", str(root), "--budget", "5400", *archive, *more]
@@ -395,7 +396,8 @@ def test_a_dry_run_that_is_cut_off_keeps_its_rows_and_resumes(
     answers = json.loads((folder / "probe.json").read_text())["answers"]
     assert {name: answer["status"] for name, answer in answers.items()} == {
         "conv + relu": "unavailable", "stem": "pass", "split_k": "pass", "resident tail": "pass",
-        "projection": "pass",
+        "projection": "pass", "int8": "pass", "int8 by descriptors": "pass", "to int8": "pass",
+        "max-pool in int8": "pass",
     }  # fmt: skip
     before = results.read_rows(folder)
     assert before.backend[0] == "engine"
@@ -416,8 +418,9 @@ def test_a_dry_run_that_is_cut_off_keeps_its_rows_and_resumes(
     assert "Kernels are assembled by ptxas " in done.stderr
     rows = results.read_rows(folder)
     assert list(rows.timestamp)[: len(before)] == list(before.timestamp)
-    assert list(rows.backend) == ["engine", "fused", "onnxrt"]
-    assert list(rows.status) == ["pass"] * 3, list(rows.error)
+    assert list(rows.backend) == ["engine", "fused", "engine", "onnxrt"]
+    assert list(rows.precision) == ["float32", "float32", "int8", "float32"]
+    assert list(rows.status) == ["pass"] * 4, list(rows.error)
     configs = results.read_rows(folder, CONFIGS)
     assert set(configs.math_mode) == {"fp16"}
     assert set(json.loads((folder / plan_progress.FILE).read_text())["steps"].values()) == {DONE}
@@ -426,3 +429,4 @@ def test_a_dry_run_that_is_cut_off_keeps_its_rows_and_resumes(
     explained = (folder / "engine-resnet18-float32-b2.txt").read_text()
     assert explained.startswith("resnet18 engine channels_last float32 batch 2\n")
     assert "tactic" in explained
+    assert (folder / "engine-resnet18-int8-b2.txt").exists()

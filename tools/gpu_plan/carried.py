@@ -1,6 +1,7 @@
 """Kernels compiled ahead without a GPU, packed, and used on the machine that has one.
 
-    python -m resfuse.tools.gpu_plan.carried pack .gpu/kernels.tar.xz resnet50:256:float16
+    python -m resfuse.tools.gpu_plan.carried pack .gpu/kernels.tar.xz resnet50:256:float16 \\
+        resnet50:1:float16 resnet50:256:int8 resnet50:1:int8
     python -m resfuse.tools.gpu_plan.carried unpack .gpu/kernels.tar.xz ~/.triton/cache
     python -m resfuse.tools.gpu_plan.carried count resnet50:256:float16
 

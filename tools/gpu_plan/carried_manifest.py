@@ -18,12 +18,12 @@ import torch
 from resfuse.bench.common.errors import UsageError
 from resfuse.resnet_ref import MODELS
 
-DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A network in inference, whose kernels are wanted."""
+    """A network in inference, whose kernels are wanted; with "int8" those of its engine in int8."""
 
     model: str
     batch_size: int

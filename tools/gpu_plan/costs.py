@@ -23,6 +23,7 @@ class Cost:
 
 ONE, MANY = 1, 256
 ENGINE_BESIDE_CUDNN = "engine beside cudnn_fused"  # in one process, from a warm timing cache
+ENGINE_IN_INT8 = "engine in int8"
 COSTS: Mapping[tuple[str, int], Cost] = {
     ("eager", ONE): Cost(15, 60),
     ("eager", MANY): Cost(17, 60),
@@ -36,6 +37,9 @@ COSTS: Mapping[tuple[str, int], Cost] = {
     # Export, launchers, capture; every choice is known. The interval asks for a few seconds more.
     (ENGINE_BESIDE_CUDNN, ONE): Cost(30, 90),
     (ENGINE_BESIDE_CUDNN, MANY): Cost(35, 90),
+    # Some 330 and 400 candidates; ranges from 64 photographs and the errors of layers, on the CPU.
+    (ENGINE_IN_INT8, ONE): Cost(55, 180),
+    (ENGINE_IN_INT8, MANY): Cost(75, 220),
     # 21 and 22 kernels, compiled in line: 40 and 45 s without the cache.
     ("fused", ONE): Cost(18, 70),
     ("fused", MANY): Cost(22, 75),
@@ -67,6 +71,8 @@ def cost(case: Case) -> Cost:
         return TRAINING
     beside = (case.backend, case.baseline) == ("engine", "cudnn_fused")
     name = ENGINE_BESIDE_CUDNN if beside else case.backend
+    if case.backend == "engine" and case.precision == "int8":
+        name = ENGINE_IN_INT8
     found = COSTS.get((name, size), COSTS["compiled", size])
     factor = NETWORKS.get(case.model, 1.0)
     return Cost(found.expected_s * factor, found.bound_s * max(1.0, factor))

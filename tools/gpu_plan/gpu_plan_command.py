@@ -82,6 +82,7 @@ def listing(steps: Sequence[Step]) -> str:
         now += expected_s(step)
         lines.append(
             f"{expected_s(step):5.0f} {now:5.0f}  {step.name} ({step.part}): {step.measures}; "
+            f"{f'predicted {step.predicted}; ' if step.predicted else ''}"
             f"given up after {bound_s(step):.0f}"
         )
         lines.append(f"             resfuse {step.line}" if cases_of(step, "cuda") else "")

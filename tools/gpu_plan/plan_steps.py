@@ -1,12 +1,14 @@
 """STEPS: what the plan measures, in the order of its worth. Each stands for one command line.
 
-Three parts, for a GPU that is lent for minutes: the first brings the headline home, the second what
-was left of it and other depths, the third what can wait. Asking for a part runs what is
+Three parts, for a GPU that is lent for minutes: the first brings the headline home, the second
+int8, what was left and other depths, the third what can wait. Asking for a part runs what is
 unfinished of those before it first. fp8 is left out: nothing here computes in it yet. Energy,
 clocks and throttling are columns of every row.
 """
 
 from dataclasses import dataclass
+
+from resfuse.tools import h200_budget
 
 PARTS = ("first", "second", "third")
 BUDGET_S = 540.0
@@ -18,7 +20,7 @@ PROBE = "probe"
 @dataclass(frozen=True)
 class Step:
     """`line`: what to run; PROBE is the plan's own. `cost_s` and `bound_s`: of what is no case of a
-    network, else 0, since costs.py knows."""
+    network, else 0, since costs.py knows. `predicted`: what an H200 is expected to answer."""
 
     name: str
     part: str
@@ -26,6 +28,7 @@ class Step:
     line: str
     cost_s: float = 0.0
     bound_s: float = 0.0
+    predicted: str = ""  # by tools/h200_budget.py
 
 
 _TURNS = "--memory-format channels_last --baseline-memory-format channels_last"
@@ -35,10 +38,25 @@ _DEPTHS = "resnet18,resnet101,resnet152,resnext50_32x4d"
 _DEPTH = f"bench -m {_DEPTHS} --precision float16 --seconds 1 {_TURNS}"
 
 
-def _headline(part: str, name: str, backend: str, batch: str, measures: str) -> Step:
-    line = f"{_HEADLINE} -b {batch} --backend {backend}"
-    return Step(name, part, measures, line)
+_INT8 = f"bench -m resnet50 --precision int8 --seconds 2 --backend engine {_TURNS}"
 
+
+def _headline(
+    part: str, name: str, backend: str, batch: str, measures: str, predicted: str = ""
+) -> Step:
+    line = f"{_HEADLINE} -b {batch} --backend {backend}"
+    return Step(name, part, measures, line, predicted=predicted)
+
+
+def _gain(ms: float, over: float, whose: str) -> str:
+    return f"{ms:.2f} ms, {over / ms:.2f} times {whose}'s speed"
+
+
+PEER_256 = f"{h200_budget.PEER_MS:.2f} ms"
+AT_256 = _gain(h200_budget.PLAN_MS, h200_budget.PEER_MS, "the peer")
+INT8_256 = _gain(h200_budget.INT8_MS, h200_budget.PLAN_MS, "fp16")
+AT_1 = f"{h200_budget.PLAN_1_MS:.2f} ms"
+INT8_1 = _gain(h200_budget.INT8_1_MS, h200_budget.PLAN_1_MS, "fp16")
 
 STEPS: tuple[Step, ...] = (
     Step(
@@ -49,16 +67,38 @@ STEPS: tuple[Step, ...] = (
         20,
         60,
     ),
-    _headline("first", "cudnn-1", "cudnn_fused", "1", "the best peer at batch 1"),
-    _headline("first", "engine-1", "engine", "1", "our engine at batch 1"),
-    _headline("first", "cudnn-256", "cudnn_fused", "256", "the best peer at batch 256"),
-    _headline("first", "engine-256", "engine", "256", "our engine at batch 256"),
+    _headline("first", "cudnn-1", "cudnn_fused", "1", "the best peer at batch 1", "0.4 to 0.6 ms"),
+    _headline("first", "engine-1", "engine", "1", "our engine at batch 1", AT_1),
+    _headline("first", "cudnn-256", "cudnn_fused", "256", "the best peer at batch 256", PEER_256),
+    _headline("first", "engine-256", "engine", "256", "our engine at batch 256", AT_256),
     Step("beside-1", "first", "engine beside the peer in turns: the ratio", f"{_BESIDE} -b 1"),
     Step("beside-256", "first", "engine beside the peer in turns: the ratio", f"{_BESIDE} -b 256"),
     _headline("first", "fused", "fused", "256,1", "fused modules"),
     _headline("first", "compiled", "compiled", "256,1", "torch.compile by default, frozen"),
     _headline(
         "first", "autotune-256", "compiled_max_autotune", "256", "torch.compile, max-autotune"
+    ),
+    Step(
+        "int8-256",
+        "second",
+        "our engine in int8: is it right, and faster than its fp16",
+        f"{_INT8} -b 256",
+        predicted=INT8_256,
+    ),
+    Step(
+        "int8-1",
+        "second",
+        "our engine in int8: where 57 kernels wait for one another",
+        f"{_INT8} -b 1",
+        predicted=INT8_1,
+    ),
+    Step(
+        "check-int8",
+        "second",
+        "every configuration of every kernel in int8 against its twin",
+        "check --math-mode int8",
+        20,
+        60,
     ),
     _headline("second", "eager", "eager", "256,1", "eager beside itself: the noise"),
     _headline("second", "autotune-1", "compiled_max_autotune", "1", "torch.compile, max-autotune"),

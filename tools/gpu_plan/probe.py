@@ -50,12 +50,14 @@ def _conv_relu(device: str) -> Answer:
     return {"status": "pass", **found}
 
 
-def _launch(kernel: str, wanted: Callable[[Trial], bool]) -> Callable[[str], Answer]:
+def _launch(
+    kernel: str, wanted: Callable[[Trial], bool], math_mode: str = "fp16"
+) -> Callable[[str], Answer]:
     """Launches a kernel into NaN and compares it with fp64 element by element."""
 
     def question(device: str) -> Answer:
         small = torch.device(device).type == "cpu"
-        trials = TRIALS[kernel](Place(device, "fp16", small))
+        trials = TRIALS[kernel](Place(device, math_mode, small))
         trial = next((t for t in trials if small or wanted(t)), None)
         if trial is None:
             raise Unavailable(f"{kernel} has no such configuration")
@@ -75,4 +77,8 @@ QUESTIONS: dict[str, Callable[[str], Answer]] = {
     "split_k": _launch("conv_bn_act_split_k", lambda trial: True),
     "resident tail": _launch("block_tail", lambda trial: trial.config.kept > 0),
     "projection": _launch("conv1x1", lambda trial: "projection" in trial.label),
+    "int8": _launch("conv_int8", lambda trial: "descriptors" not in trial.label, "int8"),
+    "int8 by descriptors": _launch("conv_int8", lambda trial: "descriptors" in trial.label, "int8"),
+    "to int8": _launch("convert_int8", lambda trial: True, "int8"),
+    "max-pool in int8": _launch("pool_int8", lambda trial: True, "int8"),
 }

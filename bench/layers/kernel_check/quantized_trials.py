@@ -1,4 +1,4 @@
-"""Trials of the convolution of quantised values: its answers are integers, and compared as such."""
+"""Trials of kernels on quantised values: their answers are integers, and compared as such."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +15,8 @@ from resfuse.kernels.gpu.conv import conv_config
 from resfuse.kernels.gpu.conv1x1 import conv1x1_config
 from resfuse.kernels.gpu.conv_int8 import conv1x1_int8_kernel, conv_int8_kernel
 from resfuse.kernels.gpu.conv_int8.conv_int8 import conv_int8_ref
+from resfuse.kernels.gpu.int8_maps import convert, pool
+from resfuse.kernels.gpu.int8_maps.pool import PoolProblem
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 from resfuse.kernels.ops.quantization import Quantization, Requantization
 
@@ -38,6 +40,49 @@ def conv_int8(place: Place) -> Iterator[Trial]:
     for tile in place.some(c for c in conv1x1_config.INT8 if _any(c, tiles)):
         gemm = next(problem for problem in pointwise if tile in tiles[problem])
         yield _trial(place, gemm, tile, partial(conv1x1_int8_kernel.launch, config=tile))
+
+
+def convert_int8(place: Place) -> Iterator[Trial]:
+    """Every configuration, on images that become integers."""
+    shape = (1, 3, 5, 7) if place.small else (32, 3, 224, 224)
+    x = _bytes(place, shape).float() / 100
+    for config in place.some(convert.CONFIGS):
+        y = torch.full_like(_bytes(place, shape), 99)
+        made = convert.launch(x, y, _STORED, config)
+        exact = partial(_converted, place, shape)
+        yield Trial(
+            f"{'x'.join(map(str, shape))} {config.label()}", "int8", config, 1, made, (y,), exact
+        )
+
+
+def pool_int8(place: Place) -> Iterator[Trial]:
+    """Every configuration, on the largest values of windows; the last on means of whole maps."""
+    stem = PoolProblem(32, 64, 112, 112, 56, 56, (3, 3), (2, 2), (1, 1))
+    last = PoolProblem(32, 2048, 7, 7, 1, 1, (7, 7), (1, 1), (0, 0))
+    if place.small:
+        stem, last = replace(stem, n=1, c=24, h=8, w=6, p=4, q=3), replace(last, n=1, c=300)
+    for config in place.some(pool.CONFIGS):
+        means = config not in pool.candidates(stem)
+        problem = last if means else stem
+        x = _bytes(place, problem.input_shape)
+        y = torch.full_like(_bytes(place, problem.output_shape), 99)
+        how = (_divisors(place), _STORED, _OUTPUT) if means else ()
+        made = pool.launch(problem, x, y, config, *how)
+        label = f"{'mean' if means else 'max'} {problem.label()} {config.label()}"
+        yield Trial(label, "int8", config, 1, made, (y,), partial(_pooled, place, problem, means))
+
+
+def _divisors(place: Place) -> Tensor:
+    return torch.full((1, 1), 49.0, device=place.device)
+
+
+def _converted(place: Place, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return (convert.convert_int8_ref(_bytes(place, shape).float() / 100, _STORED).double(),)
+
+
+def _pooled(place: Place, problem: PoolProblem, means: bool) -> tuple[Tensor, ...]:
+    how = (_divisors(place), _STORED, _OUTPUT) if means else ()
+    return (pool.pool_int8_ref(_bytes(place, problem.input_shape), problem, *how).double(),)
 
 
 def _any(config: object, usable: Mapping[Any, Sequence[object]]) -> bool:

@@ -13,7 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from resfuse.bench.layers.kernel_check.quantized_trials import conv_int8
+from resfuse.bench.layers.kernel_check.quantized_trials import (
+    conv_int8,
+    convert_int8,
+    pool_int8,
+)
 from resfuse.bench.layers.kernel_check.training_trials import (
     bn_add_relu,
     bn_conv1x1,
@@ -209,6 +213,8 @@ TRIALS: dict[str, Callable[[Place], Iterator[Trial]]] = {
     "conv_bn_act": _conv,
     "conv_bn_act_split_k": _split_k,
     "conv_int8": conv_int8,
+    "convert_int8": convert_int8,
+    "pool_int8": pool_int8,
     "conv1x1": _conv1x1,
     "stem": _stem,
     "bn_act": _bn_act,
@@ -220,7 +226,10 @@ TRIALS: dict[str, Callable[[Place], Iterator[Trial]]] = {
 }
 
 
+_IN_INT8 = ("conv_int8", "convert_int8", "pool_int8")
+
+
 def trials_of(kernel: str, place: Place) -> Iterator[Trial]:
     """Yields a kernel's trials in the place's math mode, if it computes in that."""
-    if (kernel == "conv_int8") == (place.math_mode in QUANTIZED_MODES):
+    if (kernel in _IN_INT8) == (place.math_mode in QUANTIZED_MODES):
         yield from TRIALS[kernel](place)

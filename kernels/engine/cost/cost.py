@@ -22,9 +22,10 @@ def cost_of(part: Graph) -> Cost:
     for node in part.nodes:
         if isinstance(node.op, Conv):
             problem = node.op.problem
-            size = problem.dtypes.weight.itemsize
+            size, (k, *summed) = problem.dtypes.weight.itemsize, problem.weight_shape
             flops += problem.flops
-            weights += size * problem.k * (problem.c // problem.groups * problem.r * problem.s + 1)
+            weights += size * k * prod(summed)
+            weights += k * (8 if problem.is_quantized else size)  # bias; in int8 a scale, too
     read = sum(_read_bytes(part, name) for name in part.reads)
     written = sum(_bytes(part, name) for name in part.outputs)
     return Cost(flops, weights + read + written)

@@ -20,6 +20,7 @@ _SHORT: Mapping[torch.dtype, str] = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.uint8: "u8",
+    torch.int8: "s8",
 }
 
 

@@ -13,12 +13,15 @@ from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Torch
 
 
-def chunked(tactic: str, candidates: Sequence[Candidate], count: int) -> Candidate:
-    """Returns the candidate that computes the nodes of neighbouring candidates in `count`
-    chunks."""
+def chunked(
+    tactic: str, candidates: Sequence[Candidate], count: int, streams: int = 1
+) -> Candidate:
+    """Returns the candidate that computes the nodes of neighbouring candidates in `count` chunks,
+    one after another or, on a GPU, by turns on so many streams."""
     start, stop = candidates[0].start, candidates[-1].stop
     inner = tuple((c.tactic, c.start - start, c.stop - start, c.config) for c in candidates)
-    return Candidate(tactic, start, stop, (("count", count), ("inner", inner)))
+    side_by_side = (("streams", streams),) if streams > 1 else ()
+    return Candidate(tactic, start, stop, (("count", count), *side_by_side, ("inner", inner)))
 
 
 def inner_candidates(candidate: Candidate) -> list[Candidate]:

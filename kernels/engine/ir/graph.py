@@ -23,7 +23,8 @@ State = Mapping[str, Tensor]  # parameters, buffers and constants by name
 @dataclass(frozen=True)
 class Value:
     """The shape and dtype of a tensor between operations: [N, C, H, W], or any shape where only
-    torch reads it. A quantised one is uint8, and `quantization` says what its numbers stand for."""
+    torch reads it. A quantised one is uint8, or on a GPU int8, the same less 128; `quantization`
+    says what the numbers in uint8 stand for."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -186,7 +187,7 @@ class Concat:
 class Convert:
     """The same values in another dtype, rounded to the nearest."""
 
-    dtype: str  # float32, bfloat16, or uint8 for quantised values
+    dtype: str  # float32, bfloat16, or for quantised values uint8, on a GPU int8
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Plans the early stages of a network in chunks of a few images, where that pays.
+"""Plans the early stages of a network in chunks of a few images, or on a GPU all of it in two
+halves of the batch on two streams, where that pays.
 
 The times of segments cannot show that: a chunk is faster because of what earlier segments have left
 in a cache. So whole stages are timed, in one chunk and in several. Chunking is a pass over a plan
@@ -19,6 +20,10 @@ from resfuse.kernels.engine.tactics import TACTICS
 _NOISE = 0.01  # the least share of a price that chunks must save
 # Images of a chunk. On a GPU fewer leave most multiprocessors without a tile.
 IMAGES = {"native_chunks": (1, 2, 4), "chunks": (8, 16, 32)}
+# Of a batch on two streams. Early stages of ResNet-50 wait for an H200's memory, later ones
+# multiply (results/nvidia-h200/NOTES.md), and each kernel ends with multiprocessors that have no
+# tile left: 3 to 8 % are expected, and not measured.
+HALVES = 2
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,22 @@ def chunk_stages(
             inner = [segment.candidate for segment in early.segments]
             whole, *chunks = (chunked(tactic, inner, count) for count in (1, *counts))
             stages.append(Stage(early, rest, whole, tuple(chunks)))
+    if not in_arena and timed and graph.batch_size % 2 == 0 and can_be_chunked(_all(graph)):
+        stages.append(_in_halves(graph, tactic, timed))
     return stages
+
+
+def _all(graph: Graph) -> Graph:
+    return graph.part(0, len(graph.nodes))
+
+
+def _in_halves(graph: Graph, tactic: str, timed: Sequence[TimedCandidate]) -> Stage:
+    """Returns the whole network as a stage, whose chunks are two halves of the batch side by
+    side."""
+    early = plan(graph, timed)
+    inner = [segment.candidate for segment in early.segments]
+    halves = chunked(tactic, inner, HALVES, streams=HALVES)
+    return Stage(early, Plan((), 0), chunked(tactic, inner, 1), (halves,))
 
 
 def with_chunks(unchunked: Plan, stages: Iterable[Stage], timed: Iterable[TimedCandidate]) -> Plan:

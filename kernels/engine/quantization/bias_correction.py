@@ -39,8 +39,11 @@ def bias_correction(graph: Graph, state: State, ranges: Ranges, name: str) -> Te
             f"argument ranges: {node.inputs[0]} has no means of {problem.c} channels; accepted: "
             "ranges of this model"
         )
+    if state[node.op.weight].is_meta:  # a network without numbers
+        return torch.empty(problem.k, dtype=torch.float64, device="meta")
     weight, _ = conv_weights(node.op, state, torch.float64)
-    return -mean_shift(weight, torch.tensor(found.means, dtype=torch.float64), problem.groups)
+    means = torch.tensor(found.means, dtype=torch.float64, device=weight.device)
+    return -mean_shift(weight, means, problem.groups)
 
 
 def mean_shift(weight: Tensor, means: Tensor, groups: int) -> Tensor:

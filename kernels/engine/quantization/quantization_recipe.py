@@ -2,6 +2,7 @@
 batch sizes and shapes.
 """
 
+import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -37,6 +38,14 @@ class QuantizationRecipe:
     errors: dict[str, LayerError]
 
 
+def on_cpu(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+    """Returns both on the CPU, a model on a GPU as a copy. Ranges are found there, so that they are
+    the same for every device: a GPU may compute float32 in TF32."""
+    if example.device.type == "cpu":
+        return model, example
+    return copy.deepcopy(model).cpu(), example.cpu()
+
+
 def quantization_recipe(
     model: nn.Module,
     example: Tensor,
@@ -47,7 +56,7 @@ def quantization_recipe(
     """Returns the recipe for a model, calibrated with images unless there are ranges.
 
     Args:
-        example: one of the inputs to build for.
+        model, example: on the CPU; one of the inputs to build for.
         calibration, max_error: see `build_engine`.
 
     Raises:

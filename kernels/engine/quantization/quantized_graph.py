@@ -31,12 +31,17 @@ from resfuse.kernels.engine.ir.graph import (
 )
 from resfuse.kernels.engine.quantization.bias_correction import bias_correction
 from resfuse.kernels.engine.quantization.ranges import Ranges
+from resfuse.kernels.engine.quantization.unseen_ranges import unseen_ranges
 from resfuse.kernels.ops.conv_problem import dtypes_of
-from resfuse.kernels.ops.quantization import Quantization
+from resfuse.kernels.ops.quantization import STORED_ON, Quantization
 
 
 def quantized(
-    graph: Graph, state: State, ranges: Ranges, kept: Collection[str]
+    graph: Graph,
+    state: State,
+    ranges: Ranges,
+    kept: Collection[str],
+    stored_as: torch.dtype = torch.uint8,
 ) -> tuple[Graph, dict[str, Tensor]]:
     """Returns a graph that computes nearly the same in int8, and what it needs in addition to the
     state: each convolution's correction of its bias.
@@ -44,6 +49,7 @@ def quantized(
     Args:
         ranges: of the values of `graph`.
         kept: the names of the weights of convolutions and linear layers to compute in float32.
+        stored_as: the dtype of quantised values, uint8 or, less 128, int8.
 
     Raises:
         ValueError: the ranges are those of another model.
@@ -57,10 +63,10 @@ def quantized(
         values, op = graph.values, node.op
         inputs, value = {name: values[name] for name in node.inputs}, values[node.name]
         if node.name in chosen:
-            inputs = {name: _as_u8(values[name], scales[name]) for name in node.inputs}
+            inputs = {n: Value(values[n].shape, stored_as, scales[n]) for n in node.inputs}
             stored = not _may_store_float32(node) or _is_read_in_int8(graph, node, chosen)
             if stored:
-                value = _as_u8(value, scales[node.name])
+                value = Value(value.shape, stored_as, scales[node.name])
             if isinstance(op, Conv):
                 correction = f"{node.name}:correction"
                 corrections[correction] = bias_correction(graph, state, ranges, node.name).float()
@@ -72,8 +78,10 @@ def quantized(
     return replace(rewriter.finished(), constants=constants), corrections
 
 
-def _as_u8(value: Value, quantization: Quantization) -> Value:
-    return Value(value.shape, torch.uint8, quantization)
+def unseen_int8(graph: Graph, state: State) -> tuple[Graph, dict[str, Tensor]]:
+    """Returns what `quantized` makes of a graph for a GPU, with ranges that no image was seen for:
+    to plan and to compile ahead, not to compute."""
+    return quantized(graph, state, unseen_ranges(graph), (), STORED_ON["cuda"])
 
 
 def _computed_in_int8(graph: Graph, kept: Collection[str]) -> set[str]:

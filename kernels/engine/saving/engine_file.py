@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def _saved(
     plans = checked_plans(
         {
             tuple(map(int, key.split("x"))): (
-                graph_from_json(p["graph"]),
+                replace(graph_from_json(p["graph"]), device=device),
                 segments_from_json(p["segments"]),
             )
             for key, p in header["plans"].items()

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.chunks import can_be_chunked, inner_candidates
+from resfuse.kernels.engine.ir.chunks import can_be_chunked, chunked, inner_candidates
 from resfuse.kernels.engine.ir.graph import Graph
-from resfuse.kernels.engine.planning.chunking import IMAGES
+from resfuse.kernels.engine.planning.chunking import HALVES, IMAGES
 from resfuse.kernels.engine.planning.planner import Segment
 from resfuse.kernels.engine.saving.graph_structure import Unsound, fits
 from resfuse.kernels.engine.tactics import TACTICS, TacticModule
@@ -59,7 +59,12 @@ def _as_chunked(
     chunk; raises Unsound where one is not."""
     count, part = candidate.settings["count"], graph.part(candidate.start, candidate.stop)
     images, rest = divmod(graph.batch_size, count) if type(count) is int and count > 0 else (0, 1)
-    known = rest == 0 and (count == 1 or images in IMAGES[candidate.tactic])
+    streams = candidate.settings.get("streams", 1)
+    halves = not TACTICS[candidate.tactic].in_arena and (count, streams) == (HALVES, HALVES)
+    alone = (
+        type(streams) is int and streams == 1 and (count == 1 or images in IMAGES[candidate.tactic])
+    )
+    known = rest == 0 and (halves or alone)
     if not known or not part.nodes or not can_be_chunked(part):
         raise Unsound(f"{candidate.label()} is no way to part {graph.batch_size} images")
     inner, at = [], 0
@@ -76,5 +81,5 @@ def _as_chunked(
         at = own.stop
     if at != len(part.nodes):
         raise Unsound(f"nothing computes node {at} of a chunk")
-    settings = (("count", count), ("inner", tuple(inner)))
-    return Candidate(candidate.tactic, candidate.start, candidate.stop, settings)
+    of = chunked(candidate.tactic, [Candidate(*one) for one in inner], count, streams)
+    return replace(of, start=candidate.start, stop=candidate.stop)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from resfuse.kernels.engine.frontend.conversions import moves
 from resfuse.kernels.engine.ir.graph import Concat, MaxPool, Node, Pick, Torch, Value
 from resfuse.kernels.engine.saving.graph_structure import Unsound
+from resfuse.kernels.ops.quantization import QUANTIZED_DTYPES
 
 
 def require_quantized(node: Node, value: Value, inputs: Sequence[Value]) -> None:
@@ -16,7 +15,7 @@ def require_quantized(node: Node, value: Value, inputs: Sequence[Value]) -> None
     Args:
         value: the node's result.
     """
-    if value.quantization is not None and value.dtype != torch.uint8:
+    if value.quantization is not None and value.dtype not in QUANTIZED_DTYPES:
         raise Unsound(f"{node.name} is {value.dtype}, and quantised")
     scales = [given.quantization for given in inputs]
     if isinstance(node.op, Torch) and not moves(node):
@@ -29,5 +28,5 @@ def require_quantized(node: Node, value: Value, inputs: Sequence[Value]) -> None
         if isinstance(node.op, Torch):
             return  # which also moves integers that are no quantised ones
     for given in (value, *inputs):
-        if given.dtype == torch.uint8 and given.quantization is None:
+        if given.dtype in QUANTIZED_DTYPES and given.quantization is None:
             raise Unsound(f"{node.name} computes on integers without a scale")

@@ -39,6 +39,7 @@ from resfuse.kernels.engine.saving.graph_structure import Unsound, memory_bytes
 from resfuse.kernels.engine.saving.quantized_values import require_quantized
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.ops.activation import ACTIVATIONS
+from resfuse.kernels.ops.quantization import QUANTIZED_DTYPES, STORED_ON
 
 
 class ShapeInference:
@@ -57,8 +58,11 @@ class ShapeInference:
     def require(self) -> None:
         """Raises Unsound unless every value has the shape and dtype that the graph says."""
         self._derive()
+        for name in self._graph.reads:
+            self._require_storage(name, self._graph.values[name])
         for node in self._graph.nodes:
             value = self._graph.values[node.name]
+            self._require_storage(node.name, value)
             inputs = [self._graph.values[name] for name in node.inputs]
             if isinstance(node.op, Torch):
                 accepted = [self._of_torch(node, node.op, inputs)]
@@ -73,6 +77,11 @@ class ShapeInference:
             require_quantized(node, value, inputs)
             if replace(value, quantization=None) not in accepted:
                 raise Unsound(f"{node.name} is said to be {value}, and is {accepted}")
+
+    def _require_storage(self, name: str, value: Value) -> None:
+        """Raises Unsound unless a quantised value lies as this device's kernels read it."""
+        if value.quantization is not None and value.dtype != STORED_ON[self._device.type]:
+            raise Unsound(f"{name} is {value.dtype}, and quantised for another device")
 
     def _derive(self) -> None:
         """Adds what the graph derives to the state.
@@ -97,10 +106,11 @@ class ShapeInference:
     @staticmethod
     def _stored(node: Node, inputs: list[Value]) -> list[torch.dtype]:
         """Returns the dtypes that the result of an operation other than torch's may have."""
-        if isinstance(node.op, Conv):
-            return [node.op.problem.dtypes.output]
         own = inputs[0].dtype
-        wide = own == torch.uint8 and isinstance(node.op, Affine | Mean)
+        if isinstance(node.op, Conv):
+            stored = node.op.problem.dtypes.output
+            return [own if stored == torch.uint8 else stored]
+        wide = own in QUANTIZED_DTYPES and isinstance(node.op, Affine | Mean)
         return [own, torch.float32] if wide else [own]
 
     @staticmethod
@@ -109,7 +119,8 @@ class ShapeInference:
         between = {
             "bfloat16": [torch.float32],
             "uint8": [torch.float32],
-            "float32": [torch.bfloat16, torch.uint8],
+            "int8": [torch.float32],
+            "float32": [torch.bfloat16, *QUANTIZED_DTYPES],
         }
         if len(inputs) != 1 or inputs[0].dtype not in between.get(op.dtype, []):
             raise Unsound(f"{node.name} converts {[v.dtype for v in inputs]} to {op.dtype}")
@@ -170,11 +181,15 @@ class ShapeInference:
             raise Unsound(f"{node.name} convolves {x}")
         if len(x) == 2 and (p.h, p.w) != (1, 1):
             raise Unsound(f"{node.name} convolves {x}")
-        if p.dtypes.input != dtype or (p.math_mode == "tf32" and self._device.type != "cuda"):
+        quantized = dtype in QUANTIZED_DTYPES
+        if p.dtypes.input != (torch.uint8 if quantized else dtype) or (
+            p.math_mode == "tf32" and self._device.type != "cuda"
+        ):
             raise Unsound(f"{node.name} computes in {p.math_mode}")
         of_each = p.c // p.groups
-        narrow = {torch.bfloat16: {torch.bfloat16, torch.float32}, torch.uint8: {torch.float32}}
-        folded = narrow.get(dtype, {dtype})
+        folded = {torch.float32} if quantized else {dtype}
+        if dtype == torch.bfloat16:
+            folded = {torch.bfloat16, torch.float32}
         self._require_state(
             node, op.weight, [(p.k, of_each, p.r, p.s), (p.k, of_each * p.r * p.s)], folded
         )
@@ -182,7 +197,7 @@ class ShapeInference:
             self._require_state(node, op.bias, [(p.k,)], folded)
         if op.correction is not None:
             self._require_state(node, op.correction, [(p.k,)], {torch.float32})
-        if op.correction is not None and dtype != torch.uint8:
+        if op.correction is not None and not quantized:
             raise Unsound(f"{node.name} has a correction in {dtype}")
         self._require_epilogue(node, op, p.k, p.residual)
         shape: tuple[int, ...] = (p.n, p.k, p.p, p.q)
@@ -272,7 +287,9 @@ class ShapeInference:
         if not sound or (isinstance(op, AveragePool) and op.divisor == 0):
             raise Unsound(f"{node.name} is no pool")
         with self._fake:
-            pooled = eager.function_of(node, self._graph.values, {})(torch.empty(x))
+            dtype = self._graph.values[node.inputs[0]].dtype
+            given = torch.empty(x, dtype=dtype if dtype in QUANTIZED_DTYPES else torch.float32)
+            pooled = eager.function_of(node, self._graph.values, {})(given)
         return tuple(pooled.shape)
 
     def _of_torch(self, node: Node, op: Torch, inputs: list[Value]) -> Value:

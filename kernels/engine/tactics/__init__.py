@@ -106,6 +106,16 @@ TACTICS: dict[str, Tactic] = {
         "1x1 convolution with the block's projection shortcut folded in",
         devices=("cuda",),
     ),
+    "int8": Tactic(
+        "resfuse.kernels.engine.tactics.gpu.triton_int8",
+        "any convolution of quantised values, requantised, in int8",
+        devices=("cuda",),
+    ),
+    "int8_maps": Tactic(
+        "resfuse.kernels.engine.tactics.gpu.triton_int8_maps",
+        "conversions, pools and means of quantised values",
+        devices=("cuda",),
+    ),
     "stem": Tactic(
         "resfuse.kernels.engine.tactics.gpu.triton_stem",
         "7x7/2 convolution, ReLU and max-pool",

@@ -47,7 +47,11 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     node = graph.nodes[at]
     # the twin of a native convolution is in fp64: to time it would take most of a build
-    if not (isinstance(node.op, Conv) and quantized_eager.has_native_twin(node.op)):
+    op = node.op
+    native = isinstance(op, Conv) and quantized_eager.has_native_twin(
+        op, graph.values[node.inputs[0]]
+    )
+    if not native:
         yield Candidate("eager", at, at + 1)
 
 

@@ -1,5 +1,6 @@
 """Computes nodes on quantised values by the plain-torch twins of the native kernels: the reference
-for those, and the fallback where there are none.
+for those, and the fallback where there are none. Values on a GPU, int8 (the same less 128), become
+uint8 for a twin, and its result int8 again.
 """
 
 from collections.abc import Callable, Hashable
@@ -32,8 +33,10 @@ from resfuse.kernels.ops.quantization import (
     average_pool_ref,
     conv_ref,
     dequantize,
+    less_128,
     max_pool_ref,
     mean_ref,
+    plus_128,
     quantize,
     quantize_weights,
     requantization,
@@ -48,9 +51,9 @@ def is_quantized(node: Node, values: dict[str, Value]) -> bool:
     return any(values[name].quantization is not None for name in (*node.inputs, node.name))
 
 
-def has_native_twin(op: Conv) -> bool:
-    """Returns whether native steps compute a convolution of quantised values here."""
-    quantized = op.problem.dtypes.input == torch.uint8
+def has_native_twin(op: Conv, x: Value) -> bool:
+    """Returns whether native steps compute a convolution of quantised values x here."""
+    quantized = op.problem.is_quantized and x.dtype == torch.uint8
     return quantized and why_unavailable("u8") is None and refusal(op.problem) is None
 
 
@@ -61,6 +64,23 @@ def function_of(node: Node, values: dict[str, Value], state: State, keep: Keep) 
     Args:
         keep: stores the quantised weights for all nodes that share them.
     """
+    function = _on_u8(node, values, state, keep)
+    if function is None or isinstance(node.op, Concat):
+        return function
+    if all(values[name].dtype != torch.int8 for name in (*node.inputs, node.name)):
+        return function
+    return lambda *inputs: _as_s8(function(*map(_as_u8, inputs)))
+
+
+def _as_u8(x: Tensor) -> Tensor:
+    return plus_128(x) if x.dtype == torch.int8 else x
+
+
+def _as_s8(x: Tensor) -> Tensor:
+    return less_128(x) if x.dtype == torch.uint8 else x
+
+
+def _on_u8(node: Node, values: dict[str, Value], state: State, keep: Keep) -> Function | None:
     op, output = node.op, values[node.name].quantization
     x = values[node.inputs[0]].quantization
     if isinstance(op, Convert):
@@ -85,9 +105,9 @@ def function_of(node: Node, values: dict[str, Value], state: State, keep: Keep) 
         shape = values[node.name].shape
         return lambda given: mean_ref(given, x, output).view(shape)
     assert output is not None
-    divisors = _divisors(op, values[node.inputs[0]].shape)
+    divisors = OnDevice(divisors_of(op, values[node.inputs[0]].shape))
     return lambda given: average_pool_ref(
-        given, x, output, op.kernel, op.stride, op.padding, divisors
+        given, x, output, op.kernel, op.stride, op.padding, divisors(given.device)
     )
 
 
@@ -106,6 +126,20 @@ def _convert(x: Quantization | None, output: Quantization | None) -> Function:
         return lambda given: quantize(given, output)
     assert x is not None
     return lambda given: dequantize(given, x)
+
+
+class OnDevice:
+    """A constant tensor on whichever device it is asked for; kept there, since a CUDA graph may
+    copy nothing from the CPU."""
+
+    def __init__(self, on_cpu: Tensor) -> None:
+        self._known = {on_cpu.device: on_cpu}
+        self._on_cpu = on_cpu
+
+    def __call__(self, device: torch.device) -> Tensor:
+        if device not in self._known:
+            self._known[device] = self._on_cpu.to(device)
+        return self._known[device]
 
 
 def _conv(node: Node, op: Conv, values: dict[str, Value], state: State, keep: Keep) -> Function:
@@ -147,8 +181,11 @@ def _affine(node: Node, op: Affine, values: dict[str, Value], state: State, keep
         return lambda given, gate, residual=None: affine_ref(
             given, dequantize(gate, factor), nothing, x, *ends, residual, added, op.residual_last
         )
-    both = keep(("int8", op.norm, channels), lambda: list(scale_and_shift(op, channels, state)))
-    scale, shift = (t.view(around) for t in both)
+    if op.norm is None:
+        scale, shift = torch.ones((), device="cpu"), torch.zeros((), device="cpu")  # for any device
+    else:
+        both = keep(("int8", op.norm, channels), lambda: list(scale_and_shift(op, channels, state)))
+        scale, shift = (t.view(around) for t in both)
     return lambda given, residual=None: affine_ref(
         given, scale, shift, x, *ends, residual, added, op.residual_last
     )
@@ -157,12 +194,12 @@ def _affine(node: Node, op: Affine, values: dict[str, Value], state: State, keep
 def _pick(op: Pick, x: Quantization | None) -> Function:
     """Returns a function that picks channels and pixels; what is zero is of zero points."""
     picked = {2: op.rows, 3: op.columns} | ({} if op.channels is None else {1: op.channels})
-    indices = {dim: torch.tensor(at, device="cpu") for dim, at in picked.items()}
+    indices = {dim: OnDevice(torch.tensor(at, device="cpu")) for dim, at in picked.items()}
 
     def run(given: Tensor) -> Tensor:
         y = given
         for dim, index in indices.items():
-            y = y.index_select(dim, index)
+            y = y.index_select(dim, index(given.device))
         if op.zeros or any(op.around):
             y = F.pad(y, (*op.around, 0, op.zeros), value=x.zero_point if x is not None else 0)
         return y.contiguous(memory_format=torch.channels_last)
@@ -170,7 +207,7 @@ def _pick(op: Pick, x: Quantization | None) -> Function:
     return run
 
 
-def _divisors(op: AveragePool, shape: tuple[int, ...]) -> Tensor:
+def divisors_of(op: AveragePool, shape: tuple[int, ...]) -> Tensor:
     """Returns the divisor of each window [P, Q]: the values that torch's own pool counts in it."""
     ones = torch.ones(1, 1, *shape[2:], dtype=torch.float64, device="cpu")
     window = op.kernel, op.stride, op.padding, op.ceil

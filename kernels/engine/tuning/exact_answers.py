@@ -15,6 +15,7 @@ from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.gpu.cudnn.cudnn_probe import as_decided
 from resfuse.kernels.ops.conv_problem import math_mode_of
+from resfuse.kernels.ops.quantization import QUANTIZED_DTYPES, less_128
 from resfuse.kernels.ops.tolerance import EAGER_FACTOR, TOLERANCES
 
 # The share of quantised numbers that may be one step away, where rounding is a tie but for the last
@@ -38,8 +39,8 @@ class ExactAnswer:
         quantised outputs the largest share of numbers that are one step away; infinite where one is
         further."""
         pairs = [*zip(outputs, self.outputs, strict=True)]
-        steps = [(y, want) for y, want in pairs if want.dtype == torch.uint8]
-        floats = [(y, want) for y, want in pairs if want.dtype != torch.uint8]
+        steps = [(y, want) for y, want in pairs if want.dtype in QUANTIZED_DTYPES]
+        floats = [(y, want) for y, want in pairs if want.dtype not in QUANTIZED_DTYPES]
         return max(
             relative_error([y for y, _ in floats], [want for _, want in floats]),
             max((_share_of_steps(y, want) for y, want in steps), default=0.0),
@@ -61,7 +62,7 @@ def exact_answer(part: Graph, state: State, device: torch.device) -> ExactAnswer
     generator = torch.Generator(device).manual_seed(0)
     inputs = [_random(part.values[name], generator) for name in part.reads]
     exact = eager.exact(part, state, inputs)
-    if part.dtype == torch.uint8:  # sums of integers are exact
+    if part.dtype in QUANTIZED_DTYPES:  # sums of integers are exact
         of_floats = TOLERANCES["ieee"].rtol
         return ExactAnswer(inputs, exact, _TIES if _gives_steps(part) else of_floats)
     candidates = [Candidate("eager", at, at + 1) for at in range(len(part.nodes))]
@@ -72,7 +73,7 @@ def exact_answer(part: Graph, state: State, device: torch.device) -> ExactAnswer
 
 
 def _gives_steps(part: Graph) -> bool:
-    return any(part.values[name].dtype == torch.uint8 for name in part.outputs)
+    return any(part.values[name].dtype in QUANTIZED_DTYPES for name in part.outputs)
 
 
 def relative_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -93,6 +94,7 @@ def _random(value: Value, generator: torch.Generator) -> Tensor:
         zero = value.quantization.zero_point
         x = zero + _DEVIATION * torch.randn(value.shape, generator=generator, device=device)
         x = x.round().clamp(0, 255).to(torch.uint8)
+        x = less_128(x) if value.dtype == torch.int8 else x
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     if not value.dtype.is_floating_point:
         return torch.ones(value.shape, dtype=value.dtype, device=device)

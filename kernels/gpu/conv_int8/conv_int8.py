@@ -9,7 +9,7 @@ may move it by one step. FLOPs 2*N*K*P*Q*C/groups*R*S in int8; bytes at best: x,
 once each, one an element.
 
 conv_int8_kernel.py computes any of them, conv1x1_int8_kernel.py those of 1x1 on Hopper and newer.
-Both read values less 128, in int8, and write such. A network would keep them so
+Both read values less 128, in int8, and write such. The engine keeps them so
 between its layers; what is in uint8 takes a pass here, and y one back.
 """
 
@@ -27,29 +27,20 @@ from resfuse.kernels.gpu.conv import conv_config
 from resfuse.kernels.gpu.conv.conv_arguments import require_convolution, split_slope
 from resfuse.kernels.gpu.conv1x1 import conv1x1_config
 from resfuse.kernels.gpu.conv_int8 import conv1x1_int8_kernel, conv_int8_kernel
-from resfuse.kernels.gpu.conv_int8.conv_int8_kernel import (
-    SIGNED,
-    Tensors,
-    offsets,
-    require_summable,
-)
+from resfuse.kernels.gpu.conv_int8.conv_int8_kernel import Tensors, offsets, require_summable
 from resfuse.kernels.ops.activation import Slope, require_activation
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
-from resfuse.kernels.ops.quantization import Quantization, Requantization, conv_ref
+from resfuse.kernels.ops.quantization import (
+    Quantization,
+    Requantization,
+    conv_ref,
+    less_128,
+    plus_128,
+)
 from resfuse.kernels.tuning_cache.denylist import key_of
 from resfuse.kernels.tuning_cache.timing_cache import known
 
 _DENSE = Geometry()
-
-
-def less_128(values: Tensor) -> Tensor:
-    """Returns uint8 values less 128 as int8, in the same memory format."""
-    return (values ^ SIGNED).view(torch.int8)
-
-
-def plus_128(values: Tensor) -> Tensor:
-    """Returns the uint8 values of `less_128`."""
-    return values.view(torch.uint8) ^ SIGNED
 
 
 def conv_int8_ref(

@@ -41,9 +41,8 @@ from resfuse.kernels.gpu.conv.conv_config import (
 from resfuse.kernels.gpu.conv.implicit_gemm import multiply, output_channels, swizzle
 from resfuse.kernels.ops.activation import Slope
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, Pair, dtypes_of
-from resfuse.kernels.ops.quantization import INT32_PRODUCTS, Quantization
+from resfuse.kernels.ops.quantization import INT32_PRODUCTS, SIGNED, Quantization
 
-SIGNED = 128  # what a uint8 value is more than the int8 that is stored for it
 # Added to a float32 of magnitude below 2**22 it leaves no bits for a fraction: they are rounded to
 # the nearest integer, halfway to the even.
 ROUNDING = tl.constexpr(float(3 << 22))
@@ -131,6 +130,15 @@ def _offset(
 
 
 @triton.jit
+def quantise(z, inverse_scale, zero_point):
+    """float32 numbers as what uint8 would store, less 128; NaN as the zero point."""
+    z *= inverse_scale
+    z = tl.where(z == z, z, 0.0)
+    z = tl.minimum(tl.maximum(z, -zero_point), 255 - zero_point)
+    return ((z + ROUNDING) - ROUNDING + (zero_point - 128)).to(tl.int32).to(tl.int8)
+
+
+@triton.jit
 def finish(
     sums, offs_k, mask_k, scale_ptr, bias_ptr, residual, slope_ptr,
     negative_slope, residual_scale, residual_zero_point, inverse_scale, zero_point,
@@ -152,10 +160,7 @@ def finish(
     if residual is not None and RESIDUAL_LAST:
         z += added
     if OUTPUT == tl.int8:  # noqa: SIM300 - OUTPUT is the one that varies
-        z *= inverse_scale
-        z = tl.where(z == z, z, 0.0)  # NaN is stored as the zero point
-        z = tl.minimum(tl.maximum(z, -zero_point), 255 - zero_point)
-        z = ((z + ROUNDING) - ROUNDING + (zero_point - 128)).to(tl.int32).to(tl.int8)
+        z = quantise(z, inverse_scale, zero_point)
     return z
 
 

@@ -22,6 +22,7 @@ from resfuse.kernels.gpu.block_tail import block_tail_config
 from resfuse.kernels.gpu.bn_act import bn_act, bn_act_config
 from resfuse.kernels.gpu.conv import conv_config, depthwise
 from resfuse.kernels.gpu.conv1x1 import conv1x1_config
+from resfuse.kernels.gpu.int8_maps import convert, pool
 from resfuse.kernels.gpu.registry import KERNELS
 from resfuse.kernels.gpu.split_k import split_k, split_k_config
 from resfuse.kernels.gpu.stem import stem_config
@@ -53,6 +54,7 @@ def proven(configs: list[Any]) -> list[Any]:
 
 
 CONV = ConvProblem(32, 64, 56, 56, 64, 3, 3, Geometry(padding=(1, 1)))
+WINDOWS = pool.PoolProblem(8, 300, 9, 9, 5, 5, (3, 3), (2, 2), (1, 1))
 CHOOSERS: dict[str, tuple[str, Any, Callable[[Barred], Any], Callable[[], list[Any]]]] = {
     "conv": (
         "conv_bn_act", CONV,
@@ -66,6 +68,14 @@ CHOOSERS: dict[str, tuple[str, Any, Callable[[Barred], Any], Callable[[], list[A
         "conv_int8", in_int8 := replace(CONV, dtypes=dtypes_of("int8")),
         lambda b: conv_config.choose(in_int8, 132, b, "conv_int8"),
         lambda: proven(conv_config.candidates(in_int8)),
+    ),
+    "convert_int8": (
+        "convert_int8", in_int8,
+        lambda b: convert.choose(1 << 20, 132, b), lambda: list(convert.CONFIGS),
+    ),
+    "pool_int8": (
+        "pool_int8", in_int8,
+        lambda b: pool.choose(WINDOWS, 132, b), lambda: pool.candidates(WINDOWS),
     ),
     "split_k": (
         "conv_bn_act_split_k", late := replace(CONV, n=1, c=512, h=7, w=7, k=512),

@@ -22,7 +22,7 @@ from resfuse.kernels.gpu.conv1x1 import conv1x1_config
 from resfuse.kernels.gpu.conv_int8 import conv1x1_int8_kernel
 from resfuse.kernels.gpu.conv_int8 import conv_int8 as module
 from resfuse.kernels.gpu.conv_int8 import conv_int8_kernel as kernel
-from resfuse.kernels.gpu.conv_int8.conv_int8 import conv_int8, conv_int8_ref, less_128, plus_128
+from resfuse.kernels.gpu.conv_int8.conv_int8 import conv_int8, conv_int8_ref
 from resfuse.kernels.gpu.conv_int8.conv_int8_kernel import Tensors, offsets, resnet50_problems
 from resfuse.kernels.gpu.inspect import inspect
 from resfuse.kernels.gpu.inspect.disassembly import disassemble
@@ -35,6 +35,8 @@ from resfuse.kernels.ops.quantization import (
     Quantization,
     Requantization,
     conv_ref,
+    less_128,
+    plus_128,
     requantization,
 )
 from without_interpreter import printed_by

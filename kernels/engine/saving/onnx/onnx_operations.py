@@ -127,8 +127,8 @@ def _concat(build: OnnxBuilder, node: Node, op: Concat) -> None:
 
 
 def _convert(build: OnnxBuilder, node: Node, op: Convert) -> None:
-    """Nothing but the pair that a value in uint8 gets: the others are real numbers already."""
-    if op.dtype not in ("uint8", "float32"):
+    """Nothing but the pair that a quantised value gets: the others are real numbers already."""
+    if op.dtype not in ("uint8", "int8", "float32"):
         raise ValueError(f"{node.name!r} is in {op.dtype}; accepted: float32 and int8")
     build.store(node, build.names[node.inputs[0]])
 

@@ -35,7 +35,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     op = graph.nodes[at].op
-    if not isinstance(op, Conv) or op.residual_last:
+    if not isinstance(op, Conv) or op.problem.is_quantized or op.residual_last:
         return
     relu, residual = op.activation == "relu", op.problem.residual
     if relu or (op.activation == "identity" and not residual):

@@ -186,6 +186,7 @@ def _is_conv3x3(problem: ConvProblem) -> bool:
         and problem.c == problem.k
         and problem.activation == "relu"
         and not problem.residual
+        and not problem.is_quantized
     )
 
 

@@ -35,6 +35,8 @@ def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     op = graph.nodes[at].op
     if not isinstance(op, Conv) or triton_conv1x1.is_gemm(op.problem):
         return
+    if op.problem.is_quantized:
+        return
     if op.problem.c == op.problem.groups:
         from resfuse.kernels.gpu.conv import depthwise
 

@@ -18,8 +18,10 @@ refusal = triton_kernels.refusal
 
 
 def is_gemm(problem: ConvProblem) -> bool:
-    """Returns whether a convolution is a matrix product, of every n-th row of x if it has a
-    stride."""
+    """Returns whether a convolution of floats is a matrix product, of every n-th row of x if it has
+    a stride."""
+    if problem.is_quantized:
+        return False
     return (problem.r, problem.s, problem.groups) == (1, 1, 1) and problem.padding == (0, 0)
 
 

@@ -79,7 +79,8 @@ def slope_in(op: Conv, state: State, arena: Arena) -> Slope:
     slope = slope_of(op, state)
     if not isinstance(slope, Tensor):
         return slope
-    (weight_store,) = arena.tensors(("slope", op.slope), lambda: [slope.contiguous()])
+    by_channel = slope.reshape(-1).expand(op.problem.k)  # a file's may be one value for all
+    (weight_store,) = arena.tensors(("slope", op.slope), lambda: [by_channel.contiguous()])
     return weight_store
 
 

@@ -32,7 +32,7 @@ refusal = triton_kernels.refusal
 
 def segments(graph: Graph, at: int) -> Iterable[Candidate]:
     op = graph.nodes[at].op
-    if not isinstance(op, Conv):
+    if not isinstance(op, Conv) or op.problem.is_quantized:
         return
     for config in _configs(op.problem, triton_kernels.multiprocessors(graph)):
         settings = asdict(config)

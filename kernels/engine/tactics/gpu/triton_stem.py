@@ -76,6 +76,7 @@ def _is_stem(problem: ConvProblem) -> bool:
         and problem.c <= 4
         and problem.activation == "relu"
         and not problem.residual
+        and not problem.is_quantized
     )
 
 

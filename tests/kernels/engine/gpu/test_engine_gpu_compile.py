@@ -16,6 +16,7 @@ import torchvision
 
 from resfuse.kernels.engine import predict
 from resfuse.kernels.engine.frontend.export import capture
+from resfuse.kernels.engine.quantization.quantized_graph import unseen_int8
 from resfuse.kernels.engine.runtime.executor import Executor
 from resfuse.kernels.engine.tactics.gpu import triton_kernels
 from resfuse.kernels.gpu.common.launch import Launch
@@ -34,6 +35,9 @@ PLANS = {
     256: ("stem", "triton_conv", "triton_conv1x1", "projection", "block_tail", "eager"),
     1: ("stem", "split_k", "triton_conv1x1", "eager"),
 }
+
+
+IN_INT8 = ("int8", "int8_maps")
 
 
 def compile_plans() -> list[dict]:
@@ -58,6 +62,17 @@ def compile_plans() -> list[dict]:
             assert {candidate.tactic for candidate in candidates} == set(tactics)
             (y,) = Executor(plan.graph, candidates, state)(x)
             assert y.shape == (n, 1000)
+    for n in PLANS:
+        triton_kernels.run = collect(f"int8, batch {n}")
+        with torch.device("meta"):
+            model = torchvision.models.resnet50(weights=None).eval()
+            x = torch.empty(n, 3, 224, 224)
+            plan = predict.plan_for(model, x, tactics=IN_INT8, precision="int8")
+            graph, state = capture(model, x)
+            _, corrections = unseen_int8(graph, state)
+            candidates = [segment.candidate for segment in plan.segments]
+            (y,) = Executor(plan.graph, candidates, {**state, **corrections})(x)
+            assert y.shape == (n, 1000) and y.dtype == torch.float32
     made = inspect_launches(list(launches.values()))
     return [dataclasses.asdict(inspection) for inspection in made]
 
@@ -81,7 +96,8 @@ def test_the_kernels_of_a_plan_compile_for_the_gpu_it_is_for() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     results = [Inspection(**row) for row in json.loads(done.stdout.splitlines()[-1])]
     assert {result.kernel for result in results} == {
-        "stem_kernel", "conv_kernel", "conv1x1_kernel", "split_k_kernel", "_block_tail_kernel"
+        "stem_kernel", "conv_kernel", "conv1x1_kernel", "split_k_kernel", "_block_tail_kernel",
+        "conv_int8_kernel", "conv1x1_int8_kernel", "convert_int8_kernel", "pool_int8_kernel"
     }  # fmt: skip
     assert [(r.kernel, said) for r in results for said in problems(r)] == []
     if sound:

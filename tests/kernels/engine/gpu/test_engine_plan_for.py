@@ -167,6 +167,25 @@ def test_a_prediction_says_that_it_is_one(resnet50: tuple[nn.Module, Tensor]) ->
     assert "block_tail" in told and "Times were measured" not in told
 
 
+def test_a_plan_in_int8_needs_no_calibration(resnet50: tuple[nn.Module, Tensor]) -> None:
+    """Its time is near that of the bytes and integers of its convolutions, one by one."""
+    model, example = resnet50
+    with torch.device("meta"):
+        wide = torchvision.models.resnet50(weights=None).eval()
+    made = plan_for(wide, example.float(), precision="int8")
+    assert {s.candidate.tactic for s in made.segments} == {"int8", "int8_maps"}
+    assert len(made.segments) == 57
+    convs = [n.op.problem for n in made.graph.nodes if isinstance(n.op, Conv)]
+    assert {p.math_mode for p in convs[:-1]} == {"int8"} and convs[-1].math_mode == "int8_fp32"
+    least = sum(max(p.flops / 1979e9, p.least_bytes / 4.8e9) for p in convs)
+    assert least < made.ms < 1.2 * least
+    assert made.ms < 0.6 * plan_for(model, example, tactics=("cudnn", "eager")).ms
+    told = made.explain()
+    assert "1979 TFLOP/s in int8" in told and "to int8" in told
+    with pytest.raises(ValueError, match="argument precision: 'int4'; accepted: int8"):
+        plan_for(wide, example.float(), precision="int4")
+
+
 def test_what_cannot_be_planned_for_is_said(resnet50: tuple[nn.Module, Tensor]) -> None:
     model, example = resnet50
     with pytest.raises(ValueError, match="argument gpu: 'h300' is not known; accepted: a100, h100"):

@@ -1,9 +1,11 @@
 """A few images at a time: the same answers, less memory; and where the planner has it so."""
 
+import contextlib
 import copy
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,10 +27,14 @@ from resfuse.kernels.engine.planning import chunking
 from resfuse.kernels.engine.planning.candidates import find_candidates
 from resfuse.kernels.engine.planning.chunking import chunk_stages, stage_ends, with_chunks
 from resfuse.kernels.engine.planning.planner import Plan, Segment, TimedCandidate, plan
+from resfuse.kernels.engine.runtime import executor as executor_module
 from resfuse.kernels.engine.runtime.executor import Executor
+from resfuse.kernels.engine.saving.graph_structure import Unsound
+from resfuse.kernels.engine.saving.offered_candidates import offered_segments
 from resfuse.kernels.engine.saving.plan_json import segments_from_json, segments_to_json
 from resfuse.kernels.engine.tactics import TACTICS, tactics_for
 from resfuse.kernels.engine.tactics.cpu import native
+from resfuse.kernels.engine.tactics.gpu import torch_chunks
 from resfuse.kernels.engine.tuning import exact_answers, tuner
 from resfuse.kernels.engine.tuning.clock import Clock, Run
 from resfuse.kernels.engine.tuning.tuner import Tuner
@@ -129,6 +135,92 @@ def test_chunks_of_tensors_as_a_gpu_has_them(dtype: torch.dtype) -> None:
         (got,), wanted = executor(x.to(dtype)), model(x.to(dtype))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (got - wanted).norm() < tolerance * wanted.norm()
+
+
+def test_two_halves_on_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for streams: each begins behind what came before, and all ends behind each;
+    the memory of the whole result is had before, and no two streams share an executor."""
+    graph, state, model, x = resnet(4)
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        said.append(f"on {stream.name}")
+        yield
+        said.append("back")
+
+    blank = torch_chunks._blank
+    bound: list[Executor] = []
+
+    class Counted(Executor):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            bound.append(self)
+
+        def __call__(self, *inputs: Tensor) -> list[Tensor]:
+            said.append(f"executor {bound.index(self)}")
+            return super().__call__(*inputs)
+
+    monkeypatch.setattr(executor_module, "Executor", Counted)
+    monkeypatch.setattr(
+        torch_chunks, "_blank", lambda *given: said.append("blank") or blank(*given)
+    )
+    monkeypatch.setattr(torch_chunks, "_sides", lambda device, count: [Stream("side")] * count)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    halves = chunked("chunks", eager_choices(graph), 2, streams=2)
+    executor = Executor(graph, [halves], state)
+    for _ in range(2):
+        said.clear()
+        with torch.inference_mode():
+            (got,) = executor(x)
+            torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-5)
+        assert said == [
+            "blank", "side waits for main", "executor 0", "on side", "executor 1", "back",
+            "main waits for side",
+        ]  # fmt: skip
+    (back,) = segments_from_json(segments_to_json((Segment(halves, 1.0),)))
+    assert back.candidate == halves and halves.label().startswith("chunks count=2 streams=2 ")
+
+
+@pytest.mark.parametrize("ms, planned", [(30.0, True), (39.9, False), (50.0, False)])
+def test_halves_are_planned_where_they_are_faster(ms: float, planned: bool) -> None:
+    graph, *_ = resnet(4)
+    timed = [TimedCandidate(c, 1.0) for c in eager_choices(graph)]
+    plain = plan(graph, timed)
+    (stage,) = chunk_stages(graph, ["chunks", "eager"], timed)
+    (halves,) = stage.chunks
+    assert (halves.start, halves.stop) == (0, len(graph.nodes))
+    assert halves.settings["streams"] == 2
+    times = [TimedCandidate(stage.whole, 40.0), TimedCandidate(halves, ms)]
+    made = with_chunks(plain, [stage], times)
+    assert [s.candidate for s in made.segments] == (
+        [halves] if planned else [s.candidate for s in plain.segments]
+    )
+    assert made.ms == pytest.approx(plain.ms * (ms / 40.0 if planned else 1.0))
+    odd, *_ = resnet(3)
+    odd_times = [TimedCandidate(c, 1.0) for c in eager_choices(odd)]
+    assert not chunk_stages(odd, ["chunks", "eager"], odd_times)
+
+
+def test_a_file_may_ask_for_no_other_streams() -> None:
+    graph, *_ = resnet(4)
+    tactics = {name: TACTICS[name].load() for name in ("chunks", "eager")}
+    for count, streams, sound in ((2, 2, True), (2, 3, False), (4, 4, False), (4, 2, False)):
+        candidate = chunked("chunks", eager_choices(graph), count, streams=streams)
+        if sound:
+            (segment,) = offered_segments(graph, [Segment(candidate, 1.0)], tactics)
+            assert segment.candidate == candidate
+        else:
+            with pytest.raises(Unsound, match="no way to part 4 images"):
+                list(offered_segments(graph, [Segment(candidate, 1.0)], tactics))
 
 
 def test_what_a_chunk_is() -> None:

@@ -109,6 +109,7 @@ def test_data_sheets_are_plausible_and_have_sources() -> None:
     """Dense rates: half precision is at least as fast as tf32, and that as fp32."""
     for gpu in GPUS.values():
         rates = gpu.tflops
+        assert rates["int8"] == rates["int8_fp32"] >= 1.9 * rates["fp16"]
         assert rates["fp16"] == rates["bf16"] > rates["tf32"] >= rates["ieee"]
         assert 30 < 1e0 * rates["fp16"] / gpu.tb_per_s < 500  # FLOP a byte
         assert "data" in gpu.source or "whitepaper" in gpu.source

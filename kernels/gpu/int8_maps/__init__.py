@@ -1,0 +1,1 @@
+"""What lies between the convolutions of a quantised network: conversions, pools and means."""
