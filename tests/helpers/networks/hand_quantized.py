@@ -102,7 +102,7 @@ def joined(kind: Kind, by_channel: bool) -> nn.Module:
         y = s.q2(F.conv2d(x, s.w2(), None, 1, 1, 1, 16))
         x = s.q3(x + y)
         x = s.q5(torch.cat([s.q4(F.avg_pool2d(x, 2)), s.q5(F.max_pool2d(x, 2))], 1))
-        return s.q6(F.conv2d(x, s.w3(), None, 1, 1).clamp(0, 6))
+        return s.q6(F.relu6(F.conv2d(x, s.w3(), None, 1, 1)))
 
     pairs = {f"q{i}": Pair(kind) for i in (0, 1, 2, 3, 6)}
     shared = {name: Pair(kind, pairs["q3"]) for name in ("q4", "q5")}

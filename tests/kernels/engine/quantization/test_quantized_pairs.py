@@ -57,7 +57,7 @@ def require_near(y: Tensor, want: Tensor, step: float) -> None:
     halfway between two integers in one of the layers moves some behind it."""
     off = (y - want).abs()
     assert float(off.max()) < 1.01 * step
-    assert float((off > 0.5 * step).float().mean()) < 0.02
+    assert float((off > 0.5 * step).float().mean()) < 0.05
 
 
 @pytest.mark.parametrize("kind", [U8, S8], ids=["u8", "s8"])
