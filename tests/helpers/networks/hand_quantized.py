@@ -78,7 +78,7 @@ def residual(kind: Kind, by_channel: bool) -> nn.Module:
         x = s.q6(F.adaptive_avg_pool2d(x, 1))
         return s.q8(F.linear(s.q7(torch.flatten(x, 1)), s.w5()))
 
-    pairs = {f"q{i}": Pair(kind) for i in (0, 1, 3, 4, 5, 6, 8)}
+    pairs = {f"q{i}": Pair(kind) for i in (0, 1, 3, 4, 5, 6)}
     weights = {
         "w1": Weight(24, 3, 3, 3, by_channel=by_channel),
         "w2": Weight(24, 24, 3, 3, by_channel=by_channel),
@@ -89,25 +89,25 @@ def residual(kind: Kind, by_channel: bool) -> nn.Module:
     return Scope(
         forward, **pairs, q2=Pair(kind, pairs["q1"]), q7=Pair(kind, pairs["q6"]), **weights,
         b1=nn.Parameter(torch.linspace(-0.1, 0.1, 24)),
-        b2=nn.Parameter(torch.linspace(-0.2, 0.1, 32)),
+        b2=nn.Parameter(torch.linspace(-0.2, 0.1, 32)), q8=Pair(kind),
     )  # fmt: skip
 
 
 def joined(kind: Kind, by_channel: bool) -> nn.Module:
-    """A depthwise convolution, an average pool, hard-swish, a sum of maps, and a concatenation of
-    maps that share a scale."""
+    """A depthwise convolution, an average pool of nine, which no mean leaves halfway between two
+    integers, hard-swish, a sum of maps, and a concatenation of maps that share a scale."""
 
     def forward(s: Any, x: Tensor) -> Tensor:
         x = s.q1(F.hardswish(F.conv2d(s.q0(x), s.w1(), None, 1, 1)))
         y = s.q2(F.conv2d(x, s.w2(), None, 1, 1, 1, 16))
         x = s.q3(x + y)
-        x = s.q5(torch.cat([s.q4(F.avg_pool2d(x, 2)), s.q5(F.max_pool2d(x, 2))], 1))
+        x = s.q5(torch.cat([s.q4(F.avg_pool2d(x, 3, 2)), s.q5(F.max_pool2d(x, 3, 2))], 1))
         return s.q6(F.relu6(F.conv2d(x, s.w3(), None, 1, 1)))
 
-    pairs = {f"q{i}": Pair(kind) for i in (0, 1, 2, 3, 6)}
+    pairs = {f"q{i}": Pair(kind) for i in (0, 1, 2, 3)}
     shared = {name: Pair(kind, pairs["q3"]) for name in ("q4", "q5")}
     return Scope(
-        forward, **pairs, **shared,
+        forward, **pairs, **shared, q6=Pair(kind),
         w1=Weight(16, 3, 3, 3, by_channel=by_channel),
         w2=Weight(16, 1, 3, 3, by_channel=by_channel),
         w3=Weight(20, 32, 3, 3, by_channel=by_channel),
