@@ -55,12 +55,15 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
 
 
 def is_in_training(model: nn.Module) -> bool:
-    """Returns whether a model is in training mode. A graph that calls no module has no mode, as a
-    program of torch.export: it computes what it did when it was captured, and refuses eval()."""
-    graphed = isinstance(model, fx.GraphModule) and not any(
-        node.op == "call_module" and node.target != "_guards_fn" for node in model.graph.nodes
-    )
-    return not graphed and any(module.training for module in model.modules())
+    """Returns whether a model is in training mode. A graph that calls no module, as a program of
+    torch.export, computes what it did when it was captured, says that it is in training mode all
+    the same, and refuses eval(): it is so where it has dropout that is on."""
+    if not any(module.training for module in model.modules()):
+        return False
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    if not nodes or any(n.op == "call_module" and n.target != "_guards_fn" for n in nodes):
+        return True
+    return any("dropout" in str(n.target) and True in (*n.args, *n.kwargs.values()) for n in nodes)
 
 
 def _exported(

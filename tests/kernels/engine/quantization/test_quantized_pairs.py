@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hand_quantized import NETWORKS, OPS, S8, U8, Kind, Pair, Weight, pairs_of
 from resfuse.kernels import build_engine, load_engine
-from resfuse.kernels.engine.frontend.export import capture
+from resfuse.kernels.engine.frontend.export import capture, is_in_training
 from resfuse.kernels.engine.ir.graph import Conv, Graph, Torch
 from resfuse.kernels.engine.quantization.given_scales import with_given_scales
 from resfuse.kernels.engine.tactics import eager
@@ -131,10 +131,14 @@ def test_weights_reach_minus_128() -> None:
     assert narrow.amin((1, 2, 3)).tolist() == [-127, -128] and scale[1] == 1
 
 
-def test_a_program_in_training_mode_that_calls_modules_is_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout())
-    with pytest.raises(ValueError, match="training mode"):
-        build_engine(torch.fx.symbolic_trace(model), images())
+def test_programs_in_training_mode_are_refused() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout()), images()
+    exported = torch.export.export(model, (x,)).module()
+    for program in (torch.fx.symbolic_trace(model), exported):
+        with pytest.raises(ValueError, match="training mode"):
+            build_engine(program, x)
+    capture(torch.export.export(model.eval(), (x,)).module(), x)
+    assert not is_in_training(torch.export.export(model, (x,)).module())
 
 
 def convolved(of: Callable[[Tensor], Tensor], weight: nn.Module | None = None) -> nn.Module:
