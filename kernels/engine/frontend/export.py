@@ -63,7 +63,8 @@ def is_in_training(model: nn.Module) -> bool:
     nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
     if not nodes or any(n.op == "call_module" and n.target != "_guards_fn" for n in nodes):
         return True
-    return any("dropout" in str(n.target) and True in (*n.args, *n.kwargs.values()) for n in nodes)
+    dropouts = [n for n in nodes if "dropout" in str(n.target)]
+    return any(arg is True for n in dropouts for arg in (*n.args, *n.kwargs.values()))
 
 
 def _exported(
