@@ -14,7 +14,7 @@ setup: $(STAMP)  ## the virtual environment with the tested versions (about 5.5 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("resfuse: error: Python 3.11 or newer is needed; run make PYTHON=/path/to/it" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,cluster,openvino,test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,cluster,openvino,torchao,test,dev]'
 	@touch $@
 
 real-weights: $(WEIGHTS)  ## trained networks for the tests (160 MB); tests that need them are skipped without

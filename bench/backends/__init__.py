@@ -74,6 +74,7 @@ BACKENDS: dict[str, Backend] = {
         takes_parallel=True,
         streams="resfuse.bench.backends.compiled:streams",
         takes_compute_dtype=True,
+        takes_calibration=True,
     ),
     "compiled_max_autotune": Backend(
         "resfuse.bench.backends.compiled:build_max_autotune",

@@ -24,6 +24,7 @@ OPTIONAL = {
     "onnxruntime": ("resfuse[bench]", "onnxrt"),
     "openvino": ("resfuse[openvino]", "openvino"),
     "torch_tensorrt": ("resfuse[tensorrt]", "tensorrt"),
+    "torchao": ("resfuse[torchao]", "compiled in int8"),
     "pynvml": ("resfuse[bench]", "a GPU's clocks and energy"),
 }
 DISTRIBUTIONS = {

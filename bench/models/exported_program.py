@@ -5,6 +5,7 @@ unpickled but tensors.
 """
 
 import contextlib
+import importlib
 import json
 import logging
 import zipfile
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from resfuse.bench.common.errors import UsageError
 from resfuse.bench.models.source import Arguments, Shape, Source, file_origin, first_line
+
+QUANTIZED = "quantized_decomposed."  # operations of torch's that are registered by an import
 
 
 def names(where: str) -> Sequence[str]:
@@ -41,12 +44,18 @@ def build(name: str, arguments: Arguments) -> nn.Module:
     """The program as a module: its own weights, no matter how torch's generator is seeded.
 
     Raises:
-        UsageError: the file cannot be read, takes something other than one batch of images, or was
-            given arguments.
+        UsageError: the file cannot be read, takes something other than one batch of images, is
+            quantised, or was given arguments.
     """
     if arguments:
         raise UsageError(f"{name} is an exported program and takes no arguments")
     _example(name)
+    if any(str(node.target).startswith(QUANTIZED) for node in _program(name).graph.nodes):
+        raise UsageError(
+            f"{name} is a program that PT2E has quantised, of which torch computes nothing in fp64 "
+            "to compare with; build_engine takes it in Python, and --precision int8 quantises "
+            "programs in fp32"
+        )
     module = _program(name).module()
     # A plain graph module: export's own refuses eval(), and checks what the harness checks.
     graph = fx.GraphModule(module, module.graph)
@@ -98,6 +107,7 @@ def _program(name: str) -> ExportedProgram:
     file = Path(name)
     if not file.is_file():
         raise UsageError(f"there is no file {name}")
+    importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers QUANTIZED
     try:
         with _quiet(), _tensors_alone():
             return torch.export.load(file)

@@ -26,7 +26,7 @@ from resfuse.kernels.cpu.cpus import asking, require_threads
 from resfuse.kernels.engine.cost.ceilings import Ceilings
 from resfuse.kernels.engine.engine import Engine, OtherBatches, OtherShapes
 from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require_paddable
-from resfuse.kernels.engine.frontend.export import capture
+from resfuse.kernels.engine.frontend.export import capture, is_in_training
 from resfuse.kernels.engine.frontend.graph_precision import in_precision
 from resfuse.kernels.engine.ir.derived_state import with_derived
 from resfuse.kernels.engine.ir.graph import Graph, State, state_names
@@ -143,7 +143,7 @@ def build_engine(
     usable = isinstance(example, Tensor) and example.layout == torch.strided
     if not usable or example.dim() < 2 or not example.shape[0]:
         raise ValueError("argument example: accepted: one dense tensor [N, C, H, W], not empty")
-    if any(module.training for module in model.modules()):
+    if is_in_training(model):
         raise ValueError("argument model: it is in training mode; call model.eval() first")
     if other_batches not in ("error", "pad", "eager"):
         raise ValueError(f"argument other_batches: {other_batches!r}; accepted: error, pad, eager")

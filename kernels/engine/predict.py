@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from resfuse.kernels.engine.cost.gpus import Gpu, gpu_named
 from resfuse.kernels.engine.cost.roofline_cost import RooflineCost
-from resfuse.kernels.engine.frontend.export import capture
+from resfuse.kernels.engine.frontend.export import capture, is_in_training
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.plan_table import table
 from resfuse.kernels.engine.planning.candidates import find_candidates
@@ -68,7 +68,7 @@ def plan_for(
             is in training mode, or none of `tactics` computes some node.
     """
     device = gpu_named(gpu)
-    if any(module.training for module in model.modules()):
+    if is_in_training(model):
         raise ValueError("argument model: it is in training mode; call model.eval() first")
     if precision not in (None, "int8"):
         raise ValueError(f"argument precision: {precision!r}; accepted: int8")

@@ -21,14 +21,15 @@ from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
 from resfuse.kernels.ops.conv_problem import Geometry, Pair
 
 LARGEST = 255  # of a value; the least is 0
-LARGEST_WEIGHT = 127  # either sign
+LARGEST_WEIGHT = 127  # of either sign, where we round
+LEAST_WEIGHT = -128  # of models that bring their integers: PT2E's weights of a channel reach it
 SIGNED = 128  # what a uint8 value is more than the int8 that is stored for it on a GPU
 # How values lie between the layers of a network, by the type of device.
 STORED_ON = {"cpu": torch.uint8, "cuda": torch.int8}
 QUANTIZED_DTYPES = tuple(STORED_ON.values())
 # Products of a value and a weight whose sum fits in an int32, and in a float32 without rounding.
-INT32_PRODUCTS = (2**31 - 1) // (LARGEST * LARGEST_WEIGHT)
-FLOAT32_PRODUCTS = 2**24 // (LARGEST * LARGEST_WEIGHT)
+INT32_PRODUCTS = (2**31 - 1) // (LARGEST * -LEAST_WEIGHT)
+FLOAT32_PRODUCTS = 2**24 // (LARGEST * -LEAST_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def plus_128(values: Tensor) -> Tensor:
 def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns weights [K, C / groups, R, S] as int8 in -127..127 and the scale [K], float64, of
     each output channel: 1 where all its weights are zero. Weights that are whole multiples of a
-    larger scale, as those of a quantised model, have that one, and are not rounded again.
+    larger scale, as those of a quantised model, have that one, and are not rounded again; theirs
+    may reach -128.
 
     Args:
         weight: float64, folded with the norm behind it.
@@ -133,20 +135,23 @@ def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
     most = weight.flatten(1).abs().amax(1)
     scale = torch.where(most > 0, most / _largest_multiples(weight, most), torch.ones_like(most))
     in_steps = weight / scale.view(-1, *(1,) * (weight.dim() - 1))
-    return in_steps.round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).to(torch.int8), scale
+    return in_steps.round().clamp(LEAST_WEIGHT, LARGEST_WEIGHT).to(torch.int8), scale
 
 
 def _largest_multiples(weight: Tensor, most: Tensor) -> Tensor:
-    """Returns the integer [K] that stands for the largest weight of each channel: the largest up to
-    127 with which all weights are integers, but for float32's roundings, and 127 where none is."""
+    """Returns the integer [K] that stands for the largest magnitude of each channel: the largest up
+    to 127 with which all weights are integers, but for float32's roundings; 128 where there is none
+    and only a negative weight is so large; and 127 otherwise."""
     rows = weight.flatten(1) / torch.where(most > 0, most, torch.ones_like(most))[:, None]
     largest = torch.full_like(most, LARGEST_WEIGHT)
-    multiples = torch.arange(LARGEST_WEIGHT, 0, -1, dtype=torch.float64, device=weight.device)
+    tried = [*range(LARGEST_WEIGHT, 0, -1), -LEAST_WEIGHT]
+    multiples = torch.tensor(tried, dtype=torch.float64, device=weight.device)
     some = rows[:, :: max(1, rows.shape[1] // 4)]
     possible = _whole(some[:, None] * multiples[:, None])
     for channel in possible.any(1).nonzero().flatten().tolist():
         for multiple in multiples[possible[channel]].tolist():
-            if _whole(rows[channel] * multiple):
+            in_steps = rows[channel] * multiple
+            if _whole(in_steps) and in_steps.max() < LARGEST_WEIGHT + 0.5:
                 largest[channel] = multiple
                 break
     return largest

@@ -115,21 +115,24 @@ def test_every_command_of_a_page_runs(
 
 
 OF_PACKAGES = [
-    pytest.param(needs[1], block, id=f"{page.stem}-{needs[1]}")
+    pytest.param(needs[1], language, block, id=f"{page.stem}-{needs[1]}")
     for page in PAGES
     for language, block in blocks(page)
-    if language == "bash" and (needs := _NEEDS.match(block))
+    if language in ("bash", "python") and (needs := _NEEDS.match(block))
 ]
 
 
-@pytest.mark.parametrize(("package", "block"), OF_PACKAGES)
-def test_commands_that_need_a_package_run(
-    package: str, block: str, tmp_path: Path, checkout: Path, forked_python: str
+@pytest.mark.parametrize(("package", "language", "block"), OF_PACKAGES)
+def test_what_needs_a_package_runs(
+    package: str, language: str, block: str, tmp_path: Path, checkout: Path, forked_python: str
 ) -> None:
     try:
         metadata.distribution(package)
     except metadata.PackageNotFoundError:
         pytest.skip(f"{package} is not installed (make real-weights)")
+    if language == "python":
+        (tmp_path / "block.py").write_text(block)
+        block = "python block.py"
     done = in_bash(block, tmp_path, checkout, forked_python)
     assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
     said = done.stdout + done.stderr

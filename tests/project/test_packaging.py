@@ -66,7 +66,7 @@ def test_constraints_pin_every_direct_dependency(project: dict) -> None:
     """What is tested is what is pinned; tensorrt and non-Linux builds cannot be tested here."""
     extras = project["project"]["optional-dependencies"]
     wanted = [*project["project"]["dependencies"]]
-    for name in ("bench", "cluster", "openvino", "test", "dev"):
+    for name in ("bench", "cluster", "openvino", "torchao", "test", "dev"):
         wanted += extras[name]
     pinned = {
         line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line

@@ -42,14 +42,14 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         default=["*"],
         metavar="NAMES",
         help="how our engine's ranges are chosen: minmax, percentile, mse, entropy (default: all); "
-        "other tools have minmax",
+        "other tools have minmax, and compiled mse",
     )
     parser.add_argument(
         "--tool",
         type=names,
         default=["*"],
         metavar="NAMES",
-        help="engine, openvino (NNCF), onnxrt (QDQ); default: all",
+        help="engine, openvino (NNCF), onnxrt (QDQ), compiled (PT2E); default: all",
     )
     parser.add_argument(
         "--images",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resfuse.bench.backends import BACKENDS, onnxrt, openvino, why_unavailable
+from resfuse.bench.backends import BACKENDS, compiled, onnxrt, openvino, why_unavailable
 from resfuse.bench.backends.compute import windows
 from resfuse.bench.common.errors import CannotTake, Unavailable
 from resfuse.kernels import build_engine, calibrate
@@ -17,12 +17,17 @@ from resfuse.kernels.engine.quantization.sensitivity import LayerError, layer_er
 
 Run = Callable[[Tensor], Any]
 
-ENGINE, MINMAX = "engine", "minmax"
-OTHERS: dict[str, Callable[..., Run]] = {"openvino": openvino.build, "onnxrt": onnxrt.build}
-# Tool -> its methods. Others than the engine have those of the backends that rows.csv is of.
+ENGINE, MINMAX, MSE = "engine", "minmax", "mse"
+OTHERS: dict[str, Callable[..., Run]] = {
+    "openvino": openvino.build, "onnxrt": onnxrt.build, "compiled": compiled.build,
+}  # fmt: skip
+# Tool -> its methods. Others than the engine have those of the backends that rows.csv is of; that
+# of torchao looks for the least squared error in a histogram.
 TOOLS: dict[str, tuple[str, ...]] = {
     ENGINE: tuple(METHODS),
-    **dict.fromkeys(OTHERS, (MINMAX,)),
+    "openvino": (MINMAX,),
+    "onnxrt": (MINMAX,),
+    "compiled": (MSE,),
 }
 JUDGED = 16  # images that single layers are measured on
 
@@ -64,7 +69,7 @@ def quantised(
         raise CannotTake(f"the engine: {refusal}") from None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, for which torch.compile would compile once more
 def scores(run: Run, images: Tensor, batch_size: int) -> Tensor:
     """Returns what a network answers of images [N, C, H, W] in batches: [N, classes].
 

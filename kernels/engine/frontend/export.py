@@ -17,6 +17,7 @@ from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.frontend.merge import merge
 from resfuse.kernels.engine.frontend.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
+from resfuse.kernels.engine.frontend.quantized_pairs import PAIRS
 from resfuse.kernels.engine.frontend.side_effects import SideEffects, Unreadable
 from resfuse.kernels.engine.ir.derived_state import is_derivable, needed
 from resfuse.kernels.engine.ir.graph import Graph, Node, Torch
@@ -51,6 +52,19 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
     layout = questions.layout_of(example)
     graph = merge(replace(reader.graph(), device=example.device, layout=layout))
     return replace(graph, derived=needed(graph.nodes, reader.read.derived)), reader.read.state
+
+
+def is_in_training(model: nn.Module) -> bool:
+    """Returns whether a model is in training mode. A graph that calls no module, as a program of
+    torch.export, computes what it did when it was captured, says that it is in training mode all
+    the same, and refuses eval(): it is so where it has dropout that is on."""
+    if not any(module.training for module in model.modules()):
+        return False
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    if not nodes or any(n.op == "call_module" and n.target != "_guards_fn" for n in nodes):
+        return True
+    dropouts = [n for n in nodes if "dropout" in str(n.target)]
+    return any(arg is True for n in dropouts for arg in (*n.args, *n.kwargs.values()))
 
 
 def _exported(
@@ -209,7 +223,7 @@ class _Reader:
             pass  # true of the example, and the engine takes inputs like it only
         elif target in SAME_VALUES and (args[0] in read.names or args[0] in read.pixels):
             read.same(node, args[0])
-        elif not (add := OPERATIONS.get(target)) or not add(read, node):
+        elif not (add := OPERATIONS.get(target, PAIRS.get(str(target)))) or not add(read, node):
             self._torch(node)
 
     def _one_of_several(self, node: fx.Node) -> None:

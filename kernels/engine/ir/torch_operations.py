@@ -1,11 +1,13 @@
 """Lists the torch operations that are known to only compute, and those of them that accept any
 numbers.
 
-A name is ATen's ("aten.sigmoid.default") or that of a package which registered it with
+A name is ATen's ("aten.sigmoid.default"), that of torch's own quantisation
+("quantized_decomposed.quantize_per_tensor.default") or of a package which registered it with
 torch.library ("torchvision.roi_align.default"). Candidates are timed on random numbers, and an
 index out of range raises an exception on a CPU but ends the process on a GPU.
 """
 
+import importlib
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -71,7 +73,20 @@ _PARTICULAR = _names(
     linalg_solve_triangular logit
     """
 )
-_PURE = _ANY_NUMBERS | _ANY_FLOATS | _PARTICULAR
+# What programs quantised by PT2E have, in a namespace of its own.
+_QUANTIZED, _QUANTIZES = (
+    "quantized_decomposed",
+    _names(
+        """
+    quantize_per_tensor dequantize_per_tensor choose_qparams choose_qparams_symmetric
+    quantize_per_channel dequantize_per_channel convert_element_type
+    quantize_per_token dequantize_per_token choose_qparams_per_token
+    _choose_qparams_per_token_asymmetric_impl choose_qparams_per_token_asymmetric
+    quantize_per_channel_group dequantize_per_channel_group
+    """
+    ),
+)
+_PURE = {"aten": _ANY_NUMBERS | _ANY_FLOATS | _PARTICULAR, _QUANTIZED: _QUANTIZES}
 
 
 def operation_named(name: str) -> torch._ops.OpOverload[..., Any]:
@@ -80,6 +95,8 @@ def operation_named(name: str) -> torch._ops.OpOverload[..., Any]:
     Raises:
         ValueError: no such operation is registered.
     """
+    if name.startswith(f"{_QUANTIZED}."):
+        importlib.import_module("torch.ao.quantization.fx._decomposed")  # which registers them
     try:
         found = reduce(getattr, name.split("."), torch.ops)
     except (AttributeError, RuntimeError):
@@ -120,7 +137,7 @@ def is_pure(name: str) -> bool:
     """Returns whether the operation is known to only compute its result: it writes to no argument,
     draws no random numbers, and touches neither files nor the process."""
     namespace, _, rest = name.partition(".")
-    if namespace != "aten" or rest.split(".")[0] not in _PURE:
+    if rest.split(".")[0] not in _PURE.get(namespace, ()):
         return False
     operation = operation_named(name)
     return not operation._schema.is_mutable

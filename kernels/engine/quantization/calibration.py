@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from resfuse.kernels.engine.frontend.export import capture
+from resfuse.kernels.engine.frontend.export import capture, is_in_training
 from resfuse.kernels.engine.ir.graph import Graph
 from resfuse.kernels.engine.quantization.calibration_images import (
     ImageCheck,
@@ -110,7 +110,7 @@ def _require_settings(method: str, samples: int | None, batch_size: int, percent
 def _require_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"argument model: {type(model).__name__}; accepted: a torch.nn.Module")
-    if any(module.training for module in model.modules()):
+    if is_in_training(model):
         raise ValueError("argument model: it is in training mode; call model.eval() first")
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in named:

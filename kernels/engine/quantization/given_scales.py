@@ -1,10 +1,11 @@
-"""Given scales: a pass for models that bring their own, as a quantised ONNX file does.
+"""Given scales: a pass for models that bring their own, as a quantised ONNX file and a program of
+torch's PT2E do.
 
 Such a model rounds values to integers in floating point: scale * clamp(round(x / scale)), captured
-as four operations of torch's. A convolution whose weights are rounded as well, and what lies
-between convolutions, compute on the integers themselves, by the same scales, where they read such
-values alone. What reads others, and what torch computes, stays in float32. Nothing is rounded that
-the model does not round.
+as four operations of torch's; PT2E multiplies by 1 / scale instead, as our kernels do. A
+convolution whose weights are rounded as well, and what lies between convolutions, compute on the
+integers themselves, by the same scales, where they read such values alone. What reads others, and
+what torch computes, stays in float32. Nothing is rounded that the model does not round.
 """
 
 from collections.abc import Mapping
@@ -33,7 +34,9 @@ from resfuse.kernels.engine.ir.graph import (
 from resfuse.kernels.ops.conv_problem import dtypes_of
 from resfuse.kernels.ops.quantization import LARGEST, Quantization, quantize_weights
 
-_ROUNDING = "aten.div.Tensor", "aten.round.default", "aten.clamp.default", "aten.mul.Tensor"
+_DIVIDE, _MULTIPLY = "aten.div.Tensor", "aten.mul.Tensor"
+_ROUNDING = "aten.round.default", "aten.clamp.default", _MULTIPLY
+_LENGTH = 1 + len(_ROUNDING)
 _INPUT = {"value": 0}
 
 
@@ -83,20 +86,23 @@ def _roundings(graph: Graph) -> dict[str, _Rounding]:
 
 def _rounding(graph: Graph, last: Node, producers: Mapping[str, Node]) -> _Rounding | None:
     chain = [last]
-    while len(chain) < len(_ROUNDING) and chain[0].inputs[:1] and chain[0].inputs[0] in producers:
+    while len(chain) < _LENGTH and chain[0].inputs[:1] and chain[0].inputs[0] in producers:
         chain.insert(0, producers[chain[0].inputs[0]])
         if graph.readers[chain[0].name] != 1:
             return None
-    if tuple(_target(node) for node in chain) != _ROUNDING:
+    first, *others = map(_target, chain)
+    if first not in (_DIVIDE, _MULTIPLY) or tuple(others) != _ROUNDING:
         return None
     args = [node.op.args for node in chain if isinstance(node.op, Torch)]
-    divided, _, limits, scaled = args
+    given, _, limits, scaled = args
     if any(each[0] != _INPUT for each in args) or len(limits) != 3:
         return None
-    numbers = divided[1], *limits[1:], scaled[1]
-    if not all(isinstance(number, float) for number in numbers) or divided[1] != scaled[1]:
+    numbers = given[1], *limits[1:], scaled[1]
+    if not all(isinstance(number, float) for number in numbers):
         return None
-    scale, least, most, _ = numbers
+    by, least, most, scale = numbers
+    if not scale or by != (scale if first == _DIVIDE else 1.0 / scale):
+        return None
     if most - least != LARGEST or least != int(least) or not -LARGEST <= least <= 0:
         return None
     try:

@@ -54,10 +54,10 @@ def measure(backend: str, **changes: object) -> Outcome:
 
 @pytest.mark.usefixtures("few_photographs", "one_export_a_network")
 @pytest.mark.parametrize("scenario", ["latency", "throughput"])
-@pytest.mark.parametrize("backend", ["onnxrt", "openvino", "engine"])
+@pytest.mark.parametrize("backend", ["compiled", "onnxrt", "openvino", "engine"])
 def test_backends_answer_as_well_as_the_simulation(backend: str, scenario: str) -> None:
-    package = {"onnxrt": "onnxruntime", "openvino": "nncf", "engine": "torch"}[backend]
-    pytest.importorskip(package)
+    packages = {"compiled": "torchao", "onnxrt": "onnxruntime", "openvino": "nncf"}
+    pytest.importorskip(packages.get(backend, "torch"))
     if backend == "engine" and not HAS_INT8:
         pytest.skip("build_engine has no int8")
     outcome = measure(backend, scenario=scenario)
@@ -70,11 +70,11 @@ def test_backends_answer_as_well_as_the_simulation(backend: str, scenario: str) 
     assert outcome.metrics["floor_ms"] is None and outcome.metrics["kl"] is not None
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled", "fused"])
+@pytest.mark.parametrize("backend", ["eager", "compiled_max_autotune", "fused"])
 def test_what_has_no_int8_says_so(backend: str) -> None:
     outcome = measure(backend)
     assert (outcome.status, outcome.of_model) == ("unavailable", False)
-    assert outcome.error == f"{backend} has no int8 here; engine, onnxrt, openvino have"
+    assert outcome.error == f"{backend} has no int8 here; compiled, engine, onnxrt, openvino have"
 
 
 def test_training_has_precisions_of_its_own() -> None:

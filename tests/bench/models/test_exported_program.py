@@ -51,6 +51,18 @@ def test_a_program_runs_as_the_module_it_was(tmp_path: Path) -> None:
         torch.testing.assert_close(got.float(), net(x)["mean"])
 
 
+def test_a_quantised_program_is_refused(tmp_path: Path) -> None:
+    from hand_quantized import U8, joined
+
+    file, x = tmp_path / "net.pt2", torch.randn(2, 3, 12, 12)
+    net = joined(U8, True).eval()
+    net(x)  # which finds scales
+    torch.export.save(torch.export.export(net, (x,)), file)
+    assert input_shape(str(file)) == (3, 12, 12)
+    with pytest.raises(UsageError, match="PT2E has quantised, of which torch computes nothing"):
+        build(str(file))
+
+
 def test_a_batch_that_was_fixed_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "net.pt2"
     export(file, False, torch.randn(3, 2, 12, 12))

@@ -283,7 +283,7 @@ def test_a_dry_run_trains_nothing(
     command = ["study", "quantization", "--dry-run", "-m", "digits", "--depths", "8,20"]
     assert main([*command, "--results", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert "12 measurements" in told and "cifar_resnet8" in told and "entropy" in told
+    assert "14 measurements" in told and "cifar_resnet8" in told and "entropy" in told
     assert not list(tmp_path.iterdir())
 
 

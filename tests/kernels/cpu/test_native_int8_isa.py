@@ -2,16 +2,18 @@
 $RESFUSE_CPU_ISA chooses among those that the processor has."""
 
 import platform
+from dataclasses import replace
 
 import pytest
 import test_native_int8_maps as maps
 from torch import Tensor
 
-from int8_steps import random_conv
+from int8_steps import Int8Conv, random_conv
 from native_problems import PROBLEMS, every_config
 from resfuse.kernels.cpu import library as native_library
 from resfuse.kernels.cpu.library import bf16_isa, int8_isa, library
 from resfuse.kernels.cpu.program import lanes
+from resfuse.kernels.ops.quantization import LEAST_WEIGHT, quantize_weights
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +21,7 @@ NAMES = (
     "ResNet's stem", "no whole vectors", "two uneven slices", "three slices of a 1x1",
     "just under a vector", "groups of 4", "groups with few channels in", "depthwise with stride 2",
 )  # fmt: skip
+EXTREME = ("no whole vectors", "groups of 4", "depthwise with stride 2")
 
 
 def answers() -> list[Tensor]:
@@ -26,8 +29,19 @@ def answers() -> list[Tensor]:
     found = []
     for seed, name in enumerate(NAMES):
         conv = random_conv(PROBLEMS[name], seed, zero_point=130)
-        found += [conv.require_right(config) for config in every_config(conv.problem)]
+        for each in [conv, extreme(conv)] if name in EXTREME else [conv]:
+            found += [each.require_right(config) for config in every_config(each.problem)]
     return found
+
+
+def extreme(conv: Int8Conv) -> Int8Conv:
+    """The convolution with weights down to -128, as a model's own may be, and values of 255."""
+    step = conv.weight.abs().max() / -LEAST_WEIGHT
+    whole = (conv.weight / step).round().clamp(LEAST_WEIGHT, 127)
+    whole.flatten(1)[:, 0] = LEAST_WEIGHT
+    narrow, _ = quantize_weights(whole * step)
+    assert (narrow.amin((1, 2, 3)) == LEAST_WEIGHT).all()
+    return replace(conv, weight=whole * step, x=conv.x.where(conv.x < 128, 255))
 
 
 @pytest.mark.parametrize("isa", ["vnni", "avx2", "portable"])

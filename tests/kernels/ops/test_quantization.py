@@ -35,8 +35,8 @@ def test_scales_are_float32_and_zero_points_stored_values() -> None:
 
 
 def test_limits_of_sums() -> None:
-    assert INT32_PRODUCTS * 255 * 127 < 2**31 <= (INT32_PRODUCTS + 1) * 255 * 127
-    assert FLOAT32_PRODUCTS * 255 * 127 <= 2**24 < (FLOAT32_PRODUCTS + 1) * 255 * 127
+    assert INT32_PRODUCTS * 255 * 128 < 2**31 <= (INT32_PRODUCTS + 1) * 255 * 128
+    assert FLOAT32_PRODUCTS * 255 * 128 <= 2**24 < (FLOAT32_PRODUCTS + 1) * 255 * 128
 
 
 def test_values_round_half_to_even_and_are_clipped() -> None:
