@@ -12,11 +12,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
+from resfuse.kernels.engine.frontend.arguments import arguments
 from resfuse.kernels.engine.frontend.channel_picks import add_part
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.frontend.merge import merge
-from resfuse.kernels.engine.frontend.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
+from resfuse.kernels.engine.frontend.operations import OPERATIONS, RESHAPES, SAME_VALUES
 from resfuse.kernels.engine.frontend.side_effects import SideEffects, Unreadable
 from resfuse.kernels.engine.ir.derived_state import is_derivable, needed
 from resfuse.kernels.engine.ir.graph import Graph, Node, Torch
