@@ -188,8 +188,7 @@ class _Reader:
         name = self.read.states.get(item) if isinstance(item, fx.Node) else None
         if name in [node.name for node in self.read.derived]:
             self.read.add(item, Torch("aten.clone.default", ({"state": name},)))
-        known = (*self.read.names, *self.read.pixels)
-        if not isinstance(item, fx.Node) or item not in known:
+        if not isinstance(item, fx.Node) or not any(item in named for named in self.read.named):
             raise ValueError(
                 f"argument model: it returns {item!r}, which does not depend on its input; "
                 "accepted: outputs computed from the input"
@@ -208,7 +207,7 @@ class _Reader:
                 self._one_of_several(node)
         elif target is aten._assert_tensor_metadata.default:
             pass  # true of the example, and the engine takes inputs like it only
-        elif target in SAME_VALUES and (args[0] in read.names or args[0] in read.pixels):
+        elif target in SAME_VALUES and any(args[0] in named for named in read.named):
             read.same(node, args[0])
         elif not (add := OPERATIONS.get(target)) or not add(read, node):
             self._torch(node)

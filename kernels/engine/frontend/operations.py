@@ -9,7 +9,6 @@ import torch.fx as fx
 from torch import Tensor
 
 from resfuse.kernels.engine.frontend.arguments import arguments, keeps, with_defaults
-from resfuse.kernels.engine.frontend.channel_picks import add_shuffle
 from resfuse.kernels.engine.frontend.channels_last import (
     add_layer_norm,
     add_permute,
@@ -22,6 +21,13 @@ from resfuse.kernels.engine.frontend.norms import (
     add_batch_norm,
     add_group_norm,
     add_instance_norm,
+)
+from resfuse.kernels.engine.frontend.split_attention import (
+    add_gated_splits,
+    add_split_softmax,
+    add_split_sum,
+    add_stack,
+    add_view,
 )
 from resfuse.kernels.engine.ir.graph import (
     Affine,
@@ -233,9 +239,9 @@ def _pad(read: Captured, node: fx.Node) -> bool:
 
 def _product(read: Captured, node: fx.Node) -> bool:
     """Adds maps times one number a channel: as a norm where it is a parameter (layer scale), as a
-    gate where it is computed (squeeze-and-excitation)."""
+    gate where it is computed (squeeze-and-excitation, of splits too)."""
     for x, gate in (arguments(node), arguments(node)[::-1]):
-        if _scaled(read, node, x, gate):
+        if _scaled(read, node, x, gate) or add_gated_splits(read, node, x, gate):
             return True
         gate = _unexpanded(gate)
         if not (read.is_map(x) and read.is_map(gate)) or node.kwargs:
@@ -319,13 +325,16 @@ OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
     aten.upsample_nearest2d.default: _nearest,
     aten.slice.Tensor: _slice,
     aten.pad.default: _pad,
-    **dict.fromkeys(RESHAPES, add_shuffle),
+    **dict.fromkeys(RESHAPES, add_view),
     aten.permute.default: add_permute,
     aten.layer_norm.default: add_layer_norm,
     aten.mul.Tensor: _product,
     aten.adaptive_avg_pool2d.default: _mean,
     aten.mean.dim: _mean,
     aten.cat.default: _concat,
+    aten.stack.default: add_stack,
+    aten.sum.dim_IntList: add_split_sum,
+    aten.softmax.int: add_split_softmax,
     **dict.fromkeys(_ACTIVATIONS, _activation),
 }
 

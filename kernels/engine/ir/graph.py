@@ -222,6 +222,24 @@ class GroupNorm:
 
 
 @dataclass(frozen=True)
+class SplitSum:
+    """y[:, k] = the sum over r of x[:, r * K + k], for K channels of each of `radix` splits.
+
+    With a gate, x is multiplied by the second input [N, radix * K, 1, 1] first: split attention.
+    """
+
+    radix: int
+    gate: bool = False
+
+
+@dataclass(frozen=True)
+class SplitSoftmax:
+    """The softmax over r of x[:, r * K + k], for K channels of each of `radix` splits."""
+
+    radix: int
+
+
+@dataclass(frozen=True)
 class Torch:
     """An operation that torch runs.
 
@@ -246,6 +264,8 @@ Operation = (
     | Convert
     | LayerNorm
     | GroupNorm
+    | SplitSum
+    | SplitSoftmax
     | Torch
 )
 Finished = Conv | Affine | GroupNorm  # those that end with an activation, and may add a residual

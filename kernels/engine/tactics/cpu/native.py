@@ -40,6 +40,8 @@ from resfuse.kernels.engine.ir.graph import (
     Mean,
     Node,
     Pick,
+    SplitSoftmax,
+    SplitSum,
     State,
 )
 from resfuse.kernels.engine.ir.lowered import Native
@@ -117,6 +119,8 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Nat
         own = _slopes(op, channels_of(graph, node.name), state)
         storage, memory = storage_of(graph, node), arena.scratch(candidate.start)
         return native_maps.group_norm(graph, node, op, state, arena, own, storage, memory)
+    if isinstance(op, SplitSum | SplitSoftmax):
+        return native_maps.splits(graph, node, op, arena, storage_of(graph, node))
     if isinstance(op, MaxPool):
         return Native([max_pool_step(graph, node, arena)])
     assert isinstance(op, Mean)
@@ -284,6 +288,8 @@ def _is_supported(graph: Graph, node: Node) -> bool:
         return len(graph.values[node.name].shape) in (2, 4)
     if isinstance(op, Affine | GroupNorm):
         return op.activation in ACTIVATIONS
+    if isinstance(op, SplitSum | SplitSoftmax):
+        return all(graph.values[name].quantization is None for name in node.inputs)
     return isinstance(op, MaxPool | AveragePool | Pick | Mean | Concat | LayerNorm)
 
 
