@@ -23,7 +23,12 @@ from resfuse.kernels.cpu.program import (
     storage_number,
     whole_vectors,
 )
-from resfuse.kernels.cpu.weight_layout import integers_per_channel, per_channel, slopes
+from resfuse.kernels.cpu.weight_layout import (
+    integers_per_channel,
+    per_channel,
+    slopes,
+    with_spare_vector,
+)
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift, slope_of
 from resfuse.kernels.engine.ir.graph import (
@@ -172,7 +177,10 @@ def conv_step(
             bias, sums = how.bias, [per_channel(how.scale), integers_per_channel(how.offset)]
         groups = op.problem.groups
         laid_out = conv_candidates.layout_weight(config.form, weight, groups, storage)
-        return [laid_out, per_channel(bias), *sums, *_slopes(op, op.problem.k, state)]
+        parameters = [per_channel(bias), *sums, *_slopes(op, op.problem.k, state)]
+        if conv_candidates.lacking_of_groups(op.problem):
+            parameters = list(map(with_spare_vector, parameters))
+        return [laid_out, *parameters]
 
     # a weight may be shared, under other norms and activations
     key = (
