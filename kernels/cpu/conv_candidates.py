@@ -67,7 +67,7 @@ def refusal(problem: ConvProblem) -> str | None:
     if storage_of(problem) == "u8" and (reason := _refusal_of_sums(problem)) is not None:
         return reason
     if not _is_direct(problem) and not _is_grouped(problem):
-        return "groups that fill less than half a vector"
+        return "groups that fill no more than half a vector"
     return None
 
 
@@ -237,8 +237,8 @@ def lacking_of_groups(problem: ConvProblem) -> int:
 
 def _is_direct(problem: ConvProblem) -> bool:
     """Returns whether groups are computed one by one, in vectors of their own: of what is computed
-    at least half is stored."""
-    return problem.groups == 1 or 2 * (problem.k // problem.groups) >= lanes()
+    more than half is stored."""
+    return problem.groups == 1 or 2 * (problem.k // problem.groups) > lanes()
 
 
 def _direct_bytes(problem: ConvProblem) -> int:

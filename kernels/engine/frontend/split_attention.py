@@ -3,6 +3,7 @@ that are a softmax over the splits, and added up (ResNeSt, SKNet). In memory suc
 so it is another name for it; where an operation that only torch knows reads it, a reshape is made.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,19 +32,23 @@ aten = torch.ops.aten
 def add_view(read: Captured, node: fx.Node) -> bool:
     """Adds a view that changes nothing, makes splits of a map or a map of splits, is the last one
     behind a softmax over splits, or shuffles channels."""
-    x, shape = node.args[0], tuple(node.meta["val"].shape)
+    x: Any = node.args[0]
+    shape = tuple(node.meta["val"].shape)
     if read.is_map(x) and shape == tuple(x.meta["val"].shape):
         read.same(node, x)
-        return True
-    if read.is_map(x) and x.meta["val"].dim() == 4:
-        n, channels, *pixels = x.meta["val"].shape
-        if len(shape) == 5 and shape == (n, shape[1], channels // shape[1], *pixels):
-            read.splits[node] = read.names[x]
-            return True
-    if isinstance(x, fx.Node) and x in read.splits and shape == read.values[read.splits[x]].shape:
+    elif read.is_map(x) and x.meta["val"].dim() == 4 and _are_splits(x.meta["val"].shape, shape):
+        read.splits[node] = read.names[x]
+    elif x in read.splits and shape == read.values[read.splits[x]].shape:
         read.names[node] = read.splits[x]
-        return True
-    return _softmax_of_views(read, node) or add_shuffle(read, node)
+    else:
+        return _softmax_of_views(read, node) or add_shuffle(read, node)
+    return True
+
+
+def _are_splits(of: Sequence[int], shape: Sequence[int]) -> bool:
+    """Returns whether a shape is that of splits of a map."""
+    n, channels, *pixels = of
+    return len(shape) == 5 and tuple(shape) == (n, shape[1], channels // shape[1], *pixels)
 
 
 def add_stack(read: Captured, node: fx.Node) -> bool:
@@ -109,11 +114,7 @@ def _add(
 
 def _softmax_of_views(read: Captured, node: fx.Node) -> bool:
     """Adds views of a softmax of views of a vector [N, K, 1, 1] as a SplitSoftmax, behind a Pick
-    where they change the order of channels: ResNeSts transpose cardinality and radix.
-
-    What is normalised together is found by applying the views to the numbers of the elements, and
-    to those of the sums.
-    """
+    where they change the order of channels: ResNeSts transpose cardinality and radix."""
     after = _views_up_from(node)
     softmax: Any = after[-1].args[0]
     if not isinstance(softmax, fx.Node) or softmax.target is not aten.softmax.int:
@@ -124,14 +125,42 @@ def _softmax_of_views(read: Captured, node: fx.Node) -> bool:
     x: Any = (before[-1] if before else softmax).args[0]
     if not read.is_map(x) or x.meta["val"].shape[2:] != (1, 1):
         return False
-    (n, channels), shape = x.meta["val"].shape[:2], tuple(node.meta["val"].shape)
-    splits = len(shape) == 5 and shape == (n, shape[1], channels // shape[1], 1, 1)
-    if not splits and shape not in ((n, channels), (n, channels, 1, 1)):
+    of_x, shape = tuple(x.meta["val"].shape), tuple(node.meta["val"].shape)
+    splits = _are_splits(of_x, shape)
+    if not splits and shape not in (of_x, of_x[:2]):
         return False
-    elements = torch.arange(n * channels, device="cpu").reshape(n, channels, 1, 1)
+    found = _splits_of(softmax, of_x, before, after)
+    if found is None:
+        return False
+    radix, channels = found
+    name = read.names[x]
+    if channels != tuple(range(of_x[1])):
+        pick = Node(f"{node.name}:order", Pick((0,), (0,), channels=channels), (name,))
+        read.values[pick.name] = read.values[name]
+        read.nodes.append(pick)
+        name = pick.name
+    if splits:
+        _add(read, node, SplitSoftmax(radix), of_x, (name,))
+    else:
+        read.add_value(node, node.name)
+        read.nodes.append(Node(node.name, SplitSoftmax(radix), (name,)))
+    return True
+
+
+def _splits_of(
+    softmax: Any, shape: tuple[int, ...], before: Sequence[fx.Node], after: Sequence[fx.Node]
+) -> tuple[int, tuple[int, ...]] | None:
+    """Returns the radix of a softmax between views, and the channel of its vectors that each result
+    is of; None where it is not over splits of the results, or where images mix.
+
+    What is normalised together is found by applying the views to the numbers of the elements, and
+    to those of the sums.
+    """
+    n, channels = shape[:2]
+    elements = torch.arange(n * channels, device="cpu").reshape(shape)
     for view in reversed(before):
         elements = _viewed(view, elements)
-    dim: Any = softmax.args[1]
+    dim = softmax.args[1]
     radix = elements.shape[dim]
     sums = torch.arange(elements.numel() // radix, device="cpu")
     sums = sums.reshape(elements.select(dim, 0).shape).unsqueeze(dim).expand_as(elements)
@@ -140,25 +169,11 @@ def _softmax_of_views(read: Captured, node: fx.Node) -> bool:
         elements, sums = _viewed(view, elements), _viewed(view, sums)
     elements = elements.reshape(n, channels) - channels * torch.arange(n, device="cpu")[:, None]
     order = elements[0]
-    if channels % radix or not 0 <= order.min() <= order.max() < channels:
-        return False
+    apart = 0 <= order.min() <= order.max() < channels and bool((elements == order).all())
+    if not apart or channels % radix:
+        return None
     sums = sums.reshape(n, radix, channels // radix)
-    if not torch.equal(elements, order.expand_as(elements)):
-        return False
-    if not torch.equal(sums, sums[:, :1].expand_as(sums)):
-        return False
-    name, picked = read.names[x], tuple(order.tolist())
-    if picked != tuple(range(channels)):
-        pick = Node(f"{node.name}:order", Pick((0,), (0,), channels=picked), (name,))
-        read.values[pick.name] = read.values[name]
-        read.nodes.append(pick)
-        name = pick.name
-    if splits:
-        _add(read, node, SplitSoftmax(radix), (n, channels, 1, 1), (name,))
-    else:
-        read.add_value(node, node.name)
-        read.nodes.append(Node(node.name, SplitSoftmax(radix), (name,)))
-    return True
+    return (radix, tuple(order.tolist())) if bool((sums == sums[:, :1]).all()) else None
 
 
 def _views_up_from(node: fx.Node) -> list[fx.Node]:
@@ -177,31 +192,34 @@ def _viewed(view: fx.Node, x: torch.Tensor) -> torch.Tensor:
 def gate_in_sums(graph: Graph) -> Graph:
     """Makes the sum of gated splits one operation, where the product has no other reader."""
     makers = {node.name: node for node in graph.nodes}
-    nodes, gone = [], set()
+    gated: dict[str, Node] = {}
+    gone: set[str] = set()
     for node in graph.nodes:
-        op, product = node.op, makers.get(node.inputs[0]) if node.inputs else None
-        gated = product is not None and product.op == Affine(gate=True)
-        if isinstance(op, SplitSum) and gated and graph.readers[product.name] == 1:
-            node = Node(node.name, replace(op, gate=True), product.inputs)
-            gone.add(product.name)
-        nodes.append(node)
-    return replace(graph, nodes=tuple(node for node in nodes if node.name not in gone))
+        if isinstance(node.op, SplitSum):
+            product = makers.get(node.inputs[0])
+            alone = product is not None and graph.readers[product.name] == 1
+            if product is not None and alone and product.op == Affine(gate=True):
+                op = SplitSum(node.op.radix, gate=True)
+                gated[node.name] = Node(node.name, op, product.inputs)
+                gone.add(product.name)
+    nodes = [gated.get(node.name, node) for node in graph.nodes if node.name not in gone]
+    return replace(graph, nodes=tuple(nodes))
 
 
 def pool_before_sums(graph: Graph) -> Graph:
     """Makes the mean of a sum of splits the sum of their means, so that the sum is of a pixel."""
     makers = {node.name: node for node in graph.nodes}
-    nodes, values, gone = [], dict(graph.values), set()
+    nodes, values = list(graph.nodes), dict(graph.values)
     for node in graph.nodes:
         summed = makers.get(node.inputs[0]) if isinstance(node.op, Mean) else None
-        op = summed.op if summed is not None else None
-        if isinstance(op, SplitSum) and not op.gate and graph.readers[summed.name] == 1:
+        if summed is None or not isinstance(summed.op, SplitSum) or summed.op.gate:
+            continue
+        if graph.readers[summed.name] == 1:
             n, channels, *one = values[node.name].shape
             mean = Node(f"{node.name}:splits", Mean(), summed.inputs)
-            values[mean.name] = replace(values[node.name], shape=(n, op.radix * channels, *one))
-            nodes += [mean, Node(node.name, op, (mean.name,))]
-            gone.add(summed.name)
-        else:
-            nodes.append(node)
-    nodes = [node for node in nodes if node.name not in gone]
+            shape = n, summed.op.radix * channels, *one
+            values[mean.name] = replace(values[node.name], shape=shape)
+            at = nodes.index(node)
+            nodes[at : at + 1] = [mean, Node(node.name, summed.op, (mean.name,))]
+            nodes.remove(summed)
     return replace(graph, nodes=tuple(nodes), values=values)
