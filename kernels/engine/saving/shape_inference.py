@@ -33,8 +33,8 @@ from resfuse.kernels.engine.ir.graph import (
     SplitSum,
     Torch,
     Value,
-    state_read_by,
 )
+from resfuse.kernels.engine.ir.graph_state import state_read_by
 from resfuse.kernels.engine.ir.torch_call import torch_call
 from resfuse.kernels.engine.ir.torch_operations import is_pure
 from resfuse.kernels.engine.saving.graph_structure import Unsound, memory_bytes

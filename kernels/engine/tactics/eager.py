@@ -30,8 +30,8 @@ from resfuse.kernels.engine.ir.graph import (
     State,
     Torch,
     Value,
-    state_read_by,
 )
+from resfuse.kernels.engine.ir.graph_state import state_read_by
 from resfuse.kernels.engine.ir.lowered import Call, Values
 from resfuse.kernels.engine.ir.torch_call import torch_call
 from resfuse.kernels.engine.memory.buffers import Arena
