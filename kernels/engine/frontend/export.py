@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
-from resfuse.kernels.engine.frontend.arguments import arguments
+from resfuse.kernels.engine.frontend.call_arguments import arguments
 from resfuse.kernels.engine.frontend.channel_picks import add_part
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions

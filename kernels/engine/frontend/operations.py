@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from resfuse.kernels.engine.frontend.arguments import arguments, keeps, with_defaults
+from resfuse.kernels.engine.frontend.call_arguments import arguments, keeps, with_defaults
 from resfuse.kernels.engine.frontend.channels_last import (
     add_layer_norm,
     add_permute,
@@ -17,7 +17,7 @@ from resfuse.kernels.engine.frontend.channels_last import (
 )
 from resfuse.kernels.engine.frontend.decomposed_batch_norm import spelled_norm
 from resfuse.kernels.engine.frontend.graph_builder import Captured
-from resfuse.kernels.engine.frontend.norms import (
+from resfuse.kernels.engine.frontend.map_norms import (
     add_batch_norm,
     add_group_norm,
     add_instance_norm,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from resfuse.kernels.engine.frontend.arguments import arguments
+from resfuse.kernels.engine.frontend.call_arguments import arguments
 from resfuse.kernels.engine.frontend.channel_picks import VIEWS, add_shuffle
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.ir.graph import (

@@ -200,7 +200,7 @@ def _max_pool(op: MaxPool) -> Function:
 def _split_sum(op: SplitSum) -> Function:
     def run(x: Tensor, *gate: Tensor) -> Tensor:
         splits = (x * gate[0] if gate else x).unflatten(1, (op.radix, -1))
-        y = splits.sum(1)
+        y: Tensor = splits.sum(1)
         return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
     return run

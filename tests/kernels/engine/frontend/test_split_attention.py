@@ -52,7 +52,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
         {"Mean": 1, "SplitSum": 2, "SplitSoftmax": 1},
     ),
     "radix 4 in 2 groups": (
-        lambda: split_attention(4, 2, 20), 20,
+        lambda: split_attention(4, 2, 24), 24,
         {"Mean": 1, "SplitSum": 2, "SplitSoftmax": 1, "Pick": 1},
     ),
     "radix 1 in 4 groups": (

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from resfuse.kernels.engine.frontend.arguments import arguments, keeps, with_defaults
+from resfuse.kernels.engine.frontend.call_arguments import arguments, keeps, with_defaults
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.ir.graph import Affine, GroupNorm, Norm
 
