@@ -66,8 +66,8 @@ def refusal(problem: ConvProblem) -> str | None:
         return f"rows of {row} values; at most {constant('MAX_ROW')}"
     if storage_of(problem) == "u8" and (reason := _refusal_of_sums(problem)) is not None:
         return reason
-    if problem.groups > 1 and not _fills_vectors(problem) and not _is_grouped(problem):
-        return "groups that fill no vector"
+    if not _is_direct(problem) and not _is_grouped(problem):
+        return "groups that fill no more than half a vector"
     return None
 
 
@@ -78,7 +78,7 @@ def _refusal_of_sums(problem: ConvProblem) -> str | None:
     products = _products_of(problem)
     if products > INT32_PRODUCTS:
         return f"sums of {products} products; an int32 takes {INT32_PRODUCTS}"
-    if products > FLOAT32_PRODUCTS and problem.groups > 1 and not _fills_vectors(problem):
+    if products > FLOAT32_PRODUCTS and not _is_direct(problem):
         return f"groups with sums of {products} products; a float32 takes {FLOAT32_PRODUCTS}"
     return None
 
@@ -93,7 +93,7 @@ def forms(problem: ConvProblem) -> Iterator[Form]:
     """Yields the algorithms that compute `problem`."""
     if _is_grouped(problem):
         yield "grouped"
-    if problem.groups == 1 or _fills_vectors(problem):
+    if _is_direct(problem):
         yield "direct"
     if _is_winograd(problem):
         yield "winograd"
@@ -111,9 +111,9 @@ def configs(form: Form, problem: ConvProblem) -> Iterator[NativeConfig]:
 
 def choose(problem: ConvProblem) -> NativeConfig:
     """Returns the configuration that is expected to be fastest, without measuring: Winograd where
-    its 16 products a tile are fewer than 9 a pixel.
+    its 16 products a tile are fewer than 9 a pixel, and there are no groups.
     """
-    saves = 16 * tiles_of(problem) < 9 * pixels_of(problem)
+    saves = problem.groups == 1 and 16 * tiles_of(problem) < 9 * pixels_of(problem)
     first = next(forms(problem))
     return _choose_blocks("winograd" if saves and _is_winograd(problem) else first, problem)
 
@@ -142,7 +142,7 @@ def layout_weight(form: Form, weight: Tensor, groups: int, storage: Storage = "f
     ones. Those of groups are float32: they are few.
     """
     if form == "winograd":
-        transformed = winograd_weights(weight)
+        transformed = winograd_weights(weight, groups)
         return transformed if storage == "fp32" else transformed.bfloat16()
     if form == "grouped":
         return grouped_weights(weight.float())
@@ -163,10 +163,12 @@ def conv_step(problem: ConvProblem, config: NativeConfig, **where: float) -> Ste
         where: pointers and pitches, by their names in step.h; of uint8 also the scales and zero
             points there; and C, where channels of zeros lie behind those of x.
     """
+    lacking = 0 if config.form == "grouped" else lacking_of_groups(problem)
     step = Step(
         kind=program.kind(config.form),
         N=problem.n, H=problem.h, W=problem.w, C=where.pop("C", problem.c),
-        K=whole_vectors(problem.k), R=problem.r, S=problem.s, P=problem.p, Q=problem.q,
+        K=problem.k if lacking else whole_vectors(problem.k),
+        R=problem.r, S=problem.s, P=problem.p, Q=problem.q,
         stride_h=problem.stride[0], stride_w=problem.stride[1],
         pad_h=problem.padding[0], pad_w=problem.padding[1],
         dilation_h=problem.dilation[0], dilation_w=problem.dilation[1],
@@ -178,6 +180,8 @@ def conv_step(problem: ConvProblem, config: NativeConfig, **where: float) -> Ste
         y_fp32=problem.math_mode == "int8_fp32",
         **where,
     )  # fmt: skip
+    if lacking:
+        step.unstored = lacking
     step.scratch_pitch = program.scratch_floats(step)
     return step
 
@@ -194,7 +198,8 @@ def tiles_of(problem: ConvProblem) -> int:
 
 def _is_winograd(problem: ConvProblem) -> bool:
     return (
-        (problem.r, problem.s, problem.groups) == (3, 3, 1)
+        (problem.r, problem.s) == (3, 3)
+        and _is_direct(problem)
         and problem.stride == problem.dilation == (1, 1)
         and problem.c % lanes() == 0
         and storage_of(problem) != "u8"
@@ -225,8 +230,15 @@ def fits_grouped(c: int, k: int, groups: int, taps: int) -> bool:
     return whole_groups and taps <= constant("MAX_TAPS") and whole_vectors(c) <= constant("MAX_ROW")
 
 
-def _fills_vectors(problem: ConvProblem) -> bool:
-    return problem.k // problem.groups % lanes() == 0
+def lacking_of_groups(problem: ConvProblem) -> int:
+    """Returns how many output channels the last vector of each of several groups lacks."""
+    return 0 if problem.groups == 1 else -(problem.k // problem.groups) % lanes()
+
+
+def _is_direct(problem: ConvProblem) -> bool:
+    """Returns whether groups are computed one by one, in vectors of their own: of what is computed
+    more than half is stored."""
+    return problem.groups == 1 or 2 * (problem.k // problem.groups) > lanes()
 
 
 def _direct_bytes(problem: ConvProblem) -> int:

@@ -19,11 +19,11 @@ ACTIVATIONS = (
     "prelu", "gelu", "gelu_tanh",
 )  # fmt: skip
 _STORAGES: tuple[Storage, ...] = ("fp32", "bf16", "u8")  # by their numbers, storage.h's
-_POINTERS = ("x", "w", "bias", "slope", "residual", "y", "scratch")
+_POINTERS = ("x", "w", "bias", "slope", "residual", "gate", "y", "scratch")
 _NUMBERS = (
     "N", "H", "W", "C", "K", "R", "S", "P", "Q",
     "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "groups",
-    "x_pitch", "residual_pitch", "y_pitch", "unstored",
+    "x_pitch", "residual_pitch", "y_pitch", "gate_pitch", "unstored",
     "activation", "residual_last", "by_channel", "block", "scratch_pitch",
     "length", "rows", "x_local", "residual_local", "y_local", "storage",
 )  # fmt: skip

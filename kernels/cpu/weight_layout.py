@@ -77,12 +77,18 @@ def _from_units(laid_out: Tensor, unit: int, shape: torch.Size) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-def winograd_weights(w: Tensor) -> Tensor:
-    """Packs G w G^T of a weight [K, C, 3, 3], computed in fp64, as [16, C, panel] for each panel of
-    channels."""
+def winograd_weights(w: Tensor, groups: int = 1) -> Tensor:
+    """Packs G w G^T of a weight [K, C / groups, 3, 3], computed in fp64, as [16, C, panel] for each
+    group and panel of channels in it."""
     g = torch.tensor(_G, dtype=torch.float64, device=w.device)
     u = torch.einsum("ir,kcrs,js->ijck", g, w.double(), g).float().flatten(0, 1)
-    return torch.cat([part.reshape(-1) for part in _to_lanes(u, -1).split(nr(), -1)])
+    return torch.cat(
+        [
+            part.reshape(-1)
+            for group in u.chunk(groups, -1)
+            for part in _to_lanes(group, -1).split(nr(), -1)
+        ]
+    )
 
 
 def grouped_weights(w: Tensor) -> Tensor:
@@ -116,6 +122,12 @@ def per_channel(v: Tensor) -> Tensor:
 def integers_per_channel(v: Tensor) -> Tensor:
     """Returns [K] as int32, padded with zeros to a whole number of vectors."""
     return _to_lanes(v.to(torch.int32)).contiguous()
+
+
+def with_spare_vector(v: Tensor) -> Tensor:
+    """Returns parameters of channels [K] with a vector of zeros behind: the last vector of a group
+    that fills none is read there."""
+    return F.pad(v, (0, lanes()))
 
 
 def _to_lanes(t: Tensor, dim: int = 0) -> Tensor:

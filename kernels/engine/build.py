@@ -29,7 +29,8 @@ from resfuse.kernels.engine.frontend.batching.any_batch import batch_of, require
 from resfuse.kernels.engine.frontend.export import capture, is_in_training
 from resfuse.kernels.engine.frontend.graph_precision import in_precision
 from resfuse.kernels.engine.ir.derived_state import with_derived
-from resfuse.kernels.engine.ir.graph import Graph, State, state_names
+from resfuse.kernels.engine.ir.graph import Graph, State
+from resfuse.kernels.engine.ir.graph_state import state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.candidates import find_candidates
 from resfuse.kernels.engine.planning.chunking import chunk_stages, with_chunks

@@ -24,6 +24,8 @@ from resfuse.kernels.engine.ir.graph import (
     Node,
     Norm,
     Pick,
+    SplitSoftmax,
+    SplitSum,
     Torch,
 )
 from resfuse.kernels.engine.memory.arena_planner import MB
@@ -43,6 +45,8 @@ _NAMES = {
     Mean: "mean",
     Concat: "concat",
     LayerNorm: "layer norm",
+    SplitSum: "sum of splits",
+    SplitSoftmax: "softmax of splits",
 }
 _PRECISIONS = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "int8",
@@ -144,6 +148,8 @@ def name_of(node: Node) -> str:
         words = [layer_name(op.weight)] if op.weight else []
         words += ["group norm", *(["+ residual"] * op.residual)]
         return " ".join([*words, *([op.activation] * (op.activation != "identity"))])
+    if isinstance(op, SplitSum) and op.gate:
+        return f"gate + {_NAMES[SplitSum]}"
     if isinstance(op, Torch):
         return op.target
     if isinstance(op, Convert):

@@ -5,8 +5,8 @@
 // A 4x4 tile d of the input is transformed to B^T d B, 16 matrix products over channels follow (one
 // for each of its elements), and A^T m A is a 2x2 tile of the output.
 //
-// Packed weights: for each panel of up to NR output channels, [16, C, panel] of G w G^T, stored as
-// values are. In bfloat16 they are rounded once, after the transform, which was computed in fp64:
+// Packed weights: for each group, panels of up to NR output channels, in each [16, C of a group,
+// panel] of G w G^T, stored as values are. In bfloat16 they are rounded once, after the transform, which was computed in fp64:
 // half the memory, for 1.7 times the error that rounded weights make in the direct form.
 // Scratch of a thread: the transformed input [16, block, C] and products [16, block, NR]. These are
 // float32, also where values are bfloat16: transformed, those would be rounded a second time.
@@ -74,18 +74,18 @@ static void gather(const Step& s, const TilePosition& at, long plane, float* to)
 }
 
 // Transforms the products of a tile and stores its output pixels.
-static void scatter(const Step& s, const TilePosition& at, const float* from, long plane, long k,
-                    long channels) {
-  for (long c = 0; c < channels; c += LANES) {
+static void scatter(const Step& s, const TilePosition& at, const float* from, long plane,
+                    const Panel& panel) {
+  for (long c = 0; c < panel.width; c += LANES) {
     Floats m[4][4], y[2][2];
     UNROLLED for (long i = 0; i < 16; i++) m[i / 4][i % 4] = load(from + i * plane + c);
     transform_output(m, y);
-    const Floats bias = load(s.bias + k + c);
+    const Floats bias = load(s.bias + panel.k + c);
     for (long i = 0; i < min(2, s.P - at.p); i++) {
       for (long j = 0; j < min(2, s.Q - at.q); j++) {
         const long pixel = (at.image * s.P + at.p + i) * s.Q + at.q + j;
         Sums<1, 1> sum = {{y[i][j] + bias}};
-        epilogue<1, 1>(s, sum, pixel, k + c);
+        epilogue<1, 1>(s, sum, pixel, panel.k + c);
       }
     }
   }
@@ -95,21 +95,22 @@ static void scatter(const Step& s, const TilePosition& at, const float* from, lo
 // set of the caches.
 constexpr long PLANE_PADDING = 3 * CACHE_LINE;
 
-// A panel's output channels and a slice of the input channels.
+// A panel's output channels and a slice of the input channels of its group.
 struct Slice {
-  long k, panel, c, depth;
+  Panel panel;
+  long c, depth;
 
-  Slice(const Step& s, long p, long part, long parts)
-      : k(p * NR),
-        panel(min(NR, s.K - k)),
-        c(s.C * part / parts),
-        depth(s.C * (part + 1) / parts - c) {}
+  Slice(const Step& s, const Panel& panel, long part, long parts)
+      : panel(panel),
+        c(s.C / s.groups * part / parts),
+        depth(s.C / s.groups * (part + 1) / parts - c) {}
 
-  long weights() const { return depth * panel; }
+  long weights() const { return depth * panel.width; }
 
   // The slice's weights of the transformed element `e`.
   const Value* weights(const Step& s, long e) const {
-    return reinterpret_cast<const Value*>(s.w) + (k * 16 + e * panel) * s.C + c * panel;
+    const long before = (panel.before * 16 + e * panel.width) * (s.C / s.groups);
+    return reinterpret_cast<const Value*>(s.w) + before + c * panel.width;
   }
 };
 
@@ -133,8 +134,9 @@ struct Workspace {
 // For element e and `count` rows: product[row][0..panel) (+)= input[row][0..depth) @ w.
 static void multiply(const Step& s, const Slice& slice, long e, const Value* w,
                      const Workspace& ws, long count, WeightPrefetch<Value> next_w) {
-  const float* const input = ws.input + e * ws.input_plane + slice.c;
-  for_each_tile_of_width(slice.panel, 0, count, [&]<long M, long N>(long row) {
+  const long channel = slice.panel.group * (s.C / s.groups) + slice.c;
+  const float* const input = ws.input + e * ws.input_plane + channel;
+  for_each_tile_of_width(slice.panel.width, 0, count, [&]<long M, long N>(long row) {
     float* const product = ws.product + e * ws.product_plane + row * NR;
     Tile<M, N> tile;
     tile.init(nullptr);
@@ -146,12 +148,12 @@ static void multiply(const Step& s, const Slice& slice, long e, const Value* w,
   });
 }
 
-// Computes the products of panel p from transformed weights, and prefetches the next ones.
-static void products(const Step& s, long p, const Workspace& ws, long count) {
-  const long parts = (s.C + KC - 1) / KC;
+// Computes the products of a panel from transformed weights, and prefetches the next ones.
+static void products(const Step& s, const Panel& panel, const Workspace& ws, long count) {
+  const long parts = (s.C / s.groups + KC - 1) / KC;
   for (long e = 0; e < 16; e++) {
     for (long part = 0; part < parts; part++) {
-      const Slice slice(s, p, part, parts);
+      const Slice slice(s, panel, part, parts);
       const Value* const w = slice.weights(s, e);
       const WeightPrefetch<Value> next_w(w + slice.weights(), slice.weights());
       multiply(s, slice, e, w, ws, count, next_w);
@@ -163,7 +165,7 @@ static inline long winograd_tiles(const Step& s) {
   return s.N * ((s.P + 1) / 2) * ((s.Q + 1) / 2);
 }
 
-static inline long winograd_panels(const Step& s) { return (s.K + NR - 1) / NR; }
+static inline long winograd_panels(const Step& s) { return group_panels(s) * s.groups; }
 
 // Returns the size of equal blocks, as few as with `block`: each block reads all weights, so a
 // small last one would be expensive.
@@ -193,10 +195,10 @@ static void conv3x3_winograd(const Step& s, const Range& tiles, const Range& pan
       if (cached) *cached = {from, count};
     }
     for (long p = panels.from; p < panels.to; p++) {
-      products(s, p, ws, count);
-      const long k = p * NR, panel = min(NR, s.K - k);
+      const Panel panel(s, p);
+      products(s, panel, ws, count);
       for (long i = 0; i < count; i++) {
-        scatter(s, TilePosition(s, from + i), ws.product + i * NR, ws.product_plane, k, panel);
+        scatter(s, TilePosition(s, from + i), ws.product + i * NR, ws.product_plane, panel);
       }
     }
   }
@@ -213,7 +215,7 @@ struct WinogradRange {
         panels(winograd_panels(s), 1, s.by_channel ? range : 0, s.by_channel ? ranges : 1),
         block(even_block(tiles.count(), s.block)),
         partition(tiles.blocks(block), panels.count(),
-            16.0 * tiles.count() * panels.count() * NR * s.C) {}
+            16.0 * tiles.count() * panels.count() * NR * (s.C / s.groups)) {}
 };
 
 static void winograd_piece(const Step& s, long range, long ranges, long i, float* scratch,

@@ -99,7 +99,7 @@ static inline long slices_per_tap(const Step& s) {
 
 // Returns the floats of partial sums that a thread saves between slices.
 static inline long direct_scratch_floats(const Step& s) {
-  const bool saved = !in_one_pass(s, min(NR, s.K / s.groups)) && s.R * s.S * slices_per_tap(s) > 1;
+  const bool saved = !in_one_pass(s, min(NR, vectors_of_group(s))) && s.R * s.S * slices_per_tap(s) > 1;
   return saved ? s.block * NR : 0;
 }
 
@@ -198,25 +198,22 @@ static void direct_sliced(const Step& s, const PanelTask& task, const Unit* w,
 }
 
 // Returns the number of panels of all groups, numbered one group after another.
-static inline long direct_panels(const Step& s) {
-  return s.groups * ((s.K / s.groups + NR - 1) / NR);
-}
+static inline long direct_panels(const Step& s) { return group_panels(s) * s.groups; }
 
 static void conv_direct(const Step& s, const Range& pixels, const Range& all_panels,
                         float* scratch) {
   SumInMemory* const partial_sums = reinterpret_cast<SumInMemory*>(scratch);
   prepare_padding(s);
-  const long C = s.C / s.groups, K = s.K / s.groups;
-  const long panels = (K + NR - 1) / NR, taps = s.R * s.S * units_of(C);
+  const long C = s.C / s.groups, taps = s.R * s.S * units_of(C);
   const Unit* const weights = reinterpret_cast<const Unit*>(s.w);
   DCHECK(0 <= pixels.from && pixels.to <= s.N * s.P * s.Q);
   DCHECK(0 <= all_panels.from && all_panels.to <= direct_panels(s));
   for (long from = pixels.from; from < pixels.to; from += s.block) {
     const long to = min(from + s.block, pixels.to);
     for (long p = all_panels.from; p < all_panels.to; p++) {
-      const long group = p / panels, first = p % panels * NR;
-      const PanelTask task{from, to, group * K + first, min(NR, K - first), group * C};
-      const Unit* const w = weights + task.k * taps;
+      const Panel panel(s, p);
+      const PanelTask task{from, to, panel.k, panel.width, panel.group * C};
+      const Unit* const w = weights + panel.before * taps;
       if (in_one_pass(s, task.panel)) {
         direct_one_pass(s, task, w);
       } else {

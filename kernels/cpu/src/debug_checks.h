@@ -24,13 +24,13 @@ static void convolution(const Step& s) {
   DCHECK(s.P == windows(s.H, s.pad_h, s.R, s.stride_h, s.dilation_h) && s.P > 0);
   DCHECK(s.Q == windows(s.W, s.pad_w, s.S, s.stride_w, s.dilation_w) && s.Q > 0);
   DCHECK(s.groups > 0 && s.C % s.groups == 0);
-  DCHECK(s.K % LANES == 0);
   DCHECK(s.w && s.bias);
   if (STORAGE == U8) DCHECK(s.kind != WINOGRAD && s.scale && s.offset);
-  DCHECK(0 <= s.unstored && s.unstored < LANES && (s.unstored == 0 || s.groups == 1 || s.kind == GROUPED));
-  DCHECK(s.x_pitch >= s.C && s.y_pitch >= s.K - s.unstored);
+  const long apart = groups_apart(s), lacking = apart > 1 ? 0 : s.unstored;
+  DCHECK(0 <= s.unstored && s.unstored < LANES && s.K % apart == 0);
+  DCHECK((s.K / apart + (apart > 1 ? s.unstored : 0)) % LANES == 0);
+  DCHECK(s.x_pitch >= s.C && s.y_pitch >= s.K - lacking);
   if (s.kind == DIRECT) {
-    DCHECK(s.groups == 1 || (s.K % s.groups == 0 && s.K / s.groups % LANES == 0));
     DCHECK(s.C / s.groups <= MAX_ROW);
     DCHECK(s.block > 0);
   } else if (s.kind == GROUPED) {
@@ -39,13 +39,14 @@ static void convolution(const Step& s) {
     DCHECK(s.R * s.S <= MAX_TAPS);
     DCHECK(s.K <= MAX_ROW);
   } else {
-    DCHECK(s.R == 3 && s.S == 3 && s.groups == 1);
+    DCHECK(s.R == 3 && s.S == 3);
     DCHECK(s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1);
     DCHECK(s.C % LANES == 0);
     DCHECK(s.block > 0);
   }
 }
 
+static bool is_split(const Step& s) { return s.kind == SPLIT_SUM || s.kind == SPLIT_SOFTMAX; }
 static bool is_group_norm(const Step& s) { return s.kind == GROUP_MOMENTS || s.kind == GROUP_NORM; }
 
 static void map(const Step& s) {
@@ -63,6 +64,12 @@ static void map(const Step& s) {
   if (s.kind == AVERAGE_POOL || s.kind == PICK) DCHECK(s.w && s.slope);
   if (s.kind == LAYER_NORM) {
     DCHECK(s.w && s.bias && s.eps >= 0);
+    DCHECK(s.activation == IDENTITY && !s.residual);
+  }
+  if (is_split(s)) {
+    DCHECK(s.groups > 0 && s.x_pitch >= s.groups * s.K);
+    DCHECK(s.kind == SPLIT_SUM || s.y_pitch >= s.groups * s.K);
+    DCHECK(!s.gate || (s.kind == SPLIT_SUM && s.gate_pitch >= s.groups * s.K));
     DCHECK(s.activation == IDENTITY && !s.residual);
   }
   if (is_group_norm(s)) DCHECK(s.groups > 0 && s.K % s.groups == 0);
@@ -100,7 +107,7 @@ static void quantization(const Step& s) {
     DCHECK(scales || s.kind == MEAN || s.kind == AFFINE || s.kind == AVERAGE_POOL);
     DCHECK(s.y_local < 0 && (!s.residual || s.residual != s.y));
   }
-  DCHECK(s.kind != LAYER_NORM && !is_group_norm(s));
+  DCHECK(s.kind != LAYER_NORM && !is_group_norm(s) && !is_split(s));
 }
 
 // Checks a step, fused or not.
@@ -111,7 +118,8 @@ static void kernel(const Step& s) {
   } else if (s.kind == TO_BF16 || s.kind == TO_FP32 || s.kind == TO_U8) {
     conversion(s);
   } else {
-    DCHECK((s.kind >= DIRECT && s.kind <= PICK) || s.kind == LAYER_NORM || is_group_norm(s));
+    DCHECK((s.kind >= DIRECT && s.kind <= PICK) || s.kind == LAYER_NORM ||
+           is_group_norm(s) || is_split(s));
     map(s);
   }
   quantization(s);

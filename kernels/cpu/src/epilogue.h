@@ -131,6 +131,13 @@ static ALWAYS_INLINE void finish(const Step& s, Sums<M, N>& sums, long pixel, lo
   store_results<M, N>(s, sums, pixel, k, last);
 }
 
+// Returns whether a vector that ends at channel `to` is the last one of all or, of groups with
+// `unstored`, of one.
+static inline bool ends_group(const Step& s, long to) {
+  if (is_convolution(s) && groups_apart(s) > 1) return (to - s.unstored) % (s.K / s.groups) == 0;
+  return to == s.K;
+}
+
 // Out of line, once for all kernels.
 template <long M, long N>
 __attribute__((noinline)) static void finish_tail(const Step& s, Sums<M, N>& sums, long pixel,
@@ -142,8 +149,8 @@ __attribute__((noinline)) static void finish_tail(const Step& s, Sums<M, N>& sum
 template <long M, long N>
 static ALWAYS_INLINE void epilogue(const Step& s, Sums<M, N>& sums, long pixel, long k) {
   DCHECK(0 <= pixel && pixel + M <= s.N * s.P * s.Q);
-  DCHECK(0 <= k && k % LANES == 0 && k + (N - 1) * LANES < s.K);
-  if (s.unstored && k + N * LANES == s.K) {
+  DCHECK(0 <= k && k + (N - 1) * LANES < s.K);
+  if (s.unstored && ends_group(s, k + N * LANES)) {
     Sums<M, N> copy;  // as in map_by_call
     UNROLLED for (long m = 0; m < M; m++) {
       UNROLLED for (long n = 0; n < N; n++) copy[m][n] = sums[m][n];

@@ -29,6 +29,7 @@ static const Constant constants[] = {
     {"kind.chain", CHAIN}, {"kind.row_fused", ROW_FUSED},
     {"kind.to_bf16", TO_BF16}, {"kind.to_fp32", TO_FP32}, {"kind.layer_norm", LAYER_NORM},
     {"kind.to_u8", TO_U8}, {"kind.group_moments", GROUP_MOMENTS}, {"kind.group_norm", GROUP_NORM},
+    {"kind.split_sum", SPLIT_SUM}, {"kind.split_softmax", SPLIT_SOFTMAX},
     {"storage.fp32", FP32}, {"storage.bf16", BF16}, {"storage.u8", U8}, {"storage", STORAGE},
     {"activation.identity", IDENTITY}, {"activation.relu", RELU}, {"activation.relu6", RELU6},
     {"activation.hardswish", HARDSWISH}, {"activation.hardsigmoid", HARDSIGMOID},

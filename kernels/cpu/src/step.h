@@ -7,7 +7,9 @@
 //   grouped convolutions; those of Winograd are values, those of direct ones units of channels
 //   (storage.h).
 // - K counts whole vectors of output channels in convolutions and in steps with `unstored`, and
-//   per-channel parameters (bias, slope, scale, offset) are padded to whole vectors. Where the channels
+//   per-channel parameters (bias, slope, scale, offset) are padded to whole vectors. But where groups
+//   of DIRECT and WINOGRAD fill no vectors, K counts channels, `unstored` says what each group lacks,
+//   and those parameters have a vector more. Where the channels
 //   of other steps, those that a grouped convolution reads, and those of a convolution without
 //   `unstored`, are no whole vectors, pitches have room for the rest of the last one, which is read and
 //   written, too.
@@ -40,6 +42,8 @@ enum Kind : long {
   TO_U8 = 13,       // x is float32 (in the library for uint8 alone)
   GROUP_MOMENTS = 14,  // means and squares for GROUP_NORM (group_norm.h)
   GROUP_NORM = 15,     // over the pixels and the channels of each of `groups` of an image
+  SPLIT_SUM = 16,      // of `groups` splits of the channels, K each (split_attention.h)
+  SPLIT_SOFTMAX = 17,  // over `groups` splits of the channels, K each
 };
 
 enum Activation : long {
@@ -60,12 +64,14 @@ struct Step {
   const Value* x;
   const float *w, *bias, *slope;  // null: none
   const Value* residual;
+  const Value* gate;  // of SPLIT_SUM
   Value* y;
   float* scratch;
   long N, H, W, C, K, R, S, P, Q;
   long stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
-  long x_pitch, residual_pitch, y_pitch;  // values from one pixel to the next
-  // Of convolutions and AFFINE: channels of the last vector that neither y nor the residual has
+  long x_pitch, residual_pitch, y_pitch, gate_pitch;  // values from one pixel to the next
+  // Of convolutions and AFFINE: channels of the last vector, of each group, that neither y nor the
+  // residual has
   long unstored;
   Activation activation;
   long residual_last;   // whether the residual is added after the activation
@@ -91,14 +97,17 @@ struct Step {
 
 static inline bool is_convolution(const Step& s) { return s.kind <= GROUPED; }
 
+// Returns the groups that a convolution computes one by one: GROUPED has them within vectors.
+static inline long groups_apart(const Step& s) { return s.kind == GROUPED ? 1 : s.groups; }
+
 // The names of all fields, for exports.h.
 #define STEP_FIELDS(FIELD)                                                                    \
   FIELD(kind)                                                                                 \
-  FIELD(x) FIELD(w) FIELD(bias) FIELD(slope) FIELD(residual) FIELD(y) FIELD(scratch)          \
+  FIELD(x) FIELD(w) FIELD(bias) FIELD(slope) FIELD(residual) FIELD(gate) FIELD(y) FIELD(scratch) \
   FIELD(N) FIELD(H) FIELD(W) FIELD(C) FIELD(K) FIELD(R) FIELD(S) FIELD(P) FIELD(Q)            \
   FIELD(stride_h) FIELD(stride_w) FIELD(pad_h) FIELD(pad_w) FIELD(dilation_h)                 \
   FIELD(dilation_w) FIELD(groups) FIELD(x_pitch) FIELD(residual_pitch) FIELD(y_pitch)         \
-  FIELD(unstored)                                                                             \
+  FIELD(gate_pitch) FIELD(unstored)                                                           \
   FIELD(activation) FIELD(residual_last) FIELD(by_channel) FIELD(block) FIELD(scratch_pitch)  \
   FIELD(length) FIELD(rows) FIELD(x_local) FIELD(residual_local) FIELD(y_local) FIELD(storage)  \
   FIELD(scale) FIELD(offset) FIELD(x_zero) FIELD(y_zero) FIELD(residual_zero) FIELD(y_fp32)     \

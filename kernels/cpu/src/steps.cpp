@@ -14,6 +14,7 @@
 #include "layer_norm.h"
 #include "pool.h"
 #include "scratch.h"
+#include "split_attention.h"
 #include "step.h"
 #include "team.h"
 
@@ -54,6 +55,8 @@ class StepWork final : public team::Work {
       case LAYER_NORM: return layer_norm_range(s, range, ranges).partition.pieces;
       case GROUP_MOMENTS: return group_moments_range(s, range, ranges).partition.pieces;
       case GROUP_NORM: return group_norm_range(s, range, ranges).partition.pieces;
+      case SPLIT_SUM:
+      case SPLIT_SOFTMAX: return split_range(s, range, ranges).partition.pieces;
       case MAX_POOL:
       case AVERAGE_POOL:
       case PICK: return pool_range(s, range, ranges).partition.pieces;
@@ -86,6 +89,8 @@ class StepWork final : public team::Work {
       case GROUP_MOMENTS:
         return group_moments(s, group_moments_range(s, range, ranges).piece(i), scratch);
       case GROUP_NORM: return group_norm(s, group_norm_range(s, range, ranges).piece(i), scratch);
+      case SPLIT_SUM: return split_sum(s, split_range(s, range, ranges).piece(i));
+      case SPLIT_SOFTMAX: return split_softmax(s, split_range(s, range, ranges).piece(i));
       case AVERAGE_POOL: return average_pool(s, pool_range(s, range, ranges).piece(i));
       case PICK: return pick(s, pool_range(s, range, ranges).piece(i));
       case TO_BF16: return to_bf16(s, convert_range(s, range, ranges).piece(i));

@@ -6,6 +6,7 @@
 #include "base/range.h"
 #include "base/storage.h"
 #include "base/vectors.h"
+#include "step.h"
 
 constexpr long CACHE_LINE = 16;  // floats, or units
 constexpr long KC = 128;         // units of a slice: KC x NR weights fill a first-level cache
@@ -151,6 +152,25 @@ struct Tile {
         }
       }
     }
+  }
+};
+
+// Returns the output channels of a group, in whole vectors.
+static inline long vectors_of_group(const Step& s) { return whole_vectors(s.K / s.groups); }
+
+// Returns the panels of up to NR output channels of a group.
+static inline long group_panels(const Step& s) { return (vectors_of_group(s) + NR - 1) / NR; }
+
+// A panel of output channels [k, k + width), whole vectors, of one group; panels are numbered one
+// group after another. `before` is the sum of the widths of those before it.
+struct Panel {
+  long group, k, width, before;
+
+  Panel(const Step& s, long number) : group(number / group_panels(s)) {
+    const long first = number % group_panels(s) * NR;
+    k = group * (s.K / s.groups) + first;
+    width = min(NR, vectors_of_group(s) - first);
+    before = group * vectors_of_group(s) + first;
   }
 };
 

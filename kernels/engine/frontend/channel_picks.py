@@ -13,7 +13,7 @@ from resfuse.kernels.engine.ir.graph import Pick
 
 aten = torch.ops.aten
 
-_VIEWS = (
+VIEWS = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int,
     aten.permute.default, aten.clone.default, aten.contiguous.default,
 )  # fmt: skip
@@ -28,7 +28,7 @@ def add_shuffle(read: Captured, node: fx.Node) -> bool:
     views = [node]
     while isinstance(views[-1].args[0], fx.Node) and not read.is_map(views[-1].args[0]):
         views.append(views[-1].args[0])
-        if views[-1].target not in _VIEWS:
+        if views[-1].target not in VIEWS:
             return False
     x = views[-1].args[0]
     if len(views) == 1 or not isinstance(x, fx.Node):

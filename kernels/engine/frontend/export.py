@@ -12,11 +12,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
+from resfuse.kernels.engine.frontend.call_arguments import arguments
 from resfuse.kernels.engine.frontend.channel_picks import add_part
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.frontend.merge import merge
-from resfuse.kernels.engine.frontend.operations import OPERATIONS, RESHAPES, SAME_VALUES, arguments
+from resfuse.kernels.engine.frontend.operations import OPERATIONS, RESHAPES, SAME_VALUES
 from resfuse.kernels.engine.frontend.quantized_pairs import PAIRS
 from resfuse.kernels.engine.frontend.side_effects import SideEffects, Unreadable
 from resfuse.kernels.engine.ir.derived_state import is_derivable, needed
@@ -201,8 +202,7 @@ class _Reader:
         name = self.read.states.get(item) if isinstance(item, fx.Node) else None
         if name in [node.name for node in self.read.derived]:
             self.read.add(item, Torch("aten.clone.default", ({"state": name},)))
-        known = (*self.read.names, *self.read.pixels)
-        if not isinstance(item, fx.Node) or item not in known:
+        if not isinstance(item, fx.Node) or not any(item in named for named in self.read.named):
             raise ValueError(
                 f"argument model: it returns {item!r}, which does not depend on its input; "
                 "accepted: outputs computed from the input"
@@ -221,7 +221,7 @@ class _Reader:
                 self._one_of_several(node)
         elif target is aten._assert_tensor_metadata.default:
             pass  # true of the example, and the engine takes inputs like it only
-        elif target in SAME_VALUES and (args[0] in read.names or args[0] in read.pixels):
+        elif target in SAME_VALUES and any(args[0] in named for named in read.named):
             read.same(node, args[0])
         elif not (add := OPERATIONS.get(target, PAIRS.get(str(target)))) or not add(read, node):
             self._torch(node)

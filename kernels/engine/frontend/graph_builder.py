@@ -29,6 +29,13 @@ class Captured:
     derived: list[Node] = field(default_factory=list)  # of the state: ir/derived_state.py
     # values [N, H, W, C], by the names of the maps [N, C, H, W] that have their numbers
     pixels: dict[fx.Node, str] = field(default_factory=dict)
+    # values [N, R, C, H, W], by the names of the maps [N, R * C, H, W] that they are views of
+    splits: dict[fx.Node, str] = field(default_factory=dict)
+
+    @property
+    def named(self) -> tuple[dict[fx.Node, str], ...]:
+        """Returns the names of values, of each kind."""
+        return self.names, self.pixels, self.splits
 
     def add_value(self, node: fx.Node, name: str) -> None:
         """Adds the result of `node` as the value `name`."""
@@ -88,12 +95,13 @@ class Captured:
 
     def same(self, node: fx.Node, x: fx.Node) -> None:
         """Makes `node` another name of the value `x`."""
-        for names in (self.names, self.pixels):
+        for names in self.named:
             if x in names:
                 names[node] = names[x]
 
     def name_of(self, x: fx.Node) -> str:
-        """Returns the name of a value; of pixels that have none, a permute of their map."""
+        """Returns the name of a value; of pixels that have none, a permute of their map, and of
+        splits a reshape."""
         if x not in self.names and x in self.pixels:
             of_map = self.pixels[x]
             name = f"{of_map}:nhwc"
@@ -102,6 +110,14 @@ class Captured:
                 self.values[name] = Value((n, h, w, c), self.values[of_map].dtype)
                 permute = Torch("aten.permute.default", ({"value": 0}, [0, 2, 3, 1]))
                 self.nodes.append(Node(name, permute, (of_map,)))
+            self.names[x] = name
+        if x not in self.names and x in self.splits:
+            of_map, shape = self.splits[x], tuple(x.meta["val"].shape)
+            name = f"{of_map}:{shape[1]}splits"
+            if name not in self.values:
+                self.values[name] = Value(shape, self.values[of_map].dtype)
+                reshape = Torch("aten.reshape.default", ({"value": 0}, list(shape)))
+                self.nodes.append(Node(name, reshape, (of_map,)))
             self.names[x] = name
         return self.names[x]
 

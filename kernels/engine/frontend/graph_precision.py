@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from resfuse.kernels.engine.frontend.conversions import MOVE, Rewriter
-from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Torch, Value, state_read_by
+from resfuse.kernels.engine.ir.graph import Conv, Graph, Node, Torch, Value
+from resfuse.kernels.engine.ir.graph_state import state_read_by
 from resfuse.kernels.ops.asked_precision import Precision
 from resfuse.kernels.ops.conv_problem import dtypes_of
 

@@ -1,13 +1,14 @@
 """Passes over a captured graph, which leave the nodes that the engine plans with. Convolutions and
 norms take in the norm, activation or sum that follows them, where the value between has no other
 reader; max-pools take in the padding before them, other padding becomes a pick, and picks of picks
-become one.
+become one; gates of splits, and means of their sums, are put where they cost least.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from resfuse.kernels.engine.frontend.pool_padding import pad_in_pools
+from resfuse.kernels.engine.frontend.split_attention import gate_in_sums, pool_before_sums
 from resfuse.kernels.engine.frontend.zero_padding import pad_by_picks
 from resfuse.kernels.engine.ir.graph import (
     Affine,
@@ -166,6 +167,8 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     pad_by_picks,
     join_picks,
     drop_unread,
+    gate_in_sums,
+    pool_before_sums,
     merge_followers,
     move_projections,
     drop_values,

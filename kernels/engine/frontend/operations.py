@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from resfuse.kernels.engine.frontend.channel_picks import add_shuffle
+from resfuse.kernels.engine.frontend.call_arguments import arguments, keeps, with_defaults
 from resfuse.kernels.engine.frontend.channels_last import (
     add_layer_norm,
     add_permute,
@@ -17,12 +17,23 @@ from resfuse.kernels.engine.frontend.channels_last import (
 )
 from resfuse.kernels.engine.frontend.decomposed_batch_norm import spelled_norm
 from resfuse.kernels.engine.frontend.graph_builder import Captured
+from resfuse.kernels.engine.frontend.map_norms import (
+    add_batch_norm,
+    add_group_norm,
+    add_instance_norm,
+)
+from resfuse.kernels.engine.frontend.split_attention import (
+    add_gated_splits,
+    add_split_softmax,
+    add_split_sum,
+    add_stack,
+    add_view,
+)
 from resfuse.kernels.engine.ir.graph import (
     Affine,
     AveragePool,
     Concat,
     Conv,
-    GroupNorm,
     MaxPool,
     Mean,
     Node,
@@ -60,7 +71,7 @@ RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
 def _conv(read: Captured, node: fx.Node) -> bool:
-    x, w, b, stride, padding, dilation, groups = _with_defaults(
+    x, w, b, stride, padding, dilation, groups = with_defaults(
         node, (None, [1, 1], [0, 0], [1, 1], 1)
     )
     weight, bias = read.state_of(w), read.state_of(b)
@@ -76,7 +87,7 @@ def _conv(read: Captured, node: fx.Node) -> bool:
 
 
 def _linear(read: Captured, node: fx.Node) -> bool:
-    x, w, b = _with_defaults(node, (None,))
+    x, w, b = with_defaults(node, (None,))
     weight, bias = read.state_of(w), read.state_of(b)
     if weight is None or (b is not None and bias is None):
         return False
@@ -97,52 +108,6 @@ def _linear(read: Captured, node: fx.Node) -> bool:
     problem = ConvProblem(n, c, h, width, k, r, s, Geometry(), Epilogue(), dtypes)
     add = read.add_pixelwise if map_of is x else read.add  # a flattened map is read whole
     add(node, Conv(problem, weight, bias), map_of)
-    return True
-
-
-def _norm(read: Captured, node: fx.Node) -> bool:
-    x, weight, bias, mean, var, _, eps = arguments(node)
-    return _add_norm(read, node, x, (mean, var, weight, bias), eps)
-
-
-def _add_norm(read: Captured, node: fx.Node, x: Any, tensors: tuple[Any, ...], eps: float) -> bool:
-    """Adds a batch norm by its mean, variance, weight and bias, the last two of which may be
-    None."""
-    mean, var, weight, bias = names = [read.state_of(tensor) for tensor in tensors]
-    computed = [t for t, name in zip(tensors, names, strict=True) if t is not None and name is None]
-    if mean is None or var is None or computed or not read.is_map(x):
-        return False
-    read.add(node, Affine(Norm(mean, var, weight, bias, eps)), x)
-    return True
-
-
-def _group_norm(read: Captured, node: fx.Node) -> bool:
-    x, groups, weight, bias, eps, _ = _with_defaults(node, (None, None, 1e-5, True))
-    return _add_group_norm(read, node, x, groups, weight, bias, eps)
-
-
-def _instance_norm(read: Captured, node: fx.Node) -> bool:
-    """Adds an instance norm as a group norm of a group for each channel or, where it has running
-    statistics, as the batch norm that it is then."""
-    x, weight, bias, mean, var, by_input, _, eps, _ = arguments(node)
-    if by_input:
-        running = mean is not None or var is not None  # which it would update
-        groups = x.meta["val"].shape[1]
-        return not running and _add_group_norm(read, node, x, groups, weight, bias, eps)
-    return _add_norm(read, node, x, (mean, var, weight, bias), eps)
-
-
-def _add_group_norm(
-    read: Captured, node: fx.Node, x: Any, groups: int, weight: Any, bias: Any, eps: float
-) -> bool:
-    """Adds a group norm of maps whose weight and bias are of the state, if it has any."""
-    names = [read.state_of(t) for t in (weight, bias)]
-    for name, tensor in zip(names, (weight, bias), strict=True):
-        if tensor is not None and (name is None or not read.state[name].is_floating_point()):
-            return False
-    if not read.is_map(x) or not _keeps(read, node, x) or eps < 0:
-        return False
-    read.add(node, GroupNorm(groups, names[0], names[1], float(eps)), x)
     return True
 
 
@@ -190,7 +155,7 @@ def _difference(read: Captured, node: fx.Node) -> bool:
     if isinstance(b, int | float) and _shifted(read, node, a, -b):
         return True
     both = all(map(read.is_pixels, (a, b))) or all(map(read.is_map, (a, b)))
-    if not both or not _keeps(read, node, a) or not _keeps(read, node, b):
+    if not both or not keeps(read, node, a) or not keeps(read, node, b):
         return False
     if not (read.is_ours(a) or read.is_ours(b)):
         return False
@@ -206,7 +171,7 @@ def _difference(read: Captured, node: fx.Node) -> bool:
 
 
 def _max_pool(read: Captured, node: fx.Node) -> bool:
-    x, kernel, stride, padding, dilation, ceil = _with_defaults(node, (None, [0, 0], [1, 1], False))
+    x, kernel, stride, padding, dilation, ceil = with_defaults(node, (None, [0, 0], [1, 1], False))
     if not read.is_map(x):
         return False
     op = MaxPool(
@@ -217,7 +182,7 @@ def _max_pool(read: Captured, node: fx.Node) -> bool:
 
 
 def _average_pool(read: Captured, node: fx.Node) -> bool:
-    x, kernel, stride, padding, ceil, count_padding, divisor = _with_defaults(
+    x, kernel, stride, padding, ceil, count_padding, divisor = with_defaults(
         node, ([], [0, 0], False, True, None)
     )
     if not read.is_map(x) or len(x.meta["val"].shape) != 4:
@@ -243,7 +208,7 @@ def _nearest(read: Captured, node: fx.Node) -> bool:
 
 def _slice(read: Captured, node: fx.Node) -> bool:
     """Adds a slice of channels, rows or columns as a Pick: a part, a crop, every second pixel."""
-    x, dim, start, end, step = _with_defaults(node, (0, None, None, 1))
+    x, dim, start, end, step = with_defaults(node, (0, None, None, 1))
     if not read.is_map(x) or len(x.meta["val"].shape) != 4:
         return False
     shape = x.meta["val"].shape
@@ -261,7 +226,7 @@ def _slice(read: Captured, node: fx.Node) -> bool:
 
 def _pad(read: Captured, node: fx.Node) -> bool:
     """Adds padding by channels of zeros behind those of a map as a Pick."""
-    x, sides, mode, value = _with_defaults(node, ("constant", None))
+    x, sides, mode, value = with_defaults(node, ("constant", None))
     if not read.is_map(x) or len(x.meta["val"].shape) != 4 or mode != "constant" or value:
         return False
     *others, zeros = sides
@@ -274,9 +239,9 @@ def _pad(read: Captured, node: fx.Node) -> bool:
 
 def _product(read: Captured, node: fx.Node) -> bool:
     """Adds maps times one number a channel: as a norm where it is a parameter (layer scale), as a
-    gate where it is computed (squeeze-and-excitation)."""
+    gate where it is computed (squeeze-and-excitation, of splits too)."""
     for x, gate in (arguments(node), arguments(node)[::-1]):
-        if _scaled(read, node, x, gate):
+        if _scaled(read, node, x, gate) or add_gated_splits(read, node, x, gate):
             return True
         gate = _unexpanded(gate)
         if not (read.is_map(x) and read.is_map(gate)) or node.kwargs:
@@ -291,7 +256,7 @@ def _product(read: Captured, node: fx.Node) -> bool:
 
 def _scaled(read: Captured, node: fx.Node, x: Any, factor: Any) -> bool:
     """Adds maps, or pixels, times one number of the state for each channel as a norm."""
-    if not _keeps(read, node, x) or x.target is aten.clamp.default:  # a quantised file's rounding
+    if not keeps(read, node, x) or x.target is aten.clamp.default:  # a quantised file's rounding
         return False
     scale = factor_of_channels(read, x, factor)
     if scale is None:
@@ -302,21 +267,13 @@ def _scaled(read: Captured, node: fx.Node, x: Any, factor: Any) -> bool:
 
 def _shifted(read: Captured, node: fx.Node, x: Any, shift: Any) -> bool:
     """Adds maps, or pixels, plus one number of the state for each channel as a norm."""
-    if not _keeps(read, node, x):
+    if not keeps(read, node, x):
         return False
     name = factor_of_channels(read, x, shift)
     if name is None:
         return False
     read.add_pixelwise(node, Affine(Norm(None, None, None, name, 0.0)), x)
     return True
-
-
-def _keeps(read: Captured, node: fx.Node, x: Any) -> bool:
-    """Returns whether a node makes of maps or pixels others of the same shape and dtype."""
-    if not (read.is_pixels(x) or read.is_map(x)) or node.kwargs:
-        return False
-    of_x, result = x.meta["val"], node.meta["val"]
-    return (result.shape, result.dtype) == (of_x.shape, of_x.dtype)
 
 
 def _mean(read: Captured, node: fx.Node) -> bool:
@@ -346,7 +303,7 @@ def _adaptive_pool(read: Captured, node: fx.Node, x: fx.Node, to: tuple[int, int
 
 
 def _concat(read: Captured, node: fx.Node) -> bool:
-    parts, dim = _with_defaults(node, (0,))
+    parts, dim = with_defaults(node, (0,))
     if dim not in (1, -3) or not all(read.is_map(part) for part in parts):
         return False
     read.add(node, Concat(), *parts)
@@ -357,9 +314,9 @@ def _concat(read: Captured, node: fx.Node) -> bool:
 OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
     aten.conv2d.default: _conv,
     aten.linear.default: _linear,
-    aten._native_batch_norm_legit_no_training.default: _norm,
-    aten.group_norm.default: _group_norm,
-    aten.instance_norm.default: _instance_norm,
+    aten._native_batch_norm_legit_no_training.default: add_batch_norm,
+    aten.group_norm.default: add_group_norm,
+    aten.instance_norm.default: add_instance_norm,
     aten.add.Tensor: _sum,
     aten.sub.Tensor: _difference,
     aten.max_pool2d.default: _max_pool,
@@ -368,27 +325,18 @@ OPERATIONS: dict[Any, Callable[[Captured, fx.Node], bool]] = {
     aten.upsample_nearest2d.default: _nearest,
     aten.slice.Tensor: _slice,
     aten.pad.default: _pad,
-    **dict.fromkeys(RESHAPES, add_shuffle),
+    **dict.fromkeys(RESHAPES, add_view),
     aten.permute.default: add_permute,
     aten.layer_norm.default: add_layer_norm,
     aten.mul.Tensor: _product,
     aten.adaptive_avg_pool2d.default: _mean,
     aten.mean.dim: _mean,
     aten.cat.default: _concat,
+    aten.stack.default: add_stack,
+    aten.sum.dim_IntList: add_split_sum,
+    aten.softmax.int: add_split_softmax,
     **dict.fromkeys(_ACTIVATIONS, _activation),
 }
-
-
-def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Returns a node's positional arguments, whose type in fx is a union of a dozen members."""
-    return node.args
-
-
-def _with_defaults(node: fx.Node, defaults: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the arguments by position, the last ones filled up from `defaults`."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = list(node.args) + [node.kwargs[n] for n in names[len(node.args) :] if n in node.kwargs]
-    return (*given, *defaults[len(defaults) - (len(names) - len(given)) :])
 
 
 def _pair(given: Any) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from resfuse.kernels.engine.ir.graph import Graph, Node, State, Torch, node_state, state_read_by
+from resfuse.kernels.engine.ir.graph import Graph, Node, State, Torch
+from resfuse.kernels.engine.ir.graph_state import node_state, state_read_by
 from resfuse.kernels.engine.ir.torch_call import torch_call
 from resfuse.kernels.engine.ir.torch_operations import draws, is_pure
 

@@ -5,7 +5,7 @@ a 1x1 map, or of the whole map behind a flatten. Every other operation is a `Tor
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -223,6 +223,24 @@ class GroupNorm:
 
 
 @dataclass(frozen=True)
+class SplitSum:
+    """y[:, k] = the sum over r of x[:, r * K + k], for K channels of each of `radix` splits.
+
+    With a gate, x is multiplied by the second input [N, radix * K, 1, 1] first: split attention.
+    """
+
+    radix: int
+    gate: bool = False
+
+
+@dataclass(frozen=True)
+class SplitSoftmax:
+    """The softmax over r of x[:, r * K + k], for K channels of each of `radix` splits."""
+
+    radix: int
+
+
+@dataclass(frozen=True)
 class Torch:
     """An operation that torch runs.
 
@@ -247,6 +265,8 @@ Operation = (
     | Convert
     | LayerNorm
     | GroupNorm
+    | SplitSum
+    | SplitSoftmax
     | Torch
 )
 Finished = Conv | Affine | GroupNorm  # those that end with an activation, and may add a residual
@@ -359,45 +379,3 @@ class Graph:
 def is_computed(value: Value) -> bool:
     """Returns whether a value holds real numbers: floats, or quantised ones."""
     return value.dtype.is_floating_point or value.quantization is not None
-
-
-def state_names(graph: Graph) -> set[str]:
-    """Returns the names of the state that the graph needs, without those that it derives."""
-    nodes = (*graph.nodes, *graph.derived)
-    derived = {node.name for node in graph.derived}
-    return {name for node in nodes for name in node_state(node)} - derived
-
-
-def node_state(node: Node) -> set[str]:
-    """Returns the names of the state that a node needs."""
-    op, names = node.op, set[str | None]()
-    if isinstance(op, Conv):
-        names.update((op.weight, op.bias, op.correction))
-    if isinstance(op, Conv | Affine) and op.norm is not None:
-        names.update((op.norm.mean, op.norm.var, op.norm.weight, op.norm.bias))
-    if isinstance(op, LayerNorm | GroupNorm):
-        names.update((op.weight, op.bias))
-    return {name for name in names if name is not None}.union(state_read_by(op))
-
-
-def read_at_calls(graph: Graph) -> set[str]:
-    """Returns the names of the state that is read as it is when the graph runs, or by what is
-    derived, which may be a view; the rest is folded and laid out."""
-    return {name for node in (*graph.nodes, *graph.derived) for name in state_read_by(node.op)}
-
-
-def state_read_by(op: Operation) -> tuple[str, ...]:
-    """Returns the names of the state that an operation reads whenever it runs, in its order."""
-    if isinstance(op, Finished):
-        return (op.slope,) if isinstance(op.slope, str) else ()
-    return _named_in([*op.args, *dict(op.kwargs).values()]) if isinstance(op, Torch) else ()
-
-
-def _named_in(args: Sequence[Any]) -> tuple[str, ...]:
-    found: list[str] = []
-    for arg in args:
-        if isinstance(arg, dict) and "state" in arg:
-            found.append(arg["state"])
-        elif isinstance(arg, list | tuple):
-            found += _named_in(arg)
-    return tuple(found)

@@ -19,10 +19,8 @@ from resfuse.kernels.engine.ir.graph import (
     LayerNorm,
     Node,
     Norm,
-    node_state,
-    read_at_calls,
-    state_names,
 )
+from resfuse.kernels.engine.ir.graph_state import node_state, read_at_calls, state_names
 from resfuse.kernels.engine.runtime.symbolic import is_wrapper
 
 

@@ -22,6 +22,8 @@ from resfuse.kernels.engine.ir.graph import (
     Norm,
     Operation,
     Pick,
+    SplitSoftmax,
+    SplitSum,
     Torch,
     Value,
 )
@@ -42,6 +44,8 @@ _OPERATIONS = {
         Convert,
         LayerNorm,
         GroupNorm,
+        SplitSum,
+        SplitSoftmax,
         Torch,
     )
 }

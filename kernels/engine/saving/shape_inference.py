@@ -29,10 +29,12 @@ from resfuse.kernels.engine.ir.graph import (
     Node,
     Norm,
     Pick,
+    SplitSoftmax,
+    SplitSum,
     Torch,
     Value,
-    state_read_by,
 )
+from resfuse.kernels.engine.ir.graph_state import state_read_by
 from resfuse.kernels.engine.ir.torch_call import torch_call
 from resfuse.kernels.engine.ir.torch_operations import is_pure
 from resfuse.kernels.engine.saving.graph_structure import Unsound, memory_bytes
@@ -148,6 +150,8 @@ class ShapeInference:
             if isinstance(op, GroupNorm):
                 self._require_groups(node, op, [v.shape for v in inputs])
             return [x]
+        if isinstance(op, SplitSum | SplitSoftmax):
+            return self._split(node, op, [v.shape for v in inputs], inputs[0].dtype)
         if isinstance(op, Concat):
             same = all((s[0], *s[2:]) == (x[0], *x[2:]) for s in (v.shape for v in inputs))
             return [(x[0], sum(v.shape[1] for v in inputs), *x[2:])] if same else []
@@ -217,6 +221,22 @@ class ShapeInference:
             raise Unsound(f"{node.name} adds {shapes[-1]}")
         self._require_epilogue(node, op, x[1], op.residual)
         return [x]
+
+    @staticmethod
+    def _split(
+        node: Node,
+        op: SplitSum | SplitSoftmax,
+        shapes: list[tuple[int, ...]],
+        dtype: torch.dtype,
+    ) -> list[tuple[int, ...]]:
+        x = shapes[0]
+        if op.radix < 1 or x[1] % op.radix or not dtype.is_floating_point:
+            raise Unsound(f"{node.name} has {op.radix} splits of {x[1]} channels in {dtype}")
+        if isinstance(op, SplitSum):
+            if op.gate and (len(x) != 4 or shapes[1] != (*x[:2], 1, 1)):
+                raise Unsound(f"{node.name} is gated by {shapes[1]}")
+            return [(x[0], x[1] // op.radix, *x[2:])]
+        return [x[:2], (*x[:2], 1, 1)] if set(x[2:]) <= {1} else [x]
 
     def _require_groups(self, node: Node, op: GroupNorm, shapes: list[tuple[int, ...]]) -> None:
         """Raises Unsound unless groups divide the channels, and a residual has the same shape."""

@@ -7,7 +7,8 @@ import torch
 
 from resfuse.kernels.engine.frontend.batching.image_dimension import Images
 from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
-from resfuse.kernels.engine.ir.graph import Graph, State, Value, state_names
+from resfuse.kernels.engine.ir.graph import Graph, State, Value
+from resfuse.kernels.engine.ir.graph_state import state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.shapes.bound_plan import BoundPlan, bind
 

@@ -25,11 +25,13 @@ from resfuse.kernels.engine.ir.graph import (
     Mean,
     Node,
     Pick,
+    SplitSoftmax,
+    SplitSum,
     State,
     Torch,
     Value,
-    state_read_by,
 )
+from resfuse.kernels.engine.ir.graph_state import state_read_by
 from resfuse.kernels.engine.ir.lowered import Call, Values
 from resfuse.kernels.engine.ir.torch_call import torch_call
 from resfuse.kernels.engine.memory.buffers import Arena
@@ -121,6 +123,11 @@ def function_of(
         return _layer_norm(op, state, dtype, keep)
     if isinstance(op, GroupNorm):
         return _group_norm(op, state, dtype, keep)
+    if isinstance(op, SplitSum):
+        return _split_sum(op)
+    if isinstance(op, SplitSoftmax):
+        shape = values[node.name].shape
+        return lambda x: x.unflatten(1, (op.radix, -1)).softmax(1).reshape(shape)
     if isinstance(op, Convert):
         to = dtype or getattr(torch, op.dtype)
         return lambda x: x.to(to)
@@ -192,6 +199,15 @@ def _max_pool(op: MaxPool) -> Function:
     (top, left), (bottom, right) = op.padding, op.padding_after
     window = op.kernel, op.stride, 0, op.dilation
     return lambda x: F.max_pool2d(F.pad(x, (left, right, top, bottom), value=-math.inf), *window)
+
+
+def _split_sum(op: SplitSum) -> Function:
+    def run(x: Tensor, *gate: Tensor) -> Tensor:
+        splits = (x * gate[0] if gate else x).unflatten(1, (op.radix, -1))
+        y: Tensor = splits.sum(1)
+        return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
+
+    return run
 
 
 def _layer_norm(op: LayerNorm, state: State, dtype: torch.dtype | None, keep: Keep) -> Function:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from resfuse.kernels.engine.ir.candidate import Candidate, key_of
-from resfuse.kernels.engine.ir.graph import Graph, State, state_names
+from resfuse.kernels.engine.ir.graph import Graph, State
+from resfuse.kernels.engine.ir.graph_state import state_names
 from resfuse.kernels.engine.ir.torch_operations import accepts_random_inputs
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.runtime.executor import Executor

@@ -20,7 +20,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from resfuse.kernels.engine.ir.graph import Graph, State, state_names
+from resfuse.kernels.engine.ir.graph import Graph, State
+from resfuse.kernels.engine.ir.graph_state import state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 
 IN_A_ROW = 10

@@ -11,7 +11,12 @@ from guarded_pages import GuardedPages
 from resfuse.kernels.cpu import conv_candidates
 from resfuse.kernels.cpu.conv_candidates import NativeConfig
 from resfuse.kernels.cpu.program import Step, lanes, require_done, runner, whole_vectors
-from resfuse.kernels.cpu.weight_layout import integers_per_channel, per_channel, slopes
+from resfuse.kernels.cpu.weight_layout import (
+    integers_per_channel,
+    per_channel,
+    slopes,
+    with_spare_vector,
+)
 from resfuse.kernels.ops.activation import Slope
 from resfuse.kernels.ops.conv_problem import ConvProblem, dtypes_of
 from resfuse.kernels.ops.quantization import (
@@ -75,15 +80,16 @@ class Int8Conv:
         x = nhwc(self.x)
         if problem.groups > 1:  # which are read by whole vectors
             x = F.pad(x, (0, whole_vectors(problem.c) - problem.c), value=99)
-        kept = {
-            "w": laid_out,
+        parameters = {
             "bias": per_channel(how.bias),
             "scale": per_channel(how.scale),
             "offset": integers_per_channel(how.offset),
-            "x": x,
         }
         if self.slope is not None:
-            kept["slope"] = slopes(self.slope, problem.k)
+            parameters["slope"] = slopes(self.slope, problem.k)
+        if conv_candidates.lacking_of_groups(problem):
+            parameters = {name: with_spare_vector(t) for name, t in parameters.items()}
+        kept = {"w": laid_out, "x": x, **parameters}
         numbers: dict[str, Any] = {"x_zero": self.stored.zero_point}
         if self.residual is not None:
             assert self.residual_stored is not None

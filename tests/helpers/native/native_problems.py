@@ -68,6 +68,20 @@ PROBLEMS = {
     "groups of 16": problem_of(1, 64, 7, 7, 64, 3, 3, padding=(1, 1), groups=4),
     "groups of whole vectors": problem_of(1, 96, 7, 7, 192, 3, 3, padding=(1, 1), groups=2),
     "groups with few channels in": problem_of(1, 6, 7, 7, 96, 3, 3, padding=(1, 1), groups=2),
+    "groups of 24, as RegNetY's": problem_of(1, 48, 7, 7, 48, 3, 3, padding=(1, 1), groups=2),
+    "groups of 120 with a residual": problem_of(
+        1, 240, 5, 7, 240, 3, 3, padding=(1, 1), groups=2, residual=True
+    ),
+    "groups of 120 with stride 2": problem_of(
+        1, 240, 7, 6, 240, 3, 3, "gelu", stride=(2, 2), padding=(1, 1), groups=2
+    ),
+    "groups of odd numbers of channels": problem_of(
+        1, 27, 6, 5, 51, 3, 3, "prelu", padding=(1, 1), groups=3
+    ),
+    "1x1 in groups of no whole vectors": problem_of(1, 66, 5, 5, 330, 1, 1, groups=2),
+    "deep groups of no whole vectors": problem_of(
+        1, 320, 5, 6, 160, 3, 3, padding=(1, 1), groups=2
+    ),
 }
 FORMS = {  # one problem that each loop of the library computes
     "direct, all weights at once": ("direct", PROBLEMS["CIFAR's stem"]),

@@ -78,7 +78,8 @@ def _winograd_exactly(
     down, right = 2 * (-(-p // 2)) + 2 - problem.h - above, 2 * (-(-q // 2)) + 2 - problem.w - left
     tiles = F.pad(x, (left, right, above, down)).unfold(2, 4, 2).unfold(3, 4, 2)
     v = torch.einsum("ir,nchwrs,js->nchwij", b, tiles, b)
-    m = torch.einsum("nchwij,kcij->nkhwij", v, u)
+    groups = zip(v.chunk(problem.groups, 1), u.chunk(problem.groups), strict=True)
+    m = torch.cat([torch.einsum("nchwij,kcij->nkhwij", *group) for group in groups], 1)
     y = torch.einsum("ri,nkhwij,sj->nkhrws", a, m, a).flatten(2, 3).flatten(3, 4)[:, :, :p, :q]
     y = y + bias.double()[:, None, None]
     if problem.epilogue.residual == "before":

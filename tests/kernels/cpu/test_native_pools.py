@@ -1,19 +1,39 @@
-"""Native pools, means, gates and batch norms against fp64."""
+"""Native pools, means, gates, sums and softmax of splits, and batch norms against fp64."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from graphs import affine_graph, inputs_of, norm_named, norm_state, one_node, pool_graph
+from bf16_graphs import bf16_inputs, in_bf16, require_rounded_once, run
+from graphs import (
+    affine_graph,
+    inputs_of,
+    norm_named,
+    norm_state,
+    one_node,
+    pool_graph,
+    require_right,
+)
 from guarded_memory import guarded
 from native_problems import POOLS, require_native
 from resfuse.kernels.cpu.program import ACTIVATIONS
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.graph import Affine, AveragePool, Mean, Pick
+from resfuse.kernels.engine.ir.graph import (
+    Affine,
+    AveragePool,
+    Graph,
+    Mean,
+    Pick,
+    SplitSoftmax,
+    SplitSum,
+)
 from resfuse.kernels.engine.runtime.executor import Executor
+from resfuse.kernels.engine.tactics import eager
 from resfuse.kernels.engine.tactics.cpu import native
 
+NATIVE = Candidate("native", 0, 1)
 AVERAGES = {
     "DenseNet's": AveragePool((2, 2), (2, 2), (0, 0)),
     "padded": AveragePool((3, 3), (2, 2), (1, 1)),
@@ -145,3 +165,94 @@ def test_batch_norms(activation: str, residual: str, shape: tuple[int, ...]) -> 
     for norm in (norm_named("norm"), None):
         op = Affine(norm, activation, slope, residual != "none", residual == "after")
         require_native(affine_graph(op, shape), state)
+
+
+# Split attention: sums over splits of the channels, and a softmax
+
+# radix, channels of a split, batch, height, width: ResNeSt's; radix 4 in splits of no whole
+# vectors; less than a vector; one channel; one split; a pixel, and a row
+SPLITS = [
+    (2, 64, 1, 7, 9), (4, 40, 3, 5, 4), (2, 5, 3, 4, 4), (3, 1, 1, 2, 3), (1, 20, 1, 3, 3),
+    (2, 37, 3, 1, 1), (2, 16, 2, None, None),
+]  # fmt: skip
+
+
+def sum_graph(
+    radix: int, channels: int, n: int, h: int | None, w: int | None, gate: bool = False
+) -> Graph:
+    pixels = () if h is None or w is None else (h, w)
+    shapes = {"x": (n, radix * channels, *pixels), "y": (n, channels, *pixels)}
+    if gate:
+        shapes["gate"] = (n, radix * channels, 1, 1)
+    return one_node(SplitSum(radix, gate), shapes, ("x", "gate") if gate else ("x",))
+
+
+def softmax_graph(radix: int, channels: int, n: int, h: int | None, w: int | None) -> Graph:
+    shape = (n, radix * channels) if h is None or w is None else (n, radix * channels, h, w)
+    return one_node(SplitSoftmax(radix), {"x": shape, "y": shape}, ("x",))
+
+
+SPLIT_OPERATIONS: dict[str, Callable[..., Graph]] = {
+    "sum": sum_graph,
+    "gated sum": lambda *sizes: sum_graph(*sizes, gate=True),
+    "softmax": softmax_graph,
+}
+
+
+def split_graphs() -> dict[str, Graph]:
+    return {
+        f"{name} of {case[0]} x {case[1]} on {case[2:]}": make(*case)
+        for name, make in SPLIT_OPERATIONS.items()
+        for case in SPLITS
+        if name != "gated sum" or case[3] is not None
+    }
+
+
+def of_splits(graph: Graph, inputs: list[Tensor]) -> Tensor:
+    """The formulas of ir/graph.py, channel by channel, in fp64."""
+    (node,) = graph.nodes
+    x, *gate = (t.double() for t in inputs)
+    assert isinstance(node.op, SplitSum | SplitSoftmax)
+    radix, channels = node.op.radix, x.shape[1] // node.op.radix
+    if isinstance(node.op, SplitSum):
+        x = x * gate[0] if gate else x
+        one = [sum(x[:, r * channels + k] for r in range(radix)) for k in range(channels)]
+        return torch.stack(one, 1)  # type: ignore[arg-type]
+    y = torch.empty_like(x)
+    for k in range(channels):
+        y[:, k::channels] = x[:, k::channels].softmax(1)
+    return y
+
+
+@pytest.mark.parametrize("name", split_graphs())
+def test_splits_are_summed_and_normalised(name: str) -> None:
+    graph = split_graphs()[name]
+    inputs = inputs_of(graph)
+    want = of_splits(graph, inputs)
+    torch.testing.assert_close(eager.exact(graph, {}, inputs)[0], want, rtol=1e-13, atol=1e-14)
+    require_right(graph, Executor(graph, [Candidate("eager", 0, 1)], {}), {}, inputs)
+    with guarded() as guards:
+        require_right(graph, Executor(graph, [NATIVE], {}), {}, inputs)
+        guards.require_intact()
+
+
+@pytest.mark.parametrize("name", split_graphs())
+def test_splits_in_bfloat16_are_rounded_once(name: str) -> None:
+    graph = in_bf16(split_graphs()[name])
+    inputs = bf16_inputs(graph)
+    require_rounded_once(run(graph, NATIVE, {}, inputs), of_splits(graph, inputs), 4e-6)
+
+
+@pytest.mark.parametrize("name", SPLIT_OPERATIONS)
+def test_splits_with_nan_and_infinity_are_as_torch_has_them(name: str) -> None:
+    """Of a softmax, one NaN or +inf makes all splits NaN, -inf in one of them a zero."""
+    graph = SPLIT_OPERATIONS[name](2, 20, 2, 4, 4)
+    x, *gate = inputs_of(graph)
+    for pixel, number in enumerate((torch.nan, torch.inf, -torch.inf)):
+        x[0, 3, pixel, 0] = x[1, 23, 0, pixel] = x[1, 7, 3, pixel] = x[1, 27, 3, pixel] = number
+    if gate:
+        gate[0][0, 3] = 0.0
+    got = Executor(graph, [NATIVE], {})(x, *gate)[0]
+    want = eager.exact(graph, {}, [x, *gate])[0]
+    assert want.isnan().any() and want.isfinite().any()
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6, equal_nan=True)

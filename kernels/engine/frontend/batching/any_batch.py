@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from resfuse.kernels.engine.frontend.batching.image_dimension import Images
 from resfuse.kernels.engine.frontend.batching.image_independence import images_at_all_sizes
 from resfuse.kernels.engine.frontend.side_effects import SideEffects
-from resfuse.kernels.engine.ir.graph import Conv, Graph, Operation, State, Torch, state_read_by
+from resfuse.kernels.engine.ir.graph import Conv, Graph, Operation, State, Torch
+from resfuse.kernels.engine.ir.graph_state import state_read_by
 
 aten = torch.ops.aten
 # (model, input) -> its graph, and the weights by name

@@ -20,6 +20,8 @@ from resfuse.kernels.engine.ir.graph import (
     Mean,
     Node,
     Pick,
+    SplitSoftmax,
+    SplitSum,
     Torch,
 )
 from resfuse.kernels.engine.saving.onnx.onnx_activations import activated
@@ -156,6 +158,29 @@ def _group_norm(build: OnnxBuilder, node: Node, op: GroupNorm) -> None:
     build.store(node, _finished(build, node, op, y))
 
 
+def _split_sum(build: OnnxBuilder, node: Node, op: SplitSum) -> None:
+    y, shape = build.names[node.inputs[0]], build.value(node.name).shape
+    if op.gate:
+        y = build.add("Mul", [y, build.names[node.inputs[1]]])
+    y = build.add("Reshape", [y, _ints(build, _splits_of(op, shape), "splits")])
+    build.store(node, build.add("ReduceSum", [y, _ints(build, [1], "axes")], keepdims=0))
+
+
+def _split_softmax(build: OnnxBuilder, node: Node, op: SplitSoftmax) -> None:
+    y, shape = build.names[node.inputs[0]], build.value(node.name).shape
+    n, channels, *pixels = shape
+    splits = _splits_of(op, (n, channels // op.radix, *pixels))
+    y = build.add("Reshape", [y, _ints(build, splits, "splits")])
+    y = build.add("Softmax", [y], axis=1)
+    build.store(node, build.add("Reshape", [y, _ints(build, [0, channels, *pixels], "shape")]))
+
+
+def _splits_of(op: SplitSum | SplitSoftmax, of_each: Sequence[int]) -> list[int]:
+    """Returns the shape of splits of a shape each; 0 copies the batch size of what is reshaped."""
+    _, *rest = of_each
+    return [0, op.radix, *rest]
+
+
 def _scale_and_bias(build: OnnxBuilder, op: LayerNorm | GroupNorm, channels: int) -> list[str]:
     ones, zeros = torch.ones(channels), torch.zeros(channels)
     return [
@@ -180,5 +205,7 @@ OPERATIONS: dict[type, Callable[[OnnxBuilder, Node, Any], None]] = {
     Convert: _convert,
     LayerNorm: _layer_norm,
     GroupNorm: _group_norm,
+    SplitSum: _split_sum,
+    SplitSoftmax: _split_softmax,
     Torch: torch_operation,
 }

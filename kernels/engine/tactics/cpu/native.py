@@ -23,7 +23,12 @@ from resfuse.kernels.cpu.program import (
     storage_number,
     whole_vectors,
 )
-from resfuse.kernels.cpu.weight_layout import integers_per_channel, per_channel, slopes
+from resfuse.kernels.cpu.weight_layout import (
+    integers_per_channel,
+    per_channel,
+    slopes,
+    with_spare_vector,
+)
 from resfuse.kernels.engine.ir.candidate import Candidate
 from resfuse.kernels.engine.ir.folded_weights import conv_weights, scale_and_shift, slope_of
 from resfuse.kernels.engine.ir.graph import (
@@ -40,6 +45,8 @@ from resfuse.kernels.engine.ir.graph import (
     Mean,
     Node,
     Pick,
+    SplitSoftmax,
+    SplitSum,
     State,
 )
 from resfuse.kernels.engine.ir.lowered import Native
@@ -117,6 +124,8 @@ def lower(graph: Graph, candidate: Candidate, state: State, arena: Arena) -> Nat
         own = _slopes(op, channels_of(graph, node.name), state)
         storage, memory = storage_of(graph, node), arena.scratch(candidate.start)
         return native_maps.group_norm(graph, node, op, state, arena, own, storage, memory)
+    if isinstance(op, SplitSum | SplitSoftmax):
+        return native_maps.splits(graph, node, op, arena, storage_of(graph, node))
     if isinstance(op, MaxPool):
         return Native([max_pool_step(graph, node, arena)])
     assert isinstance(op, Mean)
@@ -168,7 +177,10 @@ def conv_step(
             bias, sums = how.bias, [per_channel(how.scale), integers_per_channel(how.offset)]
         groups = op.problem.groups
         laid_out = conv_candidates.layout_weight(config.form, weight, groups, storage)
-        return [laid_out, per_channel(bias), *sums, *_slopes(op, op.problem.k, state)]
+        parameters = [per_channel(bias), *sums, *_slopes(op, op.problem.k, state)]
+        if conv_candidates.lacking_of_groups(op.problem):
+            parameters = list(map(with_spare_vector, parameters))
+        return [laid_out, *parameters]
 
     # a weight may be shared, under other norms and activations
     key = (
@@ -284,6 +296,8 @@ def _is_supported(graph: Graph, node: Node) -> bool:
         return len(graph.values[node.name].shape) in (2, 4)
     if isinstance(op, Affine | GroupNorm):
         return op.activation in ACTIVATIONS
+    if isinstance(op, SplitSum | SplitSoftmax):
+        return all(graph.values[name].quantization is None for name in node.inputs)
     return isinstance(op, MaxPool | AveragePool | Pick | Mean | Concat | LayerNorm)
 
 

@@ -1,4 +1,6 @@
-"""Lowers average pools, picks of pixels, gates, norms and conversions to steps on the CPU."""
+"""Lowers average pools, picks of pixels, gates, split attention, norms and conversions to steps on
+the CPU.
+"""
 
 from torch import Tensor, tensor, uint8
 from torch.nn.functional import pad
@@ -25,6 +27,8 @@ from resfuse.kernels.engine.ir.graph import (
     LayerNorm,
     Node,
     Pick,
+    SplitSoftmax,
+    SplitSum,
     State,
 )
 from resfuse.kernels.engine.ir.lowered import Native
@@ -137,6 +141,24 @@ def gate(
                 setattr(step, f"{name}_pitch", pitch)
         steps.append(step)
     return Native(steps)
+
+
+def splits(
+    graph: Graph, node: Node, op: SplitSum | SplitSoftmax, arena: Arena, storage: Storage
+) -> Native:
+    """Lowers a sum of splits of the channels, or a softmax over them, to one step."""
+    x, *gate = node.inputs
+    n, channels, h, w = (*graph.values[x].shape, 1, 1)[:4]
+    step = Step(
+        kind=kind("split_sum" if isinstance(op, SplitSum) else "split_softmax"),
+        N=n, P=h, Q=w, K=channels // op.radix, groups=op.radix,
+        x=arena.address(x), x_pitch=arena.pitch(x),
+        y=arena.address(node.name), y_pitch=arena.pitch(node.name),
+        storage=storage_number(storage),
+    )  # fmt: skip
+    if gate:
+        step.gate, step.gate_pitch = arena.address(gate[0]), arena.pitch(gate[0])
+    return Native([step])
 
 
 def _scale_of(graph: Graph, name: str) -> dict[str, float]:

@@ -120,8 +120,8 @@ def _rows_within(rows: int, problem: ConvProblem, reader: Node) -> int:
 
 
 def _reads_in_windows(node: Node) -> bool:
-    """Returns whether strips may pay for a reader: Winograd's form, where there is one, is worth
-    more, and a 1x1 needs none.
+    """Returns whether strips may pay for a reader: Winograd's form, where there is one and no
+    groups, is worth more, and a 1x1 needs none.
     """
     if not isinstance(node.op, Conv):
         return isinstance(node.op, MaxPool)
@@ -129,7 +129,7 @@ def _reads_in_windows(node: Node) -> bool:
     return (
         problem.r * problem.s > 1
         and conv_candidates.refusal(problem) is None
-        and "winograd" not in conv_candidates.forms(problem)
+        and (problem.groups > 1 or "winograd" not in conv_candidates.forms(problem))
     )
 
 

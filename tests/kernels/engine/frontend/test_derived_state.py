@@ -15,7 +15,8 @@ from graphs import eager_choices
 from resfuse.kernels import Engine, build_engine, load_engine
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.derived_state import is_derivable, with_derived
-from resfuse.kernels.engine.ir.graph import Affine, Graph, Node, Torch, Value, state_names
+from resfuse.kernels.engine.ir.graph import Affine, Graph, Node, Torch, Value
+from resfuse.kernels.engine.ir.graph_state import state_names
 from resfuse.kernels.engine.runtime.executor import Executor
 from scope import Scope
 

@@ -20,7 +20,8 @@ from resfuse.kernels.engine.build import tuned_plan
 from resfuse.kernels.engine.engine import Engine
 from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.candidate import Candidate
-from resfuse.kernels.engine.ir.graph import Graph, State, state_names
+from resfuse.kernels.engine.ir.graph import Graph, State
+from resfuse.kernels.engine.ir.graph_state import state_names
 from resfuse.kernels.engine.memory.buffers import WeightStore
 from resfuse.kernels.engine.planning.planner import Plan, Segment
 from resfuse.kernels.engine.runtime.cuda_graph import Recorded, Turns

@@ -32,6 +32,8 @@ from resfuse.kernels.engine.ir.graph import (
     Node,
     Operation,
     Pick,
+    SplitSoftmax,
+    SplitSum,
     Value,
 )
 from resfuse.kernels.engine.saving.onnx.onnx_writer import export_onnx
@@ -187,6 +189,9 @@ OPERATIONS: dict[str, tuple[Operation, tuple[int, ...], tuple[int, ...]]] = {
     ),
     "an instance norm": (GroupNorm(5, None, "weight", 1e-5), (2, 5, 8, 7), (2, 5, 8, 7)),
     "a group norm of a row": (GroupNorm(1, "weight", "weight", 1e-5), (2, 5), (2, 5)),
+    "a sum of splits": (SplitSum(3), (2, 6, 8, 7), (2, 2, 8, 7)),
+    "a softmax of splits": (SplitSoftmax(2), (2, 6, 8, 7), (2, 6, 8, 7)),
+    "a softmax of splits of a row": (SplitSoftmax(3), (2, 6), (2, 6)),
 }  # fmt: skip
 
 
