@@ -218,15 +218,18 @@ def fits_row(values: int) -> bool:
 
 
 def fits_grouped(c: int, k: int, groups: int, taps: int) -> bool:
-    """Returns whether the grouped form computes a convolution from `c` to `k` channels. It reads
-    and writes whole vectors of channels: where `c` are none, pixels need room for the rest of the
-    last one."""
+    """Returns whether the grouped form computes a convolution from `c` to `k` channels."""
     whole_groups = groups > 1 and c == k and lanes() % (c // groups) == 0
     return whole_groups and taps <= constant("MAX_TAPS") and whole_vectors(c) <= constant("MAX_ROW")
 
 
+def fills_vectors(k: int, groups: int) -> bool:
+    """Returns whether the output channels of each group are whole vectors."""
+    return k // groups % lanes() == 0
+
+
 def _fills_vectors(problem: ConvProblem) -> bool:
-    return problem.k // problem.groups % lanes() == 0
+    return fills_vectors(problem.k, problem.groups)
 
 
 def _direct_bytes(problem: ConvProblem) -> int:
