@@ -46,7 +46,7 @@ def refusal(
     """Returns why there is no native step for a convolution with `weight` here, or None; the
     arguments are those of `supports`.
     """
-    k, of_each, r, s = weight.shape
+    k, of_each, _, s = weight.shape
     if weight.dtype not in STORAGES:
         return f"no native step in {weight.dtype}"
     if activation not in ACTIVATIONS:

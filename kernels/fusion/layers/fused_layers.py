@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resfuse.kernels.cpu.packed_norm import NativeNorm
 from resfuse.kernels.cpu.weight_origin import (
     Origin,
     is_plain,
@@ -331,11 +332,15 @@ class NormStep:
         self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
         self.adds_to = chain.adds_to
         self._sources = sources_of(self.norm)
+        self.threads: int | None = None  # that a native step runs on
+        self._native: NativeNorm | None = None
         # Scale, shift, and launches prepared with them (prepared_launch.py): replaced at once,
         # since other threads read them.
         self._made: tuple[Origin, Tensor, Tensor, dict[Any, Any]] | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._is_native(x, residual):
+            return self._by_native_step(x, residual)
         if not is_on_gpu(x) or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
             return self.by_layers(x, residual)
         from resfuse.kernels.fusion.layers.prepared_launch import launched
@@ -361,6 +366,49 @@ class NormStep:
             residual,
             lambda: launch_of(x, scale, shift, residual, slope, self.epilogue),
         )
+
+    def _is_native(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether a native step computes it, with eager's strides: of dense channels_last tensors
+        in float32, whose norm is, too."""
+        if not isinstance(x, Tensor) or not x.is_cpu or torch.compiler.is_compiling():
+            return False
+        given = [x] if residual is None else [x, residual]
+        if any(each.dtype != torch.float32 or not is_plain(each) for each in given):
+            return False
+        if x.dim() != 4 or x.numel() == 0 or is_ambiguous(x.shape):
+            return False
+        if any(each.shape != x.shape for each in given) or torch._C._is_any_autocast_enabled():
+            return False
+        if any(each.stride() != strides_in(x.shape, True) for each in given):
+            return False
+        held = self._held()
+        if held is None or any(len(each) != x.shape[1] for each in held if each is not None):
+            return False
+        return NativeNorm.supports(x.shape[1], self.activation)
+
+    def _held(self) -> tuple[Tensor | None, ...] | None:
+        """Returns mean, variance, weight and bias, None where a native step cannot read them."""
+        norm = self.norm
+        if lacks_statistics(norm):
+            return None
+        held = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        for each in held:
+            if each is None:
+                continue
+            if not isinstance(each, Tensor) or not is_plain(each) or each.dtype != torch.float32:
+                return None
+            if not each.is_cpu or each.dim() != 1 or not each.is_contiguous():
+                return None
+        return held
+
+    def _by_native_step(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        native = self._native
+        if native is None:
+            native = self._native = NativeNorm(x.shape[1], self.epilogue)
+        mean, variance, weight, bias = self._held() or (None,) * 4
+        assert mean is not None and variance is not None
+        eps = float(self.norm.eps)
+        return native(x, residual, (mean, variance), (weight, bias), eps, self.threads)
 
     def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns the result with the strides that eager's layers would have given it."""

@@ -6,7 +6,6 @@ which tree_guards.py asks of everything that is called in a network.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch

@@ -116,10 +116,11 @@ class Plan:
         flexible: bool,
     ) -> Any:
         if self.is_guarded():
-            if not kwargs and all(type(arg) is Tensor for arg in args) and self._module() is module:
-                known = Call(len(args), False, donated)
+            if not kwargs and _are_tensors(args) and self._module() is module:
+                takes_list = type(args[0]) is list
+                known = Call(len(args), takes_list, donated)
                 if donated and known not in self.forwards:
-                    known = Call(len(args))
+                    known = Call(len(args), takes_list)
                 if known in self.forwards:
                     return self._run(known, module, args, input_format, flexible, guarded=True)
             _current.guarded = None  # the module's own forward may change anything
@@ -360,6 +361,14 @@ class Plan:
     def _has_trainable(self) -> bool:
         parameters = (holder[name] for holder, name in self._parameters)
         return any(p is not None and p.requires_grad for p in parameters)
+
+
+def _are_tensors(args: tuple[Any, ...]) -> bool:
+    """Whether all arguments are tensors, but the first may be a list of them."""
+    if not args:
+        return False
+    first = args[0] if type(args[0]) is list else args[:1]
+    return all(type(each) is Tensor for each in (*first, *args[1:]))
 
 
 class _CurrentCall(threading.local):

@@ -1,5 +1,5 @@
-"""Convolutions for `fuse` whose channels fill no whole vector: a tensor's pixels have no room behind
-their channels, so nothing behind the last one may be read or written.
+"""Convolutions for `fuse` whose channels fill no whole vector: a tensor's pixels have no room
+behind their channels, so nothing behind the last one may be read or written.
 """
 
 import pytest
@@ -11,6 +11,7 @@ from guarded_pages import GuardedPages
 from resfuse.kernels.cpu import packed_conv
 from resfuse.kernels.cpu.conv_calls import ConvCall
 from resfuse.kernels.cpu.conv_program import ConvProgram
+from resfuse.kernels.cpu.library import Storage
 from resfuse.kernels.cpu.packed_conv import LEAST_CHANNELS, NativeConv, refusal
 from resfuse.kernels.ops.conv_problem import Geometry
 
@@ -146,24 +147,17 @@ def test_groups_of_whole_vectors_are_direct(c: int, k: int, groups: int, storage
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 @pytest.mark.parametrize("size", [(7, 9), (112, 112)])
 def test_programs_and_strips_have_the_bits_of_their_layers(
-    size: tuple[int, int], storage: str
+    size: tuple[int, int], storage: Storage
 ) -> None:
     """An inverted residual of 36 and 72 channels; the larger map is computed in strips."""
-    at = Geometry()
-    asked = None if storage == "fp32" else "bf16"
-    expand = NativeConv(images(72, 36, 1, 1) / 6, torch.ones(72), at, "relu", None, None, asked)  # type: ignore[arg-type]
-    depthwise = NativeConv(
-        images(72, 1, 3, 3),
-        torch.ones(72),
-        geometry("3x3", 72),
-        "relu",
-        None,
-        None,
-        asked,  # type: ignore[arg-type]
-    )
-    project = NativeConv(
-        images(37, 72, 1, 1) / 9, torch.ones(37), at, "identity", None, None, asked
-    )  # type: ignore[arg-type]
+
+    def conv(k: int, c: int, kernel: int, at: Geometry, activation: str) -> NativeConv:
+        weight = images(k, c, kernel, kernel) / c**0.5
+        return NativeConv(weight, torch.ones(k), at, activation, None, storage=storage)
+
+    expand = conv(72, 36, 1, Geometry(), "relu")
+    depthwise = conv(72, 1, 3, geometry("3x3", 72), "relu")
+    project = conv(37, 72, 1, Geometry(), "identity")
     calls = [ConvCall(expand, 0), ConvCall(depthwise, 1), ConvCall(project, 2)]
     x = images(1, 36, *size)
     (y,) = ConvProgram(1, calls, [3])(x)
