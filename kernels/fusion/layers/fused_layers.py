@@ -62,6 +62,7 @@ class ConvStep:
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
         self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
+        self.acts_in_place = chain.acts_in_place
         self.adds_to = chain.adds_to
         self.geometry = geometry_of(self.conv)
         self.epilogue = Epilogue(chain.activation, chain.residual)
@@ -330,6 +331,7 @@ class NormStep:
         self.activation, self.residual = chain.activation, chain.residual
         self.epilogue = Epilogue(chain.activation, chain.residual)
         self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
+        self.acts_in_place = chain.acts_in_place
         self.adds_to = chain.adds_to
         self._sources = sources_of(self.norm)
         self.threads: int | None = None  # that a native step runs on
@@ -472,4 +474,6 @@ def _finish_by_layers(step: "ConvStep | NormStep", y: Tensor, residual: Tensor |
     activation = "identity" if step.norm_activates else step.activation
     slope = slope_of(step.act, y.shape[1])
     result = _finish(y, residual, step.residual, activation, slope, step.adds_to)
+    if step.acts_in_place and residual is None and y.dim() == 4 and is_ambiguous(y.shape):
+        result = result.as_strided(result.shape, y.stride())  # which one of its own may not have
     return result.to(y.dtype) if step.keeps_dtype else result
