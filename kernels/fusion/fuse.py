@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from resfuse.kernels.cpu.cpus import require_threads
 from resfuse.kernels.fusion.fused_module import attach, detach, empty_plan
 from resfuse.kernels.fusion.layers.fold_cache import Asked, require_weights
-from resfuse.kernels.fusion.layers.fused_layers import NormStep
+from resfuse.kernels.fusion.layers.norm_step import NormStep
 from resfuse.kernels.fusion.matching.layer_kinds import DTYPES, copied
 from resfuse.kernels.fusion.parity import require_parity
 from resfuse.kernels.fusion.planning.known_forwards import known_forwards, pass_through_plan
