@@ -184,8 +184,8 @@ class ConvStep:
     def _repeats(self, kept: "_Accepted", x: Tensor, residual: Tensor | None) -> bool:
         """Whether an input, on weights that are those of then, is like one that passed all checks.
 
-        Where another value than those of fused layers is read, no forward can do without checks
-        (fast_path.py); these take 2 us for the 10 of all (one core).
+        Where a forward reads other values than those of fused layers (fast_path.py), each layer
+        compares its own input.
         """
         made = self.fold.made
         if made is None or made.packed is not kept.packed or is_watched_or_cast():

@@ -148,8 +148,8 @@ class NormStep:
         if native is None:
             native = self._native = NativeNorm(x.shape[1], self.epilogue)
         mean, variance, weight, bias = self._held()
-        eps = float(self.norm.eps)
-        return native(x, residual, (mean, variance), (weight, bias), eps, self.threads)
+        eps: Any = self.norm.eps
+        return native(x, residual, (mean, variance), (weight, bias), float(eps), self.threads)
 
     def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns the result with the strides that eager's layers would have given it."""

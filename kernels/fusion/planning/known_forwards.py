@@ -94,7 +94,8 @@ def _known_forward(module: nn.Module) -> KnownForward | None:
     if kind.forward is nn.Sequential.forward:
         children = [CalledModule(child, 1) for child in module.children()]
         return KnownForward(Observed(), {1: children}, [module])
-    observed, called = Observed(), {}
+    observed = Observed()
+    called: dict[int, list[CalledModule]] = {}
     with _in_eval_mode(module), suppress(NotTraceable, ValueError):
         for call in calls(module):
             if call.arguments > 0:

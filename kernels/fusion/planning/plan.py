@@ -145,7 +145,8 @@ class Plan:
         """Whether no module within needs to check its guards in this call (tree_guards.py)."""
         if self._root is not self or len(self._tree) < 2:
             return False
-        if torch.is_grad_enabled() and any(plan._has_trainable() for plan in self._tree):
+        # Also those of layers in between: what they return then needs gradients.
+        if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             return False
         return self._tree_check.holds(module, self._tree)
 

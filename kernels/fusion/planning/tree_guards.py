@@ -16,6 +16,7 @@ from resfuse.kernels.fusion.layers.compound_layers import FusedStep, convolution
 from resfuse.kernels.fusion.matching.layer_kinds import is_norm
 from resfuse.kernels.fusion.planning.forwards import CalledModule
 from resfuse.kernels.fusion.tracing.guards import Guards
+from resfuse.kernels.fusion.tracing.module_tracing import has_hooks
 from resfuse.kernels.observation.observed import Observed
 
 
@@ -135,7 +136,9 @@ def _called_within(
     Raises:
         ValueError: one may run code that is not torch's.
     """
-    seen, between, leaves = {id(module) for module in modules}, [], []
+    seen = {id(module) for module in modules}
+    between: list[nn.Module] = []
+    leaves: list[nn.Module] = []
     called = [each for plan in plans for each in _called_by(plan)]
     while called:
         module, tensors = called.pop()
@@ -145,6 +148,8 @@ def _called_within(
         if id(module) in seen:
             continue
         seen.add(id(module))
+        if has_hooks(module):
+            raise ValueError(f"{type(module).__name__} has hooks, or a forward of its own")
         if forward is None:
             _require_leaf(module)
             leaves.append(module)

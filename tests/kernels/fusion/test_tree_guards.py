@@ -290,3 +290,34 @@ def test_foreign_code_in_a_network_without_layers_is_not_taken_for_known(
     with torch.inference_mode():
         fused(X)
     assert len(checks) == 3, "the network's, and of two blocks"
+
+
+def test_a_forward_of_its_own_is_not_taken_for_its_classs() -> None:
+    """It was there before the model was fused, and changes a block."""
+    torch.manual_seed(0)
+    plain = Through().eval()
+
+    def forward(x: Tensor) -> Tensor:
+        plain.second[1][0].block.scale += 0.5  # type: ignore[index, operator, union-attr]
+        return x
+
+    plain.second[0].forward = forward  # type: ignore[index, operator, assignment]
+    fuse(plain, inplace=True)
+    twin = Through().eval()
+    twin.load_state_dict(plain.state_dict())
+    with torch.inference_mode():
+        for _ in range(4):
+            got = plain(X)
+            twin.second[1][0].block.scale += 0.5  # type: ignore[index, operator, union-attr]
+            torch.testing.assert_close(got, twin(X), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_weight_in_between_are_not_lost() -> None:
+    plain, fused = made_through()
+    for model in (plain, fused):
+        model.requires_grad_(False)
+        model.first.gain.requires_grad_()  # type: ignore[union-attr, operator]
+        for _ in range(3):
+            y = model(X)
+        y.square().sum().backward()
+    torch.testing.assert_close(fused.first.gain.grad, plain.first.gain.grad)  # type: ignore[union-attr]
