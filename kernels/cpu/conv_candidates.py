@@ -223,9 +223,7 @@ def fits_row(values: int) -> bool:
 
 
 def fits_grouped(c: int, k: int, groups: int, taps: int) -> bool:
-    """Returns whether the grouped form computes a convolution from `c` to `k` channels. It reads
-    and writes whole vectors of channels: where `c` are none, pixels need room for the rest of the
-    last one."""
+    """Returns whether the grouped form computes a convolution from `c` to `k` channels."""
     whole_groups = groups > 1 and c == k and lanes() % (c // groups) == 0
     return whole_groups and taps <= constant("MAX_TAPS") and whole_vectors(c) <= constant("MAX_ROW")
 
@@ -239,6 +237,11 @@ def _is_direct(problem: ConvProblem) -> bool:
     """Returns whether groups are computed one by one, in vectors of their own: of what is computed
     more than half is stored."""
     return problem.groups == 1 or 2 * (problem.k // problem.groups) > lanes()
+
+
+def fills_vectors(k: int, groups: int) -> bool:
+    """Returns whether the output channels of each group are whole vectors."""
+    return k // groups % lanes() == 0
 
 
 def _direct_bytes(problem: ConvProblem) -> int:

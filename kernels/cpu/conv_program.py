@@ -191,7 +191,8 @@ class ConvProgram:
             call = self._calls[i]
             step, _ = call.conv.step(shapes[call.x], call.residual is not None, config)
             if pitches[call.x] > step.x_pitch:
-                step.C = step.x_pitch = pitches[call.x]
+                step.x_pitch = pitches[call.x]
+                step.C = step.C if step.groups > 1 else step.x_pitch
             if isinstance(call.conv, Conversion):
                 step.K = step.y_pitch = pitches[self._inputs + i]
             steps.append(step)
@@ -199,6 +200,7 @@ class ConvProgram:
             return steps
         for before, behind, pitch in zip(steps, steps[1:], unit.layout.pitches, strict=False):
             before.y_pitch = behind.x_pitch = pitch
+            before.unstored = 0  # whole vectors have room there
         return unit.layout.fuse(steps, 0)
 
     def _units(

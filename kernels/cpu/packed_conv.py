@@ -27,6 +27,7 @@ from resfuse.kernels.ops.activation import Slope
 from resfuse.kernels.ops.conv_problem import ConvProblem, Epilogue, Geometry, dtypes_of
 
 STORAGES: Mapping[torch.dtype, Storage] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+LEAST_CHANNELS = 16  # of an output
 DTYPES: Mapping[Storage, torch.dtype] = {storage: dtype for dtype, storage in STORAGES.items()}
 
 
@@ -45,23 +46,33 @@ def refusal(
     """Returns why there is no native step for a convolution with `weight` here, or None; the
     arguments are those of `supports`.
     """
-    k, of_each, r, s = weight.shape
+    k, of_each, _, s = weight.shape
     if weight.dtype not in STORAGES:
         return f"no native step in {weight.dtype}"
     if activation not in ACTIVATIONS:
         return f"no native {activation}"
-    if k < 16:
+    if k < LEAST_CHANNELS:
         return f"only {k} output channels"
     if (reason := why_unavailable(storage or STORAGES[weight.dtype])) is not None:
         return reason
-    if geometry.groups > 1:
-        c, groups = of_each * geometry.groups, geometry.groups
-        # pixels of a tensor have no room behind their channels
-        fits = c % lanes() == 0 and conv_candidates.fits_grouped(c, k, groups, r * s)
-        return None if fits else "groups that fill no vector"
+    form = _form(weight.shape, geometry.groups)
+    if form is None:
+        return "groups that fill no vector"
+    if form == "grouped":
+        return None
     row = of_each * s
     fits = conv_candidates.fits_row(row)
     return None if fits else f"rows of {row} values; at most {constant('MAX_ROW')}"
+
+
+def _form(shape: torch.Size, groups: int) -> conv_candidates.Form | None:
+    """Returns in which form a weight is packed, None where no form computes its groups."""
+    k, of_each, r, s = shape
+    if groups == 1:
+        return "direct"
+    if conv_candidates.fits_grouped(of_each * groups, k, groups, r * s):
+        return "grouped"
+    return "direct" if conv_candidates.fills_vectors(k, groups) else None
 
 
 class _Workspace(threading.local):
@@ -117,8 +128,12 @@ class NativeConv:
         self._shape = weight.shape
         self._geometry, self._activation = geometry, activation
         self._channels = weight.shape[1] * geometry.groups
-        form: conv_candidates.Form = "grouped" if geometry.groups > 1 else "direct"
-        self._weight = conv_candidates.layout_weight(form, weight.float(), 1, self.storage)
+        form = _form(weight.shape, geometry.groups)
+        assert form is not None
+        self._form: conv_candidates.Form = form
+        self._weight = conv_candidates.layout_weight(
+            form, weight.float(), geometry.groups, self.storage
+        )
         self._winograd: Tensor | None = None  # laid out when it is first needed
         self._lays_out = threading.Lock()
         self._bias = per_channel(bias)
@@ -251,10 +266,13 @@ class NativeConv:
     def dense_weight(self) -> Tensor:
         """Returns the weight [K, C / groups, R, S] in its original layout, rounded if it is kept
         so."""
-        if self._geometry.groups > 1:
+        if self._form == "grouped":
             return grouped_from(self._weight, self._shape).to(self.dtype)
         back = direct_from if self.storage == "fp32" else paired_from
-        return back(self._weight, self._shape).to(self.dtype)
+        groups = self._geometry.groups
+        shape = torch.Size((self._shape[0] // groups, *self._shape[1:]))
+        dense = torch.cat([back(group, shape) for group in self._weight.chunk(groups)])
+        return dense.to(self.dtype)
 
 
 def empty_output(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -17,8 +17,10 @@ from torch.nn.parameter import is_lazy
 from resfuse.kernels.cpu.cpus import require_threads
 from resfuse.kernels.fusion.fused_module import attach, detach, empty_plan
 from resfuse.kernels.fusion.layers.fold_cache import Asked, require_weights
+from resfuse.kernels.fusion.layers.norm_step import NormStep
 from resfuse.kernels.fusion.matching.layer_kinds import DTYPES, copied
 from resfuse.kernels.fusion.parity import require_parity
+from resfuse.kernels.fusion.planning.known_forwards import known_forwards, pass_through_plan
 from resfuse.kernels.fusion.planning.plan import plan_of
 from resfuse.kernels.fusion.planning.plan_builder import plans_of
 from resfuse.kernels.fusion.planning.sequential_inplace import sequence_plan
@@ -97,14 +99,18 @@ def fuse(
         raise ValueError("argument discard_weights: True with training=True; accepted: False")
     fused_model = model if inplace else copied(model)
     _attach_plans(fused_model, training)
+    known = known_forwards(fused_model)
     named = list(fused_model.named_modules())
     for name, module in reversed(named):  # the outermost plan comes last, and wins
         if (plan := plan_of(module)) is not None:
             plan.frozen = weights == "frozen"
+            for step in plan.steps.values():
+                if isinstance(step, NormStep):
+                    step.threads = threads
             for layer in plan.layers:
                 layer.fold.threads = threads
                 layer.ask_for(_asked(f"{name}.{layer.name}.weight".removeprefix("."), wanted, kept))
-            plan.take_over_submodules(module)
+            plan.take_over_submodules(module, known)
     if example is not None:
         computed = torch.bfloat16 if precision == "bf16" else example.dtype
         try:
@@ -175,6 +181,9 @@ def _attach_plans(model: nn.Module, training: bool) -> None:
         plan = sequence_plan(module) if plan_of(module) is None else None
         if plan is not None:
             attach(module, plan)
+    plan = pass_through_plan(model)
+    if plan is not None:
+        attach(model, plan)
     for module, training_plan in in_training.items():
         if training_plan_of(module) is None:
             attach(module, plan_of(module) or empty_plan(module), training_plan)

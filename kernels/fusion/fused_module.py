@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from resfuse.kernels.fusion.layers.fast_path import Forward
 from resfuse.kernels.fusion.layers.fold_cache import Asked, require_weights
+from resfuse.kernels.fusion.planning.known_forwards import known_forwards, pass_through_plan
 from resfuse.kernels.fusion.planning.plan import NOT_RUN, PLAN, STEPS, Plan
 from resfuse.kernels.fusion.planning.plan_builder import make_plan
 from resfuse.kernels.fusion.planning.sequential_inplace import sequence_plan
@@ -159,7 +160,11 @@ def _attach_anew(module: nn.Module, plan_state: PlanState) -> nn.Module:
     """Makes a module's plans again and attaches them."""
     why_skipped, left_in_training, frozen, asked = plan_state
     module.__class__ = original_class(module)
-    plan = make_plan(module, _reasons(module, why_skipped).get).plan or sequence_plan(module)
+    plan = (
+        make_plan(module, _reasons(module, why_skipped).get).plan
+        or sequence_plan(module)
+        or pass_through_plan(module)
+    )
     if left_in_training is not None:
         training = make_training_plan(module, _reasons(module, left_in_training).get)
         attach(module, plan or empty_plan(module), training)
@@ -169,7 +174,7 @@ def _attach_anew(module: nn.Module, plan_state: PlanState) -> nn.Module:
         plan.frozen = frozen
         for layer in plan.layers:
             layer.ask_for(asked.get(layer.name, "own"))
-        plan.take_over_submodules(module)
+        plan.take_over_submodules(module, known_forwards(module))
     return module
 
 

@@ -102,6 +102,7 @@ class Observer:
         self.symbol: Callable[[Tensor], Any] | None = None  # what stands for a tensor attribute
         self.reason: str | None = None  # why the forward is refused
         self.asking = False  # hasattr, getattr or isinstance is being answered
+        self.in_torch = False  # one of torch's functions in C runs, called by a user's forward
         self._codes: set[types.CodeType] = set()
         self._inner: set[types.CodeType] = set()
         self._users: set[types.CodeType] = set()
@@ -225,9 +226,12 @@ class Observer:
                 self._c_call(arg)
             elif frame.f_code is torch.is_tensor.__code__:
                 self.asking = True
-        elif event == "c_return" and self.asking:
+        elif event in ("c_return", "c_exception"):
             asker = frame.f_code
-            self.asking = asker not in self._users and asker is not torch.is_tensor.__code__
+            if asker in self._users:
+                self.in_torch = False
+            if event == "c_return" and self.asking:
+                self.asking = asker not in self._users and asker is not torch.is_tensor.__code__
 
     def _enter(self, frame: types.FrameType, code: types.CodeType) -> None:
         name = frame.f_globals.get("__name__") or ""
@@ -268,6 +272,7 @@ class Observer:
         name, owner = getattr(function, "__name__", ""), getattr(function, "__self__", None)
         module = getattr(function, "__module__", None)
         self.asking = name in ("hasattr", "getattr", "isinstance") and module == "builtins"
+        self.in_torch = getattr(torch, name, None) is function
         if name in _STATE:
             self.refuse(f"asks torch for {name}()")
         if name == "setattr" and module == "builtins":

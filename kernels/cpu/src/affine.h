@@ -2,6 +2,8 @@
 // residual), NHWC, of the real numbers that values in uint8 stand for.
 #pragma once
 
+#include <cmath>
+
 #include "epilogue.h"
 #include "step.h"
 #include "tile.h"
@@ -26,5 +28,19 @@ static void affine(const Step& s, const Range& pixels) {
       Sums<1, 1> y = {{scaled(s, x + k, load(s.w + k), load(s.bias + k))}};
       epilogue<1, 1>(s, y, pixel, k);
     }
+  }
+}
+
+// A batch norm's scale and shift, in double precision and rounded once. Where variance and eps may
+// cancel, as torch rounds their sum. Null: a weight of ones, a bias of zeros.
+static void scale_and_shift(const float* mean, const float* variance, const float* weight,
+                            const float* bias, double eps, long channels, float* scale,
+                            float* shift) {
+  for (long k = 0; k < channels; k++) {
+    const double exact = variance[k] + eps, rounded = variance[k] + static_cast<float>(eps);
+    const double factor =
+        (weight ? weight[k] : 1.0) / std::sqrt(variance[k] > 0 ? exact : rounded);
+    scale[k] = static_cast<float>(factor);
+    shift[k] = static_cast<float>((bias ? bias[k] : 0.0) - mean[k] * factor);
   }
 }

@@ -31,6 +31,18 @@ static ALWAYS_INLINE Floats first_of_grouped(const Step& s, long k) {
 #endif
 }
 
+// Calls `compute(k, read)` for each vector of channels. Where a pixel has no room behind its
+// channels, `read` takes those of the last vector alone.
+template <long GROUP, class Compute>
+static ALWAYS_INLINE void for_each_vector(const Step& s, const Compute& compute) {
+  const bool room = GROUP == LANES || s.x_pitch >= s.K;  // whole groups of LANES leave none over
+  const long whole = room ? s.K : s.K - LANES, last = s.C - whole;
+  for (long k = 0; k < whole; k += LANES) {
+    compute(k, [](const Value* x) ALWAYS_INLINE_LAMBDA { return load(x); });
+  }
+  if (!room) compute(whole, [&](const Value* x) ALWAYS_INLINE_LAMBDA { return load_first(x, last); });
+}
+
 template <long GROUP>
 static void grouped_pixels(const Step& s, long from, long to) {
   const long taps = s.R * s.S;
@@ -39,12 +51,12 @@ static void grouped_pixels(const Step& s, long from, long to) {
     const Windows<M> windows(s, pixel, 0);
     for (long tap = 0; tap < taps; tap++) windows.tap(s, tap / s.S, tap % s.S, x[tap]);
     const float* w = s.w;
-    for (long k = 0; k < s.K; k += LANES) {
+    for_each_vector<GROUP>(s, [&](long k, const auto& read) ALWAYS_INLINE_LAMBDA {
       Floats acc[M][1];
       UNROLLED for (long m = 0; m < M; m++) acc[m][0] = first_of_grouped(s, k);
       for (long tap = 0; tap < taps; tap++) {
         Floats value[M];
-        UNROLLED for (long m = 0; m < M; m++) value[m] = load(x[tap][m] + k);
+        UNROLLED for (long m = 0; m < M; m++) value[m] = read(x[tap][m] + k);
         UNROLLED for (long i = 0; i < GROUP; i++, w += LANES) {
           const Floats weight = load(w);
           UNROLLED for (long m = 0; m < M; m++) {
@@ -53,7 +65,7 @@ static void grouped_pixels(const Step& s, long from, long to) {
         }
       }
       epilogue_of_sums<M, 1>(s, acc, pixel, k);
-    }
+    });
   });
 }
 
@@ -73,7 +85,7 @@ static void grouped_row(const Step& s, long pixel) {
     }
   }
   const float* w = s.w;
-  for (long k = 0; k < s.K; k += LANES) {
+  for_each_vector<GROUP>(s, [&](long k, const auto& read) ALWAYS_INLINE_LAMBDA {
     Floats acc[M][1];
     UNROLLED for (long m = 0; m < M; m++) acc[m][0] = first_of_grouped(s, k);
     for (long r = 0; r < 3; r++, w += 3 * GROUP * LANES) {
@@ -81,7 +93,7 @@ static void grouped_row(const Step& s, long pixel) {
         Floats weight[3];
         UNROLLED for (long t = 0; t < 3; t++) weight[t] = load(w + (t * GROUP + i) * LANES);
         UNROLLED for (long j = 0; j < M + 2; j++) {
-          const Floats v = input_of(load(x[r][j] + k), i);
+          const Floats v = input_of(read(x[r][j] + k), i);
           UNROLLED for (long t = 0; t < 3; t++) {
             if (j - t >= 0 && j - t < M) {
               acc[j - t][0] = multiply_add(acc[j - t][0], v, weight[t]);
@@ -91,7 +103,7 @@ static void grouped_row(const Step& s, long pixel) {
       }
     }
     epilogue_of_sums<M, 1>(s, acc, pixel, k);
-  }
+  });
 }
 
 template <long GROUP>

@@ -35,7 +35,6 @@ static void convolution(const Step& s) {
     DCHECK(s.block > 0);
   } else if (s.kind == GROUPED) {
     DCHECK(s.groups > 1 && s.K == whole_vectors(s.C) && LANES % (s.C / s.groups) == 0);
-    DCHECK(s.x_pitch >= s.K);
     DCHECK(s.R * s.S <= MAX_TAPS);
     DCHECK(s.K <= MAX_ROW);
   } else {

@@ -9,10 +9,10 @@
 // - K counts whole vectors of output channels in convolutions and in steps with `unstored`, and
 //   per-channel parameters (bias, slope, scale, offset) are padded to whole vectors. But where groups
 //   of DIRECT and WINOGRAD fill no vectors, K counts channels, `unstored` says what each group lacks,
-//   and those parameters have a vector more. Where the channels
-//   of other steps, those that a grouped convolution reads, and those of a convolution without
-//   `unstored`, are no whole vectors, pitches have room for the rest of the last one, which is read and
-//   written, too.
+//   and those parameters have a vector more. Where the channels of other steps, and those of a
+//   convolution without `unstored`, are no whole vectors, pitches have room for the rest of the last
+//   one, which is read and written, too. Of what a grouped convolution reads, pitches may have that
+//   room.
 // - x and y may overlap only where they are the same pixels of a step without windows; y may be the
 //   residual.
 // - Each thread has `scratch_pitch` floats of scratch memory, undefined before a step.

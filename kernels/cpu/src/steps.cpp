@@ -136,6 +136,13 @@ extern "C" long resfuse_shared_floats(const Step* step) { return group_moments_f
 // Returns the most pixels of a value that a fused run has in a thread's scratch memory at a time.
 extern "C" long resfuse_local_pixels(const Step* run) { return local_pixels(run); }
 
+// Stores the scale and the shift that a batch norm comes to.
+extern "C" void resfuse_scale_and_shift(const float* mean, const float* variance,
+                                        const float* weight, const float* bias, double eps,
+                                        long channels, float* scale, float* shift) {
+  scale_and_shift(mean, variance, weight, bias, eps, channels, scale, shift);
+}
+
 // Stores the digest of each region in it.
 extern "C" void resfuse_digest(Region* regions, long count) {
   for (long i = 0; i < count; ++i) regions[i].digest = digest_of(regions[i]);

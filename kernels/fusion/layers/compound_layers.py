@@ -11,8 +11,10 @@ from resfuse.kernels.cpu.packed_conv import NativeConv
 from resfuse.kernels.cpu.stem_pool import StemPool
 from resfuse.kernels.fusion.layers.fast_path import Miss
 from resfuse.kernels.fusion.layers.fold_cache import Folded, Packed
-from resfuse.kernels.fusion.layers.fused_layers import ConvStep, NormStep, autocast, is_on_gpu
+from resfuse.kernels.fusion.layers.fused_layers import ConvStep
 from resfuse.kernels.fusion.layers.launch_signature import is_unseen, signature_of
+from resfuse.kernels.fusion.layers.layer_calls import autocast, is_on_gpu
+from resfuse.kernels.fusion.layers.norm_step import NormStep
 from resfuse.kernels.fusion.tracing.memory_formats import is_ambiguous, laid_out
 from resfuse.kernels.gpu.common.arguments import channels_last
 from resfuse.kernels.ops.conv_problem import Epilogue

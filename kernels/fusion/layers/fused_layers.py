@@ -9,8 +9,9 @@ a step cannot do (another dtype, an empty batch, an image without a batch dimens
 themselves, so that results and errors stay theirs.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,6 @@ from resfuse.kernels.cpu.weight_origin import (
     is_plain,
     sources_of,
     tensors_of,
-    why_not_followed,
 )
 from resfuse.kernels.fusion.layers.fast_path import FastPath, Miss
 from resfuse.kernels.fusion.layers.fold_cache import (
@@ -30,12 +30,20 @@ from resfuse.kernels.fusion.layers.fold_cache import (
     Folded,
     Packed,
     fold,
-    lacks_statistics,
     require_weights,
 )
 from resfuse.kernels.fusion.layers.launch_signature import is_unseen, signature_of
-from resfuse.kernels.fusion.matching.layer_kinds import geometry_of, slope_of
-from resfuse.kernels.fusion.matching.match import Chain, Residual
+from resfuse.kernels.fusion.layers.layer_calls import (
+    autocast,
+    finish,
+    finish_by_layers,
+    is_like,
+    is_on_gpu,
+    is_watched_or_cast,
+    settings,
+)
+from resfuse.kernels.fusion.matching.layer_kinds import geometry_of
+from resfuse.kernels.fusion.matching.match import Chain
 from resfuse.kernels.fusion.tracing.memory_formats import (
     convolves_to_channels_last,
     is_ambiguous,
@@ -44,11 +52,23 @@ from resfuse.kernels.fusion.tracing.memory_formats import (
     suggests_channels_last,
 )
 from resfuse.kernels.gpu.common.arguments import channels_last
-from resfuse.kernels.ops.activation import ACTIVATIONS, Slope
-from resfuse.kernels.ops.bn_folding import bn_scale_shift
 from resfuse.kernels.ops.conv_problem import Epilogue
 
 Shape = tuple[int, int, int, int]
+_MOST_KINDS = 16  # of inputs of a layer, for which strides are kept
+
+
+class _Accepted(NamedTuple):
+    """An input that has passed all checks of a convolution on a CPU, and what ran then."""
+
+    packed: Packed
+    run: Callable[..., Tensor]
+    shape: torch.Size
+    x_strides: tuple[int, ...]
+    dtype: torch.dtype
+    residual_strides: tuple[int, ...] | None
+    settings: tuple[Any, ...]
+    strides: tuple[int, ...] | None  # that the result is given
 
 
 class ConvStep:
@@ -60,6 +80,7 @@ class ConvStep:
         self.name, self.conv, self.norm, self.act = chain.name, chain.conv, chain.norm, chain.act
         self.activation, self.residual = chain.activation, chain.residual
         self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
+        self.acts_in_place = chain.acts_in_place
         self.adds_to = chain.adds_to
         self.geometry = geometry_of(self.conv)
         self.epilogue = Epilogue(chain.activation, chain.residual)
@@ -69,6 +90,10 @@ class ConvStep:
         self.overwrite = False  # no other code holds the residual: it may be added in place
         self._id = object()  # among steps that share a fold
         self.bound: Packed | None = None  # what `unchecked` runs on, once there is that
+        # The last input that passed all checks; replaced at once, since other threads read it.
+        self._accepted: _Accepted | None = None
+        # Of results whose strides no rule says, by what they depend on.
+        self._eager_strides: dict[Any, tuple[int, ...]] = {}
         # Of the last input and of its result; replaced at once, since other threads read them.
         self._shapes: tuple[torch.Size | None, Shape] = (None, (0, 0, 0, 0))
 
@@ -113,6 +138,13 @@ class ConvStep:
 
     def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns the result with the strides that eager's layers would have given it."""
+        kept = self._accepted
+        if kept is not None and self._repeats(kept, x, residual):
+            y = kept.run(x) if residual is None else kept.run(x, residual)
+            if kept.strides is None:
+                return y
+            self.missed(Miss.EAGER_STRIDES)
+            return y.as_strided(y.shape, kept.strides)
         if torch.compiler.is_exporting() or not self.takes(autocast(x), residual):
             return self(x, residual)
         channels_last = convolves_to_channels_last(autocast(x), self.conv.weight)
@@ -120,14 +152,72 @@ class ConvStep:
         odd = residual is not None and (
             residual.shape != shape or residual.stride() != strides_in(shape, channels_last)
         )
-        if odd or (channels_last and is_ambiguous(shape)):
+        ambiguous = channels_last and is_ambiguous(shape)
+        keeps_weight = not self.fold.discard  # eager's layers may be asked again
+        if ambiguous and residual is None and x.is_cpu and keeps_weight:
+            return self._with_ambiguous_strides(x)
+        if odd or ambiguous:
             self.missed(Miss.EAGER_STRIDES)
             return self.by_layers(x, residual)
+        before = self.fast_path.last_miss
         made = self(x, residual)
         y = laid_out(made, channels_last)
         if y is not made:
             self.missed(Miss.CONVERTED)
+        elif self.fast_path.last_miss is before:
+            self._accept(x, residual, None)
         return y
+
+    def _accept(self, x: Tensor, residual: Tensor | None, strides: tuple[int, ...] | None) -> None:
+        """Notes that an input has passed all checks: what is like it needs none."""
+        made, run = self.fold.made, vars(self).get("unchecked")
+        adds = self.residual != "none"
+        if made is None or made.packed is None or made.packed is not self.bound or run is None:
+            return
+        if is_watched_or_cast() or (residual is not None) != adds:
+            return
+        beside = None if residual is None else residual.stride()
+        self._accepted = _Accepted(
+            made.packed, run, x.shape, x.stride(), x.dtype, beside, settings(), strides
+        )
+
+    def _repeats(self, kept: "_Accepted", x: Tensor, residual: Tensor | None) -> bool:
+        """Whether an input, on weights that are those of then, is like one that passed all checks.
+
+        Where a forward reads other values than those of fused layers (fast_path.py), each layer
+        compares its own input.
+        """
+        made = self.fold.made
+        if made is None or made.packed is not kept.packed or is_watched_or_cast():
+            return False
+        if not is_like(x, kept.shape, kept.x_strides, kept.dtype) or kept.settings != settings():
+            return False
+        if residual is None or kept.residual_strides is None:
+            return residual is None and kept.residual_strides is None
+        return is_like(residual, self._output_shape(x), kept.residual_strides, kept.dtype)
+
+    def _with_ambiguous_strides(self, x: Tensor) -> Tensor:
+        """Returns a result of one pixel, or of one channel: all layouts are the same memory, and
+        which strides eager's layers give it they are asked once for each kind of input. The
+        convolutions of a squeeze-and-excitation are such.
+        """
+        self.missed(Miss.EAGER_STRIDES)
+        weight = self.conv.weight
+        kind = x.shape, x.stride(), x.dtype, x.device, weight.stride(), weight.dtype, settings()
+        strides = self._eager_strides.get(kind)
+        if strides is None:
+            y = self.by_layers(x, None)
+            if len(self._eager_strides) >= _MOST_KINDS:
+                self._eager_strides.clear()
+            if y.is_contiguous():
+                self._eager_strides[kind] = y.stride()
+            return y
+        y = self(x)
+        if not y.is_contiguous():
+            return self.by_layers(x, None)
+        if not torch.compiler.is_compiling():
+            self._accept(x, None, strides)
+        return y.as_strided(y.shape, strides)
 
     def makes_channels_last(self, x: Tensor) -> bool:
         """Whether eager's result for x is channels_last, and nothing else."""
@@ -143,7 +233,7 @@ class ConvStep:
         y = self.conv(x)
         if self.norm is not None:
             y = self.norm(y)
-        return _finish_by_layers(self, y, residual)
+        return finish_by_layers(self, y, residual)
 
     def folded(self, dtype: torch.dtype) -> Folded | None:
         """Returns the layers folded in that dtype, or None where they cannot be folded.
@@ -279,7 +369,7 @@ class ConvStep:
     def _decomposed(self, x: Tensor, folded: Folded, residual: Tensor | None) -> Tensor:
         """Convolution, add and activation in torch's own ops."""
         y = F.conv2d(x, folded.dense(), folded.bias, *self.geometry)
-        return _finish(y, residual, self.residual, self.activation, folded.slope)
+        return finish(y, residual, self.residual, self.activation, folded.slope)
 
     def _output_shape(self, x: Tensor) -> Shape:
         shapes = self._shapes
@@ -290,104 +380,6 @@ class ConvStep:
         return shapes[1]
 
 
-class NormStep:
-    """act(x * scale + shift + residual): a batch norm that no convolution can take in."""
-
-    def __init__(self, chain: Chain) -> None:
-        assert chain.norm is not None
-        self.chain = chain.summary()
-        self.name, self.norm, self.act = chain.name, chain.norm, chain.act
-        self.activation, self.residual = chain.activation, chain.residual
-        self.epilogue = Epilogue(chain.activation, chain.residual)
-        self.keeps_dtype, self.norm_activates = chain.keeps_dtype, chain.norm_activates
-        self.adds_to = chain.adds_to
-        self._sources = sources_of(self.norm)
-        # Scale, shift, and launches prepared with them (prepared_launch.py): replaced at once,
-        # since other threads read them.
-        self._made: tuple[Origin, Tensor, Tensor, dict[Any, Any]] | None = None
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not is_on_gpu(x) or x.dim() != 4 or (residual is not None and residual.shape != x.shape):
-            return self.by_layers(x, residual)
-        from resfuse.kernels.fusion.layers.prepared_launch import launched
-        from resfuse.kernels.gpu.bn_act.bn_act import checked, launch_of
-
-        tensors = tensors_of(self._sources)
-        made = self._made
-        if made is None or not made[0].is_where_it_was(tensors):
-            if lacks_statistics(self.norm) or why_not_followed(self._sources) is not None:
-                return self.by_layers(x, residual)
-            made = (Origin(tensors), *bn_scale_shift(self.norm), {})  # type: ignore[arg-type]
-            self._made = made
-        _, scale, shift, launches = made
-        slope = slope_of(self.act, x.shape[1])
-        # A slope that is a tensor is the activation's own, and no part of what was made.
-        if isinstance(slope, Tensor) or x.numel() == 0 or not is_unseen(x, residual):
-            return checked(x, scale, shift, residual, slope, self.epilogue)
-        x, residual = channels_last(x), None if residual is None else channels_last(residual)
-        return launched(
-            launches,
-            (slope, *signature_of(x, residual)),
-            x,
-            residual,
-            lambda: launch_of(x, scale, shift, residual, slope, self.epilogue),
-        )
-
-    def with_eager_strides(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Returns the result with the strides that eager's layers would have given it."""
-        if not is_on_gpu(x) or torch.compiler.is_exporting():
-            return self(x, residual)
-        channels_last = suggests_channels_last(x)
-        if x.dim() != 4 or (
-            residual is not None and residual.stride() != strides_in(x.shape, channels_last)
-        ):
-            return self.by_layers(x, residual)
-        return laid_out(self(x, residual), channels_last)
-
-    def by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return _finish_by_layers(self, self.norm(x), residual)
-
-
 def _refuse(*_: Any) -> None:
     """Refuses to save or load a layer whose weight was discarded."""
     require_weights(True)
-
-
-def is_on_gpu(x: object) -> bool:
-    """False for what is no tensor, which the layers refuse in torch's words."""
-    return isinstance(x, Tensor) and x.is_cuda
-
-
-def autocast(x: Tensor) -> Tensor:
-    """Casts a tensor as autocast would for a convolution; differentiable."""
-    if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
-        return x
-    if x.dtype == torch.float64 or not x.is_floating_point():  # which it leaves alone
-        return x
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def _finish(
-    y: Tensor,
-    residual: Tensor | None,
-    where: Residual,
-    activation: str,
-    slope: Slope,
-    adds_to: bool = False,
-) -> Tensor:
-    """Residual and activation, in torch's own ops, in the layers' order: strides go by it."""
-    if residual is not None and where == "before":
-        y = residual + y if adds_to else y + residual
-    y = ACTIVATIONS[activation].forward(y, slope)
-    if residual is None or where != "after":
-        return y
-    return residual + y if adds_to else y + residual
-
-
-def _finish_by_layers(step: "ConvStep | NormStep", y: Tensor, residual: Tensor | None) -> Tensor:
-    """Adds and activates after the original norm has run, which may itself activate."""
-    activation = "identity" if step.norm_activates else step.activation
-    slope = slope_of(step.act, y.shape[1])
-    result = _finish(y, residual, step.residual, activation, slope, step.adds_to)
-    return result.to(y.dtype) if step.keeps_dtype else result

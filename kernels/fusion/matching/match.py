@@ -41,6 +41,7 @@ _ACTIVATION_CALLS: dict[Any, str] = {
     F.silu: "silu",
     F.hardswish: "hardswish",
 }
+_ACTS_IN_PLACE = (F.relu_, torch.relu_, "relu_")
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ADDS_IN_PLACE = (operator.iadd, "add_")
 
@@ -58,6 +59,7 @@ class Chain:
     act: nn.Module | None = None  # where the activation has a slope
     residual: Residual = "none"
     added: fx.Node | None = None
+    acts_in_place: bool = False  # the activation, on what the layer before it made
     norm_activates: bool = False  # the norm's own forward applies the activation
     adds_to: bool = False  # the residual stands first in the sum
     keeps_dtype: bool = False  # added in place: a wider residual does not widen the sum
@@ -249,6 +251,7 @@ class _Matcher:
         if name is None or name == "identity":
             return False
         chain.activation, chain.act = name, called
+        chain.acts_in_place = _acts_in_place(node, called)
         self._take(chain, node)
         return True
 
@@ -293,6 +296,12 @@ def _gelu_form(node: fx.Node) -> str | None:
     if len(node.args) != 1 or not set(node.kwargs) <= {"approximate"}:
         return None
     return GELU_FORMS.get(str(node.kwargs.get("approximate", "none")))
+
+
+def _acts_in_place(node: fx.Node, called: nn.Module | None) -> bool:
+    if called is not None:
+        return bool(getattr(called, "inplace", False))
+    return node.target in _ACTS_IN_PLACE or bool(node.kwargs.get("inplace", False))
 
 
 def _only_inplace(node: fx.Node) -> bool:

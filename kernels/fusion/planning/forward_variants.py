@@ -1,7 +1,7 @@
 """A rewritten forward compiled for the memory formats it may be called with (memory_formats.py)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from resfuse.kernels.fusion.layers.compound_layers import FusedStep, StemStep
 from resfuse.kernels.fusion.layers.conv_region import ConvRegion
 from resfuse.kernels.fusion.layers.fast_path import FastPath, signature_of
 from resfuse.kernels.fusion.layers.fused_layers import ConvStep
-from resfuse.kernels.fusion.planning.forwards import Variant
+from resfuse.kernels.fusion.planning.forwards import CalledModule, Variant
 from resfuse.kernels.fusion.planning.joined_forward import JoinedForward
 from resfuse.kernels.fusion.planning.plan import NOT_RUN, STEPS, Plan, plan_of
 from resfuse.kernels.fusion.planning.rewrite import (
@@ -69,25 +69,13 @@ class GraphForwards:
                 )
         return calls
 
-    def called_modules(self) -> list[nn.Module]:
+    def called_modules(self) -> list[CalledModule]:
         """The modules that the forward calls, besides steps.
 
         Raises:
             ValueError: it runs functions that are not torch's, or a module is not there any more.
         """
-        for node in self._graph.nodes:
-            if node.op == "get_attr" or (
-                node.op == "call_function" and not _is_torchs(node.target)
-            ):
-                raise ValueError(f"{node.target} may run code that is not torch's")
-        try:
-            return [
-                self._module.get_submodule(str(node.target))
-                for node in self._graph.nodes
-                if node.op == "call_module" and not self._is_step(node)
-            ]
-        except AttributeError as gone:
-            raise ValueError(str(gone)) from None
+        return modules_called_in(self._graph, self._module, self._is_step)
 
     def variant(
         self, input_format: InputFormat, flexible: bool, *, guarded: bool = False
@@ -192,6 +180,40 @@ class GraphForwards:
         return self._is_step(node) and isinstance(
             self._steps[attribute_of(node)], ConvStep | StemStep
         )
+
+
+def modules_called_in(
+    graph: fx.Graph, module: nn.Module, is_step: Callable[[fx.Node], bool]
+) -> list[CalledModule]:
+    """Returns the modules that the graph of a module's forward calls, besides steps, and those
+    whose tensors it reads.
+
+    Raises:
+        ValueError: it runs functions that are not torch's, or a module is not there any more.
+    """
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_function" and not _is_torchs(node.target):
+            raise ValueError(f"{node.target} may run code that is not torch's")
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            read = _submodule(module, owner)
+            if name not in read._parameters and name not in read._buffers:
+                raise ValueError(f"{node.target} is no parameter and no buffer")
+            if owner:
+                found.append(CalledModule(read, None))
+        if node.op == "call_module" and not is_step(node):
+            called = _submodule(module, str(node.target))
+            tensors = not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args)
+            found.append(CalledModule(called, len(node.args) if tensors else None))
+    return found
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError as gone:
+        raise ValueError(str(gone)) from None
 
 
 class FlexibleCall:

@@ -21,6 +21,13 @@ class Variant(NamedTuple):
     region: ConvRegion | None = None  # all that `unchecked_on_cpu` does, if that is convolutions
 
 
+class CalledModule(NamedTuple):
+    """A module that a forward calls with so many tensors; None where it is called otherwise."""
+
+    module: nn.Module
+    tensors: int | None
+
+
 class Forwards(Protocol):
     """What a plan asks of a forward that is called in one way."""
 
@@ -41,4 +48,4 @@ class Forwards(Protocol):
 
     def compile_variants(self) -> dict[str, Any]: ...
 
-    def called_modules(self) -> list[nn.Module]: ...
+    def called_modules(self) -> list[CalledModule]: ...

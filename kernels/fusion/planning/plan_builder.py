@@ -138,7 +138,8 @@ def _traces(module: nn.Module) -> dict[Call, Trace]:
     traces = {plain: traced}
     if plain.arguments == 1:
         traces[plain._replace(donated=True)] = replace(traced, graph=_copy(traced.graph))
-    others = [Call(plain.arguments, takes_list=True)] if traced.asks_types else []
+    lists = traced.asks_types or _concatenates(traced.graph)
+    others = [Call(plain.arguments, takes_list=True)] if lists else []
     for call in [*others, *with_more]:
         with suppress(NotTraceable):
             other = trace(module, call)
@@ -147,6 +148,15 @@ def _traces(module: nn.Module) -> dict[Call, Trace]:
             ):
                 traces[call] = other
     return traces
+
+
+def _concatenates(graph: fx.Graph) -> bool:
+    """Whether a forward's first argument is what torch.cat is given, which is a list."""
+    placeholder = next(iter(graph.nodes))
+    return any(
+        user.target in (torch.cat, torch.concat) and user.args[:1] == (placeholder,)
+        for user in placeholder.users
+    )
 
 
 def _calls_with_it(graph: fx.Graph) -> bool:

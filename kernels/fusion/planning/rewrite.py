@@ -10,7 +10,8 @@ from resfuse.kernels.fusion.layers.compound_layers import FusedStep, ProjectionS
 from resfuse.kernels.fusion.layers.conv_region import ConvRegion
 from resfuse.kernels.fusion.layers.fast_path import FastPath, Forward
 from resfuse.kernels.fusion.layers.fold_cache import Fold
-from resfuse.kernels.fusion.layers.fused_layers import ConvStep, NormStep
+from resfuse.kernels.fusion.layers.fused_layers import ConvStep
+from resfuse.kernels.fusion.layers.norm_step import NormStep
 from resfuse.kernels.fusion.matching.match import Chain
 from resfuse.kernels.fusion.planning.plan import STEPS
 from resfuse.kernels.fusion.tracing.module_tracing import has_hooks

@@ -17,7 +17,7 @@ from resfuse.kernels.fusion.planning.forward_variants import (
     restore_layout,
     run_flexible,
 )
-from resfuse.kernels.fusion.planning.forwards import Variant
+from resfuse.kernels.fusion.planning.forwards import CalledModule, Variant
 from resfuse.kernels.fusion.planning.plan import NOT_RUN, Plan, plan_of
 from resfuse.kernels.fusion.tracing.memory_formats import InputFormat, preserves_layout
 
@@ -47,8 +47,8 @@ class SequenceForwards:
     def compile_variants(self) -> dict[str, Any]:
         return {}
 
-    def called_modules(self) -> list[nn.Module]:
-        return [child for child in self._sequence._modules.values() if child is not None]
+    def called_modules(self) -> list[CalledModule]:
+        return [CalledModule(child, 1) for child in self._sequence.children()]
 
     def variant(
         self, input_format: InputFormat, flexible: bool, *, guarded: bool = False

@@ -154,7 +154,8 @@ class _Answers(fx.Proxy):
     def __class__(self) -> type:
         observer = self.tracer.observer
         if not observer.asking:
-            if asked_by_user(1):
+            # torch.cat(symbol) asks, too, in C
+            if asked_by_user(1) and not observer.in_torch:
                 observer.refuse("asks for the __class__ of a tensor")
             return type(self)
         kind = self.tracer.kind_of(self)

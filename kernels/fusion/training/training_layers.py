@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resfuse.kernels.fusion.layers.fused_layers import autocast
+from resfuse.kernels.fusion.layers.layer_calls import autocast
 from resfuse.kernels.fusion.matching.layer_kinds import FROZEN_NORMS, channels_of, geometry_of
 from resfuse.kernels.fusion.matching.match import Chain
 from resfuse.kernels.fusion.training.training_mode import runs_operations

@@ -177,7 +177,7 @@ def test_what_no_native_step_computes_is_said() -> None:
     groups = Geometry(groups=3)
     assert refusal(few, Geometry(), "relu", "bf16") == "only 15 output channels"
     assert refusal(half, Geometry(), "relu") == "no native step in torch.float16"
-    wide = torch.zeros(96, 16, 3, 3)
+    wide = torch.zeros(63, 16, 3, 3)
     assert refusal(wide, groups, "relu", "bf16") == "groups that fill no vector"
     assert not supports(few, Geometry(), "relu") and supports(wide.to(BF16), Geometry(), "relu")
 

@@ -29,6 +29,7 @@ TESTS = (
     "test_native_strips.py",
     "test_native_chain.py",
     "test_native_guards.py::test_convolutions",
+    "test_native_tails.py",
     "test_native_convolution.py::test_every_way_to_compute_a_convolution_is_right",
     "test_native_convolution.py::test_blocks_smaller_than_the_map",
     "test_native_convolution.py::test_any_number_of_threads",

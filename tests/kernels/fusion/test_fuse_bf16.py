@@ -50,8 +50,8 @@ class Odd(nn.Module):
         super().__init__()
         self.first, self.slope = nn.Conv2d(3, 37, 3, stride=2, padding=1), nn.PReLU(37)
         self.second, self.norm = nn.Conv2d(37, 48, (1, 3), padding=(0, 1)), nn.BatchNorm2d(48)
-        self.grouped = nn.Conv2d(48, 96, 3, padding=2, dilation=2, groups=3)
-        self.few, self.few_norm = nn.Conv2d(96, 5, 1), nn.BatchNorm2d(5)
+        self.grouped = nn.Conv2d(48, 63, 3, padding=2, dilation=2, groups=3)
+        self.few, self.few_norm = nn.Conv2d(63, 5, 1), nn.BatchNorm2d(5)
         self.back, self.last_norm = nn.Conv2d(5, 37, 1), nn.BatchNorm2d(37)
 
     def forward(self, x: Tensor) -> Tensor:

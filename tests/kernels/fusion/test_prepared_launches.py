@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prepared_layers import CASES, Layer, step_of, tensors
-from resfuse.kernels.fusion.layers import compound_layers, fused_layers, prepared_launch
+from resfuse.kernels.fusion.layers import (
+    compound_layers,
+    fused_layers,
+    norm_step,
+    prepared_launch,
+)
 from resfuse.kernels.gpu.common import launch
 from resfuse.kernels.gpu.common.stand_in_driver import Launched, StandInDriver, stand_in
 from without_interpreter import printed_by
@@ -62,7 +67,7 @@ def called(value: Any, names: dict[int, str]) -> Any:
 def as_an_op() -> Iterator[None]:
     """Within it fused layers take every call for one that a tool looks at."""
     with pytest.MonkeyPatch.context() as patch:
-        for layers in (fused_layers, compound_layers):
+        for layers in (fused_layers, norm_step, compound_layers):
             patch.setattr(layers, "is_unseen", lambda *_: False)
         yield
 
@@ -116,7 +121,7 @@ def require_it_follows(
             want, _ = told(driver, step, inputs)
         assert [told(driver, step, inputs)[0] for _ in range(2)] == [want] * 2, name
     again, inputs = last
-    if isinstance(step, fused_layers.NormStep):
+    if isinstance(step, norm_step.NormStep):
         return
     names = ("weight_ptr", "w_ptr", "bias_ptr")
     kept = {n: again.args[n] for n in names if n in again.args}

@@ -1,5 +1,6 @@
 """One check of all guards in a call: made where nothing foreign runs in between, and only there."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -88,7 +89,10 @@ def test_a_call_checks_its_own_guards_and_those_of_all_within_once(checks: list[
 
 
 def test_every_scope_checks_its_own_where_foreign_code_runs(checks: list[Guards]) -> None:
-    plain, fused = made(Foreign())
+    torch.manual_seed(0)
+    plain = Net(Foreign()).eval()
+    plain.between.blocks.append(plain.third)
+    fused = fuse(plain)
     agree(plain, fused)
     del checks[:]
     with torch.inference_mode():
@@ -192,3 +196,128 @@ def test_gradients_within_are_computed_by_the_layers() -> None:
     plain(X).sum().backward()
     torch.testing.assert_close(fused.third.conv.weight.grad, plain.third.conv.weight.grad)
     assert plan_of(fused) is not None
+
+
+class Twice(nn.Module):
+    """Nothing to fuse itself, and a forward that may be read: calls a block, and reads a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.gain, self.times = Block(), nn.Parameter(torch.ones(1)), 2.0
+        self.pool = nn.MaxPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.pool(x)) * self.gain * self.times
+
+
+class Through(nn.Module):
+    """A network without layers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Twice(), nn.Sequential(nn.Identity(), nn.Sequential(Twice()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def made_through() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    plain = Through().eval()
+    return plain, fuse(plain)
+
+
+def test_a_network_without_layers_of_its_own_is_checked_once(checks: list[Guards]) -> None:
+    plain, fused = made_through()
+    agree(plain, fused)
+    del checks[:]
+    with torch.inference_mode():
+        fused(X)
+    assert len(checks) == 2, "the network's, and the tree's"
+    assert plan_of(fused) is not None and type(unfuse(fused)) is Through
+
+
+def test_copies_of_it_are_checked_once_too(checks: list[Guards]) -> None:
+    plain, fused = made_through()
+    twin = copy.deepcopy(fused)
+    agree(plain, twin)
+    del checks[:]
+    with torch.inference_mode():
+        twin(X)
+    assert len(checks) == 2
+
+
+def _scaled(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return output * 3
+
+
+CHANGES_BETWEEN: dict[str, Callable[[nn.Module], object]] = {
+    "an attribute": lambda m: setattr(m.first, "times", 5.0),
+    "an attribute within sequences": lambda m: setattr(m.second[1][0], "times", 5.0),
+    "a weight it reads": lambda m: m.first.gain.data.fill_(3.0),
+    "another weight": lambda m: setattr(m.first, "gain", nn.Parameter(torch.full((1,), 4.0))),
+    "a hook": lambda m: m.first.register_forward_hook(_scaled),
+    "a hook on a sequence": lambda m: m.second[1].register_forward_hook(_scaled),
+    "one more in a sequence": lambda m: m.second[1].append(Block().eval()),
+    "a forward of its own": lambda m: setattr(m.first, "forward", lambda x: x * 3),
+    "another kind": lambda m: setattr(m, "first", nn.MaxPool2d(1)),
+    "another pool": lambda m: setattr(m.first, "pool", nn.AvgPool2d(1)),
+    "the block's scale": lambda m: setattr(m.first.block, "scale", 3.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_BETWEEN)
+def test_a_change_of_what_stands_between_is_seen_at_the_next_call(name: str) -> None:
+    plain, fused = made_through()
+    agree(plain, fused)
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        CHANGES_BETWEEN[name](model)
+    agree(plain, fused)
+
+
+def test_foreign_code_in_a_network_without_layers_is_not_taken_for_known(
+    checks: list[Guards],
+) -> None:
+    torch.manual_seed(0)
+    plain = Through().eval()
+    plain.second[0] = Foreign()  # type: ignore[operator, index]
+    plain.second[0].blocks.append(plain.second[1][0].block)  # type: ignore[operator, index, union-attr]
+    fused = fuse(plain)
+    for _ in range(3):
+        agree(plain, fused)
+    del checks[:]
+    with torch.inference_mode():
+        fused(X)
+    assert len(checks) == 3, "the network's, and of two blocks"
+
+
+def test_a_forward_of_its_own_is_not_taken_for_its_classs() -> None:
+    """It was there before the model was fused, and changes a block."""
+    torch.manual_seed(0)
+    plain = Through().eval()
+
+    def forward(x: Tensor) -> Tensor:
+        plain.second[1][0].block.scale += 0.5  # type: ignore[index, operator, union-attr]
+        return x
+
+    plain.second[0].forward = forward  # type: ignore[index, operator, assignment]
+    fuse(plain, inplace=True)
+    twin = Through().eval()
+    twin.load_state_dict(plain.state_dict())
+    with torch.inference_mode():
+        for _ in range(4):
+            got = plain(X)
+            twin.second[1][0].block.scale += 0.5  # type: ignore[index, operator, union-attr]
+            torch.testing.assert_close(got, twin(X), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_weight_in_between_are_not_lost() -> None:
+    plain, fused = made_through()
+    for model in (plain, fused):
+        model.requires_grad_(False)
+        model.first.gain.requires_grad_()  # type: ignore[union-attr, operator]
+        for _ in range(3):
+            y = model(X)
+        y.square().sum().backward()
+    torch.testing.assert_close(fused.first.gain.grad, plain.first.gain.grad)  # type: ignore[union-attr]

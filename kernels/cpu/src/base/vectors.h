@@ -60,6 +60,14 @@ static inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(t
 static inline Ints load(const int* from) { return *reinterpret_cast<const IntsInMemory*>(from); }
 static inline void store(int* to, Ints value) { *reinterpret_cast<IntsInMemory*>(to) = value; }
 
+#if defined(__AVX__) && !defined(__AVX512F__)
+// Ones in the first `count` lanes.
+static inline __m256i first_lanes(long count) {
+  static const int mask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + LANES - count));
+}
+#endif
+
 // The first `count` lanes, none if it is negative, and zeros in the others: no memory behind them is
 // touched.
 static inline Floats load_first(const float* from, long count) {
@@ -68,6 +76,8 @@ static inline Floats load_first(const float* from, long count) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(
       _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+#elif defined(__AVX__)
+  return reinterpret_cast<Floats>(_mm256_maskload_ps(from, first_lanes(count)));
 #else
   Floats some = {};
   for (long lane = 0; lane < count; lane++) some[lane] = from[lane];
@@ -79,6 +89,8 @@ static inline void store_first(float* to, Floats value, long count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1),
                         reinterpret_cast<__m512>(value));
+#elif defined(__AVX__)
+  _mm256_maskstore_ps(to, first_lanes(count), reinterpret_cast<__m256>(value));
 #else
   for (long lane = 0; lane < count; lane++) to[lane] = value[lane];
 #endif
