@@ -56,7 +56,7 @@ del os.environ["LD_PRELOAD"]  # what is started from here, compilers too, is not
 from resfuse.kernels.cpu import library
 plain, flags = library.library, tuple(sys.argv[1].split())
 def sanitized(architecture="native", *further):
-    return plain(architecture, *dict.fromkeys(["-DRESFUSE_DISTURBED", *further, *flags]))
+    return plain(architecture, *sorted({"-DRESFUSE_DISTURBED", *further, *flags}))
 library.library = sanitized
 sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
