@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import math
@@ -43,12 +44,39 @@ def _index_of_scalars_in_the_interpreter() -> None:
         interpreter._patch_lang_tensor = patched
 
 
+def _patch_once_in_a_launch() -> None:
+    """Triton's interpreter patches its language once for each launch, and not again for each call
+    of a device function; and it looks numpy's types up: a fifth of the CPU seconds of a launch.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched: set[object] = set()  # since the launch began
+
+    def patched_once(function: Any) -> Any:
+        modules = language, language.core
+        uses = {x for x in function.__globals__.values() if any(x is m for m in modules)}
+        if patched and uses <= patched:
+            return None  # of a device function, which restores nothing
+        scope, outermost = patch(function), not patched
+        patched.update(uses)
+        if outermost:
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = patched_once
+    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+
+
 # Kernels are compiled or interpreted as Triton finds this when it is imported: without a GPU the
 # same tests run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 _index_of_scalars_in_the_interpreter()
+_patch_once_in_a_launch()
 
 # Tests of the harness run beside others, so that the machine it would wait for never rests.
 os.environ.setdefault("RESFUSE_QUIET_S", "0")
