@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import math
@@ -43,17 +44,48 @@ def _index_of_scalars_in_the_interpreter() -> None:
         interpreter._patch_lang_tensor = patched
 
 
+def _patch_once_in_a_launch() -> None:
+    """Triton's interpreter patches its language once for each launch, and not again for each call
+    of a device function; and it looks numpy's types up: a fifth of the CPU seconds of a launch.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched: set[object] = set()  # since the launch began
+
+    def patched_once(function: Any) -> Any:
+        modules = language, language.core
+        uses = {x for x in function.__globals__.values() if any(x is m for m in modules)}
+        if patched and uses <= patched:
+            return None  # of a device function, which restores nothing
+        scope, outermost = patch(function), not patched
+        patched.update(uses)
+        if outermost:
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = patched_once
+    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+
+
 # Kernels are compiled or interpreted as Triton finds this when it is imported: without a GPU the
 # same tests run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 _index_of_scalars_in_the_interpreter()
+_patch_once_in_a_launch()
 
 # Tests of the harness run beside others, so that the machine it would wait for never rests.
 os.environ.setdefault("RESFUSE_QUIET_S", "0")
 # And none asks how fast it is: 3.4 of the 16 CPU seconds of a small `resfuse bench`.
 os.environ.setdefault("RESFUSE_SURVEY_ROUNDS", "3")
+
+# Nor where in a forward an operation was traced: one in seven of a capture's CPU seconds, as a test
+# is called by forty functions of pytest's. torch would keep it for its messages alone.
+torch.fx.config.do_not_emit_stack_traces = True
 
 # Nor how long an example takes beside other tests: 200 ms are hypothesis's own limit.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -133,9 +165,13 @@ def pytest_runtest_teardown() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_networks_left() -> Iterator[None]:
-    """What a file's fixtures have made is freed before the next file."""
+    """What a file's fixtures have made is freed before the next file, if it is more than 64 MB: to
+    look for it took 0.1 s a file, of 250 files in each of three processes.
+    """
+    before = psutil.Process().memory_info().rss
     yield
-    gc.collect()
+    if psutil.Process().memory_info().rss > before + (64 << 20):
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

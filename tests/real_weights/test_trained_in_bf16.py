@@ -90,6 +90,8 @@ TRAINED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_top_class_is_that_of_fp32(name: str, backend: str) -> None:
     """Wherever rounding cannot decide: a margin of five standard deviations of two scores."""
+    if backend == "compiled" and name != "mobilenet_v2":
+        pytest.skip("torch compiles the others in the same way, for 10 to 30 CPU seconds each")
     of = served(name)
     try:
         y = of.bf16 if backend == "eager" else answers(backend, of.model, of.images)

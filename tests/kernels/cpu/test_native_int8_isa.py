@@ -47,6 +47,11 @@ def extreme(conv: Int8Conv) -> Int8Conv:
 @pytest.mark.parametrize("isa", ["vnni", "avx2", "portable"])
 def test_every_form_gives_the_twins_bits(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native_library.ISA_VARIABLE, isa)
+    if isa == "portable":  # its loops are compiled in 12 CPU seconds; with -O3 it is 20
+        made = native_library.library
+        monkeypatch.setattr(
+            native_library, "library", lambda level="native", *flags: made(level, *flags, "-O1")
+        )
     try:
         assert int8_isa() == isa
     except ValueError as reason:
@@ -62,7 +67,7 @@ def on_vectors_of(level: str, patch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize(("level", "width"), [("x86-64", 4), ("x86-64-v3", 8)])
+@pytest.mark.parametrize(("level", "width"), [("x86-64-v2", 4), ("x86-64-v3", 8)])
 def test_narrower_vectors_give_the_twins_bits(
     level: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

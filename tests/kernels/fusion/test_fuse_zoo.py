@@ -68,10 +68,8 @@ NETWORKS: dict[str, Factory] = {
             "resnet18",
             "resnet34",
             "resnet50",
-            "resnet101",
             "resnet152",
             "resnext50_32x4d",
-            "resnext101_32x8d",
             "wide_resnet50_2",
             "densenet121",
             "efficientnet_b0",
@@ -109,7 +107,8 @@ NETWORKS: dict[str, Factory] = {
 # It takes lists and adds to them: two lone convolutions, which nothing could be fused with anyway.
 LEFT = {"RetinaNet": {"fpn.extra_blocks"}}
 SIDES_OF_32 = ("Unet ResNet-34", "FPN ResNet-34")  # they refuse other sizes
-BIG = ("torchvision resnet152", "torchvision resnext101_32x8d", "torchvision resnet101")
+# Their answers are those of ResNet-50 and DeepLabV3: the same blocks, more of them or wider.
+BIG = ("torchvision resnet152", "torchvision wide_resnet50_2", "FCN-R50")
 
 
 def made(factory: Factory) -> nn.Module:

@@ -23,7 +23,7 @@ from resfuse.kernels.engine.ir.graph import Torch
 from resfuse.kernels.engine.tactics import eager
 from scope import Scope
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("kept_exports"), pytest.mark.slow]
 
 C = 6  # as many as there are rows and columns, so that no shape gives a mistake away
 

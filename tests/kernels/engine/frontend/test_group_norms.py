@@ -20,7 +20,7 @@ from resfuse.kernels.engine.ir.graph import Torch
 from resfuse.kernels.engine.tactics import eager
 from scope import Scope
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("kept_exports"), pytest.mark.slow]
 
 SHAPE = (2, 3, 9, 10)
 

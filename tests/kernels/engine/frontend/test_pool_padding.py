@@ -19,7 +19,7 @@ from resfuse.kernels.engine.ir.graph import MaxPool, Pick, Torch
 from resfuse.kernels.engine.tactics import eager
 from scope import Scope
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("kept_exports")
 
 SHAPE = (2, 3, 12, 13)
 # Sides to pad (left, right, top, bottom), and the pool behind.

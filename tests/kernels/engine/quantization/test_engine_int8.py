@@ -2,9 +2,11 @@
 integers between.
 """
 
+import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from resfuse.kernels.engine.saving.engine_file import _digest
 from resfuse.kernels.engine.tactics import eager
 from test_engine_bf16 import gated, mobilenet
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("kept_exports"), pytest.mark.slow]
 
 
 class Joined(nn.Module):
@@ -61,8 +63,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@functools.cache
 def network(name: str) -> nn.Module:
-    """A network with batch norms that fit photograph-like inputs."""
+    """A network with batch norms that fit photograph-like inputs, which no test changes."""
     torch.manual_seed(0)
     model = NETWORKS[name]()
     for module in model.modules():
@@ -85,10 +88,22 @@ def images(count: int, size: int = 64, seed: int = 0) -> Tensor:
     ).view(1, 3, 1, 1)
 
 
-def int8_engine(name: str, x: Tensor, **options: object) -> tuple[nn.Module, Engine]:
-    model = network(name)
+def int8_engine(name: str, batch: int, **options: object) -> Engine:
     given = {"calibration": images(48, seed=1)} | options
-    return model, build_engine(model, x, precision="int8", **given)
+    return build_engine(network(name), images(batch, seed=7), precision="int8", **given)
+
+
+@functools.cache
+def usual_engine(name: str, batch: int) -> Engine:
+    """An engine without options, which no test changes."""
+    return int8_engine(name, batch)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    network.cache_clear()
+    usual_engine.cache_clear()
 
 
 def sqnr(y: Tensor, want: Tensor) -> float:
@@ -121,9 +136,9 @@ LEAST_SQNR = {
 @pytest.mark.parametrize("batch", [1, 3])
 def test_an_engine_in_int8_is_near_the_model_and_equals_its_twins(name: str, batch: int) -> None:
     x = images(batch, seed=7)
-    model, engine = int8_engine(name, x)
+    engine = usual_engine(name, batch)
     with torch.no_grad():
-        want = outputs(model(x))
+        want = outputs(network(name)(x))
     answers = outputs(engine(x))
     for y, exact, twin in zip(answers, want, by_twins(engine, x), strict=True):
         assert y.dtype == torch.float32
@@ -133,7 +148,7 @@ def test_an_engine_in_int8_is_near_the_model_and_equals_its_twins(name: str, bat
 
 
 def test_convolutions_compute_in_int8_and_what_torch_computes_sees_float32() -> None:
-    _, engine = int8_engine("concatenations", images(1))
+    engine = usual_engine("concatenations", 1)
     (graph,) = engine.graphs
     assert engine.precision == "int8"
     for node in graph.nodes:
@@ -151,14 +166,13 @@ def test_convolutions_compute_in_int8_and_what_torch_computes_sees_float32() -> 
 
 
 def test_weights_in_int8_take_a_quarter_of_the_memory() -> None:
-    model, engine = int8_engine("ResNet", images(1), keep_weights=False)
-    own = sum(p.numel() for p in model.parameters()) * 4
+    engine = int8_engine("ResNet", 1, keep_weights=False)
+    own = sum(p.numel() for p in network("ResNet").parameters()) * 4
     assert engine.memory().weights_bytes < 0.3 * own
 
 
 def test_a_saved_engine_answers_the_same(tmp_path: Path) -> None:
-    x = images(2, seed=7)
-    _, engine = int8_engine("squeeze and excitation", x)
+    x, engine = images(3, seed=7), usual_engine("squeeze and excitation", 3)
     engine.save(tmp_path / "engine.safetensors")
     loaded = load_engine(tmp_path / "engine.safetensors")
     assert loaded.precision == "int8"
@@ -194,7 +208,7 @@ def test_a_file_whose_values_make_no_sense_is_refused(
 
 
 def test_layers_to_keep_are_computed_in_float32() -> None:
-    _, engine = int8_engine("ResNet", images(1), keep=["layer4.*", "fc"])
+    engine = int8_engine("ResNet", 1, keep=["layer4.*", "fc"])
     (graph,) = engine.graphs
     for node in graph.nodes:
         if isinstance(node.op, Conv):
@@ -205,17 +219,17 @@ def test_layers_to_keep_are_computed_in_float32() -> None:
 
 
 def test_the_layers_that_quantisation_harms_most_are_kept_for_a_small_error() -> None:
-    x = images(4, seed=7)
-    model, coarse = int8_engine("MobileNetV2's blocks", x)
-    _, fine = int8_engine("MobileNetV2's blocks", x, max_error=0.03)
+    coarse = usual_engine("MobileNetV2's blocks", 3)
+    fine = int8_engine("MobileNetV2's blocks", 3, max_error=0.03)
     kept = [line for line in fine.quantization().splitlines() if line.endswith("max_error")]
     layers = sum(isinstance(node.op, Conv) for node in fine.graphs[0].nodes)
     assert 0 < len(kept) < layers
+    x = images(15, seed=1)
     with torch.no_grad():
-        want = model(images(16, seed=1))
+        want = network("MobileNetV2's blocks")(x)
 
     def error(engine: Engine) -> float:
-        y = torch.cat([engine(part) for part in images(16, seed=1).split(4)])
+        y = torch.cat([engine(part) for part in x.split(3)])
         return float((y - want).norm() / want.norm())
 
     assert error(fine) <= 0.035 < error(coarse)
@@ -228,34 +242,30 @@ def test_ranges_serve_other_batches(tmp_path: Path) -> None:
     x = images(3, seed=7)
     again = type(ranges).load(tmp_path / "ranges.json")
     one = build_engine(model, x, precision="int8", calibration=again, batch_sizes=[1, 3])
-    other = build_engine(model, x, precision="int8", calibration=images(48, seed=1))
-    assert torch.equal(one(x), other(x))
+    assert torch.equal(one(x), usual_engine("ResNet", 3)(x))
     assert torch.equal(one(x[:1]), one(x)[:1])
 
 
 def test_a_batch_is_filled_up() -> None:
-    _, engine = int8_engine("ResNet", images(4, seed=7), other_batches="pad")
-    x = images(4, seed=7)
+    engine, x = int8_engine("ResNet", 4, other_batches="pad"), images(4, seed=7)
     assert torch.equal(engine(x[:3]), engine(x)[:3])
 
 
 def test_nan_becomes_a_number() -> None:
-    x = images(1, seed=7)
-    _, engine = int8_engine("ResNet", x)
+    x, engine = images(1, seed=7), usual_engine("ResNet", 1)
     x[0, 0, 0, 0] = math.nan
     assert engine(x).isfinite().all()
 
 
 def test_without_a_compiler_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = images(1, seed=7)
-    _, engine = int8_engine("squeeze and excitation", x)
+    x, engine = images(1, seed=7), usual_engine("squeeze and excitation", 1)
 
     def none(*_: object) -> None:
         raise NativeUnavailable("there is no compiler")
 
     monkeypatch.setattr(native_library, "library", none)
     monkeypatch.setattr(native_library, "library_for", none)
-    _, plain = int8_engine("squeeze and excitation", x)
+    plain = int8_engine("squeeze and excitation", 1)
     assert sqnr(plain(x), engine(x)) > 40
 
 
@@ -289,12 +299,12 @@ def test_ranges_cannot_be_judged_by_an_error() -> None:
 
 
 def test_other_weights_are_refused() -> None:
-    model, engine = int8_engine("squeeze and excitation", images(1))
+    weights = network("squeeze and excitation").state_dict()
     with pytest.raises(ValueError, match="takes no new weights"):
-        engine.refresh(model.state_dict())
+        usual_engine("squeeze and excitation", 1).refresh(weights)
 
 
 def test_a_model_in_training_mode_is_refused() -> None:
-    model = network("ResNet").train()
+    model = deepcopy(network("ResNet")).train()
     with pytest.raises(ValueError, match="training mode"):
         build_engine(model, images(1), precision="int8", calibration=images(32))

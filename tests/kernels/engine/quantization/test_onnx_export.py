@@ -1,5 +1,7 @@
 """`engine.export_onnx(path)`: other runtimes give the engine's answers, by the engine's scales."""
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +44,17 @@ from resfuse.kernels.engine.tactics import eager
 pytestmark = pytest.mark.slow
 
 
+@functools.cache
 def int8_engine(name: str, count: int = 4) -> Engine:
+    """An engine that no test changes."""
     given = smooth_images(40, seed=1)
     return build_engine(network(name), smooth_images(count), precision="int8", calibration=given)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    int8_engine.cache_clear()
 
 
 def of_openvino(path: Path, x: Tensor) -> list[Tensor]:
