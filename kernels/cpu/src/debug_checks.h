@@ -26,10 +26,11 @@ static void convolution(const Step& s) {
   DCHECK(s.groups > 0 && s.C % s.groups == 0);
   DCHECK(s.w && s.bias);
   if (STORAGE == U8) DCHECK(s.kind != WINOGRAD && s.scale && s.offset);
-  const long apart = groups_apart(s), lacking = apart > 1 ? 0 : s.unstored;
-  DCHECK(0 <= s.unstored && s.unstored < LANES && s.K % apart == 0);
-  DCHECK((s.K / apart + (apart > 1 ? s.unstored : 0)) % LANES == 0);
-  DCHECK(s.x_pitch >= s.C && s.y_pitch >= s.K - lacking);
+  DCHECK(0 <= s.unstored && s.unstored < LANES);
+  const long groups = groups_apart(s);
+  if (groups == 1) DCHECK(s.K % LANES == 0);
+  if (groups > 1) DCHECK(s.K % groups == 0 && (s.K / groups + s.unstored) % LANES == 0);
+  DCHECK(s.x_pitch >= s.C && s.y_pitch >= s.K - (groups > 1 ? 0 : s.unstored));
   if (s.kind == DIRECT) {
     DCHECK(s.C / s.groups <= MAX_ROW);
     DCHECK(s.block > 0);
