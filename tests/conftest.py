@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import gc
 import importlib
 import math
@@ -46,7 +45,7 @@ def _index_of_scalars_in_the_interpreter() -> None:
 
 def _patch_once_in_a_launch() -> None:
     """Triton's interpreter patches its language once for each launch, and not again for each call
-    of a device function; and it looks numpy's types up: a fifth of the CPU seconds of a launch.
+    of a device function.
     """
     from triton import language
     from triton.runtime import interpreter
@@ -67,7 +66,6 @@ def _patch_once_in_a_launch() -> None:
         return scope
 
     interpreter._patch_lang = patched_once
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
 
 
 # Kernels are compiled or interpreted as Triton finds this when it is imported: without a GPU the

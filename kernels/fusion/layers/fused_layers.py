@@ -37,6 +37,7 @@ from resfuse.kernels.fusion.layers.layer_calls import (
     autocast,
     finish,
     finish_by_layers,
+    is_followed,
     is_like,
     is_on_gpu,
     is_watched_or_cast,
@@ -106,7 +107,7 @@ class ConvStep:
             y: Tensor | None = None if prepared is None else prepared(x, residual)
             if y is not None:
                 return y
-        if not self.takes(x, residual):
+        if not self.takes(x, residual) or (x.is_cpu and is_followed(x, residual)):
             self.missed(Miss.REFUSED_INPUT)
             return self.by_layers(x, residual)
         folded = self.folded(x.dtype)

@@ -33,6 +33,12 @@ def is_watched_or_cast() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
 
 
+def is_followed(*given: Tensor | None) -> bool:
+    """Whether autograd follows what is computed of these tensors, as of what an adapter returns
+    that is trained between frozen layers: native steps are no operations that it knows."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
 def is_like(
     x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
 ) -> bool:
@@ -44,6 +50,7 @@ def is_like(
         and x.dtype is dtype
         and x.is_cpu
         and not x.is_neg()
+        and not is_followed(x)
     )
 
 

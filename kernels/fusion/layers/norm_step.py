@@ -22,6 +22,7 @@ from resfuse.kernels.fusion.layers.fold_cache import lacks_statistics
 from resfuse.kernels.fusion.layers.launch_signature import is_unseen, signature_of
 from resfuse.kernels.fusion.layers.layer_calls import (
     finish_by_layers,
+    is_followed,
     is_like,
     is_on_gpu,
     is_watched_or_cast,
@@ -94,6 +95,8 @@ class NormStep:
         """Whether a native step computes it, with eager's strides: of dense channels_last tensors
         in float32, whose norm is, too."""
         if not isinstance(x, Tensor) or not x.is_cpu or torch.compiler.is_compiling():
+            return False
+        if is_followed(x, residual):
             return False
         given = [x] if residual is None else [x, residual]
         if any(each.dtype != torch.float32 or not is_plain(each) for each in given):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _len_torch_function_stack
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -15,11 +16,12 @@ from resfuse.kernels.observation.engine_capture import is_capturing
 
 
 def is_watched() -> bool:
-    """True where a tool wants to see the layers: FlopCounterMode, vmap, torch.jit.trace, a mode
-    that overrides torch's functions, hooks on all modules, ...
+    """True where a tool wants to see the layers: FlopCounterMode, vmap, forward-mode autograd,
+    torch.jit.trace, a mode that overrides torch's functions, hooks on all modules, ...
     """
     return bool(
         _len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
         or any(_GLOBAL_HOOKS)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
