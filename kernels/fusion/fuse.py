@@ -174,14 +174,16 @@ def _attach_plans(model: nn.Module, training: bool) -> None:
     """
     found = plans_for_training(model) if training else ()
     in_training = {module: plan for _, module, plan in found if plan.steps}
+    unfused: dict[str, str] = {}
     for _, module, planned in plans_of(model):
+        unfused = planned.unfused if module is model else unfused
         if planned.plan is not None and plan_of(module) is None:
             attach(module, planned.plan, in_training.get(module))
     for module in reversed(list(model.modules())):  # a sequence may be a block of another one
         plan = sequence_plan(module) if plan_of(module) is None else None
         if plan is not None:
             attach(module, plan)
-    plan = pass_through_plan(model)
+    plan = pass_through_plan(model, unfused)
     if plan is not None:
         attach(model, plan)
     for module, training_plan in in_training.items():

@@ -163,7 +163,7 @@ def _attach_anew(module: nn.Module, plan_state: PlanState) -> nn.Module:
     plan = (
         make_plan(module, _reasons(module, why_skipped).get).plan
         or sequence_plan(module)
-        or pass_through_plan(module)
+        or pass_through_plan(module, why_skipped)
     )
     if left_in_training is not None:
         training = make_training_plan(module, _reasons(module, left_in_training).get)

@@ -39,9 +39,13 @@ def known_forwards(model: nn.Module) -> dict[nn.Module, KnownForward]:
     return found
 
 
-def pass_through_plan(model: nn.Module) -> Plan | None:
+def pass_through_plan(model: nn.Module, unfused: dict[str, str]) -> Plan | None:
     """Returns the plan of a model without layers of its own that calls fused modules: to run its
     own forward, behind one check of all weights and guards. None for anything else.
+
+    Args:
+        model: the outermost module.
+        unfused: the reasons why its own layers are left, which a copy needs.
     """
     fused = [child for child in model.modules() if plan_of(child) is not None]
     if len(fused) < 2 or plan_of(model) is not None:
@@ -52,7 +56,7 @@ def pass_through_plan(model: nn.Module) -> Plan | None:
     forwards: dict[Call, Forwards] = {
         Call(arguments): PassThrough(model, called) for arguments, called in known.called.items()
     }
-    return Plan(model, forwards, {}, [], {}, observed=known.observed, children=known.sequences)
+    return Plan(model, forwards, {}, [], unfused, observed=known.observed, children=known.sequences)
 
 
 class PassThrough:

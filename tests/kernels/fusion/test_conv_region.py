@@ -111,8 +111,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] = 
     "inverted residual": (Inverted, (2, 24, 9, 10), [3]),
     "without a sum": (lambda: Inverted(24, 40), (2, 24, 9, 10), [3]),
     "two results": (Branches, (2, 16, 8, 8), [2]),
-    # those of two whose shortcut is padded read what no step has made
-    "basic blocks": (lambda: create("cifar_resnet20", seed=0), (2, 3, 32, 32), [2] * 7),
+    # those of two whose shortcut is padded read what no step has made; the others are joined
+    "basic blocks": (lambda: create("cifar_resnet20", seed=0), (2, 3, 32, 32), [4, 4, 6]),
     # the stem with its max-pool, and each stage
     "bottlenecks": (lambda: create("resnet50", seed=0), (1, 3, 64, 64), [2, 10, 10, 13, 19]),
     "a stem in strips": (lambda: create("resnet18", seed=0), (1, 3, 200, 210), [2, 4, 5, 5, 5]),
