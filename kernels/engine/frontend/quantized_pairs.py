@@ -12,12 +12,12 @@ imported, which takes 0.4 s.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.fx as fx
 
 from resfuse.kernels.engine.frontend.graph_builder import Captured
+from resfuse.kernels.engine.frontend.operations import arguments
 from resfuse.kernels.engine.ir.graph import Node, Torch, Value
 
 _QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
@@ -30,14 +30,14 @@ def _add_quantize(read: Captured, node: fx.Node) -> bool:
 
 
 def _add_dequantize(read: Captured, node: fx.Node) -> bool:
-    q: Any = node.args[0]
+    q, *_ = arguments(node)
     if str(q.target) != _QUANTIZE or not _is_paired(read, q):
         return False
     for other in q.users:
         if other in read.names:
             read.same(node, other)
             return True
-    x, scale, zero_point, least, most, _ = q.args
+    x, scale, zero_point, least, most, _ = arguments(q)
     value = Value(tuple(node.meta["val"].shape), torch.float32)
     source = read.name_of(x)
     limits = float(least - zero_point), float(most - zero_point)
@@ -56,12 +56,12 @@ def _add_dequantize(read: Captured, node: fx.Node) -> bool:
 def _is_paired(read: Captured, q: fx.Node) -> bool:
     """Returns whether a node makes integers of numbers in float32 that are made numbers again by
     the same scale and zero point, and not read by anything else."""
-    x, *how = q.args
+    x, *how = arguments(q)
     known = isinstance(x, fx.Node) and (x in read.names or x in read.pixels)
     if len(how) != 5 or not known or x.meta["val"].dtype != torch.float32:
         return False
     scale, zero_point, least, most, dtype = how
-    sound = scale > 0 and least <= zero_point <= most and dtype in (torch.uint8, torch.int8)
+    sound: bool = scale > 0 and least <= zero_point <= most and dtype in (torch.uint8, torch.int8)
     return sound and all(
         str(user.target) == _DEQUANTIZE
         and [*user.args] == [q, *how]
