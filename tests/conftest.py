@@ -51,14 +51,15 @@ def _patch_once_in_a_launch() -> None:
     from triton import language
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
+    patch, look_up = interpreter._patch_lang, interpreter._get_np_dtype
+    looked_up = functools.cache(look_up)
     patched: set[object] = set()  # since the launch began
 
     def patched_once(function: Any) -> Any:
         modules = language, language.core
         uses = {x for x in function.__globals__.values() if any(x is m for m in modules)}
         if patched and uses <= patched:
-            return None  # of a device function, which restores nothing
+            return interpreter._LangPatchScope()  # which restores nothing
         scope, outermost = patch(function), not patched
         patched.update(uses)
         if outermost:
@@ -66,8 +67,11 @@ def _patch_once_in_a_launch() -> None:
             scope.restore = lambda: (patched.clear(), restore())
         return scope
 
-    interpreter._patch_lang = patched_once
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+    def numpy_type(kind: Any) -> Any:
+        pointer = isinstance(kind.scalar, language.pointer_type)
+        return look_up(kind) if pointer else looked_up(kind.scalar)  # blocks have no hash
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patched_once, numpy_type
 
 
 # Kernels are compiled or interpreted as Triton finds this when it is imported: without a GPU the
