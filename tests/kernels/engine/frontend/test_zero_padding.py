@@ -17,7 +17,7 @@ from resfuse.kernels.engine.frontend.export import capture
 from resfuse.kernels.engine.ir.graph import Pick, Torch
 from scope import Scope
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("kept_exports"), pytest.mark.slow]
 
 SHAPE = (2, 3, 9, 10)
 Forward = Callable[[Any, Tensor], Any]

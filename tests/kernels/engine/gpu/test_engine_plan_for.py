@@ -23,7 +23,7 @@ from resfuse.kernels.engine.saving.plan_json import segments_from_json, segments
 from resfuse.kernels.engine.tactics import TACTICS, tactics_for
 from resfuse.kernels.engine.tactics.gpu import triton_block_tail
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("kept_exports"), pytest.mark.slow]
 
 BY_CONV = ("cudnn", "triton_conv", "triton_conv1x1", "split_k", "eager")
 
