@@ -41,12 +41,12 @@ TESTS = (
     "test_native_bf16.py::test_means_and_average_pools",
     "test_native_bf16.py::test_a_stem_reads_an_image_of_any_channels_in_pairs",
     "test_native_bf16.py::test_float32_is_rounded_to_the_nearest_and_halfway_to_the_even",
-    "test_native_int8.py::test_every_way_to_compute_a_convolution_gives_the_twins_bits",
-    "test_native_int8.py::test_channels_that_fill_no_unit",
-    "test_native_int8.py::test_outputs_are_clipped_at_both_ends",
-    "test_native_int8.py::test_the_largest_sums_are_exact",
-    "test_native_int8_maps.py",
-    "test_native_int8_fused.py",
+    "int8/test_native_int8.py::test_every_way_to_compute_a_convolution_gives_the_twins_bits",
+    "int8/test_native_int8.py::test_channels_that_fill_no_unit",
+    "int8/test_native_int8.py::test_outputs_are_clipped_at_both_ends",
+    "int8/test_native_int8.py::test_the_largest_sums_are_exact",
+    "int8/test_native_int8_maps.py",
+    "int8/test_native_int8_fused.py",
     "test_native_team.py::test_callers_in_several_threads_get_what_each_gets_alone",
 )
 # One library for all: in every test its threads are held up at times, which is what
