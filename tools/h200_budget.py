@@ -222,12 +222,6 @@ def ms_of(what: str) -> float:
     return next(step.ms for step in steps() if step.what.endswith(what))
 
 
-PEER_MS = ms_of("convolution by convolution")
-PLAN_MS = ms_of(": the plan as it stands")
-INT8_MS = ms_of("int8: the plan as it stands")
-PLAN_1_MS, INT8_1_MS = batch_1()[0][1] / 1e3, batch_1()[-1][1] / 1e3
-
-
 def table() -> list[str]:
     """Returns the lines of NOTES.md's table: batch 256 by kinds of kernels, then batch 1."""
     lines = [

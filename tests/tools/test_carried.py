@@ -296,7 +296,6 @@ def test_a_target_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_engine_in_int8_has_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Listed on a network without numbers, hence without ranges."""
     monkeypatch.setattr(carried_kernels, "create", tiny)
@@ -308,6 +307,7 @@ def test_an_engine_in_int8_has_kernels_of_its_own(monkeypatch: pytest.MonkeyPatc
     assert all(launch.device.type == "meta" for launch in found)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_target_is_said(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     told = carried.unpack(tmp_path / "any.tar.xz", tmp_path)

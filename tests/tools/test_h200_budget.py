@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from resfuse.tools import h200_budget
+from resfuse.tools.gpu_plan.costs import MANY, ONE, PREDICTED_MS
 
 NOTES = (Path(__file__).parents[2] / "results/nvidia-h200/NOTES.md").read_text()
 
@@ -46,6 +47,18 @@ def test_the_notes_have_its_table() -> None:
 def test_every_step_but_int8s_saves_time() -> None:
     ladder = [step.ms for step in h200_budget.steps() if "int8" not in step.what]
     assert ladder == sorted(ladder, reverse=True)
-    assert pytest.approx(5.33, abs=0.01) == h200_budget.PEER_MS  # as added up by hand in NOTES.md
     for step in h200_budget.steps():
         assert set(step.times) == set(h200_budget.KINDS) and min(step.times.values()) >= 0
+
+
+def test_the_plan_of_ten_minutes_shows_them() -> None:
+    ladder = h200_budget.batch_1()
+    assert {
+        ("peer", MANY): h200_budget.ms_of(
+            "convolution by convolution"
+        ),  # by hand in NOTES.md: 5.33
+        ("fp16", MANY): h200_budget.ms_of(": the plan as it stands"),
+        ("int8", MANY): h200_budget.ms_of("int8: the plan as it stands"),
+        ("fp16", ONE): ladder[0][1] / 1e3,
+        ("int8", ONE): ladder[-1][1] / 1e3,
+    } == pytest.approx(PREDICTED_MS, rel=2e-3)

@@ -24,6 +24,15 @@ class Cost:
 ONE, MANY = 1, 256
 ENGINE_BESIDE_CUDNN = "engine beside cudnn_fused"  # in one process, from a warm timing cache
 ENGINE_IN_INT8 = "engine in int8"
+# Milliseconds of ResNet-50 that tools/h200_budget.py predicts, which takes torch to work out: the
+# best peer and our plan in fp16, and our plan in int8.
+PREDICTED_MS: Mapping[tuple[str, int], float] = {
+    ("peer", MANY): 5.33,
+    ("fp16", MANY): 4.84,
+    ("int8", MANY): 3.44,
+    ("fp16", ONE): 0.234,
+    ("int8", ONE): 0.282,
+}
 COSTS: Mapping[tuple[str, int], Cost] = {
     ("eager", ONE): Cost(15, 60),
     ("eager", MANY): Cost(17, 60),

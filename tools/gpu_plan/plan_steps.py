@@ -8,7 +8,7 @@ clocks and throttling are columns of every row.
 
 from dataclasses import dataclass
 
-from resfuse.tools import h200_budget
+from resfuse.tools.gpu_plan.costs import MANY, ONE, PREDICTED_MS
 
 PARTS = ("first", "second", "third")
 BUDGET_S = 540.0
@@ -28,7 +28,7 @@ class Step:
     line: str
     cost_s: float = 0.0
     bound_s: float = 0.0
-    predicted: str = ""  # by tools/h200_budget.py
+    predicted: str = ""  # PREDICTED_MS
 
 
 _TURNS = "--memory-format channels_last --baseline-memory-format channels_last"
@@ -48,15 +48,16 @@ def _headline(
     return Step(name, part, measures, line, predicted=predicted)
 
 
-def _gain(ms: float, over: float, whose: str) -> str:
-    return f"{ms:.2f} ms, {over / ms:.2f} times {whose}'s speed"
+def _gain(what: str, over: str, batch: int, whose: str) -> str:
+    ms = PREDICTED_MS[what, batch]
+    return f"{ms:.2f} ms, {PREDICTED_MS[over, batch] / ms:.2f} times {whose}'s speed"
 
 
-PEER_256 = f"{h200_budget.PEER_MS:.2f} ms"
-AT_256 = _gain(h200_budget.PLAN_MS, h200_budget.PEER_MS, "the peer")
-INT8_256 = _gain(h200_budget.INT8_MS, h200_budget.PLAN_MS, "fp16")
-AT_1 = f"{h200_budget.PLAN_1_MS:.2f} ms"
-INT8_1 = _gain(h200_budget.INT8_1_MS, h200_budget.PLAN_1_MS, "fp16")
+PEER_256 = f"{PREDICTED_MS['peer', MANY]:.2f} ms"
+AT_256 = _gain("fp16", "peer", MANY, "the peer")
+INT8_256 = _gain("int8", "fp16", MANY, "fp16")
+AT_1 = f"{PREDICTED_MS['fp16', ONE]:.2f} ms"
+INT8_1 = _gain("int8", "fp16", ONE, "fp16")
 
 STEPS: tuple[Step, ...] = (
     Step(

@@ -185,7 +185,7 @@ def test_what_int8_refuses_and_why() -> None:
     assert "grouped" in conv_candidates.forms(wider)
     assert "grouped" not in conv_candidates.forms(of_int8(wider))
     if lanes() > 8:
-        assert "a float32 takes 518" in str(reason(wider))
+        assert "a float32 takes 514" in str(reason(wider))
     else:
         require_every_way(random_conv(wider))
     require_every_way(random_conv(wide))
