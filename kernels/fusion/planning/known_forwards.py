@@ -29,8 +29,11 @@ from resfuse.kernels.observation.observed import Observed
 
 
 def known_forwards(model: nn.Module) -> dict[nn.Module, KnownForward]:
-    """Returns what is known of the forwards of those modules of a model that have no plan."""
-    found = {}
+    """Returns what is known of the forwards of those modules of a model that have no plan; nothing
+    where there are not several plans, between which they could stand."""
+    found: dict[nn.Module, KnownForward] = {}
+    if sum(plan_of(module) is not None for module in model.modules()) < 2:
+        return found
     for module in model.modules():
         if plan_of(module) is None and not is_torch_leaf(module):
             known = _known_forward(module)
