@@ -27,6 +27,10 @@ WARMUP_ROUNDS = 2
 # their work: right after ONNX Runtime's, eager ResNet-18 took 35.7 ms on two cores, and 20.1 ms (as
 # alone) after a run of its own. On a GPU the untimed run brings the weights back into the cache.
 TIMED_A_TURN = 2
+# Preparing an input leaves torch's threads spinning, for some 4 ms, on the cores that a backend
+# with threads of its own then has to share. Without a rest OpenVINO's MobileNetV2 took 7.2 ms at
+# batch 1 on two cores, in a process without torch's operations 3.8; with one 4.7 (2026-11-30).
+REST_S = 0.01
 
 
 Laps = list[list[list[float]]]  # laps[step][round], in ms
@@ -233,6 +237,8 @@ def wait_until(moment_ns: int) -> None:
 def _once(step: Step, stopwatch: Callable[[], Stopwatch]) -> tuple[list[float], float]:
     """Laps by the stopwatch, and the host's second clock until the device was idle; in ms."""
     step.prepare()
+    if stopwatch is CpuStopwatch:
+        _sleep(REST_S)
     watch = stopwatch()
     if step.ahead is not None:
         step.ahead()

@@ -121,3 +121,18 @@ def test_what_is_queued_ahead_is_in_nobodys_time(monkeypatch: pytest.MonkeyPatch
     interleave([step], "cpu", 0, 2, 2)
     # The first reading is the span's own.
     assert order[1:7] == ["prepare", "ahead", "clock", "run", "clock", "verify"]
+
+
+def test_spinning_threads_have_gone_to_sleep_before_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(timing, "_sleep", lambda seconds: events.append(f"rest {seconds}"))
+    step = timing.Step(
+        lambda: events.append("prepare"),
+        lambda lap: events.append("run"),
+        lambda output: events.append("verify"),
+    )
+    timing.interleave([step], "cpu", 0.0, 2, 2)
+    one = ["prepare", f"rest {timing.REST_S}", "run", "verify"]
+    assert events == one * (len(events) // 4) and len(events) >= 4 * 4
