@@ -8,6 +8,7 @@ process's own watch check them: see `Span` and subprocess_runner.py.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 _clock_ns = time.perf_counter_ns
 _second_clock_ns = time.monotonic_ns
+_cpu_s = time.process_time
 _sleep = time.sleep
 _event = torch.cuda.Event
 _synchronize = torch.cuda.synchronize
@@ -27,10 +29,13 @@ WARMUP_ROUNDS = 2
 # their work: right after ONNX Runtime's, eager ResNet-18 took 35.7 ms on two cores, and 20.1 ms (as
 # alone) after a run of its own. On a GPU the untimed run brings the weights back into the cache.
 TIMED_A_TURN = 2
-# Preparing an input leaves torch's threads spinning, for some 4 ms, on the cores that a backend
-# with threads of its own then has to share. Without a rest OpenVINO's MobileNetV2 took 7.2 ms at
-# batch 1 on two cores, in a process without torch's operations 3.8; with one 4.7 (2026-11-30).
-REST_S = 0.01
+# On a CPU the threads of whoever ran last keep spinning on the cores that the next one needs:
+# torch's and the engine's for some 8 ms, ONNX Runtime's for 40. Right after those, OpenVINO's
+# MobileNetV2 took 7.2 ms at batch 1 on two cores, and 4.2, as alone, after a rest (2026-11-30). So
+# a turn begins when this process is idle, and what is around a run is computed by one thread.
+REST_S = 0.2  # at the most
+GLANCE_S = 0.005
+IDLE = 0.2  # of a core: below it, no thread spins
 
 
 Laps = list[list[list[float]]]  # laps[step][round], in ms
@@ -181,6 +186,8 @@ def interleave(
             break
         order = range(len(steps)) if turn % 2 == 0 else reversed(range(len(steps)))
         for i in order:
+            if stopwatch is CpuStopwatch:
+                _rest()
             _once(steps[i], stopwatch)
             for _ in range(min(TIMED_A_TURN, max_rounds - rounds)):
                 lap, host = _once(steps[i], stopwatch)
@@ -218,7 +225,7 @@ def repeat(step: Step, device: str, least_s: float) -> tuple[list[float], Span]:
     laps: list[float] = []
     watch = Watch()
     while not laps or watch.elapsed().ms < 1e3 * least_s:
-        lap, _ = _once(step, STOPWATCHES[device])
+        lap, _ = _once(step, STOPWATCHES[device], nullcontext)  # other callers compute, too
         laps.append(sum(lap))
     return laps, watch.elapsed()
 
@@ -234,11 +241,39 @@ def wait_until(moment_ns: int) -> None:
         _sleep(left_ns / 1e9)
 
 
-def _once(step: Step, stopwatch: Callable[[], Stopwatch]) -> tuple[list[float], float]:
-    """Laps by the stopwatch, and the host's second clock until the device was idle; in ms."""
-    step.prepare()
-    if stopwatch is CpuStopwatch:
-        _sleep(REST_S)
+def _rest() -> None:
+    """Waits until the threads of whoever ran last have gone to sleep."""
+    last_ns = _clock_ns() + int(REST_S * 1e9)
+    is_idle = False
+    while not is_idle and _clock_ns() < last_ns:
+        began_s = _cpu_s()
+        _sleep(GLANCE_S)
+        is_idle = _cpu_s() - began_s < IDLE * GLANCE_S
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Lets torch's operations compute in this thread alone, so that its others stay asleep; for a
+    process in which nothing else computes meanwhile."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _once(
+    step: Step,
+    stopwatch: Callable[[], Stopwatch],
+    threads: Callable[[], AbstractContextManager[None]] = _one_thread,
+) -> tuple[list[float], float]:
+    """Laps by the stopwatch, and the host's second clock until the device was idle; in ms.
+
+    `threads`: of torch, for what comes before and after the run.
+    """
+    with threads():
+        step.prepare()
     watch = stopwatch()
     if step.ahead is not None:
         step.ahead()
@@ -247,12 +282,13 @@ def _once(step: Step, stopwatch: Callable[[], Stopwatch]) -> tuple[list[float], 
     output = step.run(watch.mark)
     watch.mark()
     host = (_second_clock_ns() - began) / 1e6  # without the copy: a layer's output may be large
-    # Before anything waits: late work must not slip into the answer.
-    snapshot = _copy(output) if isinstance(output, torch.Tensor) else tree_map(_copy, output)
-    laps = watch.laps()
-    if watch.runs_behind:
-        host = (_second_clock_ns() - began) / 1e6
-    step.verify(snapshot)
+    with threads():
+        # Before anything waits: late work must not slip into the answer.
+        snapshot = _copy(output) if isinstance(output, torch.Tensor) else tree_map(_copy, output)
+        laps = watch.laps()
+        if watch.runs_behind:
+            host = (_second_clock_ns() - began) / 1e6
+        step.verify(snapshot)
     return laps, host
 
 

@@ -1,5 +1,6 @@
 """What is on the clock and what is not; the GPU's stopwatch on a stand-in for its events."""
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -123,16 +124,51 @@ def test_what_is_queued_ahead_is_in_nobodys_time(monkeypatch: pytest.MonkeyPatch
     assert order[1:7] == ["prepare", "ahead", "clock", "run", "clock", "verify"]
 
 
-def test_spinning_threads_have_gone_to_sleep_before_a_run(
+def test_a_turn_begins_when_the_process_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three glances see a thread spin, the fourth sees none; inputs are set out after that."""
+    events: list[str] = []
+    spins = itertools.cycle([1.0, 1.0, 1.0, 0.0])
+    cpu_s = [0.0]
+
+    def glance(seconds: float) -> None:
+        events.append("glance")
+        cpu_s[0] += next(spins) * seconds
+
+    monkeypatch.setattr(timing, "_sleep", glance)
+    monkeypatch.setattr(timing, "_cpu_s", lambda: cpu_s[0])
+    interleave([recorder(events)], "cpu", 0.0, 4, 4)
+    run = ["prepare", "run", "verify"]
+    assert events == timing.WARMUP_ROUNDS * run + 2 * (["glance"] * 4 + 3 * run)
+
+
+def test_a_process_that_is_never_idle_is_timed_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(timing, "_cpu_s", lambda: time.perf_counter())
     events: list[str] = []
-    monkeypatch.setattr(timing, "_sleep", lambda seconds: events.append(f"rest {seconds}"))
-    step = timing.Step(
+    interleave([recorder(events)], "cpu", 0.0, 2, 2)
+    assert events.count("run") == timing.WARMUP_ROUNDS + 3
+
+
+def test_only_the_run_has_all_of_torchs_threads() -> None:
+    threads, seen = torch.get_num_threads(), []
+    step = Step(
+        lambda: seen.append(torch.get_num_threads()),
+        lambda lap: seen.append(torch.get_num_threads()),
+        lambda output: seen.append(torch.get_num_threads()),
+    )
+    torch.set_num_threads(3)
+    try:
+        interleave([step], "cpu", 0.0, 2, 2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1, 3, 1] * (timing.WARMUP_ROUNDS + 3)
+
+
+def recorder(events: list[str]) -> Step:
+    return Step(
         lambda: events.append("prepare"),
         lambda lap: events.append("run"),
         lambda output: events.append("verify"),
     )
-    timing.interleave([step], "cpu", 0.0, 2, 2)
-    one = ["prepare", f"rest {timing.REST_S}", "run", "verify"]
-    assert events == one * (len(events) // 4) and len(events) >= 4 * 4
