@@ -163,11 +163,11 @@ def conv_step(problem: ConvProblem, config: NativeConfig, **where: float) -> Ste
         where: pointers and pitches, by their names in step.h; of uint8 also the scales and zero
             points there; and C, where channels of zeros lie behind those of x.
     """
-    lacking = 0 if config.form == "grouped" else lacking_of_groups(problem)
+    unstored = 0 if config.form == "grouped" else lacking(problem.k, problem.groups)
     step = Step(
         kind=program.kind(config.form),
         N=problem.n, H=problem.h, W=problem.w, C=where.pop("C", problem.c),
-        K=problem.k if lacking else whole_vectors(problem.k),
+        K=problem.k if unstored else whole_vectors(problem.k),
         R=problem.r, S=problem.s, P=problem.p, Q=problem.q,
         stride_h=problem.stride[0], stride_w=problem.stride[1],
         pad_h=problem.padding[0], pad_w=problem.padding[1],
@@ -180,8 +180,8 @@ def conv_step(problem: ConvProblem, config: NativeConfig, **where: float) -> Ste
         y_fp32=problem.math_mode == "int8_fp32",
         **where,
     )  # fmt: skip
-    if lacking:
-        step.unstored = lacking
+    if unstored:
+        step.unstored = unstored
     step.scratch_pitch = program.scratch_floats(step)
     return step
 
@@ -228,20 +228,19 @@ def fits_grouped(c: int, k: int, groups: int, taps: int) -> bool:
     return whole_groups and taps <= constant("MAX_TAPS") and whole_vectors(c) <= constant("MAX_ROW")
 
 
-def lacking_of_groups(problem: ConvProblem) -> int:
+def lacking(k: int, groups: int) -> int:
     """Returns how many output channels the last vector of each of several groups lacks."""
-    return 0 if problem.groups == 1 else -(problem.k // problem.groups) % lanes()
+    return 0 if groups == 1 else -(k // groups) % lanes()
+
+
+def fits_apart(k: int, groups: int) -> bool:
+    """Returns whether groups are computed one by one, in vectors of their own: of what is computed
+    more than half is stored."""
+    return groups == 1 or 2 * (k // groups) > lanes()
 
 
 def _is_direct(problem: ConvProblem) -> bool:
-    """Returns whether groups are computed one by one, in vectors of their own: of what is computed
-    more than half is stored."""
-    return problem.groups == 1 or 2 * (problem.k // problem.groups) > lanes()
-
-
-def fills_vectors(k: int, groups: int) -> bool:
-    """Returns whether the output channels of each group are whole vectors."""
-    return k // groups % lanes() == 0
+    return fits_apart(problem.k, problem.groups)
 
 
 def _direct_bytes(problem: ConvProblem) -> int:

@@ -21,6 +21,7 @@ from resfuse.kernels.cpu.weight_layout import (
     paired_from,
     per_channel,
     slopes,
+    with_spare_vector,
 )
 from resfuse.kernels.cpu.weight_origin import is_plain
 from resfuse.kernels.ops.activation import Slope
@@ -57,7 +58,7 @@ def refusal(
         return reason
     form = _form(weight.shape, geometry.groups)
     if form is None:
-        return "groups that fill no vector"
+        return "groups that fill no more than half a vector"
     if form == "grouped":
         return None
     row = of_each * s
@@ -72,7 +73,7 @@ def _form(shape: torch.Size, groups: int) -> conv_candidates.Form | None:
         return "direct"
     if conv_candidates.fits_grouped(of_each * groups, k, groups, r * s):
         return "grouped"
-    return "direct" if conv_candidates.fills_vectors(k, groups) else None
+    return "direct" if conv_candidates.fits_apart(k, groups) else None
 
 
 class _Workspace(threading.local):
@@ -138,6 +139,9 @@ class NativeConv:
         self._lays_out = threading.Lock()
         self._bias = per_channel(bias)
         self._slope = None if slope is None else slopes(slope, weight.shape[0])
+        if form == "direct" and conv_candidates.lacking(weight.shape[0], geometry.groups):
+            self._bias = with_spare_vector(self._bias)
+            self._slope = None if self._slope is None else with_spare_vector(self._slope)
         self._run = runner(self.storage)
         self.asked = threads
         self._here = threading.local()

@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from resfuse.kernels.engine.frontend.call_arguments import arguments
 from resfuse.kernels.engine.frontend.channel_picks import add_part
+from resfuse.kernels.engine.frontend.functional_graph import functional_graph
 from resfuse.kernels.engine.frontend.graph_builder import Captured
 from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
 from resfuse.kernels.engine.frontend.merge import merge
@@ -38,7 +39,7 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
     """
     effects, questions, settled = SideEffects(model), LayoutQuestions(), False
     with capturing(), effects.observed():
-        program = _exported(model, example, questions)
+        program, graph = _exported(model, example, questions)
         effects.undo()  # torch has put back copies of lists
         if effects.change is not None:
             settled = _settles(model, example, effects)
@@ -49,10 +50,10 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Graph, dict[str, Tensor]
             f"argument model: {effects.change} in its forward; an engine would answer with the "
             "value it had; accepted: models that only compute"
         )
-    reader = _Reader(program)
+    reader = _Reader(program, graph)
     layout = questions.layout_of(example)
-    graph = merge(replace(reader.graph(), device=example.device, layout=layout))
-    return replace(graph, derived=needed(graph.nodes, reader.read.derived)), reader.read.state
+    merged = merge(replace(reader.graph(), device=example.device, layout=layout))
+    return replace(merged, derived=needed(merged.nodes, reader.read.derived)), reader.read.state
 
 
 def is_in_training(model: nn.Module) -> bool:
@@ -70,14 +71,18 @@ def is_in_training(model: nn.Module) -> bool:
 
 def _exported(
     model: nn.Module, example: Tensor, questions: LayoutQuestions
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, fx.Graph]:
+    """Returns the program of a model, and its graph in operations that write to nothing."""
+    program: torch.export.ExportedProgram
     try:
         with torch.no_grad():
             with questions, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*was assigned during export", UserWarning)
-                exported = torch.export.export(model, (example,), strict=False)
-            # Batch norms and in-place operations become ATen's functional ones.
-            program: torch.export.ExportedProgram = exported.run_decompositions({})
+                program = torch.export.export(model, (example,), strict=False)
+            graph = functional_graph(program)
+            if graph is None:
+                program = program.run_decompositions({})
+                graph = program.graph
     except Unreadable:
         raise
     except Exception as error:  # export raises whatever it meets
@@ -94,7 +99,7 @@ def _exported(
                 f"argument model: {type(model).__name__} writes to {spec.target} in eval mode; "
                 "accepted: models that only compute"
             )
-    return program
+    return program, graph
 
 
 def _require_no_address(model: nn.Module, questions: LayoutQuestions) -> None:
@@ -145,27 +150,31 @@ def _other_numbers(example: Tensor) -> Tensor:
 
 
 class _Reader:
-    """Turns an exported program, whose nodes are ATen operations, into a Graph."""
+    """Turns an exported program into a Graph.
 
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
+    Args:
+        graph: of the program, in ATen operations that write to nothing.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram, graph: fx.Graph) -> None:
         self.read = Captured({name: t.detach() for name, t in program.state_dict.items()})
         self._several: dict[fx.Node, Torch] = {}  # of several results each, derived from the state
         self._constants: list[str] = []
-        self._program = program
+        self._program, self._graph = program, graph
 
     def graph(self) -> Graph:
         signature = self._program.graph_signature
         inputs = {spec.arg.name: spec for spec in signature.input_specs}
-        for node in self._program.graph.nodes:
+        for node in self._graph.nodes:
             if node.op == "placeholder":
-                spec = inputs[node.name]
+                spec = inputs[node.target]  # whose name may have a number
                 if spec.kind == InputKind.USER_INPUT:
-                    self.read.add_value(node, node.name)
+                    self.read.add_value(node, node.target)
                 else:
                     self.read.states[node] = self._name_of(spec)
             elif node.op == "call_function":
                 self._call(node)
-        (output,) = (node for node in self._program.graph.nodes if node.op == "output")
+        (output,) = (node for node in self._graph.nodes if node.op == "output")
         returned = [self._returned(item) for item in output.args[0]]
         (input_name,) = signature.user_inputs
         out_spec = self._program.call_spec.out_spec

@@ -258,7 +258,10 @@ def _is_torchs(function: Any) -> bool:
     return getattr(function, "__module__", None) in _TORCHS or function in _BUILTINS
 
 
-_TORCHS = ("torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator")
+_TORCHS = (
+    "torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator",
+    "torchvision.ops.stochastic_depth",
+)  # fmt: skip
 _BUILTINS = (getattr, max, min, sum, int, float, bool, abs, round, math.floor, math.ceil)
 
 

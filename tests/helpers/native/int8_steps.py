@@ -87,7 +87,7 @@ class Int8Conv:
         }
         if self.slope is not None:
             parameters["slope"] = slopes(self.slope, problem.k)
-        if conv_candidates.lacking_of_groups(problem):
+        if conv_candidates.lacking(problem.k, problem.groups):
             parameters = {name: with_spare_vector(t) for name, t in parameters.items()}
         kept = {"w": laid_out, "x": x, **parameters}
         numbers: dict[str, Any] = {"x_zero": self.stored.zero_point}

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx as fx
 from torch import Tensor, nn
 
 from resfuse.kernels.engine.frontend import export
 from resfuse.kernels.engine.frontend.layout_questions import LayoutQuestions
 
-Program = torch.export.ExportedProgram
+Exported = tuple[torch.export.ExportedProgram, fx.Graph]
 
 
 @contextmanager
@@ -22,13 +23,13 @@ def keeping_exports() -> Iterator[None]:
     """
     exported, kept = export._exported, {}
 
-    def once(model: nn.Module, example: Tensor, questions: LayoutQuestions) -> Program:
+    def once(model: nn.Module, example: Tensor, questions: LayoutQuestions) -> Exported:
         key = id(model), *_facts(example)
         if key not in kept:
-            program = exported(model, example, questions)
-            kept[key] = model, program, questions.asked, questions.offset
-        _, program, questions.asked, questions.offset = kept[key]
-        return program
+            found = exported(model, example, questions)
+            kept[key] = model, found, questions.asked, questions.offset
+        _, found, questions.asked, questions.offset = kept[key]
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "_exported", once)

@@ -174,11 +174,12 @@ def test_packed_pairs_are_unpacked(shape: tuple[int, ...]) -> None:
 
 def test_what_no_native_step_computes_is_said() -> None:
     few, half = torch.zeros(15, 3, 1, 1), torch.zeros(16, 3, 1, 1).half()
-    groups = Geometry(groups=3)
+    groups = Geometry(groups=9)
     assert refusal(few, Geometry(), "relu", "bf16") == "only 15 output channels"
     assert refusal(half, Geometry(), "relu") == "no native step in torch.float16"
+    narrow = torch.zeros(18, 16, 3, 3)
+    assert refusal(narrow, groups, "relu", "bf16") == "groups that fill no more than half a vector"
     wide = torch.zeros(63, 16, 3, 3)
-    assert refusal(wide, groups, "relu", "bf16") == "groups that fill no vector"
     assert not supports(few, Geometry(), "relu") and supports(wide.to(BF16), Geometry(), "relu")
 
 

@@ -81,7 +81,7 @@ def test_nothing_beside_the_tensors_is_touched(
         return pages.place(torch.zeros(n, h, w, c, dtype=dtype)).permute(0, 3, 1, 2)
 
     monkeypatch.setattr(packed_conv, "empty_output", placed)
-    for c, of_each in [(17, 1), (20, 2), (36, 4), (24, 8), (58, 1), (23, 23)]:
+    for c, of_each in [(17, 1), (20, 2), (36, 4), (24, 8), (58, 1), (23, 23), (72, 24), (42, 21)]:
         at = geometry(window, c // of_each)
         weight = images(c, of_each, kernel, kernel, seed=1).to(dtype)
         bias = images(c, 1, 1, 1)[:, 0, 0, 0]
@@ -130,9 +130,16 @@ def test_nan_and_infinity_stay_in_their_groups(of_each: int) -> None:
     assert not got[:, : c - of_each - 6].isnan().any()
 
 
-@pytest.mark.parametrize(("c", "k", "groups"), [(96, 96, 3), (64, 128, 2), (6, 32, 2), (32, 96, 2)])
+# In groups of whole vectors, and of some more channels than those: 24, 120, 21, 9.
+_APART = [(96, 96, 3), (64, 128, 2), (6, 32, 2), (32, 96, 2),
+          (72, 72, 3), (240, 240, 2), (48, 63, 3), (10, 18, 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("c", "k", "groups"), _APART)
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
-def test_groups_of_whole_vectors_are_direct(c: int, k: int, groups: int, storage: str) -> None:
+def test_groups_that_fill_more_than_half_a_vector_are_direct(
+    c: int, k: int, groups: int, storage: str
+) -> None:
     dtype = torch.float32 if storage == "fp32" else torch.bfloat16
     at = geometry("3x3", groups)
     weight = (images(k, c // groups, 3, 3, seed=1) / 16).to(dtype)

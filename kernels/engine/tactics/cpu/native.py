@@ -178,7 +178,7 @@ def conv_step(
         groups = op.problem.groups
         laid_out = conv_candidates.layout_weight(config.form, weight, groups, storage)
         parameters = [per_channel(bias), *sums, *_slopes(op, op.problem.k, state)]
-        if conv_candidates.lacking_of_groups(op.problem):
+        if conv_candidates.lacking(op.problem.k, op.problem.groups):
             parameters = list(map(with_spare_vector, parameters))
         return [laid_out, *parameters]
 
