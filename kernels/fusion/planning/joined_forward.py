@@ -1,10 +1,10 @@
-"""A forward that consists of convolutions and of fused blocks of convolutions, run as one region of
-them all (conv_region.py) by one native call.
+"""A forward of convolutions and fused modules. Convolutions that follow each other, those of fused
+blocks among them, are run as one region (conv_region.py), by one native call.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -20,10 +20,21 @@ _MOST_SIGNATURES = 16  # of inputs for which it is known what to do
 _MOST_TRIES = 3  # to join for inputs of a signature
 
 
+class _Piece(NamedTuple):
+    """Calls that are run at once: as a region, or one after another. Values have numbers: the
+    forward's input is 0, the results of its calls follow.
+    """
+
+    calls: range  # the numbers of their results
+    region: ConvRegion | None = None
+    read: tuple[int, ...] = ()  # by the region
+    signatures: tuple[Signature | None, ...] = ()  # of what it reads
+
+
 class JoinedForward:
-    """Runs a forward node by node, and from then on inputs of that signature as one region: while
-    the guards of the whole model are known to hold (tree_guards.py), and if that run neither failed
-    a check nor left the native kernels.
+    """Runs a forward node by node, and from then on inputs of that signature in regions: while the
+    guards of the whole model are known to hold (tree_guards.py). What failed a check or left the
+    native kernels in that run is no part of a region.
 
     Args:
         graph: of the forward, laid out for inputs in one memory format.
@@ -46,7 +57,8 @@ class JoinedForward:
         self._fast_path, self._input_format = fast_path, input_format
         self._restores = any(node.target is contiguous for node in graph.nodes)
         self._nodes, self._result = _without_conversion(graph)
-        self._regions: dict[Signature, ConvRegion] = {}
+        self._last_read = {i: at for at, (_, read) in enumerate(self._nodes, 1) for i in read}
+        self._pieces: dict[Signature, list[_Piece]] = {}
         self._tries: dict[Signature, int] = {}
 
     @staticmethod
@@ -67,67 +79,123 @@ class JoinedForward:
         if plan is None or not plan.is_guarded() or not x.is_cpu:
             return self._forward(module, x)
         signature = signature_of(x)
-        region = self._regions.get(signature)
-        if region is not None:
-            return self._restored(region(x))
-        if self._tries.get(signature, 0) >= _MOST_TRIES:
-            return self._forward(module, x)
+        pieces = self._pieces.get(signature, [])
+        if len(pieces) == 1 or self._tries.get(signature, 0) >= _MOST_TRIES:
+            return self._run(module, x, pieces)
         return self._run_node_by_node(module, x, signature)
 
     def region_for(self, signature: Signature) -> ConvRegion | None:
         """Returns all that is done with inputs of a signature, if that is a region."""
-        return None if self._restores else self._regions.get(signature)
+        pieces = self._pieces.get(signature, [])
+        return None if self._restores or len(pieces) != 1 else pieces[0].region
 
     def reset(self) -> None:
         """Forgets all regions."""
-        self._regions.clear()
+        self._pieces.clear()
         self._tries.clear()
+
+    def _run(self, module: nn.Module, x: Tensor, pieces: Sequence[_Piece]) -> Any:
+        if not pieces:
+            return self._forward(module, x)
+        values: dict[int, Any] = {0: x}
+        for calls, region, read, signatures in pieces:
+            given = [values[i] for i in read]
+            if region is not None and tuple(map(_signature, given)) == signatures:
+                values[calls[-1]] = region(*given)
+            else:
+                for number in calls:
+                    target, read_by_it = self._nodes[number - 1]
+                    values[number] = attrgetter(target)(module)(*(values[i] for i in read_by_it))
+            for i in [
+                i for i in values if i != self._result and self._last_read.get(i, 0) < calls.stop
+            ]:
+                del values[i]
+        return self._restored(values[self._result])
 
     def _run_node_by_node(self, module: nn.Module, x: Tensor, signature: Signature) -> Any:
         if len(self._tries) >= _MOST_SIGNATURES:
             self.reset()
         self._tries[signature] = self._tries.get(signature, 0) + 1
-        before = self._fast_path.last_miss
-        region: ConvRegion | None = ConvRegion(1)
-        values, numbers = [x], [0]
+        values, taken = [x], list[ConvRegion | FusedStep | None]()
         for target, read in self._nodes:
-            y = attrgetter(target)(module)(*(values[i] for i in read))
-            numbers.append(0)
-            if region is not None:
-                number = self._add(
-                    region, module, target, values[read[0]], [numbers[i] for i in read]
-                )
-                numbers[-1], region = number or 0, None if number is None else region
-            values.append(y)
-        missed = self._fast_path.last_miss is not before or signature[-1]
-        if region is not None and not missed and region.is_native():
-            region.returns([numbers[self._result]])
-            self._regions[signature] = region
+            before = self._fast_path.last_miss
+            values.append(attrgetter(target)(module)(*(values[i] for i in read)))
+            missed = self._fast_path.last_miss is not before or signature[-1]
+            taken.append(None if missed else self._taken_in(module, target, values[read[0]]))
+        pieces = self._joined(taken, list(map(_signature, values)))
+        if any(piece.region is not None for piece in pieces):
+            self._pieces[signature] = pieces
         return self._restored(values[self._result])
 
-    def _add(
-        self, region: ConvRegion, module: nn.Module, target: str, x: Tensor, read: list[int]
-    ) -> int | None:
-        """Adds to a region what the call of a target has done, and returns the number of its result
-        there; None where it is no region.
+    def _taken_in(self, module: nn.Module, target: str, x: Any) -> ConvRegion | FusedStep | None:
+        """Returns what the call of a target has done, if a region can take it in.
 
         Args:
             x: the first argument of the call.
-            read: the numbers of the arguments.
         """
         name = _name(target)
         if name in self._steps:
-            return region.add(self._steps[name], read)
+            return self._steps[name]
         flexible = self._calls.get(name)
         if flexible is not None:
-            found = flexible.plan.region_for(x, False, self._input_format, True)
-        else:
-            plan = plan_of(module.get_submodule(target))
-            found = plan and plan.region_for(x, False, None, False)
-        return None if found is None else region.embed(found, read[0])
+            found: ConvRegion | None = flexible.plan.region_for(x, False, self._input_format, True)
+            return found
+        plan = plan_of(module.get_submodule(target))
+        return None if plan is None else plan.region_for(x, False, None, False)
+
+    def _joined(
+        self,
+        taken: Sequence[ConvRegion | FusedStep | None],
+        signatures: Sequence[Signature | None],
+    ) -> list[_Piece]:
+        """Returns all calls in pieces, as few as there can be.
+
+        Args:
+            taken: of each call, what a region can take in.
+            signatures: of the values.
+        """
+        pieces: list[_Piece] = []
+        first = 1
+        while first <= len(taken):
+            stop = first + 1
+            while stop <= len(taken) and (taken[first - 1] is None) == (taken[stop - 1] is None):
+                stop += 1
+            pieces.append(self._piece(range(first, stop), taken, signatures))
+            first = stop
+        return pieces
+
+    def _piece(
+        self,
+        calls: range,
+        taken: Sequence[ConvRegion | FusedStep | None],
+        signatures: Sequence[Signature | None],
+    ) -> _Piece:
+        every = [i for number in calls for i in self._nodes[number - 1][1]]
+        read = tuple(dict.fromkeys(i for i in every if i not in calls))
+        leaving = [i for i in calls if i == self._result or self._last_read.get(i, 0) >= calls.stop]
+        known = tuple(signatures[i] for i in read)
+        if taken[calls[0] - 1] is None or leaving != [calls[-1]] or None in known:
+            return _Piece(calls)
+        region = ConvRegion(len(read))
+        numbers = {value: number for number, value in enumerate(read)}
+        for value in calls:
+            step, given = taken[value - 1], [numbers[i] for i in self._nodes[value - 1][1]]
+            if isinstance(step, ConvRegion):
+                numbers[value] = region.embed(step, given[0])
+            else:
+                assert step is not None
+                numbers[value] = region.add(step, given)
+        region.returns([numbers[calls[-1]]])
+        if not region.is_native():
+            return _Piece(calls)
+        return _Piece(calls, region, read, known)
 
     def _restored(self, y: Any) -> Any:
         return contiguous(y) if self._restores else y
+
+
+def _signature(value: Any) -> Signature | None:
+    return signature_of(value) if type(value) is Tensor else None
 
 
 def _without_conversion(graph: fx.Graph) -> tuple[list[tuple[str, list[int]]], int]:
