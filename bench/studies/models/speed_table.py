@@ -105,11 +105,11 @@ class Network:
 
 
 def newest(rows: pd.DataFrame) -> list[Network]:
-    """Returns the networks of the newest environment, each setting's of the newest commit that was
-    measured in it, and each backend's last row."""
+    """Returns the networks of the newest environment, each in each setting by its rows of the newest
+    commit there, and each backend's last row."""
     own = rows[rows.env_id == rows.iloc[-1].env_id]
     own = own.assign(precision=own.precision.replace("", USUAL_PRECISION))
-    own = own[own.commit == own.groupby(list(_SETTING)).commit.transform("last")]
+    own = own[own.commit == own.groupby([*_SETTING, "network"]).commit.transform("last")]
     own = own.drop_duplicates([*_SETTING, "network", "backend"], keep="last")
     return [
         Network(
@@ -159,7 +159,8 @@ def _commits(networks: Sequence[Network]) -> str:
     """Returns "commit 1234", or each commit with its settings where there are several."""
     settings: dict[str, list[str]] = {}
     for own in _by_setting(networks):
-        settings.setdefault(own[0].commit, []).append(own[0].setting)
+        for commit in dict.fromkeys(one.commit for one in own):
+            settings.setdefault(commit, []).append(own[0].setting)
     if len(settings) == 1:
         return f"commit {next(iter(settings))}"
     told = (f"{commit} ({'; '.join(of)})" for commit, of in settings.items())

@@ -36,8 +36,8 @@ def speeds(network: str, batch: int, fused: float, **engine_over: float) -> list
 
 
 ROWS = sheet(
-    {"network": "timm old", "batch_size": 1, "requested_img_size": 64,
-     "backend": "engine", "commit": "before"},
+    {"network": "timm dla34", "batch_size": 1, "requested_img_size": 64,
+     "backend": "compiled", "engine_speedup": 1.1, "commit": "before"},
     *speeds("timm dla34", 1, 1.3, eager=2.0, openvino=1.25, onnxrt=1.5),
     *speeds("timm dla46_c", 1, 0.97, eager=1.8, openvino=1.5, onnxrt=0.8),
     *speeds("timm repvgg_a0", 1, 1.5, eager=2.0, openvino=0.95, onnxrt=1.5),
@@ -58,7 +58,7 @@ def cells(text: str) -> list[list[str]]:
 
 def test_losses_come_first() -> None:
     page = models_table.page(None, (), ROWS)
-    assert "timm old" not in page
+    assert "engine / compiled" not in page, "the network was measured at a later commit"
     assert (
         "- batch 1, 64 pixels: 3 networks of 2 families; engine / best peer 0.95 in the median, "
         "0.80 at the lowest (timm dla46_c), below 1 on 2; fused / eager 1.30 in the median, "
@@ -148,6 +148,18 @@ def test_a_setting_that_was_not_measured_again_keeps_its_commit() -> None:
     last = page_of.blocks(rows)[-1]
     assert "commits c (batch 1, 64 pixels; batch 8, 64 pixels) and d (batch 1" in last
     assert page_of.blocks(ROWS)[-1].endswith("environment e, commit c.")
+
+
+def test_a_network_that_was_measured_again_leaves_the_others_on_the_page() -> None:
+    again = sheet(*speeds("timm dla34", 1, 1.4, eager=2.0)).assign(commit="d")
+    rows = pd.concat([ROWS, again])
+    found = {one.name: one for one in page_of.newest(rows) if one.setting == "batch 1, 64 pixels"}
+    before = {one.name for one in page_of.newest(ROWS) if one.setting == "batch 1, 64 pixels"}
+    assert set(found) == before and len(before) > 1
+    assert {name for name, one in found.items() if one.commit == "d"} == {"timm dla34"}
+    assert set(found["timm dla34"].rows) == set(again.backend), "all of it at one commit"
+    told = page_of.blocks(rows)[-1]
+    assert "c (batch 1, 64 pixels; batch 8, 64 pixels)" in told and "d (batch 1, 64 pixels)" in told
 
 
 def test_in_int8_eager_is_in_fp32_and_no_peer() -> None:
