@@ -105,8 +105,8 @@ class Network:
 
 
 def newest(rows: pd.DataFrame) -> list[Network]:
-    """Returns the networks of the newest environment, each in each setting by its rows of the newest
-    commit there, and each backend's last row."""
+    """Returns the networks of the newest environment, in each setting by the rows of the newest
+    commit that has them, and each backend's last row."""
     own = rows[rows.env_id == rows.iloc[-1].env_id]
     own = own.assign(precision=own.precision.replace("", USUAL_PRECISION))
     own = own[own.commit == own.groupby([*_SETTING, "network"]).commit.transform("last")]
