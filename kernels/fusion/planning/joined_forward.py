@@ -123,8 +123,8 @@ class JoinedForward:
             missed = self._fast_path.last_miss is not before or signature[-1]
             taken.append(None if missed else self._taken_in(module, target, values[read[0]]))
         pieces = self._joined(taken, list(map(_signature, values)))
-        if any(piece.region is not None for piece in pieces):
-            self._pieces[signature] = pieces
+        joins = any(piece.region is not None for piece in pieces)
+        self._pieces[signature] = pieces if joins else []
         return self._restored(values[self._result])
 
     def _taken_in(self, module: nn.Module, target: str, x: Any) -> ConvRegion | FusedStep | None:

@@ -140,6 +140,25 @@ def _part_written(m: nn.Module, x: Tensor) -> Any:
     return torch.cat([one, other], 1)
 
 
+def _split_written(m: nn.Module, x: Tensor) -> Any:
+    one, other = m.conv(x).split([4, 12], 1)
+    one.mul_(other[:, :4])
+    return torch.cat([one, other], 1)
+
+
+def _unbound_written(m: nn.Module, x: Tensor) -> Any:
+    y = m.conv(x)
+    y.unbind(1)[3].relu_()
+    return y
+
+
+def _split_base_written(m: nn.Module, x: Tensor) -> Any:
+    y = m.conv(x)
+    part = y.split(8, 1)[0]
+    y.relu_()
+    return part + 1
+
+
 def _reshaped_written(m: nn.Module, x: Tensor) -> Any:
     y = m.conv(x)
     y.flatten(1).sigmoid_()
@@ -165,6 +184,7 @@ WRITING: dict[str, Forward] = {
 }
 LEFT_TO_TORCH = {
     "dtypes", "view_written", "base_written", "part_written", "reshaped_written",
+    "split_written", "unbound_written", "split_base_written",
 }  # fmt: skip
 
 
